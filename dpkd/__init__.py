@@ -1,0 +1,3 @@
+"""dpkd: distributed prior-knowledge distillation."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,117 @@
+"""Settings of the data room: where images come from, how they are split, seen and loaded."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dpkd.section import Section
+
+
+class FolderSource(Section):
+    """Images in folders: `<split>/<class>/*`, `<class>/*`, or flat without labels; the depth tells which."""
+
+    kind: Literal["folder"] = "folder"
+    path: str
+
+
+class TableSource(Section):
+    """A CSV, JSONL or Parquet file with one row a sample; paths are relative to the table."""
+
+    kind: Literal["table"] = "table"
+    path: str
+    path_column: str = "path"
+    label_column: str | None = None
+    split_column: str | None = None
+    group_column: str | None = None
+    mask_column: str | None = None
+    attribute_columns: tuple[str, ...] = ()
+
+
+class ShardSource(Section):
+    """Existing WebDataset tars: a folder of them or a pattern with braces, local or any fsspec URL."""
+
+    kind: Literal["shards"] = "shards"
+    path: str
+
+
+Source = Annotated[FolderSource | TableSource | ShardSource, Field(discriminator="kind")]
+
+
+class GivenSplits(Section):
+    """The splits that the source itself names (top folder, column, shard name)."""
+
+    kind: Literal["given"] = "given"
+
+
+class FractionSplits(Section):
+    """Splits by share of the samples, drawn by group, stratified by class: `{train: 0.8, val: 0.1, test: 0.1}`."""
+
+    kind: Literal["fraction"] = "fraction"
+    fractions: dict[str, float]
+
+
+class ClassSplits(Section):
+    """Splits by class, for few-shot work: a number of classes or their names for each split."""
+
+    kind: Literal["class"] = "class"
+    classes: dict[str, int | tuple[str, ...]]
+
+
+class FileSplits(Section):
+    """Splits by text files, one sample path (relative to the source) or key a line."""
+
+    kind: Literal["file"] = "file"
+    files: dict[str, str]
+
+
+Splits = Annotated[GivenSplits | FractionSplits | ClassSplits | FileSplits, Field(discriminator="kind")]
+
+
+class AllLabels(Section):
+    """Every label on disk is visible to training."""
+
+    kind: Literal["all"] = "all"
+
+
+class LabelsPerClass(Section):
+    """At most `count` labels of each class are visible; the other samples train without a label."""
+
+    kind: Literal["per_class"] = "per_class"
+    count: int = Field(ge=1)
+
+
+class LabelFraction(Section):
+    """This share of each class's labels is visible, at least one a class."""
+
+    kind: Literal["fraction"] = "fraction"
+    fraction: float = Field(gt=0, le=1)
+
+
+class ListedLabels(Section):
+    """Only the samples whose keys this text file lists show their label."""
+
+    kind: Literal["listed"] = "listed"
+    path: str
+
+
+VisibleLabels = Annotated[AllLabels | LabelsPerClass | LabelFraction | ListedLabels, Field(discriminator="kind")]
+
+
+class AugmentSettings(Section):
+    """Random views: a resized crop, a flip, and a colour change; prior maps follow the crop and the flip."""
+
+    crop_scale: tuple[float, float] = (0.35, 1.0)
+    crop_ratio: tuple[float, float] = (0.75, 1.3333)
+    flip: float = Field(0.5, ge=0, le=1)
+    brightness: float = Field(0.4, ge=0)
+    contrast: float = Field(0.4, ge=0)
+    saturation: float = Field(0.4, ge=0)
+
+
+class LoaderSettings(Section):
+    """Processes that read and decode ahead of training; 0 loads in the training process."""
+
+    workers: int = Field(1, ge=0)
+    prefetch: int = Field(4, ge=1)
+    block_shards: int = Field(8, ge=1)
+    """Shards shuffled together: more mixes better, fewer keeps remote shards streaming."""

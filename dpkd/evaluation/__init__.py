@@ -1,0 +1,1 @@
+"""Measures of a network: pure functions, arrays in, numbers out."""

@@ -1,0 +1,27 @@
+"""Settings of the evaluation."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from dpkd.section import Section
+
+
+class EpisodeSettings(Section):
+    """N-way K-shot episodes, the same for every model compared."""
+
+    way: int = Field(5, ge=2)
+    shots: tuple[int, ...] = (1, 5)
+    queries: int = Field(15, ge=1)
+    episodes: int = Field(2000, ge=2)
+    classifier: Literal["nearest_centroid", "logistic"] = "nearest_centroid"
+    transform: Literal["l2", "centred_l2", "power_l2"] = "power_l2"
+    """What is done to an embedding before it is compared; `centred_l2` subtracts the training split's mean."""
+
+
+class ProbeSettings(Section):
+    """kNN and linear probe (scikit-learn), within a split that both its halves come from."""
+
+    neighbours: int = Field(20, ge=1)
+    linear: bool = True
+    train_fraction: float = Field(0.5, gt=0, lt=1)

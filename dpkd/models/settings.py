@@ -1,0 +1,36 @@
+"""Settings of a network."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from dpkd.section import Section
+
+
+class MeanPooling(Section):
+    """The embedding is the mean of the patch features (or what the timm model's own head pools)."""
+
+    kind: Literal["mean"] = "mean"
+
+
+class FigureGroundPooling(Section):
+    """The embedding is the mean of the patch features weighted by `S / (mean S + floor)`, S a prior map in [0, 1]."""
+
+    kind: Literal["figure_ground"] = "figure_ground"
+    prior: str = "saliency"
+    floor: float = Field(0.05, gt=0)
+
+
+Pooling = Annotated[MeanPooling | FigureGroundPooling, Field(discriminator="kind")]
+
+
+class ModelSettings(Section):
+    """A timm model by name; `arguments` go to `timm.create_model` as they are."""
+
+    name: str
+    arguments: dict[str, Any] = {}
+    weights: str | None = None
+    """A local safetensors or PyTorch state dict to start from; none starts from scratch."""
+    pretrained: bool = False
+    """Start from timm's published weights (downloads them)."""
+    pooling: Pooling = MeanPooling()

@@ -1,0 +1,1 @@
+"""What a network is trained on: pure functions of tensors, each with its source."""

@@ -1,0 +1,128 @@
+"""Settings of the stages, each composed of the parts it uses."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from dpkd.data.settings import (
+    AllLabels,
+    AugmentSettings,
+    GivenSplits,
+    LoaderSettings,
+    Source,
+    Splits,
+    VisibleLabels,
+)
+from dpkd.evaluation.settings import EpisodeSettings, ProbeSettings
+from dpkd.models.settings import ModelSettings
+from dpkd.objectives.settings import LogitDistillation, StudentObjective, Supervised, TeacherObjective
+from dpkd.priors import DEFAULT_PRIORS, Prior
+from dpkd.section import Section
+from dpkd.train.settings import EngineSettings, OptimizerSettings, ScheduleSettings, TrainingSettings
+
+
+class DataSettings(Section):
+    """The images: where they come from, how they are split and packed, and at what size networks see them."""
+
+    source: Source | None = None
+    """None uses the shards that stand at `shards` already."""
+    shards: str | None = None
+    """Where the packed data set stands, local or any fsspec URL; none puts it into the run folder."""
+    splits: Splits = GivenSplits()
+    group_pattern: str | None = None
+    """Regular expression whose first group, found in a sample's path, names its group (patient, sign, tile)."""
+    samples_per_shard: int = Field(1024, ge=1)
+    bad_limit: float = Field(0.01, ge=0, le=1)
+    """Largest share of samples that may be quarantined before the run stops."""
+    image_size: int = Field(64, ge=16)
+    map_size: int | None = Field(None, ge=4)
+    """Side of the prior maps in a batch; none takes a quarter of the image size."""
+    train: str = "train"
+    """Split that networks are trained on."""
+    val: str = "val"
+    """Split for choices, evaluated during training."""
+    test: str = "test"
+    """Split for the report, evaluated at the end."""
+    labels: VisibleLabels = AllLabels()
+    loader: LoaderSettings = LoaderSettings()
+
+
+class PrepareSettings(Section):
+    """The prior maps computed once for every sample."""
+
+    name: str = "default"
+    """Name of the prior set: `<shards>/priors/<name>`."""
+    priors: tuple[Prior, ...] = DEFAULT_PRIORS
+
+
+class TeachSettings(Section):
+    """The teacher and how it is trained."""
+
+    model: ModelSettings
+    objectives: tuple[TeacherObjective, ...] = (Supervised(),)
+    augment: AugmentSettings = AugmentSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    engine: EngineSettings = EngineSettings()
+    training: TrainingSettings = TrainingSettings(epochs=100)
+
+
+class StudentSettings(Section):
+    """One student: its network, losses, optimizer, schedule and engine."""
+
+    model: ModelSettings
+    losses: tuple[StudentObjective, ...] = (Supervised(), LogitDistillation())
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    engine: EngineSettings = EngineSettings()
+    baseline: bool = False
+    """Also train the same network on labels alone: same images, same steps, mean pooling; reported under `baselines`."""
+
+
+class DistillSettings(Section):
+    """Online distillation: one forward of the teacher serves every student."""
+
+    teacher: Literal["frozen", "live"] = "frozen"
+    """`live` goes on learning the teacher's own objectives in the same steps."""
+    students: dict[str, StudentSettings]
+    augment: AugmentSettings = AugmentSettings()
+    training: TrainingSettings = TrainingSettings(epochs=100)
+
+
+class EvaluateSettings(Section):
+    """What is measured on the validation and test splits, for teacher, students and baselines alike."""
+
+    episodes: EpisodeSettings = EpisodeSettings()
+    episodes_while_training: int = Field(400, ge=2)
+    probes: ProbeSettings | None = ProbeSettings()
+
+
+class ExportSettings(Section):
+    """The forms in which students leave."""
+
+    onnx: bool = True
+    tolerance: float = Field(1e-3, gt=0)
+    """Largest difference between ONNX and PyTorch embeddings, relative to the largest of them."""
+
+
+class LauncherSettings(Section):
+    """Where processes run: on this machine, or on the Ray cluster that the command was submitted to."""
+
+    kind: Literal["auto", "local", "ray"] = "auto"
+    """`auto` is Ray inside a Ray job and local otherwise."""
+    workers: int | None = Field(None, ge=1)
+    """Training processes; none takes one a GPU, or one."""
+    pool_workers: int | None = Field(None, ge=1)
+    """Processes that pack and prepare; none takes one a CPU core."""
+    max_restarts: int = Field(3, ge=0)
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of one training process; none shares the cores out."""
+
+
+class RunSettings(Section):
+    """The run folder and the seed that everything random is drawn from."""
+
+    dir: str = "runs/default"
+    seed: int = Field(0, ge=0)
+
+

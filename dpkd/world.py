@@ -1,0 +1,1 @@
+"""This process among its peers: rank, size, device, and agreement among ranks."""
