@@ -1,0 +1,152 @@
+"""What a person sees of a run: one line an event, a bar or plain lines for anything long, and `events.jsonl`.
+
+Lines and bars go to standard output, also from the first training process. `events.jsonl` holds one JSON object a line:
+`{"time": seconds since 1970, "kind": name, ...numbers}`.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichBar
+
+INTERVAL_S = 10.0
+"""Seconds between plain lines."""
+
+_bars: list[RichBar] = []
+
+
+def say(line: str) -> None:
+    """Prints one line, above the bar where one is shown."""
+    if _bars:
+        _bars[-1].console.print(line, markup=False, highlight=False, soft_wrap=True)
+    else:
+        print(line, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """A duration in words: `8 s`, `3 min 05 s`, `2 h 10 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+class Progress:
+    """How far a long piece of work is: a bar in a terminal, else a line every ten seconds, and a line at its end.
+
+    `start` is what an earlier run had done already; it counts as done, not for the rate. `shown=False` prints nothing
+    (the other ranks). `note` adds a few words, such as the loss, to what is shown.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        total: int,
+        *,
+        unit: str = "images",
+        start: int = 0,
+        shown: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._title, self._total, self._unit = title, total, unit
+        self._start = self._done = start
+        self._shown, self._clock = shown, clock
+        self._note = ""
+        self._bar: RichBar | None = None
+        self._began_s = self._line_s = clock()
+
+    def __enter__(self) -> "Progress":
+        self._began_s = self._line_s = self._clock()
+        if self._shown and sys.stdout.isatty():
+            self._bar = _terminal_bar(self._unit)
+            self._task = self._bar.add_task(
+                escape(self._title), total=self._total, completed=self._done, note="", rate=""
+            )
+            self._bar.start()
+            _bars.append(self._bar)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            _bars.remove(self._bar)
+        if self._shown and kind is None:
+            say(self._last_line())
+
+    def advance(self, count: int = 1) -> None:
+        """Counts `count` more as done."""
+        self._done += count
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, rate=self._rate_text(), note=escape(self._note))
+        elif self._shown and self._clock() - self._line_s >= INTERVAL_S:
+            self._line_s = self._clock()
+            say(self._line())
+
+    def note(self, text: str) -> None:
+        """Shows a few words, such as the loss, with the next advance."""
+        self._note = text
+
+    def _rate(self) -> float:
+        return (self._done - self._start) / max(self._clock() - self._began_s, 1e-9)
+
+    def _rate_text(self) -> str:
+        rate = self._rate()
+        return f"{rate:,.0f} {self._unit}/s" if rate >= 10 else f"{rate:.1f} {self._unit}/s"
+
+    def _line(self) -> str:
+        share = f" ({self._done / self._total:.0%})" if self._total else ""
+        left = ""
+        if self._done > self._start:
+            left = f", {duration((self._total - self._done) / self._rate())} left"
+        note = f", {self._note}" if self._note else ""
+        return f"{self._title}: {self._done:,} of {self._total:,} {self._unit}{share}, {self._rate_text()}{left}{note}"
+
+    def _last_line(self) -> str:
+        elapsed = self._clock() - self._began_s
+        note = f", {self._note}" if self._note else ""
+        count = self._done - self._start
+        return f"{self._title}: {count:,} {self._unit} in {duration(elapsed)}, {self._rate_text()}{note}"
+
+
+def _terminal_bar(unit: str) -> RichBar:
+    return RichBar(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(file=sys.stdout),
+        transient=True,
+    )
+
+
+class EventLog:
+    """Appends the events of a run to a JSON-lines file."""
+
+    def __init__(self, path: Path | str) -> None:
+        self._path = Path(path)
+
+    def write(self, kind: str, **numbers: Any) -> None:
+        """Appends one event; a line is written whole, so several processes may share the file."""
+        line = json.dumps({"time": round(time.time(), 3), "kind": kind, **numbers}) + "\n"
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(handle, line.encode())
+        finally:
+            os.close(handle)
