@@ -1,0 +1,181 @@
+"""N-way K-shot accuracy over episodes that are the same for every model compared.
+
+Axes: N samples, D embedding, E episodes, W ways (classes of an episode), K shots (support samples a class), Q queries a
+class. Accuracies are fractions in [0, 1].
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+
+from dpkd.errors import UserError
+from dpkd.evaluation.settings import EpisodeSettings
+
+Floats = NDArray[np.floating]
+Integers = NDArray[np.int64]
+
+CHUNK_BYTES = 64 << 20
+"""Query embeddings gathered at a time."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean and the half width of its 95 % confidence interval."""
+
+    mean: float
+    ci95: float
+
+    def table(self) -> dict[str, float]:
+        """`{"mean", "ci95"}`, as reports hold it."""
+        return {"mean": self.mean, "ci95": self.ci95}
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """Sample indices of every episode; fewer shots take the first of each class, queries are the same for all shots."""
+
+    support_EWK: Integers
+    query_EWQ: Integers
+    left_out: tuple[int, ...]
+    """Classes with too few samples to be drawn."""
+
+
+def few_shot_key(way: int, shot: int) -> str:
+    """The name of a setting in reports: `5way_1shot`."""
+    return f"{way}way_{shot}shot"
+
+
+def draw_episodes(label_N: Integers, settings: EpisodeSettings, *, seed: int, split: str = "evaluation") -> Episodes:
+    """Draws the episodes of a split from its labels, the settings and the seed alone; label -1 is never drawn.
+
+    Raises `UserError` when fewer than `way` classes have `max(shots) + queries` samples.
+    """
+    class_C, count_C = np.unique(label_N[label_N >= 0], return_counts=True)
+    num_drawn = max(settings.shots) + settings.queries
+    fits_C = count_C >= num_drawn
+    if fits_C.sum() < settings.way:
+        raise UserError(
+            f"split {split!r} has {len(class_C)} labelled classes, {fits_C.sum()} of them with the {num_drawn} samples "
+            f"that an episode draws (evaluate.episodes: shots={list(settings.shots)}, queries={settings.queries}), and "
+            f"way={settings.way} needs {settings.way}: lower evaluate.episodes.way, .queries or .shots, or give the "
+            f"split more classes or samples (data.splits)"
+        )
+    rng = np.random.Generator(np.random.Philox(seed))
+    order_N = np.argsort(label_N, kind="stable")
+    first_C = np.searchsorted(label_N[order_N], class_C[fits_C])
+    way_EW = _distinct(rng, np.full(settings.episodes, fits_C.sum()), settings.way)
+    row_R = way_EW.ravel()
+    pick_RS = _distinct(rng, count_C[fits_C][row_R], num_drawn)
+    sample_EWS = order_N[first_C[row_R][:, None] + pick_RS].reshape(*way_EW.shape, num_drawn)
+    return Episodes(
+        support_EWK=sample_EWS[..., : max(settings.shots)],
+        query_EWQ=sample_EWS[..., max(settings.shots) :],
+        left_out=tuple(int(label) for label in class_C[~fits_C]),
+    )
+
+
+def _distinct(rng: np.random.Generator, size_R: Integers, count: int) -> Integers:
+    """Draws `count` different numbers below `size_R` in each row, every ordered choice equally likely."""
+    pick_RS = np.empty((len(size_R), count), np.int64)
+    for column in range(count):
+        draw_R = rng.integers(0, size_R - column)
+        for taken_R in np.sort(pick_RS[:, :column], axis=1).T:
+            draw_R += draw_R >= taken_R
+        pick_RS[:, column] = draw_R
+    return pick_RS
+
+
+def transform(embedding_ND: Floats, settings: EpisodeSettings, *, base_mean_D: Floats | None = None) -> Floats:
+    """Embeddings [N, D] of unit length, after what the settings name is done to them.
+
+    `l2` does nothing more; `centred_l2` subtracts the training split's mean embedding (SimpleShot, Wang et al. 2019);
+    `power_l2` takes square roots (Hu et al. 2021), of the magnitude with its sign kept, for features below zero.
+    """
+    x_ND = np.asarray(embedding_ND, np.float32)
+    if settings.transform == "centred_l2":
+        assert base_mean_D is not None, "centred_l2 needs the mean embedding of the training split"
+        x_ND = x_ND - np.asarray(base_mean_D, np.float32)
+    elif settings.transform == "power_l2":
+        x_ND = np.sign(x_ND) * np.sqrt(np.abs(x_ND))
+    return x_ND / np.maximum(np.linalg.norm(x_ND, axis=1, keepdims=True), 1e-12)
+
+
+def episode_accuracy(
+    embedding_ND: Floats,
+    episodes: Episodes,
+    *,
+    shot: int,
+    settings: EpisodeSettings,
+    base_mean_D: Floats | None = None,
+) -> NDArray[np.float64]:
+    """The share of queries classified rightly in each episode, float64 [E].
+
+    Raises `UserError` when an embedding is not finite, since a diverged network has no accuracy.
+    """
+    if not np.isfinite(embedding_ND).all():
+        raise UserError(
+            "the network's embeddings hold NaN or infinity: training diverged; lower optimizer.learning_rate "
+            "or set optimizer.clip"
+        )
+    x_ND = transform(embedding_ND, settings, base_mean_D=base_mean_D)
+    support_EWK = episodes.support_EWK[..., :shot]
+    num_episodes, way, queries = episodes.query_EWQ.shape
+    chunk = max(1, CHUNK_BYTES // (4 * way * queries * x_ND.shape[1]))
+    classify = _nearest_centroid if settings.classifier == "nearest_centroid" else _logistic
+    right = [
+        classify(x_ND, support_EWK[i : i + chunk], episodes.query_EWQ[i : i + chunk])
+        for i in range(0, num_episodes, chunk)
+    ]
+    return np.concatenate(right)
+
+
+def _nearest_centroid(x_ND: Floats, support_EWK: Integers, query_EWQ: Integers) -> NDArray[np.float64]:
+    """The mean of a class's support is its prototype, the nearest one wins (Snell et al. 2017, eq. 1 and 2)."""
+    centroid_EWD = x_ND[support_EWK].mean(axis=2)
+    query_EMD = x_ND[query_EWQ.reshape(len(query_EWQ), -1)]
+    # |q - c|² without |q|², which is the same for every class
+    distance_EMW = (centroid_EWD**2).sum(-1)[:, None] - 2 * query_EMD @ centroid_EWD.transpose(0, 2, 1)
+    return _share_right(distance_EMW.argmin(-1), query_EWQ)
+
+
+def _logistic(x_ND: Floats, support_EWK: Integers, query_EWQ: Integers) -> NDArray[np.float64]:
+    """Logistic regression (L2, C = 1) on each episode's support (Tian et al. 2020)."""
+    way, shot = support_EWK.shape[1:]
+    label_S = np.repeat(np.arange(way), shot)
+    guess_EM = np.stack(
+        [
+            LogisticRegression(max_iter=1000).fit(x_ND[support_WK.ravel()], label_S).predict(x_ND[query_WQ.ravel()])
+            for support_WK, query_WQ in zip(support_EWK, query_EWQ, strict=True)
+        ]
+    )
+    return _share_right(guess_EM, query_EWQ)
+
+
+def _share_right(guess_EM: Integers, query_EWQ: Integers) -> NDArray[np.float64]:
+    truth_M = np.repeat(np.arange(query_EWQ.shape[1]), query_EWQ.shape[2])
+    share_E: NDArray[np.float64] = (guess_EM == truth_M).mean(axis=1, dtype=np.float64)
+    return share_E
+
+
+def few_shot_accuracy(
+    embedding_ND: Floats, episodes: Episodes, *, settings: EpisodeSettings, base_mean_D: Floats | None = None
+) -> dict[str, NDArray[np.float64]]:
+    """`episode_accuracy` for every number of shots in the settings, by its key (`5way_1shot`)."""
+    return {
+        few_shot_key(settings.way, shot): episode_accuracy(
+            embedding_ND, episodes, shot=shot, settings=settings, base_mean_D=base_mean_D
+        )
+        for shot in settings.shots
+    }
+
+
+def score(accuracy_E: NDArray[np.float64]) -> Score:
+    """Mean over episodes with its normal 95 % interval, 1.96 · standard deviation / √E."""
+    return Score(float(accuracy_E.mean()), float(1.96 * accuracy_E.std(ddof=1) / np.sqrt(len(accuracy_E))))
+
+
+def paired_difference(accuracy_E: NDArray[np.float64], other_E: NDArray[np.float64]) -> Score:
+    """How much better the first is on the same episodes, with the interval of the difference."""
+    return score(accuracy_E - other_E)
