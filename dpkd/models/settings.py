@@ -34,3 +34,21 @@ class ModelSettings(Section):
     pretrained: bool = False
     """Start from timm's published weights (downloads them)."""
     pooling: Pooling = MeanPooling()
+
+
+class NetworkSpec(Section):
+    """All that a network is built from; `network.json` beside its weights holds it."""
+
+    model: ModelSettings
+    classes: tuple[str, ...]
+    """Class names, in the order of the logits; empty gives no logits."""
+    image_size: int = Field(ge=1)
+    mean: tuple[float, float, float]
+    """Channel means of the training images, RGB in 0..1."""
+    std: tuple[float, float, float]
+    targets: dict[str, int] = {}
+    """Channels of each prior map to predict: one linear head each."""
+    teacher_dim: int | None = None
+    """Width of the teacher's embedding that `to_teacher` projects to; none makes no projections."""
+    teacher_patch_dim: int | None = None
+    """Width of the teacher's patch features where it is not `teacher_dim`."""

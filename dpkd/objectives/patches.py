@@ -1,0 +1,41 @@
+"""Distillation of patch features, figure and boundaries first. Axes: B sample, D features, H W patch grid."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpkd.models.resample import area_resample
+from dpkd.objectives.features import feature_distance
+
+
+def distil_patches(student_BDHW: Tensor, teacher_BDHW: Tensor, weight_B1HW: Tensor | None = None) -> Tensor:
+    """`Σ w d / Σ w` over each sample's patches, d the distance of `features.py`, mean over samples; a scalar.
+
+    The student's grid is resampled to the teacher's, the weight (of any size; none counts all alike) averaged to it.
+    Dividing by each sample's own sum keeps the loss the same however the batch is cut. Re-weighting near figure and
+    boundary: Yang et al. 2022 (FGD), Liu et al. 2024 (BPKD).
+    """
+    grid = (teacher_BDHW.shape[2], teacher_BDHW.shape[3])
+    student_BDHW = resample_features(student_BDHW, grid)
+    distance_BHW = feature_distance(student_BDHW, teacher_BDHW, dim=1)
+    if weight_B1HW is None:
+        return distance_BHW.mean()
+    weight_BHW = area_resample(weight_B1HW, grid).squeeze(1)
+    return ((weight_BHW * distance_BHW).sum((1, 2)) / weight_BHW.sum((1, 2))).mean()
+
+
+def patch_weight(
+    *, saliency_B1HW: Tensor | None = None, edge_B1HW: Tensor | None = None, saliency: float = 1.0, edge: float = 2.0
+) -> Tensor | None:
+    """`1 + saliency · S + edge · E`, B1HW; a map that is not given counts nothing, none at all gives none."""
+    weight_B1HW = None
+    for map_B1HW, factor in ((saliency_B1HW, saliency), (edge_B1HW, edge)):
+        if map_B1HW is not None and factor:
+            weight_B1HW = factor * map_B1HW + (1 if weight_B1HW is None else weight_B1HW)
+    return weight_B1HW
+
+
+def resample_features(patch_BDHW: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Feature maps on another grid: averaged with a triangle filter when shrinking, bilinear when growing."""
+    if (patch_BDHW.shape[2], patch_BDHW.shape[3]) == grid:
+        return patch_BDHW
+    return F.interpolate(patch_BDHW.float(), size=grid, mode="bilinear", align_corners=False, antialias=True)

@@ -1,0 +1,38 @@
+"""Cross-entropy on visible labels. Axes: B sample, K class, N all samples of a split."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def supervised(
+    logits_BK: Tensor,
+    label_B: Tensor,
+    *,
+    labelled_share: float = 1.0,
+    label_smoothing: float = 0.0,
+    log_prior_K: Tensor | None = None,
+    tau: float = 1.0,
+) -> Tensor:
+    """Cross-entropy summed over the labelled samples (label >= 0), divided by `B * labelled_share`; a scalar.
+
+    `labelled_share` is the share of labelled samples that sampling draws. Dividing by it, and not by the number that
+    fell into this batch, makes the mean over micro-batches the same however the batch is cut. With `log_prior_K` the
+    logits are adjusted by `tau * log prior` (Menon et al. 2021, eq. 10; tau 1 is balanced softmax, Ren et al. 2020).
+    Zero, with gradients, where no sample is labelled.
+    """
+    if log_prior_K is not None:
+        logits_BK = logits_BK + tau * log_prior_K
+    total = F.cross_entropy(
+        logits_BK.float(), label_B, ignore_index=-1, reduction="sum", label_smoothing=label_smoothing
+    )
+    return total / (len(label_B) * labelled_share)
+
+
+def log_class_prior(label_N: Tensor, num_classes: int) -> Tensor:
+    """Logarithm of each class's share of the labels, -1 not counted; K float32.
+
+    A class without a label counts as half a sample, so that its logit stays finite.
+    """
+    count_K = torch.bincount(label_N[label_N >= 0], minlength=num_classes).double().clamp(min=0.5)
+    return (count_K / count_K.sum()).log().float()
