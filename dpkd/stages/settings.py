@@ -1,8 +1,8 @@
 """Settings of the stages, each composed of the parts it uses."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from dpkd.data.settings import (
     AllLabels,
@@ -46,6 +46,16 @@ class DataSettings(Section):
     labels: VisibleLabels = AllLabels()
     loader: LoaderSettings = LoaderSettings()
 
+    @field_validator("source", mode="before")
+    @classmethod
+    def _source_from_path(cls, value: object) -> object:
+        """A plain path or URL stands for the source that its ending shows."""
+        if not isinstance(value, str):
+            return value
+        if value.endswith((".csv", ".jsonl", ".parquet")):
+            return {"kind": "table", "path": value}
+        return {"kind": "shards" if value.endswith(".tar") else "folder", "path": value}
+
 
 class PrepareSettings(Section):
     """The prior maps computed once for every sample."""
@@ -84,7 +94,7 @@ class DistillSettings(Section):
 
     teacher: Literal["frozen", "live"] = "frozen"
     """`live` goes on learning the teacher's own objectives in the same steps."""
-    students: dict[str, StudentSettings]
+    students: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")], StudentSettings] = Field(min_length=1)
     augment: AugmentSettings = AugmentSettings()
     training: TrainingSettings = TrainingSettings(epochs=100)
 

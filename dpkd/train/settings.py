@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dpkd.section import Section
 
@@ -54,3 +54,16 @@ class TrainingSettings(Section):
     panels_every: int | None = Field(None, ge=1)
     checkpoint_every: int = Field(200, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainingSettings":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs: the length of the stage")
+        return self
+
+    def num_steps(self, num_samples: int) -> int:
+        """Steps of the whole stage over a split of `num_samples`."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, round(self.epochs * num_samples / self.batch_size))

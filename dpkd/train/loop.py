@@ -1,0 +1,109 @@
+"""The one training loop, for the teacher and for students: a task's losses, its engines' steps, and what is due when.
+
+The position of a run is one integer, the number of finished steps: order, augmentation, masks and learning rates are
+functions of it, so a resumed run goes on as if it had never stopped.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from dpkd.data.stream import Batch
+from dpkd.engine import Engine
+from dpkd.errors import StopRequested, UserError
+from dpkd.train.checkpoint import Checkpoints, Part, RandomState
+from dpkd.train.meter import Meter
+from dpkd.world import World, stop_requested
+
+Losses = dict[str, dict[str, torch.Tensor]]
+"""Engine -> objective -> weighted scalar."""
+
+
+class Task(Protocol):
+    """What is trained: engines by name, and what each minimises on a batch."""
+
+    engines: Mapping[str, Engine]
+
+    def losses(self, batch: Batch, *, step: int) -> Losses:
+        """The weighted losses of one micro-batch, each a mean over it."""
+
+    def learning_rate(self, name: str, *, step: int) -> float:
+        """Learning rate of an engine at a step."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a stage is and what is due when, in steps; `micro_batches` is a rank's share of one step."""
+
+    total_steps: int
+    micro_batches: int
+    log_every: int
+    checkpoint_every: int
+    evaluate_every: int | None
+    panels_every: int | None
+
+    def due(self, every: int | None, step: int) -> bool:
+        """Whether something done `every` so many steps, and at the last, is due after `step`."""
+        return every is not None and (step % every == 0 or step == self.total_steps)
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop calls beside training; every rank calls both."""
+
+    evaluate: Callable[[int], None]
+    panels: Callable[[int, Batch], None]
+
+
+def train(
+    task: Task,
+    batches: Iterator[Batch],
+    *,
+    plan: Plan,
+    start_step: int,
+    checkpoints: Checkpoints,
+    meter: Meter,
+    hooks: Hooks,
+    world: World,
+) -> None:
+    """Trains from `start_step` to the end of the plan; `batches` begins at that step.
+
+    Raises `StopRequested` after a save when any rank was asked to stop, `UserError` when a loss is no longer finite.
+    """
+    parts: dict[str, Part] = {**task.engines, "random": RandomState(world)}
+    for step in range(start_step, plan.total_steps):
+        for _ in range(plan.micro_batches):
+            batch = meter.wait_for(batches)
+            losses = task.losses(batch, step=step)
+            for name, engine in task.engines.items():
+                engine.backward(torch.stack(list(losses[name].values())).sum())
+            meter.add_losses(losses)
+        _step_engines(task, step=step, meter=meter)
+        done = step + 1
+        if plan.due(plan.log_every, done):
+            meter.write(done)
+        stop = not world.all_true(not stop_requested())
+        with meter.paused():
+            if plan.due(plan.panels_every, done):
+                hooks.panels(done, batch)
+            if plan.due(plan.evaluate_every, done):
+                hooks.evaluate(done)
+            if stop or plan.due(plan.checkpoint_every, done):
+                checkpoints.save(done, parts)
+        if stop and done < plan.total_steps:
+            raise StopRequested(f"stopped after step {done} of {plan.total_steps}, saved")
+
+
+def _step_engines(task: Task, *, step: int, meter: Meter) -> None:
+    for name, engine in task.engines.items():
+        rate = task.learning_rate(name, step=step)
+        norm = engine.step(learning_rate=rate)
+        if not math.isfinite(norm):  # the norm is the same on every rank, so all raise together
+            raise UserError(
+                f"{name}: the gradient at step {step + 1} is {norm}: lower its learning_rate ({rate:.2g} here) or its "
+                "optimizer.clip; the last checkpoint stands"
+            )
+        meter.add_step(name, learning_rate=rate, gradient_norm=norm)

@@ -1,0 +1,81 @@
+"""Counts what training costs and yields between two log lines: losses, rates, norms, images/s, time spent waiting for data."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+
+from dpkd.data.stream import Batch
+from dpkd.world import World
+
+
+class Sink(Protocol):
+    """Where numbers go, on rank 0."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Takes named numbers of one step."""
+
+
+class Meter:
+    """Sums on the device, reads it only when a line is due, and averages over ranks."""
+
+    def __init__(self, *, sinks: tuple[Sink, ...], world: World, images_per_step: int) -> None:
+        self._sinks = sinks
+        self._world = world
+        self._images_per_step = images_per_step
+        self._reset()
+
+    def wait_for(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch on this rank's device; the wait is counted."""
+        began = time.perf_counter()
+        batch = next(batches).to(self._world.device)
+        self._wait_s += time.perf_counter() - began
+        return batch
+
+    def add_losses(self, losses: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Adds the losses of one micro-batch."""
+        self._micro_batches += 1
+        for name, parts in losses.items():
+            for objective, loss in parts.items():
+                key = f"loss/{name}/{objective}"
+                self._losses[key] = self._losses.get(key, 0.0) + loss.detach().float()
+
+    def add_step(self, name: str, *, learning_rate: float, gradient_norm: float) -> None:
+        """Adds one engine's step."""
+        self._norms[name].append(gradient_norm)
+        self._rates[name] = learning_rate
+
+    def write(self, step: int) -> None:
+        """Hands the means since the last call to the sinks; every rank calls it."""
+        keys = sorted(self._losses)
+        means = torch.stack([torch.as_tensor(self._losses[key], device=self._world.device) for key in keys])
+        means = self._world.mean_(means / self._micro_batches)
+        elapsed = time.perf_counter() - self._began
+        steps = len(next(iter(self._norms.values())))
+        values = dict(zip(keys, means.tolist(), strict=True))
+        values |= {f"gradient_norm/{name}": sum(norms) / len(norms) for name, norms in self._norms.items()}
+        values |= {f"learning_rate/{name}": rate for name, rate in self._rates.items()}
+        values["speed/images_per_s"] = steps * self._images_per_step / elapsed
+        values["speed/data_wait_fraction"] = self._wait_s / elapsed
+        if self._world.rank == 0:
+            for sink in self._sinks:
+                sink.scalars(step, values)
+        self._reset()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves what happens inside (evaluation, saves) out of images/s."""
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began
+
+    def _reset(self) -> None:
+        self._began = time.perf_counter()
+        self._wait_s = 0.0
+        self._micro_batches = 0
+        self._losses: dict[str, torch.Tensor | float] = {}
+        self._norms: dict[str, list[float]] = defaultdict(list)
+        self._rates: dict[str, float] = {}
