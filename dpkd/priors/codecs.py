@@ -1,0 +1,125 @@
+"""How maps become bytes: each codec turns a map into bytes and back.
+
+A stored map names its codec, shape (H, W, C) and scale, and so is read without the settings of its prior:
+
+    codec    bytes                                                         value
+    jpeg     grey JPEG, H x (C·W), the channels side by side               uint8 · scale, float32
+    nibbles  zlib of 4-bit values in C, H, W order, first one high         4 bits · scale, float32
+    labels   PNG, H x (C·W), 8 bits where the labels allow it, else 16     the label, int32 (scale 1)
+"""
+
+import zlib
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+Map = npt.NDArray[np.float32] | npt.NDArray[np.int32]
+"""HWC: float32 in [0, 1], or int32 region labels."""
+Shape = tuple[int, int, int]
+
+
+class Codec(Protocol):
+    """Turns maps into bytes and back."""
+
+    @property
+    def name(self) -> str:
+        """Stands beside the stored bytes."""
+
+    @property
+    def scale(self) -> float:
+        """What a stored integer is multiplied with."""
+
+    def encode(self, map_HWC: Map) -> bytes:
+        """The map as bytes."""
+
+    def decode(self, data: bytes, shape: Shape) -> Map:
+        """The map that `data` holds; raises ValueError when it does not hold one of this shape."""
+
+
+@dataclass(frozen=True)
+class JpegCodec:
+    """Grey JPEG of maps in [0, 1]: for smooth maps, off by about 0.01."""
+
+    quality: int = 85
+    name: ClassVar[str] = "jpeg"
+    scale: ClassVar[float] = 1 / 255
+
+    def encode(self, map_HWC: Map) -> bytes:
+        """The map as a JPEG file."""
+        return _encode_image(".jpg", _quantise(map_HWC, 255), (cv2.IMWRITE_JPEG_QUALITY, self.quality))
+
+    def decode(self, data: bytes, shape: Shape) -> npt.NDArray[np.float32]:
+        """The map as float32 in [0, 1]."""
+        return _decode_image(data, shape) * np.float32(self.scale)
+
+
+@dataclass(frozen=True)
+class NibbleCodec:
+    """Four bits a value: for many small channels, off by at most 1/30."""
+
+    name: ClassVar[str] = "nibbles"
+    scale: ClassVar[float] = 1 / 15
+
+    def encode(self, map_HWC: Map) -> bytes:
+        """The map as packed and compressed nibbles."""
+        nibbles = _quantise(map_HWC, 15).transpose(2, 0, 1).ravel()
+        if nibbles.size % 2:
+            nibbles = np.append(nibbles, np.uint8(0))
+        return zlib.compress((nibbles[0::2] << 4 | nibbles[1::2]).tobytes(), 9)
+
+    def decode(self, data: bytes, shape: Shape) -> npt.NDArray[np.float32]:
+        """The map as float32 in [0, 1]."""
+        packed = np.frombuffer(zlib.decompress(data), np.uint8)
+        height, width, channels = shape
+        count = height * width * channels
+        if packed.size != (count + 1) // 2:
+            raise ValueError(f"{packed.size} bytes do not hold {count} values of 4 bits")
+        nibbles = np.stack((packed >> 4, packed & 15), axis=1).ravel()[:count]
+        return nibbles.reshape(channels, height, width).transpose(1, 2, 0) * np.float32(self.scale)
+
+
+@dataclass(frozen=True)
+class LabelCodec:
+    """PNG of region labels from 0 to 65,535: exact."""
+
+    name: ClassVar[str] = "labels"
+    scale: ClassVar[float] = 1.0
+
+    def encode(self, map_HWC: Map) -> bytes:
+        """The labels as a PNG file."""
+        assert 0 <= map_HWC.min() and map_HWC.max() < 65536, "labels must fit into 16 bits"
+        narrow = map_HWC.astype(np.uint8 if map_HWC.max() < 256 else np.uint16)
+        return _encode_image(".png", narrow, (cv2.IMWRITE_PNG_COMPRESSION, 9))
+
+    def decode(self, data: bytes, shape: Shape) -> npt.NDArray[np.int32]:
+        """The labels as int32."""
+        return _decode_image(data, shape).astype(np.int32)
+
+
+CODECS: dict[str, Codec] = {codec.name: codec for codec in (JpegCodec(), NibbleCodec(), LabelCodec())}
+"""The codecs by the name that stored maps bear."""
+
+
+def _quantise(map_HWC: Map, levels: int) -> npt.NDArray[np.uint8]:
+    """The values times `levels`, rounded, as uint8."""
+    return np.rint(np.clip(map_HWC, 0, 1) * levels).astype(np.uint8)
+
+
+def _encode_image(extension: str, map_HWC: npt.NDArray[np.integer], parameters: tuple[int, int]) -> bytes:
+    """The channels side by side as an image file."""
+    height, width, channels = map_HWC.shape
+    done, data = cv2.imencode(extension, map_HWC.transpose(0, 2, 1).reshape(height, channels * width), parameters)
+    assert done, f"OpenCV could not write {extension}"
+    return data.tobytes()
+
+
+def _decode_image(data: bytes, shape: Shape) -> npt.NDArray[np.integer]:
+    """The channels of an image file that has them side by side."""
+    height, width, channels = shape
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if image is None or image.shape != (height, channels * width):
+        raise ValueError(f"the bytes are not an image of {height} x {channels * width}")
+    return image.reshape(height, channels, width).transpose(0, 2, 1)

@@ -1,0 +1,98 @@
+"""What stands out as figure: minimum barrier saliency."""
+
+from typing import ClassVar, Literal
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from dpkd.priors.codecs import JpegCodec, Map
+from dpkd.priors.extractor import grid_size, mirror
+from dpkd.section import Section
+
+FRAME_SHARE = 0.1
+"""Width of the four strips that stand for background, as a share of the image's side."""
+
+
+class Saliency(Section):
+    """Saliency in [0, 1], one channel, a cell every `stride` pixels.
+
+    MB+ of Zhang et al. 2015 ("Minimum barrier salient object detection at 80 FPS"): the minimum barrier distance of each
+    pixel to the frame of the image, plus its Mahalanobis distance to the colours of the strips along the frame, weighted
+    towards the centre and sharpened by a sigmoid. Without the paper's morphological smoothing.
+    """
+
+    kind: Literal["saliency"] = "saliency"
+    working_px: int = Field(112, ge=16)
+    """Longer side at which it is computed; smaller images are taken as they are."""
+    passes: int = Field(3, ge=1)
+    """Raster scans of the distance transform."""
+    sharpness: float = Field(10.0, gt=0)
+    stride: int = Field(4, ge=1)
+
+    version: ClassVar[int] = 1
+    channels: ClassVar[int] = 1
+    nearest: ClassVar[bool] = False
+    codec: ClassVar[JpegCodec] = JpegCodec()
+
+    def map(self, image_HWC: npt.NDArray[np.uint8]) -> Map:
+        """Saliency of an RGB image, float32 HW1."""
+        from dpkd.priors.minimum_barrier import barrier_distance  # here: numba must not load with the settings
+
+        lab_HWC = cv2.cvtColor(_shrink(image_HWC, self.working_px), cv2.COLOR_RGB2Lab)
+        distance_HW = _unit(barrier_distance(lab_HWC, self.passes).astype(np.float32))
+        distance_HW = _unit(distance_HW + _unit(_difference_from_frame(lab_HWC)))
+        saliency_HW = _unit(distance_HW * _centre_weight(*lab_HWC.shape[:2]))
+        saliency_HW = 1 / (1 + np.exp(np.float32(self.sharpness) * (np.float32(0.5) - saliency_HW)))
+        height, width = grid_size(image_HWC, self.stride)
+        shrinks = height < saliency_HW.shape[0]
+        method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        return cv2.resize(saliency_HW, (width, height), interpolation=method)[:, :, None]
+
+    def flip(self, map_HWC: Map) -> Map:
+        """The map of the mirrored image."""
+        return mirror(map_HWC)
+
+
+def _shrink(image_HWC: npt.NDArray[np.uint8], longer_px: int) -> npt.NDArray[np.uint8]:
+    """The image with its longer side at most `longer_px`."""
+    height, width = image_HWC.shape[:2]
+    scale = longer_px / max(height, width)
+    if scale >= 1:
+        return image_HWC
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return cv2.resize(image_HWC, size, interpolation=cv2.INTER_AREA)
+
+
+def _difference_from_frame(lab_HWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Mahalanobis distance to the colours of the strips, each by its largest, summed without the most different strip."""
+    height, width = lab_HWC.shape[:2]
+    rows, columns = max(1, round(FRAME_SHARE * height)), max(1, round(FRAME_SHARE * width))
+    strips = (lab_HWC[:rows], lab_HWC[-rows:], lab_HWC[:, :columns], lab_HWC[:, -columns:])
+    pixel_NC = lab_HWC.reshape(-1, 3).astype(np.float32)
+    distances = np.stack([_unit(_mahalanobis(pixel_NC, strip.reshape(-1, 3))) for strip in strips])
+    return (distances.sum(0) - distances.max(0)).reshape(height, width)
+
+
+def _mahalanobis(pixel_NC: npt.NDArray[np.float32], strip_MC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Distance of each pixel to the mean colour of a strip, in its standard deviations; one level of noise is added."""
+    mean_C = strip_MC.mean(0)
+    centred_MC = strip_MC - mean_C
+    covariance_CC = centred_MC.T @ centred_MC / len(strip_MC) + np.eye(3)
+    whitening_CC = np.linalg.cholesky(np.linalg.inv(covariance_CC)).astype(np.float32)
+    white_NC = (pixel_NC - mean_C.astype(np.float32)) @ whitening_CC
+    return np.sqrt(np.square(white_NC).sum(1))
+
+
+def _centre_weight(height: int, width: int) -> npt.NDArray[np.float32]:
+    """1 at the centre, falling in a straight line to 0 in the corners."""
+    y_H = (np.arange(height, dtype=np.float32) + 0.5) / height - 0.5
+    x_W = (np.arange(width, dtype=np.float32) + 0.5) / width - 0.5
+    return 1 - np.sqrt(y_H[:, None] ** 2 + x_W[None, :] ** 2) * np.float32(np.sqrt(2))
+
+
+def _unit(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The values divided by the largest; zeros stay zeros."""
+    largest = values.max()
+    return values / largest if largest > 0 else values

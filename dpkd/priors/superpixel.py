@@ -1,0 +1,59 @@
+"""Which pixels belong together: superpixels."""
+
+from typing import ClassVar, Literal
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from dpkd.priors.codecs import LabelCodec, Map
+from dpkd.priors.extractor import grid_size, mirror
+from dpkd.section import Section
+
+
+class Superpixel(Section):
+    """Region labels 0, 1, ..., one channel of int32, a cell every `stride` pixels.
+
+    F-DBSCAN superpixels of the Lab image (Loke et al. 2021, "Accelerated superpixel image segmentation with a parallelized
+    DBSCAN algorithm"), read at the centre of each cell. A label means nothing beyond its image.
+    """
+
+    kind: Literal["superpixel"] = "superpixel"
+    region_px: int = Field(16, ge=2)
+    """Side of a mean region, in pixels of the image: 196 regions at 224 x 224, 28 at 84 x 84."""
+    stride: int = Field(4, ge=1)
+
+    version: ClassVar[int] = 1
+    channels: ClassVar[int] = 1
+    nearest: ClassVar[bool] = True
+    codec: ClassVar[LabelCodec] = LabelCodec()
+
+    def map(self, image_HWC: npt.NDArray[np.uint8]) -> Map:
+        """Region labels of an RGB image, int32 HW1."""
+        label_HW = _regions(image_HWC, self.region_px)
+        height, width = grid_size(image_HWC, self.stride)
+        rows = _cell_centres(height, label_HW.shape[0])
+        columns = _cell_centres(width, label_HW.shape[1])
+        _, compact = np.unique(label_HW[np.ix_(rows, columns)], return_inverse=True)
+        return compact.reshape(height, width, 1).astype(np.int32)
+
+    def flip(self, map_HWC: Map) -> Map:
+        """The labels of the mirrored image."""
+        return mirror(map_HWC)
+
+
+def _regions(image_HWC: npt.NDArray[np.uint8], region_px: int) -> npt.NDArray[np.int32]:
+    """Labels of all pixels; an image of less than two regions is one."""
+    height, width = image_HWC.shape[:2]
+    num_regions = round(height * width / region_px**2)
+    if num_regions < 2 or min(height, width) < 8:  # ScanSegment reads past its buffers where it finds no cluster
+        return np.zeros((height, width), np.int32)
+    segment = cv2.ximgproc.createScanSegment(width, height, num_regions, 1, True)
+    segment.iterate(cv2.cvtColor(image_HWC, cv2.COLOR_RGB2Lab))  # a fresh array: ScanSegment blurs its input in place
+    return segment.getLabels()
+
+
+def _cell_centres(num_cells: int, size: int) -> npt.NDArray[np.intp]:
+    """The pixel in the middle of each of `num_cells` cells over `size` pixels."""
+    return ((np.arange(num_cells) + 0.5) * size / num_cells).astype(np.intp)
