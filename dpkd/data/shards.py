@@ -1,0 +1,296 @@
+"""The packed data set: what stands on disk, and reading it by sample.
+
+<dataset>/
+  dataset.json                      `Manifest`; written last, so a folder without it is no data set yet
+  <split>-000000.tar                a plain WebDataset tar; the members of a sample follow one another:
+      <key>.jpg|png|webp            the image, bytes as they came (other formats as PNG)
+      <key>.json                    {"label": 3 or null, "class_name", "group", "source", "attributes": {…}}
+      <key>.mask.png                optional, of the image's size
+      <key>.expert-<name>.png       optional, any number
+  <split>-000000.index.msgpack      `ShardIndex`: columns, one entry a sample; written after its tar, which it vouches for
+
+A key is the path of the image in its source without the extension. Axes: N samples.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dpkd import storage
+from dpkd.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "dataset.json"
+IMAGE_EXTENSIONS = ("jpg", "png", "webp")
+EXPERT_PREFIX = "expert-"
+
+
+class ShardInfo(BaseModel):
+    """One shard of a split."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    num_samples: int
+    size_bytes: int
+    sha256: str
+
+
+class SplitInfo(BaseModel):
+    """One split: its samples, and how many of each class (in the order of `Manifest.classes`) and without a label."""
+
+    model_config = ConfigDict(frozen=True)
+    num_samples: int
+    num_unlabelled: int
+    class_counts: tuple[int, ...]
+    shards: tuple[ShardInfo, ...]
+
+
+class Manifest(BaseModel):
+    """The content of dataset.json."""
+
+    model_config = ConfigDict(frozen=True)
+    format_version: int = FORMAT_VERSION
+    classes: tuple[str, ...]
+    splits: dict[str, SplitInfo]
+    image_mean: tuple[float, float, float]
+    """RGB, in 0..1, over the pixels of the training split."""
+    image_std: tuple[float, float, float]
+    num_left_out: int = 0
+    """Samples of the source that the splits did not ask for."""
+    num_quarantined: int = 0
+    made_from: dict[str, str]
+    """What the data set was packed from; the same values give the same bytes."""
+
+    @property
+    def fingerprint(self) -> str:
+        """The checksums of all shards in one: equal for equal data."""
+        return storage.digest(
+            "".join(shard.sha256 for split in self.splits.values() for shard in split.shards).encode()
+        )
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The index beside a shard, in columns; an offset of -1 means that the sample has no such member."""
+
+    keys: tuple[str, ...]
+    label_N: npt.NDArray[np.int64]
+    groups: tuple[str | None, ...]
+    members: dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]
+    """extension -> (offset of each sample's data, size of it)."""
+    shard: ShardInfo
+    plan: str = ""
+    """Digest of what the shard was to be made from."""
+    bad: tuple[tuple[str, str], ...] = ()
+    """(item, reason) of what could not be packed."""
+    pixel_counts: tuple[tuple[int, ...], ...] = ()
+    """For R, G and B: how often each of the 256 values occurs."""
+
+    def to_bytes(self) -> bytes:
+        """The file's content."""
+        columns = {ext: [offset.tolist(), size.tolist()] for ext, (offset, size) in sorted(self.members.items())}
+        content = {
+            "format_version": FORMAT_VERSION,
+            "shard": self.shard.model_dump(),
+            "plan": self.plan,
+            "keys": self.keys,
+            "labels": self.label_N.tolist(),
+            "groups": self.groups,
+            "members": columns,
+            "bad": self.bad,
+            "pixel_counts": self.pixel_counts,
+        }
+        packed = msgpack.packb(content)
+        assert isinstance(packed, bytes)
+        return packed
+
+    @staticmethod
+    def from_bytes(data: bytes) -> "ShardIndex":
+        """Reads the file's content; raises `ValueError` where it is not one."""
+        try:
+            content = msgpack.unpackb(data, use_list=False)
+            members = {
+                str(ext): (np.array(offset, dtype=np.int64), np.array(size, dtype=np.int64))
+                for ext, (offset, size) in content["members"].items()
+            }
+            return ShardIndex(
+                keys=content["keys"],
+                label_N=np.array(content["labels"], dtype=np.int64),
+                groups=content["groups"],
+                members=members,
+                shard=ShardInfo(**content["shard"]),
+                plan=content["plan"],
+                bad=content["bad"],
+                pixel_counts=content["pixel_counts"],
+            )
+        except (KeyError, TypeError, AttributeError, msgpack.UnpackException, ValueError) as error:
+            raise ValueError(f"not a shard index: {error!r}") from error
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample as it stands in its shard."""
+
+    key: str
+    image: bytes
+    meta: dict[str, Any]
+    mask: bytes | None = None
+    experts: dict[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A packed data set, open for reading."""
+
+    url: str
+    manifest: Manifest
+
+    @staticmethod
+    def open(url: str) -> "Dataset":
+        """Reads dataset.json; raises `UserError` where there is none or it cannot be used."""
+        place = storage.join(url, MANIFEST_NAME)
+        try:
+            manifest = Manifest.model_validate_json(storage.read_bytes(place))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UserError(f"no data set at {url}: {MANIFEST_NAME} is missing; pack one first (dpkd pack)") from error
+        except ValidationError as error:
+            raise UserError(f"{place} is not a data set's manifest: {error}; pack the data set again") from error
+        if manifest.format_version != FORMAT_VERSION:
+            raise UserError(
+                f"{place} has format version {manifest.format_version}, and this dpkd reads {FORMAT_VERSION}: pack again"
+            )
+        return Dataset(url=url, manifest=manifest)
+
+    def split(self, name: str) -> "Split":
+        """The split of that name; raises `UserError` that names the splits there are."""
+        if name not in self.manifest.splits:
+            known = ", ".join(self.manifest.splits)
+            raise UserError(f"the data set at {self.url} has no split {name!r}; it has: {known}")
+        return Split(self.url, name, self.manifest.splits[name])
+
+
+class Split:
+    """The samples of one split by number, in the order of the shards.
+
+    Pickles small: indexes and files are opened again where they are used.
+    """
+
+    def __init__(self, url: str, name: str, info: SplitInfo) -> None:
+        self.url = url
+        self.name = name
+        self.info = info
+        self.num_samples = info.num_samples
+        self.shard_sizes = [shard.num_samples for shard in info.shards]
+        self._ends = list(accumulate(self.shard_sizes))
+        self._file_of: dict[int, int] = {}
+
+    @property
+    def keys(self) -> list[str]:
+        """The key of every sample."""
+        return [key for index in self.indexes for key in index.keys]
+
+    @property
+    def groups(self) -> list[str | None]:
+        """The group of every sample, None where it has none."""
+        return [group for index in self.indexes for group in index.groups]
+
+    @cached_property
+    def label_N(self) -> npt.NDArray[np.int64]:  # noqa: N802 (the axis)
+        """The class of every sample, as its place in `Manifest.classes`; -1 without a label."""
+        return np.concatenate([np.empty(0, np.int64), *(index.label_N for index in self.indexes)])
+
+    @cached_property
+    def indexes(self) -> list[ShardIndex]:
+        """The index of every shard; raises `UserError` for one that is missing or does not belong to its shard."""
+        return [read_index(self.url, shard) for shard in self.info.shards]
+
+    def locate(self, i: int) -> tuple[int, int]:
+        """(shard number, position in the shard) of sample `i`."""
+        if not 0 <= i < self.num_samples:
+            raise IndexError(f"sample {i} of split {self.name!r}, which has {self.num_samples}")
+        shard = int(np.searchsorted(self._ends, i, side="right"))
+        return shard, i - (self._ends[shard] - self.shard_sizes[shard])
+
+    def read(self, i: int) -> Sample:
+        """Sample `i`; raises `UserError` that names the shard where its bytes are missing."""
+        shard, row = self.locate(i)
+        index = self.indexes[shard]
+        spans = {ext: (int(at[row]), int(size[row])) for ext, (at, size) in index.members.items() if at[row] >= 0}
+        start, end = min(at for at, _ in spans.values()), max(at + size for at, size in spans.values())
+        block = os.pread(self._file(shard), end - start, start)
+        if len(block) < end - start:
+            raise UserError(
+                f"{self._place(shard)} is cut short: sample {index.keys[row]!r} is not all there; pack or copy it again"
+            )
+        return _sample(
+            index.keys[row], {ext: block[at - start : at - start + size] for ext, (at, size) in spans.items()}
+        )
+
+    def read_shard(self, k: int) -> Iterator[Sample]:
+        """The samples of shard `k`, in order."""
+        first = self._ends[k] - self.shard_sizes[k]
+        for i in range(first, self._ends[k]):
+            yield self.read(i)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self.url, "name": self.name, "info": self.info}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def __del__(self) -> None:
+        for descriptor in self.__dict__.get("_file_of", {}).values():
+            os.close(descriptor)
+
+    def _place(self, shard: int) -> str:
+        return storage.join(self.url, self.info.shards[shard].name)
+
+    def _file(self, shard: int) -> int:
+        if shard not in self._file_of:
+            info = self.info.shards[shard]
+            try:
+                local = storage.fetch(self._place(shard), size_bytes=info.size_bytes, sha256_hex=info.sha256)
+                self._file_of[shard] = os.open(local, os.O_RDONLY)
+            except FileNotFoundError as error:
+                raise UserError(
+                    f"{self._place(shard)} is missing; dataset.json lists it: pack or copy it again"
+                ) from error
+        return self._file_of[shard]
+
+
+def index_name(shard_name: str) -> str:
+    """The file name of a shard's index."""
+    return shard_name.removesuffix(".tar") + ".index.msgpack"
+
+
+def read_index(url: str, shard: ShardInfo) -> ShardIndex:
+    """The index of a shard of the data set at `url`; raises `UserError` where it is missing or another shard's."""
+    place = storage.join(url, index_name(shard.name))
+    try:
+        index = ShardIndex.from_bytes(storage.read_bytes(place))
+    except FileNotFoundError as error:
+        raise UserError(f"{place} is missing; dataset.json lists its shard: pack or copy it again") from error
+    except ValueError as error:
+        raise UserError(f"{place} cannot be read: {error}; pack or copy it again") from error
+    if index.shard != shard:
+        raise UserError(f"{place} does not belong to the {shard.name} that dataset.json lists: pack the data set again")
+    return index
+
+
+def _sample(key: str, members: dict[str, bytes]) -> Sample:
+    image = next(members[ext] for ext in IMAGE_EXTENSIONS if ext in members)
+    experts = {
+        ext.removeprefix(EXPERT_PREFIX).removesuffix(".png"): data
+        for ext, data in members.items()
+        if ext.startswith(EXPERT_PREFIX)
+    }
+    return Sample(key=key, image=image, meta=json.loads(members["json"]), mask=members.get("mask.png"), experts=experts)
