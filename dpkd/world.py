@@ -1,1 +1,161 @@
-"""This process among its peers: rank, size, device, and agreement among ranks."""
+"""This process among its peers: rank, size, device, agreement among ranks, and the request to stop."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dpkd.errors import UserError
+
+Thing = TypeVar("Thing")
+
+_stop = threading.Event()
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train as one. Every method is called by all of them together, in the same order."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    control: Any = field(default=None, repr=False)
+    """A gloo group for flags and objects, which must not depend on the GPU; none uses the default group."""
+    release: Callable[[], None] | None = field(default=None, repr=False)
+    """Undoes what `join` set up; none where somebody else (Ray Train) started the process group."""
+
+    def barrier(self) -> None:
+        """Waits until every rank is here."""
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+    def all_true(self, flag: bool) -> bool:  # noqa: FBT001 (the one thing agreed on)
+        """True where `flag` is true on every rank."""
+        return min(self._gather_flags(flag)) == 1
+
+    def any_true(self, flag: bool) -> bool:  # noqa: FBT001
+        """True where `flag` is true on at least one rank."""
+        return max(self._gather_flags(flag)) == 1
+
+    def broadcast(self, thing: Thing, *, source: int = 0) -> Thing:
+        """`thing` as rank `source` has it; it must pickle."""
+        if self.size == 1:
+            return thing
+        box = [thing]
+        dist.broadcast_object_list(box, src=source, group=self.control)
+        return box[0]
+
+    def gather(self, thing: Thing) -> list[Thing]:
+        """What every rank gave, by rank, on every rank; it must pickle."""
+        if self.size == 1:
+            return [thing]
+        things: list[Any] = [None] * self.size
+        dist.all_gather_object(things, thing, group=self.control)
+        return things
+
+    def mean_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Replaces `tensor` (on this world's device) by its mean over ranks, and returns it."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+            tensor.div_(self.size)
+        return tensor
+
+    def broadcast_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Replaces `tensor` (on this world's device) by rank 0's, and returns it."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    def leave(self) -> None:
+        """Shuts down what `join` started."""
+        if self.release is not None:
+            self.release()
+
+    def _gather_flags(self, flag: bool) -> list[int]:  # noqa: FBT001
+        if self.size == 1:
+            return [int(flag)]
+        flags = torch.zeros(self.size, dtype=torch.int32)
+        flags[self.rank] = int(flag)
+        dist.all_reduce(flags, group=self.control)
+        return [int(number) for number in flags]
+
+
+def join(*, timeout_s: float = 1800.0) -> World:
+    """Joins the peers that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* name (alone without them).
+
+    A process group that runs already is used. Raises `UserError` where this machine has fewer GPUs than workers.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = _device(local_rank)
+    running = dist.is_initialized()
+    if not running:
+        _start(device, timeout=timedelta(seconds=timeout_s))
+    size = dist.get_world_size()
+    needs_control = size > 1 and dist.get_backend() != "gloo"
+    return World(
+        rank=dist.get_rank(),
+        size=size,
+        local_rank=local_rank,
+        device=device,
+        control=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if needs_control else None,
+        release=None if running else dist.destroy_process_group,
+    )
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"launcher.workers: worker {local_rank} of this machine finds no GPU of its own, {count} are visible; "
+            f"set launcher.workers={count}, or CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _start(device: torch.device, *, timeout: timedelta) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:  # needs no port, so several runs on one machine cannot meet
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    else:
+        rank = int(os.environ["RANK"])
+        dist.init_process_group(backend, init_method="env://", rank=rank, world_size=size, timeout=timeout)
+
+
+def install_stop_handler() -> None:
+    """Makes SIGTERM and SIGINT set the stop flag (a second SIGINT interrupts at once); call it in the main thread."""
+    signal.signal(signal.SIGTERM, _on_signal)
+    signal.signal(signal.SIGINT, _on_signal)
+
+
+def _on_signal(number: int, _frame: FrameType | None) -> None:
+    if number == signal.SIGINT and _stop.is_set():
+        raise KeyboardInterrupt
+    _stop.set()
+
+
+def request_stop() -> None:
+    """Sets the stop flag, as a signal would; for launchers whose workers get no signals."""
+    _stop.set()
+
+
+def stop_requested() -> bool:
+    """True once this process was asked to stop; ranks agree on it with `World.any_true`."""
+    return _stop.is_set()
+
+
+def clear_stop_request() -> None:
+    """Forgets the request to stop; for a process that goes on to another session."""
+    _stop.clear()

@@ -1,0 +1,84 @@
+"""The state of an engine on disk, the same for every engine, ZeRO stage and number of ranks.
+
+    <folder>/part-00000-of-00002.safetensors     written by rank 0 of 2, part-00001-of-00002 by rank 1
+        weight/<parameter>                       fp32
+        buffer/<buffer>                          as it is
+        exp_avg/<parameter>, exp_avg_sq/…        AdamW; momentum_buffer/<parameter> for SGD; trainable parameters only
+        average/<parameter or buffer>            where weights are averaged
+      metadata of every part: format, num_updates, num_average_updates
+
+Every tensor stands whole in exactly one part, so any engine at any world size reads it. A folder with a part missing is
+refused; torn bytes are the business of the checkpoint's manifest.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from dpkd.errors import UserError
+
+FORMAT = "1"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The numbers of an engine's state."""
+
+    num_updates: int
+    num_average_updates: int = 0
+
+
+def part_of(names: Iterable[str], *, rank: int, size: int) -> list[str]:
+    """The names that `rank` writes."""
+    return sorted(names)[rank::size]
+
+
+def write_part(folder: Path, tensors: Mapping[str, torch.Tensor], *, counts: Counts, rank: int, size: int) -> None:
+    """Writes this rank's tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": FORMAT, **{name: str(number) for name, number in vars(counts).items()}}
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(whole, folder / f"part-{rank:05d}-of-{size:05d}.safetensors", metadata=metadata)
+
+
+class StateReader:
+    """Reads tensors by name from the parts in a folder; raises `UserError` where parts or tensors do not fit."""
+
+    def __init__(self, folder: Path) -> None:
+        paths = sorted(folder.glob("part-*-of-*.safetensors"))
+        size = int(paths[0].stem.rsplit("-", 1)[1]) if paths else 1
+        if [path.name for path in paths] != [f"part-{rank:05d}-of-{size:05d}.safetensors" for rank in range(size)]:
+            raise UserError(f"{folder}: {len(paths)} of {size} parts of the state are there; use another checkpoint")
+        self._folder = folder
+        self._parts = [safe_open(path, framework="pt") for path in paths]
+        self._part_with = {name: part for part in self._parts for name in part.keys()}  # noqa: SIM118 (not a mapping)
+        metadata = self._parts[0].metadata()
+        if metadata["format"] != FORMAT:
+            raise UserError(f"{folder}: state of format {metadata['format']}, this version of dpkd reads {FORMAT}")
+        self.counts = Counts(int(metadata["num_updates"]), int(metadata["num_average_updates"]))
+
+    def check(self, shapes: Mapping[str, torch.Size]) -> None:
+        """Raises unless exactly these tensors are there, in these shapes."""
+        odd = sorted(set(shapes).symmetric_difference(self._part_with))
+        if odd:
+            where = "only on disk" if odd[0] in self._part_with else "not on disk"
+            raise UserError(
+                f"{self._folder}: {len(odd)} tensors differ from this network, optimizer or average, first {odd[0]} "
+                f"({where}); train with the settings of the checkpoint, or into another run.dir"
+            )
+        for name, shape in shapes.items():
+            found = tuple(self._part_with[name].get_slice(name).get_shape())
+            if found != tuple(shape):
+                raise UserError(
+                    f"{self._folder}: {name} has shape {found}, this network has {tuple(shape)}; "
+                    "train with the settings of the checkpoint, or into another run.dir"
+                )
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor, on CPU."""
+        tensor: torch.Tensor = self._part_with[name].get_tensor(name)
+        return tensor
