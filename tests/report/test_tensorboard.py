@@ -1,0 +1,110 @@
+"""What TensorBoard reads back from the files of a board."""
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dpkd.report.panels import CELL, GAP, TITLE_HEIGHT, panel
+from dpkd.report.tensorboard import Board
+
+
+def read(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder)).Reload()
+
+
+def test_each_network_has_its_own_run_and_shares_its_tags_with_the_others(tmp_path: Path) -> None:
+    board = Board(tmp_path)
+    board.scalars(
+        10,
+        {
+            "loss/teacher/supervised": 2.0,
+            "loss/small/supervised": 3.0,
+            "learning_rate/small": 0.1,
+            "gradient_norm/small": 0.7,
+            "speed/images_per_s": 55.0,
+        },
+    )
+    board.close()
+    assert read(tmp_path / "teacher").Tags()["scalars"] == ["loss/supervised"]
+    small = read(tmp_path / "small")
+    assert sorted(small.Tags()["scalars"]) == ["loss/supervised", "training/gradient_norm", "training/learning_rate"]
+    assert [(event.step, event.value) for event in small.Scalars("loss/supervised")] == [(10, 3.0)]
+    assert read(tmp_path).Scalars("speed/images_per_s")[0].value == 55.0
+
+
+def test_few_shot_accuracy_stands_with_its_interval_and_as_a_band(tmp_path: Path) -> None:
+    board = Board(tmp_path)
+    for step in (10, 20):
+        board.few_shot(step, network="small", split="val", scores={"5way_1shot": {"mean": 0.5, "ci95": 0.125}})
+    board.close()
+    events = read(tmp_path / "small")
+    values = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert values == {
+        "few_shot/val_5way_1shot": [0.5, 0.5],
+        "few_shot_interval/val_5way_1shot_low": [0.375, 0.375],
+        "few_shot_interval/val_5way_1shot_high": [0.625, 0.625],
+    }
+    (layout,) = events.Tensors("custom_scalars__config__")
+    assert b"few_shot_interval/val_5way_1shot_low" in layout.tensor_proto.string_val[0]
+
+
+def test_what_an_interrupted_run_wrote_beyond_its_checkpoint_is_struck_out(tmp_path: Path) -> None:
+    first = Board(tmp_path)
+    for step in (10, 20, 30):
+        first.scalars(step, {"speed/images_per_s": 1.0})
+    first.close()
+    again = Board(tmp_path, start_step=10)
+    for step in (20, 30, 40):
+        again.scalars(step, {"speed/images_per_s": 2.0})
+    again.close()
+    events = read(tmp_path).Scalars("speed/images_per_s")
+    assert [(event.step, event.value) for event in events] == [(10, 1.0), (20, 2.0), (30, 2.0), (40, 2.0)]
+
+
+def test_a_panel_has_a_row_a_sample_and_a_column_a_map(tmp_path: Path) -> None:
+    board = Board(tmp_path)
+    board.panel(
+        5,
+        network="teacher",
+        image_BCHW=torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8),
+        priors={"edge": torch.rand(3, 1, 8, 8), "superpixel": torch.randint(0, 9, (3, 1, 8, 8)).float()},
+        predictions={"edge": torch.randn(3, 1, 4, 4), "hog": torch.randn(3, 9, 4, 4)},
+        attention_B1HW=torch.rand(3, 1, 4, 4),
+    )
+    board.close()
+    (event,) = read(tmp_path / "teacher").Images("panel/priors_predictions_attention")
+    picture = np.asarray(Image.open(BytesIO(event.encoded_image_string)))
+    columns = 6  # image, edge, edge predicted, superpixel, hog predicted, attention
+    assert picture.shape == (TITLE_HEIGHT + 3 * (CELL + GAP), columns * (CELL + GAP), 3)
+
+
+def test_a_panel_shows_the_image_and_the_map_where_they_belong() -> None:
+    image_BCHW = np.zeros((1, 3, 16, 16), np.uint8)
+    image_BCHW[0, 0, :, 8:] = 255  # red on the right
+    edge_B1HW = np.zeros((1, 1, 4, 4), np.float32)
+    edge_B1HW[0, 0, 0] = 1.0  # strong at the top
+    picture = panel(image_BCHW, priors={"edge": edge_B1HW}, predictions={})
+    image = picture[TITLE_HEIGHT : TITLE_HEIGHT + CELL, :CELL]
+    assert image[5, 5].tolist() == [0, 0, 0]
+    assert image[5, CELL - 5].tolist() == [255, 0, 0]
+    edge = picture[TITLE_HEIGHT : TITLE_HEIGHT + CELL, CELL + GAP : 2 * CELL + GAP].astype(int)
+    assert edge[5].sum() > edge[CELL - 5].sum()
+
+
+@pytest.mark.parametrize("bin_index", [0, 3, 6])
+def test_the_hue_of_a_histogram_map_is_its_strongest_bin(bin_index: int) -> None:
+    hog_BCHW = np.zeros((1, 9, 2, 2), np.float32)
+    hog_BCHW[0, bin_index] = 1.0
+    picture = panel(np.zeros((1, 3, 8, 8), np.uint8), priors={"hog": hog_BCHW}, predictions={})
+    colour = picture[TITLE_HEIGHT + 9, CELL + GAP + 9]
+    assert colour.argmax() == bin_index // 3  # bins 0, 3, 6 of 9 are red, green, blue
+
+
+def test_a_map_that_is_not_finite_does_not_stop_the_picture() -> None:
+    broken_B1HW = np.full((1, 1, 4, 4), np.nan, np.float32)
+    assert panel(np.zeros((1, 3, 8, 8), np.uint8), priors={"edge": broken_B1HW}, predictions={}).dtype == np.uint8
