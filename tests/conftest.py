@@ -1,0 +1,42 @@
+"""What the tests share: one thread a process, and a small sample folder drawn once a session."""
+
+import os
+from pathlib import Path
+
+# before torch and numpy are imported: two cores carry several processes, and a thread pool in each would fight
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import cv2
+import pytest
+import torch
+
+from tools.make_sample_data import SampleSettings, draw_samples
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Keeps torch and OpenCV to one thread in this process."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+
+
+@pytest.fixture(scope="session")
+def sample_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder `<split>/<class>/*.jpg` of some 300 drawn images with masks, few of them unlabelled; read only."""
+    folder = tmp_path_factory.mktemp("sample")
+    settings = SampleSettings(
+        size=48, base_classes=6, val_classes=5, novel_classes=5, largest=32, smallest=8, evaluation=22, unlabelled=16
+    )
+    draw_samples(folder, settings=settings, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data beside the checkout; the test is skipped where it is absent."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no real data at {SHARED_DATA}")
+    return SHARED_DATA
