@@ -1,0 +1,167 @@
+"""Random views: a resized crop, a flip and a colour change, each a pure function of (settings, seed, epoch, sample).
+
+Prior maps follow the crop and the flip of their image. They come on coarser grids than it (21 x 21 for 84 x 84), so
+their crop starts and ends inside a cell: maps are resampled with the weights of a triangle filter over the exact crop,
+as Pillow does for `resize(box=...)`, labels by the nearest cell. Axes: B images, H height, W width, C channels.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dpkd.data.draws import Purpose, uniform
+from dpkd.data.settings import AugmentSettings
+
+Image = NDArray[np.uint8]
+Map = NDArray[Any]
+
+GREY = np.array([0.299, 0.587, 0.114])
+"""Luma weights of RGB (ITU-R BT.601)."""
+_NUM_CROPS = 10
+"""Crops tried before the largest one of the nearest allowed ratio is taken (Szegedy et al. 2015, as in torchvision)."""
+
+
+@dataclass(frozen=True)
+class View:
+    """How one image is seen: a box in its pixels, mirrored or not, and factors on its colours (1 changes nothing)."""
+
+    image_height: int
+    image_width: int
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool = False
+    brightness: float = 1.0
+    contrast: float = 1.0
+    saturation: float = 1.0
+
+
+def random_view(settings: AugmentSettings, image_size: tuple[int, int], *, seed: int, epoch: int, index: int) -> View:
+    """The view of sample `index` in `epoch`, for an image of (height, width) pixels."""
+    draws = uniform(2 * _NUM_CROPS + 6, seed=seed, purpose=Purpose.VIEWS, place=(epoch, index)).tolist()
+    height, width = _crop_size(settings, image_size, draws[: 2 * _NUM_CROPS])
+    at_top, at_left, flip, brightness, contrast, saturation = draws[2 * _NUM_CROPS :]
+    return View(
+        *image_size,
+        top=int(at_top * (image_size[0] - height + 1)),
+        left=int(at_left * (image_size[1] - width + 1)),
+        height=height,
+        width=width,
+        flip=flip < settings.flip,
+        brightness=_factor(settings.brightness, brightness),
+        contrast=_factor(settings.contrast, contrast),
+        saturation=_factor(settings.saturation, saturation),
+    )
+
+
+def centre_view(image_size: tuple[int, int]) -> View:
+    """The view for evaluation: the largest centred square of an image of (height, width) pixels, colours unchanged."""
+    height, width = image_size
+    side = min(height, width)
+    return View(height, width, top=(height - side) // 2, left=(width - side) // 2, height=side, width=side)
+
+
+def apply_image(view: View, image_HWC: Image, *, size: int) -> Image:
+    """The view of an RGB image at `size` x `size`, uint8: averages pixels where it shrinks, else interpolates."""
+    crop: Image = image_HWC[view.top : view.top + view.height, view.left : view.left + view.width]
+    if crop.shape[:2] != (size, size):
+        shrinks = view.height >= size and view.width >= size
+        crop = _bytes(cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR))
+    if (view.brightness, view.contrast, view.saturation) != (1.0, 1.0, 1.0):
+        crop = _bytes(cv2.transform(crop, _colour_matrix(view, mean_RGB=cv2.mean(crop)[:3])))
+    return _bytes(cv2.flip(crop, 1)) if view.flip else crop
+
+
+def apply_map(view: View, map_HWC: Map, *, size: int, nearest: bool, flip: Callable[[Map], Map]) -> NDArray[np.float32]:
+    """The same view of a map that covers the whole image, float32 at `size` x `size`.
+
+    `nearest` takes the value of the cell below each centre, for labels. `flip` gives the map of the mirrored image.
+    """
+    rows, columns = map_HWC.shape[0] / view.image_height, map_HWC.shape[1] / view.image_width
+    y = (view.top * rows, view.height * rows, map_HWC.shape[0], size)
+    x = (view.left * columns, view.width * columns, map_HWC.shape[1], size)
+    seen = map_HWC[_nearest_cells(*y)[:, None], _nearest_cells(*x)] if nearest else _resample(map_HWC, y, x)
+    return np.asarray(flip(seen) if view.flip else seen, np.float32)
+
+
+def normalise(image_BCHW: torch.Tensor, *, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """Images as float32 with each channel shifted by `mean` and divided by `std` (of RGB in 0 … 1); takes uint8."""
+    assert image_BCHW.dtype == torch.uint8, "images are normalised once, from bytes"
+    device = image_BCHW.device
+    scale_C11 = 1 / (255 * torch.tensor(std, dtype=torch.float32, device=device)[:, None, None])
+    shift_C11 = torch.tensor(mean, dtype=torch.float32, device=device)[:, None, None] * 255
+    return (image_BCHW.float() - shift_C11) * scale_C11
+
+
+def _crop_size(settings: AugmentSettings, image_size: tuple[int, int], draws: list[float]) -> tuple[int, int]:
+    """Height and width of the first crop that fits into the image."""
+    height, width = image_size
+    low, high = settings.crop_scale
+    narrow, wide = (math.log(ratio) for ratio in settings.crop_ratio)
+    for share, slant in zip(draws[::2], draws[1::2], strict=True):
+        area = (low + (high - low) * share) * height * width
+        ratio = math.exp(narrow + (wide - narrow) * slant)
+        crop_height, crop_width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < crop_height <= height and 0 < crop_width <= width:
+            return crop_height, crop_width
+    ratio = min(max(width / height, settings.crop_ratio[0]), settings.crop_ratio[1])
+    return min(height, max(1, round(width / ratio))), min(width, max(1, round(height * ratio)))
+
+
+def _bytes(image: NDArray[Any]) -> Image:
+    """What OpenCV returns, which is typed as any numbers."""
+    return np.asarray(image, np.uint8)
+
+
+def _factor(strength: float, draw: float) -> float:
+    low, high = max(0.0, 1 - strength), 1 + strength
+    return low + (high - low) * draw
+
+
+def _colour_matrix(view: View, *, mean_RGB: Sequence[float]) -> NDArray[np.float64]:
+    """The 3 x 4 matrix that scales brightness, contrast about the mean grey, saturation about each pixel's grey.
+
+    These are torchvision's three definitions in a fixed order; as one matrix, values are clipped once, at the end.
+    """
+    to_grey = np.broadcast_to(GREY, (3, 3))
+    linear = view.brightness * view.contrast * (view.saturation * np.eye(3) + (1 - view.saturation) * to_grey)
+    offset = (1 - view.contrast) * view.brightness * float(GREY @ mean_RGB)
+    return np.hstack([linear, np.full((3, 1), offset)])
+
+
+Span = tuple[float, float, int, int]
+"""A crop along one axis: its start and length in cells, the cells there are, and the samples wanted."""
+
+
+def _resample(map_HWC: Map, y: Span, x: Span) -> NDArray[np.float32]:
+    height, width, channels = map_HWC.shape
+    tall = _triangle_weights(*y) @ map_HWC.astype(np.float32, copy=False).reshape(height, width * channels)
+    return np.matmul(_triangle_weights(*x), tall.reshape(-1, width, channels))
+
+
+@lru_cache(64)
+def _triangle_weights(start: float, length: float, num_cells: int, size: int) -> NDArray[np.float32]:
+    """The weight [size, num_cells] of each cell in each sample: bilinear, with a wider triangle where it shrinks."""
+    scale = length / size
+    centre = start + (np.arange(size) + 0.5) * scale
+    distance = np.abs(centre[:, None] - (np.arange(num_cells) + 0.5))
+    weight = np.maximum(0, 1 - distance / max(scale, 1.0))
+    weight = (weight / weight.sum(1, keepdims=True)).astype(np.float32)
+    weight.setflags(write=False)
+    return weight
+
+
+@lru_cache(64)
+def _nearest_cells(start: float, length: float, num_cells: int, size: int) -> NDArray[np.int64]:
+    """The cell [size] below each sample's centre."""
+    cells = np.floor(start + (np.arange(size) + 0.5) * (length / size)).astype(np.int64).clip(0, num_cells - 1)
+    cells.setflags(write=False)
+    return cells

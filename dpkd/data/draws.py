@@ -1,0 +1,37 @@
+"""Random draws that are pure functions of a seed, a purpose and a place, and stay the same for ever.
+
+NumPy promises that the raw bits of a bit generator never change (NEP 19) but not what its distributions make of them,
+so everything here is made of raw bits. Philox (Salmon et al. 2011) turns a counter into bits: the place is the counter.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Purpose(IntEnum):
+    """What draws are for: two purposes never share a stream. The numbers are part of the order contract."""
+
+    SHARDS = 1
+    SAMPLES = 2
+    CLASSES = 3
+    VIEWS = 4
+
+
+def bits(count: int, *, seed: int, purpose: Purpose, place: tuple[int, int] = (0, 0)) -> NDArray[np.uint64]:
+    """`count` random 64-bit numbers [count] that belong to this seed, purpose and place."""
+    key = np.array([seed % 2**64, purpose], np.uint64)
+    counter = np.array([0, 0, *place], np.uint64)  # the generator counts up in the first two words
+    return np.random.Philox(key=key, counter=counter).random_raw(count)
+
+
+def uniform(count: int, *, seed: int, purpose: Purpose, place: tuple[int, int] = (0, 0)) -> NDArray[np.float64]:
+    """`count` numbers [count] drawn evenly from [0, 1), on the grid of 2^-53."""
+    raw = bits(count, seed=seed, purpose=purpose, place=place)
+    return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def permutation(count: int, *, seed: int, purpose: Purpose, place: tuple[int, int] = (0, 0)) -> NDArray[np.int64]:
+    """A random order [count] of 0 … count - 1."""
+    return np.argsort(bits(count, seed=seed, purpose=purpose, place=place), kind="stable")

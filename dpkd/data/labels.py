@@ -1,0 +1,78 @@
+"""How many labels training sees: a deterministic choice, so that label efficiency can be measured. Axes: N samples."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpkd import storage
+from dpkd.data.settings import AllLabels, LabelsPerClass, ListedLabels, VisibleLabels
+from dpkd.errors import UserError
+
+Labels = NDArray[np.int64]
+
+_NUM_NAMED = 3
+"""Keys that an error names."""
+
+
+def visible_labels(label_N: Labels, settings: VisibleLabels, *, keys: Sequence[str], seed: int) -> Labels:
+    """The labels [N] that training may see, -1 for the others.
+
+    The choice depends on the seed and the samples' keys, not on how they are packed, and it grows: the labels of a
+    smaller count or fraction are among those of a larger one.
+
+    Raises `UserError` for a list that does not fit the split.
+    """
+    if isinstance(settings, AllLabels):
+        return label_N.copy()
+    if isinstance(settings, ListedLabels):
+        shown = _listed(label_N, settings.path, keys=keys)
+    elif isinstance(settings, LabelsPerClass):
+        count = settings.count
+        shown = _first_of_each_class(label_N, lambda _: count, keys=keys, seed=seed)
+    else:
+        fraction = settings.fraction
+        shown = _first_of_each_class(label_N, lambda size: max(1, round(fraction * size)), keys=keys, seed=seed)
+    visible_N = np.full_like(label_N, -1)
+    visible_N[shown] = label_N[shown]
+    return visible_N
+
+
+def _first_of_each_class(
+    label_N: Labels, count_of: Callable[[int], int], *, keys: Sequence[str], seed: int
+) -> NDArray[np.int64]:
+    """The first samples of each class, as many as `count_of` says for its size, in an order drawn from seed and key."""
+    labelled = np.flatnonzero(label_N >= 0)
+    salt = (seed % 2**64).to_bytes(8, "little")
+    draws = [hashlib.blake2b(keys[i].encode(), digest_size=8, key=salt).digest() for i in labelled.tolist()]
+    drawn = np.frombuffer(b"".join(draws), np.uint64)
+    ordered = labelled[np.lexsort((drawn, label_N[labelled]))]
+    starts = np.flatnonzero(np.diff(label_N[ordered], prepend=-1))
+    classes = np.split(ordered, starts[1:])
+    return np.concatenate([members[: count_of(len(members))] for members in classes])
+
+
+def _listed(label_N: Labels, path: str, *, keys: Sequence[str]) -> NDArray[np.int64]:
+    """The samples that the file lists by key, one a line."""
+    try:
+        lines = storage.read_bytes(path).decode().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"data.labels.path {path!r} cannot be read as text: {error}; name a file with a key a line"
+        ) from error
+    wanted = {line.strip() for line in lines if line.strip()}
+    shown = [i for i, key in enumerate(keys) if key in wanted]
+    _refuse(wanted - {keys[i] for i in shown}, path, "are not in the split that networks are trained on (data.train)")
+    _refuse({keys[i] for i in shown if label_N[i] < 0}, path, "have no label")
+    if not shown:
+        raise UserError(f"data.labels.path {path!r} lists no key: list one a line, or leave data.labels at its default")
+    return np.array(shown, np.int64)
+
+
+def _refuse(wrong: set[str], path: str, what: str) -> None:
+    if wrong:
+        named = ", ".join(repr(key) for key in sorted(wrong)[:_NUM_NAMED])
+        raise UserError(
+            f"data.labels.path {path!r}: {len(wrong)} of the keys it lists {what}, as {named}: take them out"
+        )

@@ -1,0 +1,170 @@
+"""Which samples make global batch `s`: a pure function of (seed, s), whatever the number of ranks or loader workers.
+
+Positions 0, 1, 2 … of an endless sequence are cut into global batches, so the data position of a run is one integer,
+the step. A batch may straddle two epochs; nothing is dropped or repeated within one. Axes: B samples of a global batch,
+M micro-batches of a rank, N samples of the split, K classes.
+
+`Order` shuffles the shards of each epoch, takes them in blocks of `block_shards`, and shuffles the samples inside a
+block: remote shards stream, and memory is one permutation of a block, not of a split of ten million samples.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpkd.data.draws import Purpose, permutation
+from dpkd.errors import UserError
+
+Indices = NDArray[np.int64]
+
+_NUM_CACHED = 2
+"""Blocks and epochs kept at a time: a batch seldom touches more."""
+
+
+class SampleOrder(Protocol):
+    """What training asks of an order."""
+
+    num_samples: int
+    global_batch_size: int
+
+    def batch(self, step: int) -> Indices:
+        """The samples [B] of this step, as indices into the split."""
+
+    def epochs_of(self, step: int) -> Indices:
+        """How many times each sample [B] of this step was drawn before."""
+
+
+class _Epoch(NamedTuple):
+    shards: Indices
+    """Shards in the order of this epoch."""
+    block_start: Indices
+    """Where each block starts within the epoch; one more entry closes the last."""
+
+
+class Order:
+    """Every sample once an epoch, in a new order each time."""
+
+    def __init__(self, shard_sizes: Sequence[int], *, seed: int, global_batch_size: int, block_shards: int) -> None:
+        self.shard_sizes = np.asarray(shard_sizes, np.int64)
+        self.num_samples = int(self.shard_sizes.sum())
+        self.global_batch_size = global_batch_size
+        _require_samples(self.num_samples)
+        self._seed = seed
+        self._block_shards = block_shards
+        self._shard_start = np.concatenate([[0], np.cumsum(self.shard_sizes)])
+        self._epoch = lru_cache(_NUM_CACHED)(self._draw_epoch)
+        self._block = lru_cache(_NUM_CACHED)(self._draw_block)
+
+    def batch(self, step: int) -> Indices:
+        """The samples [B] of this step, as indices into the split's shards laid end to end."""
+        first = step * self.global_batch_size
+        parts, missing = [], self.global_batch_size
+        while missing:
+            epoch, offset = divmod(first + self.global_batch_size - missing, self.num_samples)
+            block_start = self._epoch(epoch).block_start
+            block = int(np.searchsorted(block_start, offset, side="right")) - 1
+            offset -= int(block_start[block])
+            parts.append(self._block(epoch, block)[offset : offset + missing])
+            missing -= len(parts[-1])
+        return np.concatenate(parts)
+
+    def epochs_of(self, step: int) -> Indices:
+        """The epoch of each sample [B] of this step."""
+        return _positions(step, self.global_batch_size) // self.num_samples
+
+    def _draw_epoch(self, epoch: int) -> _Epoch:
+        shards = permutation(len(self.shard_sizes), seed=self._seed, purpose=Purpose.SHARDS, place=(epoch, 0))
+        shards = shards[self.shard_sizes[shards] > 0]
+        ends = np.cumsum(self.shard_sizes[shards])
+        block_ends = np.append(ends[self._block_shards - 1 : -1 : self._block_shards], ends[-1])
+        return _Epoch(shards, np.concatenate([[0], block_ends]))
+
+    def _draw_block(self, epoch: int, block: int) -> Indices:
+        start = block * self._block_shards
+        shards = self._epoch(epoch).shards[start : start + self._block_shards]
+        samples = np.concatenate([np.arange(self._shard_start[k], self._shard_start[k + 1]) for k in shards])
+        return samples[permutation(len(samples), seed=self._seed, purpose=Purpose.SAMPLES, place=(epoch, block))]
+
+
+class ClassAwareOrder:
+    """Classes come equally often however rare they are; the samples of a class each once before any comes again.
+
+    The sequence goes in rounds: each round shows every class once, in a new order. Samples without a label (-1) keep
+    their share of the split, spread evenly, so the expected number of labels in a batch is that of `Order`.
+    """
+
+    def __init__(self, label_N: NDArray[np.int64], *, seed: int, global_batch_size: int) -> None:
+        _require_samples(len(label_N))
+        self.num_samples = len(label_N)
+        self.global_batch_size = global_batch_size
+        self._seed = seed
+        # int32 halves the memory of large splits
+        by_class = np.argsort(label_N, kind="stable").astype(np.int32 if len(label_N) < 2**31 else np.int64)
+        labels, starts = np.unique(label_N[by_class], return_index=True)
+        members = np.split(by_class, starts[1:])
+        self._unlabelled = members.pop(0) if labels[0] < 0 else by_class[:0]
+        self._members = members
+        self._label_K = labels[labels >= 0]
+        self._shuffles: dict[int, tuple[int, NDArray[np.integer]]] = {}
+        self._round = lru_cache(_NUM_CACHED)(self._draw_round)
+        self._step = lru_cache(_NUM_CACHED)(self._draw_step)
+
+    def batch(self, step: int) -> Indices:
+        """The samples [B] of this step, as indices into the split."""
+        return self._step(step)[0]
+
+    def epochs_of(self, step: int) -> Indices:
+        """How many times each sample [B] of this step was drawn before."""
+        return self._step(step)[1]
+
+    def _draw_step(self, step: int) -> tuple[Indices, Indices]:
+        drawn = [self._at(int(position)) for position in _positions(step, self.global_batch_size)]
+        pairs = np.array(drawn, np.int64)
+        return pairs[:, 0], pairs[:, 1]
+
+    def _at(self, position: int) -> tuple[int, int]:
+        """The sample at a position of the endless sequence, and how often it came before."""
+        num_unlabelled = len(self._unlabelled)
+        before = position * num_unlabelled // self.num_samples
+        if (position + 1) * num_unlabelled // self.num_samples > before:
+            return self._nth(-1, self._unlabelled, before)
+        turn, place = divmod(position - before, len(self._members))
+        slot = int(self._round(turn)[place])
+        return self._nth(int(self._label_K[slot]), self._members[slot], turn)
+
+    def _nth(self, label: int, members: NDArray[np.integer], draw: int) -> tuple[int, int]:
+        """The sample of a class that its n-th draw gives."""
+        epoch, place = divmod(draw, len(members))
+        if self._shuffles.get(label, (-1,))[0] != epoch:
+            order = permutation(len(members), seed=self._seed, purpose=Purpose.SAMPLES, place=(epoch, label + 1))
+            self._shuffles[label] = (epoch, members[order])
+        return int(self._shuffles[label][1][place]), epoch
+
+    def _draw_round(self, turn: int) -> Indices:
+        return permutation(len(self._members), seed=self._seed, purpose=Purpose.CLASSES, place=(turn, 0))
+
+
+def rank_slice(batch: Indices, *, rank: int, world_size: int, micro_batch_size: int) -> Indices:
+    """The micro-batches [M, micro] of a rank; the batch is cut before it is dealt out, so every world size has the same.
+
+    Raises `UserError` if the batch cannot be cut evenly.
+    """
+    step_size = world_size * micro_batch_size
+    if len(batch) % step_size:
+        raise UserError(
+            f"training.batch_size {len(batch)} cannot be cut into micro-batches of {micro_batch_size} on {world_size} "
+            f"workers: make it a multiple of {step_size}, or set training.micro_batch_size or launcher.workers to suit"
+        )
+    return batch.reshape(-1, micro_batch_size)[rank::world_size]
+
+
+def _positions(step: int, global_batch_size: int) -> Indices:
+    return np.arange(step * global_batch_size, (step + 1) * global_batch_size, dtype=np.int64)
+
+
+def _require_samples(num_samples: int) -> None:
+    if not num_samples:
+        raise UserError("data.train names a split without samples: name another split, or pack the images again")
