@@ -90,7 +90,8 @@ class LabelCodec:
 
     def encode(self, map_HWC: Map) -> bytes:
         """The labels as a PNG file."""
-        assert 0 <= map_HWC.min() and map_HWC.max() < 65536, "labels must fit into 16 bits"
+        assert map_HWC.min() >= 0, "labels count from 0"
+        assert map_HWC.max() < 65536, "labels fit into 16 bits"
         narrow = map_HWC.astype(np.uint8 if map_HWC.max() < 256 else np.uint16)
         return _encode_image(".png", narrow, (cv2.IMWRITE_PNG_COMPRESSION, 9))
 

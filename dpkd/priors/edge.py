@@ -18,8 +18,8 @@ FULL_SCALE = 64.0
 class Edge(Section):
     """Edge strength in [0, 1], one channel, a cell every `stride` pixels.
 
-    With the structure tensor J = Σ_c w_c² (∇G_s∗I_c)(∇G_s∗I_c)ᵀ of the Lab image (Di Zenzo 1986), the strength at scale s is
-    e = s·√λ_max(J) (Lindeberg 1998, γ-normalised, γ = 1); the mean over the scales is stored as √min(E/64, 1).
+    With the structure tensor J = Σ_c w_c² (∇G_s∗I_c)(∇G_s∗I_c)ᵀ of the Lab image (Di Zenzo 1986), the strength at scale s
+    is e_s = s·√λ_max(J) (Lindeberg 1998, γ-normalised, γ = 1); E is the mean over the scales, the map √min(E/64, 1).
     """
 
     kind: Literal["edge"] = "edge"
@@ -28,7 +28,7 @@ class Edge(Section):
     chroma: float = Field(3.0, gt=0)
     """Weight of the colour channels a and b against lightness."""
     smooth: bool = False
-    """Filters the image first, keeping edges (domain transform, Gastal & Oliveira 2011): better boundaries, twice the time."""
+    """Smooths the image first, but not across edges (domain transform, Gastal & Oliveira 2011): better, twice the time."""
     stride: int = Field(4, ge=1)
 
     version: ClassVar[int] = 1
@@ -39,7 +39,7 @@ class Edge(Section):
     def map(self, image_HWC: npt.NDArray[np.uint8]) -> Map:
         """Edge strength of an RGB image, float32 HW1."""
         if self.smooth:
-            image_HWC = cv2.ximgproc.dtFilter(image_HWC, image_HWC, 20, 60)
+            image_HWC = np.asarray(cv2.ximgproc.dtFilter(image_HWC, image_HWC, 20, 60), np.uint8)
         lab_HWC = cv2.cvtColor(image_HWC.astype(np.float32) * np.float32(1 / 255), cv2.COLOR_RGB2Lab)
         lab_HWC *= np.array([1, self.chroma, self.chroma], np.float32)
         strength_HW = sum(_strength(lab_HWC, scale) for scale in self.scales) / len(self.scales)

@@ -15,8 +15,8 @@ from dpkd.section import Section
 class Hog(Section):
     """A histogram of gradient orientation for each cell of about `cell` pixels: `bins` channels in [0, 1].
 
-    Dalal & Triggs 2005, as MaskFeat (Wei et al. 2022) takes it for a target: central differences, the channel of the largest
-    gradient, unsigned orientation, magnitudes shared between the two nearest bins, each cell divided by its l2 norm.
+    Dalal & Triggs 2005, as MaskFeat (Wei et al. 2022) takes it for a target: central differences, the colour of the
+    largest gradient, unsigned orientation, magnitudes shared by the two nearest bins, cells divided by their l2 norm.
     Sharing also makes the map of a mirrored image exactly the map with its bins reversed.
     """
 
@@ -36,9 +36,9 @@ class Hog(Section):
     def map(self, image_HWC: npt.NDArray[np.uint8]) -> Map:
         """Oriented gradients of an RGB image, float32 HWC."""
         height, width = grid_size(image_HWC, self.cell)
-        votes_HWC = _votes(*_gradient(image_HWC), self.bins)
-        histogram_HWC = cv2.resize(votes_HWC, (width, height), interpolation=cv2.INTER_AREA)
-        histogram_HWC = histogram_HWC.reshape(height, width, self.bins)
+        votes_CHW = _votes(*_gradient(image_HWC), self.bins)
+        planes = [cv2.resize(votes_HW, (width, height), interpolation=cv2.INTER_AREA) for votes_HW in votes_CHW]
+        histogram_HWC = np.stack(planes, axis=2)
         norm_HW1 = np.sqrt(np.square(histogram_HWC).sum(2, keepdims=True) + np.float32(1e-10))
         return histogram_HWC / norm_HW1
 
@@ -48,25 +48,29 @@ class Hog(Section):
 
 
 def _gradient(image_HWC: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """The derivatives along x and y of the channel whose gradient is the largest, pixel by pixel; zero across the frame."""
+    """The derivatives along x and y of the colour whose gradient is the largest at each pixel; zero across the frame."""
     difference, one = np.array([-1.0, 0, 1]) / 255, np.array([1.0])
-    dx_HWC = cv2.sepFilter2D(image_HWC, cv2.CV_32F, difference, one)
-    dy_HWC = cv2.sepFilter2D(image_HWC, cv2.CV_32F, one, difference)
-    largest_HW1 = np.argmax(dx_HWC * dx_HWC + dy_HWC * dy_HWC, axis=2)[:, :, None]
-    dx_HW1 = np.take_along_axis(dx_HWC, largest_HW1, axis=2)
-    dy_HW1 = np.take_along_axis(dy_HWC, largest_HW1, axis=2)
-    return dx_HW1[:, :, 0], dy_HW1[:, :, 0]
+    dx_HW, *other_dx = cv2.split(cv2.sepFilter2D(image_HWC, cv2.CV_32F, difference, one))
+    dy_HW, *other_dy = cv2.split(cv2.sepFilter2D(image_HWC, cv2.CV_32F, one, difference))
+    square_HW = dx_HW * dx_HW + dy_HW * dy_HW
+    for channel_dx, channel_dy in zip(other_dx, other_dy, strict=True):
+        channel_square = channel_dx * channel_dx + channel_dy * channel_dy
+        larger = (channel_square > square_HW).view(np.uint8)
+        cv2.copyTo(channel_square, larger, square_HW)
+        cv2.copyTo(channel_dx, larger, dx_HW)
+        cv2.copyTo(channel_dy, larger, dy_HW)
+    return dx_HW, dy_HW
 
 
 def _votes(dx_HW: npt.NDArray[np.float32], dy_HW: npt.NDArray[np.float32], bins: int) -> npt.NDArray[np.float32]:
-    """Each pixel's magnitude, shared between the two bins nearest to its orientation; HWC with `bins` channels."""
+    """Each pixel's magnitude, shared between the two bins nearest to its orientation; CHW with `bins` channels."""
     magnitude_HW, angle_HW = cv2.cartToPolar(dx_HW, dy_HW)
-    position_HW = angle_HW * np.float32(bins / np.pi) - np.float32(0.5)
-    below_HW = np.floor(position_HW)
-    share_HW = position_HW - below_HW
-    below = below_HW.astype(np.int32).ravel() % bins
-    votes = np.zeros((below.size, bins), np.float32)
-    rows = np.arange(below.size)
-    votes[rows, below] = (magnitude_HW * (1 - share_HW)).ravel()
-    votes[rows, (below + 1) % bins] = (magnitude_HW * share_HW).ravel()
-    return votes.reshape(*dx_HW.shape, bins)
+    position_HW = angle_HW * np.float32(bins / np.pi) + np.float32(bins - 0.5)
+    below_HW = position_HW.astype(np.int32)
+    upper_HW = magnitude_HW * (position_HW - below_HW)
+    pixel_N = np.arange(dx_HW.size)
+    below_N = (below_HW % bins).ravel()
+    votes_CN = np.zeros((bins, dx_HW.size), np.float32)
+    votes_CN[below_N, pixel_N] = (magnitude_HW - upper_HW).ravel()
+    votes_CN[(below_N + 1) % bins, pixel_N] = upper_HW.ravel()
+    return votes_CN.reshape(bins, *dx_HW.shape)

@@ -8,8 +8,8 @@ from numba import njit
 def barrier_distance(image_HWC: npt.NDArray[np.uint8], passes: int) -> npt.NDArray[np.int32]:
     """Minimum barrier distance of each pixel to the frame, summed over the channels; int32 HW.
 
-    The barrier of a path is its highest less its lowest value. Fast raster scanning (Zhang et al. 2015, algorithm 1) never
-    gives less than the exact distance, and is close to it after three passes.
+    The barrier of a path is its highest less its lowest value. Raster scanning (Zhang et al. 2015, algorithm 1) never
+    gives less than the exact distance, and comes close to it in three passes.
     """
     distance_HW = np.zeros(image_HWC.shape[:2], np.int32)
     for channel in range(image_HWC.shape[2]):

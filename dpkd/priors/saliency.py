@@ -18,9 +18,9 @@ FRAME_SHARE = 0.1
 class Saliency(Section):
     """Saliency in [0, 1], one channel, a cell every `stride` pixels.
 
-    MB+ of Zhang et al. 2015 ("Minimum barrier salient object detection at 80 FPS"): the minimum barrier distance of each
-    pixel to the frame of the image, plus its Mahalanobis distance to the colours of the strips along the frame, weighted
-    towards the centre and sharpened by a sigmoid. Without the paper's morphological smoothing.
+    MB+ of Zhang et al. 2015 ("Minimum barrier salient object detection at 80 FPS"): the minimum barrier distance of
+    each pixel to the frame of the image, plus its Mahalanobis distance to the colours of the strips along the frame,
+    weighted towards the centre and sharpened by a sigmoid. Without the paper's morphological smoothing.
     """
 
     kind: Literal["saliency"] = "saliency"
@@ -38,9 +38,9 @@ class Saliency(Section):
 
     def map(self, image_HWC: npt.NDArray[np.uint8]) -> Map:
         """Saliency of an RGB image, float32 HW1."""
-        from dpkd.priors.minimum_barrier import barrier_distance  # here: numba must not load with the settings
+        from dpkd.priors.minimum_barrier import barrier_distance  # noqa: PLC0415 (numba must not load with the settings)
 
-        lab_HWC = cv2.cvtColor(_shrink(image_HWC, self.working_px), cv2.COLOR_RGB2Lab)
+        lab_HWC = np.asarray(cv2.cvtColor(_shrink(image_HWC, self.working_px), cv2.COLOR_RGB2Lab), np.uint8)
         distance_HW = _unit(barrier_distance(lab_HWC, self.passes).astype(np.float32))
         distance_HW = _unit(distance_HW + _unit(_difference_from_frame(lab_HWC)))
         saliency_HW = _unit(distance_HW * _centre_weight(*lab_HWC.shape[:2]))
@@ -62,11 +62,11 @@ def _shrink(image_HWC: npt.NDArray[np.uint8], longer_px: int) -> npt.NDArray[np.
     if scale >= 1:
         return image_HWC
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return cv2.resize(image_HWC, size, interpolation=cv2.INTER_AREA)
+    return np.asarray(cv2.resize(image_HWC, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def _difference_from_frame(lab_HWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """Mahalanobis distance to the colours of the strips, each by its largest, summed without the most different strip."""
+    """Mahalanobis distance to the colours of each strip, by its largest, summed without the most different strip."""
     height, width = lab_HWC.shape[:2]
     rows, columns = max(1, round(FRAME_SHARE * height)), max(1, round(FRAME_SHARE * width))
     strips = (lab_HWC[:rows], lab_HWC[-rows:], lab_HWC[:, :columns], lab_HWC[:, -columns:])

@@ -15,8 +15,8 @@ from dpkd.section import Section
 class Superpixel(Section):
     """Region labels 0, 1, ..., one channel of int32, a cell every `stride` pixels.
 
-    F-DBSCAN superpixels of the Lab image (Loke et al. 2021, "Accelerated superpixel image segmentation with a parallelized
-    DBSCAN algorithm"), read at the centre of each cell. A label means nothing beyond its image.
+    F-DBSCAN superpixels of the Lab image (Loke et al. 2021, "Accelerated superpixel image segmentation with a
+    parallelized DBSCAN algorithm"), read at the centre of each cell. A label means nothing beyond its image.
     """
 
     kind: Literal["superpixel"] = "superpixel"
@@ -51,7 +51,7 @@ def _regions(image_HWC: npt.NDArray[np.uint8], region_px: int) -> npt.NDArray[np
         return np.zeros((height, width), np.int32)
     segment = cv2.ximgproc.createScanSegment(width, height, num_regions, 1, True)
     segment.iterate(cv2.cvtColor(image_HWC, cv2.COLOR_RGB2Lab))  # a fresh array: ScanSegment blurs its input in place
-    return segment.getLabels()
+    return np.asarray(segment.getLabels(), np.int32)
 
 
 def _cell_centres(num_cells: int, size: int) -> npt.NDArray[np.intp]:
