@@ -1,0 +1,247 @@
+"""Workers on this machine, under torch's elastic agent.
+
+The agent starts, watches and ends one generation of workers; whether another follows is decided here (`gang.verdict`),
+because only we can tell a user's error and a stop from a death. Each generation has a folder:
+
+    generation-0/
+      stop            exists once this process was asked to stop: for workers not yet listening to signals
+      rank-1.pickle   the `Failure` of a worker that raised
+      …/1/stderr.log  what workers other than the first printed
+"""
+
+import ctypes
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed.elastic.rendezvous.registry as rendezvous_registry
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+
+from dpkd import world
+from dpkd.errors import StopRequested, UserError
+from dpkd.gang import Failure, verdict
+from dpkd.report.progress import say
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+AGENT_PATIENCE_S = 20.0
+"""Less than the 30 s that the agent gives the others once one has failed."""
+EXIT_CODES: dict[type[Exception], int] = {UserError: 2, StopRequested: 75}
+
+
+class LocalGang:
+    """`num_workers` processes on this machine; the first one's output is the user's, the others' goes to files.
+
+    `threads` are the CPU threads of one worker (none: the cores shared out, unless OMP_NUM_THREADS says). Workers that
+    were asked to stop are killed after `stop_grace_s`, or at a second Ctrl-C.
+    """
+
+    def __init__(
+        self, num_workers: int, *, max_restarts: int, threads: int | None = None, stop_grace_s: float = 30.0
+    ) -> None:
+        assert num_workers >= 1, num_workers
+        self.num_workers = num_workers
+        self._max_restarts = max_restarts
+        self._threads = threads or _default_threads(num_workers)
+        self._stop_grace_s = stop_grace_s
+
+    def run(self, work: Callable[[Any], None], argument: Any) -> None:
+        """See `Gang.run`."""
+        _quieten_elastic()
+        with tempfile.TemporaryDirectory(prefix="dpkd-gang-") as folder:
+            for restarts_left in range(self._max_restarts, -1, -1):
+                generation = Path(folder) / f"generation-{self._max_restarts - restarts_left}"
+                generation.mkdir()
+                stopper = _Stopper(generation, grace_s=self._stop_grace_s)
+                result = self._run_once(_Task(work, argument, generation, self._threads), stopper)
+                if not result.is_failed():
+                    return
+                failures = _failures(result, generation, num_workers=self.num_workers)
+                error = verdict(failures, stop_requested=stopper.requested, restarts_left=restarts_left)
+                if error is not None:
+                    raise error
+                first = min(failures, key=lambda failure: failure.time_s)
+                reason = first.cause.strip().splitlines()[-1]
+                say(f"worker {first.rank} failed ({reason}); all start again, {restarts_left - 1} restarts left")
+
+    def _run_once(self, task: "_Task", stopper: "_Stopper") -> RunResult:
+        rendezvous = RendezvousParameters(
+            backend="c10d",
+            endpoint="127.0.0.1:0",
+            run_id=uuid.uuid4().hex,
+            min_nodes=1,
+            max_nodes=1,
+            local_addr="127.0.0.1",
+        )
+        spec = WorkerSpec(
+            role="dpkd",
+            local_world_size=self.num_workers,
+            entrypoint=_enter,
+            args=(task,),
+            rdzv_handler=rendezvous_registry.get_rendezvous_handler(rendezvous),
+            max_restarts=0,
+            monitor_interval=0.1,
+            local_addr="127.0.0.1",
+        )
+        others: dict[int, Std] = dict.fromkeys(range(1, self.num_workers), Std.ALL)
+        agent = LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=str(task.folder), redirects=others))
+        with stopper.watching(agent):
+            return agent.run()
+
+
+@dataclass(frozen=True)
+class _Task:
+    work: Callable[[Any], None]
+    argument: Any
+    folder: Path
+    threads: int | None
+
+
+class _Stopper:
+    """Turns signals to this process into a request to its workers, and into their end when they take too long."""
+
+    def __init__(self, folder: Path, *, grace_s: float) -> None:
+        self.requested = False
+        self._mark = folder / "stop"
+        self._timer = threading.Timer(grace_s, self._signal_workers, (signal.SIGKILL,))
+        self._timer.daemon = True
+        self._agent: LocalElasticAgent | None = None
+
+    @contextmanager
+    def watching(self, agent: LocalElasticAgent) -> Iterator[None]:
+        """Handles the stop signals while the agent runs; does nothing outside the main thread, which alone may."""
+        self._agent = agent
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        # The agent would answer the first signal itself, and a second one by leaving its workers behind.
+        before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGQUIT)}
+        handled_by_agent = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE")
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
+        if world.stop_requested():  # asked before we listened
+            self._on_signal(signal.SIGTERM, None)
+        try:
+            yield
+        finally:
+            self._timer.cancel()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            os.environ.pop("TORCHELASTIC_SIGNALS_TO_HANDLE")
+            if handled_by_agent is not None:
+                os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = handled_by_agent
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if not self.requested:
+            self.requested = True
+            self._mark.touch()
+            self._signal_workers(signal.SIGTERM)
+            self._timer.start()
+        elif number == signal.SIGINT:
+            self._signal_workers(signal.SIGKILL)
+
+    def _signal_workers(self, number: signal.Signals) -> None:
+        assert self._agent is not None
+        for worker in self._agent.get_worker_group().workers:
+            if worker.id is not None:
+                try:
+                    os.kill(worker.id, number)
+                except ProcessLookupError:
+                    pass  # it ended already
+
+
+def _default_threads(num_workers: int) -> int | None:
+    if "OMP_NUM_THREADS" in os.environ:
+        return None
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, num_cores // num_workers)
+
+
+def _quieten_elastic() -> None:
+    """Keeps the agent's own account of failures off the screen; ours follows."""
+    logger = logging.getLogger("torch.distributed.elastic")
+    logger.propagate = False
+    if not logger.handlers:
+        logger.addHandler(logging.NullHandler())
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+
+
+def _failures(result: RunResult, folder: Path, *, num_workers: int) -> list[Failure]:
+    """What the workers wrote, the death that the agent saw, and those that it did not.
+
+    The agent looks every tenth of a second and tells of one failure; when a worker is killed, that is often a peer whose
+    connection broke. So a worker that left no word counts as dead before them, unless the agent had to wait for it.
+    """
+    failures: list[Failure] = [pickle.loads(path.read_bytes()) for path in sorted(folder.glob("rank-*.pickle"))]
+    waited_s = time.time() - min((failure.time_s for failure in failures), default=time.time())
+    silent = set(range(num_workers)) - {failure.rank for failure in failures}
+    for rank in sorted(silent):
+        seen = result.failures.get(rank)
+        if seen is not None:
+            cause = Failure.of_exit_code(rank, seen.exitcode).cause
+        elif failures and waited_s < AGENT_PATIENCE_S:
+            cause = "died without a word; killed, perhaps for memory"
+        else:
+            continue  # ended by the agent
+        failures.append(Failure(rank, cause + _last_lines(folder, rank), time_s=0.0))
+    return failures
+
+
+def _last_lines(folder: Path, rank: int, *, num_lines: int = 20) -> str:
+    lines = [line for path in folder.glob(f"*/attempt_0/{rank}/stderr.log") for line in path.open(errors="replace")]
+    return "\n" + "".join(lines[-num_lines:]) if lines else ""
+
+
+def _enter(task: _Task) -> None:
+    """The life of a worker."""
+    _die_with_parent()
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda _number, _frame: world.request_stop())
+    if (task.folder / "stop").exists():
+        world.request_stop()
+    if task.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(task.threads)
+        torch.set_num_threads(task.threads)
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a laptop's host name often resolves to nowhere
+    rank = int(os.environ["RANK"])
+    try:
+        task.work(task.argument)
+    except Exception as error:  # noqa: BLE001  crosses to the parent, which raises it
+        part = task.folder / f"rank-{rank}.part"
+        part.write_bytes(pickle.dumps(Failure.of_error(rank, error)))
+        part.rename(part.with_suffix(".pickle"))
+        _leave_at_once(EXIT_CODES.get(type(error), 1))
+
+
+def _leave_at_once(exit_code: int) -> NoReturn:
+    """Ends this process without unwinding it: what torch has open aborts or hangs when its peers are gone."""
+    for child in multiprocessing.active_children():
+        child.kill()  # loader workers hold copies of our connections, which peers must see closed
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def _die_with_parent() -> None:
+    """A killed parent takes its workers along at once: they must not write into a run that was started again."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
