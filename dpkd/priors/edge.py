@@ -11,6 +11,8 @@ from dpkd.priors.codecs import JpegCodec, Map
 from dpkd.priors.extractor import grid_size, mirror
 from dpkd.section import Section
 
+Image = npt.NDArray[np.float32]
+
 FULL_SCALE = 64.0
 """Edge strength, in units of Lab, that is stored as 1."""
 
@@ -18,8 +20,8 @@ FULL_SCALE = 64.0
 class Edge(Section):
     """Edge strength in [0, 1], one channel, a cell every `stride` pixels.
 
-    With the structure tensor J = Σ_c w_c² (∇G_s∗I_c)(∇G_s∗I_c)ᵀ of the Lab image (Di Zenzo 1986), the strength at scale s
-    is e_s = s·√λ_max(J) (Lindeberg 1998, γ-normalised, γ = 1); E is the mean over the scales, the map √min(E/64, 1).
+    With the structure tensor J = Σ_c w_c² (∇G_s∗I_c)(∇G_s∗I_c)ᵀ of the Lab image (Di Zenzo 1986), the strength at
+    scale s is e_s = s·√λ_max(J) (Lindeberg 1998, γ-normalised, γ = 1); E is the mean over the scales, the map √min(E/64, 1).
     """
 
     kind: Literal["edge"] = "edge"
@@ -28,7 +30,7 @@ class Edge(Section):
     chroma: float = Field(3.0, gt=0)
     """Weight of the colour channels a and b against lightness."""
     smooth: bool = False
-    """Smooths the image first, but not across edges (domain transform, Gastal & Oliveira 2011): better, twice the time."""
+    """Smooths the image first, not across edges (domain transform, Gastal & Oliveira 2011): better, twice the time."""
     stride: int = Field(4, ge=1)
 
     version: ClassVar[int] = 1
@@ -41,9 +43,9 @@ class Edge(Section):
         if self.smooth:
             image_HWC = np.asarray(cv2.ximgproc.dtFilter(image_HWC, image_HWC, 20, 60), np.uint8)
         lab_HWC = cv2.cvtColor(image_HWC.astype(np.float32) * np.float32(1 / 255), cv2.COLOR_RGB2Lab)
-        lab_HWC *= np.array([1, self.chroma, self.chroma], np.float32)
-        strength_HW = sum(_strength(lab_HWC, scale) for scale in self.scales) / len(self.scales)
-        strength_HW = np.sqrt(np.minimum(strength_HW * np.float32(1 / FULL_SCALE), 1))
+        weights_C = (1.0, self.chroma, self.chroma)
+        total_HW = sum(_strength(np.asarray(lab_HWC, np.float32), scale, weights_C) for scale in self.scales)
+        strength_HW = np.sqrt(np.minimum(total_HW * np.float32(1 / (FULL_SCALE * len(self.scales))), np.float32(1)))
         height, width = grid_size(image_HWC, self.stride)
         return cv2.resize(strength_HW, (width, height), interpolation=cv2.INTER_AREA)[:, :, None]
 
@@ -52,16 +54,14 @@ class Edge(Section):
         return mirror(map_HWC)
 
 
-def _strength(lab_HWC: npt.NDArray[np.float32], scale: float) -> npt.NDArray[np.float32]:
-    """Square root of the larger eigenvalue of the structure tensor, times the scale."""
+def _strength(lab_HWC: Image, scale: float, weights_C: tuple[float, ...]) -> Image:
+    """Square root of the larger eigenvalue of the structure tensor, times the scale; HW."""
     smooth_HWC = cv2.GaussianBlur(lab_HWC, (0, 0), scale)
     dx_HWC = cv2.sepFilter2D(smooth_HWC, -1, np.array([-0.5, 0, 0.5]), np.array([1.0]))
     dy_HWC = cv2.sepFilter2D(smooth_HWC, -1, np.array([1.0]), np.array([-0.5, 0, 0.5]))
-    xx_HW, yy_HW, xy_HW = _dot(dx_HWC, dx_HWC), _dot(dy_HWC, dy_HWC), _dot(dx_HWC, dy_HWC)
-    root_HW = cv2.magnitude(xx_HW - yy_HW, 2 * xy_HW)
+    square_1C = np.square(np.array([weights_C], np.float32))
+    xx_HW = cv2.transform(cv2.multiply(dx_HWC, dx_HWC), square_1C)
+    yy_HW = cv2.transform(cv2.multiply(dy_HWC, dy_HWC), square_1C)
+    xy_HW = cv2.transform(cv2.multiply(dx_HWC, dy_HWC), square_1C)
+    root_HW = cv2.magnitude(cv2.subtract(xx_HW, yy_HW), 2 * xy_HW)
     return np.float32(scale) * np.sqrt((xx_HW + yy_HW + root_HW) * np.float32(0.5))
-
-
-def _dot(a_HWC: npt.NDArray[np.float32], b_HWC: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Scalar product over the channels, pixel by pixel."""
-    return cv2.transform(cv2.multiply(a_HWC, b_HWC), np.ones((1, a_HWC.shape[2]), np.float32))

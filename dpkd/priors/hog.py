@@ -48,7 +48,7 @@ class Hog(Section):
 
 
 def _gradient(image_HWC: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """The derivatives along x and y of the colour whose gradient is the largest at each pixel; zero across the frame."""
+    """Derivatives along x and y of the colour whose gradient is the largest, at each pixel; zero across the frame."""
     difference, one = np.array([-1.0, 0, 1]) / 255, np.array([1.0])
     dx_HW, *other_dx = cv2.split(cv2.sepFilter2D(image_HWC, cv2.CV_32F, difference, one))
     dy_HW, *other_dy = cv2.split(cv2.sepFilter2D(image_HWC, cv2.CV_32F, one, difference))
@@ -59,7 +59,7 @@ def _gradient(image_HWC: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32]
         cv2.copyTo(channel_square, larger, square_HW)
         cv2.copyTo(channel_dx, larger, dx_HW)
         cv2.copyTo(channel_dy, larger, dy_HW)
-    return dx_HW, dy_HW
+    return np.asarray(dx_HW, np.float32), np.asarray(dy_HW, np.float32)
 
 
 def _votes(dx_HW: npt.NDArray[np.float32], dy_HW: npt.NDArray[np.float32], bins: int) -> npt.NDArray[np.float32]:
