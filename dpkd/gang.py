@@ -17,7 +17,7 @@ class Gang(Protocol):
     num_workers: int
 
     def run(self, work: Callable[[Any], None], argument: Any) -> None:
-        """Runs `work(argument)` in every worker; both must pickle. RANK, LOCAL_RANK, WORLD_SIZE, MASTER_* are set there.
+        """Runs `work(argument)` in every worker; both must pickle. RANK, LOCAL_RANK, WORLD_SIZE and MASTER_* are set.
 
         A SIGTERM or SIGINT to this process reaches the workers as `world.stop_requested()`; they have a time of grace
         to save and raise `StopRequested`. Call it in the main thread.

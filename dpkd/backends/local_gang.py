@@ -6,6 +6,7 @@ because only we can tell a user's error and a stop from a death. Each generation
     generation-0/
       stop            exists once this process was asked to stop: for workers not yet listening to signals
       rank-1.pickle   the `Failure` of a worker that raised
+      0.done          that a worker has done its work
       …/1/stderr.log  what workers other than the first printed
 """
 
@@ -186,13 +187,13 @@ def _quieten_elastic() -> None:
 def _failures(result: RunResult, folder: Path, *, num_workers: int) -> list[Failure]:
     """What the workers wrote, the death that the agent saw, and those that it did not.
 
-    The agent looks every tenth of a second and tells of one failure; when a worker is killed, that is often a peer whose
-    connection broke. So a worker that left no word counts as dead before them, unless the agent had to wait for it.
+    The agent looks every tenth of a second and tells of one failure; when a worker is killed, that is often a peer
+    whose connection broke. So a worker that left no word counts as dead before them, unless the agent had to wait.
     """
     failures: list[Failure] = [pickle.loads(path.read_bytes()) for path in sorted(folder.glob("rank-*.pickle"))]
     waited_s = time.time() - min((failure.time_s for failure in failures), default=time.time())
-    silent = set(range(num_workers)) - {failure.rank for failure in failures}
-    for rank in sorted(silent):
+    told = {failure.rank for failure in failures} | {int(path.stem) for path in folder.glob("*.done")}
+    for rank in sorted(set(range(num_workers)) - told):
         seen = result.failures.get(rank)
         if seen is not None:
             cause = Failure.of_exit_code(rank, seen.exitcode).cause
@@ -213,7 +214,7 @@ def _enter(task: _Task) -> None:
     """The life of a worker."""
     _die_with_parent()
     for number in STOP_SIGNALS:
-        signal.signal(number, lambda _number, _frame: world.request_stop())
+        signal.signal(number, _on_worker_signal)
     if (task.folder / "stop").exists():
         world.request_stop()
     if task.threads is not None:
@@ -229,6 +230,13 @@ def _enter(task: _Task) -> None:
         part.write_bytes(pickle.dumps(Failure.of_error(rank, error)))
         part.rename(part.with_suffix(".pickle"))
         _leave_at_once(EXIT_CODES.get(type(error), 1))
+    (task.folder / f"{rank}.done").touch()
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)  # what waits for its peers from here on need not be waited for
+
+
+def _on_worker_signal(_number: int, _frame: FrameType | None) -> None:
+    world.request_stop()  # once or twice: a Ctrl-C comes from the terminal and from the parent
 
 
 def _leave_at_once(exit_code: int) -> NoReturn:
