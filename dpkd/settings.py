@@ -137,7 +137,9 @@ def _priors_are_prepared(settings: Settings) -> None:
 
 
 def _priors_used(settings: Settings) -> list[tuple[str, str]]:
-    used = _of_model("teach.model", settings.teach.model) + _of_objectives("teach.objectives", settings.teach.objectives)
+    used = _of_model("teach.model", settings.teach.model) + _of_objectives(
+        "teach.objectives", settings.teach.objectives
+    )
     for name, student in settings.distill.students.items():
         key = f"distill.students.{name}"
         used += _of_model(f"{key}.model", student.model) + _of_objectives(f"{key}.losses", student.losses)

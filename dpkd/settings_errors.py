@@ -32,7 +32,9 @@ def _line(fault: ErrorDetails, root: type[BaseModel]) -> str:
         tags = [tag.strip(" '") for tag in str(fault["ctx"]["expected_tags"]).split(",")]
         tag = str(fault["ctx"]["tag"])
         near = difflib.get_close_matches(tag, tags, n=1)
-        return f"{path}: no such kind {tag!r}{f', did you mean {near[0]!r}?' if near else ''} (one of {', '.join(tags)})"
+        return (
+            f"{path}: no such kind {tag!r}{f', did you mean {near[0]!r}?' if near else ''} (one of {', '.join(tags)})"
+        )
     if kind == "value_error":
         message = str(fault["ctx"]["error"])
         return f"{path}: {message}" if path else message

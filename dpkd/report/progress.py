@@ -95,6 +95,13 @@ class Progress:
             self._line_s = self._clock()
             say(self._line())
 
+    def reach(self, done: int, total: int) -> None:
+        """Takes how much is done and how much there is, for work that finds out its own size."""
+        self._total = total
+        if self._bar is not None:
+            self._bar.update(self._task, total=total)
+        self.advance(done - self._done)
+
     def note(self, text: str) -> None:
         """Shows a few words, such as the loss, with the next advance."""
         self._note = text

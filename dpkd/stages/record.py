@@ -1,6 +1,6 @@
 """The run folder: where everything stands, and what each stage was given and whether it is done.
 
-    runs/<name>/stages.json   {"<stage>": {"status": "running" | "done", "seconds": float, "given": {key: value}}}
+runs/<name>/stages.json   {"<stage>": {"status": "running" | "done", "seconds": float, "given": {key: value}}}
 """
 
 import json
@@ -20,6 +20,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.teacher = self.path / "teacher"
+        self.live_teacher = self.path / "teacher-live"
         self.students = self.path / "students"
         self.baselines = self.path / "baselines"
         self.export = self.path / "export"
@@ -27,6 +28,14 @@ class RunFolder:
         self.quarantine = self.path / "quarantine.jsonl"
         self.events = self.path / "events.jsonl"
         self._stages = self.path / "stages.json"
+
+    def network(self, name: str) -> Path:
+        """Folder of a trained network by its name in the loop: `teacher`, `student-<name>`, `baseline-<name>`.
+
+        A teacher trained on while distilling stands apart from the one that the stage teach made.
+        """
+        kind, _, rest = name.partition("-")
+        return {"student": self.students / rest, "baseline": self.baselines / rest, "teacher": self.live_teacher}[kind]
 
     def checkpoints(self, stage: str) -> Path:
         """Folder of a stage's checkpoints."""
@@ -39,7 +48,9 @@ class RunFolder:
         try:
             record: dict[str, dict[str, Any]] = json.loads(self._stages.read_text())
         except ValueError as error:
-            raise UserError(f"{self._stages}: not valid JSON ({error}); restore it, or start anew in another run.dir") from None
+            raise UserError(
+                f"{self._stages}: not valid JSON ({error}); restore it, or start anew in another run.dir"
+            ) from None
         return record
 
     def is_done(self, stage: str, given: dict[str, Any]) -> bool:

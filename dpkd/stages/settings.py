@@ -134,5 +134,3 @@ class RunSettings(Section):
 
     dir: str = "runs/default"
     seed: int = Field(0, ge=0)
-
-

@@ -73,7 +73,7 @@ def train(
 
     Raises `StopRequested` after a save when any rank was asked to stop, `UserError` when a loss is no longer finite.
     """
-    parts: dict[str, Part] = {**task.engines, "random": RandomState(world)}
+    parts = checkpoint_parts(task, world)
     for step in range(start_step, plan.total_steps):
         for _ in range(plan.micro_batches):
             batch = meter.wait_for(batches)
@@ -95,6 +95,11 @@ def train(
                 checkpoints.save(done, parts)
         if stop and done < plan.total_steps:
             raise StopRequested(f"stopped after step {done} of {plan.total_steps}, saved")
+
+
+def checkpoint_parts(task: Task, world: World) -> dict[str, Part]:
+    """Everything that one checkpoint covers: every engine of the task, and the random state."""
+    return {**task.engines, "random": RandomState(world)}
 
 
 def _step_engines(task: Task, *, step: int, meter: Meter) -> None:

@@ -1,0 +1,22 @@
+"""Picks the engine that the settings name."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpkd.engine import Engine, TorchEngine
+from dpkd.train.settings import EngineSettings
+
+
+def make_engine(module: nn.Module, *, settings: EngineSettings, **arguments: Any) -> Engine:
+    """The engine around a network; `auto` is DeepSpeed where there is a GPU, and plain PyTorch on a CPU."""
+    kind = settings.kind
+    if kind == "auto":
+        kind = "deepspeed" if torch.cuda.is_available() else "torch"
+    if kind == "torch":
+        return TorchEngine(module, settings=settings, **arguments)
+    # here, not at the top: importing DeepSpeed takes seconds and needs its tools, which plain PyTorch runs do without
+    from dpkd.backends.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(module, settings=settings, **arguments)

@@ -1,0 +1,34 @@
+"""Picks the pool and the gang that the settings name: this machine's, or the Ray cluster's."""
+
+import os
+
+from dpkd.backends.local_gang import LocalGang
+from dpkd.gang import Gang
+from dpkd.pool import LocalPool, Pool
+from dpkd.stages.settings import LauncherSettings
+
+
+def launcher_kind(settings: LauncherSettings) -> str:
+    """`auto` is Ray in a process that a Ray job started, and local elsewhere."""
+    if settings.kind != "auto":
+        return settings.kind
+    return "ray" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else "local"
+
+
+def make_pool(settings: LauncherSettings) -> Pool:
+    """Processes for packing and preparing."""
+    if launcher_kind(settings) == "local":
+        return LocalPool(settings.pool_workers or os.cpu_count() or 1)
+    # here, not at the top: local runs do without Ray
+    from dpkd.backends.ray_pool import RayPool
+
+    return RayPool(settings.pool_workers)
+
+
+def make_gang(settings: LauncherSettings) -> Gang:
+    """Processes for training: `launcher.workers`, else one a GPU, else one."""
+    if launcher_kind(settings) == "local":
+        return LocalGang(settings.workers, max_restarts=settings.max_restarts, threads=settings.threads)
+    from dpkd.backends.ray_gang import RayGang
+
+    return RayGang(settings.workers, max_restarts=settings.max_restarts, threads=settings.threads)

@@ -1,0 +1,88 @@
+"""The `dpkd` command: the stages one by one, and a look at what stands on disk.
+
+dpkd pretrain --config FILE      the whole run, as `python -m dpkd.pretrain`
+dpkd pack|prepare|evaluate|export --config FILE     one stage of it
+dpkd plan --config FILE          what would run, checking the settings
+dpkd inspect DATASET             what a packed data set holds, its files checked against their hashes
+dpkd doctor                      whether this machine has what training needs
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from dpkd import __version__, pretrain
+from dpkd.doctor import doctor
+from dpkd.inspection import inspect_dataset
+from dpkd.plan import STAGES, left_to_do, say_plan
+from dpkd.settings import Settings, load_settings
+from dpkd.stages.record import RunFolder
+
+ONE_STAGE = {
+    "pack": "turn images into shards",
+    "prepare": "compute prior maps beside the shards",
+    "evaluate": "measure teacher, students and baselines again",
+    "export": "write the students as timm folders and ONNX",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the command line, acts, and returns the exit code of `dpkd.pretrain`."""
+    options = _parser().parse_args(arguments)
+    act: Callable[[argparse.Namespace], None] = options.act
+    return pretrain.exit_code(lambda: act(options))
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    return load_settings(options.config, options.overrides)
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    pretrain.run(_settings(options), stages=pretrain.stage_names(options.stages))
+
+
+def _one_stage(options: argparse.Namespace) -> None:
+    pretrain.run(_settings(options), stages=[options.verb])
+
+
+def _plan(options: argparse.Namespace) -> None:
+    settings = _settings(options)
+    folder = RunFolder(settings.run.dir)
+    say_plan(settings, folder, left=left_to_do(folder, settings, STAGES), stages=STAGES)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    inspect_dataset(options.dataset)
+
+
+def _doctor(_: argparse.Namespace) -> None:
+    doctor()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dpkd", description="Distributed prior-knowledge distillation.")
+    parser.add_argument("--version", action="version", version=f"dpkd {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    whole = _configured(verbs.add_parser("pretrain", help="the whole run"), _pretrain)
+    whole.add_argument("--stages", metavar="A,B", help=f"only these of {','.join(STAGES)}")
+    for name, purpose in ONE_STAGE.items():
+        _configured(verbs.add_parser(name, help=purpose), _one_stage)
+    _configured(verbs.add_parser("plan", help="what would run; checks the settings"), _plan)
+    inspect = verbs.add_parser("inspect", help="what a packed data set holds, checked against its hashes")
+    inspect.add_argument("dataset", metavar="DATASET", help="folder or URL of the shards")
+    inspect.set_defaults(act=_inspect)
+    verbs.add_parser("doctor", help="whether this machine has what training needs").set_defaults(act=_doctor)
+    return parser
+
+
+def _configured(parser: argparse.ArgumentParser, act: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+    parser.add_argument("--config", required=True, metavar="FILE", help="settings, YAML")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="settings that replace those of the file"
+    )
+    parser.set_defaults(act=act)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""What each stage of a run is given, which stages are left to do, and the first screen that says so."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from dpkd import __version__
+from dpkd.report.progress import say
+from dpkd.settings import Settings
+from dpkd.stages.record import RunFolder
+from dpkd.train.settings import TrainingSettings
+
+STAGES = ("pack", "prepare", "teach", "distill", "evaluate", "export")
+POOL_STAGES = ("pack", "prepare")
+"""Stages that map work over items; the others run in the training workers."""
+FIXED_STAGES = ("pack", "teach", "distill")
+"""Stages that refuse to go on under other settings; the others are cheap or incremental, and simply run again."""
+
+CADENCE = frozenset({"log_every", "evaluate_every", "panels_every", "checkpoint_every", "keep_checkpoints"})
+"""Training settings that may change while a stage is under way, because its weights do not depend on them."""
+
+
+def given(stage: str, settings: Settings) -> dict[str, Any]:
+    """The settings that a stage's results depend on, as plain values."""
+    data, seed = settings.data.model_dump(mode="json"), {"seed": settings.run.seed}
+    if stage == "pack":
+        return seed | _pick(data, "source", "splits", "group_pattern", "samples_per_shard")
+    if stage == "prepare":
+        return settings.prepare.model_dump(mode="json")
+    if stage in ("teach", "distill"):
+        part = (settings.teach if stage == "teach" else settings.distill).model_dump(mode="json")
+        part["training"] = {key: value for key, value in part["training"].items() if key not in CADENCE}
+        return seed | {"data": _pick(data, "image_size", "map_size", "train", "labels"), stage: part}
+    if stage == "evaluate":
+        return seed | {
+            "data": _pick(data, "train", "val", "test"),
+            "evaluate": settings.evaluate.model_dump(mode="json"),
+        }
+    return settings.export.model_dump(mode="json")
+
+
+def left_to_do(folder: RunFolder, settings: Settings, stages: Sequence[str]) -> list[str]:
+    """The stages, in order, that are not done under these settings, and those that build on one of them.
+
+    Raises `UserError` with the difference where a finished or interrupted stage began with other settings.
+    """
+    for stage in stages:
+        if stage in FIXED_STAGES:
+            folder.refuse_contradiction(stage, given(stage, settings))
+    left = [stage for stage in stages if not folder.is_done(stage, given(stage, settings))]
+    trains = any(stage in ("teach", "distill") for stage in left)
+    return [stage for stage in stages if stage in left or (trains and stage in ("evaluate", "export"))]
+
+
+def say_plan(settings: Settings, folder: RunFolder, *, left: Sequence[str], stages: Sequence[str]) -> None:
+    """The first screen: what happens, stage by stage, and what is done already."""
+    say(f"dpkd {__version__} · {folder.path} · seed {settings.run.seed}")
+    for stage in stages:
+        say(f"  {stage:<9} {'' if stage in left else 'done: '}{_describe(stage, settings)}")
+
+
+def _describe(stage: str, settings: Settings) -> str:
+    if stage == "pack":
+        source = settings.data.source
+        return "uses the shards that stand already" if source is None else f"{source.kind} {source.path} into shards"
+    if stage == "prepare":
+        return "prior maps: " + (", ".join(prior.name for prior in settings.prepare.priors) or "none")
+    if stage == "teach":
+        return f"{settings.teach.model.name}, {_length(settings.teach.training)}"
+    if stage == "distill":
+        students = [f"{name} ({each.model.name})" for name, each in settings.distill.students.items()]
+        baselines = [name for name, each in settings.distill.students.items() if each.baseline]
+        beside = f", beside {', '.join(baselines)} on labels alone" if baselines else ""
+        teacher = settings.distill.teacher
+        return f"{teacher} teacher into {', '.join(students)}{beside}, {_length(settings.distill.training)}"
+    if stage == "evaluate":
+        episodes = settings.evaluate.episodes
+        shots = ", ".join(str(shot) for shot in episodes.shots)
+        return f"{episodes.episodes:,} episodes, {episodes.way}-way {shots}-shot, on {settings.data.val}, {settings.data.test}"
+    return "students as timm folders" + (" and ONNX" if settings.export.onnx else "")
+
+
+def _length(training: TrainingSettings) -> str:
+    length = f"{training.steps:,} steps" if training.steps is not None else f"{training.epochs:g} epochs"
+    return f"{length} of {training.batch_size} images"
+
+
+def _pick(tree: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: tree[key] for key in keys}

@@ -1,0 +1,132 @@
+"""The entry of a run: settings, then the stages in order, then the summary.
+
+    python -m dpkd.pretrain --config configs/quickstart.yaml [key.path=value ...] [--stages pack,prepare]
+
+Exit codes: 0 done, 2 the user's settings or data, 75 stopped on request and resumable, 1 anything else.
+"""
+
+import argparse
+import difflib
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from dpkd.backends.launchers import make_gang, make_pool
+from dpkd.data.shards import Dataset
+from dpkd.errors import StopRequested, UserError, WorkerFailed
+from dpkd.plan import POOL_STAGES, STAGES, given, left_to_do, say_plan
+from dpkd.pool import Pool
+from dpkd.report.progress import Progress, duration, say
+from dpkd.report.quarantine import Quarantine
+from dpkd.report.summary import say_summary
+from dpkd.settings import Settings, load_settings
+from dpkd.stages.pack import pack
+from dpkd.stages.prepare import prepare
+from dpkd.stages.record import RunFolder
+from dpkd.stages.versions import write_settings, write_versions
+
+EXIT_USER, EXIT_STOPPED = 2, 75
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the command line, runs, and returns the exit code."""
+    options = _parser().parse_args(arguments)
+    return exit_code(lambda: run(load_settings(options.config, options.overrides), stages=stage_names(options.stages)))
+
+
+def run(settings: Settings, *, stages: Sequence[str] = STAGES) -> None:
+    """Runs the stages that are left, in order, and prints the summary.
+
+    Raises `UserError` for settings that contradict what stands in the run folder, before any work.
+    """
+    began = time.monotonic()
+    folder = RunFolder(settings.run.dir)
+    left = left_to_do(folder, settings, stages)
+    say_plan(settings, folder, left=left, stages=stages)
+    if left:
+        write_settings(folder, settings.model_dump(mode="json"))
+        write_versions(folder)
+        run_pool_stages(settings, folder, [stage for stage in left if stage in POOL_STAGES])
+        run_training_stages(settings, [stage for stage in left if stage not in POOL_STAGES])
+    say_summary(folder.path)
+    say(f"{'done' if left else 'all was done before; nothing to do'}, {duration(time.monotonic() - began)}")
+
+
+def run_pool_stages(settings: Settings, folder: RunFolder, stages: Sequence[str]) -> None:
+    """Packs and prepares, as far as named."""
+    if not stages:
+        return
+    pool = make_pool(settings.launcher)
+    quarantine = Quarantine(folder.quarantine, limit=settings.data.bad_limit)
+    for stage in stages:
+        with folder.running(stage, given(stage, settings)):
+            _run_pool_stage(stage, settings, folder, pool=pool, quarantine=quarantine)
+
+
+def run_training_stages(settings: Settings, stages: Sequence[str]) -> None:
+    """Runs the named stages in the training workers."""
+    if not stages:
+        return
+    # here, not at the top: the driver of a cluster run needs no torch
+    from dpkd.session import train_stages
+
+    make_gang(settings.launcher).run(train_stages, (settings.model_dump(mode="json"), list(stages)))
+
+
+def _run_pool_stage(stage: str, settings: Settings, folder: RunFolder, *, pool: Pool, quarantine: Quarantine) -> None:
+    url = settings.data.shards or str(folder.path / "shards")
+    with Progress(stage, 0) as progress:
+        if stage == "pack" and settings.data.source is not None:
+            pack(settings.data, url, seed=settings.run.seed, pool=pool, quarantine=quarantine, progress=progress.reach)
+        elif stage == "prepare":
+            prepare(Dataset.open(url), settings.prepare, pool=pool, quarantine=quarantine, progress=progress.reach)
+
+
+def exit_code(work: Callable[[], None]) -> int:
+    """Runs `work` and turns the errors that users meet into a message and an exit code."""
+    try:
+        work()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER
+    except StopRequested as stop:
+        say(f"{stop}; the same command goes on from there")
+        return EXIT_STOPPED
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on from there")
+        return EXIT_STOPPED
+    except WorkerFailed as error:
+        print(f"error: a worker failed and no restart was left\n{error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def stage_names(text: str | None) -> list[str]:
+    """The stages of a comma-separated list, in their order; all without one. Raises `UserError` for an unknown name."""
+    if text is None:
+        return list(STAGES)
+    named = [name.strip() for name in text.split(",") if name.strip()]
+    for name in named:
+        if name not in STAGES:
+            near = difflib.get_close_matches(name, STAGES, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"--stages {name!r}: no such stage{hint} (they are {', '.join(STAGES)})")
+    return [stage for stage in STAGES if stage in named]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m dpkd.pretrain",
+        description="Runs the stages of a run: pack, prepare, teach, distill, evaluate, export. Given again, it goes on where it stopped.",
+        epilog="Exit codes: 0 done, 2 settings or data at fault, 75 stopped on request and resumable, 1 anything else.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="settings, YAML")
+    parser.add_argument("--stages", metavar="A,B", help=f"only these of {','.join(STAGES)}")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="settings that replace those of the file"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""What a training worker does: joins its peers, then runs the stages that are left, in order."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from dpkd import world
+from dpkd.backends.engines import make_engine
+from dpkd.plan import given, left_to_do
+from dpkd.report.progress import say
+from dpkd.settings import Settings, parse_settings
+from dpkd.stages.distill import distill
+from dpkd.stages.evaluate import evaluate
+from dpkd.stages.export import export
+from dpkd.stages.record import RunFolder
+from dpkd.stages.run import Run
+from dpkd.stages.teach import teach
+
+
+def train_stages(argument: tuple[dict[str, Any], list[str]]) -> None:
+    """Runs the training stages in this worker: `argument` holds the settings as plain values, and the stages.
+
+    Also the way back after a fault: what the earlier attempt finished is done, what it began goes on.
+    """
+    tree, stages = argument
+    settings = parse_settings(tree, origin="settings of the run")
+    peers = world.join()
+    try:
+        _share_cores(settings, peers)
+        run = Run(
+            folder=RunFolder(settings.run.dir),
+            world=peers,
+            seed=settings.run.seed,
+            data=settings.data,
+            prepare=settings.prepare,
+            evaluate=settings.evaluate,
+            make_engine=make_engine,
+        )
+        left = peers.broadcast(left_to_do(run.folder, settings, stages) if peers.rank == 0 else [])
+        for stage in left:
+            recorded = run.folder.running(stage, given(stage, settings)) if peers.rank == 0 else nullcontext()
+            with recorded:
+                _run_stage(stage, run, settings)
+                peers.barrier()
+    finally:
+        peers.leave()
+
+
+def _run_stage(stage: str, run: Run, settings: Settings) -> None:
+    if stage == "teach":
+        teach(run, settings.teach)
+    elif stage == "distill":
+        distill(run, settings.distill, teach=settings.teach)
+    elif stage == "evaluate":
+        evaluate(run)
+    elif stage == "export":
+        if run.world.rank == 0:
+            export(run, settings.export)
+    else:
+        raise AssertionError(f"no such stage {stage!r}")
+
+
+def _share_cores(settings: Settings, peers: world.World) -> None:
+    if settings.launcher.threads is not None:
+        torch.set_num_threads(settings.launcher.threads)
+    if peers.rank == 0:
+        say(
+            f"  {peers.size} worker{'s' if peers.size > 1 else ''} on {peers.device.type}, {torch.get_num_threads()} threads each"
+        )

@@ -1,0 +1,104 @@
+"""Distillation: one teacher, several students at once, and for comparison the same students on labels alone.
+
+Makes `students/<name>`, `baselines/<name>`, and `teacher-live/` where the teacher goes on learning. A baseline is one more
+network in the same loop, so it sees the same images in the same views, for the same steps.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpkd.models.network import Network
+from dpkd.models.saved import load_network, save_network
+from dpkd.models.settings import MeanPooling, NetworkSpec
+from dpkd.objectives.settings import Supervised
+from dpkd.stages.run import Run, TrainingSet, training_set
+from dpkd.stages.settings import DistillSettings, StudentSettings, TeachSettings
+from dpkd.stages.teach import NAME as TEACHER
+from dpkd.stages.training import make_learner, network_spec, new_network, run_training
+from dpkd.train.task import DistillTask, Learner
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A teacher that no longer learns; every rank holds all of it."""
+
+    network: Network
+    device: torch.device
+    precision: str
+
+    @property
+    def spec(self) -> NetworkSpec:
+        """What the network was built from."""
+        return self.network.spec
+
+    @torch.no_grad()
+    def predict(self, image_BCHW: Tensor, weight_B1HW: Tensor | None = None) -> dict[str, Tensor]:
+        """Runs without gradients, in evaluation mode; fp32 out."""
+        bf16 = torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+        with bf16:
+            outputs = self.network(image_BCHW, weight_B1HW)
+        return {name: output.float() for name, output in outputs.items()}
+
+
+def distill(run: Run, settings: DistillSettings, *, teach: TeachSettings) -> None:
+    """Trains all students and baselines, going on from the newest checkpoint, and saves their weights."""
+    data = training_set(run, settings.training)
+    network = load_network(run.folder.teacher)
+    teacher = _teacher(run, network, data, settings=settings, teach=teach)
+    students = _students(run, network, data, settings)
+    task = DistillTask(
+        students, teacher=teacher, teacher_name=TEACHER, supervision=data.supervision(run.world.device), seed=run.seed
+    )
+    run_training(run, task, data, stage="distill", training=settings.training, augment=settings.augment)
+    for name, learner in task.learners.items():
+        weights = learner.engine.weights()
+        if run.world.rank == 0:
+            save_network(run.folder.network(name), learner.spec, weights)
+    run.world.barrier()
+
+
+def _teacher(
+    run: Run, network: Network, data: TrainingSet, *, settings: DistillSettings, teach: TeachSettings
+) -> Frozen | Learner:
+    if settings.teacher == "frozen":
+        network.eval().requires_grad_(False).to(run.world.device)
+        return Frozen(network, device=run.world.device, precision=run.precision(settings.training))
+    return make_learner(
+        run,
+        network,
+        settings=teach,
+        objectives=teach.objectives,
+        training=settings.training,
+        total_steps=settings.training.num_steps(data.split.num_samples),
+    )
+
+
+def _students(run: Run, teacher: Network, data: TrainingSet, settings: DistillSettings) -> dict[str, Learner]:
+    learners = {}
+    for place, (name, student) in enumerate(settings.students.items(), start=1):
+        wanted = {f"student-{name}": student}
+        if student.baseline:
+            wanted[f"baseline-{name}"] = on_labels_alone(student)
+        for key, each in wanted.items():
+            spec = network_spec(run, data, each.model, each.losses, teacher=teacher)
+            learners[key] = make_learner(
+                run,
+                new_network(run, spec, place=place),
+                settings=each,
+                objectives=each.losses,
+                training=settings.training,
+                total_steps=settings.training.num_steps(data.split.num_samples),
+            )
+    return learners
+
+
+def on_labels_alone(student: StudentSettings) -> StudentSettings:
+    """The same student with mean pooling and nothing but its supervised loss (plain cross-entropy where it has none)."""
+    supervised = tuple(
+        loss.model_copy(update={"weight": 1.0}) for loss in student.losses if isinstance(loss, Supervised)
+    )
+    model = student.model.model_copy(update={"pooling": MeanPooling()})
+    return student.model_copy(update={"model": model, "losses": supervised or (Supervised(),)})

@@ -1,0 +1,122 @@
+"""The run that a training stage is part of, as one worker sees it, and its training split."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from dpkd.data.labels import visible_labels
+from dpkd.data.shards import Dataset, Split
+from dpkd.engine import Engine
+from dpkd.errors import UserError
+from dpkd.objectives.supervised import log_class_prior
+from dpkd.priors.shards import PriorSet, PriorSplit
+from dpkd.stages.record import RunFolder
+from dpkd.stages.settings import DataSettings, EvaluateSettings, PrepareSettings
+from dpkd.train.settings import EngineSettings, TrainingSettings
+from dpkd.train.task import Supervision
+from dpkd.world import World
+
+
+class EngineFactory(Protocol):
+    """Makes the engine that the settings name around a network."""
+
+    def __call__(self, module: nn.Module, *, settings: EngineSettings, **arguments: Any) -> Engine:
+        """See `dpkd.engine.TorchEngine` for the arguments."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The run that a training stage is part of, as one worker sees it."""
+
+    folder: RunFolder
+    world: World
+    seed: int
+    data: DataSettings
+    prepare: PrepareSettings
+    evaluate: EvaluateSettings
+    make_engine: EngineFactory
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The packed images."""
+        return Dataset.open(dataset_url(self.folder, self.data))
+
+    @cached_property
+    def priors(self) -> PriorSet | None:
+        """The prior maps, none where no prior is prepared."""
+        return PriorSet.open(self.dataset.url, self.prepare.name) if self.prepare.priors else None
+
+    def maps_of(self, split: str) -> PriorSplit | None:
+        """The prior maps of a split, none where no prior is prepared."""
+        return self.priors.split(split) if self.priors is not None else None
+
+    @property
+    def map_size(self) -> int:
+        """Side of the prior maps in a batch."""
+        return self.data.map_size or max(4, self.data.image_size // 4)
+
+    def precision(self, training: TrainingSettings) -> str:
+        """`auto` is bf16 on a GPU and fp32 on a CPU."""
+        if training.precision != "auto":
+            return training.precision
+        return "bf16" if self.world.device.type == "cuda" else "fp32"
+
+    def micro_batch_size(self, training: TrainingSettings) -> int:
+        """Images in one forward pass of one worker."""
+        size = training.micro_batch_size or training.batch_size // self.world.size
+        if size == 0 or training.batch_size % (size * self.world.size):
+            raise UserError(
+                f"training.batch_size {training.batch_size} does not divide among {self.world.size} workers in "
+                f"micro-batches of {size}; take a multiple of {max(size, 1) * self.world.size}"
+            )
+        return size
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The training split with the labels that training may see, numbered by the classes of that split."""
+
+    split: Split
+    class_names: tuple[str, ...]
+    label_N: NDArray[np.int64]
+
+    def supervision(self, device: torch.device) -> Supervision:
+        """Share of visible labels, and the log frequency of each class among them."""
+        share = float((self.label_N >= 0).mean())
+        log_prior_K = log_class_prior(torch.from_numpy(self.label_N), len(self.class_names))
+        return Supervision(share, log_prior_K.to(device))
+
+
+def training_set(run: Run, training: TrainingSettings) -> TrainingSet:
+    """Opens the training split and hides the labels that `data.labels` hides.
+
+    Raises `UserError` where the split has fewer samples than a batch, fewer than two classes, or no visible label.
+    """
+    split = run.dataset.split(run.data.train)
+    if split.num_samples < training.batch_size:
+        raise UserError(
+            f"the split {split.name!r} has {split.num_samples} samples, fewer than one batch of "
+            f"training.batch_size={training.batch_size}; lower it, or pack more images"
+        )
+    classes = np.unique(split.label_N[split.label_N >= 0])
+    if len(classes) < 2:
+        names = [run.dataset.manifest.classes[label] for label in classes]
+        raise UserError(
+            f"the split {split.name!r} has {len(classes)} labelled classes ({', '.join(names) or 'none'}); training "
+            "needs two or more: check the folder layout or the label column of data.source"
+        )
+    own_label_N = np.where(split.label_N < 0, -1, np.searchsorted(classes, split.label_N))
+    label_N = visible_labels(own_label_N, run.data.labels, keys=split.keys, seed=run.seed)
+    if not (label_N >= 0).any():
+        raise UserError(f"data.labels {run.data.labels!r} leaves no visible label in the split {split.name!r}")
+    return TrainingSet(split, tuple(run.dataset.manifest.classes[label] for label in classes), label_N)
+
+
+def dataset_url(folder: RunFolder, data: DataSettings) -> str:
+    """Where the packed images stand."""
+    return data.shards or str(folder.path / "shards")

@@ -1,0 +1,175 @@
+"""What the training stages share: networks with their engines, and the way into the loop."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from dpkd.data.order import ClassAwareOrder, Order, SampleOrder
+from dpkd.data.settings import AugmentSettings
+from dpkd.data.stream import training_batches
+from dpkd.models.batch_norm import StepStatistics
+from dpkd.models.network import Network, build_network
+from dpkd.models.parameters import parameter_groups
+from dpkd.models.settings import ModelSettings, NetworkSpec
+from dpkd.objectives.settings import FeatureDistillation, MaskedPrior, PatchDistillation, StudentObjective
+from dpkd.report.progress import EventLog, Progress, say
+from dpkd.report.tensorboard import Board
+from dpkd.stages.run import Run, TrainingSet
+from dpkd.stages.watch import EventSink, ProgressSink, Watch
+from dpkd.train.checkpoint import Checkpoints
+from dpkd.train.loop import Plan, checkpoint_parts, train
+from dpkd.train.meter import Meter
+from dpkd.train.settings import EngineSettings, OptimizerSettings, ScheduleSettings, TrainingSettings
+from dpkd.train.task import DistillTask, Learner, TeachTask
+
+
+def network_spec(
+    run: Run,
+    data: TrainingSet,
+    model: ModelSettings,
+    objectives: Sequence[StudentObjective],
+    *,
+    teacher: Network | None = None,
+) -> NetworkSpec:
+    """The spec of a network whose heads are those that its objectives need."""
+    targets = {name for objective in objectives if isinstance(objective, MaskedPrior) for name in objective.targets}
+    follows = any(isinstance(objective, FeatureDistillation | PatchDistillation) for objective in objectives)
+    channels = run.priors.channels if run.priors is not None else {}
+    manifest = run.dataset.manifest
+    return NetworkSpec(
+        model=model,
+        classes=data.class_names,
+        image_size=run.data.image_size,
+        mean=manifest.image_mean,
+        std=manifest.image_std,
+        targets={name: channels[name] for name in sorted(targets)},
+        teacher_dim=teacher.embedding_dim if teacher is not None and follows else None,
+        teacher_patch_dim=teacher.patch_dim if teacher is not None and follows else None,
+    )
+
+
+class LearningSettings(Protocol):
+    """What the teacher's and a student's settings have in common."""
+
+    @property
+    def optimizer(self) -> OptimizerSettings:
+        """How weights are updated."""
+
+    @property
+    def schedule(self) -> ScheduleSettings:
+        """How the learning rate goes."""
+
+    @property
+    def engine(self) -> EngineSettings:
+        """What runs the network."""
+
+
+def make_learner(
+    run: Run,
+    network: Network,
+    *,
+    settings: LearningSettings,
+    objectives: Sequence[StudentObjective],
+    training: TrainingSettings,
+    total_steps: int,
+) -> Learner:
+    """Puts a network into its engine; every rank calls it with the same weights."""
+    micro_batch_size = run.micro_batch_size(training)
+    optimizer = settings.optimizer
+    groups = parameter_groups(network, weight_decay=optimizer.weight_decay, layer_decay=optimizer.layer_decay)
+    engine = run.make_engine(
+        network,
+        settings=settings.engine,
+        parameter_groups=groups,
+        optimizer=optimizer,
+        world=run.world,
+        accumulation=training.batch_size // (micro_batch_size * run.world.size),
+        micro_batch_size=micro_batch_size,
+        precision=run.precision(training),
+        statistics=StepStatistics(network),
+    )
+    return Learner(
+        engine=engine,
+        spec=network.spec,
+        grid=network.grid,
+        objectives=objectives,
+        optimizer=optimizer,
+        schedule=settings.schedule,
+        total_steps=total_steps,
+    )
+
+
+def new_network(run: Run, spec: NetworkSpec, *, place: int) -> Network:
+    """A network with first weights that depend on the run's seed and its place among the networks alone."""
+    return build_network(spec, seed=run.seed * 1000 + place)
+
+
+def run_training(
+    run: Run,
+    task: TeachTask | DistillTask,
+    data: TrainingSet,
+    *,
+    stage: str,
+    training: TrainingSettings,
+    augment: AugmentSettings,
+) -> None:
+    """Trains a task from its newest whole checkpoint to its end."""
+    checkpoints = Checkpoints(run.folder.checkpoints(stage), world=run.world, keep=training.keep_checkpoints)
+    start_step = checkpoints.load_newest(checkpoint_parts(task, run.world))
+    plan = _plan(run, training, total_steps=training.num_steps(data.split.num_samples))
+    shown = run.world.rank == 0
+    if start_step and shown:
+        say(f"{stage}: continues after step {start_step} of {plan.total_steps}")
+    board = Board(run.folder.tensorboard / stage, start_step=start_step) if shown else None
+    with Progress(stage, plan.total_steps, unit="steps", start=start_step, shown=shown) as progress:
+        log = EventSink(EventLog(run.folder.events), stage=stage)
+        sinks = (board, log, ProgressSink(progress, start_step=start_step)) if board is not None else ()
+        batches = training_batches(
+            data.split,
+            order=_order(run, training, data),
+            label_N=data.label_N,
+            maps=run.maps_of(data.split.name),
+            augment=augment,
+            seed=run.seed,
+            image_size=run.data.image_size,
+            map_size=run.map_size,
+            rank=run.world.rank,
+            world_size=run.world.size,
+            micro_batch_size=run.micro_batch_size(training),
+            start_step=start_step,
+            stop_step=plan.total_steps,
+            loader=run.data.loader,
+        )
+        train(
+            task,
+            batches,
+            plan=plan,
+            start_step=start_step,
+            checkpoints=checkpoints,
+            meter=Meter(sinks=sinks, world=run.world, images_per_step=training.batch_size),
+            hooks=Watch(run, task, board).hooks(),
+            world=run.world,
+        )
+    if board is not None:
+        board.close()
+
+
+def _order(run: Run, training: TrainingSettings, data: TrainingSet) -> SampleOrder:
+    if training.sampling == "class_aware":
+        return ClassAwareOrder(data.label_N, seed=run.seed, global_batch_size=training.batch_size)
+    return Order(
+        data.split.shard_sizes,
+        seed=run.seed,
+        global_batch_size=training.batch_size,
+        block_shards=run.data.loader.block_shards,
+    )
+
+
+def _plan(run: Run, training: TrainingSettings, *, total_steps: int) -> Plan:
+    return Plan(
+        total_steps=total_steps,
+        micro_batches=training.batch_size // (run.micro_batch_size(training) * run.world.size),
+        log_every=training.log_every,
+        checkpoint_every=training.checkpoint_every,
+        evaluate_every=training.evaluate_every or max(1, total_steps // 10),
+        panels_every=training.panels_every or max(1, total_steps // 5),
+    )

@@ -1,0 +1,120 @@
+"""What is looked at while a network trains: few-shot accuracy on the validation split, panels, and where numbers go.
+
+Axes: N sample, D feature.
+"""
+
+from collections.abc import Mapping
+from functools import cached_property
+
+import torch
+
+from dpkd.data.stream import Batch
+from dpkd.evaluation.few_shot import Episodes, draw_episodes, few_shot_accuracy, score
+from dpkd.evaluation.settings import EpisodeSettings
+from dpkd.report.progress import EventLog, Progress
+from dpkd.report.tensorboard import Board
+from dpkd.stages.embed import embed_split
+from dpkd.stages.run import Run
+from dpkd.train.loop import Hooks
+from dpkd.train.task import DistillTask, TeachTask, network_input, pooling_weight
+
+NUM_PANEL_IMAGES = 6
+
+
+class Watch:
+    """Evaluates and draws every network of a task; the board is rank 0's, the other ranks take part without one."""
+
+    def __init__(self, run: Run, task: TeachTask | DistillTask, board: Board | None) -> None:
+        self._run, self._task, self._board = run, task, board
+
+    def hooks(self) -> Hooks:
+        """What the loop calls."""
+        return Hooks(evaluate=self.evaluate, panels=self.panels)
+
+    @cached_property
+    def _settings(self) -> EpisodeSettings:
+        evaluate = self._run.evaluate
+        return evaluate.episodes.model_copy(update={"episodes": evaluate.episodes_while_training})
+
+    @cached_property
+    def _episodes(self) -> Episodes:
+        split = self._run.dataset.split(self._run.data.val)
+        return draw_episodes(split.label_N, self._settings, seed=self._run.seed, split=split.name)
+
+    def evaluate(self, step: int) -> None:
+        """Few-shot accuracy of every network on the validation split."""
+        run = self._run
+        for name, learner in self._task.learners.items():
+            embedding_ND, _ = embed_split(
+                learner.engine.predict,
+                run.dataset.split(run.data.val),
+                maps=run.maps_of(run.data.val),
+                spec=learner.spec,
+                map_size=run.map_size,
+                world=run.world,
+                loader=run.data.loader,
+            )
+            if self._board is None:
+                continue
+            accuracy = few_shot_accuracy(embedding_ND, self._episodes, settings=self._settings)
+            scores = {key: score(accuracy_E).table() for key, accuracy_E in accuracy.items()}
+            self._board.few_shot(step, network=name, split=run.data.val, scores=scores)
+            numbers = {key: round(each["mean"], 4) for key, each in scores.items()}
+            EventLog(run.folder.events).write("few_shot", network=name, step=step, split=run.data.val, **numbers)
+
+    def panels(self, step: int, batch: Batch) -> None:
+        """Image, priors, the network's predictions of them and its attention, side by side."""
+        few = batch.first(NUM_PANEL_IMAGES)
+        for name, learner in self._task.learners.items():
+            image_BCHW, weight_B1HW = network_input(learner.spec, few), pooling_weight(learner.spec, few)
+            outputs = learner.engine.predict(image_BCHW, weight_B1HW)
+            if self._board is None:
+                continue
+            predictions = {
+                key.removeprefix("prior."): each for key, each in outputs.items() if key.startswith("prior.")
+            }
+            self._board.panel(
+                step,
+                network=name,
+                image_BCHW=few.image_BCHW,
+                priors=few.priors,
+                predictions=predictions,
+                attention_B1HW=_energy(outputs["patch"]),
+            )
+
+
+def _energy(patch_BDHW: torch.Tensor) -> torch.Tensor:
+    """Length of each patch's feature vector, B1HW: where a network without class attention looks."""
+    return patch_BDHW.float().norm(dim=1, keepdim=True)
+
+
+class EventSink:
+    """Losses and rates as lines of `events.jsonl`."""
+
+    def __init__(self, events: EventLog, *, stage: str) -> None:
+        self._events, self._stage = events, stage
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes one line."""
+        self._events.write("train", stage=self._stage, step=step, **values)
+
+
+class ProgressSink:
+    """Moves the progress line on, with the sum of each network's losses."""
+
+    def __init__(self, progress: Progress, *, start_step: int) -> None:
+        self._progress, self._done = progress, start_step
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows the losses of this step."""
+        losses: dict[str, float] = {}
+        for key, value in values.items():
+            if key.startswith("loss/"):
+                name = key.split("/")[1]
+                losses[name] = losses.get(name, 0.0) + value
+        rate = values["speed/images_per_s"]
+        self._progress.note(
+            f"{rate:,.0f} images/s, loss " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+        )
+        self._progress.advance(step - self._done)
+        self._done = step
