@@ -1,0 +1,48 @@
+# make quickstart   installs, draws a sample data set, and runs every stage on it
+# make test         installs what tests need, and runs them
+# make lint         formatting, lint and types;  make format mends the first two
+# make lock         resolves pyproject.toml anew into requirements.lock
+# VENV=path and PYTHON=python3.12 choose the environment and the interpreter it is made with.
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: quickstart install test chaos benchmark lint format lock clean
+
+quickstart: $(INSTALLED)
+	$(BIN)/python tools/make_sample_data.py data/sample
+	$(BIN)/python -m dpkd.pretrain --config configs/quickstart.yaml
+
+install: $(INSTALLED)
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else f"dpkd runs on Python 3.10 to 3.13, this is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	@echo "installing into $(VENV): about 6 GB with the CUDA libraries of torch, some minutes"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+chaos benchmark: $(INSTALLED)
+	$(BIN)/python -m pytest -m $@
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock:
+	uv pip compile --universal --python-version 3.10 --generate-hashes --no-emit-index-url \
+	    --custom-compile-command "make lock" --extra dev pyproject.toml --output-file requirements.lock
+
+clean:
+	rm -rf .mypy_cache .pytest_cache .ruff_cache build *.egg-info
