@@ -148,7 +148,7 @@ class ClassAwareOrder:
 
 
 def rank_slice(batch: Indices, *, rank: int, world_size: int, micro_batch_size: int) -> Indices:
-    """The micro-batches [M, micro] of a rank; the batch is cut before it is dealt out, so every world size has the same.
+    """The micro-batches [M, micro] of a rank: the batch is cut before it is dealt out, so all world sizes agree.
 
     Raises `UserError` if the batch cannot be cut evenly.
     """

@@ -1,0 +1,187 @@
+"""Random views, and that maps follow their image through them. References: Pillow's resampling, colours in float64."""
+
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+
+from dpkd.data.augment import GREY, View, apply_image, apply_map, centre_view, normalise, random_view
+from dpkd.data.settings import AugmentSettings
+
+SIZES = st.tuples(st.integers(16, 90), st.integers(16, 90))
+SAMPLES = st.fixed_dictionaries(
+    {"seed": st.integers(0, 2**40), "epoch": st.integers(0, 1000), "index": st.integers(0, 2**40)}
+)
+
+
+def _mirror(map_HWC):
+    return map_HWC[:, ::-1]
+
+
+def _plain(view: View) -> View:
+    return replace(view, brightness=1.0, contrast=1.0, saturation=1.0)
+
+
+def _smooth_image(height: int, width: int) -> np.ndarray:
+    """Slow waves, without symmetry, so that two ways of resampling agree closely."""
+    y, x = np.mgrid[:height, :width] / 30
+    waves = np.stack([np.sin(x + 0.3 * y), np.cos(1.3 * y - x / 2), np.sin(0.7 * x * y / 3)], axis=-1)
+    return np.round(127.5 + 100 * waves).astype(np.uint8)
+
+
+@settings(max_examples=150, deadline=None)
+@given(SIZES, SAMPLES, st.floats(0.05, 1), st.floats(0.4, 1))
+def test_a_view_lies_within_its_image_and_its_settings(image_size, sample, smallest, narrowest):
+    view_settings = AugmentSettings(crop_scale=(smallest, 1), crop_ratio=(narrowest, 1 / narrowest))
+    view = random_view(view_settings, image_size, **sample)
+    assert 0 <= view.top <= image_size[0] - view.height
+    assert 0 <= view.left <= image_size[1] - view.width
+    assert view.height >= 1
+    assert view.width >= 1
+    for factor in (view.brightness, view.contrast, view.saturation):
+        assert 0.6 <= factor <= 1.4
+    assert view == random_view(view_settings, image_size, **sample)
+
+
+def test_views_are_spread_as_those_of_torchvision():
+    torch.manual_seed(0)
+    chosen = AugmentSettings()
+    views = [random_view(chosen, (60, 84), seed=3, epoch=0, index=i) for i in range(3000)]
+    image = torch.zeros(3, 60, 84)
+    boxes = [RandomResizedCrop.get_params(image, list(chosen.crop_scale), list(chosen.crop_ratio)) for _ in range(3000)]
+    found = np.array([(view.top, view.left, view.height, view.width) for view in views])
+    expected = np.array(boxes)
+    np.testing.assert_allclose(found.mean(0), expected.mean(0), atol=0.8)
+    np.testing.assert_allclose(found.std(0), expected.std(0), atol=0.5)
+    assert abs(np.mean([view.flip for view in views]) - 0.5) < 0.03
+    assert abs(np.mean([view.brightness for view in views]) - 1) < 0.02
+
+
+def test_views_differ_between_samples_epochs_and_seeds():
+    def view(seed: int, epoch: int, index: int) -> View:
+        return random_view(AugmentSettings(), (84, 84), seed=seed, epoch=epoch, index=index)
+
+    assert len({view(0, 0, 0), view(1, 0, 0), view(0, 1, 0), view(0, 0, 1), view(0, 1, 1)}) == 5
+
+
+def test_an_image_too_long_for_any_crop_gives_its_centre():
+    view = random_view(AugmentSettings(crop_scale=(1, 1)), (20, 200), seed=0, epoch=0, index=0)
+    assert (view.height, view.width, view.top) == (20, 27, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(SIZES, SAMPLES, st.integers(8, 40))
+def test_a_map_that_is_the_image_follows_it(image_size, sample, size):
+    image = _smooth_image(*image_size)
+    view = _plain(random_view(AugmentSettings(), image_size, **sample))
+    seen = apply_image(view, image, size=size)
+    mapped = apply_map(view, image.astype(np.float32), size=size, nearest=False, flip=_mirror)
+    assert mapped.dtype == np.float32
+    assert np.abs(seen - mapped).max() < 14  # filters differ; a shift by one pixel of the view differs by up to 60
+    assert np.abs(seen - mapped).mean() < 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(SIZES, SAMPLES, st.integers(4, 30), st.integers(4, 30))
+def test_maps_are_resampled_as_pillow_does(image_size, sample, cells, size):
+    map_HW = np.random.default_rng(0).random((cells, cells + 3), np.float32)
+    view = random_view(AugmentSettings(flip=0), image_size, **sample)
+    y, x = cells / image_size[0], (cells + 3) / image_size[1]
+    box = (view.left * x, view.top * y, (view.left + view.width) * x, (view.top + view.height) * y)
+    expected = Image.fromarray(map_HW).resize((size, size), Image.Resampling.BILINEAR, box=box)
+    found = apply_map(view, map_HW[..., None], size=size, nearest=False, flip=_mirror)
+    np.testing.assert_allclose(found[..., 0], np.asarray(expected), atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(SIZES, SAMPLES, st.integers(4, 30))
+def test_labels_keep_their_values_and_their_place(image_size, sample, size):
+    """Labels that number the pixels of the image tell which pixel each cell of the view shows."""
+    height, width = image_size
+    label_HW1 = np.arange(height * width, dtype=np.int32).reshape(height, width, 1)
+    view = random_view(AugmentSettings(), image_size, **sample)
+    shown = apply_map(view, label_HW1, size=size, nearest=True, flip=_mirror)[..., 0].astype(int)
+    columns = (np.arange(size) + 0.5) * view.width / size
+    expected_x = np.floor(view.left + (columns[::-1] if view.flip else columns))
+    expected_y = np.floor(view.top + (np.arange(size) + 0.5) * view.height / size)
+    np.testing.assert_array_equal(shown % width, np.tile(expected_x, (size, 1)))
+    np.testing.assert_array_equal(shown // width, np.tile(expected_y[:, None], (1, size)))
+
+
+def test_a_flip_mirrors_image_and_map_and_asks_the_map_for_its_values():
+    image = _smooth_image(40, 50)
+    view = View(40, 50, top=5, left=8, height=24, width=30)
+    mirrored = replace(view, flip=True)
+    np.testing.assert_array_equal(apply_image(mirrored, image, size=16), apply_image(view, image, size=16)[:, ::-1])
+    direction = np.random.default_rng(0).random((10, 12, 2), np.float32)
+
+    def swap_directions(map_HWC):
+        return map_HWC[:, ::-1, ::-1]
+
+    straight = apply_map(view, direction, size=16, nearest=False, flip=swap_directions)
+    turned = apply_map(mirrored, direction, size=16, nearest=False, flip=swap_directions)
+    np.testing.assert_array_equal(turned, straight[:, ::-1, ::-1])
+
+
+@pytest.mark.parametrize("image_size", [(64, 64), (48, 80), (81, 50)])
+def test_the_centre_view_is_the_largest_centred_square(image_size):
+    height, width = image_size
+    side = min(image_size)
+    image = _smooth_image(*image_size)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = image[top : top + side, left : left + side].astype(np.float64)
+    fine = square.repeat(24, axis=0).repeat(24, axis=1)  # each sample is then the mean of side x side of these
+    expected = fine.reshape(24, side, 24, side, 3).mean((1, 3))
+    seen = apply_image(centre_view(image_size), image, size=24)
+    assert np.abs(seen - expected).max() <= 0.51
+
+
+def test_a_view_of_the_same_size_is_the_image_itself():
+    image = _smooth_image(32, 32)
+    np.testing.assert_array_equal(apply_image(centre_view((32, 32)), image, size=32), image)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(0, 2), st.floats(0, 2), st.floats(0, 2))
+def test_colours_change_as_brightness_contrast_and_saturation_in_turn(brightness, contrast, saturation):
+    image = np.random.default_rng(0).integers(0, 256, (20, 20, 3)).astype(np.uint8)
+    view = replace(centre_view((20, 20)), brightness=brightness, contrast=contrast, saturation=saturation)
+    expected = image.astype(np.float64) * brightness
+    expected = contrast * expected + (1 - contrast) * (expected @ GREY).mean()
+    expected = saturation * expected + (1 - saturation) * (expected @ GREY)[..., None]
+    found = apply_image(view, image, size=20)
+    assert np.abs(found - expected.clip(0, 255)).max() <= 1  # OpenCV calculates with 10 binary places
+
+
+def test_colours_do_not_move_the_crop():
+    plain, coloured = AugmentSettings(brightness=0, contrast=0, saturation=0), AugmentSettings()
+    for index in range(20):
+        view = random_view(coloured, (60, 70), seed=0, epoch=0, index=index)
+        assert random_view(plain, (60, 70), seed=0, epoch=0, index=index) == _plain(view)
+
+
+def test_normalised_images_have_the_given_mean_and_deviation_taken_away():
+    image_BCHW = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    found = normalise(image_BCHW, mean=mean, std=std)
+    expected = (image_BCHW.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_threads_of_opencv_change_nothing():
+    image = _smooth_image(90, 70)
+    view = random_view(AugmentSettings(), (90, 70), seed=0, epoch=0, index=0)
+    threads = cv2.getNumThreads()
+    seen = []
+    for count in (1, 2):
+        cv2.setNumThreads(count)
+        seen.append(apply_image(view, image, size=32))
+    cv2.setNumThreads(threads)
+    np.testing.assert_array_equal(*seen)
