@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dpkd.errors import UserError
 from dpkd.models.settings import ModelSettings
+from dpkd.models.weights import load_weights
 
 
 class Backbone(nn.Module):
@@ -22,9 +23,9 @@ class Backbone(nn.Module):
 
     def __init__(self, settings: ModelSettings, *, num_classes: int, image_size: int) -> None:
         super().__init__()
-        self.timm = create_timm_model(settings, num_classes=num_classes, image_size=image_size)
+        self.timm: Any = create_timm_model(settings, num_classes=num_classes, image_size=image_size)
         self.name = settings.name
-        self._num_prefix_tokens = int(getattr(self.timm, "num_prefix_tokens", 0))
+        self.num_prefix_tokens = int(getattr(self.timm, "num_prefix_tokens", 0))
         self._channels_last = False
         self._probe(image_size, num_classes=num_classes)
 
@@ -37,7 +38,7 @@ class Backbone(nn.Module):
         """The features as a map BDHW: channels-last maps turned, prefix tokens dropped, tokens put on their grid."""
         if features.ndim == 4:
             return features.permute(0, 3, 1, 2) if self._channels_last else features
-        patch_BND = features[:, self._num_prefix_tokens :]
+        patch_BND = features[:, self.num_prefix_tokens :]
         return patch_BND.transpose(1, 2).unflatten(2, self.grid)
 
     def embed(self, features: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ class Backbone(nn.Module):
         """
         if self._is_map:
             return self.embed(pooled_BD[:, None, None, :] if self._channels_last else pooled_BD[:, :, None, None])
-        return self.embed(pooled_BD[:, None, :].expand(-1, self._num_prefix_tokens + 1, -1))
+        return self.embed(pooled_BD[:, None, :].expand(-1, self.num_prefix_tokens + 1, -1))
 
     def classify(self, embedding_BD: Tensor) -> Tensor:
         """Logits BK of embeddings."""
@@ -99,7 +100,7 @@ class Backbone(nn.Module):
             shape = features.shape[1:3] if self._channels_last else features.shape[2:]
             self.grid = (int(shape[0]), int(shape[1]))
             return
-        num_patches = features.shape[1] - self._num_prefix_tokens
+        num_patches = features.shape[1] - self.num_prefix_tokens
         side = round(num_patches**0.5)
         if side * side != num_patches:
             raise UserError(
@@ -146,8 +147,10 @@ def _create(settings: ModelSettings, arguments: dict[str, Any], *, num_classes: 
         model: nn.Module = timm.create_model(
             settings.name, pretrained=settings.pretrained, num_classes=num_classes, **arguments
         )
-    except (RuntimeError, AssertionError, ValueError, KeyError, AttributeError) as error:
+    except (RuntimeError, AssertionError, ValueError, KeyError, AttributeError, OSError) as error:
         raise _refused(settings, error) from error
+    if settings.weights is not None:
+        load_weights(model, settings.weights)
     return model
 
 

@@ -71,7 +71,7 @@ def _without_decay(module: nn.Module) -> set[str]:
     return names
 
 
-def _timm_models(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _timm_models(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """The timm model of every network in a module, with the prefix of its parameters' names."""
     for name, child in module.named_modules():
         if isinstance(child, Network):

@@ -21,6 +21,7 @@ def supervised(
     logits are adjusted by `tau * log prior` (Menon et al. 2021, eq. 10; tau 1 is balanced softmax, Ren et al. 2020).
     Zero, with gradients, where no sample is labelled.
     """
+    assert labelled_share > 0, "supervised loss without a labelled sample in the split"
     if log_prior_K is not None:
         logits_BK = logits_BK + tau * log_prior_K
     total = F.cross_entropy(

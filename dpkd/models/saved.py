@@ -1,0 +1,91 @@
+"""A network on disk: a folder with its weights and what they were built from.
+
+    <folder>/model.safetensors    every tensor of the network's state dict, by its name
+    <folder>/network.json         {"format_version": 1, "weights_sha256": "…", "spec": {…}}; written last
+
+The weights count only together with a `network.json` that names their checksum.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from dpkd import storage
+from dpkd.errors import UserError
+from dpkd.models.network import Network, build_network
+from dpkd.models.settings import NetworkSpec
+
+FORMAT_VERSION = 1
+WEIGHTS_NAME = "model.safetensors"
+SPEC_NAME = "network.json"
+
+
+def save_network(folder: Path, spec: NetworkSpec, state: Mapping[str, Tensor]) -> None:
+    """Writes a network's state dict and spec into a folder; a write cut short leaves no network that loads.
+
+    Raises `UserError` where the folder cannot be written.
+    """
+    data = safetensors.torch.save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()})
+    head = {
+        "format_version": FORMAT_VERSION,
+        "weights_sha256": storage.digest(data),
+        "spec": spec.model_dump(mode="json"),
+    }
+    storage.write_bytes_atomic(folder / WEIGHTS_NAME, data)
+    storage.write_bytes_atomic(folder / SPEC_NAME, json.dumps(head, indent=2).encode())
+
+
+def load_network(folder: Path) -> tuple[NetworkSpec, Network]:
+    """The spec and the network that `save_network` wrote, on CPU and in evaluation mode.
+
+    Raises `UserError` that names the file: missing, of another format, damaged, or of other tensors than the spec's.
+    """
+    spec, checksum = _read_head(folder / SPEC_NAME)
+    weights = folder / WEIGHTS_NAME
+    if not weights.exists():
+        raise UserError(f"{weights} is missing: run the stage that makes it again")
+    data = weights.read_bytes()
+    if storage.digest(data) != checksum:
+        raise UserError(f"{weights} is not what {SPEC_NAME} beside it describes: damaged; run its stage again")
+    network = build_network(_without_start(spec), seed=0)
+    network.spec = spec
+    _load_state(network, safetensors.torch.load(data), origin=weights)
+    return spec, network.eval()
+
+
+def _read_head(path: Path) -> tuple[NetworkSpec, str]:
+    if not path.exists():
+        raise UserError(f"{path} is missing: there is no finished network in this folder")
+    try:
+        head = json.loads(path.read_text())
+        if head["format_version"] != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: format_version is {head['format_version']}, this dpkd reads {FORMAT_VERSION}; "
+                "load it with the version that wrote it (versions.json of its run)"
+            )
+        return NetworkSpec.model_validate(head["spec"]), str(head["weights_sha256"])
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, ValidationError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); run its stage again") from error
+
+
+def _without_start(spec: NetworkSpec) -> NetworkSpec:
+    """The spec without weights to start from: those on disk replace them all."""
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"weights": None, "pretrained": False})})
+
+
+def _load_state(network: Network, state: dict[str, Tensor], *, origin: Path) -> None:
+    expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in state.items()}
+    if expected != found:
+        differ = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        raise UserError(
+            f"{origin} holds other tensors than its spec builds ({len(differ)} differ: {', '.join(differ[:5])}); "
+            "was it written with another timm? versions.json of its run tells which"
+        )
+    with torch.no_grad():
+        network.load_state_dict(state)
