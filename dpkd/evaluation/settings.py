@@ -25,3 +25,5 @@ class ProbeSettings(Section):
     neighbours: int = Field(20, ge=1)
     linear: bool = True
     train_fraction: float = Field(0.5, gt=0, lt=1)
+    max_samples: int = Field(10_000, ge=4)
+    """Samples of a split that take part at most, drawn at random."""

@@ -1,0 +1,28 @@
+"""Accuracy on known classes, and how it is shared out between frequent and rare ones.
+
+Axes: N sample, K class. Accuracies are fractions in [0, 1].
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Integers = NDArray[np.int64]
+
+MANY, FEW = 100, 20
+"""More than 100 training samples is many, fewer than 20 few (Liu et al. 2019, OLTR)."""
+
+
+def long_tail(prediction_N: Integers, label_N: Integers, *, train_count_K: Integers) -> dict[str, float]:
+    """Accuracy `overall`, `balanced` (mean over classes), of the `worst_class`, and over `many`, `medium`, `few`.
+
+    The last three are means over the classes with so many training samples, and absent where there are none. Label -1
+    does not count.
+    """
+    known_N = label_N >= 0
+    right_N, label_N = (prediction_N == label_N)[known_N], label_N[known_N]
+    tested = np.unique(label_N)
+    accuracy = np.array([right_N[label_N == label].mean() for label in tested])
+    count = train_count_K[tested]
+    groups = {"many": count > MANY, "medium": (count >= FEW) & (count <= MANY), "few": count < FEW}
+    table = {"overall": float(right_N.mean()), "balanced": float(accuracy.mean()), "worst_class": float(accuracy.min())}
+    return table | {name: float(accuracy[chosen].mean()) for name, chosen in groups.items() if chosen.any()}

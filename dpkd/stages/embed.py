@@ -1,0 +1,119 @@
+"""What networks make of a split: each image is read and decoded once for all of them, shared out among the ranks.
+
+Axes: N sample, B image of a batch, C channel, H W height and width, D feature, K class.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dpkd.data.settings import LoaderSettings
+from dpkd.data.shards import Split
+from dpkd.data.stream import MapReader, evaluation_batches
+from dpkd.models.settings import FigureGroundPooling, NetworkSpec
+from dpkd.train.task import network_input, pooling_weight
+from dpkd.world import World
+
+Predict = Callable[[Tensor, Tensor | None], dict[str, Tensor]]
+"""Outputs of a network for normalised images and, where its pooling needs one, a weight map; no gradients."""
+
+NUM_MEAN_SAMPLES = 2048
+"""Training images whose mean embedding stands for that of the split."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A network's outputs for samples of a split, in the order asked for."""
+
+    embedding_ND: NDArray[np.float32]
+    logits_NK: NDArray[np.float32] | None
+    """None for a network without classes."""
+
+
+def embed_networks(
+    networks: Mapping[str, tuple[Predict, NetworkSpec]],
+    split: Split,
+    *,
+    maps: MapReader | None,
+    map_size: int,
+    world: World,
+    loader: LoaderSettings,
+    batch_size: int = 128,
+    indices: NDArray[np.int64] | None = None,
+) -> dict[str, Embedded]:
+    """Embeddings and logits of every network for the samples `indices` (all, where none), the same on every rank.
+
+    Every rank calls it, and makes the same number of predictions, as networks spread over the ranks need. All networks
+    must take images of one size.
+    """
+    wanted = np.arange(split.num_samples) if indices is None else indices
+    share = -(-len(wanted) // world.size)
+    # the last rank's share is filled up with samples from the front, dropped again below
+    mine = np.resize(wanted, share * world.size)[world.rank * share : (world.rank + 1) * share]
+    specs = [spec for _, spec in networks.values()]
+    assert len({spec.image_size for spec in specs}) == 1, "networks that share batches take images of one size"
+    needs_maps = any(isinstance(spec.model.pooling, FigureGroundPooling) for spec in specs)
+    batches = evaluation_batches(
+        split,
+        indices=mine,
+        maps=maps if needs_maps else None,
+        image_size=specs[0].image_size,
+        map_size=map_size,
+        batch_size=batch_size,
+        loader=loader,
+    )
+    found: dict[str, list[dict[str, NDArray[np.float32]]]] = {name: [] for name in networks}
+    for batch in batches:
+        here = batch.to(world.device)
+        for name, (predict, spec) in networks.items():
+            outputs = predict(network_input(spec, here), pooling_weight(spec, here))
+            found[name].append({key: _array(outputs[key]) for key in ("embedding", "logits") if key in outputs})
+    return {name: _whole(parts, world, num_samples=len(wanted)) for name, parts in found.items()}
+
+
+def _whole(parts: list[dict[str, NDArray[np.float32]]], world: World, *, num_samples: int) -> Embedded:
+    mine = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    ranks = world.gather(mine)
+    whole = {key: np.concatenate([rank[key] for rank in ranks])[:num_samples] for key in mine}
+    return Embedded(whole["embedding"], whole.get("logits"))
+
+
+def embed_split(
+    predict: Predict,
+    split: Split,
+    *,
+    maps: MapReader | None,
+    spec: NetworkSpec,
+    map_size: int,
+    world: World,
+    loader: LoaderSettings,
+    batch_size: int = 128,
+    indices: NDArray[np.int64] | None = None,
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """`embed_networks` for one network: embeddings [N, D] and the labels on disk [N], -1 without one."""
+    embedded = embed_networks(
+        {"network": (predict, spec)},
+        split,
+        maps=maps,
+        map_size=map_size,
+        world=world,
+        loader=loader,
+        batch_size=batch_size,
+        indices=indices,
+    )
+    return embedded["network"].embedding_ND, split.label_N if indices is None else split.label_N[indices]
+
+
+def mean_indices(split: Split) -> NDArray[np.int64]:
+    """Samples spread evenly over a split, enough for its mean embedding."""
+    count = min(NUM_MEAN_SAMPLES, split.num_samples)
+    return np.linspace(0, split.num_samples - 1, count).round().astype(np.int64)
+
+
+def _array(tensor: Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = tensor.detach().to("cpu", torch.float32).numpy()
+    return array

@@ -1,0 +1,77 @@
+"""Probes and long-tail accuracy against scikit-learn and worked values."""
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, balanced_accuracy_score
+from sklearn.model_selection import train_test_split
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import Normalizer, StandardScaler
+
+from dpkd.evaluation.long_tail import long_tail
+from dpkd.evaluation.probes import ProbeSplit, probe, probe_split
+from dpkd.evaluation.settings import ProbeSettings
+
+
+def clustered() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    label_N = np.repeat(np.arange(4), [40, 30, 20, 10])
+    return rng.normal(size=(4, 8))[label_N] + rng.normal(size=(100, 8)), label_N
+
+
+def test_probes_are_those_of_scikit_learn() -> None:
+    embedding_ND, label_N = clustered()
+    fit, test = train_test_split(np.arange(100), random_state=0, stratify=label_N)
+    table = probe(embedding_ND, label_N, split=ProbeSplit(fit, test), settings=ProbeSettings(neighbours=5))
+    cosine = make_pipeline(Normalizer(), KNeighborsClassifier(5, metric="cosine"))
+    linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    for name, model in (("knn", cosine), ("linear", linear)):
+        expected = model.fit(embedding_ND[fit], label_N[fit]).score(embedding_ND[test], label_N[test])
+        assert table[name] == pytest.approx(expected)
+        assert 0.5 < table[name] < 1
+
+
+def test_the_halves_hold_every_class_and_share_no_sample() -> None:
+    _, label_N = clustered()
+    label_N[:5] = -1
+    split = probe_split(label_N, ProbeSettings(train_fraction=0.25), seed=3)
+    assert split is not None
+    assert sorted(np.concatenate([split.fit, split.test])) == list(range(5, 100))
+    fit_count, test_count = np.bincount(label_N[split.fit]), np.bincount(label_N[split.test])
+    assert fit_count.tolist() == [9, 8, 5, 2]
+    assert test_count.tolist() == [26, 22, 15, 8]
+    again = probe_split(label_N, ProbeSettings(train_fraction=0.25), seed=3)
+    assert again is not None
+    assert (split.fit == again.fit).all()
+
+
+def test_a_large_split_is_probed_on_a_random_part() -> None:
+    label_N = np.arange(1000) % 10
+    split = probe_split(label_N, ProbeSettings(max_samples=200), seed=0)
+    assert split is not None
+    assert len(split.fit) + len(split.test) == 200
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0, 1], [-1, -1, -1], [0, 1, 2]])
+def test_a_split_without_two_classes_of_two_samples_is_not_probed(labels: list[int]) -> None:
+    assert probe_split(np.array(labels), ProbeSettings(), seed=0) is None
+
+
+def test_long_tail_accuracy_is_that_of_scikit_learn_and_of_each_group() -> None:
+    label_N = np.repeat([0, 1, 2, 3], [8, 4, 2, 2])
+    prediction_N = np.array([0] * 8 + [1, 1, 1, 0] + [2, 0] + [0, 0])  # right: 8 of 8, 3 of 4, 1 of 2, 0 of 2
+    table = long_tail(prediction_N, label_N, train_count_K=np.array([500, 101, 20, 19]))
+    assert table["overall"] == pytest.approx(accuracy_score(label_N, prediction_N))
+    assert table["balanced"] == pytest.approx(balanced_accuracy_score(label_N, prediction_N))
+    assert {name: table[name] for name in ("worst_class", "many", "medium", "few")} == {
+        "worst_class": 0.0,
+        "many": 0.875,
+        "medium": 0.5,
+        "few": 0.0,
+    }
+
+
+def test_groups_without_a_class_are_absent_and_unlabelled_samples_do_not_count() -> None:
+    table = long_tail(np.array([0, 1, 1]), np.array([0, 1, -1]), train_count_K=np.array([500, 500]))
+    assert table == {"overall": 1.0, "balanced": 1.0, "worst_class": 1.0, "many": 1.0}
