@@ -16,23 +16,21 @@ PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "ray", "webdataset", "t
 def doctor() -> None:
     """Prints a line for each thing looked at, with the way out where it is missing."""
     say(f"python {platform.python_version()} at {sys.executable}, {os.cpu_count()} cores")
+    found = {each.metadata["Name"].lower(): each.version for each in metadata.distributions()}
     for name in PACKAGES:
-        try:
-            say(f"  {name:<12} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            say(f"  {name:<12} missing: pip install {name}")
+        say(f"  {name:<12} {found.get(name) or f'missing: pip install {name}'}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for index in range(count):
         gpu = torch.cuda.get_device_properties(index)
         say(f"  GPU {index}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
     if not count:
         say("  no GPU: training runs on the CPU with the plain PyTorch engine")
-        _say_tool("C++ compiler", any(shutil.which(name) for name in ("c++", "g++", "clang++")), "install g++")
-        _say_tool("ninja", bool(shutil.which("ninja")), "pip install ninja, and activate the environment")
+        _say_tool("a C++ compiler", ("c++", "g++", "clang++"), way_out="install g++")
+        _say_tool("ninja", ("ninja",), way_out="pip install ninja, and activate the environment")
     size_gb = shutil.disk_usage(".").free / 1e9
     say(f"  disk: {size_gb:.0f} GB free here")
 
 
-def _say_tool(name: str, found: bool, way_out: str) -> None:
-    missing = f"missing; only engine.kind=deepspeed on a CPU needs it: {way_out}"
-    say(f"  {name}: {'found' if found else missing}")
+def _say_tool(name: str, programs: tuple[str, ...], *, way_out: str) -> None:
+    found = any(shutil.which(program) for program in programs)
+    say(f"  {name}: " + ("found" if found else f"missing; engine.kind=deepspeed needs it on a CPU: {way_out}"))

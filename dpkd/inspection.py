@@ -16,7 +16,7 @@ def inspect_dataset(url: str) -> None:
     say(f"{url}: format {manifest.format_version}, {len(manifest.classes)} classes")
     table = Table("split", "samples", "labelled", "classes", "fewest", "most", "shards", "MB")
     for name, split in manifest.splits.items():
-        counts = [count for count in split.counts.values() if count]
+        counts = [count for count in split.class_counts if count]
         size_mb = sum(shard.size_bytes for shard in split.shards) / 1e6
         fewest, most = (min(counts), max(counts)) if counts else (0, 0)
         cells = (split.num_samples, sum(counts), len(counts), fewest, most, len(split.shards), f"{size_mb:.1f}")

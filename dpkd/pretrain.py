@@ -68,7 +68,7 @@ def run_training_stages(settings: Settings, stages: Sequence[str]) -> None:
     if not stages:
         return
     # here, not at the top: the driver of a cluster run needs no torch
-    from dpkd.session import train_stages
+    from dpkd.session import train_stages  # noqa: PLC0415
 
     make_gang(settings.launcher).run(train_stages, (settings.model_dump(mode="json"), list(stages)))
 
@@ -117,7 +117,7 @@ def stage_names(text: str | None) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m dpkd.pretrain",
-        description="Runs the stages of a run: pack, prepare, teach, distill, evaluate, export. Given again, it goes on where it stopped.",
+        description=f"Runs the stages {', '.join(STAGES)}. Given again, it goes on where it stopped.",
         epilog="Exit codes: 0 done, 2 settings or data at fault, 75 stopped on request and resumable, 1 anything else.",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="settings, YAML")

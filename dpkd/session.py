@@ -65,6 +65,5 @@ def _share_cores(settings: Settings, peers: world.World) -> None:
     if settings.launcher.threads is not None:
         torch.set_num_threads(settings.launcher.threads)
     if peers.rank == 0:
-        say(
-            f"  {peers.size} worker{'s' if peers.size > 1 else ''} on {peers.device.type}, {torch.get_num_threads()} threads each"
-        )
+        threads = torch.get_num_threads()
+        say(f"  workers: {peers.size} on {peers.device.type}, {threads} thread{'s' if threads > 1 else ''} each")

@@ -1,4 +1,4 @@
-"""The settings of a run: composed from the parts, checked across them before any work starts. Loads no heavy package."""
+"""The settings of a run: composed of the parts, checked across them before work starts. Loads no heavy package."""
 
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,8 @@ def parse_settings(tree: dict[str, Any], *, origin: str) -> Settings:
 class _UniqueKeyLoader(yaml.SafeLoader):
     """Safe YAML that refuses a key given twice, which plain YAML would settle in silence."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
@@ -131,7 +131,7 @@ def _priors_are_prepared(settings: Settings) -> None:
     for key, name in _priors_used(settings):
         if name not in prepared:
             raise ValueError(
-                f"{key} uses the prior {name!r}, which prepare.priors does not make ({', '.join(sorted(prepared)) or 'none'}); "
+                f"{key} uses the prior {name!r}; prepare.priors makes {', '.join(sorted(prepared)) or 'none'}: "
                 f"add {{kind: {name}}} to prepare.priors"
             )
 

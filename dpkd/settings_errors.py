@@ -1,4 +1,4 @@
-"""Turns a failed validation into sentences: the key, its value, what was expected, and for a misspelt key the nearest one."""
+"""Turns a failed validation into sentences: the key, its value, what was expected, for a misspelt key the nearest."""
 
 import difflib
 from collections.abc import Iterator

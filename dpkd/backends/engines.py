@@ -17,6 +17,6 @@ def make_engine(module: nn.Module, *, settings: EngineSettings, **arguments: Any
     if kind == "torch":
         return TorchEngine(module, settings=settings, **arguments)
     # here, not at the top: importing DeepSpeed takes seconds and needs its tools, which plain PyTorch runs do without
-    from dpkd.backends.deepspeed_engine import DeepSpeedEngine
+    from dpkd.backends.deepspeed_engine import DeepSpeedEngine  # noqa: PLC0415
 
     return DeepSpeedEngine(module, settings=settings, **arguments)

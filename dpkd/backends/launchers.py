@@ -20,7 +20,7 @@ def make_pool(settings: LauncherSettings) -> Pool:
     if launcher_kind(settings) == "local":
         return LocalPool(settings.pool_workers or os.cpu_count() or 1)
     # here, not at the top: local runs do without Ray
-    from dpkd.backends.ray_pool import RayPool
+    from dpkd.backends.ray_pool import RayPool  # noqa: PLC0415
 
     return RayPool(settings.pool_workers)
 
@@ -29,6 +29,6 @@ def make_gang(settings: LauncherSettings) -> Gang:
     """Processes for training: `launcher.workers`, else one a GPU, else one."""
     if launcher_kind(settings) == "local":
         return LocalGang(settings.workers, max_restarts=settings.max_restarts, threads=settings.threads)
-    from dpkd.backends.ray_gang import RayGang
+    from dpkd.backends.ray_gang import RayGang  # noqa: PLC0415
 
     return RayGang(settings.workers, max_restarts=settings.max_restarts, threads=settings.threads)

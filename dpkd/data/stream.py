@@ -68,6 +68,10 @@ class Batch:
         """The same batch in page-locked memory, from which copies to a GPU run beside the computation."""
         return self._each(torch.Tensor.pin_memory)
 
+    def first(self, count: int) -> "Batch":
+        """The first samples of the batch; fewer where it has fewer."""
+        return self._each(lambda tensor: tensor[:count])
+
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         return Batch(
             image_BCHW=change(self.image_BCHW),

@@ -1,7 +1,7 @@
 """Distillation: one teacher, several students at once, and for comparison the same students on labels alone.
 
-Makes `students/<name>`, `baselines/<name>`, and `teacher-live/` where the teacher goes on learning. A baseline is one more
-network in the same loop, so it sees the same images in the same views, for the same steps.
+Makes `students/<name>`, `baselines/<name>`, and `teacher-live/` where the teacher goes on learning. A baseline is one
+more network in the same loop, so it sees the same images in the same views, for the same steps.
 """
 
 from contextlib import nullcontext
@@ -46,7 +46,7 @@ class Frozen:
 def distill(run: Run, settings: DistillSettings, *, teach: TeachSettings) -> None:
     """Trains all students and baselines, going on from the newest checkpoint, and saves their weights."""
     data = training_set(run, settings.training)
-    network = load_network(run.folder.teacher)
+    _, network = load_network(run.folder.teacher)
     teacher = _teacher(run, network, data, settings=settings, teach=teach)
     students = _students(run, network, data, settings)
     task = DistillTask(
@@ -96,7 +96,7 @@ def _students(run: Run, teacher: Network, data: TrainingSet, settings: DistillSe
 
 
 def on_labels_alone(student: StudentSettings) -> StudentSettings:
-    """The same student with mean pooling and nothing but its supervised loss (plain cross-entropy where it has none)."""
+    """The same student with mean pooling and its supervised loss alone (plain cross-entropy where it has none)."""
     supervised = tuple(
         loss.model_copy(update={"weight": 1.0}) for loss in student.losses if isinstance(loss, Supervised)
     )

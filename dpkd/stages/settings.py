@@ -86,7 +86,7 @@ class StudentSettings(Section):
     schedule: ScheduleSettings = ScheduleSettings()
     engine: EngineSettings = EngineSettings()
     baseline: bool = False
-    """Also train the same network on labels alone: same images, same steps, mean pooling; reported under `baselines`."""
+    """Also train the same network on labels alone: same images and steps, mean pooling; see `baselines`."""
 
 
 class DistillSettings(Section):

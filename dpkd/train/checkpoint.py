@@ -1,6 +1,6 @@
-"""Checkpoints that are whole or absent: parts, manifest, flush, one rename; verified on all ranks before any rank loads.
+"""Checkpoints that are whole or absent: parts, manifest, flush, one rename; all verified before any rank loads.
 
-    <folder>/step-00000200/manifest.json      {"format": 1, "step": 200, "world_size": 2, "files": {path: {size_bytes, sha256}}}
+    <folder>/step-00000200/manifest.json      {"format": 1, "step", "world_size", "files": {path: {size_bytes, sha256}}}
     <folder>/step-00000200/<part>/...         what each part wrote, file names differing between ranks
     <folder>/.step-00000200-<token>/          a save under way; it does not count, and a later attempt removes it
 
@@ -121,7 +121,7 @@ class Checkpoints:
             shutil.rmtree(_step_folder(self.folder, old))
 
     def _together(self, act: Any, what: str, draft: Path) -> None:
-        """Runs `act` on every rank; if it fails on one, removes the draft and raises on all, so that none waits for ever."""
+        """Runs `act` on every rank; if it fails on one, removes the draft and raises on all, so that none waits."""
         reason = None
         try:
             act()

@@ -25,7 +25,9 @@ Losses = dict[str, dict[str, torch.Tensor]]
 class Task(Protocol):
     """What is trained: engines by name, and what each minimises on a batch."""
 
-    engines: Mapping[str, Engine]
+    @property
+    def engines(self) -> Mapping[str, Engine]:
+        """The networks that are trained, by name."""
 
     def losses(self, batch: Batch, *, step: int) -> Losses:
         """The weighted losses of one micro-batch, each a mean over it."""

@@ -1,4 +1,4 @@
-"""Counts what training costs and yields between two log lines: losses, rates, norms, images/s, time spent waiting for data."""
+"""Counts what training costs and yields between two log lines: losses, rates, norms, images/s, waits for data."""
 
 import time
 from collections import defaultdict

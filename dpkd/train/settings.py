@@ -46,7 +46,7 @@ class TrainingSettings(Section):
     batch_size: int = Field(128, ge=1)
     """Images in one step over all workers, whatever their number."""
     micro_batch_size: int | None = Field(None, ge=1)
-    """Images in one forward pass of one worker; none takes `batch_size / workers`. Batch statistics are taken over it."""
+    """Images in one forward pass of one worker, over which batch norm works; none takes `batch_size / workers`."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     sampling: Literal["uniform", "class_aware"] = "uniform"
     log_every: int = Field(10, ge=1)

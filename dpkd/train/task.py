@@ -69,7 +69,9 @@ class Learner:
 class Predictor(Protocol):
     """A network that only looks, such as a frozen teacher."""
 
-    spec: NetworkSpec
+    @property
+    def spec(self) -> NetworkSpec:
+        """What the network was built from."""
 
     def predict(self, image_BCHW: Tensor, weight_B1HW: Tensor | None = None) -> Outputs:
         """Runs without gradients, in evaluation mode."""
@@ -89,7 +91,7 @@ class TeachTask:
 
     def __init__(self, learner: Learner, *, name: str, supervision: Supervision, seed: int) -> None:
         self.learners = {name: learner}
-        self.engines = {name: learner.engine}
+        self.engines: dict[str, Engine] = {name: learner.engine}
         self._name, self._supervision, self._seed = name, supervision, seed
 
     def losses(self, batch: Batch, *, step: int) -> Losses:
@@ -118,7 +120,7 @@ class DistillTask:
         live = {teacher_name: teacher} if isinstance(teacher, Learner) else {}
         self.students = dict(students)
         self.learners = {**live, **students}
-        self.engines = {name: learner.engine for name, learner in self.learners.items()}
+        self.engines: dict[str, Engine] = {name: learner.engine for name, learner in self.learners.items()}
         self._teacher, self._teacher_name = teacher, teacher_name
         self._supervision, self._seed = supervision, seed
 
