@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-Map = npt.NDArray[np.float32] | npt.NDArray[np.int32]
+Map = npt.NDArray[np.float32 | np.int32]
 """HWC: float32 in [0, 1], or int32 region labels."""
 Shape = tuple[int, int, int]
 

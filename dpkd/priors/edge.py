@@ -21,7 +21,7 @@ class Edge(Section):
     """Edge strength in [0, 1], one channel, a cell every `stride` pixels.
 
     With the structure tensor J = Σ_c w_c² (∇G_s∗I_c)(∇G_s∗I_c)ᵀ of the Lab image (Di Zenzo 1986), the strength at
-    scale s is e_s = s·√λ_max(J) (Lindeberg 1998, γ-normalised, γ = 1); E is the mean over the scales, the map √min(E/64, 1).
+    scale s is e_s = s·√λ_max(J) (Lindeberg 1998, γ-normalised, γ = 1); E is their mean, and the map √min(E/64, 1).
     """
 
     kind: Literal["edge"] = "edge"

@@ -1,7 +1,6 @@
 """What every prior can do, and the few things that several of them need: a fingerprint, the grid, a mirror."""
 
 import hashlib
-import json
 from typing import Protocol
 
 import numpy as np
@@ -45,8 +44,7 @@ class Extractor(Protocol):
 
 def fingerprint(prior: Extractor) -> str:
     """Identifies what `prior` computes, by its settings and code version; 16 hex digits."""
-    text = json.dumps({"settings": json.loads(prior.model_dump_json()), "version": prior.version}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{prior.model_dump_json()} version {prior.version}".encode()).hexdigest()[:16]
 
 
 def grid_size(image_HWC: npt.NDArray[np.uint8], stride: int) -> tuple[int, int]:
@@ -57,4 +55,4 @@ def grid_size(image_HWC: npt.NDArray[np.uint8], stride: int) -> tuple[int, int]:
 
 def mirror(map_HWC: Map) -> Map:
     """The map mirrored left to right, its values unchanged."""
-    return map_HWC[:, ::-1]
+    return np.ascontiguousarray(map_HWC[:, ::-1])

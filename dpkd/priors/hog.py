@@ -44,7 +44,7 @@ class Hog(Section):
 
     def flip(self, map_HWC: Map) -> Map:
         """The map of the mirrored image: mirrored, with the bins reversed."""
-        return map_HWC[:, ::-1, ::-1]
+        return np.ascontiguousarray(map_HWC[:, ::-1, ::-1])
 
 
 def _gradient(image_HWC: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:

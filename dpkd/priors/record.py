@@ -1,0 +1,115 @@
+"""The member of a prior shard: all maps of one sample, bound to its image.
+
+    <key>.priors.msgpack = {
+        "format_version": 1,
+        "key": the sample's key,
+        "image": SHA-256 of the image's bytes (the first 16),
+        "bad": why the maps are flat, or none,
+        "maps": {name: {"codec", "shape": [H, W, C], "scale", "fingerprint": of the prior, "data"}},
+        "checksum": CRC-32 of this same msgpack without the checksum,
+    }
+
+`dpkd.priors.codecs` says what "data" is. webdataset decodes the member as it is.
+"""
+
+import hashlib
+import zlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from dpkd.priors.codecs import CODECS, Map, Shape
+from dpkd.priors.extractor import Extractor, fingerprint
+
+FORMAT_VERSION = 1
+MEMBER_EXTENSION = "priors.msgpack"
+
+
+@dataclass(frozen=True)
+class StoredMap:
+    """One map as bytes, with what it takes to read it, and the fingerprint of the prior that made it."""
+
+    codec: str
+    shape: Shape
+    scale: float
+    fingerprint: str
+    data: bytes
+
+    def decode(self) -> Map:
+        """The map, HWC; raises ValueError where the bytes are not of this codec and shape."""
+        if self.codec not in CODECS:
+            raise ValueError(f"the codec {self.codec!r} is not one of {', '.join(CODECS)}")
+        return CODECS[self.codec].decode(self.data, self.shape)
+
+
+@dataclass(frozen=True)
+class Record:
+    """All maps of one sample."""
+
+    key: str
+    image: bytes
+    """`image_hash` of the image that the maps belong to."""
+    maps: dict[str, StoredMap]
+    bad: str | None = None
+    """Why the maps could not be computed and favour no place."""
+
+    def to_bytes(self) -> bytes:
+        """The member's content."""
+        content = {
+            "format_version": FORMAT_VERSION,
+            "key": self.key,
+            "image": self.image,
+            "bad": self.bad,
+            "maps": {name: asdict(stored) for name, stored in self.maps.items()},
+        }
+        return _pack({**content, "checksum": zlib.crc32(_pack(content))})
+
+    @staticmethod
+    def from_bytes(data: bytes) -> "Record":
+        """Reads a member's content; raises ValueError where it is damaged or of another format."""
+        try:
+            content = msgpack.unpackb(data)
+            checksum = content.pop("checksum")
+            if zlib.crc32(_pack(content)) != checksum:
+                raise ValueError("the checksum of the prior maps is wrong")
+            if content["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"prior maps of format {content['format_version']}; this dpkd reads {FORMAT_VERSION}")
+            maps = {
+                name: StoredMap(**{**stored, "shape": tuple(stored["shape"])})
+                for name, stored in content["maps"].items()
+            }
+            return Record(key=content["key"], image=content["image"], maps=maps, bad=content["bad"])
+        except (KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
+            raise ValueError(f"the prior maps are damaged: {error!r}") from error
+
+
+def image_hash(image: bytes) -> bytes:
+    """What binds maps to the bytes of their image."""
+    return hashlib.sha256(image).digest()[:16]
+
+
+def store(prior: Extractor, map_HWC: Map) -> StoredMap:
+    """The map of `prior` as bytes."""
+    height, width, channels = map_HWC.shape
+    return StoredMap(
+        codec=prior.codec.name,
+        shape=(height, width, channels),
+        scale=prior.codec.scale,
+        fingerprint=fingerprint(prior),
+        data=prior.codec.encode(map_HWC),
+    )
+
+
+def flat(prior: Extractor) -> StoredMap:
+    """A map of a single cell, for a sample whose map cannot be computed: it favours no place over another."""
+    if prior.nearest:
+        return store(prior, np.zeros((1, 1, prior.channels), np.int32))
+    return store(prior, np.full((1, 1, prior.channels), 0.5, np.float32))
+
+
+def _pack(content: dict[str, Any]) -> bytes:
+    packed = msgpack.packb(content)
+    assert isinstance(packed, bytes)
+    return packed

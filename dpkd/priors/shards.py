@@ -1,0 +1,217 @@
+"""A prior set: what stands on disk beside the image shards, and reading the maps of a sample.
+
+<dataset>/priors/<set>/
+  priors.json                   `PriorManifest`; written last, so a folder without it is not a whole set
+  <split>-000000.tar            one member a sample, <key>.priors.msgpack (`dpkd.priors.record`), in the order of the
+                                image shard of that name
+  <split>-000000.index.msgpack  `PriorIndex`: written after its tar, which it vouches for
+"""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dpkd import storage
+from dpkd.data.shards import Dataset, Sample, ShardInfo, index_name
+from dpkd.errors import UserError
+from dpkd.priors import Prior
+from dpkd.priors.codecs import Map
+from dpkd.priors.extractor import fingerprint
+from dpkd.priors.record import Record, image_hash
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "priors.json"
+
+
+class PriorMismatch(UserError):
+    """Maps that are damaged, or belong to another image or another prior: they are not served."""
+
+
+class PriorManifest(BaseModel):
+    """The content of priors.json."""
+
+    model_config = ConfigDict(frozen=True)
+    format_version: int = FORMAT_VERSION
+    dataset: str
+    """Fingerprint of the data set whose images the maps were made from."""
+    priors: tuple[Prior, ...]
+    fingerprints: dict[str, str]
+    """kind -> fingerprint of the prior, code version included."""
+    splits: dict[str, tuple[ShardInfo, ...]]
+    num_quarantined: int = 0
+
+
+@dataclass(frozen=True)
+class PriorIndex:
+    """The index beside a prior shard."""
+
+    shard: ShardInfo
+    images: str
+    """SHA-256 of the image shard."""
+    fingerprints: dict[str, str]
+    """kind -> fingerprint of the prior, in the order of the settings."""
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    bad: tuple[tuple[str, str], ...] = ()
+    """(key, reason) of samples whose maps are flat."""
+
+    def to_bytes(self) -> bytes:
+        """The file's content."""
+        content = {"format_version": FORMAT_VERSION, **vars(self), "shard": self.shard.model_dump()}
+        packed = msgpack.packb(content)
+        assert isinstance(packed, bytes)
+        return packed
+
+    @staticmethod
+    def from_bytes(data: bytes) -> "PriorIndex":
+        """Reads the file's content; raises ValueError where it is not one."""
+        try:
+            content: dict[str, Any] = msgpack.unpackb(data, use_list=False)
+            if content.pop("format_version") != FORMAT_VERSION:
+                raise ValueError("another format version")
+            return PriorIndex(**{**content, "shard": ShardInfo(**content["shard"])})
+        except (KeyError, TypeError, AttributeError, msgpack.UnpackException, ValueError) as error:
+            raise ValueError(f"not the index of a prior shard: {error!r}") from error
+
+
+@dataclass(frozen=True)
+class PriorSet:
+    """A whole prior set, open for reading."""
+
+    url: str
+    manifest: PriorManifest
+
+    @staticmethod
+    def open(dataset_url: str, name: str) -> "PriorSet":
+        """Opens the set `name` of a data set; raises `UserError` where it is not whole, or made for other images."""
+        url = set_url(dataset_url, name)
+        again = "run the prepare stage again (dpkd prepare)"
+        manifest = read_manifest(url)
+        if manifest is None:
+            raise UserError(f"no whole prior set at {url}: {MANIFEST_NAME} is missing or cannot be read; {again}")
+        if manifest.dataset != Dataset.open(dataset_url).manifest.fingerprint:
+            raise UserError(
+                f"the prior set at {url} was prepared from other images than stand at {dataset_url}; {again}"
+            )
+        if manifest.fingerprints != fingerprints(manifest.priors):
+            raise UserError(f"the prior set at {url} was prepared by another version of dpkd; {again}")
+        return PriorSet(url=url, manifest=manifest)
+
+    @property
+    def channels(self) -> dict[str, int]:
+        """Channels of each map, by the kind of its prior."""
+        return {prior.kind: prior.channels for prior in self.manifest.priors}
+
+    def split(self, name: str) -> "PriorSplit":
+        """The maps of the split `name`; raises `UserError` that names the splits there are."""
+        if name not in self.manifest.splits:
+            known = ", ".join(self.manifest.splits)
+            raise UserError(f"the prior set at {self.url} has no split {name!r}; it has: {known}")
+        return PriorSplit(self.url, self.manifest.priors, self.manifest.splits[name])
+
+
+class PriorSplit:
+    """The maps of one split by sample number. Pickles small: files are opened again where they are used."""
+
+    def __init__(self, url: str, priors: tuple[Prior, ...], shards: tuple[ShardInfo, ...]) -> None:
+        self.url = url
+        self.priors = priors
+        self.shards = shards
+        self.channels = {prior.kind: prior.channels for prior in priors}
+        self._prior_of: dict[str, Prior] = {prior.kind: prior for prior in priors}
+        self._ends = list(accumulate(shard.num_samples for shard in shards))
+        self._file_of: dict[int, int] = {}
+
+    def read(self, i: int, sample: Sample) -> dict[str, Map]:
+        """The maps of sample `i` by kind, HWC; raises `PriorMismatch` unless they are whole and `sample`'s own."""
+        shard = int(np.searchsorted(self._ends, i, side="right"))
+        row = i - (self._ends[shard] - self.shards[shard].num_samples)
+        index = self._indexes[shard]
+        try:
+            record = Record.from_bytes(os.pread(self._file(shard), index.sizes[row], index.offsets[row]))
+            self._refuse_foreign(record, sample)
+            return {name: stored.decode() for name, stored in record.maps.items()}
+        except ValueError as error:
+            place = storage.join(self.url, self.shards[shard].name)
+            raise PriorMismatch(f"{place}, maps of {sample.key!r}: {error}; run the prepare stage again") from error
+
+    def nearest(self, name: str) -> bool:
+        """Whether the map holds labels, so that resampling must take the nearest one."""
+        return self._prior_of[name].nearest
+
+    def flip(self, name: str, map_HWC: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The map of the mirrored image."""
+        return self._prior_of[name].flip(map_HWC)
+
+    def _refuse_foreign(self, record: Record, sample: Sample) -> None:
+        if record.key != sample.key:
+            raise ValueError(f"they belong to {record.key!r}")
+        if record.image != image_hash(sample.image):
+            raise ValueError("they were made from another image of that name")
+        if {name: stored.fingerprint for name, stored in record.maps.items()} != self._fingerprints:
+            raise ValueError("they were made with other settings or another version")
+
+    @cached_property
+    def _fingerprints(self) -> dict[str, str]:
+        return fingerprints(self.priors)
+
+    @cached_property
+    def _indexes(self) -> list[PriorIndex]:
+        return [self._read_index(shard) for shard in self.shards]
+
+    def _read_index(self, shard: ShardInfo) -> PriorIndex:
+        place = storage.join(self.url, index_name(shard.name))
+        try:
+            index = PriorIndex.from_bytes(storage.read_bytes(place))
+        except (FileNotFoundError, ValueError) as error:
+            raise PriorMismatch(f"{place} is missing or damaged: {error}; run the prepare stage again") from error
+        if index.shard != shard:
+            raise PriorMismatch(f"{place} is not of the shard that {MANIFEST_NAME} lists; run the prepare stage again")
+        return index
+
+    def _file(self, shard: int) -> int:
+        if shard not in self._file_of:
+            info = self.shards[shard]
+            place = storage.join(self.url, info.name)
+            try:
+                local = storage.fetch(place, size_bytes=info.size_bytes, sha256_hex=info.sha256)
+                self._file_of[shard] = os.open(local, os.O_RDONLY)
+            except FileNotFoundError as error:
+                raise PriorMismatch(f"{place} is missing; run the prepare stage again") from error
+        return self._file_of[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self.url, "priors": self.priors, "shards": self.shards}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def __del__(self) -> None:
+        for descriptor in self.__dict__.get("_file_of", {}).values():
+            os.close(descriptor)
+
+
+def set_url(dataset_url: str, name: str) -> str:
+    """Where the prior set `name` of a data set stands."""
+    return storage.join(dataset_url, "priors", name)
+
+
+def fingerprints(priors: tuple[Prior, ...]) -> dict[str, str]:
+    """The fingerprint of each prior, by its kind."""
+    return {prior.kind: fingerprint(prior) for prior in priors}
+
+
+def read_manifest(url: str) -> PriorManifest | None:
+    """The manifest of the set at `url`, None where there is none that this version reads."""
+    try:
+        manifest = PriorManifest.model_validate_json(storage.read_bytes(storage.join(url, MANIFEST_NAME)))
+    except (FileNotFoundError, NotADirectoryError, ValidationError):
+        return None
+    return manifest if manifest.format_version == FORMAT_VERSION else None

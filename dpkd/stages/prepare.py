@@ -1,0 +1,228 @@
+"""Prepare: image shards in, a prior set out (`dpkd.priors.shards` draws it). Each shard is one piece of work.
+
+A shard that stands and was made from the same images with the same priors is kept. Any other is written anew, and the
+maps of the shard in its place that still hold, by the fingerprint of the prior and the hash of the image, are carried
+over: a changed prior is computed alone, and so is a changed image.
+"""
+
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import cv2
+
+from dpkd import storage
+from dpkd.data.images import decode_image
+from dpkd.data.shards import Dataset, Sample, ShardInfo, Split, SplitInfo, index_name
+from dpkd.data.tars import TarWriter, list_members
+from dpkd.errors import UserError
+from dpkd.pool import Pool
+from dpkd.priors import Prior
+from dpkd.priors.extractor import fingerprint
+from dpkd.priors.record import MEMBER_EXTENSION, Record, StoredMap, flat, image_hash, store
+from dpkd.priors.shards import (
+    MANIFEST_NAME,
+    PriorIndex,
+    PriorManifest,
+    PriorSet,
+    fingerprints,
+    read_manifest,
+    set_url,
+)
+from dpkd.report.quarantine import Quarantine
+from dpkd.stages.settings import PrepareSettings
+
+STAGE = "prepare"
+
+
+def prepare(
+    dataset: Dataset,
+    settings: PrepareSettings,
+    *,
+    pool: Pool,
+    quarantine: Quarantine,
+    progress: Callable[[int, int], None],
+) -> PriorSet:
+    """Computes the prior maps of every sample that lacks them; returns the set.
+
+    A sample whose maps cannot be computed goes to the quarantine and gets flat maps, which favour no place; past the
+    limit of the quarantine the stage stops with `UserError`. `progress` is told (samples done, samples in all).
+    """
+    _refuse_duplicates(settings.priors)
+    url = set_url(dataset.url, settings.name)
+    _withdraw_other_manifest(url, dataset, settings.priors)
+    tasks = [
+        _Task(split=_one_shard(dataset, name, shard), url=url, priors=settings.priors)
+        for name, info in dataset.manifest.splits.items()
+        for shard in info.shards
+    ]
+    total = sum(task.split.num_samples for task in tasks)
+    indexes: dict[int, PriorIndex] = {}
+    quarantine.begin(STAGE)
+    done = 0
+    for number, index in pool.map(_prepare_shard, tasks):
+        indexes[number] = index
+        for key, reason in index.bad:
+            quarantine.add(STAGE, f"{index.shard.name}/{key}", reason)
+        quarantine.check(total)
+        done += index.shard.num_samples
+        progress(done, total)
+    manifest = _manifest(dataset, settings.priors, [indexes[number] for number in range(len(tasks))])
+    storage.write_bytes_atomic(storage.join(url, MANIFEST_NAME), manifest.model_dump_json(indent=1).encode())
+    _remove_unlisted(url, manifest)
+    return PriorSet.open(dataset.url, settings.name)
+
+
+@dataclass(frozen=True, repr=False)
+class _Task:
+    """One shard to prepare: a split of that shard alone."""
+
+    split: Split
+    url: str
+    priors: tuple[Prior, ...]
+
+    def __repr__(self) -> str:
+        return f"priors of {storage.join(self.split.url, self.split.info.shards[0].name)}"
+
+
+def _refuse_duplicates(priors: tuple[Prior, ...]) -> None:
+    kinds = [prior.kind for prior in priors]
+    for kind in kinds:
+        if kinds.count(kind) > 1:
+            raise UserError(
+                f"prepare.priors has the kind {kind!r} {kinds.count(kind)} times, and a set holds one map of a kind: "
+                "leave one, or prepare the other in a set of its own (prepare.name)"
+            )
+
+
+def _one_shard(dataset: Dataset, name: str, shard: ShardInfo) -> Split:
+    """The split that consists of `shard` alone: little to send to a worker, however many shards there are."""
+    info = SplitInfo(num_samples=shard.num_samples, num_unlabelled=0, class_counts=(), shards=(shard,))
+    return Split(dataset.url, name, info)
+
+
+def _withdraw_other_manifest(url: str, dataset: Dataset, priors: tuple[Prior, ...]) -> None:
+    """Removes a manifest that is about to become untrue, before the first shard changes under it."""
+    manifest = read_manifest(url)
+    if manifest is None or (manifest.dataset, manifest.fingerprints) != (
+        dataset.manifest.fingerprint,
+        fingerprints(priors),
+    ):
+        storage.remove(storage.join(url, MANIFEST_NAME))
+
+
+def _manifest(dataset: Dataset, priors: tuple[Prior, ...], indexes: list[PriorIndex]) -> PriorManifest:
+    shards = iter(indexes)
+    return PriorManifest(
+        dataset=dataset.manifest.fingerprint,
+        priors=priors,
+        fingerprints=fingerprints(priors),
+        splits={name: tuple(next(shards).shard for _ in info.shards) for name, info in dataset.manifest.splits.items()},
+        num_quarantined=sum(len(index.bad) for index in indexes),
+    )
+
+
+def _remove_unlisted(url: str, manifest: PriorManifest) -> None:
+    """Removes shards of an earlier, larger set, which a reader of all tars in the folder would take for its own."""
+    listed = {shard.name for shards in manifest.splits.values() for shard in shards}
+    listed |= {index_name(name) for name in listed}
+    for name in storage.list_names(url):
+        if name.endswith((".tar", ".index.msgpack")) and name not in listed:
+            storage.remove(storage.join(url, name))
+
+
+def _prepare_shard(task: _Task) -> PriorIndex:
+    """Makes one prior shard and its index, or finds that they stand; returns the index."""
+    cv2.setNumThreads(1)  # the pool has a process for every core
+    image_shard = task.split.info.shards[0]
+    place = storage.join(task.url, image_shard.name)
+    index = _standing_index(place, image_shard, task.priors)
+    if index is not None:
+        return index
+    index, tar = _make_shard(task, before=_records_by_key(place))
+    storage.write_bytes_atomic(place, tar)
+    storage.write_bytes_atomic(index_name(place), index.to_bytes())  # after the tar: it vouches for it
+    return index
+
+
+def _standing_index(place: str, image_shard: ShardInfo, priors: tuple[Prior, ...]) -> PriorIndex | None:
+    """The index of the prior shard at `place` if it is whole and holds just these priors of these images."""
+    try:
+        index = PriorIndex.from_bytes(storage.read_bytes(index_name(place)))
+        if (index.images, index.fingerprints) != (image_shard.sha256, fingerprints(priors)):
+            return None
+        return index if storage.sha256(place) == index.shard.sha256 else None
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _records_by_key(place: str) -> dict[str, Record]:
+    """The records of the prior shard at `place` that can be read, whatever they were made from."""
+    records: dict[str, Record] = {}
+    if not storage.exists(place):
+        return records
+    data = storage.read_bytes(place)
+    for member in list_members(io.BytesIO(data), size_bytes=len(data)).members:
+        try:
+            record = Record.from_bytes(data[member.offset : member.offset + member.size])
+        except ValueError:  # a damaged record is computed again
+            continue
+        records[record.key] = record
+    return records
+
+
+def _make_shard(task: _Task, *, before: dict[str, Record]) -> tuple[PriorIndex, bytes]:
+    """The shard's index and bytes."""
+    image_shard = task.split.info.shards[0]
+    file = io.BytesIO()
+    tar = TarWriter(file)
+    members, bad = [], []
+    for record in _records(task, before=before):
+        members.append(tar.add(f"{record.key}.{MEMBER_EXTENSION}", record.to_bytes()))
+        if record.bad is not None:
+            bad.append((record.key, record.bad))
+    tar.finish()
+    data = file.getvalue()
+    shard = ShardInfo(
+        name=image_shard.name, num_samples=len(members), size_bytes=len(data), sha256=storage.digest(data)
+    )
+    index = PriorIndex(
+        shard=shard,
+        images=image_shard.sha256,
+        fingerprints=fingerprints(task.priors),
+        offsets=tuple(member.offset for member in members),
+        sizes=tuple(member.size for member in members),
+        bad=tuple(bad),
+    )
+    return index, data
+
+
+def _records(task: _Task, *, before: dict[str, Record]) -> Iterator[Record]:
+    """The record of every sample of the shard, in order."""
+    for sample in task.split.read_shard(0):
+        yield _record(sample, task.priors, before=before.get(sample.key))
+
+
+def _record(sample: Sample, priors: tuple[Prior, ...], *, before: Record | None) -> Record:
+    """The maps of a sample: carried over where they hold, else computed; flat, with the reason, where that fails."""
+    image = image_hash(sample.image)
+    held = before.maps if before is not None and before.image == image and before.bad is None else {}
+    missing = [prior for prior in priors if not _holds(held.get(prior.kind), prior)]
+    try:
+        maps = {**held, **_compute(sample, missing)}
+    except Exception as error:  # noqa: BLE001 (the one place where a bad sample is survived: it is named and counted)
+        reason = f"{type(error).__name__}: {error}"
+        return Record(key=sample.key, image=image, maps={prior.kind: flat(prior) for prior in priors}, bad=reason)
+    return Record(key=sample.key, image=image, maps={prior.kind: maps[prior.kind] for prior in priors})
+
+
+def _holds(stored: StoredMap | None, prior: Prior) -> bool:
+    return stored is not None and stored.fingerprint == fingerprint(prior)
+
+
+def _compute(sample: Sample, priors: list[Prior]) -> dict[str, StoredMap]:
+    """The maps of `priors` for a sample, which is not decoded where there are none to compute."""
+    if not priors:
+        return {}
+    image_HWC = decode_image(sample.image)
+    return {prior.kind: store(prior, prior.map(image_HWC)) for prior in priors}
