@@ -20,16 +20,16 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
 
 
 def _line(fault: ErrorDetails, root: type[BaseModel]) -> str:
-    path, owner = _walk(fault["loc"], root)
+    path, owner, annotation = _walk(fault["loc"], root)
     kind, value = fault["type"], fault["input"]
     if kind == "extra_forbidden":
         return f"{path}: no such key{_nearest(str(fault['loc'][-1]), owner)}"
     if kind == "missing":
         return f"{path}: is missing and has no default"
     if kind == "union_tag_not_found":
-        return f"{path}: needs a `kind`, one of {fault['ctx']['expected_tags']}"
+        return f"{path}: needs a `kind`, one of {', '.join(_kinds(annotation))}"
     if kind == "union_tag_invalid":
-        tags = [tag.strip(" '") for tag in str(fault["ctx"]["expected_tags"]).split(",")]
+        tags = _kinds(annotation)
         tag = str(fault["ctx"]["tag"])
         near = difflib.get_close_matches(tag, tags, n=1)
         return (
@@ -54,8 +54,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _walk(location: tuple[int | str, ...], root: type[BaseModel]) -> tuple[str, type[BaseModel] | None]:
-    """The key as the user wrote it (without pydantic's union tags), and the model that owns its last part."""
+def _walk(location: tuple[int | str, ...], root: type[BaseModel]) -> tuple[str, type[BaseModel] | None, Any]:
+    """The key as the user wrote it (without pydantic's union tags), the model that owns its last part, and its type."""
     shown: list[str] = []
     here: Any = root
     owner: type[BaseModel] | None = root
@@ -69,7 +69,11 @@ def _walk(location: tuple[int | str, ...], root: type[BaseModel]) -> tuple[str, 
         here = _child(here, part)
         if isinstance(here, type) and issubclass(here, BaseModel) and part != location[-1]:
             owner = here
-    return ".".join(shown), owner
+    return ".".join(shown), owner, here
+
+
+def _kinds(annotation: Any) -> list[str]:
+    return [str(model.model_fields["kind"].default) for model in _models(annotation)]
 
 
 def _member(annotation: Any, tag: int | str) -> type[BaseModel] | None:

@@ -26,9 +26,10 @@ LAYERS = (
     ("stages",),
     ("backends",),
     ("settings",),
-    ("plan",),
+    ("plan", "inspection", "doctor"),
     ("session",),
-    ("pretrain", "cli"),
+    ("pretrain",),
+    ("cli",),
 )
 HEIGHT = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}
 HEAVY = ("torch", "timm", "ray", "deepspeed", "numba")

@@ -2,6 +2,8 @@
 
 import os
 
+import torch
+
 from dpkd.backends.local_gang import LocalGang
 from dpkd.gang import Gang
 from dpkd.pool import LocalPool, Pool
@@ -28,7 +30,8 @@ def make_pool(settings: LauncherSettings) -> Pool:
 def make_gang(settings: LauncherSettings) -> Gang:
     """Processes for training: `launcher.workers`, else one a GPU, else one."""
     if launcher_kind(settings) == "local":
-        return LocalGang(settings.workers, max_restarts=settings.max_restarts, threads=settings.threads)
+        workers = settings.workers or max(1, torch.cuda.device_count())
+        return LocalGang(workers, max_restarts=settings.max_restarts, threads=settings.threads)
     from dpkd.backends.ray_gang import RayGang  # noqa: PLC0415
 
     return RayGang(settings.workers, max_restarts=settings.max_restarts, threads=settings.threads)

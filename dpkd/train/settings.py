@@ -37,6 +37,14 @@ class EngineSettings(Section):
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of an exponential moving average of the weights; what is evaluated and exported where set."""
 
+    @model_validator(mode="after")
+    def _stage_has_an_engine(self) -> "EngineSettings":
+        if self.kind == "torch" and self.zero_stage > 1:
+            raise ValueError(
+                f"kind torch spreads nothing, so zero_stage {self.zero_stage} means nothing: set kind: deepspeed"
+            )
+        return self
+
 
 class TrainingSettings(Section):
     """The length of a stage, its batch, and how often it is evaluated and saved (in steps)."""
