@@ -11,7 +11,7 @@ from torch import nn
 from dpkd.average import WeightAverage
 from dpkd.engine_state import Counts, StateReader, part_of, write_part
 from dpkd.errors import UserError
-from dpkd.optimizer import build_optimizer, by_name, quantities, set_learning_rates, start_state, trainable
+from dpkd.optimizer import build_optimizer, by_name, quantities, set_learning_rates, set_num_updates, trainable
 from dpkd.train.settings import EngineSettings, OptimizerSettings
 from dpkd.world import World
 
@@ -117,8 +117,7 @@ class TorchEngine:
         self._settings = optimizer
         self._parameters = by_name(groups)
         self._optimizer = build_optimizer(groups, optimizer, fused=world.device.type == "cuda")
-        self._num_updates = 0
-        start_state(self._optimizer, optimizer, num_updates=0)
+        self._set_num_updates(0)
         followed = {**self._parameters, **dict(module.named_buffers())}
         self._average = None if settings.ema is None else WeightAverage(followed, decay=settings.ema)
 
@@ -189,10 +188,14 @@ class TorchEngine:
         reader.check({name: tensor.shape for name, tensor in tensors.items()})
         for name, tensor in tensors.items():
             tensor.detach().copy_(reader.read(name))
-        self._num_updates = reader.counts.num_updates
-        start_state(self._optimizer, self._settings, num_updates=self._num_updates)
+        self._set_num_updates(reader.counts.num_updates)
         if self._average is not None:
             self._average.num_updates = reader.counts.num_average_updates
+
+    def _set_num_updates(self, number: int) -> None:
+        self._num_updates = number
+        tensors = self._parameters.values()
+        set_num_updates(self._optimizer, self._settings, tensors=tensors, num_updates=number)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {f"weight/{name}": p for name, p in self.module.named_parameters()}

@@ -1,6 +1,6 @@
 """Optimizers over parameter groups, as every engine uses them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -64,14 +64,19 @@ def quantities(settings: OptimizerSettings) -> tuple[str, ...]:
     return ("momentum_buffer",) if settings.momentum > 0 else ()
 
 
-def start_state(optimizer: torch.optim.Optimizer, settings: OptimizerSettings, *, num_updates: int) -> None:
-    """Makes the state that torch would make at the first update where there is none, and sets the count of updates."""
+def set_num_updates(
+    optimizer: torch.optim.Optimizer,
+    settings: OptimizerSettings,
+    *,
+    tensors: Iterable[torch.Tensor],
+    num_updates: int,
+) -> None:
+    """Sets the count of updates of each optimized tensor, making its state where there is none."""
     fused = bool(optimizer.defaults["fused"])
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            for quantity in quantities(settings):
-                if quantity not in state:  # zero momentum gives torch's first update exactly
-                    state[quantity] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            if settings.kind == "adamw":  # a tensor of its own: a shared one would count once for each parameter
-                state["step"] = torch.tensor(float(num_updates), device=parameter.device if fused else "cpu")
+    for tensor in tensors:
+        state = optimizer.state[tensor]
+        for quantity in quantities(settings):
+            if quantity not in state:  # zeros give the first update exactly as torch's own lazy start does
+                state[quantity] = torch.zeros_like(tensor, memory_format=torch.preserve_format)
+        if settings.kind == "adamw":  # each its own: a shared one would count once for every tensor
+            state["step"] = torch.tensor(float(num_updates), device=tensor.device if fused else "cpu")

@@ -74,6 +74,14 @@ class World:
             dist.broadcast(tensor, src=0)
         return tensor
 
+    def concatenate(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The flat tensors of all ranks (on this world's device, of one length) end to end, on every rank."""
+        if self.size == 1:
+            return tensor
+        whole = torch.empty(self.size * tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+        dist.all_gather_into_tensor(whole, tensor.contiguous())
+        return whole
+
     def leave(self) -> None:
         """Shuts down what `join` started."""
         if self.release is not None:
