@@ -1,0 +1,288 @@
+"""Batches from real shards: the same whatever the number of workers, ranks and restarts."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from dpkd.data.augment import apply_image, random_view
+from dpkd.data.images import decode_image, encode_png
+from dpkd.data.order import Order
+from dpkd.data.settings import AugmentSettings, LoaderSettings
+from dpkd.data.shards import Dataset, Manifest, Sample, ShardIndex, ShardInfo, Split, SplitInfo, index_name
+from dpkd.data.stream import Batch, evaluation_batches, training_batches
+from dpkd.data.tars import TarWriter
+from dpkd.errors import UserError
+
+SHARD_SIZES = (5, 7, 4)
+NUM_SAMPLES = sum(SHARD_SIZES)
+HERE = LoaderSettings(workers=0)
+
+
+class ImageAsMaps:
+    """Reads maps that are the image itself, in colours and as labels, so that a batch shows what became of them."""
+
+    def read(self, i: int, sample: Sample) -> dict[str, np.ndarray]:
+        image_HWC = decode_image(sample.image)
+        return {"colour": image_HWC.astype(np.float32) / 255, "label": image_HWC[..., :1].astype(np.int32)}
+
+    def nearest(self, name: str) -> bool:
+        return name == "label"
+
+    def flip(self, name: str, map_HWC: np.ndarray) -> np.ndarray:
+        return map_HWC[:, ::-1]
+
+
+class AnothersMaps(ImageAsMaps):
+    """A reader whose maps never belong to the image."""
+
+    def read(self, i: int, sample: Sample) -> dict[str, np.ndarray]:
+        raise ValueError(f"the maps of {sample.key} were made from another image")
+
+
+def _image(i: int) -> np.ndarray:
+    """Waves of a colour and direction of their own; sizes differ."""
+    y, x = np.mgrid[: 30 + i, : 36 + i % 3] / 12
+    waves = np.stack([np.sin(x * (1 + i / 9)), np.cos(y + i), np.sin(x + y + i / 3)], axis=-1)
+    return np.round(127.5 + 100 * waves).astype(np.uint8)
+
+
+def _write_shard(folder: Path, name: str, samples: range) -> ShardInfo:
+    keys, members = tuple(f"class/{i:03d}" for i in samples), {"png": ([], []), "json": ([], [])}
+    with (folder / name).open("wb") as file:
+        writer = TarWriter(file)
+        for i, key in zip(samples, keys, strict=True):
+            for extension, data in (("png", encode_png(_image(i))), ("json", json.dumps({"label": i % 3}).encode())):
+                member = writer.add(f"{key}.{extension}", data)
+                members[extension][0].append(member.offset)
+                members[extension][1].append(member.size)
+        writer.finish()
+    data = (folder / name).read_bytes()
+    sha256 = hashlib.sha256(data).hexdigest()
+    shard = ShardInfo(name=name, num_samples=len(keys), size_bytes=len(data), sha256=sha256)
+    index = ShardIndex(
+        keys=keys,
+        label_N=np.array([i % 3 for i in samples]),
+        groups=(None,) * len(keys),
+        members={name: (np.array(at), np.array(size)) for name, (at, size) in members.items()},
+        shard=shard,
+    )
+    (folder / index_name(name)).write_bytes(index.to_bytes())
+    return shard
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> Split:
+    ends = np.cumsum(SHARD_SIZES).tolist()
+    shards = [
+        _write_shard(tmp_path, f"train-{k:06d}.tar", range(end - size, end))
+        for k, (end, size) in enumerate(zip(ends, SHARD_SIZES, strict=True))
+    ]
+    info = SplitInfo(num_samples=NUM_SAMPLES, num_unlabelled=0, class_counts=(6, 5, 5), shards=tuple(shards))
+    manifest = Manifest(
+        classes=("a", "b", "c"), splits={"train": info}, image_mean=(0.5,) * 3, image_std=(0.2,) * 3, made_from={}
+    )
+    (tmp_path / "dataset.json").write_text(manifest.model_dump_json())
+    return Dataset.open(str(tmp_path)).split("train")
+
+
+def _train(split: Split, start: int, stop: int, *, loader=HERE, maps=None, rank=0, world_size=1) -> list[Batch]:
+    order = Order(split.shard_sizes, seed=5, global_batch_size=8, block_shards=2)
+    batches = training_batches(
+        split,
+        order=order,
+        label_N=split.label_N,
+        maps=maps,
+        augment=AugmentSettings(),
+        seed=5,
+        image_size=24,
+        map_size=24,
+        rank=rank,
+        world_size=world_size,
+        micro_batch_size=2,
+        start_step=start,
+        stop_step=stop,
+        loader=loader,
+    )
+    return list(batches)
+
+
+def _assert_equal(found: list[Batch], expected: list[Batch]) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        for name in ("image_BCHW", "label_B", "index_B", "epoch_B"):
+            torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=0)
+        torch.testing.assert_close(one.priors, other.priors, rtol=0, atol=0)
+
+
+def test_a_batch_holds_the_samples_and_views_that_order_and_seed_say(split):
+    batch = _train(split, 3, 4)[1]
+    order = Order(SHARD_SIZES, seed=5, global_batch_size=8, block_shards=2)
+    assert batch.index_B.tolist() == order.batch(3)[2:4].tolist()
+    assert batch.epoch_B.tolist() == order.epochs_of(3)[2:4].tolist()
+    assert batch.label_B.tolist() == [i % 3 for i in batch.index_B.tolist()]
+    for image_CHW, index, epoch in zip(batch.image_BCHW, batch.index_B.tolist(), batch.epoch_B.tolist(), strict=True):
+        view = random_view(AugmentSettings(), _image(index).shape[:2], seed=5, epoch=epoch, index=index)
+        expected = apply_image(view, _image(index), size=24)
+        np.testing.assert_array_equal(image_CHW.permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(split, workers):
+    maps = ImageAsMaps()
+    expected = _train(split, 0, 5, maps=maps)
+    _assert_equal(_train(split, 0, 5, maps=maps, loader=LoaderSettings(workers=workers, prefetch=2)), expected)
+
+
+def test_resuming_gives_the_rest_of_the_batches(split):
+    _assert_equal(_train(split, 3, 6), _train(split, 0, 6)[12:])
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_together_see_the_batches_of_one(split, world_size):
+    ranks = [_train(split, 0, 3, rank=rank, world_size=world_size) for rank in range(world_size)]
+    dealt = [batch for turn in zip(*ranks, strict=True) for batch in turn]
+    _assert_equal(dealt, _train(split, 0, 3))
+
+
+def test_maps_follow_their_images(split):
+    plain = AugmentSettings(brightness=0, contrast=0, saturation=0)
+    order = Order(split.shard_sizes, seed=0, global_batch_size=NUM_SAMPLES, block_shards=3)
+    (batch,) = training_batches(
+        split, order=order, label_N=split.label_N, maps=ImageAsMaps(), augment=plain, seed=0, image_size=24,
+        map_size=24, rank=0, world_size=1, micro_batch_size=NUM_SAMPLES, start_step=0, stop_step=1, loader=HERE,
+    )  # fmt: skip
+    image_BCHW = batch.image_BCHW.float() / 255
+    assert batch.priors["colour"].shape == image_BCHW.shape
+    assert batch.priors["label"].shape == (NUM_SAMPLES, 1, 24, 24)
+    assert (batch.priors["colour"] - image_BCHW).abs().mean() < 0.01
+    assert (batch.priors["label"][:, 0] / 255 - image_BCHW[:, 0]).abs().mean() < 0.05
+    others = batch.priors["colour"].roll(1, dims=0)  # what the wrong map would give
+    assert (others - image_BCHW).abs().mean() > 0.1
+
+
+def test_hidden_labels_stay_hidden_in_training_and_show_in_evaluation(split):
+    hidden = np.full(NUM_SAMPLES, -1)
+    order = Order(split.shard_sizes, seed=0, global_batch_size=4, block_shards=3)
+    batches = training_batches(
+        split, order=order, label_N=hidden, maps=None, augment=AugmentSettings(), seed=0, image_size=16, map_size=4,
+        rank=0, world_size=1, micro_batch_size=4, start_step=0, stop_step=2, loader=HERE,
+    )  # fmt: skip
+    assert all(batch.label_B.tolist() == [-1] * 4 for batch in batches)
+    shown = list(_evaluate(split, np.arange(NUM_SAMPLES)))
+    assert torch.cat([batch.label_B for batch in shown]).tolist() == [i % 3 for i in range(NUM_SAMPLES)]
+
+
+def _evaluate(split: Split, indices: np.ndarray, *, loader=HERE, batch_size=6):
+    return evaluation_batches(
+        split, indices=indices, maps=ImageAsMaps(), image_size=20, map_size=5, batch_size=batch_size, loader=loader
+    )
+
+
+def test_evaluation_gives_what_it_was_asked_for_in_that_order(split):
+    indices = np.array([3, 15, 0, 0, 9])
+    batches = list(_evaluate(split, indices, batch_size=2))
+    assert [len(batch.index_B) for batch in batches] == [2, 2, 1]
+    assert torch.cat([batch.index_B for batch in batches]).tolist() == indices.tolist()
+    torch.testing.assert_close(batches[1].image_BCHW[0], batches[1].image_BCHW[1])
+    assert not list(_evaluate(split, indices[:0]))
+
+
+def test_the_loader_leaves_torchs_random_state_alone(split):
+    before = torch.get_rng_state()
+    _train(split, 0, 2)
+    list(_evaluate(split, np.arange(4), loader=LoaderSettings(workers=1)))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_sample_names_its_shard_and_key_in_one_line(split, workers):
+    shard = Path(split.url) / "train-000001.tar"
+    data = bytearray(shard.read_bytes())
+    at, size = (int(column[2]) for column in split.indexes[1].members["png"])
+    data[at : at + size] = bytes(size)
+    shard.write_bytes(data)
+    loader = LoaderSettings(workers=workers)
+    with pytest.raises(UserError, match=r"train-000001\.tar, sample 'class/007': .*image") as caught:
+        list(_evaluate(split, np.arange(NUM_SAMPLES), loader=loader))
+    assert "Traceback" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_maps_of_another_image_stop_training_by_name(split):
+    with pytest.raises(UserError, match=r"sample 'class/\d+': the maps .* another image"):
+        _train(split, 0, 1, maps=AnothersMaps())
+
+
+def test_a_batch_moves_as_a_whole(split):
+    batch = _train(split, 0, 1, maps=ImageAsMaps())[0]
+    moved = batch.to("meta")
+    tensors = [moved.image_BCHW, moved.label_B, moved.index_B, moved.epoch_B, *moved.priors.values()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert set(moved.priors) == {"colour", "label"}
+    assert replace(batch, priors={}).priors == {}
+
+
+_TRAINER = """
+import sys, numpy as np
+from dpkd.data.settings import LoaderSettings
+from dpkd.data.shards import Dataset
+from dpkd.data.stream import evaluation_batches
+
+if __name__ == "__main__":
+    split = Dataset.open(sys.argv[1]).split("train")
+    batches = evaluation_batches(
+        split, indices=np.zeros(100_000, np.int64), maps=None, image_size=16, map_size=4, batch_size=2,
+        loader=LoaderSettings(workers=2),
+    )
+    for number, _ in enumerate(batches):
+        print(number, flush=True)
+        sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def trainer(split: Split, tmp_path: Path):
+    """A process that asks its two workers for a batch at every line it reads, in a process group of its own."""
+    script = tmp_path / "trainer.py"
+    script.write_text(_TRAINER)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(
+        [sys.executable, script, split.url],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    process.stdout.readline()
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_workers_outlive_a_request_to_stop_but_not_their_trainer(trainer):
+    """Ctrl-C and a scheduler's SIGTERM reach every process; the trainer decides, and may need batches until then."""
+    helpers = psutil.Process(trainer.pid).children(recursive=True)
+    workers = [helper for helper in helpers if helper.ppid() != trainer.pid]
+    assert len(workers) == 2
+    for worker in workers:
+        worker.send_signal(signal.SIGINT)
+        worker.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    for number in range(1, 30):
+        trainer.stdin.write("\n")
+        trainer.stdin.flush()
+        assert trainer.stdout.readline() == f"{number}\n"
+    trainer.kill()
+    assert not psutil.wait_procs(helpers, timeout=20)[1]
