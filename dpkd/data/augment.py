@@ -24,6 +24,7 @@ Map = NDArray[Any]
 
 GREY = np.array([0.299, 0.587, 0.114])
 """Luma weights of RGB (ITU-R BT.601)."""
+_SAME = np.eye(3)
 _NUM_CROPS = 10
 """Crops tried before the largest one of the nearest allowed ratio is taken (Szegedy et al. 2015, as in torchvision)."""
 
@@ -131,10 +132,11 @@ def _colour_matrix(view: View, *, mean_RGB: Sequence[float]) -> NDArray[np.float
 
     These are torchvision's three definitions in a fixed order; as one matrix, values are clipped once, at the end.
     """
-    to_grey = np.broadcast_to(GREY, (3, 3))
-    linear = view.brightness * view.contrast * (view.saturation * np.eye(3) + (1 - view.saturation) * to_grey)
-    offset = (1 - view.contrast) * view.brightness * float(GREY @ mean_RGB)
-    return np.hstack([linear, np.full((3, 1), offset)])
+    matrix = np.empty((3, 4))
+    matrix[:, :3] = view.saturation * _SAME + (1 - view.saturation) * GREY
+    matrix[:, :3] *= view.brightness * view.contrast
+    matrix[:, 3] = (1 - view.contrast) * view.brightness * float(GREY @ mean_RGB)
+    return matrix
 
 
 Span = tuple[float, float, int, int]

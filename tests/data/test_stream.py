@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import psutil
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 
@@ -58,7 +58,8 @@ def _image(i: int) -> np.ndarray:
 
 
 def _write_shard(folder: Path, name: str, samples: range) -> ShardInfo:
-    keys, members = tuple(f"class/{i:03d}" for i in samples), {"png": ([], []), "json": ([], [])}
+    keys = tuple(f"class/{i:03d}" for i in samples)
+    members: dict[str, tuple[list[int], list[int]]] = {"png": ([], []), "json": ([], [])}
     with (folder / name).open("wb") as file:
         writer = TarWriter(file)
         for i, key in zip(samples, keys, strict=True):
@@ -265,6 +266,7 @@ def trainer(split: Split, tmp_path: Path):
         env=environment,
         start_new_session=True,
     )
+    assert process.stdout is not None
     process.stdout.readline()
     yield process
     process.kill()
