@@ -36,7 +36,7 @@ class Codec(Protocol):
         """The map as bytes."""
 
     def decode(self, data: bytes, shape: Shape) -> Map:
-        """The map that `data` holds; raises ValueError when it does not hold one of this shape."""
+        """The map that `data` holds; raises ValueError for another shape, or the library's error."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import zlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import cv2
 import msgpack
 import numpy as np
 
@@ -41,7 +42,10 @@ class StoredMap:
         """The map, HWC; raises ValueError where the bytes are not of this codec and shape."""
         if self.codec not in CODECS:
             raise ValueError(f"the codec {self.codec!r} is not one of {', '.join(CODECS)}")
-        return CODECS[self.codec].decode(self.data, self.shape)
+        try:
+            return CODECS[self.codec].decode(self.data, self.shape)
+        except (cv2.error, zlib.error) as error:
+            raise ValueError(f"not {self.codec} data: {error}") from error
 
 
 @dataclass(frozen=True)

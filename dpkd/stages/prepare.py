@@ -108,7 +108,7 @@ def _withdraw_other_manifest(url: str, dataset: Dataset, priors: tuple[Prior, ..
         dataset.manifest.fingerprint,
         fingerprints(priors),
     ):
-        storage.remove(storage.join(url, MANIFEST_NAME))
+        _remove(storage.join(url, MANIFEST_NAME))
 
 
 def _manifest(dataset: Dataset, priors: tuple[Prior, ...], indexes: list[PriorIndex]) -> PriorManifest:
@@ -128,7 +128,13 @@ def _remove_unlisted(url: str, manifest: PriorManifest) -> None:
     listed |= {index_name(name) for name in listed}
     for name in storage.list_names(url):
         if name.endswith((".tar", ".index.msgpack")) and name not in listed:
-            storage.remove(storage.join(url, name))
+            _remove(storage.join(url, name))
+
+
+def _remove(place: str) -> None:
+    if storage.exists(place):
+        with storage.write_errors(place):
+            storage.remove(place)
 
 
 def _prepare_shard(task: _Task) -> PriorIndex:
@@ -152,7 +158,7 @@ def _standing_index(place: str, image_shard: ShardInfo, priors: tuple[Prior, ...
         if (index.images, index.fingerprints) != (image_shard.sha256, fingerprints(priors)):
             return None
         return index if storage.sha256(place) == index.shard.sha256 else None
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
 

@@ -1,0 +1,111 @@
+"""What holds for every prior; a new one is tested by being in the union."""
+
+import pickle
+import subprocess
+import sys
+from typing import ClassVar, get_args
+
+import numpy as np
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from dpkd.priors import DEFAULT_PRIORS, Prior
+from dpkd.priors.edge import Edge
+from dpkd.priors.extractor import fingerprint
+from dpkd.priors.hog import Hog
+
+KINDS = get_args(get_args(Prior)[0])
+every_prior = pytest.mark.parametrize("prior", [kind() for kind in KINDS], ids=lambda prior: prior.kind)
+
+# kind -> (version, mean and deviation of the map of the scene). Whoever changes the numbers raises the version, so that
+# maps made before are not taken for maps made after.
+KNOWN = {
+    "edge": (1, 0.4261, 0.2367),
+    "saliency": (1, 0.1260, 0.2676),
+    "superpixel": (1, 10.3073, 6.2524),
+    "hog": (1, 0.2853, 0.1724),
+}
+
+
+@every_prior
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (3, 2), (7, 5), (16, 16), (37, 53), (130, 60)])
+def test_images_of_any_size_have_a_map_of_the_right_type_and_range(prior, size):
+    image_HWC = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    before_HWC = image_HWC.copy()
+    map_HWC = prior.map(image_HWC)
+    assert map_HWC.ndim == 3
+    assert map_HWC.shape[2] == prior.channels
+    assert map_HWC.dtype == (np.int32 if prior.nearest else np.float32)
+    assert map_HWC.min() >= 0
+    assert prior.nearest or map_HWC.max() <= 1
+    np.testing.assert_array_equal(image_HWC, before_HWC)
+
+
+@every_prior
+def test_grids_grow_with_the_image(prior):
+    image_HWC = np.zeros((84, 224, 3), np.uint8)
+    expected = (10, 28) if prior.kind == "hog" else (21, 56)
+    assert prior.map(image_HWC).shape[:2] == expected
+
+
+@every_prior
+def test_the_same_image_has_the_same_map_every_time(prior, scene):
+    first_HWC = prior.map(scene)
+    prior.map(255 - scene)
+    np.testing.assert_array_equal(prior.map(scene), first_HWC)
+
+
+@every_prior
+def test_the_flipped_map_is_the_map_of_the_mirrored_image(prior, scene):
+    flipped_HWC, expected_HWC = prior.flip(prior.map(scene)), prior.map(np.ascontiguousarray(scene[:, ::-1]))
+    if prior.nearest:  # labels mean nothing beyond their image: only the mirroring itself is defined
+        np.testing.assert_array_equal(flipped_HWC, prior.map(scene)[:, ::-1])
+    else:
+        np.testing.assert_allclose(flipped_HWC, expected_HWC, atol=0.02 if prior.kind == "saliency" else 2e-3)
+    np.testing.assert_array_equal(prior.flip(flipped_HWC), prior.map(scene))
+
+
+@every_prior
+def test_the_stored_map_is_close_to_the_computed_one(prior, scene):
+    map_HWC = prior.map(scene)
+    back_HWC = prior.codec.decode(prior.codec.encode(map_HWC), map_HWC.shape)
+    assert back_HWC.dtype == map_HWC.dtype
+    assert np.abs(back_HWC - map_HWC).mean() <= (0 if prior.nearest else 0.02)
+
+
+@every_prior
+def test_another_map_from_the_same_settings_has_another_version(prior, scene):
+    version, mean, deviation = KNOWN[prior.kind]
+    map_HWC = prior.map(scene)
+    assert prior.version == version
+    np.testing.assert_allclose((map_HWC.mean(), map_HWC.std()), (mean, deviation), rtol=5e-3)
+
+
+@every_prior
+def test_settings_survive_json_and_pickle_with_their_fingerprint(prior):
+    adapter = TypeAdapter(Prior)
+    read = adapter.validate_json(adapter.dump_json(prior))
+    assert read == prior == pickle.loads(pickle.dumps(prior))
+    assert fingerprint(read) == fingerprint(prior)
+
+
+def test_fingerprints_differ_by_kind_by_settings_and_by_version():
+    class NewerEdge(Edge):
+        version: ClassVar[int] = 2
+
+    priors = [*DEFAULT_PRIORS, Edge(stride=8), Edge(smooth=True), Hog(bins=8), NewerEdge()]
+    assert len({fingerprint(prior) for prior in priors}) == len(priors)
+    assert fingerprint(Edge()) == fingerprint(Edge(stride=4))
+
+
+def test_an_unknown_kind_or_setting_is_refused_by_name():
+    with pytest.raises(ValidationError, match="edges"):
+        TypeAdapter(Prior).validate_python({"kind": "edges"})
+    with pytest.raises(ValidationError, match="strid"):
+        TypeAdapter(Prior).validate_python({"kind": "edge", "strid": 4})
+
+
+def test_settings_load_no_heavy_package():
+    code = "import sys, dpkd.priors; print([name for name in ('torch', 'numba', 'scipy', 'skimage') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
