@@ -25,7 +25,7 @@ TEMPORARY_PREFIX = ".tmp-"
 _WAY_OUT = {
     errno.ENOSPC: "the disk is full: free some space or choose another folder, then run the command again",
     errno.EDQUOT: "the disk quota is used up: free some space or choose another folder, then run the command again",
-    errno.EFBIG: "the file would be larger than the system allows (ulimit -f): raise the limit or choose another folder",
+    errno.EFBIG: "the file would be larger than the system allows (ulimit -f): raise that limit",
     errno.EACCES: "no permission to write there: choose another folder or change its permissions",
     errno.EPERM: "no permission to write there: choose another folder or change its permissions",
     errno.EROFS: "that file system is read-only: choose another folder",

@@ -47,7 +47,7 @@ def decode_image(data: bytes) -> npt.NDArray[np.uint8]:
 
 
 def decode_mask(data: bytes) -> npt.NDArray[np.uint8 | np.uint16]:
-    """A mask as it is stored, HW, uint8 or uint16; raises `BrokenImage` as `decode_image` does, and for colour masks."""
+    """A mask as it is stored, HW, uint8 or uint16; raises `BrokenImage` as `decode_image` does, and for colour."""
     mask = _decode(data, cv2.IMREAD_UNCHANGED)
     if mask.ndim != 2:
         raise BrokenImage(f"the mask has {mask.shape[2]} channels, and one is needed")
@@ -103,7 +103,7 @@ def _decode(data: bytes, flags: int) -> npt.NDArray[Any]:
 
 
 def _refuse_cut(data: bytes) -> None:
-    """Some releases of OpenCV fill the missing part of a cut JPEG with grey and say nothing, so the end is looked for here."""
+    """Looks for the end: some releases of OpenCV fill the missing part of a cut JPEG with grey and say nothing."""
     if not data:
         raise BrokenImage("the file is empty")
     match image_format(data):

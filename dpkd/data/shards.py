@@ -7,7 +7,7 @@
       <key>.json                    {"label": 3 or null, "class_name", "group", "source", "attributes": {…}}
       <key>.mask.png                optional, of the image's size
       <key>.expert-<name>.png       optional, any number
-  <split>-000000.index.msgpack      `ShardIndex`: columns, one entry a sample; written after its tar, which it vouches for
+  <split>-000000.index.msgpack      `ShardIndex`: columns, one entry a sample; written after its tar
 
 A key is the path of the image in its source without the extension. Axes: N samples.
 """
@@ -166,7 +166,7 @@ class Dataset:
             raise UserError(f"{place} is not a data set's manifest: {error}; pack the data set again") from error
         if manifest.format_version != FORMAT_VERSION:
             raise UserError(
-                f"{place} has format version {manifest.format_version}, and this dpkd reads {FORMAT_VERSION}: pack again"
+                f"{place} has format version {manifest.format_version}, this dpkd reads {FORMAT_VERSION}: pack it again"
             )
         return Dataset(url=url, manifest=manifest)
 

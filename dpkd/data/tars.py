@@ -4,6 +4,7 @@ A tar is a sequence of members, each a header of 512 bytes (more for long names)
 two blocks of zeros. Nothing of the writer enters a header: no time, owner or host.
 """
 
+import hashlib
 import tarfile
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -33,7 +34,13 @@ class TarWriter:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
+        self._digest = hashlib.sha256()
         self.size_bytes = 0
+
+    @property
+    def sha256(self) -> str:
+        """Hexadecimal SHA-256 of all that was written."""
+        return self._digest.hexdigest()
 
     def add(self, name: str, data: bytes) -> Member:
         """Appends a member; returns where its data stands."""
@@ -52,6 +59,7 @@ class TarWriter:
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
+        self._digest.update(data)
         self.size_bytes += len(data)
 
 

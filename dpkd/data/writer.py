@@ -1,0 +1,165 @@
+"""Writing one shard and its index: the work of one pool worker, restartable and the same to the byte each time."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from dpkd import storage
+from dpkd.data.images import BrokenImage, check_image, check_mask
+from dpkd.data.records import Record
+from dpkd.data.shards import EXPERT_PREFIX, FORMAT_VERSION, ShardIndex, ShardInfo, index_name
+from dpkd.data.tars import Member, TarWriter
+
+Row = tuple[str, int, str | None, dict[str, Member]]
+"""Key, label, group, and where the members stand."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A sample with its place in the data set."""
+
+    key: str
+    label: int
+    group: str | None
+    record: Record
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """The content of the sample's json member."""
+        return {
+            "label": self.label if self.label >= 0 else None,
+            "class_name": self.record.class_name,
+            "group": self.group,
+            "source": self.record.name,
+            "attributes": self.record.attributes,
+        }
+
+    def digest_part(self) -> list[Any]:
+        """All that decides the sample's bytes in the shard, as far as it is known before the image is read."""
+        experts = [[name, blob.size] for name, blob in self.record.experts]
+        mask = None if self.record.mask is None else self.record.mask.size
+        return [self.key, self.meta, self.record.image.size, mask, experts]
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """A shard to write."""
+
+    url: str
+    """The data set."""
+    split: str
+    name: str
+    samples: tuple[Planned, ...]
+
+    @property
+    def plan(self) -> str:
+        """Digest of what the shard is to be made from."""
+        parts = [FORMAT_VERSION, self.name, [sample.digest_part() for sample in self.samples]]
+        return storage.digest(_json(parts))
+
+    def __repr__(self) -> str:
+        return f"{self.name} ({len(self.samples)} samples)"
+
+
+def write_shard(job: ShardJob) -> ShardIndex:
+    """Writes the shard, then its index, unless both stand already; returns the index.
+
+    Raises `UserError` where the place cannot be written.
+    """
+    if (standing := standing_shard(job)) is not None:
+        return standing
+    cv2.setNumThreads(1)
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # broken images are reported by name
+    rows: list[Row] = []
+    bad: list[tuple[str, str]] = []
+    pixel_counts = np.zeros((3, 256), np.int64)
+    place = storage.join(job.url, job.name)
+    with storage.open_atomic(place) as file:
+        writer = TarWriter(file)
+        for sample in job.samples:
+            try:
+                members, image_HWC = _members(sample)
+            except BrokenImage as error:
+                bad.append((sample.record.name, str(error)))
+                continue
+            written = {extension: writer.add(f"{sample.key}.{extension}", data) for extension, data in members.items()}
+            rows.append((sample.key, sample.label, sample.group, written))
+            for channel in range(3):
+                pixel_counts[channel] += np.bincount(image_HWC[:, :, channel].ravel(), minlength=256)
+        writer.finish()
+    info = ShardInfo(name=job.name, num_samples=len(rows), size_bytes=writer.size_bytes, sha256=writer.sha256)
+    index = _index(rows, info=info, plan=job.plan, bad=bad, pixel_counts=pixel_counts)
+    storage.write_bytes_atomic(storage.join(job.url, index_name(job.name)), index.to_bytes())
+    return index
+
+
+def standing_shard(job: ShardJob) -> ShardIndex | None:
+    """The index of a shard that stands whole, made from the same plan; None where it must be written."""
+    place = storage.join(job.url, job.name)
+    try:
+        index = ShardIndex.from_bytes(storage.read_bytes(storage.join(job.url, index_name(job.name))))
+        if index.plan != job.plan or storage.size(place) != index.shard.size_bytes:
+            return None
+    except (FileNotFoundError, ValueError):
+        return None
+    local = storage.local_path(place)
+    if local is not None and storage.sha256(local) != index.shard.sha256:
+        return None
+    return index
+
+
+def _members(sample: Planned) -> tuple[dict[str, bytes], npt.NDArray[np.uint8]]:
+    """Extension -> bytes, in the order of the tar, and the decoded image; raises `BrokenImage` with the reason."""
+    record = sample.record
+    image = check_image(record.image.read())
+    height, width = image.image_HWC.shape[:2]
+    members = {image.extension: image.data, "json": _json(sample.meta)}
+    if record.mask is not None:
+        members["mask.png"] = _annotation("mask", record.mask.read(), height=height, width=width)
+    for name, blob in record.experts:
+        members[f"{EXPERT_PREFIX}{name}.png"] = _annotation(
+            f"expert map {name}", blob.read(), height=height, width=width
+        )
+    return members, image.image_HWC
+
+
+def _json(content: Any) -> bytes:
+    return json.dumps(content, sort_keys=True, default=str).encode()
+
+
+def _annotation(what: str, data: bytes, *, height: int, width: int) -> bytes:
+    try:
+        return check_mask(data, height=height, width=width)
+    except BrokenImage as error:
+        raise BrokenImage(f"{what}: {error}") from error
+
+
+def _index(
+    rows: list[Row],
+    *,
+    info: ShardInfo,
+    plan: str,
+    bad: list[tuple[str, str]],
+    pixel_counts: npt.NDArray[np.int64],
+) -> ShardIndex:
+    extensions = sorted({extension for *_, members in rows for extension in members})
+    absent = Member("", -1, 0)
+
+    def column(extension: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        found = [members.get(extension, absent) for *_, members in rows]
+        return np.array([m.offset for m in found], np.int64), np.array([m.size for m in found], np.int64)
+
+    return ShardIndex(
+        keys=tuple(key for key, *_ in rows),
+        label_N=np.array([label for _, label, *_ in rows], np.int64),
+        groups=tuple(group for _, _, group, _ in rows),
+        members={extension: column(extension) for extension in extensions},
+        shard=info,
+        plan=plan,
+        bad=tuple(bad),
+        pixel_counts=tuple(tuple(counts) for counts in pixel_counts.tolist()),
+    )

@@ -1,0 +1,256 @@
+"""Pack: a source of images becomes shards and a manifest.
+
+    source ──find──▶ records ──assign──▶ splits ──plan──▶ jobs ──Pool──▶ tar, index ──▶ dataset.json
+
+The plan is a pure function of the source and the settings, and each shard of its part of the plan; so the bytes do not
+depend on who writes them, how many do, or how often they were stopped. Finished shards are kept after a check.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dpkd import storage
+from dpkd.data import sources
+from dpkd.data.records import Found, Record, keys_of, sorted_classes
+from dpkd.data.settings import FileSplits
+from dpkd.data.shards import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    Dataset,
+    Manifest,
+    ShardIndex,
+    SplitInfo,
+    index_name,
+)
+from dpkd.data.splits import assign, draw, groups_of
+from dpkd.data.writer import Planned, ShardJob, write_shard
+from dpkd.errors import UserError
+from dpkd.pool import Pool
+from dpkd.report.quarantine import Quarantine
+from dpkd.stages.settings import DataSettings
+
+STAGE = "pack"
+PACKING_NAME = "packing.json"
+"""Stands in a folder while it is being packed, and tells our unfinished shards from somebody's tars."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be written: a pure function of the source and the settings."""
+
+    classes: tuple[str, ...]
+    jobs: tuple[ShardJob, ...]
+    bad: tuple[tuple[str, str], ...]
+    num_left_out: int
+    made_from: dict[str, str]
+
+
+def pack(
+    data: DataSettings,
+    destination: str,
+    *,
+    seed: int,
+    pool: Pool,
+    quarantine: Quarantine,
+    progress: Callable[[int, int], None],
+) -> Dataset:
+    """Packs the source into shards at `destination`, or what is missing of them; returns the data set.
+
+    `progress(done, total)` counts samples. Raises `UserError` for a source or settings that cannot be used, more bad
+    samples than `quarantine` allows, a destination that holds something else, and a place that cannot be written.
+    """
+    if data.source is None:
+        return Dataset.open(destination)
+    if storage.join(data.source.path) == storage.join(destination):
+        raise UserError(f"data.shards={destination} is the source itself: give another folder for the packed data set")
+    quarantine.begin(STAGE)
+    found = sources.find(data.source, pool=pool)
+    num_found = len(found.records) + len(found.bad)
+    plan = plan_shards(found, data, seed=seed, destination=destination)
+    _report(plan.bad, quarantine=quarantine, num_found=num_found)
+    _take_place(destination, plan.made_from)
+    indexes: list[ShardIndex | None] = [None] * len(plan.jobs)
+    num_done, num_planned = 0, sum(len(job.samples) for job in plan.jobs)
+    for number, index in pool.map(write_shard, plan.jobs):
+        indexes[number] = index
+        _report(index.bad, quarantine=quarantine, num_found=num_found)
+        num_done += len(plan.jobs[number].samples)
+        progress(num_done, num_planned)
+    manifest = _manifest(
+        plan, [index for index in indexes if index], train=data.train, num_quarantined=quarantine.count_of(STAGE)
+    )
+    _publish(destination, manifest)
+    return Dataset(url=destination, manifest=manifest)
+
+
+def plan_shards(found: Found, data: DataSettings, *, seed: int, destination: str) -> Plan:
+    """Decides split, class, key, shard and place of every sample; see `dpkd.data.splits.assign` for what it raises."""
+    assert data.source is not None
+    groups = groups_of(found.records, data.group_pattern)
+    stray = {
+        record.name: f"data.group_pattern={data.group_pattern!r} does not match the path"
+        for record, group in zip(found.records, groups, strict=True)
+        if data.group_pattern is not None and group is None
+    }
+    records = [record for record in found.records if record.name not in stray]
+    group_of = {record.name: group for record, group in zip(found.records, groups, strict=True)}
+    assignment = assign(
+        records,
+        data.splits,
+        groups=[group_of[record.name] for record in records],
+        seed=seed,
+        train=data.train,
+        listed=_listed(data.splits) if isinstance(data.splits, FileSplits) else {},
+    )
+    kept = [(record, split) for record, split in zip(records, assignment.splits, strict=True) if split is not None]
+    classes = found.classes if found.classes is not None else sorted_classes(record.class_name for record, _ in kept)
+    label_of = {name: label for label, name in enumerate(classes)}
+    keys = keys_of([record.name for record, _ in kept])
+    samples: dict[str, list[Planned]] = defaultdict(list)
+    for (record, split), key in zip(kept, keys, strict=True):
+        label = -1 if record.class_name is None else label_of[record.class_name]
+        samples[split].append(Planned(key=key, label=label, group=group_of[record.name], record=record))
+    if not found.shuffled:  # so that any few shards hold samples of all classes
+        for planned in samples.values():
+            planned.sort(key=lambda sample: draw(seed, sample.record.name))
+    return Plan(
+        classes=classes,
+        jobs=tuple(_jobs(samples, destination=destination, samples_per_shard=data.samples_per_shard)),
+        bad=(*found.bad, *stray.items(), *assignment.unknown),
+        num_left_out=len(records) - len(kept),
+        made_from=_made_from(found.records, data, seed=seed),
+    )
+
+
+def _jobs(samples: dict[str, list[Planned]], *, destination: str, samples_per_shard: int) -> list[ShardJob]:
+    jobs = []
+    for split in sorted(samples):
+        if not re.fullmatch(r"\w[\w.-]*", split):
+            raise UserError(
+                f"the split {split!r} cannot name a file: use letters, digits, '_', '-' and '.' in split names"
+            )
+        for number, start in enumerate(range(0, len(samples[split]), samples_per_shard)):
+            part = tuple(samples[split][start : start + samples_per_shard])
+            jobs.append(ShardJob(url=destination, split=split, name=f"{split}-{number:06d}.tar", samples=part))
+    return jobs
+
+
+def _made_from(records: Sequence[Record], data: DataSettings, *, seed: int) -> dict[str, str]:
+    """All that decides the bytes of the data set, by the names that a user knows; not where the source stands."""
+    assert data.source is not None
+    described = [
+        [r.name, r.image.size, r.class_name, r.split, r.group, r.mask and r.mask.size, len(r.experts), r.attributes]
+        for r in sorted(records, key=lambda record: record.name)
+    ]
+    digest = storage.digest(json.dumps(described, default=str).encode())
+    return {
+        "data.source": f"{data.source.kind}, {len(records)} samples, {digest[:16]}",
+        "data.splits": json.dumps(data.splits.model_dump(mode="json")),
+        "data.group_pattern": str(data.group_pattern),
+        "data.samples_per_shard": str(data.samples_per_shard),
+        "data.train": data.train,
+        "run.seed": str(seed),
+        "format_version": str(FORMAT_VERSION),
+    }
+
+
+def _listed(splits: FileSplits) -> dict[str, list[str]]:
+    listed = {}
+    for split, path in splits.files.items():
+        try:
+            lines = storage.read_bytes(path).decode().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"data.splits.files.{split}={path} cannot be read: {error}") from error
+        listed[split] = [line.strip() for line in lines if line.strip()]
+    return listed
+
+
+def _report(bad: Sequence[tuple[str, str]], *, quarantine: Quarantine, num_found: int) -> None:
+    for item, reason in bad:
+        quarantine.add(STAGE, item, reason)
+    quarantine.check(num_found)
+
+
+def _take_place(destination: str, made_from: dict[str, str]) -> None:
+    """Makes the destination ours, or raises `UserError` where something else stands there."""
+    names = storage.list_names(destination)
+    if MANIFEST_NAME in names:
+        standing = Dataset.open(destination).manifest.made_from
+        keys = [key for key in {**standing, **made_from} if standing.get(key) != made_from.get(key)]
+        if keys:
+            differences = "; ".join(f"{key} was {standing.get(key)} and is {made_from.get(key)}" for key in keys)
+            raise UserError(
+                f"the data set at {destination} was packed from something else: {differences}. "
+                "Choose another data.shards (or run.dir), or remove that folder to pack it anew"
+            )
+        return
+    if PACKING_NAME not in names and any(name.endswith(".tar") for name in names):
+        raise UserError(
+            f"{destination} holds tars that are no data set of dpkd: choose an empty folder for data.shards"
+        )
+    storage.write_bytes_atomic(storage.join(destination, PACKING_NAME), json.dumps(made_from, indent=1).encode())
+
+
+def _manifest(plan: Plan, indexes: Sequence[ShardIndex], *, train: str, num_quarantined: int) -> Manifest:
+    by_split: dict[str, list[ShardIndex]] = defaultdict(list)
+    for job, index in zip(plan.jobs, indexes, strict=True):
+        by_split[job.split].append(index)
+    for split, parts in by_split.items():
+        if not any(index.shard.num_samples for index in parts):
+            raise UserError(
+                f"not one sample of the split {split!r} can be used, as with {parts[0].bad[0]}; see the quarantine"
+            )
+    mean, std = _image_statistics(by_split.get(train, list(indexes)))
+    return Manifest(
+        classes=plan.classes,
+        splits={split: _split_info(parts, num_classes=len(plan.classes)) for split, parts in by_split.items()},
+        image_mean=mean,
+        image_std=std,
+        num_left_out=plan.num_left_out,
+        num_quarantined=num_quarantined,
+        made_from=plan.made_from,
+    )
+
+
+def _split_info(indexes: Sequence[ShardIndex], *, num_classes: int) -> SplitInfo:
+    label_N = np.concatenate([index.label_N for index in indexes])
+    return SplitInfo(
+        num_samples=len(label_N),
+        num_unlabelled=int((label_N < 0).sum()),
+        class_counts=tuple(np.bincount(label_N[label_N >= 0], minlength=num_classes).tolist()),
+        shards=tuple(index.shard for index in indexes if index.shard.num_samples),
+    )
+
+
+def _image_statistics(
+    indexes: Sequence[ShardIndex],
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation of R, G and B in 0..1 over all pixels; whole numbers until the last division."""
+    count_CV = np.array([index.pixel_counts for index in indexes], dtype=object).sum(axis=0)
+    means, deviations = [], []
+    for counts in count_CV:
+        num_pixels = sum(counts)
+        total = sum(value * count for value, count in enumerate(counts))
+        squares = sum(value * value * count for value, count in enumerate(counts))
+        means.append(total / num_pixels / 255)
+        deviations.append(((squares * num_pixels - total * total) / num_pixels**2) ** 0.5 / 255)
+    return (means[0], means[1], means[2]), (deviations[0], deviations[1], deviations[2])
+
+
+def _publish(destination: str, manifest: Manifest) -> None:
+    """Removes what other attempts left, then writes the manifest: from then on the data set exists."""
+    shards = {shard.name for split in manifest.splits.values() for shard in split.shards}
+    kept = shards | {index_name(name) for name in shards}
+    for name in storage.list_names(destination):
+        left_over = name.endswith((".tar", ".index.msgpack")) or name.startswith(storage.TEMPORARY_PREFIX)
+        if left_over and name not in kept:
+            storage.remove(storage.join(destination, name))
+    storage.write_bytes_atomic(
+        storage.join(destination, MANIFEST_NAME), (manifest.model_dump_json(indent=1) + "\n").encode()
+    )
+    storage.remove(storage.join(destination, PACKING_NAME))
