@@ -56,13 +56,11 @@ class Backbone(nn.Module):
         return self.embed(pooled_BD[:, None, :].expand(-1, self.num_prefix_tokens + 1, -1))
 
     def classify(self, embedding_BD: Tensor) -> Tensor:
-        """Logits BK of embeddings."""
-        classifier = self.timm.get_classifier()
-        if isinstance(classifier, nn.Conv2d):
-            logits_BK: Tensor = classifier(embedding_BD[:, :, None, None]).flatten(1)
-        else:
-            logits_BK = classifier(embedding_BD)
-        return logits_BK
+        """Logits BK of embeddings; the mean over its classifiers where the model has several (LeViT)."""
+        found = self.timm.get_classifier()
+        classifiers = found if isinstance(found, (tuple, list, nn.ModuleList)) else (found,)
+        logits = [_apply_classifier(classifier, embedding_BD) for classifier in classifiers]
+        return torch.stack(logits).mean(0) if len(logits) > 1 else logits[0]
 
     @torch.no_grad()
     def _probe(self, image_size: int, *, num_classes: int) -> None:
@@ -114,6 +112,13 @@ class Backbone(nn.Module):
             return bool(torch.allclose(self.classify(embedding_BD), self.timm(image_BCHW), atol=1e-4, rtol=1e-3))
         except (RuntimeError, TypeError):
             return False
+
+
+def _apply_classifier(classifier: nn.Module, embedding_BD: Tensor) -> Tensor:
+    if isinstance(classifier, nn.Conv2d):
+        embedding_BD = embedding_BD[:, :, None, None]
+    logits_BK: Tensor = classifier(embedding_BD)
+    return logits_BK.flatten(1)
 
 
 def create_timm_model(settings: ModelSettings, *, num_classes: int, image_size: int) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+import struct
 import sys
 from pathlib import Path
 
@@ -15,6 +16,21 @@ from dpkd.errors import UserError
 OWN_PREFIX = "backbone.timm."
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Keys under which training codes put a model's state dict."""
+
+
+UNREADABLE = (
+    SafetensorError,
+    pickle.UnpicklingError,
+    struct.error,
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+)
+"""What torch and safetensors raise over bytes that are not theirs."""
 
 
 def load_weights(model: nn.Module, path: str) -> None:
@@ -51,7 +67,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except UNREADABLE as error:
         raise UserError(f"model.weights {path} cannot be read ({type(error).__name__}: {error})") from error
     for key in WRAPPERS:
         if isinstance(found, dict) and isinstance(found.get(key), dict):

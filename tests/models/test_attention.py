@@ -1,0 +1,62 @@
+"""Attention maps and counts."""
+
+import pytest
+import timm
+import torch
+
+from dpkd.models.attention import attention_map
+from dpkd.models.counts import count_flops, count_parameters
+from dpkd.models.network import build_network
+from dpkd.models.settings import ModelSettings, NetworkSpec
+
+VIT = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+
+
+def network_of(name: str, arguments: dict, **changes):
+    model = ModelSettings(name=name, arguments=arguments)
+    given = {"classes": ("a", "b"), "image_size": 32, "mean": (0.5,) * 3, "std": (0.2,) * 3, **changes}
+    return build_network(NetworkSpec(model=model, **given), seed=0).eval()
+
+
+def test_class_attention_is_what_the_last_block_computes():
+    network = network_of("vit_tiny_patch16_224", VIT)
+    attention = network.backbone.timm.blocks[-1].attn
+    attention.fused_attn = False
+    seen = []
+    attention.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    image_BCHW = torch.randn(2, 3, 32, 32)
+    map_B1HW = attention_map(network, image_BCHW)
+    expected = seen[0][:, :, 0, 1:].mean(1).view(2, 1, 4, 4)
+    torch.testing.assert_close(map_B1HW, expected / expected.amax((2, 3), keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("vit_tiny_patch16_224", {**VIT, "class_token": False, "global_pool": "avg"}), ("test_resnet", {})]
+)
+def test_any_model_gives_a_map_on_its_grid(name, arguments):
+    network = network_of(name, arguments)
+    map_B1HW = attention_map(network, torch.randn(2, 3, 32, 32))
+    assert map_B1HW.shape == (2, 1, *network.grid)
+    assert map_B1HW.min() >= 0
+    assert torch.allclose(map_B1HW.amax((1, 2, 3)), torch.ones(2))
+
+
+def test_flops_of_a_vit_are_those_counted_by_hand():
+    network = network_of("vit_tiny_patch16_224", VIT, classes=(), targets={"edge": 1})
+    tokens, width, patches = 17, 48, 16
+    block = tokens * 12 * width**2 + 2 * tokens**2 * width
+    assert count_flops(network) == 2 * (patches * 192 * width + 2 * block + patches * width)
+
+
+def test_parameters_are_those_of_the_plain_timm_model():
+    network = network_of("test_resnet", {}, targets={"hog": 9}, teacher_dim=30)
+    plain = timm.create_model("test_resnet", num_classes=2)
+    assert count_parameters(network) == sum(parameter.numel() for parameter in plain.parameters())
+
+
+def test_counting_leaves_mode_and_statistics_untouched():
+    network = network_of("test_resnet", {}).train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    count_flops(network)
+    assert network.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())

@@ -1,0 +1,128 @@
+"""Running statistics that do not depend on how a step is cut into micro-batches and ranks."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dpkd.models.batch_norm import StepStatistics
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5, momentum=0.3))
+
+
+def buffers_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+
+def step(module, statistics, micros, average=lambda vector: vector):
+    for micro in micros:
+        statistics.before_micro()
+        module(micro)
+        statistics.after_micro()
+    statistics.commit(average)
+
+
+def test_one_micro_batch_moves_them_as_torch_does():
+    ours, theirs = net(), net()
+    statistics = StepStatistics(ours)
+    for _ in range(3):
+        image_BCHW = torch.randn(8, 3, 6, 6)
+        theirs(image_BCHW)
+        step(ours, statistics, [image_BCHW])
+    for name, buffer in buffers_of(theirs).items():
+        torch.testing.assert_close(buffers_of(ours)[name], buffer)
+
+
+def test_two_ranks_end_as_one_rank_with_the_same_micro_batches():
+    micros = [torch.randn(4, 3, 6, 6) for _ in range(4)]
+    one = net()
+    step(one, StepStatistics(one), micros)
+    left, right = net(), net()
+    sums = []
+    for rank, share in ((left, micros[:2]), (right, micros[2:])):
+        probe = copy.deepcopy(rank)
+        step(probe, StepStatistics(probe), share, average=lambda vector: sums.append(vector) or vector)
+    mean = (sums[0] + sums[1]) / 2
+    step(left, StepStatistics(left), micros[:2], average=lambda vector: mean)
+    step(right, StepStatistics(right), micros[2:], average=lambda vector: mean)
+    for name, buffer in buffers_of(one).items():
+        torch.testing.assert_close(buffers_of(left)[name], buffer)
+        assert torch.equal(buffers_of(left)[name], buffers_of(right)[name])
+
+
+def test_a_step_is_the_formula_in_float64():
+    module = nn.Sequential(nn.BatchNorm1d(2, momentum=0.2))
+    micros = [torch.randn(5, 2) * 3 + 1 for _ in range(3)]
+    step(module, StepStatistics(module), micros)
+    arrays = [micro.double().numpy() for micro in micros]
+    mean = 0.2 * np.mean([array.mean(0) for array in arrays], axis=0)
+    variance = 0.8 + 0.2 * np.mean([array.var(0, ddof=1) for array in arrays], axis=0)
+    np.testing.assert_allclose(module[0].running_mean.numpy(), mean, rtol=1e-5)
+    np.testing.assert_allclose(module[0].running_var.numpy(), variance, rtol=1e-5)
+    assert int(module[0].num_batches_tracked) == 1
+
+
+def test_the_last_steps_statistics_stand_within_a_step():
+    module = net()
+    statistics, before = StepStatistics(module), buffers_of(module)
+    statistics.before_micro()
+    module(torch.randn(4, 3, 6, 6))
+    statistics.after_micro()
+    after = buffers_of(module)
+    assert all(torch.equal(after[name], before[name]) for name in before if "num_batches" not in name)
+
+
+def test_backward_works_after_the_buffers_were_put_back():
+    module = net()
+    statistics = StepStatistics(module)
+    statistics.before_micro()
+    first = module(torch.randn(4, 3, 6, 6))
+    statistics.after_micro()
+    statistics.before_micro()
+    second = module(torch.randn(4, 3, 6, 6))
+    statistics.after_micro()
+    (first.square().sum() + second.square().sum()).backward()
+    assert module[0].weight.grad.abs().sum() > 0
+
+
+def test_activation_checkpointing_changes_nothing():
+    plain, recomputed = net(), net()
+    image_BCHW = torch.randn(4, 3, 6, 6, requires_grad=True)
+    for module, run in ((plain, plain), (recomputed, lambda x: checkpoint(recomputed, x, use_reentrant=False))):
+        statistics = StepStatistics(module)
+        statistics.before_micro()
+        output = run(image_BCHW)
+        statistics.after_micro()
+        output.square().sum().backward()
+        statistics.commit(lambda vector: vector)
+    for name, buffer in buffers_of(plain).items():
+        assert torch.equal(buffers_of(recomputed)[name], buffer), name
+
+
+def test_a_norm_without_momentum_keeps_the_mean_over_steps():
+    module = nn.Sequential(nn.BatchNorm1d(2, momentum=None))
+    statistics = StepStatistics(module)
+    batches = [torch.randn(6, 2) for _ in range(4)]
+    for batch in batches:
+        step(module, statistics, [batch])
+    torch.testing.assert_close(module[0].running_mean, torch.stack([batch.mean(0) for batch in batches]).mean(0))
+
+
+def test_a_network_without_norms_needs_nothing_from_other_ranks():
+    module = nn.Linear(3, 2)
+
+    def never(vector):
+        raise AssertionError("no collective without batch norm")
+
+    step(module, StepStatistics(module), [torch.randn(2, 3)], average=never)
+
+
+def test_a_commit_without_a_micro_batch_is_our_mistake():
+    with pytest.raises(AssertionError, match="without a micro-batch"):
+        StepStatistics(net()).commit(lambda vector: vector)
