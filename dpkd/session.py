@@ -11,7 +11,7 @@ from dpkd.plan import given, left_to_do
 from dpkd.report.progress import say
 from dpkd.settings import Settings, parse_settings
 from dpkd.stages.distill import distill
-from dpkd.stages.evaluate import evaluate
+from dpkd.stages.evaluate import evaluate, refuse_small_splits
 from dpkd.stages.export import export
 from dpkd.stages.record import RunFolder
 from dpkd.stages.run import Run
@@ -37,6 +37,7 @@ def train_stages(argument: tuple[dict[str, Any], list[str]]) -> None:
             evaluate=settings.evaluate,
             make_engine=make_engine,
         )
+        refuse_small_splits(run.dataset, settings.data, settings.evaluate)
         left = peers.broadcast(left_to_do(run.folder, settings, stages) if peers.rank == 0 else [])
         for stage in left:
             recorded = run.folder.running(stage, given(stage, settings)) if peers.rank == 0 else nullcontext()

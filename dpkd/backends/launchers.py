@@ -1,10 +1,10 @@
-"""Picks the pool and the gang that the settings name: this machine's, or the Ray cluster's."""
+"""Picks the pool and the gang that the settings name: this machine's, or the Ray cluster's.
+
+Imports stand inside the functions: pool workers load the driver's modules too, and neither should wait for torch or Ray.
+"""
 
 import os
 
-import torch
-
-from dpkd.backends.local_gang import LocalGang
 from dpkd.gang import Gang
 from dpkd.pool import LocalPool, Pool
 from dpkd.stages.settings import LauncherSettings
@@ -18,10 +18,9 @@ def launcher_kind(settings: LauncherSettings) -> str:
 
 
 def make_pool(settings: LauncherSettings) -> Pool:
-    """Processes for packing and preparing."""
+    """Processes for packing and preparing: `launcher.pool_workers`, else one a core."""
     if launcher_kind(settings) == "local":
         return LocalPool(settings.pool_workers or os.cpu_count() or 1)
-    # here, not at the top: local runs do without Ray
     from dpkd.backends.ray_pool import RayPool  # noqa: PLC0415
 
     return RayPool(settings.pool_workers)
@@ -30,8 +29,9 @@ def make_pool(settings: LauncherSettings) -> Pool:
 def make_gang(settings: LauncherSettings) -> Gang:
     """Processes for training: `launcher.workers`, else one a GPU, else one."""
     if launcher_kind(settings) == "local":
-        workers = settings.workers or max(1, torch.cuda.device_count())
-        return LocalGang(workers, max_restarts=settings.max_restarts, threads=settings.threads)
+        from dpkd.backends.local_gang import LocalGang  # noqa: PLC0415
+
+        return LocalGang(settings.workers, max_restarts=settings.max_restarts, threads=settings.threads)
     from dpkd.backends.ray_gang import RayGang  # noqa: PLC0415
 
     return RayGang(settings.workers, max_restarts=settings.max_restarts, threads=settings.threads)

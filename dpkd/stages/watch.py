@@ -13,7 +13,7 @@ from dpkd.evaluation.few_shot import Episodes, draw_episodes, few_shot_accuracy,
 from dpkd.evaluation.settings import EpisodeSettings
 from dpkd.report.progress import EventLog, Progress
 from dpkd.report.tensorboard import Board
-from dpkd.stages.embed import embed_split
+from dpkd.stages.embed import embed_networks
 from dpkd.stages.run import Run
 from dpkd.train.loop import Hooks
 from dpkd.train.task import DistillTask, TeachTask, network_input, pooling_weight
@@ -34,7 +34,11 @@ class Watch:
     @cached_property
     def _settings(self) -> EpisodeSettings:
         evaluate = self._run.evaluate
-        return evaluate.episodes.model_copy(update={"episodes": evaluate.episodes_while_training})
+        # centring needs a pass over the training split, which is left to the evaluation at the end
+        transform = "l2" if evaluate.episodes.transform == "centred_l2" else evaluate.episodes.transform
+        return evaluate.episodes.model_copy(
+            update={"episodes": evaluate.episodes_while_training, "transform": transform}
+        )
 
     @cached_property
     def _episodes(self) -> Episodes:
@@ -43,20 +47,19 @@ class Watch:
 
     def evaluate(self, step: int) -> None:
         """Few-shot accuracy of every network on the validation split."""
-        run = self._run
-        for name, learner in self._task.learners.items():
-            embedding_ND, _ = embed_split(
-                learner.engine.predict,
-                run.dataset.split(run.data.val),
-                maps=run.maps_of(run.data.val),
-                spec=learner.spec,
-                map_size=run.map_size,
-                world=run.world,
-                loader=run.data.loader,
-            )
-            if self._board is None:
-                continue
-            accuracy = few_shot_accuracy(embedding_ND, self._episodes, settings=self._settings)
+        run, learners = self._run, self._task.learners
+        embedded = embed_networks(
+            {name: (learner.engine.predict, learner.spec) for name, learner in learners.items()},
+            run.dataset.split(run.data.val),
+            maps=run.maps_of(run.data.val),
+            map_size=run.map_size,
+            world=run.world,
+            loader=run.data.loader,
+        )
+        if self._board is None:
+            return
+        for name, found in embedded.items():
+            accuracy = few_shot_accuracy(found.embedding_ND, self._episodes, settings=self._settings)
             scores = {key: score(accuracy_E).table() for key, accuracy_E in accuracy.items()}
             self._board.few_shot(step, network=name, split=run.data.val, scores=scores)
             numbers = {key: round(each["mean"], 4) for key, each in scores.items()}
