@@ -172,8 +172,10 @@ class _Reader(torch.utils.data.Dataset[Batch | _Failure]):
         for row, (index, epoch) in enumerate(zip(work.index_B.tolist(), work.epoch_B.tolist(), strict=True)):
             try:
                 seen_HWC, maps = self._sample(index, epoch)
+            except UserError as error:  # says where and what to do already
+                return _Failure(str(error))
             except (ValueError, OSError) as error:
-                return _Failure(f"{self._place(index)}: {error}; pack or prepare again, or restore the file")
+                return _Failure(f"{self._place(index)}: {error}; restore the shard, or pack the images again")
             image_BCHW[row] = seen_HWC.transpose(2, 0, 1)
             for name, map_HWC in maps.items():
                 if row == 0:
@@ -205,11 +207,7 @@ class _Reader(torch.utils.data.Dataset[Batch | _Failure]):
 
     def _place(self, index: int) -> str:
         shard, row = self.split.locate(index)
-        name = f"{self.split.url}/{self.split.info.shards[shard].name}"
-        try:
-            return f"{name}, sample {self.split.keys[index]!r}"
-        except UserError:  # the index itself is broken: the error that is being told says so
-            return f"{name}, sample number {row}"
+        return f"{self.split.url}/{self.split.info.shards[shard].name}, sample {self.split.indexes[shard].keys[row]!r}"
 
 
 def _load(reader: _Reader, work: Iterable[_Work], *, workers: int, prefetch: int) -> Iterator[Batch]:
