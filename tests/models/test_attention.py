@@ -1,5 +1,7 @@
 """Attention maps and counts."""
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -9,10 +11,10 @@ from dpkd.models.counts import count_flops, count_parameters
 from dpkd.models.network import build_network
 from dpkd.models.settings import ModelSettings, NetworkSpec
 
-VIT = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+VIT: dict[str, Any] = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 
 
-def network_of(name: str, arguments: dict, **changes):
+def network_of(name: str, arguments: dict[str, Any], **changes):
     model = ModelSettings(name=name, arguments=arguments)
     given = {"classes": ("a", "b"), "image_size": 32, "mean": (0.5,) * 3, "std": (0.2,) * 3, **changes}
     return build_network(NetworkSpec(model=model, **given), seed=0).eval()
@@ -31,7 +33,8 @@ def test_class_attention_is_what_the_last_block_computes():
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments"), [("vit_tiny_patch16_224", {**VIT, "class_token": False, "global_pool": "avg"}), ("test_resnet", {})]
+    ("name", "arguments"),
+    [("vit_tiny_patch16_224", {**VIT, "class_token": False, "global_pool": "avg"}), ("test_resnet", {})],
 )
 def test_any_model_gives_a_map_on_its_grid(name, arguments):
     network = network_of(name, arguments)

@@ -1,16 +1,20 @@
 """Networks: any timm family behind one face, and the pooling and heads around it."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import timm
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from dpkd.errors import UserError
+from dpkd.models.batch_norm import StepStatistics
 from dpkd.models.network import Network, build_network, figure_ground
 from dpkd.models.settings import FigureGroundPooling, MeanPooling, ModelSettings, NetworkSpec
 
-VIT = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
-FAMILIES = {
+VIT: dict[str, Any] = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+FAMILIES: dict[str, dict[str, Any]] = {
     "resnet10t": {"channels": [16, 16, 24, 24], "stem_width": 8, "output_stride": 8},
     "vit_tiny_patch16_224": VIT,
     "vit_small_patch16_224": {**VIT, "class_token": False, "global_pool": "avg", "reg_tokens": 2},
@@ -57,7 +61,9 @@ def test_the_face_answers_what_the_timm_model_itself_answers(name):
         torch.testing.assert_close(network(image_BCHW)["logits"], expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["resnet10t", "vit_small_patch16_224", "swin_tiny_patch4_window7_224", "test_convnext"])
+@pytest.mark.parametrize(
+    "name", ["resnet10t", "vit_small_patch16_224", "swin_tiny_patch4_window7_224", "test_convnext"]
+)
 def test_an_even_weight_pools_like_the_mean(name):
     mean = build_network(spec_of(name), seed=0).eval()
     weighted = build_network(spec_of(name, pooling=FigureGroundPooling()), seed=0).eval()
@@ -168,3 +174,19 @@ def test_every_output_carries_gradients_to_the_first_layer():
 def test_what_timm_cannot_build_or_run_is_the_users_error(settings, message):
     with pytest.raises(UserError, match=message):
         Network(NetworkSpec(model=settings, classes=("a",), image_size=64, mean=(0.5,) * 3, std=(0.2,) * 3))
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_small_patch16_224"])
+def test_the_whole_network_compiles_once_to_one_graph(name):
+    network = build_network(spec_of(name, pooling=FigureGroundPooling(), targets={"edge": 1}), seed=0)
+    statistics = StepStatistics(network)
+    counter = CompileCounter()
+    compiled = torch.compile(network, backend=counter, fullgraph=True)
+    image_BCHW, weight_B1HW = torch.randn(2, 3, 64, 64), torch.rand(2, 1, 16, 16)
+    for _ in range(3):
+        statistics.before_micro()
+        outputs = compiled(image_BCHW, weight_B1HW)
+        statistics.after_micro()
+        statistics.commit(lambda vector: vector)
+    assert counter.frame_count == 1
+    torch.testing.assert_close(outputs, network(image_BCHW, weight_B1HW))

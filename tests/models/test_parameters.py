@@ -1,21 +1,29 @@
 """Parameter groups: every parameter once, no decay on vectors, smaller rates towards the input."""
 
+from typing import Any
+
 import pytest
 import timm
 import torch
-from timm.optim import param_groups_layer_decay
+from timm.optim._param_groups import param_groups_layer_decay
 
 from dpkd.models.network import build_network
 from dpkd.models.parameters import parameter_groups
 from dpkd.models.settings import ModelSettings, NetworkSpec
 
-VIT = {"patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
+VIT: dict[str, Any] = {"patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
 
 
-def network_of(name: str, arguments: dict):
+def network_of(name: str, arguments: dict[str, Any]):
     model = ModelSettings(name=name, arguments=arguments)
     spec = NetworkSpec(
-        model=model, classes=("a", "b"), image_size=32, mean=(0.5,) * 3, std=(0.2,) * 3, targets={"hog": 9}, teacher_dim=7
+        model=model,
+        classes=("a", "b"),
+        image_size=32,
+        mean=(0.5,) * 3,
+        std=(0.2,) * 3,
+        targets={"hog": 9},
+        teacher_dim=7,
     )
     return build_network(spec, seed=0)
 

@@ -41,7 +41,9 @@ def test_a_saved_network_comes_back_bit_for_bit(saved):
 
 def test_loading_needs_no_file_that_training_started_from(tmp_path):
     network = build_network(SPEC, seed=0)
-    started = SPEC.model_copy(update={"model": SPEC.model.model_copy(update={"weights": "/gone.pt", "pretrained": True})})
+    started = SPEC.model_copy(
+        update={"model": SPEC.model.model_copy(update={"weights": "/gone.pt", "pretrained": True})}
+    )
     save_network(tmp_path, started, network.state_dict())
     spec, loaded = load_network(tmp_path)
     assert spec == loaded.spec == started
@@ -81,7 +83,7 @@ def test_a_missing_file_is_named(saved, name):
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"format_version": 1}', '{"format_version": 1, "spec": 3}'])
 def test_a_broken_description_is_refused(saved, text):
     (saved[0] / "network.json").write_text(text)
-    with pytest.raises(UserError, match="network.json is damaged"):
+    with pytest.raises(UserError, match=r"network\.json is damaged"):
         load_network(saved[0])
 
 
@@ -95,7 +97,7 @@ def test_another_format_is_refused_with_both_versions(saved):
 def test_weights_of_another_network_are_refused_by_name(tmp_path):
     other = SPEC.model_copy(update={"targets": {"hog": 9}})
     save_network(tmp_path, SPEC, build_network(other, seed=0).state_dict())
-    with pytest.raises(UserError, match="prior_heads.edge"):
+    with pytest.raises(UserError, match=r"prior_heads\.edge"):
         load_network(tmp_path)
 
 

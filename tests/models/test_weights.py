@@ -1,5 +1,7 @@
 """Weights to start from: what fits is loaded, what does not is refused by name."""
 
+from typing import Any
+
 import pytest
 import safetensors.torch
 import timm
@@ -10,7 +12,7 @@ from dpkd.models.network import build_network
 from dpkd.models.saved import save_network
 from dpkd.models.settings import ModelSettings, NetworkSpec
 
-VIT = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+VIT: dict[str, Any] = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 
 
 def spec_of(name: str, weights=None, *, arguments=None, num_classes=3, size=32) -> NetworkSpec:
@@ -21,7 +23,9 @@ def spec_of(name: str, weights=None, *, arguments=None, num_classes=3, size=32) 
 
 def same(ours, theirs, *, but=()) -> bool:
     theirs = theirs.state_dict()
-    return all(torch.equal(tensor, theirs[name]) for name, tensor in ours.state_dict().items() if not name.startswith(but))
+    return all(
+        torch.equal(tensor, theirs[name]) for name, tensor in ours.state_dict().items() if not name.startswith(but)
+    )
 
 
 @pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"epoch": 3, "state_dict": state}])
@@ -58,7 +62,7 @@ def test_position_embeddings_of_another_size_are_resampled(tmp_path):
 
 def test_weights_of_another_model_are_refused_by_name(tmp_path):
     torch.save(timm.create_model("test_vit", num_classes=3, img_size=32).state_dict(), tmp_path / "weights.pt")
-    with pytest.raises(UserError, match="weights.pt does not fit the model"):
+    with pytest.raises(UserError, match=r"weights\.pt does not fit the model"):
         build_network(spec_of("test_resnet", tmp_path / "weights.pt"))
 
 

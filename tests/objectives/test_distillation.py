@@ -1,0 +1,119 @@
+"""Distillation of logits, embeddings and patches, against numbers computed in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from dpkd.objectives.features import distil_embedding, standardise
+from dpkd.objectives.logits import distil_logits
+from dpkd.objectives.patches import distil_patches, patch_weight, resample_features
+
+RNG = np.random.default_rng(0)
+
+
+def softmax(logits_BK: np.ndarray) -> np.ndarray:
+    odds_BK = np.exp(logits_BK - logits_BK.max(1, keepdims=True))
+    return odds_BK / odds_BK.sum(1, keepdims=True)
+
+
+def standard(vector: np.ndarray) -> np.ndarray:
+    return (vector - vector.mean()) / vector.std()
+
+
+def distance(student: np.ndarray, teacher: np.ndarray) -> float:
+    """The distance of one pair of vectors, term by term."""
+    student, teacher = standard(student), standard(teacher)
+    cosine = student @ teacher / np.linalg.norm(student) / np.linalg.norm(teacher)
+    gaps = np.abs(student - teacher)
+    smooth = np.where(gaps < 1, 0.5 * gaps**2, gaps - 0.5).mean()
+    return float(0.5 * (1 - cosine) + 0.5 * smooth)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_logits_are_compared_by_the_divergence_of_softened_classes(temperature):
+    student_BK, teacher_BK = RNG.normal(size=(6, 5)) * 3, RNG.normal(size=(6, 5)) * 3
+    p, q = softmax(teacher_BK / temperature), softmax(student_BK / temperature)
+    expected = temperature**2 * (p * np.log(p / q)).sum(1).mean()
+    loss = distil_logits(torch.tensor(student_BK), torch.tensor(teacher_BK), temperature=temperature)
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_logits_pull_the_student_towards_the_teacher():
+    student_BK = RNG.normal(size=(3, 4))
+    teacher_BK = RNG.normal(size=(3, 4))
+    variable_BK = torch.tensor(student_BK, requires_grad=True)
+    distil_logits(variable_BK, torch.tensor(teacher_BK), temperature=2.0).backward()
+    expected = 2.0 * (softmax(student_BK / 2) - softmax(teacher_BK / 2)) / 3
+    np.testing.assert_allclose(variable_BK.grad.numpy(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_embeddings_are_compared_standardised():
+    student_BD, teacher_BD = RNG.normal(size=(5, 7)), 10 * RNG.normal(size=(5, 7)) + 3
+    expected = np.mean([distance(student, teacher) for student, teacher in zip(student_BD, teacher_BD, strict=True)])
+    assert float(distil_embedding(torch.tensor(student_BD), torch.tensor(teacher_BD))) == pytest.approx(
+        expected, rel=1e-4
+    )
+
+
+def test_scale_and_offset_of_an_embedding_do_not_count():
+    embedding_BD = torch.randn(4, 32)
+    assert float(distil_embedding(embedding_BD, 5 * embedding_BD + 2)) == pytest.approx(0, abs=1e-5)
+
+
+def test_a_constant_embedding_gives_finite_gradients():
+    student_BD = torch.ones(2, 8, requires_grad=True)
+    distil_embedding(student_BD, torch.randn(2, 8)).backward()
+    assert student_BD.grad.isfinite().all()
+    assert torch.equal(standardise(torch.ones(2, 8), dim=1), torch.zeros(2, 8))
+
+
+def test_patches_are_weighted_within_each_sample():
+    student, teacher = RNG.normal(size=(2, 6, 3, 3)), RNG.normal(size=(2, 6, 3, 3))
+    weight = RNG.uniform(size=(2, 1, 3, 3))
+    losses = []
+    for sample in range(2):
+        cells = [(row, column) for row in range(3) for column in range(3)]
+        d = np.array(
+            [distance(student[sample, :, row, column], teacher[sample, :, row, column]) for row, column in cells]
+        )
+        losses.append(np.average(d, weights=weight[sample, 0].reshape(-1)))
+    loss = distil_patches(torch.tensor(student), torch.tensor(teacher), torch.tensor(weight))
+    assert float(loss) == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_an_even_weight_is_no_weight():
+    student, teacher = torch.randn(2, 6, 4, 4), torch.randn(2, 6, 4, 4)
+    even = distil_patches(student, teacher, torch.full((2, 1, 21, 21), 3.0))
+    torch.testing.assert_close(even, distil_patches(student, teacher))
+
+
+def test_the_losses_do_not_depend_on_how_a_batch_is_cut():
+    student, teacher, weight = torch.randn(6, 5, 4, 4), torch.randn(6, 5, 4, 4), torch.rand(6, 1, 8, 8)
+    parts = zip(student.split(2), teacher.split(2), weight.split(2), strict=True)
+    cut = torch.stack([distil_patches(*part) for part in parts]).mean()
+    torch.testing.assert_close(cut, distil_patches(student, teacher, weight))
+
+
+def test_weights_add_saliency_and_edges():
+    saliency, edge = torch.rand(2, 1, 4, 4), torch.rand(2, 1, 4, 4)
+    weight = patch_weight(saliency_B1HW=saliency, edge_B1HW=edge, saliency=0.5, edge=3.0)
+    torch.testing.assert_close(weight, 1 + 0.5 * saliency + 3 * edge)
+    torch.testing.assert_close(patch_weight(edge_B1HW=edge, edge=2.0), 1 + 2 * edge)
+    assert patch_weight() is None
+    assert patch_weight(saliency_B1HW=saliency, saliency=0) is None
+
+
+@pytest.mark.parametrize(("size", "grid"), [((10, 10), (5, 5)), ((4, 6), (8, 12))])
+def test_a_plane_keeps_its_slope_on_another_grid(size, grid):
+    rows = (torch.arange(size[0]) + 0.5) / size[0]
+    columns = (torch.arange(size[1]) + 0.5) / size[1]
+    plane = (2 * rows[:, None] + columns[None, :])[None, None]
+    rows, columns = (torch.arange(grid[0]) + 0.5) / grid[0], (torch.arange(grid[1]) + 0.5) / grid[1]
+    expected = 2 * rows[:, None] + columns[None, :]
+    inner = (slice(1, -1), slice(1, -1))  # cells at the frame lack neighbours
+    torch.testing.assert_close(resample_features(plane, grid)[0, 0][inner], expected[inner], atol=1e-4, rtol=1e-4)
+
+
+def test_the_same_grid_is_left_alone():
+    patch_BDHW = torch.randn(1, 2, 3, 3)
+    assert resample_features(patch_BDHW, (3, 3)) is patch_BDHW
