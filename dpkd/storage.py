@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -52,7 +52,8 @@ def exists(url: str | Path) -> bool:
     """True where a file or folder stands."""
     path = local_path(url)
     if path is not None:
-        return path.exists()
+        with _read_errors(url):
+            return path.exists()
     filesystem, name = _remote(url)
     return bool(filesystem.exists(name))
 
@@ -70,7 +71,8 @@ def list_names(url: str | Path) -> list[str]:
     """Sorted names of what stands directly in a folder, hidden names included; empty where there is no folder."""
     path = local_path(url)
     if path is not None:
-        return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+        with _read_errors(url):
+            return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     filesystem, name = _remote(url)
     if not filesystem.isdir(name):
         return []
@@ -80,8 +82,8 @@ def list_names(url: str | Path) -> list[str]:
 def walk(url: str | Path) -> list[tuple[str, int]]:
     """(relative path with slashes, bytes) of every file below a folder, sorted; hidden names are left out."""
     path = local_path(url)
-    found = list(_walk_local(path, "", set())) if path is not None else list(_walk_remote(url))
-    return sorted(found)
+    with _read_errors(url):
+        return sorted(_walk_local(path, "", set()) if path is not None else _walk_remote(url))
 
 
 def read_bytes(url: str | Path) -> bytes:
@@ -139,7 +141,7 @@ def open_atomic(url: str | Path) -> Iterator[BinaryIO]:
                 filesystem.makedirs(name.rsplit("/", 1)[0], exist_ok=True)
                 filesystem.put_file(str(beside), name)
     finally:
-        if folder.is_dir():
+        with suppress(OSError):  # the first error is the one to tell
             beside.unlink(missing_ok=True)
 
 
@@ -231,6 +233,14 @@ def write_errors(url: str | Path) -> Iterator[None]:
     except OSError as error:
         way_out = _WAY_OUT.get(error.errno or 0, "check that the place exists and can be written, or choose another")
         raise UserError(f"cannot write {url}: {error.strerror or error}; {way_out}") from error
+
+
+@contextmanager
+def _read_errors(url: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(f"cannot read {url}: no permission; change its permissions or choose another place") from error
 
 
 def _remote(url: str | Path) -> tuple[Any, str]:

@@ -2,9 +2,11 @@
 
 The depth tells which; one folder deep is `<split>/*` when all folders have a split's name (train, val, test, …), and
 `<class>/*` otherwise. A class folder called `unlabelled` holds samples without a label. Beside an image may stand
-`<stem>.mask.png` and `<stem>.expert-<name>.png`; other `<stem>.<word>.<suffix>` files are notes on the image, and
-stay out.
+`<stem>.mask.png` and `<stem>.expert-<name>.png`; `<stem>.instances.png` stays out.
 """
+
+import re
+from collections import defaultdict
 
 from dpkd import storage
 from dpkd.data.records import Blob, Found, Record, is_image
@@ -27,20 +29,18 @@ def find_in_folders(source: FolderSource) -> Found:
         raise UserError(
             f"data.source.path={source.path} holds no image (.jpg, .png, .webp, .bmp, .tif): give another folder"
         )
-    image_of_stem: dict[str, str] = {}
-    companions: dict[str, dict[str, str]] = {}
-    for name in size_of:
-        stem, _, _ = name.rpartition(".")
-        image_of_stem.setdefault(stem, name)
-    for name in size_of:
-        folder, _, file = name.rpartition("/")
-        owner, _, word = file.rpartition(".")[0].rpartition(".")
-        owner = f"{folder}/{owner}" if folder else owner
-        if word and owner in image_of_stem and name != image_of_stem[owner]:
-            companions.setdefault(owner, {})[word] = name
-    notes = {name for words in companions.values() for name in words.values()}
-    orphans = {name for name in size_of if name.endswith(".mask.png")} - notes
-    images = [name for name in size_of if name not in notes and name not in orphans]
+    stems = {name.rpartition(".")[0] for name in size_of if not _note(name)}
+    notes: dict[str, dict[str, str]] = defaultdict(dict)
+    bad = []
+    for name in filter(_note, size_of):
+        owner, _, word = name.rpartition(".")[0].rpartition(".")
+        if owner in stems:
+            notes[owner][word] = name
+        else:
+            bad.append((name, f"a {word} file without its image {owner}.*"))
+    images = [name for name in size_of if not _note(name)]
+    if not images:
+        raise UserError(f"data.source.path={source.path} holds masks and no image: give another folder")
     places = _places(images, path=source.path)
 
     def blob(name: str) -> Blob:
@@ -48,7 +48,7 @@ def find_in_folders(source: FolderSource) -> Found:
 
     def record(name: str) -> Record:
         split, class_name = places[name]
-        words = companions.get(name.rpartition(".")[0], {})
+        words = notes.get(name.rpartition(".")[0], {})
         return Record(
             name=name,
             image=blob(name),
@@ -62,10 +62,12 @@ def find_in_folders(source: FolderSource) -> Found:
             ),
         )
 
-    return Found(
-        records=tuple(record(name) for name in images),
-        bad=tuple((name, "a mask without its image") for name in sorted(orphans)),
-    )
+    return Found(records=tuple(record(name) for name in images), bad=tuple(bad))
+
+
+def _note(name: str) -> bool:
+    """True for files that say something of the image beside them and are no sample."""
+    return re.search(rf"[^/]\.(mask|instances|{EXPERT_PREFIX}[^./]+)\.png$", name) is not None
 
 
 def _places(images: list[str], *, path: str) -> dict[str, tuple[str | None, str | None]]:

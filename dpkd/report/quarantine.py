@@ -19,7 +19,9 @@ class Quarantine:
         """Continues the report at `path`; `limit` is the largest share of bad items that is put up with."""
         self.path = Path(path)
         self.limit = limit
-        self._reason_of: dict[tuple[str, str], str] = _read(self.path)
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        self._torn = not text.endswith("\n") and text != ""
+        self._reason_of = _read(text)
 
     @property
     def count(self) -> int:
@@ -35,7 +37,7 @@ class Quarantine:
         kept = {key: reason for key, reason in self._reason_of.items() if key[0] != stage}
         if len(kept) < self.count:
             storage.write_bytes_atomic(self.path, "".join(_line(*key, kept[key]) for key in kept).encode())
-            self._reason_of = kept
+            self._reason_of, self._torn = kept, False
 
     def add(self, stage: str, item: str, reason: str) -> None:
         """Adds an item once, with one line that says why it is not used."""
@@ -44,7 +46,8 @@ class Quarantine:
         with storage.write_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(_line(stage, item, reason))
+                file.write("\n" * self._torn + _line(stage, item, reason))
+        self._torn = False
         self._reason_of[stage, item] = reason
 
     def check(self, total: int) -> None:
@@ -63,11 +66,9 @@ def _line(stage: str, item: str, reason: str) -> str:
     return json.dumps({"stage": stage, "item": item, "reason": reason}, ensure_ascii=True) + "\n"
 
 
-def _read(path: Path) -> dict[tuple[str, str], str]:
-    if not path.exists():
-        return {}
+def _read(text: str) -> dict[tuple[str, str], str]:
     reason_of = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in text.splitlines():
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:  # a line cut short by a kill: the stage adds its item again
