@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def scene() -> npt.NDArray[np.uint8]:
-    """A drawn scene, 96 x 64 px: textured ground, a disc and a bar of other colours, soft light; the same every time."""
+    """A drawn scene, 96 x 64 px: textured ground, a disc and a bar of other colours, uneven light; always the same."""
     random = np.random.default_rng(0)
     ground_HWC = cv2.GaussianBlur(random.uniform(60, 160, (64, 96, 3)).astype(np.float32), (0, 0), 2)
     ground_HWC += np.linspace(-20, 20, 96, dtype=np.float32)[None, :, None]

@@ -1,0 +1,42 @@
+import msgpack
+import numpy as np
+import pytest
+import webdataset
+
+from dpkd.priors.edge import Edge
+from dpkd.priors.hog import Hog
+from dpkd.priors.record import Record, flat, image_hash, store
+from tests.prior_cases import draw_images, pack_folder, prepare_all
+
+
+def test_a_record_comes_back_as_it_was(scene):
+    maps = {"edge": store(Edge(), Edge().map(scene)), "hog": flat(Hog())}
+    record = Record(key="a/b", image=image_hash(b"image"), maps=maps, bad="why")
+    assert Record.from_bytes(record.to_bytes()) == record
+
+
+def test_no_changed_byte_goes_unseen():
+    record = Record(key="k", image=image_hash(b"image"), maps={"hog": flat(Hog())})
+    data = bytearray(record.to_bytes())
+    for at in range(len(data)):
+        for change in (0x01, 0x80, 0xFF):
+            data[at] ^= change
+            with pytest.raises(ValueError, match=r".+"):
+                Record.from_bytes(bytes(data))
+            data[at] ^= change
+    for length in range(len(data)):
+        with pytest.raises(ValueError, match=r".+"):
+            Record.from_bytes(bytes(data[:length]))
+
+
+def test_webdataset_reads_a_prior_shard(tmp_path):
+    dataset = pack_folder(draw_images(tmp_path / "images"), tmp_path / "shards")
+    prepare_all(dataset)
+    tar = tmp_path / "shards/priors/default/train-000000.tar"
+    decode = webdataset.handle_extension("msgpack", msgpack.unpackb)  # webdataset 1.0 knows it as "mp" alone
+    samples = list(webdataset.WebDataset(str(tar), shardshuffle=False).decode(decode))
+    assert [sample["__key__"] for sample in samples] == dataset.split("train").keys[:5]
+    edge = samples[0]["priors.msgpack"]["maps"]["edge"]
+    assert edge["codec"] == "jpeg"
+    assert edge["shape"] == [10, 8, 1]
+    assert np.isclose(edge["scale"], 1 / 255)
