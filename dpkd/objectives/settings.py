@@ -27,7 +27,7 @@ class MaskedPrior(Section):
     weight: Weight = 1.0
     mask_ratio: float = Field(0.4, ge=0, lt=1)
     """Share of patches hidden; 0 predicts the maps of the whole view, with no second view."""
-    targets: dict[str, Weight] = {"hog": 1.0}
+    targets: dict[str, Weight] = Field({"hog": 1.0}, min_length=1)
     """Weight of each prior map to predict."""
 
 
