@@ -14,7 +14,9 @@ def area_resample(map_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
     """
     rows_OI = _shared_length(map_BCHW.shape[-2], size[0], device=map_BCHW.device)
     columns_OI = _shared_length(map_BCHW.shape[-1], size[1], device=map_BCHW.device)
-    return rows_OI @ map_BCHW.float() @ columns_OI.T
+    # autocast would run the products in half precision
+    with torch.autocast(map_BCHW.device.type, enabled=False):
+        return rows_OI @ map_BCHW.float() @ columns_OI.T
 
 
 def _shared_length(num_in: int, num_out: int, *, device: torch.device) -> Tensor:

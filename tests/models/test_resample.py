@@ -28,3 +28,10 @@ def test_it_is_block_averaging_of_the_finest_common_grid(num_in, num_out):
 def test_the_mean_is_kept(size):
     map_BCHW = torch.rand(2, 3, 21, 21)
     torch.testing.assert_close(area_resample(map_BCHW, size).mean((2, 3)), map_BCHW.mean((2, 3)))
+
+
+def test_autocast_does_not_coarsen_a_map():
+    map_BCHW = torch.rand(2, 1, 21, 21)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lowered = area_resample(map_BCHW, (5, 5))
+    assert torch.equal(lowered, area_resample(map_BCHW, (5, 5)))
