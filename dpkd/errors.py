@@ -1,5 +1,7 @@
 """The errors that end a run, each with the exit code that the command returns for it."""
 
+import pickle
+
 
 class UserError(ValueError):
     """The user's settings or data are at fault: the message names the key or file, the value and the way out. Exit code 2."""
@@ -11,3 +13,12 @@ class StopRequested(Exception):
 
 class WorkerFailed(RuntimeError):
     """A training worker died and no restart was left; carries the first failing rank's traceback. Exit code 1."""
+
+
+def portable(error: Exception) -> Exception:
+    """The error itself where it survives its way between processes, else one that says the same."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001  whatever an exception's own pickling raises
+        copy = None
+    return error if type(copy) is type(error) else RuntimeError(f"{type(error).__name__}: {error}")

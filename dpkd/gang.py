@@ -1,6 +1,5 @@
 """The gang protocol: N processes that train as one; and what becomes of a session when some of them fail."""
 
-import pickle
 import signal
 import time
 import traceback
@@ -8,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from dpkd.errors import StopRequested, UserError, WorkerFailed
+from dpkd.errors import StopRequested, UserError, WorkerFailed, portable
 
 
 class Gang(Protocol):
@@ -52,15 +51,6 @@ class Failure:
         return cls(rank, f"exited with code {exit_code}")
 
 
-def portable(error: Exception) -> Exception:
-    """The error itself where it survives pickling, else one that says the same."""
-    try:
-        copy = pickle.loads(pickle.dumps(error))
-    except Exception:  # noqa: BLE001  whatever an exception's own pickling raises
-        copy = None
-    return error if type(copy) is type(error) else RuntimeError(f"{type(error).__name__}: {error}")
-
-
 def verdict(failures: Sequence[Failure], *, stop_requested: bool, restarts_left: int) -> Exception | None:
     """The error that ends a session whose workers failed so, or none where they should start again.
 
@@ -77,3 +67,10 @@ def verdict(failures: Sequence[Failure], *, stop_requested: bool, restarts_left:
         return None
     ordered = sorted(failures, key=lambda failure: failure.time_s)
     return WorkerFailed("\n".join(f"worker {failure.rank}: {failure.cause.rstrip()}" for failure in ordered[:2]))
+
+
+def summary(failures: Sequence[Failure]) -> str:
+    """The first failure in one line."""
+    first = min(failures, key=lambda failure: failure.time_s)
+    line = str(first.error) if first.error else first.cause
+    return f"worker {first.rank} failed ({line.strip().splitlines()[0]})"

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, Protocol, TypeVar
 
-from dpkd.errors import WorkerFailed
+from dpkd.errors import WorkerFailed, portable
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -93,7 +93,7 @@ class LocalPool:
                     index, worker.index = worker.index, None
                     assert index is not None
                     if answer is not None:
-                        yield index, _result(answer)
+                        yield index, result_of(answer)
                         continue
                     workers.remove(worker)
                     worker.process.join()
@@ -137,7 +137,8 @@ def _answer(worker: _Worker) -> tuple[Any, Exception | None, str] | None:
     return answer
 
 
-def _result(answer: tuple[Any, Exception | None, str]) -> Any:
+def result_of(answer: tuple[Any, Exception | None, str]) -> Any:
+    """The result in a worker's answer; raises its error."""
     result, error, trace = answer
     if error is not None:
         raise error from RuntimeError(f"in a pool worker:\n{trace}")
@@ -163,27 +164,18 @@ def _serve(connection: Connection) -> None:
         os.environ[name] = "1"  # before the function brings in numpy: the processes share the cores already
     try:
         pickled = connection.recv_bytes()
-        load = lru_cache(maxsize=1)(lambda: pickle.loads(pickled))  # noqa: S301  from our own parent
+        load = lru_cache(maxsize=1)(lambda: pickle.loads(pickled))
         while True:
-            connection.send_bytes(_answer_to(load, connection.recv_bytes()))
+            connection.send_bytes(answer_to(load, connection.recv_bytes()))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 
 
-def _answer_to(load: Callable[[], Callable[[Any], Any]], item: bytes) -> bytes:
-    """The pickled answer: (result, error, its traceback)."""
+def answer_to(load: Callable[[], Callable[[Any], Any]], item: bytes) -> bytes:
+    """The pickled answer of a worker to a pickled item: (result, error, its traceback)."""
     try:
-        result = load()(pickle.loads(item))  # noqa: S301
+        result = load()(pickle.loads(item))
         return pickle.dumps((result, None, ""), pickle.HIGHEST_PROTOCOL)
     except Exception as error:  # noqa: BLE001  crosses to the parent, which raises it
         trace = traceback.format_exc()
-        return pickle.dumps((None, _portable(error), trace), pickle.HIGHEST_PROTOCOL)
-
-
-def _portable(error: Exception) -> Exception:
-    """The error itself where it survives pickling, else one that says the same."""
-    try:
-        copy = pickle.loads(pickle.dumps(error))  # noqa: S301
-    except Exception:  # noqa: BLE001  whatever an exception's own pickling raises
-        copy = None
-    return error if type(copy) is type(error) else RuntimeError(f"{type(error).__name__}: {error}")
+        return pickle.dumps((None, portable(error), trace), pickle.HIGHEST_PROTOCOL)

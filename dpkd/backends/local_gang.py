@@ -37,7 +37,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from dpkd import world
 from dpkd.errors import StopRequested, UserError
-from dpkd.gang import Failure, verdict
+from dpkd.gang import Failure, summary, verdict
 from dpkd.report.progress import say
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -47,19 +47,24 @@ EXIT_CODES: dict[type[Exception], int] = {UserError: 2, StopRequested: 75}
 
 
 class LocalGang:
-    """`num_workers` processes on this machine; the first one's output is the user's, the others' goes to files.
+    """`num_workers` processes on this machine (none: one a GPU, or one); the first one's output is the user's.
 
     `threads` are the CPU threads of one worker (none: the cores shared out, unless OMP_NUM_THREADS says). Workers that
     were asked to stop are killed after `stop_grace_s`, or at a second Ctrl-C.
     """
 
     def __init__(
-        self, num_workers: int, *, max_restarts: int, threads: int | None = None, stop_grace_s: float = 30.0
+        self,
+        num_workers: int | None = None,
+        *,
+        max_restarts: int,
+        threads: int | None = None,
+        stop_grace_s: float = 30.0,
     ) -> None:
-        assert num_workers >= 1, num_workers
-        self.num_workers = num_workers
+        assert num_workers is None or num_workers >= 1, num_workers
+        self.num_workers = num_workers or max(1, torch.cuda.device_count())
         self._max_restarts = max_restarts
-        self._threads = threads or _default_threads(num_workers)
+        self._threads = threads or _default_threads(self.num_workers)
         self._stop_grace_s = stop_grace_s
 
     def run(self, work: Callable[[Any], None], argument: Any) -> None:
@@ -77,9 +82,7 @@ class LocalGang:
                 error = verdict(failures, stop_requested=stopper.requested, restarts_left=restarts_left)
                 if error is not None:
                     raise error
-                first = min(failures, key=lambda failure: failure.time_s)
-                reason = first.cause.strip().splitlines()[-1]
-                say(f"worker {first.rank} failed ({reason}); all start again, {restarts_left - 1} restarts left")
+                say(f"{summary(failures)}; all start again, {restarts_left - 1} restarts left")
 
     def _run_once(self, task: "_Task", stopper: "_Stopper") -> RunResult:
         rendezvous = RendezvousParameters(

@@ -1,0 +1,222 @@
+"""Workers on a Ray cluster, under Ray Train.
+
+Ray Train places, starts and watches one generation of workers; whether another follows is decided here
+(`gang.verdict`), as for the local gang. A small actor on the driver's node, the post, carries what Ray Train does not:
+the request to stop to the workers, and their failures and the first one's output to the driver.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import ray
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train.torch import TorchTrainer
+
+from dpkd import world
+from dpkd.backends.ray_post import Output, Post
+from dpkd.backends.ray_session import connect, cpus_per_worker, enter, node_cpus, on_this_node
+from dpkd.gang import Failure, summary, verdict
+from dpkd.report.progress import say
+
+POLL_S = 0.3
+EXIT_STOPPED = 75
+DRIVER_SETTINGS = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of the settings mean the driver's folder
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+
+
+class RayGang:
+    """`num_workers` processes on the cluster (none: one for each of its GPUs, or one); the first one's output is shown.
+
+    Each worker takes an equal share of the nodes' CPUs, or `threads`, and a GPU where the cluster has enough of them.
+    Workers that were asked to stop end after `stop_grace_s`, or at a second Ctrl-C.
+    """
+
+    def __init__(
+        self,
+        num_workers: int | None = None,
+        *,
+        max_restarts: int,
+        threads: int | None = None,
+        stop_grace_s: float = 30.0,
+    ) -> None:
+        connect()
+        num_gpus = int(ray.cluster_resources().get("GPU", 0))
+        self.num_workers = num_workers or max(1, num_gpus)
+        self._use_gpu = num_gpus >= self.num_workers
+        self._max_restarts = max_restarts
+        self._threads = threads
+        self._stop_grace_s = stop_grace_s
+
+    def run(self, work: Callable[[Any], None], argument: Any) -> None:
+        """See `Gang.run`."""
+        for name, value in DRIVER_SETTINGS.items():
+            os.environ.setdefault(name, value)
+        task = _Task(work, argument, on_this_node(Post, max_concurrency=100_000), str(Path.cwd()), self._threads)
+        with _stop_signals() as stop:
+            for restarts_left in range(self._max_restarts, -1, -1):
+                failures = self._run_once(task, stop)
+                if not failures:
+                    return
+                error = verdict(failures, stop_requested=stop.count > 0, restarts_left=restarts_left)
+                if error is not None:
+                    raise error
+                say(f"{summary(failures)}; all start again, {restarts_left - 1} restarts left")
+
+    def _run_once(self, task: "_Task", stop: "_Stop") -> list[Failure]:
+        """Runs one generation; returns how its workers failed, if they did."""
+        with tempfile.TemporaryDirectory(prefix="dpkd-gang-") as folder:
+            trainer = TorchTrainer(
+                _enter,
+                train_loop_config={"task": task},
+                scaling_config=self._scaling(),
+                run_config=RunConfig(
+                    name=uuid.uuid4().hex, storage_path=folder, failure_config=FailureConfig(max_failures=0)
+                ),
+            )
+            session = _Session(trainer)
+            _watch(session, task.post, stop, grace_s=self._stop_grace_s)
+        told: list[Failure] = ray.get(task.post.take_failures.remote())
+        return told + session.failures(told={failure.rank for failure in told})
+
+    def _scaling(self) -> ScalingConfig:
+        cpus = self._threads or cpus_per_worker(node_cpus(), num_workers=self.num_workers)
+        if not cpus:
+            say(
+                f"waiting for the Ray cluster to grow: its nodes have {node_cpus()} CPUs for {self.num_workers} workers"
+            )
+        resources = {"CPU": max(1, cpus)} | ({"GPU": 1} if self._use_gpu else {})
+        return ScalingConfig(num_workers=self.num_workers, use_gpu=self._use_gpu, resources_per_worker=resources)
+
+
+@dataclass(frozen=True)
+class _Task:
+    work: Callable[[Any], None]
+    argument: Any
+    post: Any
+    folder: str
+    threads: int | None
+
+
+class _Session:
+    """A trainer that runs in a thread, so that this one stays free for signals and output."""
+
+    def __init__(self, trainer: TorchTrainer) -> None:
+        self._trainer = trainer
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._fit, name="dpkd-ray-train", daemon=True)
+        self._thread.start()
+
+    def running(self) -> bool:
+        """Whether the workers are not done yet."""
+        return self._thread.is_alive()
+
+    def failures(self, *, told: set[int]) -> list[Failure]:
+        """The failures that Ray Train saw, of workers that did not tell of theirs."""
+        if self._error is None:
+            return []
+        if not isinstance(self._error, WorkerGroupError):
+            return [Failure(-1, f"Ray Train failed: {self._error}")]
+        deaths = {rank: error for rank, error in self._error.worker_failures.items() if rank not in told}
+        return [Failure(rank, f"died: {_gist(error)}", time_s=0.0) for rank, error in deaths.items()]
+
+    def _fit(self) -> None:
+        try:
+            self._trainer.fit()
+        except Exception as error:  # noqa: BLE001  looked at by `failures`
+            self._error = error
+
+
+def _gist(error: Exception) -> str:
+    """The lines of a Ray error that say something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:500]
+
+
+class _Stop:
+    """How often this process was asked to stop."""
+
+    def __init__(self) -> None:
+        self.count = int(world.stop_requested())
+
+    def on_signal(self, number: int, _frame: FrameType | None) -> None:
+        """Counts a SIGTERM once, a Ctrl-C as often as it comes."""
+        if self.count == 0 or number == signal.SIGINT:
+            self.count += 1
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {
+        number: signal.signal(number, stop.on_signal) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    }
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _watch(session: _Session, post: Any, stop: _Stop, *, grace_s: float) -> None:
+    """Shows the workers' output and passes requests to stop on to them, until they are done."""
+    passed_on = 0
+    while session.running():
+        if stop.count > passed_on:
+            passed_on = stop.count
+            ray.get(post.stop.remote(grace_s if passed_on == 1 else 0.0))
+        _show_output(post)
+        time.sleep(POLL_S)
+    _show_output(post)
+
+
+def _show_output(post: Any) -> None:
+    sys.stdout.write(ray.get(post.take_output.remote()))
+    sys.stdout.flush()
+
+
+def _enter(config: dict[str, Any]) -> None:
+    """The life of a worker; it runs in a thread of Ray's."""
+    task: _Task = config["task"]
+    enter(task.folder)
+    if task.threads is not None:
+        torch.set_num_threads(task.threads)
+    threading.Thread(target=_heed_stop, args=(task.post,), daemon=True).start()
+    rank = int(os.environ["RANK"])
+    output = Output(task.post)
+    with contextlib.redirect_stdout(output) if rank == 0 else contextlib.nullcontext():
+        try:
+            task.work(task.argument)
+        except Exception as error:
+            ray.get(task.post.fail.remote(Failure.of_error(rank, error)))
+            raise
+        finally:
+            output.close()
+
+
+def _heed_stop(post: Any) -> None:
+    """Waits for the driver's request to stop, then for the time of grace, then ends this process."""
+    grace_s = ray.get(post.until_stop.remote(None))
+    world.request_stop()
+    again = post.until_stop.remote(grace_s)
+    ray.wait([again], timeout=grace_s)
+    os._exit(EXIT_STOPPED)
