@@ -44,11 +44,12 @@ def embed_networks(
     loader: LoaderSettings,
     batch_size: int = 128,
     indices: NDArray[np.int64] | None = None,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Embedded]:
     """Embeddings and logits of every network for the samples `indices` (all, where none), the same on every rank.
 
     Every rank calls it, and makes the same number of predictions, as networks spread over the ranks need. All networks
-    must take images of one size.
+    must take images of one size. `advance` is told how many images were embedded, over all ranks.
     """
     wanted = np.arange(split.num_samples) if indices is None else indices
     share = -(-len(wanted) // world.size)
@@ -72,6 +73,7 @@ def embed_networks(
         for name, (predict, spec) in networks.items():
             outputs = predict(network_input(spec, here), pooling_weight(spec, here))
             found[name].append({key: _array(outputs[key]) for key in ("embedding", "logits") if key in outputs})
+        advance(len(here.label_B) * world.size)
     return {name: _whole(parts, world, num_samples=len(wanted)) for name, parts in found.items()}
 
 

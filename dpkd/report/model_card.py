@@ -1,0 +1,110 @@
+"""The model card of an exported student: what it is, its own measured numbers, and how to use it without dpkd."""
+
+from typing import Any
+
+from dpkd.report.summary import count_words, percent
+
+FRONT_MATTER = """\
+---
+library_name: timm
+pipeline_tag: image-feature-extraction
+tags:
+- timm
+- image-feature-extraction
+- few-shot
+---
+"""
+
+USAGE = """\
+```python
+import timm, torch
+from PIL import Image
+
+model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_data_config({{}}, model=model), is_training=False)
+image = transform(Image.open("image.jpg").convert("RGB"))[None]
+with torch.no_grad():
+    features = model.forward_features(image)
+    embedding = model.forward_head(features, pre_logits=True)
+    logits = model(image)
+```
+"""
+
+FIGURE_GROUND = """\
+## Figure-ground pooling
+
+This student was trained with an embedding that weighs its patch features f by a `{prior}` map S in [0, 1]:
+`w = S / (mean S + {floor}) + 0.001`, then the model's head on Σ w f / Σ w instead of the plain mean. A timm model has
+no such input, so `forward_head` above takes the plain mean; the table gives both. `model.onnx`, where it stands beside
+this card, takes the map as its second input, `weight`.
+"""
+
+
+def model_card(
+    name: str,
+    table: dict[str, Any],
+    *,
+    evaluation: dict[str, Any],
+    spec: dict[str, Any],
+    onnx_difference: float | None,
+) -> str:
+    """The card as Markdown with the Hugging Face front matter; `table` is the student's part of `evaluation.json`."""
+    pooling = spec["model"]["pooling"]
+    parts = [
+        FRONT_MATTER,
+        f"# {name}\n",
+        _what(table, evaluation["teacher"], spec),
+        "## Numbers\n",
+        *_numbers(table, evaluation),
+        "## Use\n",
+        USAGE.format(folder=name),
+        _preprocessing(spec),
+    ]
+    if onnx_difference is not None:
+        parts.append(
+            "`model.onnx` takes normalised images of any batch size; its outputs differ from PyTorch's by at most "
+            f"{onnx_difference:.1g} of the largest.\n"
+        )
+    if pooling["kind"] == "figure_ground":
+        parts.append(FIGURE_GROUND.format(**pooling))
+    return "\n".join(parts)
+
+
+def _what(table: dict[str, Any], teacher: dict[str, Any], spec: dict[str, Any]) -> str:
+    return (
+        f"A `{spec['model']['name']}` of {count_words(table['parameters'])} parameters for {spec['image_size']} px "
+        f"images and {len(spec['classes'])} classes, distilled with dpkd from a `{teacher['model']}` of "
+        f"{count_words(teacher['parameters'])} parameters.\n"
+    )
+
+
+def _numbers(table: dict[str, Any], evaluation: dict[str, Any]) -> list[str]:
+    protocol = evaluation["protocol"]
+    rows = {"with its prior map" if "plain_pooling" in table else "few-shot accuracy": table["few_shot"]}
+    if "plain_pooling" in table:
+        rows["as timm pools"] = table["plain_pooling"]
+    if "over_baseline" in table:
+        rows["gain over the same network on labels alone"] = table["over_baseline"]
+    lines = ["| | split | " + " | ".join(next(iter(table["few_shot"].values()))) + " |"]
+    lines.append("|---|---|" + "---|" * len(next(iter(table["few_shot"].values()))))
+    for title, splits in rows.items():
+        sign = "+" if title.startswith("gain") else ""
+        for split, scores in splits.items():
+            lines.append(
+                f"| {title} | {split} | " + " | ".join(percent(each, sign=sign) for each in scores.values()) + " |"
+            )
+    conditions = (
+        f"Mean and 95 % interval over {protocol['episodes']:,} episodes of {protocol['way']} classes with "
+        f"{protocol['queries']} queries each; {protocol['classifier'].replace('_', ' ')} on embeddings after "
+        f"`{protocol['transform']}`, seed {protocol['seed']}. {table['images_per_s']:,.0f} images/s on "
+        f"{evaluation['device']}, decoding not counted.\n"
+    )
+    return ["\n".join(lines) + "\n", conditions]
+
+
+def _preprocessing(spec: dict[str, Any]) -> str:
+    mean, std = (", ".join(f"{value:.4f}" for value in spec[key]) for key in ("mean", "std"))
+    return (
+        f"Preprocessing: the largest centred square, resized to {spec['image_size']} x {spec['image_size']}, RGB in "
+        f"0 … 1, minus mean ({mean}), divided by standard deviation ({std}); `config.json` holds it for timm.\n"
+    )

@@ -1,0 +1,159 @@
+"""The summary of a run: `summary.json` for programs, `summary.md` and a table on the screen for people.
+
+    summary.json   {"run": folder, "protocol", "splits", "device",
+                    "teacher": network, "students": {name: network}, "baselines": {name: network},
+                    "stages": {stage: {"status", "seconds"}}, "exports": {student: folder}}
+    network        {"parameters", "images_per_s", "few_shot": {split: {"5way_1shot": {"mean", "ci95"}}}, …}
+
+It is put together from `evaluation.json` and `stages.json`; accuracies are fractions.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dpkd.report.progress import duration, say
+
+EVALUATION_NAME = "evaluation.json"
+STAGES_NAME = "stages.json"
+
+Table = list[list[str]]
+
+
+def write_summary(folder: Path) -> dict[str, Any]:
+    """Writes `summary.json` and `summary.md` from what the stages left in the run folder; returns the summary."""
+    evaluation = _read(folder / EVALUATION_NAME)
+    stages = {
+        name: {"status": record["status"], "seconds": record["seconds"]}
+        for name, record in _read(folder / STAGES_NAME).items()
+    }
+    exported = {path.name: str(path) for path in sorted((folder / "export").glob("[!.]*")) if path.is_dir()}
+    summary = {"run": str(folder), **evaluation, "stages": stages, "exports": exported}
+    _write(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    _write(folder / "summary.md", markdown(summary))
+    return summary
+
+
+def say_summary(folder: Path) -> None:
+    """Writes the summary and prints what a run ends with."""
+    say(final_words(write_summary(folder)))
+
+
+def final_words(summary: dict[str, Any]) -> str:
+    """What a run ends with on the screen: the table, the exported students, the TensorBoard command."""
+    lines = []
+    if "teacher" in summary:
+        lines += [_heading(summary), "", *_aligned(_table(summary))]
+    if summary["exports"]:
+        lines += ["", "exported students (timm folder, ONNX):", *(f"  {path}" for path in summary["exports"].values())]
+    lines += ["", f"summary: {summary['run']}/summary.md", f"curves:  tensorboard --logdir {summary['run']}"]
+    return "\n".join(lines)
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """The content of `summary.md`."""
+    lines = [f"# Run {summary['run']}", ""]
+    if "teacher" in summary:
+        lines += [_heading(summary), "", *_piped(_table(summary)), ""]
+        lines += _more(summary, title="kNN and linear probe", key="probes")
+        lines += _more(summary, title="Accuracy on known classes", key="classification")
+        lines += ["## Protocol", "", *(f"- {key}: {value}" for key, value in summary["protocol"].items()), ""]
+    lines += ["## Stages", ""]
+    lines += _piped(
+        [["stage", "status", "time"]]
+        + [[name, stage["status"], duration(stage["seconds"])] for name, stage in summary["stages"].items()]
+    )
+    if summary["exports"]:
+        lines += ["", "## Exported students", "", *(f"- {name}: `{path}`" for name, path in summary["exports"].items())]
+    return "\n".join(lines) + "\n"
+
+
+def networks(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Every network's table under the name that people read."""
+    named = {"teacher": summary["teacher"]}
+    if "live_teacher" in summary:
+        named["teacher, after distilling"] = summary["live_teacher"]
+    for name, student in summary["students"].items():
+        named[f"student {name}"] = student
+        if name in summary["baselines"]:
+            named[f"{name} on labels alone"] = summary["baselines"][name]
+    return named
+
+
+def _heading(summary: dict[str, Any]) -> str:
+    protocol, split = summary["protocol"], summary["splits"]["test"]
+    return (
+        f"Few-shot accuracy on {split}: {protocol['way']} classes an episode, the same {protocol['episodes']:,} "
+        f"episodes for all, mean ± 95 % interval; images/s on {summary['device']}"
+    )
+
+
+def _table(summary: dict[str, Any]) -> Table:
+    split = summary["splits"]["test"]
+    settings = list(summary["teacher"]["few_shot"][split])
+    rows = [["", "parameters", "images/s", *(_shot(key) for key in settings)]]
+    for name, network in networks(summary).items():
+        scores = network["few_shot"][split]
+        head = [name, count_words(network["parameters"]), f"{network['images_per_s']:,.0f}"]
+        rows.append([*head, *(percent(scores[key]) for key in settings)])
+    for name, student in summary["students"].items():
+        if "over_baseline" in student:
+            gain = student["over_baseline"][split]
+            rows.append(
+                [f"{name}: gain over labels alone", "", "", *(percent(gain[key], sign="+") for key in settings)]
+            )
+    return rows
+
+
+def _more(summary: dict[str, Any], *, title: str, key: str) -> list[str]:
+    """A section of figures without intervals, by network and split; nothing where no network has them."""
+    found = {name: network[key] for name, network in networks(summary).items() if network.get(key)}
+    if not found:
+        return []
+    columns = [(split, name) for split, table in next(iter(found.values())).items() for name in table]
+    rows = [["", *(f"{split} {name}" for split, name in columns)]]
+    for name, splits in found.items():
+        rows.append([name, *(f"{100 * splits[split][each]:.1f} %" for split, each in columns)])
+    return [f"## {title}", "", *_piped(rows), ""]
+
+
+def percent(score: dict[str, float], *, sign: str = "") -> str:
+    """`{"mean", "ci95"}` as `56.1 ± 0.4 %`; with `sign="+"`, as a signed difference."""
+    return f"{100 * score['mean']:{sign}.1f} ± {100 * score['ci95']:.1f} %"
+
+
+def count_words(count: int) -> str:
+    """A number of parameters in words: `110 k`, `1.25 M`, `22 M`."""
+    if count < 1_000_000:
+        return f"{count / 1e3:.0f} k"
+    return f"{count / 1e6:.2f} M" if count < 10_000_000 else f"{count / 1e6:.0f} M"
+
+
+def _shot(key: str) -> str:
+    return key.split("_")[1].replace("shot", "-shot")
+
+
+def _aligned(rows: Table) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+
+
+def _piped(rows: Table) -> list[str]:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return content
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(text)
+    beside.replace(path)

@@ -1,0 +1,272 @@
+"""The evaluation: the same episodes and probes for teacher, students and baselines. Makes `evaluation.json`.
+
+    {"protocol": {"way", "shots", …, "seed"}, "splits": {"val": name, "test": name}, "device": words,
+     "teacher": network, "live_teacher": network, "students": {name: network}, "baselines": {name: network}}
+    network: {"model", "image_size", "pooling", "parameters", "images_per_s",
+              "few_shot": {split: {"5way_1shot": {"mean", "ci95"}}},
+              "plain_pooling": {split: …}            figure-ground networks, pooled without their prior map
+              "over_baseline": {split: …}            students: paired difference on the same episodes
+              "probes": {split: {"knn", "linear"}}, "classification": {split: {"overall", "balanced", …}}}
+
+Axes: N sample, D feature, E episode, K class.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dpkd import storage
+from dpkd.data.labels import visible_labels
+from dpkd.data.shards import Dataset, Split
+from dpkd.errors import UserError
+from dpkd.evaluation.few_shot import draw_episodes, few_shot_accuracy, paired_difference, score
+from dpkd.evaluation.long_tail import long_tail
+from dpkd.evaluation.probes import probe, probe_split
+from dpkd.models.counts import count_parameters
+from dpkd.models.network import Network
+from dpkd.models.saved import load_network
+from dpkd.models.settings import FigureGroundPooling, NetworkSpec
+from dpkd.report.progress import Progress, say
+from dpkd.report.summary import EVALUATION_NAME
+from dpkd.stages.embed import Embedded, Predict, embed_networks, mean_indices
+from dpkd.stages.record import RunFolder
+from dpkd.stages.run import Run
+from dpkd.stages.settings import DataSettings, EvaluateSettings
+
+Scores = dict[str, dict[str, float]]
+Accuracies = dict[str, NDArray[np.float64]]
+
+PLAIN = " without its prior map"
+"""Marks the second look at a figure-ground network, pooled as the exported timm model pools."""
+TIMING_BATCH = 64
+TIMING_S = 0.8
+
+
+def evaluate(run: Run) -> None:
+    """Measures every trained network on the validation and the test split and writes `evaluation.json`.
+
+    Every rank embeds its share; rank 0 measures speed and writes. Raises `UserError` where a split is too small.
+    """
+    networks = {name: network.to(run.world.device) for name, network in load_networks(run.folder).items()}
+    tables: dict[str, dict[str, Any]] = {name: describe(network) for name, network in networks.items()}
+    if run.world.rank == 0:
+        for name, network in networks.items():
+            tables[name]["images_per_s"] = round(images_per_s(network), 1)
+    for split_name in dict.fromkeys([run.data.val, run.data.test]):
+        _measure(run, networks, split=run.dataset.split(split_name), tables=tables)
+    if run.world.rank == 0:
+        report = {
+            "protocol": {**run.evaluate.episodes.model_dump(mode="json"), "seed": run.seed},
+            "splits": {"val": run.data.val, "test": run.data.test},
+            "device": device_words(run.world.device),
+            **nested(tables),
+        }
+        storage.write_bytes_atomic(
+            str(run.folder.path / EVALUATION_NAME), (json.dumps(report, indent=1) + "\n").encode()
+        )
+    run.world.barrier()
+
+
+def refuse_small_splits(dataset: Dataset, data: DataSettings, settings: EvaluateSettings) -> None:
+    """Raises `UserError` where the episodes cannot be drawn from a split; to be asked before any training."""
+    for name in dict.fromkeys([data.val, data.test]):
+        small = settings.episodes.model_copy(update={"episodes": 2})
+        draw_episodes(dataset.split(name).label_N, small, seed=0, split=name)
+
+
+def load_networks(folder: RunFolder) -> dict[str, Network]:
+    """Every trained network of a run by its place in the report: `teacher`, `students.<name>`, …"""
+    places: dict[str, Path] = {"teacher": folder.teacher}
+    if folder.live_teacher.exists():
+        places["live_teacher"] = folder.live_teacher
+    for kind, parent in (("students", folder.students), ("baselines", folder.baselines)):
+        places |= {f"{kind}.{path.name}": path for path in sorted(parent.glob("[!.]*")) if path.is_dir()}
+    return {name: load_network(path)[1] for name, path in places.items()}
+
+
+def describe(network: Network) -> dict[str, Any]:
+    """What a report says of a network before measuring it."""
+    return {
+        "model": network.spec.model.name,
+        "image_size": network.spec.image_size,
+        "pooling": network.spec.model.pooling.kind,
+        "parameters": count_parameters(network),
+    }
+
+
+def nested(tables: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """`{"students.small": table}` as `{"students": {"small": table}}`; students and baselines are always there."""
+    tree: dict[str, Any] = {"students": {}, "baselines": {}}
+    for place, table in tables.items():
+        kind, _, name = place.partition(".")
+        if name:
+            tree[kind][name] = table
+        else:
+            tree[kind] = table
+    return tree
+
+
+def _measure(run: Run, networks: Mapping[str, Network], *, split: Split, tables: dict[str, dict[str, Any]]) -> None:
+    """Adds one split's figures to the tables of all networks."""
+    settings = run.evaluate
+    episodes = draw_episodes(split.label_N, settings.episodes, seed=run.seed, split=split.name)
+    if episodes.left_out and run.world.rank == 0:
+        names = ", ".join(run.dataset.manifest.classes[label] for label in episodes.left_out)
+        say(f"evaluate {split.name}: {len(episodes.left_out)} classes have too few samples for an episode: {names}")
+    lookers = _lookers(networks)
+    embedded = _embed(run, lookers, split)
+    centre = settings.episodes.transform == "centred_l2"
+    train = run.dataset.split(run.data.train)
+    means = _embed(run, lookers, train, indices=mean_indices(train)) if centre else {}
+    accuracies: dict[str, Accuracies] = {}
+    for name, found in embedded.items():
+        base_mean_D = means[name].embedding_ND.mean(0) if centre else None
+        accuracies[name] = few_shot_accuracy(
+            found.embedding_ND, episodes, settings=settings.episodes, base_mean_D=base_mean_D
+        )
+    for name, table in tables.items():
+        table.setdefault("few_shot", {})[split.name] = _scores(accuracies[name])
+        if name + PLAIN in accuracies:
+            table.setdefault("plain_pooling", {})[split.name] = _scores(accuracies[name + PLAIN])
+        baseline = name.replace("students.", "baselines.")
+        if baseline != name and baseline in accuracies:
+            table.setdefault("over_baseline", {})[split.name] = {
+                key: paired_difference(accuracy_E, accuracies[baseline][key]).table()
+                for key, accuracy_E in accuracies[name].items()
+            }
+    _probe(run, embedded, split=split, tables=tables)
+    _classify(run, networks, embedded, split=split, tables=tables)
+
+
+def _scores(accuracy: Accuracies) -> Scores:
+    return {key: score(accuracy_E).table() for key, accuracy_E in accuracy.items()}
+
+
+class _Look:
+    """A network as it was trained."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+
+    @torch.inference_mode()
+    def __call__(self, image_BCHW: Tensor, weight_B1HW: Tensor | None) -> dict[str, Tensor]:
+        outputs: dict[str, Tensor] = self._network(image_BCHW, weight_B1HW)
+        return outputs
+
+
+class _LookPlainly(_Look):
+    """A figure-ground network as it leaves: a blank map weighs all patches alike."""
+
+    def __call__(self, image_BCHW: Tensor, weight_B1HW: Tensor | None) -> dict[str, Tensor]:
+        assert weight_B1HW is not None, "figure-ground pooling comes with a map"
+        return super().__call__(image_BCHW, torch.zeros_like(weight_B1HW))
+
+
+def _lookers(networks: Mapping[str, Network]) -> dict[str, tuple[Predict, NetworkSpec]]:
+    lookers: dict[str, tuple[Predict, NetworkSpec]] = {}
+    for name, network in networks.items():
+        lookers[name] = (_Look(network), network.spec)
+        if isinstance(network.spec.model.pooling, FigureGroundPooling):
+            lookers[name + PLAIN] = (_LookPlainly(network), network.spec)
+    return lookers
+
+
+def _embed(
+    run: Run,
+    lookers: Mapping[str, tuple[Predict, NetworkSpec]],
+    split: Split,
+    *,
+    indices: NDArray[np.int64] | None = None,
+) -> dict[str, Embedded]:
+    total = split.num_samples if indices is None else len(indices)
+    with Progress(f"evaluate on {split.name}", total, shown=run.world.rank == 0) as progress:
+        return embed_networks(
+            lookers,
+            split,
+            maps=run.maps_of(split.name),
+            map_size=run.map_size,
+            world=run.world,
+            loader=run.data.loader,
+            indices=indices,
+            advance=progress.advance,
+        )
+
+
+def _probe(run: Run, embedded: Mapping[str, Embedded], *, split: Split, tables: dict[str, dict[str, Any]]) -> None:
+    settings = run.evaluate.probes
+    halves = probe_split(split.label_N, settings, seed=run.seed) if settings else None
+    if settings is None or halves is None or run.world.rank != 0:
+        return
+    for name, table in tables.items():
+        scores = probe(embedded[name].embedding_ND, split.label_N, split=halves, settings=settings)
+        table.setdefault("probes", {})[split.name] = scores
+
+
+def _classify(
+    run: Run,
+    networks: Mapping[str, Network],
+    embedded: Mapping[str, Embedded],
+    *,
+    split: Split,
+    tables: dict[str, dict[str, Any]],
+) -> None:
+    """Adds the accuracy of the networks' own logits, where they know all classes of the split."""
+    names = run.dataset.manifest.classes
+    present = {names[label] for label in np.unique(split.label_N[split.label_N >= 0])}
+    train = run.dataset.split(run.data.train)
+    seen_N = visible_labels(train.label_N, run.data.labels, keys=train.keys, seed=run.seed)
+    train_count_K = np.bincount(seen_N[seen_N >= 0], minlength=len(names))
+    for name, network in networks.items():
+        logits_NK = embedded[name].logits_NK
+        if logits_NK is None or not present <= set(network.spec.classes):
+            continue
+        own = np.array([names.index(each) for each in network.spec.classes])
+        table = long_tail(own[logits_NK.argmax(1)], split.label_N, train_count_K=train_count_K)
+        tables[name].setdefault("classification", {})[split.name] = table
+
+
+@torch.inference_mode()
+def images_per_s(network: Network) -> float:
+    """Images a second through the network in evaluation mode on its device, in batches of 64, decoding not counted."""
+    device = next(network.parameters()).device
+    size = network.spec.image_size
+    image_BCHW = torch.randn(TIMING_BATCH, 3, size, size, device=device)
+    weight_B1HW = torch.rand(TIMING_BATCH, 1, size // 4, size // 4, device=device)
+    for _ in range(2):  # the first calls choose kernels and allocate
+        network(image_BCHW, weight_B1HW)
+    _wait(device)
+    began, batches = time.perf_counter(), 0
+    while time.perf_counter() - began < TIMING_S:
+        network(image_BCHW, weight_B1HW)
+        _wait(device)
+        batches += 1
+    return batches * TIMING_BATCH / (time.perf_counter() - began)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_words(device: torch.device) -> str:
+    """The device that speeds were measured on, for a reader."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def read_evaluation(folder: RunFolder) -> dict[str, Any]:
+    """What `evaluate` wrote; raises `UserError` where it has not run."""
+    path = folder.path / EVALUATION_NAME
+    if not path.exists():
+        raise UserError(f"{path} is missing: run the stage evaluate first")
+    report: dict[str, Any] = json.loads(path.read_text())
+    return report

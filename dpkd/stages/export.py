@@ -1,0 +1,238 @@
+"""How students leave: a folder that plain timm loads, and ONNX, both checked before they are published.
+
+    export/<student>/
+      model.safetensors    the timm model's own weights
+      config.json          architecture, arguments, classes, preprocessing, as timm writes them for the Hugging Face Hub
+      README.md            model card with the numbers measured in this run
+      model.onnx           optional; image (and the prior map, for figure-ground pooling) -> embedding, logits
+
+Axes: B image, C channel, H W height and width, D feature.
+"""
+
+import json
+import math
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+
+from dpkd import storage
+from dpkd.errors import UserError
+from dpkd.models.network import Network
+from dpkd.models.saved import load_network
+from dpkd.models.settings import FigureGroundPooling, NetworkSpec
+from dpkd.report.model_card import model_card
+from dpkd.report.progress import say
+from dpkd.stages.evaluate import read_evaluation
+from dpkd.stages.run import Run
+from dpkd.stages.settings import ExportSettings
+
+ONNX_OPSET = 18
+TIMM_TOLERANCE = 1e-5
+CHECK_BATCHES = (1, 3)
+"""Batch sizes at which ONNX is compared: the exported file must take any."""
+
+
+def export(run: Run, settings: ExportSettings) -> None:
+    """Writes every student's folder, checked, whole or not at all; called by rank 0 alone.
+
+    Raises `UserError` where what was written does not give the student's own outputs.
+    """
+    evaluation = read_evaluation(run.folder)
+    for name, table in evaluation["students"].items():
+        spec, network = load_network(run.folder.students / name)
+        made = run.folder.export / f".{name}.tmp"
+        if made.exists():
+            shutil.rmtree(made)  # an earlier attempt was cut short
+        made.mkdir(parents=True)
+        write_timm_folder(made, network)
+        difference = None
+        if settings.onnx:
+            difference = write_onnx(made / "model.onnx", network, map_size=run.map_size, tolerance=settings.tolerance)
+        card = model_card(
+            name, table, evaluation=evaluation, spec=spec.model_dump(mode="json"), onnx_difference=difference
+        )
+        (made / "README.md").write_text(card)
+        _replace(run.folder.export / name, made)
+        say(f"export: {run.folder.export / name}")
+
+
+def _replace(folder: Path, made: Path) -> None:
+    """Puts the folder `made` in the place of an earlier export, which stays whole until then."""
+    earlier = folder.with_name(f".{folder.name}.old")
+    if earlier.exists():
+        shutil.rmtree(earlier)
+    if folder.exists():
+        folder.rename(earlier)
+    storage.publish(made, folder)
+    if earlier.exists():
+        shutil.rmtree(earlier)
+
+
+def write_timm_folder(folder: Path, network: Network) -> None:
+    """Writes `model.safetensors` and `config.json`; timm then gives the network's own embedding and logits.
+
+    Those of a figure-ground network are pooled plainly, which a blank map gives. Raises `UserError` where the model has
+    no such pooling.
+    """
+    state = network.backbone.timm.state_dict()
+    safetensors.torch.save_file(
+        {name: tensor.contiguous().clone() for name, tensor in state.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    differences = []
+    for arguments in _possible_arguments(network.spec):
+        config = timm_config(network, arguments)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        differences.append(_timm_difference(folder, network))
+        if differences[-1] <= TIMM_TOLERANCE:
+            return
+    raise UserError(
+        f"model {network.spec.model.name!r} cannot leave as a timm folder: timm gives other outputs, by "
+        f"{min(differences):.2g} of the largest; a model that pools by its mean (model.arguments.global_pool=avg) can"
+    )
+
+
+def _timm_difference(folder: Path, network: Network) -> float:
+    """How far plain timm's outputs from a written folder are from the network's; infinite where it does not load."""
+    image_BCHW = _test_images(network.spec, batch_size=2)
+    try:
+        loaded: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    except (RuntimeError, TypeError):
+        return math.inf
+    with torch.inference_mode():
+        expected = network(image_BCHW, torch.zeros(2, 1, *network.grid))
+        embedding_BD = loaded.forward_head(loaded.forward_features(image_BCHW), pre_logits=True)
+        difference = _difference(embedding_BD, expected["embedding"])
+        return (
+            max(difference, _difference(loaded(image_BCHW), expected["logits"])) if "logits" in expected else difference
+        )
+
+
+def timm_config(network: Network, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The content of `config.json` in timm's format, for a model made with these arguments."""
+    spec, own = network.spec, network.backbone.timm.pretrained_cfg
+    side = spec.image_size
+    return {
+        "architecture": spec.model.name.split(".")[0],
+        "num_classes": len(spec.classes),
+        "num_features": network.embedding_dim,
+        "label_names": list(spec.classes),
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [3, side, side],
+            "fixed_input_size": bool(own.get("fixed_input_size", False)),
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "mean": list(spec.mean),
+            "std": list(spec.std),
+            "num_classes": len(spec.classes),
+            "pool_size": None,
+            "first_conv": own.get("first_conv"),
+            "classifier": own.get("classifier"),
+            "custom_load": False,
+        },
+    }
+
+
+def _possible_arguments(spec: NetworkSpec) -> list[dict[str, Any]]:
+    """What `timm.create_model` may need besides the name, most likely first.
+
+    The image size, where the model takes one. A transformer that reads its class token must pool its patches instead
+    where it was trained under figure-ground pooling, and keep its norm before the pooling (`fc_norm`).
+    """
+    arguments = spec.model.arguments
+    try:
+        with_size = {"img_size": spec.image_size, **arguments}
+        timm.create_model(spec.model.name, num_classes=0, **with_size)
+        arguments = with_size
+    except TypeError:
+        pass  # most convolutional models take any size and do not know the argument
+    if not isinstance(spec.model.pooling, FigureGroundPooling):
+        return [arguments]
+    return [arguments, {**arguments, "global_pool": "avg"}, {**arguments, "global_pool": "avg", "fc_norm": False}]
+
+
+class _ForOnnx(nn.Module):
+    """A network whose outputs are a tuple, as ONNX has them: embedding, and logits where there are classes."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs = self.network(*inputs)
+        return tuple(outputs[name] for name in _output_names(self.network.spec))
+
+
+def write_onnx(path: Path, network: Network, *, map_size: int, tolerance: float) -> float:
+    """Writes a network as ONNX for any batch size and returns its largest difference from PyTorch, relative.
+
+    Inputs: `image` [B, 3, S, S], normalised; `weight` [B, 1, map_size, map_size] in [0, 1] for figure-ground pooling.
+    Outputs: `embedding` [B, D] and `logits` [B, K]. Raises `UserError` above the tolerance.
+    """
+    names = ["image", "weight"] if isinstance(network.spec.model.pooling, FigureGroundPooling) else ["image"]
+    module = _ForOnnx(network).eval()
+    batch = torch.export.Dim("batch", min=1)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*The axis name: batch will not be used"
+        )  # image and weight share it
+        torch.onnx.export(
+            module,
+            _inputs(network.spec, names, batch_size=2, map_size=map_size),
+            path,
+            input_names=names,
+            output_names=_output_names(network.spec),
+            dynamic_shapes={"inputs": tuple({0: batch} for _ in names)},
+            opset_version=ONNX_OPSET,
+            external_data=False,
+            verbose=False,
+            dynamo=True,
+        )
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    difference = 0.0
+    for batch_size in CHECK_BATCHES:
+        inputs = _inputs(network.spec, names, batch_size=batch_size, map_size=map_size)
+        found = session.run(None, {name: each.numpy() for name, each in zip(names, inputs, strict=True)})
+        with torch.inference_mode():
+            expected = module(*inputs)
+        for its, ours in zip(found, expected, strict=True):
+            difference = max(difference, _difference(torch.from_numpy(its), ours))
+    if difference > tolerance:
+        raise UserError(
+            f"ONNX gives other outputs than PyTorch, by {difference:.2g} of the largest, where {tolerance:.2g} is "
+            "allowed; raise export.tolerance, or leave ONNX out with export.onnx=false"
+        )
+    return difference
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """The largest difference relative to the largest value expected; infinite between shapes that differ."""
+    if found.shape != expected.shape:
+        return math.inf
+    difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+    return difference if math.isfinite(difference) else math.inf
+
+
+def _output_names(spec: NetworkSpec) -> list[str]:
+    return ["embedding", "logits"] if spec.classes else ["embedding"]
+
+
+def _inputs(spec: NetworkSpec, names: list[str], *, batch_size: int, map_size: int) -> tuple[Tensor, ...]:
+    weight_B1HW = torch.from_numpy(np.random.default_rng(1).random((batch_size, 1, map_size, map_size), np.float32))
+    return (_test_images(spec, batch_size=batch_size), weight_B1HW)[: len(names)]
+
+
+def _test_images(spec: NetworkSpec, *, batch_size: int) -> Tensor:
+    shape = (batch_size, 3, spec.image_size, spec.image_size)
+    return torch.from_numpy(np.random.default_rng(0).standard_normal(shape, np.float32))

@@ -1,0 +1,104 @@
+"""The summary of a run, from what its stages left."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpkd.report.summary import count_words, final_words, percent, say_summary, write_summary
+
+
+def network(mean: float) -> dict[str, Any]:
+    return {
+        "model": "resnet18",
+        "pooling": "mean",
+        "parameters": 110_000,
+        "images_per_s": 1234.5,
+        "few_shot": {
+            split: {"5way_1shot": {"mean": mean, "ci95": 0.004}, "5way_5shot": {"mean": mean + 0.2, "ci95": 0.003}}
+            for split in ("val", "novel")
+        },
+        "probes": {"novel": {"knn": 0.5, "linear": 0.625}},
+    }
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    gain = {"novel": {"5way_1shot": {"mean": 0.05, "ci95": 0.002}, "5way_5shot": {"mean": 0.031, "ci95": 0.002}}}
+    evaluation = {
+        "protocol": {"way": 5, "shots": [1, 5], "queries": 15, "episodes": 2000, "seed": 0},
+        "splits": {"val": "val", "test": "novel"},
+        "device": "CPU, 1 thread",
+        "teacher": network(0.45),
+        "students": {"small": network(0.44) | {"over_baseline": gain}},
+        "baselines": {"small": network(0.39)},
+    }
+    stages = {"pack": {"status": "done", "seconds": 3.25, "given": {}}, "teach": {"status": "running", "seconds": 60.0}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    (tmp_path / "stages.json").write_text(json.dumps(stages))
+    (tmp_path / "export" / "small").mkdir(parents=True)
+    (tmp_path / "export" / ".vit.tmp").mkdir()
+    return tmp_path
+
+
+def test_summary_json_has_the_promised_keys(run: Path) -> None:
+    write_summary(run)
+    summary = json.loads((run / "summary.json").read_text())
+    for table in (summary["teacher"], summary["students"]["small"], summary["baselines"]["small"]):
+        assert table["parameters"] == 110_000
+        assert table["images_per_s"] == 1234.5
+        assert set(table["few_shot"]) == {"val", "novel"}
+        assert set(table["few_shot"]["novel"]["5way_1shot"]) == {"mean", "ci95"}
+    assert summary["stages"] == {
+        "pack": {"status": "done", "seconds": 3.25},
+        "teach": {"status": "running", "seconds": 60.0},
+    }
+    assert summary["exports"] == {"small": str(run / "export" / "small")}
+
+
+def test_the_run_ends_with_the_table_the_exports_and_the_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    say_summary(run)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Few-shot accuracy on novel: 5 classes an episode, the same 2,000 episodes for all")
+    table = [line.split("  ") for line in lines[2:7]]
+    assert [cells[0] for cells in table[1:]] == [
+        "teacher",
+        "student small",
+        "small on labels alone",
+        "small: gain over labels alone",
+    ]
+    assert lines[4].endswith("110 k     1,234  44.0 ± 0.4 %  64.0 ± 0.3 %")
+    assert lines[6].endswith("+5.0 ± 0.2 %  +3.1 ± 0.2 %")
+    assert f"  {run}/export/small" in lines
+    assert lines[-1] == f"curves:  tensorboard --logdir {run}"
+
+
+def test_summary_md_holds_table_probes_protocol_and_stages(run: Path) -> None:
+    write_summary(run)
+    text = (run / "summary.md").read_text()
+    assert "| small on labels alone | 110 k | 1,234 | 39.0 ± 0.4 % | 59.0 ± 0.3 % |" in text
+    assert "| student small | 50.0 % | 62.5 % |" in text
+    assert "- episodes: 2000" in text
+    assert "| teach | running | 1 min 00 s |" in text
+    assert f"- small: `{run}/export/small`" in text
+
+
+def test_a_run_that_was_not_evaluated_has_a_summary_of_its_stages(run: Path) -> None:
+    (run / "evaluation.json").unlink()
+    summary = write_summary(run)
+    assert "teacher" not in summary
+    assert summary["stages"]["pack"]["status"] == "done"
+    assert "tensorboard" in final_words(summary)
+    assert "| pack | done | 3 s |" in (run / "summary.md").read_text()
+
+
+def test_numbers_are_rounded_for_people() -> None:
+    assert percent({"mean": 0.56149, "ci95": 0.0041}) == "56.1 ± 0.4 %"
+    assert percent({"mean": -0.002, "ci95": 0.0041}, sign="+") == "-0.2 ± 0.4 %"
+    assert [count_words(count) for count in (4_000, 110_000, 9_994_000, 21_600_000)] == [
+        "4 k",
+        "110 k",
+        "9.99 M",
+        "22 M",
+    ]
