@@ -1,0 +1,32 @@
+"""Asks a world of two processes everything it answers, and keeps the answers by rank."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from dpkd.world import join
+
+
+def main() -> None:
+    world = join()
+    found = {
+        "all of (true, false)": world.all_true(world.rank == 0),
+        "all of (true, true)": world.all_true(True),
+        "any of (true, false)": world.any_true(world.rank == 0),
+        "any of (false, false)": world.any_true(False),
+        "broadcast": world.broadcast({"from": world.rank}),
+        "broadcast from 1": world.broadcast({"from": world.rank}, source=1),
+        "gather": world.gather(f"rank {world.rank}"),
+        "mean": world.mean_(torch.tensor([1.0, 2.0]) * (1 + world.rank)),
+        "first": world.broadcast_(torch.full((2,), float(world.rank))),
+        "concatenate": world.concatenate(torch.full((2,), float(world.rank))),
+        "place": (world.rank, world.size, world.local_rank, str(world.device)),
+    }
+    world.barrier()
+    again = join()  # as under Ray Train, which starts the process group itself
+    again.leave()
+    found["a world that found a group left it alone"] = world.all_true(torch.distributed.is_initialized())
+    world.leave()
+    found["left"] = not torch.distributed.is_initialized()
+    torch.save(found, Path(sys.argv[1]) / f"{world.rank}.pt")
