@@ -54,10 +54,7 @@ def markdown(summary: dict[str, Any]) -> str:
     """The content of `summary.md`."""
     lines = [f"# Run {summary['run']}", ""]
     if "teacher" in summary:
-        lines += [_heading(summary), "", *_piped(_table(summary)), ""]
-        lines += _more(summary, title="kNN and linear probe", key="probes")
-        lines += _more(summary, title="Accuracy on known classes", key="classification")
-        lines += ["## Protocol", "", *(f"- {key}: {value}" for key, value in summary["protocol"].items()), ""]
+        lines += [figures_markdown(summary), ""]
     lines += ["## Stages", ""]
     lines += _piped(
         [["stage", "status", "time"]]
@@ -66,6 +63,15 @@ def markdown(summary: dict[str, Any]) -> str:
     if summary["exports"]:
         lines += ["", "## Exported students", "", *(f"- {name}: `{path}`" for name, path in summary["exports"].items())]
     return "\n".join(lines) + "\n"
+
+
+def figures_markdown(evaluation: dict[str, Any]) -> str:
+    """The tables of an evaluation, and how they were measured."""
+    lines = [_heading(evaluation), "", *_piped(_table(evaluation)), ""]
+    lines += _more(evaluation, title="kNN and linear probe", key="probes")
+    lines += _more(evaluation, title="Accuracy on known classes", key="classification")
+    lines += ["## Protocol", "", *(f"- {key}: {value}" for key, value in evaluation["protocol"].items())]
+    return "\n".join(lines)
 
 
 def networks(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -34,7 +34,9 @@ from dpkd.models.network import Network
 from dpkd.models.saved import load_network
 from dpkd.models.settings import FigureGroundPooling, NetworkSpec
 from dpkd.report.progress import Progress, say
-from dpkd.report.summary import EVALUATION_NAME
+from dpkd.report.quarantine import Quarantine
+from dpkd.report.summary import EVALUATION_NAME, figures_markdown
+from dpkd.report.tensorboard import Board
 from dpkd.stages.embed import Embedded, Predict, embed_networks, mean_indices
 from dpkd.stages.record import RunFolder
 from dpkd.stages.run import Run
@@ -68,10 +70,19 @@ def evaluate(run: Run) -> None:
             "device": device_words(run.world.device),
             **nested(tables),
         }
+        _show(run, report)
         storage.write_bytes_atomic(
             str(run.folder.path / EVALUATION_NAME), (json.dumps(report, indent=1) + "\n").encode()
         )
     run.world.barrier()
+
+
+def _show(run: Run, report: dict[str, Any]) -> None:
+    """Puts the tables, and how many samples were quarantined, into TensorBoard."""
+    board = Board(run.folder.tensorboard / "evaluate", start_step=-1)
+    board.text(0, tag="summary", markdown=figures_markdown(report))
+    board.scalars(0, {"data/quarantined": Quarantine(run.folder.quarantine, limit=1.0).count})
+    board.close()
 
 
 def refuse_small_splits(dataset: Dataset, data: DataSettings, settings: EvaluateSettings) -> None:
