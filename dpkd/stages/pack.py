@@ -93,7 +93,7 @@ def plan_shards(found: Found, data: DataSettings, *, seed: int, destination: str
     assert data.source is not None
     groups = groups_of(found.records, data.group_pattern)
     stray = {
-        record.name: f"data.group_pattern={data.group_pattern!r} does not match the path"
+        record.name: f"data.group_pattern={data.group_pattern!r} does not match the path; let it match every one"
         for record, group in zip(found.records, groups, strict=True)
         if data.group_pattern is not None and group is None
     }

@@ -2,7 +2,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dpkd.data.records import Blob, Record, keys_of, sorted_classes
@@ -32,11 +32,8 @@ FRACTIONS = FractionSplits(fractions={"train": 0.6, "val": 0.2, "test": 0.2})
 )
 def test_a_fraction_split_never_cuts_a_group_and_does_not_depend_on_the_order(places, seed):
     samples = records(*((name, name + group) for name, group in places))
-    try:
-        split_of = assigned(samples, FRACTIONS, seed=seed)
-    except UserError as error:
-        assert "without a sample" in str(error)
-        return
+    assume(len({name + group for name, group in places}) >= 12)  # few large groups may leave a split empty, an error
+    split_of = assigned(samples, FRACTIONS, seed=seed)
     by_group = {record.group: split_of[record.name] for record in samples}
     assert all(split_of[record.name] == by_group[record.group] for record in samples)
     random.Random(seed).shuffle(samples)

@@ -1,0 +1,143 @@
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import webdataset
+
+from dpkd import storage
+from dpkd.data.shards import Dataset, ShardIndex
+from dpkd.errors import UserError
+from tests.data.packing import image_bytes, make_folder, mask_bytes, pack_at
+
+
+@pytest.fixture
+def dataset(tmp_path) -> Dataset:
+    folders = {"train/cat": 5, "train/dog": 3, "train/unlabelled": 2, "test/cat": 2}
+    make_folder(tmp_path / "images", counts=folders, masks=True)
+    (tmp_path / "images" / "train" / "cat" / "000.expert-eye.png").write_bytes(mask_bytes())
+    return pack_at(tmp_path / "images", tmp_path / "set")
+
+
+def test_samples_come_back_by_number_as_they_went_in(dataset, tmp_path):
+    split = dataset.split("train")
+    assert (split.num_samples, split.shard_sizes, len(split.keys)) == (10, [4, 4, 2], 10)
+    for i, key in enumerate(split.keys):
+        sample = split.read(i)
+        assert sample.key == key
+        assert sample.image == (tmp_path / "images" / f"{key}.jpg").read_bytes()
+        assert sample.mask == mask_bytes()
+        assert sample.meta["source"] == f"{key}.jpg"
+        label = int(split.label_N[i])
+        assert sample.meta["class_name"] == (dataset.manifest.classes[label] if label >= 0 else None)
+        assert sample.meta["label"] == (label if label >= 0 else None)
+        assert list(sample.experts) == (["eye"] if key == "train/cat/000" else [])
+    assert [sample.key for k in range(3) for sample in split.read_shard(k)] == split.keys
+    assert dataset.manifest.splits["train"].class_counts == (5, 3)
+    assert dataset.manifest.splits["train"].num_unlabelled == 2
+
+
+def test_a_plain_webdataset_reader_opens_the_shards(dataset):
+    split = dataset.split("train")
+    urls = [storage.join(dataset.url, shard.name) for shard in split.info.shards]
+    seen = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"))
+    assert [sample["__key__"] for sample in seen] == split.keys
+    for i, sample in enumerate(seen):
+        assert sample["json"] == split.read(i).meta
+        assert sample["jpg"].shape == (16, 20, 3)
+        assert sample["mask.png"].shape[:2] == (16, 20)
+    assert "expert-eye.png" in seen[split.keys.index("train/cat/000")]
+
+
+def test_a_split_pickles_small_and_reads_on_the_other_side(dataset):
+    split = dataset.split("train")
+    split.read(0)
+    pickled = pickle.dumps(split)
+    assert len(pickled) < 2000
+    copy = pickle.loads(pickled)
+    assert copy.read(7) == split.read(7)
+    np.testing.assert_array_equal(copy.label_N, split.label_N)
+
+
+def test_a_remote_data_set_is_packed_and_read_through_a_local_copy(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path))
+    make_folder(tmp_path / "images", counts={"train/cat": 5})
+    url = f"memory://{tmp_path.name}"
+    remote = pack_at(tmp_path / "images", url)
+    local = pack_at(tmp_path / "images", tmp_path / "set")
+    assert remote.manifest == local.manifest
+    assert [remote.split("train").read(i) for i in range(5)] == [local.split("train").read(i) for i in range(5)]
+    assert storage.list_names(url) == storage.list_names(local.url)
+    assert pack_at(tmp_path / "images", url).manifest == local.manifest
+
+
+def test_an_unknown_split_is_refused_with_the_names_there_are(dataset):
+    with pytest.raises(UserError, match=r"no split 'trian'; it has: test, train"):
+        dataset.split("trian")
+
+
+def test_a_sample_number_out_of_range_is_our_mistake(dataset):
+    with pytest.raises(IndexError):
+        dataset.split("test").read(2)
+    with pytest.raises(IndexError):
+        dataset.split("test").read(-1)
+
+
+def test_a_missing_or_cut_shard_is_named(dataset):
+    place = storage.join(dataset.url, dataset.split("test").info.shards[0].name)
+    os.truncate(place, 1500)
+    with pytest.raises(UserError, match=r"test-000000.tar is cut short: sample 'test/cat/00\d'"):
+        list(dataset.split("test").read_shard(0))
+    storage.remove(place)
+    with pytest.raises(UserError, match=r"test-000000.tar is missing"):
+        dataset.split("test").read(0)
+
+
+def test_an_index_that_is_missing_broken_or_of_another_shard_is_named(dataset):
+    place = storage.join(dataset.url, "test-000000.index.msgpack")
+    other = storage.read_bytes(storage.join(dataset.url, "train-000000.index.msgpack"))
+    for content, message in (
+        (other, "does not belong to the test-000000.tar"),
+        (other[:40], "cannot be read"),
+        (b"", "cannot be"),
+    ):
+        storage.write_bytes_atomic(place, content)
+        with pytest.raises(UserError, match=message):
+            dataset.split("test").read(0)
+    storage.remove(place)
+    with pytest.raises(UserError, match=r"index.msgpack is missing"):
+        dataset.split("test").read(0)
+
+
+def test_an_index_survives_its_file(dataset):
+    index = dataset.split("train").indexes[0]
+    again = ShardIndex.from_bytes(index.to_bytes())
+    assert again.to_bytes() == index.to_bytes()
+    assert (again.keys, again.shard) == (index.keys, index.shard)
+
+
+def test_a_folder_without_a_usable_manifest_is_no_data_set(dataset, tmp_path):
+    with pytest.raises(UserError, match=r"no data set at .*dataset.json is missing"):
+        Dataset.open(str(tmp_path))
+    place = storage.join(dataset.url, "dataset.json")
+    content = json.loads(storage.read_bytes(place))
+    storage.write_bytes_atomic(place, json.dumps({**content, "format_version": 99}).encode())
+    with pytest.raises(UserError, match="format version 99"):
+        Dataset.open(dataset.url)
+    storage.write_bytes_atomic(place, b'{"classes": 3')
+    with pytest.raises(UserError, match="not a data set's manifest"):
+        Dataset.open(dataset.url)
+
+
+def test_image_statistics_are_those_of_the_training_pixels(tmp_path):
+    for i in range(3):
+        place = tmp_path / "images" / "train" / "a" / f"{i}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(image_bytes(i, image_format="PNG"))
+    manifest = pack_at(tmp_path / "images", tmp_path / "set").manifest
+    pixels = np.concatenate(
+        [np.random.default_rng(i).integers(0, 256, (16, 20, 3), dtype=np.uint8).reshape(-1, 3) for i in range(3)]
+    )
+    np.testing.assert_allclose(manifest.image_mean, pixels.mean(0) / 255, rtol=1e-12)
+    np.testing.assert_allclose(manifest.image_std, pixels.std(0) / 255, rtol=1e-12)
