@@ -4,7 +4,7 @@ import pickle
 
 
 class UserError(ValueError):
-    """The user's settings or data are at fault: the message names the key or file, the value and the way out. Exit code 2."""
+    """The user's settings or data are at fault: the message names key or file, value and way out. Exit code 2."""
 
 
 class StopRequested(Exception):

@@ -129,9 +129,14 @@ def _position(items: list[Any], name: str, override: str) -> int:
 def _priors_are_prepared(settings: Settings) -> None:
     prepared = {prior.kind for prior in settings.prepare.priors}
     regions = {prior.kind for prior in settings.prepare.priors if prior.nearest}
+    vectors = {prior.kind for prior in settings.prepare.priors if prior.channels > 1}
     for key, name in _priors_used(settings):
         if name in regions:
             raise ValueError(f"{key}: {name!r} holds region labels, which are no amounts to predict or weigh by")
+        if name in vectors and key.endswith(".pooling"):
+            raise ValueError(
+                f"{key}: {name!r} has several channels; patches are weighed by one amount, as of 'saliency'"
+            )
         if name not in prepared:
             raise ValueError(
                 f"{key} uses the prior {name!r}; prepare.priors makes {', '.join(sorted(prepared)) or 'none'}: "

@@ -1,6 +1,6 @@
 """Picks the pool and the gang that the settings name: this machine's, or the Ray cluster's.
 
-Imports stand inside the functions: pool workers load the driver's modules too, and neither should wait for torch or Ray.
+Imports stand inside the functions: pool workers load the driver's modules too, and none should wait for torch or Ray.
 """
 
 import os

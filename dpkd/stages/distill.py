@@ -45,7 +45,8 @@ class Frozen:
 
 def distill(run: Run, settings: DistillSettings, *, teach: TeachSettings) -> None:
     """Trains all students and baselines, going on from the newest checkpoint, and saves their weights."""
-    data = training_set(run, settings.training)
+    wanted = [loss for student in settings.students.values() for loss in student.losses]
+    data = training_set(run, settings.training, wanted)
     _, network = load_network(run.folder.teacher)
     teacher = _teacher(run, network, data, settings=settings, teach=teach)
     students = _students(run, network, data, settings)

@@ -1,5 +1,6 @@
 """The run that a training stage is part of, as one worker sees it, and its training split."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from dpkd.data.labels import visible_labels
 from dpkd.data.shards import Dataset, Split
 from dpkd.engine import Engine
 from dpkd.errors import UserError
+from dpkd.objectives.settings import StudentObjective, Supervised
 from dpkd.objectives.supervised import log_class_prior
 from dpkd.priors.shards import PriorSet, PriorSplit
 from dpkd.stages.record import RunFolder
@@ -92,10 +94,11 @@ class TrainingSet:
         return Supervision(share, log_prior_K.to(device))
 
 
-def training_set(run: Run, training: TrainingSettings) -> TrainingSet:
+def training_set(run: Run, training: TrainingSettings, objectives: Sequence[StudentObjective]) -> TrainingSet:
     """Opens the training split and hides the labels that `data.labels` hides.
 
-    Raises `UserError` where the split has fewer samples than a batch, fewer than two classes, or no visible label.
+    Raises `UserError` where the split has fewer samples than a batch, or where an objective needs labels and the split
+    has fewer than two classes or no visible label.
     """
     split = run.dataset.split(run.data.train)
     if split.num_samples < training.batch_size:
@@ -104,7 +107,8 @@ def training_set(run: Run, training: TrainingSettings) -> TrainingSet:
             f"training.batch_size={training.batch_size}; lower it, or pack more images"
         )
     classes = np.unique(split.label_N[split.label_N >= 0])
-    if len(classes) < 2:
+    needs_labels = any(isinstance(objective, Supervised) for objective in objectives)
+    if needs_labels and len(classes) < 2:
         names = [run.dataset.manifest.classes[label] for label in classes]
         raise UserError(
             f"the split {split.name!r} has {len(classes)} labelled classes ({', '.join(names) or 'none'}); training "
@@ -112,7 +116,7 @@ def training_set(run: Run, training: TrainingSettings) -> TrainingSet:
         )
     own_label_N = np.where(split.label_N < 0, -1, np.searchsorted(classes, split.label_N))
     label_N = visible_labels(own_label_N, run.data.labels, keys=split.keys, seed=run.seed)
-    if not (label_N >= 0).any():
+    if needs_labels and not (label_N >= 0).any():
         raise UserError(f"data.labels {run.data.labels!r} leaves no visible label in the split {split.name!r}")
     return TrainingSet(split, tuple(run.dataset.manifest.classes[label] for label in classes), label_N)
 

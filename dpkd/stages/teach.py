@@ -11,7 +11,7 @@ NAME = "teacher"
 
 def teach(run: Run, settings: TeachSettings) -> None:
     """Trains the teacher, going on from its newest checkpoint, and saves its weights."""
-    data = training_set(run, settings.training)
+    data = training_set(run, settings.training, settings.objectives)
     spec = network_spec(run, data, settings.model, settings.objectives)
     learner = make_learner(
         run,

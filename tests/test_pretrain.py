@@ -1,0 +1,197 @@
+"""Whole runs: every stage in order, continued exactly after kills and stops, the same on one worker and on two."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dpkd import pretrain
+from dpkd.errors import UserError
+from dpkd.settings import Settings
+from dpkd.stages.record import RunFolder
+from tests.runs import Command, all_weights, settings_of, tiny, train_events
+
+
+@pytest.fixture(scope="module")
+def whole(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run from images to exported students that nothing interrupted."""
+    tree = tiny(tmp_path_factory.mktemp("runs") / "whole", source=sample_folder)
+    command = Command(tree)
+    assert command.wait() == 0, command.output
+    return command.folder
+
+
+def shards_of(whole: RunFolder) -> Path:
+    return whole.path / "shards"
+
+
+def run_here(settings: Settings, *stages: str) -> RunFolder:
+    pretrain.run(settings, stages=stages)
+    return RunFolder(settings.run.dir)
+
+
+def losses(folder: RunFolder, stage: str) -> dict[int, dict[str, float]]:
+    """Losses by step; of a step run twice, the last."""
+    return {
+        line["step"]: {key: value for key, value in line.items() if key.startswith(("loss/", "gradient_norm/"))}
+        for line in train_events(folder)
+        if line["stage"] == stage
+    }
+
+
+def assert_same_weights(one: RunFolder, other: RunFolder) -> None:
+    first, second = all_weights(one), all_weights(other)
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different, different[:5]
+
+
+def test_a_run_ends_with_its_summary_and_exports(whole: RunFolder) -> None:
+    summary = json.loads((whole.path / "summary.json").read_text())
+    networks = [summary["teacher"], *summary["students"].values(), *summary["baselines"].values()]
+    assert set(summary["students"]) == {"conv", "vit"}
+    assert set(summary["baselines"]) == {"conv"}
+    for network in networks:
+        assert network["parameters"] > 0
+        assert network["images_per_s"] > 0
+        for split in ("val", "novel"):
+            for shot in ("5way_1shot", "5way_5shot"):
+                assert 0 < network["few_shot"][split][shot]["mean"] < 1
+                assert network["few_shot"][split][shot]["ci95"] > 0
+    assert {stage["status"] for stage in summary["stages"].values()} == {"done"}
+    assert list(summary["stages"]) == ["pack", "prepare", "teach", "distill", "evaluate", "export"]
+    for name in (
+        "settings.yaml",
+        "versions.json",
+        "summary.md",
+        "export/conv/config.json",
+        "export/vit/model.safetensors",
+    ):
+        assert (whole.path / name).stat().st_size > 0
+
+
+def test_every_objective_of_every_network_is_logged(whole: RunFolder) -> None:
+    distilled = losses(whole, "distill")[6]
+    for student in ("conv", "vit"):
+        for objective in ("supervised", "logits", "features", "patches"):
+            assert distilled[f"loss/student-{student}/{objective}"] > 0
+    assert {key for key in distilled if "baseline-conv" in key and "loss" in key} == {"loss/baseline-conv/supervised"}
+    assert {"loss/teacher/masked_prior.hog", "loss/teacher/masked_prior.edge"} <= losses(whole, "teach")[6].keys()
+
+
+def test_a_finished_run_is_left_as_it_is(whole: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.path.rglob("*.safetensors")}
+    settings = settings_of(json.loads(json.dumps(_tree_of(whole))))
+    pretrain.run(settings)
+    assert "nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in whole.path.rglob("*.safetensors")} == before
+
+
+def _tree_of(folder: RunFolder) -> dict[str, Any]:
+    return tiny(folder.path, source=_source_of(folder))
+
+
+def _source_of(folder: RunFolder) -> Path:
+    return Path(folder.stages()["pack"]["given"]["source"]["path"])
+
+
+def test_other_settings_than_those_on_disk_are_refused(whole: RunFolder) -> None:
+    tree = _tree_of(whole)
+    tree["teach"]["optimizer"] = {"learning_rate": 0.5}
+    with pytest.raises(UserError, match=r"teach.optimizer.learning_rate: 0.001 on disk, 0.5 now"):
+        pretrain.run(settings_of(tree))
+
+
+def test_cadence_may_change_under_way(whole: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = _tree_of(whole)
+    tree["teach"]["training"] |= {"log_every": 3, "checkpoint_every": 5}
+    pretrain.run(settings_of(tree))
+    assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "step"), [("teach", 3), ("distill", 4)])
+def test_a_run_killed_at_a_step_ends_bit_equal(whole: RunFolder, tmp_path: Path, stage: str, step: int) -> None:
+    tree = tiny(tmp_path / "killed", source=None, shards=shards_of(whole))
+    first = Command(tree, "--stages", "teach,distill")
+    first.wait_for_step(stage, step)
+    first.kill_all()
+    again = Command(tree, "--stages", "teach,distill")
+    assert again.wait() == 0, again.output
+    assert f"{stage}: continues after step" in again.output
+    assert_same_weights(whole, again.folder)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_says_so_and_goes_on(whole: RunFolder, tmp_path: Path) -> None:
+    tree = tiny(tmp_path / "stopped", source=None, shards=shards_of(whole))
+    command = Command(tree, "--stages", "teach,distill")
+    command.wait_for_step("teach", 1)
+    command.process.send_signal(signal.SIGTERM)
+    assert command.wait() == 75, command.output
+    assert "the same command goes on from there" in command.output
+    again = Command(tree, "--stages", "teach,distill")
+    assert again.wait() == 0, again.output
+    assert_same_weights(whole, again.folder)
+
+
+@pytest.mark.slow
+def test_two_workers_see_the_same_batches_and_losses_as_one(whole: RunFolder, tmp_path: Path) -> None:
+    tree = tiny(tmp_path / "two", source=None, shards=shards_of(whole))
+    tree["launcher"]["workers"] = 2
+    command = Command(tree, "--stages", "teach,distill")
+    assert command.wait() == 0, command.output
+    for stage in ("teach", "distill"):
+        one, two = losses(whole, stage), losses(command.folder, stage)
+        assert one.keys() == two.keys()
+        for step, expected in one.items():
+            shared = {key: value for key, value in expected.items() if "vit" not in key}  # its dropout is a rank's own
+            assert {key: two[step][key] for key in shared} == pytest.approx(shared, abs=1e-4, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_live_teacher_goes_on_learning(whole: RunFolder, tmp_path: Path) -> None:
+    tree = tiny(tmp_path / "live", source=None, shards=shards_of(whole))
+    tree["distill"]["teacher"] = "live"
+    tree["distill"]["training"]["evaluate_every"] = 6
+    command = Command(tree)
+    assert command.wait() == 0, command.output
+    assert "loss/teacher/supervised" in losses(command.folder, "distill")[6]
+    summary = json.loads((command.folder.path / "summary.json").read_text())
+    weights = all_weights(command.folder)
+    moved = [name for name in weights if name.startswith("teacher:") and name.endswith("weight")]
+    assert any(not torch.equal(weights[name], weights[name.replace("teacher:", "teacher-live:")]) for name in moved)
+    assert summary["live_teacher"]["few_shot"]["novel"]["5way_1shot"]["mean"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"teach": {"training": {"batch_size": 512, "micro_batch_size": None}}}, ["512", "fewer than one batch"]),
+        ({"data": {"train": "nowhere"}}, ["nowhere", "base"]),
+        ({"data": {"labels": {"kind": "listed", "path": "/nowhere.txt"}}}, ["/nowhere.txt"]),
+        ({"evaluate": {"episodes": {"way": 9}}}, ["val", "5 labelled classes"]),
+        ({"teach": {"model": {"name": "resnet1000"}}}, ["resnet1000"]),
+        ({"teach": {"model": {"arguments": {"layerz": 1}}}}, ["layerz"]),
+    ],
+)
+def test_what_cannot_be_trained_stops_before_training(
+    whole: RunFolder, tmp_path: Path, change: dict[str, Any], named: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    tree = _merged(tiny(tmp_path / "bad", source=None, shards=shards_of(whole)), change)
+    settings = settings_of(tree)
+    assert pretrain.exit_code(lambda: pretrain.run(settings, stages=["teach"])) == 2
+    message = capfd.readouterr().err
+    assert all(words in message for words in named), message
+    assert "Traceback" not in message
+    assert not (tmp_path / "bad" / "teacher").exists()
+
+
+def _merged(tree: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    both = dict(tree)
+    for key, value in change.items():
+        both[key] = _merged(tree[key], value) if isinstance(value, dict) and isinstance(tree.get(key), dict) else value
+    return both
