@@ -60,8 +60,9 @@ def _strength(lab_HWC: Image, scale: float, weights_C: tuple[float, ...]) -> Ima
     dx_HWC = cv2.sepFilter2D(smooth_HWC, -1, np.array([-0.5, 0, 0.5]), np.array([1.0]))
     dy_HWC = cv2.sepFilter2D(smooth_HWC, -1, np.array([1.0]), np.array([-0.5, 0, 0.5]))
     square_1C = np.square(np.array([weights_C], np.float32))
-    xx_HW = cv2.transform(cv2.multiply(dx_HWC, dx_HWC), square_1C)
-    yy_HW = cv2.transform(cv2.multiply(dy_HWC, dy_HWC), square_1C)
-    xy_HW = cv2.transform(cv2.multiply(dx_HWC, dy_HWC), square_1C)
+    product_HWC = smooth_HWC  # its memory: fresh memory costs more than the arithmetic
+    xx_HW = cv2.transform(cv2.multiply(dx_HWC, dx_HWC, product_HWC), square_1C)
+    yy_HW = cv2.transform(cv2.multiply(dy_HWC, dy_HWC, product_HWC), square_1C)
+    xy_HW = cv2.transform(cv2.multiply(dx_HWC, dy_HWC, product_HWC), square_1C)
     root_HW = cv2.magnitude(cv2.subtract(xx_HW, yy_HW), 2 * xy_HW)
     return np.float32(scale) * np.sqrt((xx_HW + yy_HW + root_HW) * np.float32(0.5))
