@@ -41,7 +41,7 @@ def test_grey_alpha_and_16_bit_become_8_bit_rgb():
     np.testing.assert_array_equal(grey, np.repeat(pixels[..., None], 3, axis=2))
     colour = np.dstack([pixels, pixels + 1, pixels + 2, np.full_like(pixels, 128)])
     np.testing.assert_array_equal(decode_image(encoded(Image.fromarray(colour), "PNG")), colour[..., :3])
-    deep = encode_png(pixels.astype(np.uint16) << 8)
+    deep = encode_png(pixels.astype(np.uint16) * np.uint16(256))
     np.testing.assert_array_equal(decode_image(deep)[..., 1], pixels)
 
 

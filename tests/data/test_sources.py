@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -61,8 +62,13 @@ ROWS = [
     {"file": "cat/000.jpg", "label": "cat", "split": "train", "patient": "p1", "mask": "cat/000.mask.png", "age": 4},
     {"file": "cat/001.jpg", "label": None, "split": "test", "patient": None, "mask": None, "age": None},
 ]
-COLUMNS = {"path_column": "file", "label_column": "label", "split_column": "split", "group_column": "patient"}
-MORE = {"mask_column": "mask", "attribute_columns": ("age",)}
+COLUMNS: dict[str, Any] = {
+    "path_column": "file",
+    "label_column": "label",
+    "split_column": "split",
+    "group_column": "patient",
+}
+MORE: dict[str, Any] = {"mask_column": "mask", "attribute_columns": ("age",)}
 
 
 def write_table(path, rows) -> str:

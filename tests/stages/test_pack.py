@@ -83,7 +83,8 @@ def test_a_pack_killed_with_its_workers_at_any_moment_ends_in_the_same_bytes(tmp
     expected = files_of(Path(pack_at(tmp_path / "images", tmp_path / "unbroken", samples_per_shard=10).url))
     place = tmp_path / "killed"
     code = (
-        "import sys; from pathlib import Path; from dpkd.pool import LocalPool; from tests.data.packing import pack_at\n"
+        "import sys; from pathlib import Path\n"
+        "from dpkd.pool import LocalPool; from tests.data.packing import pack_at\n"
         "if __name__ == '__main__':\n"
         "    pack_at(Path(sys.argv[1]), Path(sys.argv[2]), pool=LocalPool(2), samples_per_shard=10)\n"
     )
