@@ -14,6 +14,7 @@ A key is the path of the image in its source without the extension. Axes: N samp
 
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -217,7 +218,7 @@ class Split:
         """(shard number, position in the shard) of sample `i`."""
         if not 0 <= i < self.num_samples:
             raise IndexError(f"sample {i} of split {self.name!r}, which has {self.num_samples}")
-        shard = int(np.searchsorted(self._ends, i, side="right"))
+        shard = bisect_right(self._ends, i)
         return shard, i - (self._ends[shard] - self.shard_sizes[shard])
 
     def read(self, i: int) -> Sample:
