@@ -9,7 +9,8 @@
         "checksum": CRC-32 of this same msgpack without the checksum,
     }
 
-`dpkd.priors.codecs` says what "data" is. webdataset decodes the member as it is.
+`dpkd.priors.codecs` says what "data" is. webdataset 1.0 knows other endings of msgpack than this one: give its decoder
+`webdataset.autodecode.Decoder([handle_extension("msgpack", msgpack.unpackb)])` to read the member without dpkd.
 """
 
 import hashlib

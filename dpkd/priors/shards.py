@@ -8,13 +8,13 @@
 """
 
 import os
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
 import msgpack
-import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -131,7 +131,7 @@ class PriorSplit:
 
     def read(self, i: int, sample: Sample) -> dict[str, Map]:
         """The maps of sample `i` by kind, HWC; raises `PriorMismatch` unless they are whole and `sample`'s own."""
-        shard = int(np.searchsorted(self._ends, i, side="right"))
+        shard = bisect_right(self._ends, i)
         row = i - (self._ends[shard] - self.shards[shard].num_samples)
         index = self._indexes[shard]
         try:
