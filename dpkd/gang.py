@@ -72,5 +72,5 @@ def verdict(failures: Sequence[Failure], *, stop_requested: bool, restarts_left:
 def summary(failures: Sequence[Failure]) -> str:
     """The first failure in one line."""
     first = min(failures, key=lambda failure: failure.time_s)
-    line = str(first.error) if first.error else first.cause
-    return f"worker {first.rank} failed ({line.strip().splitlines()[0]})"
+    line = f"{type(first.error).__name__}: {first.error}" if first.error else first.cause
+    return f"worker {first.rank} failed ({line.splitlines()[0]})"

@@ -1,16 +1,20 @@
 """What the tests share: one thread a process, and a small sample folder drawn once a session."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # before torch and numpy are imported: two cores carry several processes, and a thread pool in each would fight
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# before Ray is imported, which reads it once
+os.environ["RAY_AUTH_MODE"] = "token"
 
 import cv2
 import pytest
 import torch
 
+from tools.local_ray_cluster import LocalCluster
 from tools.make_sample_data import SampleSettings, draw_samples
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -40,3 +44,22 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no real data at {SHARED_DATA}")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[LocalCluster]:
+    """A Ray cluster of two nodes with a CPU each on this machine, for this session alone."""
+    with LocalCluster([1, 1], environment={"PYTHONPATH": str(Path(__file__).resolve().parents[1])}) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def ray_connection(ray_cluster: LocalCluster) -> Iterator[None]:
+    """Lets this process be a driver of the cluster."""
+    import ray  # noqa: PLC0415  only for tests that use it
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ray_cluster.client_variables().items():
+            patch.setenv(name, value)
+        yield
+        ray.shutdown()

@@ -1,0 +1,135 @@
+"""What every gang keeps: one set of tests over the local gang and the Ray gang; and the decision both share."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dpkd.backends.local_gang import LocalGang
+from dpkd.backends.ray_gang import RayGang
+from dpkd.backends.ray_session import cpus_per_worker
+from dpkd.errors import StopRequested, UserError, WorkerFailed
+from dpkd.gang import Failure, Gang, verdict
+from tests.gang_work import (
+    fail_in_second_worker,
+    heed_nothing,
+    meet_once_one_was_killed,
+    refuse_in_second_worker,
+    save_when_asked_to_stop,
+)
+
+MakeGang = Callable[..., Gang]
+
+
+@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.slow)])
+def make_gang(request: pytest.FixtureRequest) -> MakeGang:
+    if request.param == "local":
+        return LocalGang
+    request.getfixturevalue("ray_connection")
+    return RayGang
+
+
+def test_all_start_again_when_one_is_killed_and_the_first_ones_output_is_shown(make_gang, tmp_path, capfd):
+    make_gang(2, max_restarts=1).run(meet_once_one_was_killed, str(tmp_path))
+    told = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert told == {"killed": "", "0": "0 of 2, [0, 1]", "1": "1 of 2, [0, 1]"}
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split("(")[0] for line in lines if "raylet" not in line] == ["worker 1 failed ", "this is worker 0"]
+
+
+def test_the_first_traceback_comes_out_when_no_restart_is_left(make_gang, tmp_path):
+    with pytest.raises(WorkerFailed, match="divided by zero") as caught:
+        make_gang(2, max_restarts=0).run(fail_in_second_worker, str(tmp_path))
+    assert str(caught.value).startswith("worker 1: Traceback")
+    assert "in fail_in_second_worker" in str(caught.value)
+
+
+def test_a_users_error_comes_out_without_a_restart(make_gang, tmp_path):
+    with pytest.raises(UserError, match=r"^teach\.model: no such model$"):
+        make_gang(2, max_restarts=3).run(refuse_in_second_worker, str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["term", "int"])
+def test_workers_save_when_the_driver_is_asked_to_stop(make_gang, tmp_path, number):
+    before = signal.getsignal(number)
+    _signal_when(tmp_path / "up-0", number)
+    with pytest.raises(StopRequested, match="saved at step 7"):
+        make_gang(2, max_restarts=3).run(save_when_asked_to_stop, str(tmp_path))
+    assert {"saved-0", "saved-1"} <= {path.name for path in tmp_path.iterdir()}
+    assert signal.getsignal(number) is before
+
+
+def test_workers_that_do_not_heed_a_stop_are_ended(make_gang, tmp_path):
+    _signal_when(tmp_path / "up-1", signal.SIGTERM)
+    with pytest.raises(StopRequested, match="last checkpoint stands"):
+        make_gang(2, max_restarts=3, stop_grace_s=1.0).run(heed_nothing, str(tmp_path))
+
+
+def test_a_killed_driver_takes_its_workers_along(tmp_path):
+    script = (
+        "from dpkd.backends.local_gang import LocalGang\n"
+        "from tests.gang_work import wait_alone\n"
+        f"if __name__ == '__main__': LocalGang(1, max_restarts=3).run(wait_alone, {str(tmp_path)!r})\n"
+    )
+    (tmp_path / "driver.py").write_text(script)
+    driver = subprocess.Popen(
+        [sys.executable, tmp_path / "driver.py"], env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    )
+    up = tmp_path / "up-0"
+    _wait_until(lambda: up.exists() and up.read_text() != "")
+    driver.kill()
+    driver.wait()
+    _wait_until(lambda: not _runs(int(up.read_text())), timeout_s=5)
+
+
+DIED = Failure(1, "killed by SIGKILL", time_s=1.0)
+CAUSED = Failure(0, "connection lost", RuntimeError("connection lost"), time_s=2.0)
+
+
+def test_a_death_is_answered_by_a_restart_while_one_is_left():
+    assert verdict([CAUSED, DIED], stop_requested=False, restarts_left=1) is None
+    assert str(verdict([CAUSED, DIED], stop_requested=False, restarts_left=0)).startswith("worker 1: killed")
+
+
+def test_a_users_error_and_a_stop_outweigh_what_they_cause():
+    user, stop = UserError("wrong key"), StopRequested("saved")
+    assert verdict([DIED, Failure(0, "", user)], stop_requested=False, restarts_left=9) is user
+    assert verdict([CAUSED, Failure(0, "", stop)], stop_requested=True, restarts_left=9) is stop
+    assert isinstance(verdict([DIED], stop_requested=True, restarts_left=9), StopRequested)
+
+
+def test_workers_share_the_cpus_of_uneven_nodes():
+    assert cpus_per_worker([1, 1], num_workers=2) == 1
+    assert cpus_per_worker([8, 4], num_workers=3) == 4
+    assert cpus_per_worker([7, 4], num_workers=3) == 3
+    assert cpus_per_worker([2], num_workers=3) == 0
+    assert cpus_per_worker([], num_workers=1) == 0
+
+
+def _signal_when(path: Path, number: int) -> None:
+    def wait_and_signal() -> None:
+        _wait_until(path.exists)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=wait_and_signal, daemon=True).start()
+
+
+def _wait_until(fact: Callable[[], bool], *, timeout_s: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not fact():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

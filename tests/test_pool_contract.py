@@ -1,0 +1,78 @@
+"""What every pool keeps: one set of tests over the local pool and the Ray pool."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpkd.backends.ray_pool import RayPool
+from dpkd.errors import UserError, WorkerFailed
+from dpkd.pool import LocalPool, Pool
+from tests.pool_work import (
+    kill_first_worker,
+    kill_worker,
+    name_folder,
+    note_and_wait,
+    refuse_three,
+    return_function,
+    square,
+)
+
+
+@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.slow)])
+def pool(request: pytest.FixtureRequest) -> Pool:
+    if request.param == "local":
+        return LocalPool(2)
+    request.getfixturevalue("ray_connection")
+    return RayPool(2)
+
+
+def test_every_item_is_answered_once_under_its_index(pool):
+    assert sorted(pool.map(square, range(7, 17))) == [(index, (index + 7) ** 2) for index in range(10)]
+
+
+def test_large_items_and_results_pass(pool):
+    arrays = [np.full(1_000_000, index, np.float32) for index in range(3)]
+    results = dict(pool.map(square, arrays))
+    assert [float(results[index].sum()) for index in range(3)] == [0.0, 1e6, 4e6]
+
+
+def test_no_items_need_no_workers(pool):
+    assert list(pool.map(square, [])) == []
+
+
+def test_an_error_of_the_function_comes_out_unchanged_with_its_traceback(pool):
+    with pytest.raises(UserError, match="three is not allowed") as caught:
+        list(pool.map(refuse_three, range(10)))
+    assert "refuse_three" in str(caught.value.__cause__)
+
+
+def test_a_result_that_does_not_pickle_is_an_error(pool):
+    with pytest.raises((AttributeError, RuntimeError, TypeError), match="pickle"):
+        list(pool.map(return_function, [1]))
+
+
+def test_an_item_whose_worker_was_killed_is_done_by_another(pool, tmp_path):
+    answers = sorted(pool.map(kill_first_worker, [(number, str(tmp_path)) for number in range(10)]))
+    assert answers == [(number, number) for number in range(10)]
+    assert (tmp_path / "3").exists()
+
+
+def test_an_item_that_kills_every_worker_is_named(pool):
+    with pytest.raises(WorkerFailed, match=r"item 2: 3"):
+        list(pool.map(kill_worker, range(1, 8)))
+
+
+def test_workers_end_when_the_iterator_is_closed(pool, tmp_path):
+    answers = pool.map(note_and_wait, [(number, str(tmp_path)) for number in range(4)])
+    assert next(answers) == (0, 0)
+    answers.close()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{path.name}").exists() for path in tmp_path.iterdir()):
+        assert time.monotonic() < deadline, "a worker is still there"
+        time.sleep(0.1)
+
+
+def test_relative_paths_mean_the_same_in_workers(pool):
+    assert list(pool.map(name_folder, [0])) == [(0, str(Path.cwd()))]
