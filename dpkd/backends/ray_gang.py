@@ -44,7 +44,7 @@ DRIVER_SETTINGS = {
 class RayGang:
     """`num_workers` processes on the cluster (none: one for each of its GPUs, or one); the first one's output is shown.
 
-    Each worker takes an equal share of the nodes' CPUs, or `threads`, and a GPU where the cluster has enough of them.
+    Each worker takes an equal share of the nodes' CPUs, or `threads`, and a GPU where the cluster has any.
     Workers that were asked to stop end after `stop_grace_s`, or at a second Ctrl-C.
     """
 
@@ -59,7 +59,7 @@ class RayGang:
         connect()
         num_gpus = int(ray.cluster_resources().get("GPU", 0))
         self.num_workers = num_workers or max(1, num_gpus)
-        self._use_gpu = num_gpus >= self.num_workers
+        self._use_gpu = num_gpus > 0
         self._max_restarts = max_restarts
         self._threads = threads
         self._stop_grace_s = stop_grace_s
