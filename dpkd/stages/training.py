@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
+
 from dpkd.data.order import ClassAwareOrder, Order, SampleOrder
 from dpkd.data.settings import AugmentSettings
 from dpkd.data.stream import training_batches
@@ -114,6 +116,8 @@ def run_training(
 ) -> None:
     """Trains a task from its newest whole checkpoint to its end."""
     checkpoints = Checkpoints(run.folder.checkpoints(stage), world=run.world, keep=training.keep_checkpoints)
+    # dropout must not depend on what this process did before; a checkpoint brings the state of its step
+    torch.manual_seed(run.seed * 100_003 + run.world.rank)
     start_step = checkpoints.load_newest(checkpoint_parts(task, run.world))
     plan = _plan(run, training, total_steps=training.num_steps(data.split.num_samples))
     shown = run.world.rank == 0
