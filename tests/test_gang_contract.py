@@ -56,14 +56,26 @@ def test_a_users_error_comes_out_without_a_restart(make_gang, tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["term", "int"])
-def test_workers_save_when_the_driver_is_asked_to_stop(make_gang, tmp_path, number):
-    before = signal.getsignal(number)
-    _signal_when(tmp_path / "up-0", number)
+def test_workers_save_when_the_driver_is_asked_to_stop(make_gang, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    _signal_when(tmp_path / "up-0", signal.SIGTERM)
     with pytest.raises(StopRequested, match="saved at step 7"):
         make_gang(2, max_restarts=3).run(save_when_asked_to_stop, str(tmp_path))
     assert {"saved-0", "saved-1"} <= {path.name for path in tmp_path.iterdir()}
-    assert signal.getsignal(number) is before
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_one_ctrl_c_lets_workers_save(tmp_path):
+    _signal_when(tmp_path / "up-0", signal.SIGINT)
+    with pytest.raises(StopRequested, match="saved at step 7"):
+        LocalGang(1, max_restarts=3).run(save_when_asked_to_stop, str(tmp_path))
+
+
+def test_a_second_ctrl_c_ends_workers_at_once(tmp_path):
+    _signal_when(tmp_path / "up-0", signal.SIGINT)
+    _signal_when(tmp_path / "up-0", signal.SIGINT, delay_s=0.5)
+    with pytest.raises(StopRequested, match="last checkpoint stands"):
+        LocalGang(1, max_restarts=3, stop_grace_s=600).run(heed_nothing, str(tmp_path))
 
 
 def test_workers_that_do_not_heed_a_stop_are_ended(make_gang, tmp_path):
@@ -113,9 +125,10 @@ def test_workers_share_the_cpus_of_uneven_nodes():
     assert cpus_per_worker([], num_workers=1) == 0
 
 
-def _signal_when(path: Path, number: int) -> None:
+def _signal_when(path: Path, number: int, *, delay_s: float = 0.0) -> None:
     def wait_and_signal() -> None:
         _wait_until(path.exists)
+        time.sleep(delay_s)
         os.kill(os.getpid(), number)
 
     threading.Thread(target=wait_and_signal, daemon=True).start()

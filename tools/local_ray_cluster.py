@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 5.0
 
 
 class LocalCluster:
@@ -79,13 +80,15 @@ class LocalCluster:
         self._nodes[place].wait()
 
     def stop(self) -> None:
-        """Ends every node, the head last, and removes what they wrote."""
-        for node in reversed(self._nodes):
+        """Ends every node and removes what they wrote."""
+        for node in self._nodes:
             node.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        for node in self._nodes:
             try:
-                node.wait(20)
+                node.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                node.kill()
+                node.kill()  # its processes die with it
                 node.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 

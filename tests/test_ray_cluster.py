@@ -1,0 +1,65 @@
+"""A whole run submitted to a Ray cluster of two nodes, beside the same run on this machine alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.runs import Command, all_weights, tiny
+from tools.local_ray_cluster import LocalCluster
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.timeout(900)
+def test_a_job_on_two_nodes_ends_as_the_local_run_does(
+    ray_cluster: LocalCluster, sample_folder: Path, tmp_path: Path
+) -> None:
+    tree = tiny(tmp_path / "local", source=sample_folder)
+    tree["launcher"]["workers"] = 2
+    local = Command(tree)
+    assert local.wait() == 0, local.output
+
+    submitted = tmp_path / "cluster"
+    tree["launcher"]["kind"] = "auto"
+    config = tmp_path / "cluster.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    command = [sys.executable, "-m", "dpkd.pretrain", "--config", str(config), f"run.dir={submitted}"]
+    job = ray_cluster.submit(command)
+    assert job.returncode == 0, job.stdout + job.stderr
+
+    for name in ("shards/dataset.json", "shards/priors/default/base-000000.tar"):
+        assert (submitted / name).read_bytes() == (local.folder.path / name).read_bytes()
+    here, there = all_weights(local.folder), all_weights(type(local.folder)(submitted))
+    assert here.keys() == there.keys()
+    different = [name for name in here if not torch.allclose(here[name], there[name], atol=1e-5)]
+    assert not different, different[:5]
+    assert _figures(submitted) == _figures(local.folder.path)
+    assert "few-shot" in job.stdout.lower() or "5way" in job.stdout, job.stdout
+
+
+def test_a_cluster_refuses_who_has_no_token(ray_cluster: LocalCluster) -> None:
+    without = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    ray = Path(sys.executable).parent / "ray"
+    job = subprocess.run(
+        [ray, "job", "submit", "--address", ray_cluster.dashboard, "--", "true"],
+        env=without | {"HOME": "/nonexistent"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert job.returncode != 0
+    assert "token" in (job.stdout + job.stderr).lower()
+
+
+def _figures(folder: Path) -> dict[str, object]:
+    """What the summary says of each network, but for its speed; and which stages are done."""
+    summary = json.loads((folder / "summary.json").read_text())
+    networks = {"teacher": summary["teacher"]} | summary["students"] | summary["baselines"]
+    figures = {name: (network["parameters"], network["few_shot"]) for name, network in networks.items()}
+    return figures | {stage: record["status"] for stage, record in summary["stages"].items()}
