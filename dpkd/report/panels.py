@@ -1,6 +1,8 @@
-"""Pictures of what a network sees: image, prior maps, its predictions of them, and its attention, side by side.
+"""Pictures of what a network sees: image, prior maps, its predictions of them, and its attention, one below another.
 
-Axes: B image, C channels, H W height and width. One row a sample, one column a map, a title over each column.
+A column is a sample, a row a map with its title above it. The picture is narrow, so that TensorBoard shows it legibly
+in its cards, and the cards of several networks side by side.
+Axes: B image, C channels, H W height and width.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 Picture = NDArray[np.uint8]
+Map = NDArray[np.floating]
 
 CELL = 112
 """Side of a cell in pixels."""
 GAP = 4
-TITLE_HEIGHT = 22
+TITLE_HEIGHT = 24
 LABEL_MAPS = frozenset({"superpixel"})
 """Maps whose values are names of regions, not amounts."""
 
@@ -23,54 +26,70 @@ LABEL_MAPS = frozenset({"superpixel"})
 def panel(
     image_BCHW: Picture,
     *,
-    priors: Mapping[str, NDArray[np.floating]],
-    predictions: Mapping[str, NDArray[np.floating]],
-    attention_B1HW: NDArray[np.floating] | None = None,
-    num_rows: int = 6,
+    priors: Mapping[str, Map],
+    predictions: Mapping[str, Map],
+    attention_B1HW: Map | None = None,
+    num_columns: int = 4,
 ) -> Picture:
-    """The grid as RGB uint8 HWC, with rows for the first images.
+    """The grid as RGB uint8 HWC, with columns for the first images; maps may have any size.
 
-    Maps may have any size; the prediction of a prior stands at its right.
+    Where a prior is predicted, it is shown as it is, as the network is to predict it (on the patch grid, standardised
+    by image and channel), and as predicted.
     """
-    count = min(num_rows, len(image_BCHW))
+    count = min(num_columns, len(image_BCHW))
     image_BHWC = np.moveaxis(np.asarray(image_BCHW[:count], np.uint8), 1, -1)
-    columns = {"image": [_fit(image_HWC, cv2.INTER_AREA) for image_HWC in image_BHWC]}
-    for name in [*priors, *(name for name in predictions if name not in priors)]:
+    rows = {"image": [_fit(image_HWC, cv2.INTER_AREA) for image_HWC in image_BHWC]}
+    for name, prior_BCHW in priors.items():
+        rows[name] = _row(prior_BCHW[:count], name=name, image_BHWC=image_BHWC)
+    for name, predicted_BCHW in predictions.items():
         if name in priors:
-            columns[name] = _column(priors[name][:count], name=name, image_BHWC=image_BHWC)
-        if name in predictions:
-            columns[f"{name} predicted"] = _column(predictions[name][:count], name="", image_BHWC=image_BHWC)
+            targets = [_target(prior_CHW, predicted_BCHW.shape[2:]) for prior_CHW in priors[name][:count]]
+            rows[f"{name}: target"] = _row(np.stack(targets), name="", image_BHWC=image_BHWC)
+        rows[f"{name}: predicted"] = _row(predicted_BCHW[:count], name="", image_BHWC=image_BHWC)
     if attention_B1HW is not None:
-        columns["attention"] = [
+        rows["attention"] = [
             _overlay(map_1HW[0], image_HWC)
             for map_1HW, image_HWC in zip(attention_B1HW[:count], image_BHWC, strict=True)
         ]
-    return np.concatenate([_titled(title, cells) for title, cells in columns.items()], axis=1)
+    return np.concatenate([_titled(title, cells) for title, cells in rows.items()])
 
 
-def _column(map_BCHW: NDArray[np.floating], *, name: str, image_BHWC: Picture) -> list[Picture]:
+def _row(map_BCHW: Map, *, name: str, image_BHWC: Picture) -> list[Picture]:
     if name in LABEL_MAPS:
         return [_regions(map_CHW[0], image_HWC) for map_CHW, image_HWC in zip(map_BCHW, image_BHWC, strict=True)]
-    draw = _heat if map_BCHW.shape[1] == 1 else _orientations
+    draw = _heat if map_BCHW.shape[1] == 1 else _directions
     return [_fit(draw(map_CHW), cv2.INTER_NEAREST) for map_CHW in map_BCHW]
 
 
-def _heat(map_1HW: NDArray[np.floating]) -> Picture:
+def _target(map_CHW: Map, size_HW: tuple[int, ...]) -> Map:
+    """The map on a coarser grid, each channel with mean 0 and deviation 1."""
+    height, width = size_HW
+    channels = [cv2.resize(np.float32(each), (width, height), interpolation=cv2.INTER_AREA) for each in map_CHW]
+    coarse_CHW = np.stack(channels)
+    deviation_C11 = coarse_CHW.std((1, 2), keepdims=True)
+    return np.asarray((coarse_CHW - coarse_CHW.mean((1, 2), keepdims=True)) / (deviation_C11 + 1e-6), np.float32)
+
+
+def _heat(map_1HW: Map) -> Picture:
     """One amount a place, dark to bright between the map's least and greatest."""
     return _coloured(_stretched(map_1HW[0]))
 
 
-def _orientations(map_CHW: NDArray[np.floating]) -> Picture:
-    """A histogram a place: hue is the mean direction of its bins around the circle, brightness its greatest bin."""
+def _directions(map_CHW: Map) -> Picture:
+    """A histogram a place: hue is the mean direction of its bins around the circle, brightness its greatest bin.
+
+    In a standardised map only the bins above their mean count.
+    """
     angle_C = 2 * np.pi * np.arange(len(map_CHW)) / len(map_CHW)
-    amount_CHW = _stretched(map_CHW) / 255.0
+    amount_CHW = np.clip(np.nan_to_num(np.asarray(map_CHW, np.float32)), 0, None)
     direction_HW = np.angle(np.tensordot(np.exp(1j * angle_C), amount_CHW, axes=1))
     hue_HW = (direction_HW % (2 * np.pi)) / (2 * np.pi) * 180
-    hsv_HWC = np.stack([hue_HW, np.full_like(hue_HW, 200), 255 * amount_CHW.max(0)], axis=-1)
+    strength_HW = amount_CHW.max(0) / max(float(amount_CHW.max()), 1e-6)
+    hsv_HWC = np.stack([hue_HW, np.full_like(hue_HW, 200), 255 * strength_HW], axis=-1)
     return np.asarray(cv2.cvtColor(np.clip(hsv_HWC, 0, 255).astype(np.uint8), cv2.COLOR_HSV2RGB), np.uint8)
 
 
-def _regions(label_HW: NDArray[np.floating], image_HWC: Picture) -> Picture:
+def _regions(label_HW: Map, image_HWC: Picture) -> Picture:
     """The image with the borders between regions drawn on it."""
     region_HW = cv2.resize(np.asarray(label_HW, np.float32), (CELL, CELL), interpolation=cv2.INTER_NEAREST)
     border_HW = np.zeros((CELL, CELL), bool)
@@ -81,14 +100,14 @@ def _regions(label_HW: NDArray[np.floating], image_HWC: Picture) -> Picture:
     return picture
 
 
-def _overlay(map_HW: NDArray[np.floating], image_HWC: Picture) -> Picture:
+def _overlay(map_HW: Map, image_HWC: Picture) -> Picture:
     """The map as heat over the greyed image."""
     heat = _fit(_coloured(_stretched(map_HW)), cv2.INTER_CUBIC)
     grey = cv2.cvtColor(_fit(image_HWC, cv2.INTER_AREA), cv2.COLOR_RGB2GRAY)
     return np.asarray(cv2.addWeighted(heat, 0.6, cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB), 0.4, 0), np.uint8)
 
 
-def _stretched(values: NDArray[np.floating]) -> Picture:
+def _stretched(values: Map) -> Picture:
     values = np.nan_to_num(np.asarray(values, np.float32))
     low, high = float(values.min()), float(values.max())
     return np.asarray(255 * (values - low) / max(high - low, 1e-6), np.uint8)
@@ -106,8 +125,8 @@ def _fit(picture: Picture, interpolation: int) -> Picture:
 
 
 def _titled(title: str, cells: Iterable[Picture]) -> Picture:
-    head: Any = np.full((TITLE_HEIGHT, CELL + GAP, 3), 255, np.uint8)
-    scale = min(0.45, 0.45 * CELL / cv2.getTextSize(title, cv2.FONT_HERSHEY_SIMPLEX, 0.45, 1)[0][0])
-    cv2.putText(head, title, (1, 15), cv2.FONT_HERSHEY_SIMPLEX, scale, (0, 0, 0), 1, cv2.LINE_AA)
     framed = [np.pad(cell, ((0, GAP), (0, GAP), (0, 0)), constant_values=255) for cell in cells]
-    return np.concatenate([head, *framed])
+    row = np.concatenate(framed, axis=1)
+    head: Any = np.full((TITLE_HEIGHT, row.shape[1], 3), 255, np.uint8)
+    cv2.putText(head, title, (1, TITLE_HEIGHT - 7), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (40, 40, 40), 1, cv2.LINE_AA)
+    return np.concatenate([head, row])

@@ -48,7 +48,7 @@ class Board:
         known = len(charts)
         for key, score in scores.items():
             mean = f"few_shot/{split}_{key}"
-            low, high = (f"few_shot_interval/{split}_{key}_{end}" for end in ("low", "high"))
+            low, high = (f"uncertainty/{split}_{key}_{end}" for end in ("low", "high"))
             writer.add_scalar(mean, score["mean"], step)
             writer.add_scalar(low, score["mean"] - score["ci95"], step)
             writer.add_scalar(high, score["mean"] + score["ci95"], step)
@@ -74,7 +74,7 @@ class Board:
             predictions={name: _array(each) for name, each in predictions.items()},
             attention_B1HW=None if attention_B1HW is None else _array(attention_B1HW),
         )
-        self._writer(network).add_image("panel/priors_predictions_attention", picture, step, dataformats="HWC")
+        self._writer(network).add_image("panel/image_priors_predictions_attention", picture, step, dataformats="HWC")
         self._flush()
 
     def text(self, step: int, *, tag: str, markdown: str) -> None:

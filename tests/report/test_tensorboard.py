@@ -46,11 +46,11 @@ def test_few_shot_accuracy_stands_with_its_interval_and_as_a_band(tmp_path: Path
     values = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert values == {
         "few_shot/val_5way_1shot": [0.5, 0.5],
-        "few_shot_interval/val_5way_1shot_low": [0.375, 0.375],
-        "few_shot_interval/val_5way_1shot_high": [0.625, 0.625],
+        "uncertainty/val_5way_1shot_low": [0.375, 0.375],
+        "uncertainty/val_5way_1shot_high": [0.625, 0.625],
     }
     (layout,) = events.Tensors("custom_scalars__config__")
-    assert b"few_shot_interval/val_5way_1shot_low" in layout.tensor_proto.string_val[0]
+    assert b"uncertainty/val_5way_1shot_low" in layout.tensor_proto.string_val[0]
 
 
 def test_what_an_interrupted_run_wrote_beyond_its_checkpoint_is_struck_out(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_what_an_interrupted_run_wrote_beyond_its_checkpoint_is_struck_out(tmp_p
     assert [(event.step, event.value) for event in events] == [(10, 1.0), (20, 2.0), (30, 2.0), (40, 2.0)]
 
 
-def test_a_panel_has_a_row_a_sample_and_a_column_a_map(tmp_path: Path) -> None:
+def test_a_panel_has_a_column_a_sample_and_a_row_a_map(tmp_path: Path) -> None:
     board = Board(tmp_path)
     board.panel(
         5,
@@ -77,10 +77,27 @@ def test_a_panel_has_a_row_a_sample_and_a_column_a_map(tmp_path: Path) -> None:
         attention_B1HW=torch.rand(3, 1, 4, 4),
     )
     board.close()
-    (event,) = read(tmp_path / "teacher").Images("panel/priors_predictions_attention")
+    (event,) = read(tmp_path / "teacher").Images("panel/image_priors_predictions_attention")
     picture = np.asarray(Image.open(BytesIO(event.encoded_image_string)))
-    columns = 6  # image, edge, edge predicted, superpixel, hog predicted, attention
-    assert picture.shape == (TITLE_HEIGHT + 3 * (CELL + GAP), columns * (CELL + GAP), 3)
+    rows = 7  # image, edge, superpixel, edge target, edge predicted, hog predicted, attention
+    assert picture.shape == (rows * (TITLE_HEIGHT + CELL + GAP), 3 * (CELL + GAP), 3)
+
+
+def row(picture: np.ndarray, number: int) -> np.ndarray:
+    """The first cell of a row."""
+    top = number * (TITLE_HEIGHT + CELL + GAP) + TITLE_HEIGHT
+    return picture[top : top + CELL, :CELL]
+
+
+def test_a_prediction_that_is_right_looks_like_its_target() -> None:
+    rng = np.random.default_rng(0)
+    edge_B1HW = rng.random((1, 1, 8, 8), np.float32)
+    coarse_HW = edge_B1HW[0, 0].reshape(4, 2, 4, 2).mean((1, 3))
+    right_B1HW = ((coarse_HW - coarse_HW.mean()) / coarse_HW.std())[None, None]
+    picture = panel(np.zeros((1, 3, 8, 8), np.uint8), priors={"edge": edge_B1HW}, predictions={"edge": right_B1HW})
+    target, predicted = row(picture, 2).astype(int), row(picture, 3).astype(int)
+    assert abs(target - predicted).max() <= 8  # one step of the colour scale
+    assert target.std() > 20
 
 
 def test_a_panel_shows_the_image_and_the_map_where_they_belong() -> None:
@@ -89,10 +106,10 @@ def test_a_panel_shows_the_image_and_the_map_where_they_belong() -> None:
     edge_B1HW = np.zeros((1, 1, 4, 4), np.float32)
     edge_B1HW[0, 0, 0] = 1.0  # strong at the top
     picture = panel(image_BCHW, priors={"edge": edge_B1HW}, predictions={})
-    image = picture[TITLE_HEIGHT : TITLE_HEIGHT + CELL, :CELL]
+    image = row(picture, 0)
     assert image[5, 5].tolist() == [0, 0, 0]
     assert image[5, CELL - 5].tolist() == [255, 0, 0]
-    edge = picture[TITLE_HEIGHT : TITLE_HEIGHT + CELL, CELL + GAP : 2 * CELL + GAP].astype(int)
+    edge = row(picture, 1).astype(int)
     assert edge[5].sum() > edge[CELL - 5].sum()
 
 
@@ -101,7 +118,7 @@ def test_the_hue_of_a_histogram_map_is_its_strongest_bin(bin_index: int) -> None
     hog_BCHW = np.zeros((1, 9, 2, 2), np.float32)
     hog_BCHW[0, bin_index] = 1.0
     picture = panel(np.zeros((1, 3, 8, 8), np.uint8), priors={"hog": hog_BCHW}, predictions={})
-    colour = picture[TITLE_HEIGHT + 9, CELL + GAP + 9]
+    colour = row(picture, 1)[9, 9]
     assert colour.argmax() == bin_index // 3  # bins 0, 3, 6 of 9 are red, green, blue
 
 
