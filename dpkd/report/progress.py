@@ -137,7 +137,7 @@ def _terminal_bar(unit: str) -> RichBar:
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
-        console=Console(file=sys.stdout),
+        console=_bars[-1].console if _bars else Console(file=sys.stdout),  # bars inside one another share a console
         transient=True,
     )
 
