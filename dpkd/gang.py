@@ -73,4 +73,4 @@ def summary(failures: Sequence[Failure]) -> str:
     """The first failure in one line."""
     first = min(failures, key=lambda failure: failure.time_s)
     line = f"{type(first.error).__name__}: {first.error}" if first.error else first.cause
-    return f"worker {first.rank} failed ({line.splitlines()[0]})"
+    return f"worker {first.rank} failed: {line.splitlines()[0]}"

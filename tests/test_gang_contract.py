@@ -40,7 +40,7 @@ def test_all_start_again_when_one_is_killed_and_the_first_ones_output_is_shown(m
     told = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert told == {"killed": "", "0": "0 of 2, [0, 1]", "1": "1 of 2, [0, 1]"}
     lines = capfd.readouterr().out.splitlines()
-    assert [line.split("(")[0] for line in lines if "raylet" not in line] == ["worker 1 failed ", "this is worker 0"]
+    assert [line.split(":")[0] for line in lines if "raylet" not in line] == ["worker 1 failed", "this is worker 0"]
 
 
 def test_the_first_traceback_comes_out_when_no_restart_is_left(make_gang, tmp_path):

@@ -84,12 +84,10 @@ class LocalCluster:
         for node in self._nodes:
             node.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + STOP_TIMEOUT_S
-        for node in self._nodes:
-            try:
-                node.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                node.kill()  # its processes die with it
-                node.wait()
+        while time.monotonic() < deadline and any(node.poll() is None for node in self._nodes):
+            time.sleep(0.1)
+        for place in range(len(self._nodes)):
+            self.kill_node(place)  # its processes die with it
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start_node(self, arguments: Sequence[str], *, num_cpus: int) -> None:

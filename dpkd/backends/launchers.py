@@ -4,6 +4,7 @@ Imports stand inside the functions: pool workers load the driver's modules too, 
 """
 
 import os
+from typing import Any
 
 from dpkd.gang import Gang
 from dpkd.pool import LocalPool, Pool
@@ -28,10 +29,11 @@ def make_pool(settings: LauncherSettings) -> Pool:
 
 def make_gang(settings: LauncherSettings) -> Gang:
     """Processes for training: `launcher.workers`, else one a GPU, else one."""
+    options: dict[str, Any] = settings.model_dump(include={"max_restarts", "threads", "stop_grace_s"})
     if launcher_kind(settings) == "local":
         from dpkd.backends.local_gang import LocalGang  # noqa: PLC0415
 
-        return LocalGang(settings.workers, max_restarts=settings.max_restarts, threads=settings.threads)
+        return LocalGang(settings.workers, **options)
     from dpkd.backends.ray_gang import RayGang  # noqa: PLC0415
 
-    return RayGang(settings.workers, max_restarts=settings.max_restarts, threads=settings.threads)
+    return RayGang(settings.workers, **options)

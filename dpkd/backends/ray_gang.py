@@ -7,6 +7,7 @@ the request to stop to the workers, and their failures and the first one's outpu
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -134,7 +135,7 @@ class _Session:
         if not isinstance(self._error, WorkerGroupError):
             return [Failure(-1, f"Ray Train failed: {self._error}")]
         deaths = {rank: error for rank, error in self._error.worker_failures.items() if rank not in told}
-        return [Failure(rank, f"died: {_gist(error)}", time_s=0.0) for rank, error in deaths.items()]
+        return [Failure(rank, f"died ({_gist(error)})", time_s=0.0) for rank, error in deaths.items()]
 
     def _fit(self) -> None:
         try:
@@ -144,9 +145,12 @@ class _Session:
 
 
 def _gist(error: Exception) -> str:
-    """The lines of a Ray error that say something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[:500]
+    """Where and how a worker died, out of the page that Ray writes about it."""
+    text = str(error)
+    place = re.search(r"node_ip='([^']+)', pid=(\d+)", text)
+    detail = re.search(r"Worker exit detail: ([^.]+)\.", text) or re.search(r"(The (?:actor|node) [^.]+)\.", text)
+    words = [f"process {place[2]} on {place[1]}"] if place else []
+    return ", ".join([*words, detail[1] if detail else text.splitlines()[0]])
 
 
 class _Stop:

@@ -127,6 +127,8 @@ class LauncherSettings(Section):
     max_restarts: int = Field(3, ge=0)
     threads: int | None = Field(None, ge=1)
     """CPU threads of one training process; none shares the cores out."""
+    stop_grace_s: float = Field(30.0, ge=0)
+    """Time that workers have to save when the run is asked to stop; more for large networks on slow storage."""
 
 
 class RunSettings(Section):
