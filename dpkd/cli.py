@@ -8,6 +8,7 @@ dpkd doctor                      whether this machine has what training needs
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, acts, and returns the exit code of `dpkd.pretrain`."""
     options = _parser().parse_args(arguments)
     act: Callable[[argparse.Namespace], None] = options.act
+    signal.signal(signal.SIGTERM, pretrain.interrupt)
     return pretrain.exit_code(lambda: act(options))
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dpkd.errors import UserError
@@ -38,11 +38,15 @@ def part_of(names: Iterable[str], *, rank: int, size: int) -> list[str]:
 
 
 def write_part(folder: Path, tensors: Mapping[str, torch.Tensor], *, counts: Counts, rank: int, size: int) -> None:
-    """Writes this rank's tensors."""
+    """Writes this rank's tensors; raises `OSError` where the disk takes no more."""
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": FORMAT, **{name: str(number) for name, number in vars(counts).items()}}
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(whole, folder / f"part-{rank:05d}-of-{size:05d}.safetensors", metadata=metadata)
+    path = folder / f"part-{rank:05d}-of-{size:05d}.safetensors"
+    try:
+        save_file(whole, path, metadata=metadata)
+    except SafetensorError as error:  # how safetensors reports every fault of the disk
+        raise OSError(f"{path}: {error}") from error
 
 
 class StateReader:

@@ -7,9 +7,11 @@ Exit codes: 0 done, 2 the user's settings or data, 75 stopped on request and res
 
 import argparse
 import difflib
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from types import FrameType
 
 from dpkd.backends.launchers import make_gang, make_pool
 from dpkd.data.shards import Dataset
@@ -31,6 +33,7 @@ EXIT_USER, EXIT_STOPPED = 2, 75
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, runs, and returns the exit code."""
     options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, interrupt)
     return exit_code(lambda: run(load_settings(options.config, options.overrides), stages=stage_names(options.stages)))
 
 
@@ -80,6 +83,11 @@ def _run_pool_stage(stage: str, settings: Settings, folder: RunFolder, *, pool: 
             pack(settings.data, url, seed=settings.run.seed, pool=pool, quarantine=quarantine, progress=progress.reach)
         elif stage == "prepare":
             prepare(Dataset.open(url), settings.prepare, pool=pool, quarantine=quarantine, progress=progress.reach)
+
+
+def interrupt(_number: int, _frame: FrameType | None) -> None:
+    """Ends packing and preparing as Ctrl-C does: what is finished stays. Training workers are asked by their gang."""
+    raise KeyboardInterrupt
 
 
 def exit_code(work: Callable[[], None]) -> int:

@@ -2,10 +2,12 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,11 @@ def tiny(run_dir: Path, *, source: Path | None, shards: Path | None = None) -> d
         "data": {
             "source": None if source is None else str(source),
             "shards": None if shards is None else str(shards),
-            "train": "base", "val": "val", "test": "novel", "image_size": 32, "samples_per_shard": 64,
+            "train": "base",
+            "val": "val",
+            "test": "novel",
+            "image_size": 32,
+            "samples_per_shard": 64,
             "loader": {"workers": 0},
         },
         "teach": {
@@ -68,7 +74,8 @@ def settings_of(tree: dict[str, Any]) -> Settings:
 class Command:
     """`python -m dpkd.pretrain` in a process group of its own."""
 
-    def __init__(self, tree: dict[str, Any], *extra: str) -> None:
+    def __init__(self, tree: dict[str, Any], *extra: str, largest_file: int | None = None) -> None:
+        """Starts it; `largest_file` bytes is where the disk is full for each of its files."""
         folder = Path(tree["run"]["dir"])
         folder.parent.mkdir(parents=True, exist_ok=True)
         config = folder.with_suffix(".yaml")
@@ -81,6 +88,7 @@ class Command:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=None if largest_file is None else partial(_limit_files, largest_file),  # noqa: PLW1509
                 env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONUNBUFFERED": "1"},
             )
 
@@ -103,6 +111,10 @@ class Command:
         """SIGKILL to every process of the run."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+
+def _limit_files(size_bytes: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, size_bytes))
 
 
 def train_events(folder: RunFolder) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from dpkd import pretrain
 from dpkd.errors import UserError
-from dpkd.settings import Settings
+from dpkd.session import train_stages
 from dpkd.stages.record import RunFolder
 from tests.runs import Command, all_weights, settings_of, tiny, train_events
 
@@ -26,11 +27,6 @@ def whole(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunF
 
 def shards_of(whole: RunFolder) -> Path:
     return whole.path / "shards"
-
-
-def run_here(settings: Settings, *stages: str) -> RunFolder:
-    pretrain.run(settings, stages=stages)
-    return RunFolder(settings.run.dir)
 
 
 def losses(folder: RunFolder, stage: str) -> dict[int, dict[str, float]]:
@@ -167,6 +163,26 @@ def test_a_live_teacher_goes_on_learning(whole: RunFolder, tmp_path: Path) -> No
     assert summary["live_teacher"]["few_shot"]["novel"]["5way_1shot"]["mean"] > 0
 
 
+@pytest.mark.slow
+def test_a_full_disk_stops_the_run_with_the_earlier_state_whole(whole: RunFolder, tmp_path: Path) -> None:
+    tree = tiny(tmp_path / "full", source=None, shards=shards_of(whole))
+    command = Command(tree, "--stages", "teach", largest_file=40_000)
+    assert command.wait() == 2, command.output
+    assert "checkpoint at step 2 could not be written" in command.output
+    assert "Traceback" not in command.output
+    assert not list(command.folder.checkpoints("teach").iterdir())
+    again = Command(tree, "--stages", "teach")
+    assert again.wait() == 0, again.output
+    name = "teacher/model.safetensors"
+    assert (again.folder.path / name).read_bytes() == (whole.path / name).read_bytes()
+
+
+def test_a_run_folder_that_cannot_be_written_is_named(sample_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tree = tiny(Path("/proc/nowhere"), source=sample_folder)
+    assert pretrain.exit_code(lambda: pretrain.run(settings_of(tree))) == 2
+    assert "/proc/nowhere" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -182,8 +198,8 @@ def test_what_cannot_be_trained_stops_before_training(
     whole: RunFolder, tmp_path: Path, change: dict[str, Any], named: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     tree = _merged(tiny(tmp_path / "bad", source=None, shards=shards_of(whole)), change)
-    settings = settings_of(tree)
-    assert pretrain.exit_code(lambda: pretrain.run(settings, stages=["teach"])) == 2
+    plain = settings_of(tree).model_dump(mode="json")
+    assert pretrain.exit_code(lambda: train_stages((plain, ["teach"]))) == 2
     message = capfd.readouterr().err
     assert all(words in message for words in named), message
     assert "Traceback" not in message
@@ -195,3 +211,18 @@ def _merged(tree: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     for key, value in change.items():
         both[key] = _merged(tree[key], value) if isinstance(value, dict) and isinstance(tree.get(key), dict) else value
     return both
+
+
+@pytest.mark.slow
+def test_packing_that_is_stopped_exits_75_and_goes_on(sample_folder: Path, whole: RunFolder, tmp_path: Path) -> None:
+    tree = tiny(tmp_path / "stopped", source=sample_folder)
+    command = Command(tree, "--stages", "pack,prepare")
+    while "pack" not in command.folder.stages():
+        assert command.process.poll() is None, command.output
+        time.sleep(0.02)
+    command.process.send_signal(signal.SIGTERM)
+    assert command.wait() == 75, command.output
+    again = Command(tree, "--stages", "pack,prepare")
+    assert again.wait() == 0, again.output
+    for name in ("dataset.json", "base-000000.tar", "priors/default/novel-000000.tar"):
+        assert (again.folder.path / "shards" / name).read_bytes() == (shards_of(whole) / name).read_bytes()
