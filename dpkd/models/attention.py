@@ -3,6 +3,7 @@
 Axes: B image, N tokens (prefix tokens first), D features, A attention heads, H W patch grid.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,27 +13,36 @@ from dpkd.models.network import Network
 
 
 @torch.no_grad()
-def attention_map(network: Network, image_BCHW: Tensor) -> Tensor:
-    """Which patches a network's embedding rests on, B1HW float32, each image scaled to a largest value of 1.
+def with_attention(network: Network, predict: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The outputs of `predict`, which runs the network once, and `attention`: the patches that its embedding rests on.
 
-    For a ViT the last block's attention, mean over heads: from the class token (Caron et al. 2021) where the model has
-    one, else what each patch receives from all. For any other model the energy of its features, Σ_D f²
-    (Zagoruyko & Komodakis 2017). The network's mode (training or evaluation) is left as it is.
+    The map is B1HW float32, each image scaled to a largest value of 1. For a ViT it is the last block's attention, mean
+    over heads: from the class token (Caron et al. 2021) where the model has one, else what each patch receives from
+    all. For any other model, and where a compiled graph hides the block, it is the energy of the patch features, Σ_D f²
+    (Zagoruyko & Komodakis 2017). Queries and keys are read as they pass, so the weights may be spread over ranks.
     """
     attention = _last_attention(network)
-    if attention is None:
-        patch_BDHW = network.backbone.patches(network.backbone.features(image_BCHW))
-        return _to_unit(patch_BDHW.float().square().sum(1, keepdim=True))
     seen: list[Tensor] = []
-    handle = attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    norms = [] if attention is None else [attention.q_norm, attention.k_norm]
+    handles = [norm.register_forward_hook(lambda _module, _inputs, output: seen.append(output)) for norm in norms]
     try:
-        network.backbone.features(image_BCHW)
+        outputs = predict()
     finally:
-        handle.remove()
-    weight_BANN = _attention_weights(attention, seen[0])
+        for handle in handles:
+            handle.remove()
+    if attention is None or len(seen) != len(norms):
+        map_B1HW = outputs["patch"].float().square().sum(1, keepdim=True)
+    else:
+        map_B1HW = _received(*seen, scale=attention.scale, network=network)
+    return outputs | {"attention": map_B1HW / map_B1HW.amax((2, 3), keepdim=True).clamp(min=1e-12)}
+
+
+def _received(query_BAND: Tensor, key_BAND: Tensor, *, scale: float, network: Network) -> Tensor:
+    """What each patch receives, mean over heads; B1HW."""
+    weight_BANN = (query_BAND.float() * scale @ key_BAND.float().transpose(-2, -1)).softmax(-1)
     num_prefix = network.backbone.num_prefix_tokens
     rows_BAN = weight_BANN[:, :, 0] if num_prefix else weight_BANN.mean(2)
-    return _to_unit(rows_BAN.mean(1)[:, num_prefix:].unflatten(1, network.grid).unsqueeze(1))
+    return rows_BAN.mean(1)[:, num_prefix:].unflatten(1, network.grid).unsqueeze(1)
 
 
 def _last_attention(network: Network) -> Any:
@@ -41,15 +51,3 @@ def _last_attention(network: Network) -> Any:
     attention = getattr(blocks[-1], "attn", None) if isinstance(blocks, (nn.Sequential, nn.ModuleList)) else None
     plain = all(hasattr(attention, name) for name in ("qkv", "q_norm", "k_norm", "num_heads", "scale"))
     return attention if plain else None
-
-
-def _attention_weights(attention: Any, token_BND: Tensor) -> Tensor:
-    """Softmax of the scaled products of queries and keys, BANN; timm's fused attention does not give it away."""
-    query, key, _ = attention.qkv(token_BND).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    query, key = attention.q_norm(query), attention.k_norm(key)
-    product: Tensor = (query * attention.scale) @ key.transpose(-2, -1)
-    return product.float().softmax(-1)
-
-
-def _to_unit(map_B1HW: Tensor) -> Tensor:
-    return map_B1HW / map_B1HW.amax((2, 3), keepdim=True).clamp(min=1e-12)

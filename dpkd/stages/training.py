@@ -91,8 +91,7 @@ def make_learner(
     )
     return Learner(
         engine=engine,
-        spec=network.spec,
-        grid=network.grid,
+        network=network,
         objectives=objectives,
         optimizer=optimizer,
         schedule=settings.schedule,

@@ -4,13 +4,12 @@ Axes: N sample, D feature.
 """
 
 from collections.abc import Mapping
-from functools import cached_property
-
-import torch
+from functools import cached_property, partial
 
 from dpkd.data.stream import Batch
 from dpkd.evaluation.few_shot import Episodes, draw_episodes, few_shot_accuracy, score
 from dpkd.evaluation.settings import EpisodeSettings
+from dpkd.models.attention import with_attention
 from dpkd.report.progress import EventLog, Progress
 from dpkd.report.tensorboard import Board
 from dpkd.stages.embed import embed_networks
@@ -69,8 +68,8 @@ class Watch:
         """Image, priors, the network's predictions of them and its attention, side by side."""
         few = batch.first(NUM_PANEL_IMAGES)
         for name, learner in self._task.learners.items():
-            image_BCHW, weight_B1HW = network_input(learner.spec, few), pooling_weight(learner.spec, few)
-            outputs = learner.engine.predict(image_BCHW, weight_B1HW)
+            inputs = (network_input(learner.spec, few), pooling_weight(learner.spec, few))
+            outputs = with_attention(learner.network, partial(learner.engine.predict, *inputs))
             if self._board is None:
                 continue
             predictions = {
@@ -82,13 +81,8 @@ class Watch:
                 image_BCHW=few.image_BCHW,
                 priors=few.priors,
                 predictions=predictions,
-                attention_B1HW=_energy(outputs["patch"]),
+                attention_B1HW=outputs["attention"],
             )
-
-
-def _energy(patch_BDHW: torch.Tensor) -> torch.Tensor:
-    """Length of each patch's feature vector, B1HW: where a network without class attention looks."""
-    return patch_BDHW.float().norm(dim=1, keepdim=True)
 
 
 class EventSink:

@@ -14,6 +14,7 @@ from torch import Tensor
 from dpkd.data.augment import normalise
 from dpkd.data.stream import Batch
 from dpkd.engine import Engine
+from dpkd.models.network import Network
 from dpkd.models.settings import FigureGroundPooling, NetworkSpec
 from dpkd.objectives.features import distil_embedding
 from dpkd.objectives.logits import distil_logits
@@ -48,12 +49,16 @@ class Learner:
     """One network that is trained: its engine, what it minimises, and its learning rate over the stage."""
 
     engine: Engine
-    spec: NetworkSpec
-    grid: tuple[int, int]
+    network: Network
     objectives: Sequence[StudentObjective]
     optimizer: OptimizerSettings
     schedule: ScheduleSettings
     total_steps: int
+
+    @property
+    def spec(self) -> NetworkSpec:
+        """What the network was built from."""
+        return self.network.spec
 
     def learning_rate(self, step: int) -> float:
         """The rate at a step, before layer-wise decay."""
@@ -153,7 +158,9 @@ def look(learner: Learner, batch: Batch, *, step: int, seed: int) -> View:
     masking = learner.masking()
     if masking is None:
         return View(learner.engine.forward(image_BCHW, weight_B1HW))
-    mask_B1HW = random_patch_mask(batch.index_B, step=step, grid=learner.grid, ratio=masking.mask_ratio, seed=seed)
+    mask_B1HW = random_patch_mask(
+        batch.index_B, step=step, grid=learner.network.grid, ratio=masking.mask_ratio, seed=seed
+    )
     both_BCHW = torch.cat([image_BCHW, hide_patches(image_BCHW, mask_B1HW)])
     both_weights = None if weight_B1HW is None else torch.cat([weight_B1HW, weight_B1HW])
     outputs = learner.engine.forward(both_BCHW, both_weights)

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from dpkd.models.attention import attention_map
+from dpkd.models.attention import with_attention
 from dpkd.models.counts import count_flops, count_parameters
 from dpkd.models.network import build_network
 from dpkd.models.settings import ModelSettings, NetworkSpec
@@ -27,7 +27,7 @@ def test_class_attention_is_what_the_last_block_computes():
     seen = []
     attention.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(output))
     image_BCHW = torch.randn(2, 3, 32, 32)
-    map_B1HW = attention_map(network, image_BCHW)
+    map_B1HW = with_attention(network, lambda: network(image_BCHW))["attention"]
     expected = seen[0][:, :, 0, 1:].mean(1).view(2, 1, 4, 4)
     torch.testing.assert_close(map_B1HW, expected / expected.amax((2, 3), keepdim=True))
 
@@ -38,7 +38,10 @@ def test_class_attention_is_what_the_last_block_computes():
 )
 def test_any_model_gives_a_map_on_its_grid(name, arguments):
     network = network_of(name, arguments)
-    map_B1HW = attention_map(network, torch.randn(2, 3, 32, 32))
+    image_BCHW = torch.randn(2, 3, 32, 32)
+    outputs = with_attention(network, lambda: network(image_BCHW))
+    torch.testing.assert_close(outputs["embedding"], network(image_BCHW)["embedding"])
+    map_B1HW = outputs["attention"]
     assert map_B1HW.shape == (2, 1, *network.grid)
     assert map_B1HW.min() >= 0
     assert torch.allclose(map_B1HW.amax((1, 2, 3)), torch.ones(2))
