@@ -81,7 +81,7 @@ def _show(run: Run, report: dict[str, Any]) -> None:
     """Puts the tables, and how many samples were quarantined, into TensorBoard."""
     board = Board(run.folder.tensorboard / "evaluate", start_step=-1)
     board.text(0, tag="summary", markdown=figures_markdown(report))
-    board.scalars(0, {"data/quarantined": Quarantine(run.folder.quarantine, limit=1.0).count})
+    board.scalars(0, {"quarantine/samples": Quarantine(run.folder.quarantine, limit=1.0).count})
     board.close()
 
 
