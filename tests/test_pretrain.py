@@ -1,6 +1,7 @@
 """Whole runs: every stage in order, continued exactly after kills and stops, the same on one worker and on two."""
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -226,3 +227,16 @@ def test_packing_that_is_stopped_exits_75_and_goes_on(sample_folder: Path, whole
     assert again.wait() == 0, again.output
     for name in ("dataset.json", "base-000000.tar", "priors/default/novel-000000.tar"):
         assert (again.folder.path / "shards" / name).read_bytes() == (shards_of(whole) / name).read_bytes()
+
+
+def test_one_class_alone_is_named(sample_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "images"
+    one = max((sample_folder / "base").iterdir(), key=lambda folder: len(list(folder.iterdir())))
+    shutil.copytree(one, source / "base" / one.name)
+    for split in ("val", "novel"):
+        shutil.copytree(sample_folder / split, source / split)
+    settings = settings_of(tiny(tmp_path / "one", source=source))
+    pretrain.run_pool_stages(settings, RunFolder(tmp_path / "one"), ["pack", "prepare"])
+    assert pretrain.exit_code(lambda: train_stages((settings.model_dump(mode="json"), ["teach"]))) == 2
+    message = capfd.readouterr().err
+    assert f"'base' holds 1 labelled class ({one.name})" in message, message
