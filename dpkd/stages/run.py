@@ -111,7 +111,8 @@ def training_set(run: Run, training: TrainingSettings, objectives: Sequence[Stud
     if needs_labels and len(classes) < 2:
         names = [run.dataset.manifest.classes[label] for label in classes]
         raise UserError(
-            f"the split {split.name!r} holds {len(classes)} labelled class{'es' if len(classes) != 1 else ''} ({', '.join(names) or 'none'}); training "
+            f"the split {split.name!r} holds {len(classes)} labelled {'class' if len(classes) == 1 else 'classes'} "
+            f"({', '.join(names) or 'none'}); training "
             "needs two or more: check the folder layout or the label column of data.source"
         )
     own_label_N = np.where(split.label_N < 0, -1, np.searchsorted(classes, split.label_N))
