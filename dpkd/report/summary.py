@@ -102,6 +102,9 @@ def _table(summary: dict[str, Any]) -> Table:
         scores = network["few_shot"][split]
         head = [name, count_words(network["parameters"]), f"{network['images_per_s']:,.0f}"]
         rows.append([*head, *(percent(scores[key]) for key in settings)])
+        if "plain_pooling" in network:
+            plain = network["plain_pooling"][split]
+            rows.append(["  without its prior map", "", "", *(percent(plain[key]) for key in settings)])
     for name, student in summary["students"].items():
         if "over_baseline" in student:
             gain = student["over_baseline"][split]

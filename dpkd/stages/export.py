@@ -83,11 +83,10 @@ def write_timm_folder(folder: Path, network: Network) -> None:
     no such pooling.
     """
     state = network.backbone.timm.state_dict()
-    safetensors.torch.save_file(
-        {name: tensor.contiguous().clone() for name, tensor in state.items()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
+    data = safetensors.torch.save(
+        {name: tensor.contiguous().clone() for name, tensor in state.items()}, metadata={"format": "pt"}
     )
+    (folder / "model.safetensors").write_bytes(data)
     differences = []
     for arguments in _possible_arguments(network.spec):
         config = timm_config(network, arguments)

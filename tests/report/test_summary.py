@@ -84,6 +84,16 @@ def test_summary_md_holds_table_probes_protocol_and_stages(run: Path) -> None:
     assert f"- small: `{run}/export/small`" in text
 
 
+def test_a_figure_ground_network_stands_with_what_it_does_without_its_map(run: Path) -> None:
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["teacher"]["plain_pooling"] = network(0.25)["few_shot"]
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    lines = final_words(write_summary(run)).splitlines()
+    assert lines[3].endswith("45.0 ± 0.4 %  65.0 ± 0.3 %")
+    assert lines[4].startswith("  without its prior map  ")
+    assert lines[4].endswith("25.0 ± 0.4 %  45.0 ± 0.3 %")
+
+
 def test_a_run_that_was_not_evaluated_has_a_summary_of_its_stages(run: Path) -> None:
     (run / "evaluation.json").unlink()
     summary = write_summary(run)
