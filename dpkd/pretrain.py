@@ -32,7 +32,7 @@ EXIT_USER, EXIT_STOPPED = 2, 75
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, runs, and returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     signal.signal(signal.SIGTERM, interrupt)
     return exit_code(lambda: run(load_settings(options.config, options.overrides), stages=stage_names(options.stages)))
 

@@ -60,6 +60,8 @@ class Meter:
         values |= {f"learning_rate/{name}": rate for name, rate in self._rates.items()}
         values["speed/images_per_s"] = steps * self._images_per_step / elapsed
         values["speed/data_wait_fraction"] = self._wait_s / elapsed
+        if self._world.device.type == "cuda":
+            values["speed/gpu_memory_gb"] = torch.cuda.max_memory_allocated(self._world.device) / 1e9
         if self._world.rank == 0:
             for sink in self._sinks:
                 sink.scalars(step, values)
