@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import connection
@@ -98,7 +98,7 @@ def training_batches(
     start_step: int,
     stop_step: int,
     loader: LoaderSettings,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The micro-batches of this rank from `start_step` up to but not including `stop_step`, in order, randomly viewed.
 
     Raises `UserError` that names shard and key for a sample that cannot be read.
@@ -124,7 +124,7 @@ def evaluation_batches(
     map_size: int,
     batch_size: int,
     loader: LoaderSettings,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The samples `indices` in that order: the centre of each image, the labels on disk; the last batch may be smaller.
 
     Raises `UserError` that names shard and key for a sample that cannot be read.
@@ -210,7 +210,7 @@ class _Reader(torch.utils.data.Dataset[Batch | _Failure]):
         return f"{self.split.url}/{self.split.info.shards[shard].name}, sample {self.split.indexes[shard].keys[row]!r}"
 
 
-def _load(reader: _Reader, work: Iterable[_Work], *, workers: int, prefetch: int) -> Iterator[Batch]:
+def _load(reader: _Reader, work: Iterable[_Work], *, workers: int, prefetch: int) -> Generator[Batch, None, None]:
     cv2.setNumThreads(1)  # images are small, and its threads would take the cores from training
     batches = DataLoader(
         reader,

@@ -19,6 +19,9 @@ class FigureGroundPooling(Section):
     kind: Literal["figure_ground"] = "figure_ground"
     prior: str = "saliency"
     floor: float = Field(0.05, gt=0)
+    blank: float = Field(0.0, ge=0, le=1)
+    """Share of training samples pooled plainly, as if their map were blank, so that the network also works without
+    its map, which no exported timm model has."""
 
 
 Pooling = Annotated[MeanPooling | FigureGroundPooling, Field(discriminator="kind")]

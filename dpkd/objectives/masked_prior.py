@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpkd.models.resample import area_resample
+from dpkd.objectives.draws import mix, random_keys
 
 SPREAD_FLOOR = 0.05
 """Added to a map's standard deviation, so that a flat map is not blown up to noise."""
@@ -20,8 +21,8 @@ def random_patch_mask(index_B: Tensor, *, step: int, grid: tuple[int, int], rati
     """
     num_patches = grid[0] * grid[1]
     position_N = torch.arange(num_patches, device=index_B.device)
-    key_B = _mix(_mix(index_B.long() + _signed(seed * 0x9E3779B97F4A7C15)) + step)
-    rank_BN = _mix(key_B[:, None] + position_N).argsort(dim=1, stable=True).argsort(dim=1)
+    key_B = random_keys(index_B, step=step, seed=seed)
+    rank_BN = mix(key_B[:, None] + position_N).argsort(dim=1, stable=True).argsort(dim=1)
     return (rank_BN < round(ratio * num_patches)).view(-1, 1, *grid)
 
 
@@ -46,22 +47,3 @@ def masked_prior(prediction_BCHW: Tensor, target_BCHW: Tensor, mask_B1HW: Tensor
         return error_B1HW.mean()
     hidden_B1HW = mask_B1HW.to(error_B1HW.dtype)
     return (error_B1HW * hidden_B1HW).sum() / hidden_B1HW.sum().clamp(min=1)
-
-
-def _mix(value: Tensor) -> Tensor:
-    """The finaliser of splitmix64 (Steele et al. 2014) on int64, whose arithmetic wraps around."""
-    value = value + _signed(0x9E3779B97F4A7C15)
-    value = (value ^ _shift_right(value, 30)) * _signed(0xBF58476D1CE4E5B9)
-    value = (value ^ _shift_right(value, 27)) * _signed(0x94D049BB133111EB)
-    return value ^ _shift_right(value, 31)
-
-
-def _shift_right(value: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch shifts the sign in."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(value: int) -> int:
-    """The number that has these low 64 bits in two's complement."""
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >= 1 << 63 else value

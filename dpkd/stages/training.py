@@ -1,6 +1,7 @@
 """What the training stages share: networks with their engines, and the way into the loop."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Protocol
 
 import torch
@@ -142,16 +143,17 @@ def run_training(
             stop_step=plan.total_steps,
             loader=run.data.loader,
         )
-        train(
-            task,
-            batches,
-            plan=plan,
-            start_step=start_step,
-            checkpoints=checkpoints,
-            meter=Meter(sinks=sinks, world=run.world, images_per_step=training.batch_size),
-            hooks=Watch(run, task, board).hooks(),
-            world=run.world,
-        )
+        with closing(batches) as stream:
+            train(
+                task,
+                stream,
+                plan=plan,
+                start_step=start_step,
+                checkpoints=checkpoints,
+                meter=Meter(sinks=sinks, world=run.world, images_per_step=training.batch_size),
+                hooks=Watch(run, task, board).hooks(),
+                world=run.world,
+            )
     if board is not None:
         board.close()
 

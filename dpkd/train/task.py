@@ -16,6 +16,7 @@ from dpkd.data.stream import Batch
 from dpkd.engine import Engine
 from dpkd.models.network import Network
 from dpkd.models.settings import FigureGroundPooling, NetworkSpec
+from dpkd.objectives.draws import random_share
 from dpkd.objectives.features import distil_embedding
 from dpkd.objectives.logits import distil_logits
 from dpkd.objectives.masked_prior import hide_patches, masked_prior, prior_target, random_patch_mask
@@ -154,7 +155,7 @@ class DistillTask:
 def look(learner: Learner, batch: Batch, *, step: int, seed: int) -> View:
     """Runs a network in training mode; the hidden view, where one is needed, shares the same forward pass."""
     image_BCHW = network_input(learner.spec, batch)
-    weight_B1HW = pooling_weight(learner.spec, batch)
+    weight_B1HW = training_weight(learner.spec, batch, step=step, seed=seed)
     masking = learner.masking()
     if masking is None:
         return View(learner.engine.forward(image_BCHW, weight_B1HW))
@@ -179,6 +180,15 @@ def pooling_weight(spec: NetworkSpec, batch: Batch) -> Tensor | None:
     """The prior map that the network's pooling weighs patches by, if it does."""
     pooling = spec.model.pooling
     return batch.priors[pooling.prior] if isinstance(pooling, FigureGroundPooling) else None
+
+
+def training_weight(spec: NetworkSpec, batch: Batch, *, step: int, seed: int) -> Tensor | None:
+    """`pooling_weight` with a share of the maps made blank, as the pooling asks."""
+    weight_B1HW, pooling = pooling_weight(spec, batch), spec.model.pooling
+    if weight_B1HW is None or not isinstance(pooling, FigureGroundPooling) or not pooling.blank:
+        return weight_B1HW
+    blank_B = random_share(batch.index_B, step=step, share=pooling.blank, seed=seed)
+    return weight_B1HW.masked_fill(blank_B[:, None, None, None], 1.0)
 
 
 def own_losses(
