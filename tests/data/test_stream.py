@@ -266,7 +266,11 @@ def trainer(split: Split, tmp_path: Path):
         env=environment,
         start_new_session=True,
     )
+    assert process.stdin is not None
     assert process.stdout is not None
+    process.stdout.readline()  # a batch of the one worker, then of the other: both are up
+    process.stdin.write("\n")
+    process.stdin.flush()
     process.stdout.readline()
     yield process
     process.kill()
@@ -282,7 +286,7 @@ def test_workers_outlive_a_request_to_stop_but_not_their_trainer(trainer):
         worker.send_signal(signal.SIGINT)
         worker.send_signal(signal.SIGTERM)
     time.sleep(0.2)
-    for number in range(1, 30):
+    for number in range(2, 30):
         trainer.stdin.write("\n")
         trainer.stdin.flush()
         assert trainer.stdout.readline() == f"{number}\n"
