@@ -1,12 +1,10 @@
 """This process among its peers: rank, size, device, agreement among ranks, and the request to stop."""
 
 import os
-import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -142,28 +140,11 @@ def _start(device: torch.device, *, timeout: timedelta) -> None:
         dist.init_process_group(backend, init_method="env://", rank=rank, world_size=size, timeout=timeout)
 
 
-def install_stop_handler() -> None:
-    """Makes SIGTERM and SIGINT set the stop flag (a second SIGINT interrupts at once); call it in the main thread."""
-    signal.signal(signal.SIGTERM, _on_signal)
-    signal.signal(signal.SIGINT, _on_signal)
-
-
-def _on_signal(number: int, _frame: FrameType | None) -> None:
-    if number == signal.SIGINT and _stop.is_set():
-        raise KeyboardInterrupt
-    _stop.set()
-
-
 def request_stop() -> None:
-    """Sets the stop flag, as a signal would; for launchers whose workers get no signals."""
+    """Sets the stop flag; launchers call it when a signal or a message asks a worker to stop."""
     _stop.set()
 
 
 def stop_requested() -> bool:
     """True once this process was asked to stop; ranks agree on it with `World.any_true`."""
     return _stop.is_set()
-
-
-def clear_stop_request() -> None:
-    """Forgets the request to stop; for a process that goes on to another session."""
-    _stop.clear()

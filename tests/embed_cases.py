@@ -11,7 +11,7 @@ from dpkd.data.settings import LoaderSettings
 from dpkd.data.shards import Dataset
 from dpkd.models.saved import load_network
 from dpkd.priors.shards import PriorSet
-from dpkd.stages.embed import embed_split
+from dpkd.stages.embed import embed_networks
 from dpkd.world import World, join
 
 
@@ -37,15 +37,16 @@ def embed(run: Path, world: World, *, count: int) -> dict[str, Any]:
             outputs: dict[str, torch.Tensor] = network(image_BCHW, weight_B1HW)
         return outputs
 
-    embedding_ND, label_N = embed_split(
-        predict,
-        dataset.split("novel"),
+    split = dataset.split("novel")
+    indices = np.arange(count)[::-1].copy()
+    embedded = embed_networks(
+        {"vit": (predict, spec)},
+        split,
         maps=PriorSet.open(dataset.url, "default").split("novel"),
-        spec=spec,
         map_size=8,
         world=world,
         loader=LoaderSettings(workers=0),
         batch_size=4,
-        indices=np.arange(count)[::-1].copy(),
+        indices=indices,
     )
-    return {"embedding": embedding_ND, "label": label_N, "calls": calls}
+    return {"embedding": embedded["vit"].embedding_ND, "label": split.label_N[indices], "calls": calls}

@@ -1,14 +1,12 @@
-"""Agreement among ranks, and the request to stop."""
+"""Agreement among ranks."""
 
-import os
-import signal
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from dpkd.world import World, clear_stop_request, install_stop_handler, join, request_stop, stop_requested
+from dpkd.world import World, join
 from tests.processes import run_ranks
 
 
@@ -27,16 +25,6 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     world = join()
     yield world
     world.leave()
-
-
-@pytest.fixture
-def signals() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    clear_stop_request()
-    yield
-    clear_stop_request()
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def test_ranks_agree_on_flags(found: list[dict[str, Any]]) -> None:
@@ -77,23 +65,3 @@ def test_a_process_alone_needs_no_environment(alone: World) -> None:
     assert alone.gather("me") == ["me"]
     assert alone.mean_(torch.tensor([3.0])).tolist() == [3.0]
     assert torch.distributed.is_initialized()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_asks_to_stop(signals: None, number: signal.Signals) -> None:
-    install_stop_handler()
-    assert not stop_requested()
-    os.kill(os.getpid(), number)
-    assert stop_requested()
-
-
-def test_a_second_interrupt_ends_at_once(signals: None) -> None:
-    install_stop_handler()
-    os.kill(os.getpid(), signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_a_launcher_can_ask_to_stop_without_a_signal(signals: None) -> None:
-    request_stop()
-    assert stop_requested()

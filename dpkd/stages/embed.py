@@ -84,32 +84,6 @@ def _whole(parts: list[dict[str, NDArray[np.float32]]], world: World, *, num_sam
     return Embedded(whole["embedding"], whole.get("logits"))
 
 
-def embed_split(
-    predict: Predict,
-    split: Split,
-    *,
-    maps: MapReader | None,
-    spec: NetworkSpec,
-    map_size: int,
-    world: World,
-    loader: LoaderSettings,
-    batch_size: int = 128,
-    indices: NDArray[np.int64] | None = None,
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """`embed_networks` for one network: embeddings [N, D] and the labels on disk [N], -1 without one."""
-    embedded = embed_networks(
-        {"network": (predict, spec)},
-        split,
-        maps=maps,
-        map_size=map_size,
-        world=world,
-        loader=loader,
-        batch_size=batch_size,
-        indices=indices,
-    )
-    return embedded["network"].embedding_ND, split.label_N if indices is None else split.label_N[indices]
-
-
 def mean_indices(split: Split) -> NDArray[np.int64]:
     """Samples spread evenly over a split, enough for its mean embedding."""
     count = min(NUM_MEAN_SAMPLES, split.num_samples)

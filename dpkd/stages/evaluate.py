@@ -2,7 +2,7 @@
 
     {"protocol": {"way", "shots", …, "seed"}, "splits": {"val": name, "test": name}, "device": words,
      "teacher": network, "live_teacher": network, "students": {name: network}, "baselines": {name: network}}
-    network: {"model", "image_size", "pooling", "parameters", "images_per_s",
+    network: {"model", "image_size", "pooling", "parameters", "flops", "images_per_s",
               "few_shot": {split: {"5way_1shot": {"mean", "ci95"}}},
               "plain_pooling": {split: …}            figure-ground networks, pooled without their prior map
               "over_baseline": {split: …}            students: paired difference on the same episodes
@@ -29,7 +29,7 @@ from dpkd.errors import UserError
 from dpkd.evaluation.few_shot import draw_episodes, few_shot_accuracy, paired_difference, score
 from dpkd.evaluation.long_tail import long_tail
 from dpkd.evaluation.probes import probe, probe_split
-from dpkd.models.counts import count_parameters
+from dpkd.models.counts import count_flops, count_parameters
 from dpkd.models.network import Network
 from dpkd.models.saved import load_network
 from dpkd.models.settings import FigureGroundPooling, NetworkSpec
@@ -109,6 +109,7 @@ def describe(network: Network) -> dict[str, Any]:
         "image_size": network.spec.image_size,
         "pooling": network.spec.model.pooling.kind,
         "parameters": count_parameters(network),
+        "flops": count_flops(network),
     }
 
 

@@ -87,7 +87,7 @@ def train(
         done = step + 1
         if plan.due(plan.log_every, done):
             meter.write(done)
-        stop = not world.all_true(not stop_requested())
+        stop = world.any_true(stop_requested())
         with meter.paused():
             if plan.due(plan.panels_every, done):
                 hooks.panels(done, batch)

@@ -17,7 +17,7 @@ from dpkd.errors import UserError
 from dpkd.evaluation.few_shot import draw_episodes, score
 from dpkd.models.counts import count_parameters
 from dpkd.models.saved import load_network
-from dpkd.stages.embed import embed_split
+from dpkd.stages.embed import embed_networks
 from dpkd.stages.evaluate import evaluate, load_networks, read_evaluation, refuse_small_splits
 from dpkd.stages.run import Run
 from dpkd.stages.settings import EvaluateSettings
@@ -143,11 +143,10 @@ def _logits(run: Run, network: Any) -> list[NDArray[np.float32]]:
         logits.extend(outputs["logits"].numpy())
         return dict(outputs)
 
-    embed_split(
-        predict,
+    embed_networks(
+        {"network": (predict, network.spec)},
         run.dataset.split("base"),
         maps=None,
-        spec=network.spec,
         map_size=run.map_size,
         world=run.world,
         loader=run.data.loader,
