@@ -77,11 +77,13 @@ def run_training_stages(settings: Settings, stages: Sequence[str]) -> None:
 
 
 def _run_pool_stage(stage: str, settings: Settings, folder: RunFolder, *, pool: Pool, quarantine: Quarantine) -> None:
+    if stage == "pack" and settings.data.source is None:
+        return  # the shards stand already
     url = settings.data.shards or str(folder.path / "shards")
     with Progress(stage, 0) as progress:
-        if stage == "pack" and settings.data.source is not None:
+        if stage == "pack":
             pack(settings.data, url, seed=settings.run.seed, pool=pool, quarantine=quarantine, progress=progress.reach)
-        elif stage == "prepare":
+        else:
             prepare(Dataset.open(url), settings.prepare, pool=pool, quarantine=quarantine, progress=progress.reach)
 
 

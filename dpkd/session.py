@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from dpkd import world
-from dpkd.backends.engines import make_engine
+from dpkd.backends.engines import engine_kind, make_engine
 from dpkd.plan import given, left_to_do
 from dpkd.report.progress import say
 from dpkd.settings import Settings, parse_settings
@@ -67,4 +67,8 @@ def _share_cores(settings: Settings, peers: world.World) -> None:
         torch.set_num_threads(settings.launcher.threads)
     if peers.rank == 0:
         threads = torch.get_num_threads()
-        say(f"  workers: {peers.size} on {peers.device.type}, {threads} thread{'s' if threads > 1 else ''} each")
+        engines = {engine_kind(each.engine) for each in (settings.teach, *settings.distill.students.values())}
+        say(
+            f"  workers   {peers.size} on {peers.device.type}, {threads} thread{'s' if threads > 1 else ''} each, "
+            f"{' and '.join(sorted(engines))} engine{'s' if len(engines) > 1 else ''}"
+        )

@@ -135,18 +135,35 @@ def test_a_stopped_run_says_so_and_goes_on(whole: RunFolder, tmp_path: Path) -> 
     assert_same_weights(whole, again.folder)
 
 
+def assert_same_losses(one: RunFolder, other: RunFolder) -> None:
+    for stage in ("teach", "distill"):
+        expected, found = losses(one, stage), losses(other, stage)
+        assert expected.keys() == found.keys()
+        for step, each in expected.items():
+            shared = {key: value for key, value in each.items() if "vit" not in key}  # its dropout is a rank's own
+            assert {key: found[step][key] for key in shared} == pytest.approx(shared, abs=1e-4, rel=1e-4)
+
+
 @pytest.mark.slow
 def test_two_workers_see_the_same_batches_and_losses_as_one(whole: RunFolder, tmp_path: Path) -> None:
     tree = tiny(tmp_path / "two", source=None, shards=shards_of(whole))
     tree["launcher"]["workers"] = 2
     command = Command(tree, "--stages", "teach,distill")
     assert command.wait() == 0, command.output
-    for stage in ("teach", "distill"):
-        one, two = losses(whole, stage), losses(command.folder, stage)
-        assert one.keys() == two.keys()
-        for step, expected in one.items():
-            shared = {key: value for key, value in expected.items() if "vit" not in key}  # its dropout is a rank's own
-            assert {key: two[step][key] for key in shared} == pytest.approx(shared, abs=1e-4, rel=1e-4)
+    assert_same_losses(whole, command.folder)
+
+
+@pytest.mark.slow
+def test_deepspeed_on_two_workers_gives_the_losses_of_plain_pytorch(whole: RunFolder, tmp_path: Path) -> None:
+    tree = tiny(tmp_path / "zero", source=None, shards=shards_of(whole))
+    tree["launcher"]["workers"] = 2
+    tree["teach"]["engine"] |= {"kind": "deepspeed", "zero_stage": 3}
+    for student, stage in (("conv", 2), ("vit", 1)):
+        tree["distill"]["students"][student]["engine"] = {"kind": "deepspeed", "zero_stage": stage}
+    command = Command(tree, "--stages", "teach,distill")
+    assert command.wait() == 0, command.output
+    assert "[INFO]" not in command.output, command.output  # DeepSpeed's own lines are noise to a user
+    assert_same_losses(whole, command.folder)
 
 
 @pytest.mark.slow

@@ -9,12 +9,16 @@ from dpkd.engine import Engine, TorchEngine
 from dpkd.train.settings import EngineSettings
 
 
+def engine_kind(settings: EngineSettings) -> str:
+    """`auto` is DeepSpeed where there is a GPU, and plain PyTorch on a CPU."""
+    if settings.kind != "auto":
+        return settings.kind
+    return "deepspeed" if torch.cuda.is_available() else "torch"
+
+
 def make_engine(module: nn.Module, *, settings: EngineSettings, **arguments: Any) -> Engine:
-    """The engine around a network; `auto` is DeepSpeed where there is a GPU, and plain PyTorch on a CPU."""
-    kind = settings.kind
-    if kind == "auto":
-        kind = "deepspeed" if torch.cuda.is_available() else "torch"
-    if kind == "torch":
+    """The engine that the settings name around a network; see `dpkd.engine.TorchEngine` for the arguments."""
+    if engine_kind(settings) == "torch":
         return TorchEngine(module, settings=settings, **arguments)
     # here, not at the top: importing DeepSpeed takes seconds and needs its tools, which plain PyTorch runs do without
     from dpkd.backends.deepspeed_engine import DeepSpeedEngine  # noqa: PLC0415
