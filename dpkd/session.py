@@ -67,7 +67,8 @@ def _share_cores(settings: Settings, peers: world.World) -> None:
         torch.set_num_threads(settings.launcher.threads)
     if peers.rank == 0:
         threads = torch.get_num_threads()
-        engines = {engine_kind(each.engine) for each in (settings.teach, *settings.distill.students.values())}
+        chosen = [settings.teach.engine, *(student.engine for student in settings.distill.students.values())]
+        engines = {engine_kind(each) for each in chosen}
         say(
             f"  workers   {peers.size} on {peers.device.type}, {threads} thread{'s' if threads > 1 else ''} each, "
             f"{' and '.join(sorted(engines))} engine{'s' if len(engines) > 1 else ''}"
