@@ -81,7 +81,10 @@ def _describe(stage: str, settings: Settings) -> str:
 
 
 def _length(training: TrainingSettings) -> str:
-    length = f"{training.steps:,} steps" if training.steps is not None else f"{training.epochs:g} epochs"
+    if training.steps is not None:
+        length = f"{training.steps:,} step{'' if training.steps == 1 else 's'}"
+    else:
+        length = f"{training.epochs:g} epoch{'' if training.epochs == 1 else 's'}"
     return f"{length} of {training.batch_size} images"
 
 
