@@ -108,10 +108,11 @@ def test_labels_keep_their_values_and_their_place(image_size, sample, size):
     view = random_view(AugmentSettings(), image_size, **sample)
     shown = apply_map(view, label_HW1, size=size, nearest=True, flip=_mirror)[..., 0].astype(int)
     columns = (np.arange(size) + 0.5) * view.width / size
-    expected_x = np.floor(view.left + (columns[::-1] if view.flip else columns))
-    expected_y = np.floor(view.top + (np.arange(size) + 0.5) * view.height / size)
-    np.testing.assert_array_equal(shown % width, np.tile(expected_x, (size, 1)))
-    np.testing.assert_array_equal(shown // width, np.tile(expected_y[:, None], (1, size)))
+    centre_x = view.left + (columns[::-1] if view.flip else columns)
+    centre_y = view.top + (np.arange(size) + 0.5) * view.height / size
+    # a centre that falls between two pixels may go to either: the order of the sums decides
+    assert np.abs(shown % width + 0.5 - np.tile(centre_x, (size, 1))).max() <= 0.5 + 1e-9
+    assert np.abs(shown // width + 0.5 - np.tile(centre_y[:, None], (1, size))).max() <= 0.5 + 1e-9
 
 
 def test_a_flip_mirrors_image_and_map_and_asks_the_map_for_its_values():
