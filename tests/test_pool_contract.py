@@ -49,7 +49,7 @@ def test_an_error_of_the_function_comes_out_unchanged_with_its_traceback(pool):
 
 
 def test_a_result_that_does_not_pickle_is_an_error(pool):
-    with pytest.raises((AttributeError, RuntimeError, TypeError), match="pickle|local object"):
+    with pytest.raises((AttributeError, RuntimeError, TypeError), match=r"pickle|local object"):
         list(pool.map(return_function, [1]))
 
 
