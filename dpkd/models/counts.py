@@ -1,6 +1,7 @@
 """The size of a network, counted."""
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpkd.models.network import Network
@@ -20,7 +21,8 @@ def count_flops(network: Network) -> int:
     size = network.spec.image_size
     was_training = network.training
     network.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # plain attention: older versions of torch do not count the fused kernels of the CPU
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, 3, size, size, device=device), torch.ones(1, 1, size, size, device=device))
     network.train(was_training)
     return int(counter.get_total_flops())
