@@ -98,7 +98,9 @@ def test_a_killed_driver_takes_its_workers_along(tmp_path):
     _wait_until(lambda: up.exists() and up.read_text() != "")
     driver.kill()
     driver.wait()
-    _wait_until(lambda: not _runs(int(up.read_text())), timeout_s=5)
+    worker = int(up.read_text())
+    _wait_until(lambda: not _runs(worker), timeout_s=5)
+    assert not _runs(worker)
 
 
 DIED = Failure(1, "killed by SIGKILL", time_s=1.0)

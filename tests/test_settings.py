@@ -67,6 +67,7 @@ def changed(**sections: Any) -> dict[str, Any]:
             changed(data__splits={"kind": "fraction", "fractions": {"train": 0.9, "valid": 0.1}}),
             ["data.val", "'val'", "train, valid"],
         ),
+        (changed(run={"dir": "s3://bucket/run"}), ["run.dir", "'s3://bucket/run'", "a disk that all workers see"]),
         (changed(distill__students={}), ["distill.students"]),
         (changed(distill__students={"a/b": {"model": {"name": "x"}}}), ["distill.students", "a/b"]),
         (changed(teach__engine={"kind": "torch", "zero_stage": 3}), ["teach.engine", "zero_stage", "deepspeed"]),

@@ -135,4 +135,15 @@ class RunSettings(Section):
     """The run folder and the seed that everything random is drawn from."""
 
     dir: str = "runs/default"
+    """A path that every worker sees; checkpoints are published by renaming, which object storage cannot do."""
     seed: int = Field(0, ge=0)
+
+    @field_validator("dir")
+    @classmethod
+    def _is_a_path(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError(
+                f"{value!r} is a URL, and a run folder is a path: give one on a disk that all workers see; "
+                "data.source and data.shards may be URLs"
+            )
+        return value
