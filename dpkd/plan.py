@@ -63,7 +63,7 @@ def _describe(stage: str, settings: Settings) -> str:
         source = settings.data.source
         return "uses the shards that stand already" if source is None else f"{source.kind} {source.path} into shards"
     if stage == "prepare":
-        return "prior maps: " + (", ".join(prior.kind for prior in settings.prepare.priors) or "none")
+        return "prior maps: " + (", ".join(prior.name for prior in settings.prepare.priors) or "none")
     if stage == "teach":
         return f"{settings.teach.model.name}, {_length(settings.teach.training)}"
     if stage == "distill":

@@ -127,9 +127,9 @@ def _position(items: list[Any], name: str, override: str) -> int:
 
 
 def _priors_are_prepared(settings: Settings) -> None:
-    prepared = {prior.kind for prior in settings.prepare.priors}
-    regions = {prior.kind for prior in settings.prepare.priors if prior.nearest}
-    vectors = {prior.kind for prior in settings.prepare.priors if prior.channels > 1}
+    prepared = {prior.name for prior in settings.prepare.priors}
+    regions = {prior.name for prior in settings.prepare.priors if prior.nearest}
+    vectors = {prior.name for prior in settings.prepare.priors if prior.channels > 1}
     for key, name in _priors_used(settings):
         if name in regions:
             raise ValueError(f"{key}: {name!r} holds region labels, which are no amounts to predict or weigh by")

@@ -147,6 +147,11 @@ class Sample:
     mask: bytes | None = None
     experts: dict[str, bytes] = field(default_factory=dict)
 
+    @property
+    def given(self) -> dict[str, bytes]:
+        """What an expert gave with the image: image files by name; the mask of figure and ground is "mask"."""
+        return self.experts if self.mask is None else {"mask": self.mask, **self.experts}
+
 
 @dataclass(frozen=True)
 class Dataset:

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from dpkd.priors.codecs import JpegCodec, Map
 from dpkd.priors.extractor import grid_size, mirror
+from dpkd.priors.picture import Picture
 from dpkd.section import Section
 
 Image = npt.NDArray[np.float32]
@@ -33,20 +34,20 @@ class Edge(Section):
     """Smooths the image first, not across edges (domain transform, Gastal & Oliveira 2011): better, twice the time."""
     stride: int = Field(4, ge=1)
 
+    name: ClassVar[str] = "edge"
     version: ClassVar[int] = 1
     channels: ClassVar[int] = 1
     nearest: ClassVar[bool] = False
     codec: ClassVar[JpegCodec] = JpegCodec()
 
-    def map(self, image_HWC: npt.NDArray[np.uint8]) -> Map:
-        """Edge strength of an RGB image, float32 HW1."""
+    def map(self, picture: Picture) -> Map:
+        """Edge strength of an image, float32 HW1."""
         if self.smooth:
-            image_HWC = np.asarray(cv2.ximgproc.dtFilter(image_HWC, image_HWC, 20, 60), np.uint8)
-        lab_HWC = cv2.cvtColor(image_HWC.astype(np.float32) * np.float32(1 / 255), cv2.COLOR_RGB2Lab)
+            picture = Picture(np.asarray(cv2.ximgproc.dtFilter(picture.rgb_HWC, picture.rgb_HWC, 20, 60), np.uint8))
         weights_C = (1.0, self.chroma, self.chroma)
-        total_HW = sum(_strength(np.asarray(lab_HWC, np.float32), scale, weights_C) for scale in self.scales)
+        total_HW = sum(_strength(picture.lab_HWC, scale, weights_C) for scale in self.scales)
         strength_HW = np.sqrt(np.minimum(total_HW * np.float32(1 / (FULL_SCALE * len(self.scales))), np.float32(1)))
-        height, width = grid_size(image_HWC, self.stride)
+        height, width = grid_size(picture, self.stride)
         return cv2.resize(strength_HW, (width, height), interpolation=cv2.INTER_AREA)[:, :, None]
 
     def flip(self, map_HWC: Map) -> Map:

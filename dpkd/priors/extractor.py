@@ -4,9 +4,9 @@ import hashlib
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from dpkd.priors.codecs import Codec, Map
+from dpkd.priors.picture import Picture
 
 
 class Extractor(Protocol):
@@ -14,7 +14,11 @@ class Extractor(Protocol):
 
     @property
     def kind(self) -> str:
-        """Names the prior in settings, and its map in a prior set."""
+        """Names the class in settings."""
+
+    @property
+    def name(self) -> str:
+        """Names the map in a prior set."""
 
     @property
     def version(self) -> int:
@@ -32,8 +36,8 @@ class Extractor(Protocol):
     def codec(self) -> Codec:
         """How the map is stored."""
 
-    def map(self, image_HWC: npt.NDArray[np.uint8]) -> Map:
-        """The map of an RGB image of any size, on a grid that covers the whole image."""
+    def map(self, picture: Picture) -> Map:
+        """The map of an image of any size, on a grid that covers the whole image."""
 
     def flip(self, map_HWC: Map) -> Map:
         """The map of the image mirrored left to right."""
@@ -47,9 +51,9 @@ def fingerprint(prior: Extractor) -> str:
     return hashlib.sha256(f"{prior.model_dump_json()} version {prior.version}".encode()).hexdigest()[:16]
 
 
-def grid_size(image_HWC: npt.NDArray[np.uint8], stride: int) -> tuple[int, int]:
+def grid_size(picture: Picture, stride: int) -> tuple[int, int]:
     """Height and width of the grid that has a cell about every `stride` pixels, at least one."""
-    height, width = image_HWC.shape[:2]
+    height, width = picture.size
     return max(1, round(height / stride)), max(1, round(width / stride))
 
 

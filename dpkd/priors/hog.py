@@ -9,6 +9,7 @@ from pydantic import Field
 
 from dpkd.priors.codecs import Map, NibbleCodec
 from dpkd.priors.extractor import grid_size
+from dpkd.priors.picture import Picture
 from dpkd.section import Section
 
 
@@ -24,6 +25,7 @@ class Hog(Section):
     bins: int = Field(9, ge=2)
     cell: int = Field(8, ge=2)
 
+    name: ClassVar[str] = "hog"
     version: ClassVar[int] = 1
     nearest: ClassVar[bool] = False
     codec: ClassVar[NibbleCodec] = NibbleCodec()
@@ -33,10 +35,10 @@ class Hog(Section):
         """One channel a bin; bin k is centred at (k + 0.5) · 180 / bins degrees."""
         return self.bins
 
-    def map(self, image_HWC: npt.NDArray[np.uint8]) -> Map:
-        """Oriented gradients of an RGB image, float32 HWC."""
-        height, width = grid_size(image_HWC, self.cell)
-        votes_CHW = _votes(*_gradient(image_HWC), self.bins)
+    def map(self, picture: Picture) -> Map:
+        """Oriented gradients of an image, float32 HWC."""
+        height, width = grid_size(picture, self.cell)
+        votes_CHW = _votes(*_gradient(picture.rgb_HWC), self.bins)
         planes = [cv2.resize(votes_HW, (width, height), interpolation=cv2.INTER_AREA) for votes_HW in votes_CHW]
         histogram_HWC = np.stack(planes, axis=2)
         norm_HW1 = np.sqrt(np.square(histogram_HWC).sum(2, keepdims=True) + np.float32(1e-10))

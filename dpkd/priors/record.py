@@ -1,9 +1,9 @@
 """The member of a prior shard: all maps of one sample, bound to its image.
 
     <key>.priors.msgpack = {
-        "format_version": 1,
+        "format_version": 2,
         "key": the sample's key,
-        "image": SHA-256 of the image's bytes (the first 16),
+        "source": SHA-256 of the bytes of the image and of what an expert gave with it (the first 16),
         "bad": why the maps are flat, or none,
         "maps": {name: {"codec", "shape": [H, W, C], "scale", "fingerprint": of the prior, "data"}},
         "checksum": CRC-32 of this same msgpack without the checksum,
@@ -22,10 +22,11 @@ import cv2
 import msgpack
 import numpy as np
 
+from dpkd.data.shards import Sample
 from dpkd.priors.codecs import CODECS, Map, Shape
 from dpkd.priors.extractor import Extractor, fingerprint
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MEMBER_EXTENSION = "priors.msgpack"
 
 
@@ -45,7 +46,7 @@ class StoredMap:
             raise ValueError(f"the codec {self.codec!r} is not one of {', '.join(CODECS)}")
         try:
             return CODECS[self.codec].decode(self.data, self.shape)
-        except (cv2.error, zlib.error) as error:
+        except cv2.error as error:
             raise ValueError(f"not {self.codec} data: {error}") from error
 
 
@@ -54,8 +55,8 @@ class Record:
     """All maps of one sample."""
 
     key: str
-    image: bytes
-    """`image_hash` of the image that the maps belong to."""
+    source: bytes
+    """`source_hash` of the sample that the maps belong to."""
     maps: dict[str, StoredMap]
     bad: str | None = None
     """Why the maps could not be computed and favour no place."""
@@ -65,7 +66,7 @@ class Record:
         content = {
             "format_version": FORMAT_VERSION,
             "key": self.key,
-            "image": self.image,
+            "source": self.source,
             "bad": self.bad,
             "maps": {name: asdict(stored) for name, stored in self.maps.items()},
         }
@@ -85,14 +86,18 @@ class Record:
                 name: StoredMap(**{**stored, "shape": tuple(stored["shape"])})
                 for name, stored in content["maps"].items()
             }
-            return Record(key=content["key"], image=content["image"], maps=maps, bad=content["bad"])
+            return Record(key=content["key"], source=content["source"], maps=maps, bad=content["bad"])
         except (KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
             raise ValueError(f"the prior maps are damaged: {error!r}") from error
 
 
-def image_hash(image: bytes) -> bytes:
-    """What binds maps to the bytes of their image."""
-    return hashlib.sha256(image).digest()[:16]
+def source_hash(sample: Sample) -> bytes:
+    """What binds maps to the bytes that they were made from: the image, and the masks and maps given with it."""
+    digest = hashlib.sha256(sample.image)
+    for name, data in sorted(sample.given.items()):
+        digest.update(f"{name} {len(data)}".encode())
+        digest.update(data)
+    return digest.digest()[:16]
 
 
 def store(prior: Extractor, map_HWC: Map) -> StoredMap:

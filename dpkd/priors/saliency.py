@@ -9,6 +9,7 @@ from pydantic import Field
 
 from dpkd.priors.codecs import JpegCodec, Map
 from dpkd.priors.extractor import grid_size, mirror
+from dpkd.priors.picture import Picture
 from dpkd.section import Section
 
 FRAME_SHARE = 0.1
@@ -31,21 +32,22 @@ class Saliency(Section):
     sharpness: float = Field(10.0, gt=0)
     stride: int = Field(4, ge=1)
 
+    name: ClassVar[str] = "saliency"
     version: ClassVar[int] = 1
     channels: ClassVar[int] = 1
     nearest: ClassVar[bool] = False
     codec: ClassVar[JpegCodec] = JpegCodec()
 
-    def map(self, image_HWC: npt.NDArray[np.uint8]) -> Map:
-        """Saliency of an RGB image, float32 HW1."""
+    def map(self, picture: Picture) -> Map:
+        """Saliency of an image, float32 HW1."""
         from dpkd.priors.minimum_barrier import barrier_distance  # noqa: PLC0415 (numba must not load with the settings)
 
-        lab_HWC = np.asarray(cv2.cvtColor(_shrink(image_HWC, self.working_px), cv2.COLOR_RGB2Lab), np.uint8)
+        lab_HWC = np.asarray(cv2.cvtColor(_shrink(picture.rgb_HWC, self.working_px), cv2.COLOR_RGB2Lab), np.uint8)
         distance_HW = _unit(barrier_distance(lab_HWC, self.passes).astype(np.float32))
         distance_HW = _unit(distance_HW + _unit(_difference_from_frame(lab_HWC)))
         saliency_HW = _unit(distance_HW * _centre_weight(*lab_HWC.shape[:2]))
         saliency_HW = 1 / (1 + np.exp(np.float32(self.sharpness) * (np.float32(0.5) - saliency_HW)))
-        height, width = grid_size(image_HWC, self.stride)
+        height, width = grid_size(picture, self.stride)
         shrinks = height < saliency_HW.shape[0]
         method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
         return cv2.resize(saliency_HW, (width, height), interpolation=method)[:, :, None]

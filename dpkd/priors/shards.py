@@ -24,9 +24,9 @@ from dpkd.errors import UserError
 from dpkd.priors import Prior
 from dpkd.priors.codecs import Map
 from dpkd.priors.extractor import fingerprint
-from dpkd.priors.record import Record, image_hash
+from dpkd.priors.record import Record, source_hash
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "priors.json"
 
 
@@ -43,7 +43,7 @@ class PriorManifest(BaseModel):
     """Fingerprint of the data set whose images the maps were made from."""
     priors: tuple[Prior, ...]
     fingerprints: dict[str, str]
-    """kind -> fingerprint of the prior, code version included."""
+    """name -> fingerprint of the prior, code version included."""
     splits: dict[str, tuple[ShardInfo, ...]]
     num_quarantined: int = 0
 
@@ -56,7 +56,7 @@ class PriorIndex:
     images: str
     """SHA-256 of the image shard."""
     fingerprints: dict[str, str]
-    """kind -> fingerprint of the prior, in the order of the settings."""
+    """name -> fingerprint of the prior, in the order of the settings."""
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     bad: tuple[tuple[str, str], ...] = ()
@@ -106,8 +106,8 @@ class PriorSet:
 
     @property
     def channels(self) -> dict[str, int]:
-        """Channels of each map, by the kind of its prior."""
-        return {prior.kind: prior.channels for prior in self.manifest.priors}
+        """Channels of each map, by name."""
+        return {prior.name: prior.channels for prior in self.manifest.priors}
 
     def split(self, name: str) -> "PriorSplit":
         """The maps of the split `name`; raises `UserError` that names the splits there are."""
@@ -124,13 +124,13 @@ class PriorSplit:
         self.url = url
         self.priors = priors
         self.shards = shards
-        self.channels = {prior.kind: prior.channels for prior in priors}
-        self._prior_of: dict[str, Prior] = {prior.kind: prior for prior in priors}
+        self.channels = {prior.name: prior.channels for prior in priors}
+        self._prior_of: dict[str, Prior] = {prior.name: prior for prior in priors}
         self._ends = list(accumulate(shard.num_samples for shard in shards))
         self._file_of: dict[int, int] = {}
 
     def read(self, i: int, sample: Sample) -> dict[str, Map]:
-        """The maps of sample `i` by kind, HWC; raises `PriorMismatch` unless they are whole and `sample`'s own."""
+        """The maps of sample `i` by name, HWC; raises `PriorMismatch` unless they are whole and `sample`'s own."""
         shard = bisect_right(self._ends, i)
         row = i - (self._ends[shard] - self.shards[shard].num_samples)
         index = self._indexes[shard]
@@ -153,7 +153,7 @@ class PriorSplit:
     def _refuse_foreign(self, record: Record, sample: Sample) -> None:
         if record.key != sample.key:
             raise ValueError(f"they belong to {record.key!r}")
-        if record.image != image_hash(sample.image):
+        if record.source != source_hash(sample):
             raise ValueError("they were made from another image of that name")
         if {name: stored.fingerprint for name, stored in record.maps.items()} != self._fingerprints:
             raise ValueError("they were made with other settings or another version")
@@ -204,8 +204,8 @@ def set_url(dataset_url: str, name: str) -> str:
 
 
 def fingerprints(priors: tuple[Prior, ...]) -> dict[str, str]:
-    """The fingerprint of each prior, by its kind."""
-    return {prior.kind: fingerprint(prior) for prior in priors}
+    """The fingerprint of each prior, by its name."""
+    return {prior.name: fingerprint(prior) for prior in priors}
 
 
 def read_manifest(url: str) -> PriorManifest | None:

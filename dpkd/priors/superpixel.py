@@ -9,6 +9,7 @@ from pydantic import Field
 
 from dpkd.priors.codecs import LabelCodec, Map
 from dpkd.priors.extractor import grid_size, mirror
+from dpkd.priors.picture import Picture
 from dpkd.section import Section
 
 
@@ -24,15 +25,16 @@ class Superpixel(Section):
     """Side of a mean region, in pixels of the image: 196 regions at 224 x 224, 28 at 84 x 84."""
     stride: int = Field(4, ge=1)
 
+    name: ClassVar[str] = "superpixel"
     version: ClassVar[int] = 1
     channels: ClassVar[int] = 1
     nearest: ClassVar[bool] = True
     codec: ClassVar[LabelCodec] = LabelCodec()
 
-    def map(self, image_HWC: npt.NDArray[np.uint8]) -> Map:
-        """Region labels of an RGB image, int32 HW1."""
-        label_HW = _regions(image_HWC, self.region_px)
-        height, width = grid_size(image_HWC, self.stride)
+    def map(self, picture: Picture) -> Map:
+        """Region labels of an image, int32 HW1."""
+        label_HW = _regions(picture, self.region_px)
+        height, width = grid_size(picture, self.stride)
         rows = _cell_centres(height, label_HW.shape[0])
         columns = _cell_centres(width, label_HW.shape[1])
         _, compact = np.unique(label_HW[np.ix_(rows, columns)], return_inverse=True)
@@ -43,14 +45,14 @@ class Superpixel(Section):
         return mirror(map_HWC)
 
 
-def _regions(image_HWC: npt.NDArray[np.uint8], region_px: int) -> npt.NDArray[np.int32]:
+def _regions(picture: Picture, region_px: int) -> npt.NDArray[np.int32]:
     """Labels of all pixels; an image of less than two regions is one."""
-    height, width = image_HWC.shape[:2]
+    height, width = picture.size
     num_regions = round(height * width / region_px**2)
     if num_regions < 2 or min(height, width) < 8:  # ScanSegment reads past its buffers where it finds no cluster
         return np.zeros((height, width), np.int32)
     segment = cv2.ximgproc.createScanSegment(width, height, num_regions, 1, True)
-    segment.iterate(cv2.cvtColor(image_HWC, cv2.COLOR_RGB2Lab))  # a fresh array: ScanSegment blurs its input in place
+    segment.iterate(picture.lab8_HWC.copy())  # a fresh array: ScanSegment blurs its input in place, locked or not
     return np.asarray(segment.getLabels(), np.int32)
 
 

@@ -19,7 +19,8 @@ from dpkd.errors import UserError
 from dpkd.pool import Pool
 from dpkd.priors import Prior
 from dpkd.priors.extractor import fingerprint
-from dpkd.priors.record import MEMBER_EXTENSION, Record, StoredMap, flat, image_hash, store
+from dpkd.priors.picture import Picture
+from dpkd.priors.record import MEMBER_EXTENSION, Record, StoredMap, flat, source_hash, store
 from dpkd.priors.shards import (
     MANIFEST_NAME,
     PriorIndex,
@@ -86,11 +87,11 @@ class _Task:
 
 
 def _refuse_duplicates(priors: tuple[Prior, ...]) -> None:
-    kinds = [prior.kind for prior in priors]
-    for kind in kinds:
-        if kinds.count(kind) > 1:
+    names = [prior.name for prior in priors]
+    for name in names:
+        if names.count(name) > 1:
             raise UserError(
-                f"prepare.priors has the kind {kind!r} {kinds.count(kind)} times, and a set holds one map of a kind: "
+                f"prepare.priors makes the map {name!r} {names.count(name)} times, and a set holds one map of a name: "
                 "leave one, or prepare the other in a set of its own (prepare.name)"
             )
 
@@ -211,15 +212,15 @@ def _records(task: _Task, *, before: dict[str, Record]) -> Iterator[Record]:
 
 def _record(sample: Sample, priors: tuple[Prior, ...], *, before: Record | None) -> Record:
     """The maps of a sample: carried over where they hold, else computed; flat, with the reason, where that fails."""
-    image = image_hash(sample.image)
-    held = before.maps if before is not None and before.image == image and before.bad is None else {}
-    missing = [prior for prior in priors if not _holds(held.get(prior.kind), prior)]
+    source = source_hash(sample)
+    held = before.maps if before is not None and before.source == source and before.bad is None else {}
+    missing = [prior for prior in priors if not _holds(held.get(prior.name), prior)]
     try:
         maps = {**held, **_compute(sample, missing)}
     except Exception as error:  # noqa: BLE001 (the one place where a bad sample is survived: it is named and counted)
         reason = f"{type(error).__name__}: {error}"
-        return Record(key=sample.key, image=image, maps={prior.kind: flat(prior) for prior in priors}, bad=reason)
-    return Record(key=sample.key, image=image, maps={prior.kind: maps[prior.kind] for prior in priors})
+        return Record(key=sample.key, source=source, maps={prior.name: flat(prior) for prior in priors}, bad=reason)
+    return Record(key=sample.key, source=source, maps={prior.name: maps[prior.name] for prior in priors})
 
 
 def _holds(stored: StoredMap | None, prior: Prior) -> bool:
@@ -230,5 +231,5 @@ def _compute(sample: Sample, priors: list[Prior]) -> dict[str, StoredMap]:
     """The maps of `priors` for a sample, which is not decoded where there are none to compute."""
     if not priors:
         return {}
-    image_HWC = decode_image(sample.image)
-    return {prior.kind: store(prior, prior.map(image_HWC)) for prior in priors}
+    picture = Picture(decode_image(sample.image), given=sample.given)
+    return {prior.name: store(prior, prior.map(picture)) for prior in priors}

@@ -13,6 +13,7 @@ from dpkd.priors import DEFAULT_PRIORS, Prior
 from dpkd.priors.edge import Edge
 from dpkd.priors.extractor import fingerprint
 from dpkd.priors.hog import Hog
+from dpkd.priors.picture import Picture
 
 KINDS = get_args(get_args(Prior)[0])
 every_prior = pytest.mark.parametrize("prior", [kind() for kind in KINDS], ids=lambda prior: prior.kind)
@@ -32,7 +33,7 @@ KNOWN = {
 def test_images_of_any_size_have_a_map_of_the_right_type_and_range(prior, size):
     image_HWC = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     before_HWC = image_HWC.copy()
-    map_HWC = prior.map(image_HWC)
+    map_HWC = prior.map(Picture(image_HWC))
     assert map_HWC.ndim == 3
     assert map_HWC.shape[2] == prior.channels
     assert map_HWC.dtype == (np.int32 if prior.nearest else np.float32)
@@ -45,29 +46,32 @@ def test_images_of_any_size_have_a_map_of_the_right_type_and_range(prior, size):
 def test_grids_grow_with_the_image(prior):
     image_HWC = np.zeros((84, 224, 3), np.uint8)
     expected = (10, 28) if prior.kind == "hog" else (21, 56)
-    assert prior.map(image_HWC).shape[:2] == expected
+    assert prior.map(Picture(image_HWC)).shape[:2] == expected
 
 
 @every_prior
 def test_the_same_image_has_the_same_map_every_time(prior, scene):
-    first_HWC = prior.map(scene)
-    prior.map(255 - scene)
-    np.testing.assert_array_equal(prior.map(scene), first_HWC)
+    first_HWC = prior.map(Picture(scene))
+    prior.map(Picture(255 - scene))
+    np.testing.assert_array_equal(prior.map(Picture(scene)), first_HWC)
 
 
 @every_prior
 def test_the_flipped_map_is_the_map_of_the_mirrored_image(prior, scene):
-    flipped_HWC, expected_HWC = prior.flip(prior.map(scene)), prior.map(np.ascontiguousarray(scene[:, ::-1]))
+    flipped_HWC, expected_HWC = (
+        prior.flip(prior.map(Picture(scene))),
+        prior.map(Picture(np.ascontiguousarray(scene[:, ::-1]))),
+    )
     if prior.nearest:  # labels mean nothing beyond their image: only the mirroring itself is defined
-        np.testing.assert_array_equal(flipped_HWC, prior.map(scene)[:, ::-1])
+        np.testing.assert_array_equal(flipped_HWC, prior.map(Picture(scene))[:, ::-1])
     else:
         np.testing.assert_allclose(flipped_HWC, expected_HWC, atol=0.02 if prior.kind == "saliency" else 2e-3)
-    np.testing.assert_array_equal(prior.flip(flipped_HWC), prior.map(scene))
+    np.testing.assert_array_equal(prior.flip(flipped_HWC), prior.map(Picture(scene)))
 
 
 @every_prior
 def test_the_stored_map_is_close_to_the_computed_one(prior, scene):
-    map_HWC = prior.map(scene)
+    map_HWC = prior.map(Picture(scene))
     back_HWC = prior.codec.decode(prior.codec.encode(map_HWC), map_HWC.shape)
     assert back_HWC.dtype == map_HWC.dtype
     assert np.abs(back_HWC - map_HWC).mean() <= (0 if prior.nearest else 0.02)
@@ -76,7 +80,7 @@ def test_the_stored_map_is_close_to_the_computed_one(prior, scene):
 @every_prior
 def test_another_map_from_the_same_settings_has_another_version(prior, scene):
     version, mean, deviation = KNOWN[prior.kind]
-    map_HWC = prior.map(scene)
+    map_HWC = prior.map(Picture(scene))
     assert prior.version == version
     np.testing.assert_allclose((map_HWC.mean(), map_HWC.std()), (mean, deviation), rtol=5e-3)
 

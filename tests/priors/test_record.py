@@ -5,18 +5,19 @@ import webdataset
 
 from dpkd.priors.edge import Edge
 from dpkd.priors.hog import Hog
-from dpkd.priors.record import Record, flat, image_hash, store
+from dpkd.priors.picture import Picture
+from dpkd.priors.record import Record, flat, store
 from tests.prior_cases import draw_images, pack_folder, prepare_all
 
 
 def test_a_record_comes_back_as_it_was(scene):
-    maps = {"edge": store(Edge(), Edge().map(scene)), "hog": flat(Hog())}
-    record = Record(key="a/b", image=image_hash(b"image"), maps=maps, bad="why")
+    maps = {"edge": store(Edge(), Edge().map(Picture(scene))), "hog": flat(Hog())}
+    record = Record(key="a/b", source=b"0123456789abcdef", maps=maps, bad="why")
     assert Record.from_bytes(record.to_bytes()) == record
 
 
 def test_no_changed_byte_goes_unseen():
-    record = Record(key="k", image=image_hash(b"image"), maps={"hog": flat(Hog())})
+    record = Record(key="k", source=b"0123456789abcdef", maps={"hog": flat(Hog())})
     data = bytearray(record.to_bytes())
     for at in range(len(data)):
         for change in (0x01, 0x80, 0xFF):

@@ -10,6 +10,7 @@ from dpkd.data.images import decode_image
 from dpkd.data.shards import Dataset
 from dpkd.errors import UserError
 from dpkd.priors.edge import Edge
+from dpkd.priors.picture import Picture
 from dpkd.priors.shards import PriorMismatch, PriorSet
 from tests.prior_cases import ALL, draw_images, pack_folder, prepare_all
 
@@ -39,7 +40,7 @@ def test_every_sample_has_the_maps_of_its_own_image(prepared):
             served = maps.read(i, sample)
             assert list(served) == [prior.kind for prior in ALL]
             for prior in ALL:
-                expected_HWC = prior.map(decode_image(sample.image))
+                expected_HWC = prior.map(Picture(decode_image(sample.image)))
                 assert np.abs(served[prior.kind] - expected_HWC).mean() <= (0 if prior.nearest else 0.03)
 
 

@@ -252,7 +252,7 @@ def test_shards_that_the_data_set_no_longer_has_are_removed(dataset, tmp_path):
 
 
 def test_two_priors_of_one_kind_are_refused(dataset):
-    with pytest.raises(UserError, match=r"prepare\.priors has the kind 'edge' 2 times.*prepare\.name"):
+    with pytest.raises(UserError, match=r"prepare\.priors makes the map 'edge' 2 times.*prepare\.name"):
         prepare_all(dataset, priors=(Edge(), Edge(stride=2)))
 
 
