@@ -9,7 +9,7 @@
 
 import os
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -25,6 +25,7 @@ from dpkd.priors import Prior
 from dpkd.priors.codecs import Map
 from dpkd.priors.extractor import fingerprint
 from dpkd.priors.record import Record, source_hash
+from dpkd.priors.statistics import Moments
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "priors.json"
@@ -32,6 +33,14 @@ MANIFEST_NAME = "priors.json"
 
 class PriorMismatch(UserError):
     """Maps that are damaged, or belong to another image or another prior: they are not served."""
+
+
+class ChannelStatistics(BaseModel):
+    """Mean and standard deviation of each channel of a map, over the cells of all samples that have it."""
+
+    model_config = ConfigDict(frozen=True)
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
 
 
 class PriorManifest(BaseModel):
@@ -44,6 +53,8 @@ class PriorManifest(BaseModel):
     priors: tuple[Prior, ...]
     fingerprints: dict[str, str]
     """name -> fingerprint of the prior, code version included."""
+    statistics: dict[str, ChannelStatistics]
+    """name -> statistics of the map as it is read; region labels have none, nor has a map that no sample has."""
     splits: dict[str, tuple[ShardInfo, ...]]
     num_quarantined: int = 0
 
@@ -59,12 +70,15 @@ class PriorIndex:
     """name -> fingerprint of the prior, in the order of the settings."""
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
+    moments: dict[str, Moments]
+    """name -> moments of the map's channels, without region labels and the samples in `bad`."""
     bad: tuple[tuple[str, str], ...] = ()
     """(key, reason) of samples whose maps are flat."""
 
     def to_bytes(self) -> bytes:
         """The file's content."""
-        content = {"format_version": FORMAT_VERSION, **vars(self), "shard": self.shard.model_dump()}
+        moments = {name: astuple(each) for name, each in self.moments.items()}
+        content = {"format_version": FORMAT_VERSION, **vars(self), "shard": self.shard.model_dump(), "moments": moments}
         packed = msgpack.packb(content)
         assert isinstance(packed, bytes)
         return packed
@@ -76,7 +90,8 @@ class PriorIndex:
             content: dict[str, Any] = msgpack.unpackb(data, use_list=False)
             if content.pop("format_version") != FORMAT_VERSION:
                 raise ValueError("another format version")
-            return PriorIndex(**{**content, "shard": ShardInfo(**content["shard"])})
+            moments = {name: Moments(*each) for name, each in content["moments"].items()}
+            return PriorIndex(**{**content, "shard": ShardInfo(**content["shard"]), "moments": moments})
         except (KeyError, TypeError, AttributeError, msgpack.UnpackException, ValueError) as error:
             raise ValueError(f"not the index of a prior shard: {error!r}") from error
 

@@ -23,6 +23,7 @@ from dpkd.priors.picture import Picture
 from dpkd.priors.record import MEMBER_EXTENSION, Record, StoredMap, flat, source_hash, store
 from dpkd.priors.shards import (
     MANIFEST_NAME,
+    ChannelStatistics,
     PriorIndex,
     PriorManifest,
     PriorSet,
@@ -30,6 +31,7 @@ from dpkd.priors.shards import (
     read_manifest,
     set_url,
 )
+from dpkd.priors.statistics import Moments
 from dpkd.report.quarantine import Quarantine
 from dpkd.stages.settings import PrepareSettings
 
@@ -118,9 +120,23 @@ def _manifest(dataset: Dataset, priors: tuple[Prior, ...], indexes: list[PriorIn
         dataset=dataset.manifest.fingerprint,
         priors=priors,
         fingerprints=fingerprints(priors),
+        statistics=_statistics(priors, indexes),
         splits={name: tuple(next(shards).shard for _ in info.shards) for name, info in dataset.manifest.splits.items()},
         num_quarantined=sum(len(index.bad) for index in indexes),
     )
+
+
+def _statistics(priors: tuple[Prior, ...], indexes: list[PriorIndex]) -> dict[str, ChannelStatistics]:
+    totals = {
+        prior.name: sum((index.moments[prior.name] for index in indexes), Moments.zero(prior.channels))
+        for prior in priors
+        if not prior.nearest
+    }
+    return {
+        name: ChannelStatistics(mean=tuple(total.mean_C.tolist()), deviation=tuple(total.deviation_C.tolist()))
+        for name, total in totals.items()
+        if total.count
+    }
 
 
 def _remove_unlisted(url: str, manifest: PriorManifest) -> None:
@@ -184,10 +200,14 @@ def _make_shard(task: _Task, *, before: dict[str, Record]) -> tuple[PriorIndex, 
     file = io.BytesIO()
     tar = TarWriter(file)
     members, bad = [], []
+    moments = {prior.name: Moments.zero(prior.channels) for prior in task.priors if not prior.nearest}
     for record in _records(task, before=before):
         members.append(tar.add(f"{record.key}.{MEMBER_EXTENSION}", record.to_bytes()))
         if record.bad is not None:
             bad.append((record.key, record.bad))
+            continue
+        for name in moments:
+            moments[name] += Moments.of(record.maps[name].decode())
     tar.finish()
     data = file.getvalue()
     shard = ShardInfo(
@@ -199,6 +219,7 @@ def _make_shard(task: _Task, *, before: dict[str, Record]) -> tuple[PriorIndex, 
         fingerprints=fingerprints(task.priors),
         offsets=tuple(member.offset for member in members),
         sizes=tuple(member.size for member in members),
+        moments=moments,
         bad=tuple(bad),
     )
     return index, data
