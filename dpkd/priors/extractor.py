@@ -1,6 +1,7 @@
 """What every prior can do, and the few things that several of them need: a fingerprint, the grid, a mirror."""
 
 import hashlib
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -45,7 +46,10 @@ class Extractor(Protocol):
     def model_dump_json(self) -> str:
         """The settings as JSON."""
 
+    def __hash__(self) -> int: ...
 
+
+@lru_cache(maxsize=256)
 def fingerprint(prior: Extractor) -> str:
     """Identifies what `prior` computes, by its settings and code version; 16 hex digits."""
     return hashlib.sha256(f"{prior.model_dump_json()} version {prior.version}".encode()).hexdigest()[:16]
