@@ -146,16 +146,22 @@ class PriorSplit:
 
     def read(self, i: int, sample: Sample) -> dict[str, Map]:
         """The maps of sample `i` by name, HWC; raises `PriorMismatch` unless they are whole and `sample`'s own."""
-        shard = bisect_right(self._ends, i)
-        row = i - (self._ends[shard] - self.shards[shard].num_samples)
+        record = self.record(i, sample)
+        try:
+            return {name: stored.decode() for name, stored in record.maps.items()}
+        except ValueError as error:
+            raise self._mismatch(i, sample, error) from error
+
+    def record(self, i: int, sample: Sample) -> Record:
+        """The maps of sample `i` as they are stored; raises `PriorMismatch` unless they are `sample`'s own."""
+        shard, row = self._locate(i)
         index = self._indexes[shard]
         try:
             record = Record.from_bytes(os.pread(self._file(shard), index.sizes[row], index.offsets[row]))
             self._refuse_foreign(record, sample)
-            return {name: stored.decode() for name, stored in record.maps.items()}
         except ValueError as error:
-            place = storage.join(self.url, self.shards[shard].name)
-            raise PriorMismatch(f"{place}, maps of {sample.key!r}: {error}; run the prepare stage again") from error
+            raise self._mismatch(i, sample, error) from error
+        return record
 
     def nearest(self, name: str) -> bool:
         """Whether the map holds labels, so that resampling must take the nearest one."""
@@ -164,6 +170,15 @@ class PriorSplit:
     def flip(self, name: str, map_HWC: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The map of the mirrored image."""
         return self._prior_of[name].flip(map_HWC)
+
+    def _locate(self, i: int) -> tuple[int, int]:
+        """(shard number, position in the shard) of sample `i`."""
+        shard = bisect_right(self._ends, i)
+        return shard, i - (self._ends[shard] - self.shards[shard].num_samples)
+
+    def _mismatch(self, i: int, sample: Sample, error: ValueError) -> PriorMismatch:
+        place = storage.join(self.url, self.shards[self._locate(i)[0]].name)
+        return PriorMismatch(f"{place}, maps of {sample.key!r}: {error}; run the prepare stage again")
 
     def _refuse_foreign(self, record: Record, sample: Sample) -> None:
         if record.key != sample.key:
