@@ -155,9 +155,9 @@ class PriorSplit:
     def record(self, i: int, sample: Sample) -> Record:
         """The maps of sample `i` as they are stored; raises `PriorMismatch` unless they are `sample`'s own."""
         shard, row = self._locate(i)
-        index = self._indexes[shard]
+        index, file = self._indexes[shard], self._file(shard)
         try:
-            record = Record.from_bytes(os.pread(self._file(shard), index.sizes[row], index.offsets[row]))
+            record = Record.from_bytes(os.pread(file, index.sizes[row], index.offsets[row]))
             self._refuse_foreign(record, sample)
         except ValueError as error:
             raise self._mismatch(i, sample, error) from error
