@@ -3,7 +3,8 @@
 dpkd pretrain --config FILE      the whole run, as `python -m dpkd.pretrain`
 dpkd pack|prepare|evaluate|export --config FILE     one stage of it
 dpkd plan --config FILE          what would run, checking the settings
-dpkd inspect DATASET             what a packed data set holds, its files checked against their hashes
+dpkd inspect DATASET             what a packed data set and its prior sets hold, every file and map checked
+dpkd inspect DATASET --picture FILE.png [KEY ...]   samples with all their maps as one picture
 dpkd doctor                      whether this machine has what training needs
 """
 
@@ -11,10 +12,11 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from dpkd import __version__, pretrain
 from dpkd.doctor import doctor
-from dpkd.inspection import inspect_dataset
+from dpkd.inspection import draw_samples, inspect_dataset
 from dpkd.plan import STAGES, left_to_do, say_plan
 from dpkd.settings import Settings, load_settings
 from dpkd.stages.record import RunFolder
@@ -54,7 +56,10 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    inspect_dataset(options.dataset)
+    if options.picture is not None:
+        draw_samples(options.dataset, options.picture, set_name=options.set, keys=options.keys)
+    else:
+        inspect_dataset(options.dataset)
 
 
 def _doctor(_: argparse.Namespace) -> None:
@@ -70,8 +75,13 @@ def _parser() -> argparse.ArgumentParser:
     for name, purpose in ONE_STAGE.items():
         _configured(verbs.add_parser(name, help=purpose), _one_stage)
     _configured(verbs.add_parser("plan", help="what would run; checks the settings"), _plan)
-    inspect = verbs.add_parser("inspect", help="what a packed data set holds, checked against its hashes")
+    inspect = verbs.add_parser(
+        "inspect", help="what a data set and its priors hold, all checked; or a picture of samples"
+    )
     inspect.add_argument("dataset", metavar="DATASET", help="folder or URL of the shards")
+    inspect.add_argument("keys", nargs="*", metavar="KEY", help="samples to draw; none takes a few of all splits")
+    inspect.add_argument("--picture", type=Path, metavar="FILE.png", help="draw samples with all their maps instead")
+    inspect.add_argument("--set", default="default", metavar="NAME", help="prior set to draw from")
     inspect.set_defaults(act=_inspect)
     verbs.add_parser("doctor", help="whether this machine has what training needs").set_defaults(act=_doctor)
     return parser

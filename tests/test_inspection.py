@@ -1,0 +1,96 @@
+"""What `dpkd inspect` says of data sets and prior sets, whole and damaged."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from dpkd import cli
+from dpkd.data.shards import Dataset, read_index
+from dpkd.errors import UserError
+from dpkd.inspection import draw_samples, inspect_dataset, prior_sets
+from dpkd.priors.record import Record
+from dpkd.priors.shards import MANIFEST_NAME, PriorIndex
+from dpkd.storage import digest
+from tests.prior_cases import draw_images, pack_folder, prepare_all
+
+
+@pytest.fixture
+def dataset(tmp_path) -> Dataset:
+    """Fifteen images in two splits, with a prior set of four maps."""
+    packed = pack_folder(draw_images(tmp_path / "images"), tmp_path / "shards")
+    prepare_all(packed)
+    return packed
+
+
+def test_a_whole_data_set_is_counted_with_its_maps(dataset, capsys):
+    inspect_dataset(dataset.url)
+    said = capsys.readouterr().out
+    assert "every shard is as its manifest says" in said
+    assert "prior set default: 0 of 15 samples have flat maps" in said
+    assert "every sample has its 4 maps, each of its own image and readable" in said
+    mean = prepare_all(dataset).manifest.statistics["saliency"].mean[0]
+    (row,) = [line for line in said.splitlines() if "│ saliency" in line]
+    assert f"{mean:.2f}" in row
+
+
+def test_a_data_set_without_maps_is_inspected_too(tmp_path, capsys):
+    packed = pack_folder(draw_images(tmp_path / "images"), tmp_path / "shards")
+    inspect_dataset(packed.url)
+    assert prior_sets(packed.url) == []
+    assert "prior set" not in capsys.readouterr().out
+
+
+def test_each_damaged_or_missing_shard_is_named(dataset):
+    (Path(dataset.url) / "train-000000.tar").write_bytes(b"other")
+    (Path(dataset.url) / "train-000002.tar").unlink()
+    with pytest.raises(
+        UserError, match=r"train-000000\.tar has another sha256.*train-000002\.tar is missing.*pack again"
+    ):
+        inspect_dataset(dataset.url)
+
+
+def test_a_damaged_prior_shard_is_named(dataset):
+    path = Path(dataset.url) / "priors/default/test-000000.tar"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"priors/default: test-000000\.tar has another sha256.*prepare stage again"):
+        inspect_dataset(dataset.url)
+
+
+def test_maps_of_another_image_are_found_though_every_hash_is_right(dataset):
+    """Exchanges two samples' bytes of equal size in the prior shard, and makes index and manifest vouch for it."""
+    folder = Path(dataset.url) / "priors/default"
+    tar, place = folder / "train-000000.tar", folder / "train-000000.index.msgpack"
+    index, data = PriorIndex.from_bytes(place.read_bytes()), bytearray(tar.read_bytes())
+    key = read_index(dataset.url, dataset.manifest.splits["train"].shards[0]).keys[1]
+    first = data[index.offsets[0] : index.offsets[0] + index.sizes[0]]
+    record = Record.from_bytes(bytes(first))
+    foreign = Record(key=record.key, source=b"x" * 16, maps=record.maps, bad=None).to_bytes()
+    assert len(foreign) == len(first)
+    data[index.offsets[0] : index.offsets[0] + index.sizes[0]] = foreign
+    shard = index.shard.model_copy(update={"sha256": digest(bytes(data))})
+    tar.write_bytes(data)
+    place.write_bytes(PriorIndex(**{**vars(index), "shard": shard}).to_bytes())
+    manifest = folder / MANIFEST_NAME
+    manifest.write_text(manifest.read_text().replace(index.shard.sha256, shard.sha256))
+    with pytest.raises(UserError, match=f"maps of '{record.key}': they were made from another image") as error:
+        inspect_dataset(dataset.url)
+    assert key not in str(error.value)
+
+
+def test_a_picture_has_a_row_for_each_key_that_is_asked_for(dataset, tmp_path):
+    few, more = tmp_path / "few.png", tmp_path / "new/more.png"
+    draw_samples(dataset.url, few, set_name="default", keys=["test/disc/1", "train/bar/3"])
+    assert cli.main(["inspect", dataset.url, "--picture", str(more)]) == 0
+    heights = [cv2.imread(str(path)).shape[0] for path in (few, more)]
+    assert np.isclose((heights[1] - heights[0]), (heights[0] - 20))  # four rows and two, under one line of titles
+
+
+def test_an_unknown_key_set_or_picture_format_is_refused_by_name(dataset, tmp_path):
+    with pytest.raises(UserError, match=r"no sample 'test/disc/9'"):
+        draw_samples(dataset.url, tmp_path / "p.png", set_name="default", keys=["test/disc/9"])
+    with pytest.raises(UserError, match="priors/other"):
+        draw_samples(dataset.url, tmp_path / "p.png", set_name="other")
+    with pytest.raises(UserError, match=r"p\.txt.*\.png"):
+        draw_samples(dataset.url, tmp_path / "p.txt", set_name="default")
