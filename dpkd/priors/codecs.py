@@ -53,7 +53,9 @@ class JpegCodec:
 
     def encode(self, map_HWC: Map) -> bytes:
         """The map as a JPEG file."""
-        return _encode_image(".jpg", _quantise(map_HWC, 255), (cv2.IMWRITE_JPEG_QUALITY, self.quality))
+        return _encode_image(
+            ".jpg", _quantise(map_HWC, 255), (cv2.IMWRITE_JPEG_QUALITY, self.quality, cv2.IMWRITE_JPEG_OPTIMIZE, 1)
+        )
 
     def decode(self, data: bytes, shape: Shape) -> npt.NDArray[np.float32]:
         """The map as float32 in [0, 1]."""

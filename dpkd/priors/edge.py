@@ -4,15 +4,13 @@ from typing import ClassVar, Literal
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 from pydantic import Field
 
+from dpkd.priors.cells import cell_means
 from dpkd.priors.codecs import JpegCodec, Map
 from dpkd.priors.extractor import grid_size, mirror
 from dpkd.priors.picture import Picture
 from dpkd.section import Section
-
-Image = npt.NDArray[np.float32]
 
 FULL_SCALE = 64.0
 """Edge strength, in units of Lab, that is stored as 1."""
@@ -42,28 +40,18 @@ class Edge(Section):
 
     def map(self, picture: Picture) -> Map:
         """Edge strength of an image, float32 HW1."""
+        from dpkd.priors.edge_strength import add_edge_strength  # noqa: PLC0415 (numba must not load with the settings)
+
         if self.smooth:
             picture = Picture(np.asarray(cv2.ximgproc.dtFilter(picture.rgb_HWC, picture.rgb_HWC, 20, 60), np.uint8))
-        weights_C = (1.0, self.chroma, self.chroma)
-        total_HW = sum(_strength(picture.lab_HWC, scale, weights_C) for scale in self.scales)
+        weights = (1.0, self.chroma, self.chroma)
+        planes, total_HW = cv2.split(picture.lab_HWC), np.zeros(picture.size, np.float32)
+        for scale in self.scales:
+            smooth = [np.asarray(cv2.GaussianBlur(plane_HW, (0, 0), scale), np.float32) for plane_HW in planes]
+            add_edge_strength(smooth, weights=weights, scale=scale, total_HW=total_HW)
         strength_HW = np.sqrt(np.minimum(total_HW * np.float32(1 / (FULL_SCALE * len(self.scales))), np.float32(1)))
-        height, width = grid_size(picture, self.stride)
-        return cv2.resize(strength_HW, (width, height), interpolation=cv2.INTER_AREA)[:, :, None]
+        return cell_means(strength_HW, grid_size(picture, self.stride))
 
     def flip(self, map_HWC: Map) -> Map:
         """The map of the mirrored image."""
         return mirror(map_HWC)
-
-
-def _strength(lab_HWC: Image, scale: float, weights_C: tuple[float, ...]) -> Image:
-    """Square root of the larger eigenvalue of the structure tensor, times the scale; HW."""
-    smooth_HWC = cv2.GaussianBlur(lab_HWC, (0, 0), scale)
-    dx_HWC = cv2.sepFilter2D(smooth_HWC, -1, np.array([-0.5, 0, 0.5]), np.array([1.0]))
-    dy_HWC = cv2.sepFilter2D(smooth_HWC, -1, np.array([1.0]), np.array([-0.5, 0, 0.5]))
-    square_1C = np.square(np.array([weights_C], np.float32))
-    product_HWC = smooth_HWC  # its memory: fresh memory costs more than the arithmetic
-    xx_HW = cv2.transform(cv2.multiply(dx_HWC, dx_HWC, product_HWC), square_1C)
-    yy_HW = cv2.transform(cv2.multiply(dy_HWC, dy_HWC, product_HWC), square_1C)
-    xy_HW = cv2.transform(cv2.multiply(dx_HWC, dy_HWC, product_HWC), square_1C)
-    root_HW = cv2.magnitude(cv2.subtract(xx_HW, yy_HW), 2 * xy_HW)
-    return np.float32(scale) * np.sqrt((xx_HW + yy_HW + root_HW) * np.float32(0.5))

@@ -4,6 +4,13 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import pytest
+from skimage import data
+
+
+@pytest.fixture(scope="session")
+def photograph() -> npt.NDArray[np.uint8]:
+    """A photograph, 256 x 192 px: an astronaut, which scikit-image brings along (NASA, public domain)."""
+    return np.ascontiguousarray(data.astronaut()[:384:2, :512:2])
 
 
 @pytest.fixture(scope="session")

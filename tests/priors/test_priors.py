@@ -22,10 +22,29 @@ every_prior = pytest.mark.parametrize("prior", [kind() for kind in KINDS], ids=l
 # maps made before are not taken for maps made after.
 KNOWN = {
     "edge": (1, 0.4261, 0.2367),
-    "saliency": (1, 0.1260, 0.2676),
+    "orientation": (1, 0.4458, 0.3696),
     "superpixel": (1, 10.3073, 6.2524),
+    "saliency": (1, 0.1260, 0.2676),
+    "lbp": (1, 0.3048, 0.0842),
+    "gabor": (1, 0.1355, 0.0548),
+    "colour": (1, 0.3276, 0.2132),
+    "ridge": (1, 0.1466, 0.0643),
     "hog": (1, 0.2853, 0.1724),
+    "hue": (1, 0.0858, 0.0938),
+    "symmetry": (1, 0.0395, 0.0356),
+    "glcm": (1, 0.5464, 0.3829),
 }
+
+
+STRIDE = dict.fromkeys(("edge", "saliency", "superpixel"), 4)
+STRIDE |= dict.fromkeys(("hog", "ridge", "symmetry"), 8)
+STRIDE |= dict.fromkeys(("orientation", "lbp", "gabor", "colour", "hue", "glcm"), 16)
+
+# How far the map of a crop, well within it, is from the crop of the map, and the map of the image under a darker or
+# bluer light from the map under plain light: mean absolute differences, None where nothing is promised.
+CROP = {"saliency": None, "superpixel": None, "gabor": 0.03, "edge": 0.01, "symmetry": 0.02}
+DARKER = {"edge": 0.1, "orientation": 0.03, "lbp": 0.08, "hog": 0.03, "hue": 0.05, "superpixel": None, "saliency": 0.1}
+BLUER = {"edge": 0.1, "orientation": 0.06, "lbp": 0.12, "hog": 0.06, "gabor": 0.06, "ridge": 0.06, "glcm": 0.1}
 
 
 @every_prior
@@ -45,8 +64,8 @@ def test_images_of_any_size_have_a_map_of_the_right_type_and_range(prior, size):
 @every_prior
 def test_grids_grow_with_the_image(prior):
     image_HWC = np.zeros((84, 224, 3), np.uint8)
-    expected = (10, 28) if prior.kind == "hog" else (21, 56)
-    assert prior.map(Picture(image_HWC)).shape[:2] == expected
+    stride = STRIDE[prior.kind]
+    assert prior.map(Picture(image_HWC)).shape[:2] == (round(84 / stride), 224 // stride)
 
 
 @every_prior
@@ -66,7 +85,33 @@ def test_the_flipped_map_is_the_map_of_the_mirrored_image(prior, scene):
         np.testing.assert_array_equal(flipped_HWC, prior.map(Picture(scene))[:, ::-1])
     else:
         np.testing.assert_allclose(flipped_HWC, expected_HWC, atol=0.02 if prior.kind == "saliency" else 2e-3)
-    np.testing.assert_array_equal(prior.flip(flipped_HWC), prior.map(Picture(scene)))
+    np.testing.assert_allclose(prior.flip(flipped_HWC), prior.map(Picture(scene)), atol=1e-6)
+
+
+@every_prior
+def test_the_map_of_a_crop_is_the_crop_of_the_map_away_from_the_frame(prior, photograph):
+    tolerance = CROP.get(prior.kind, 1e-3)
+    if tolerance is None:
+        pytest.skip("looks at the whole image")
+    whole_HWC, part_HWC = prior.map(Picture(photograph)), prior.map(Picture(photograph[32:160, 64:224].copy()))
+    stride = STRIDE[prior.kind]
+    margin = -(-32 // stride)
+    expected_HWC = whole_HWC[32 // stride : 160 // stride, 64 // stride : 224 // stride][margin:-margin, margin:-margin]
+    assert np.abs(part_HWC[margin:-margin, margin:-margin] - expected_HWC).mean() <= tolerance
+
+
+@every_prior
+@pytest.mark.parametrize(
+    ("light", "promise"), [((0.6, 0.6, 0.6), DARKER), ((0.8, 0.9, 1.0), BLUER)], ids=["darker", "bluer"]
+)
+def test_another_light_changes_the_map_no_more_than_the_prior_promises(prior, photograph, light, promise):
+    if promise.get(prior.kind) is None:
+        pytest.skip("measures light or colour itself")
+    lit_HWC = np.rint(photograph * np.float32(light)).astype(np.uint8)
+    difference = np.abs(prior.map(Picture(lit_HWC)) - prior.map(Picture(photograph))).mean()
+    other = np.abs(prior.map(Picture(photograph[::-1].copy())) - prior.map(Picture(photograph))).mean()
+    assert difference <= promise[prior.kind]
+    assert difference < other
 
 
 @every_prior

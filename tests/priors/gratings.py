@@ -1,0 +1,19 @@
+"""Drawn pictures whose structure is known."""
+
+import numpy as np
+import numpy.typing as npt
+
+from dpkd.priors.picture import Picture
+
+
+def picture_of(grey_HW: npt.NDArray[np.floating]) -> Picture:
+    """A grey picture with these levels."""
+    return Picture(np.repeat(np.rint(np.clip(grey_HW, 0, 255)).astype(np.uint8)[:, :, None], 3, axis=2))
+
+
+def grating(degrees: float, *, wavelength_px: float, size: int = 96, amplitude: float = 60.0) -> Picture:
+    """A wave that runs along `degrees` from x towards y, y down."""
+    y_HW, x_HW = np.mgrid[:size, :size]
+    angle = np.radians(degrees)
+    phase_HW = 2 * np.pi * (x_HW * np.cos(angle) + y_HW * np.sin(angle)) / wavelength_px
+    return picture_of(127 + amplitude * np.sin(phase_HW))

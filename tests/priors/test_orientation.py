@@ -1,0 +1,34 @@
+import numpy as np
+import pytest
+from skimage import feature
+
+from dpkd.priors.orientation import NOISE, Orientation
+from dpkd.priors.picture import Picture
+from tests.priors.gratings import grating, picture_of
+
+
+@pytest.mark.parametrize("degrees", [0, 22.5, 45, 90, 120, 157.5])
+def test_a_grating_is_coherent_and_its_direction_is_found(degrees):
+    coherence, cos, sin = Orientation().map(grating(degrees, wavelength_px=12))[1:-1, 1:-1].mean((0, 1))
+    assert coherence > 0.95
+    found = np.degrees(np.arctan2(2 * sin - 1, 2 * cos - 1)) / 2 % 180
+    assert abs((found - degrees + 90) % 180 - 90) < 2
+
+
+def test_cells_agree_with_the_structure_tensor_of_scikit_image(photograph):
+    picture = Picture(photograph)
+    grey_HW = picture.grey8_HW.astype(np.float64)
+    yy_HW, xy_HW, xx_HW = feature.structure_tensor(grey_HW, sigma=1e-3, mode="reflect", order="rc")
+    tensors = [each.reshape(12, 16, 16, 16).mean((1, 3)) for each in (xx_HW, yy_HW, xy_HW)]
+    xx, yy, xy = tensors  # scikit-image's Sobel gives the slope itself
+    length = np.hypot(xx - yy, 2 * xy)
+    found_HWC = Orientation().map(picture)
+    np.testing.assert_allclose(found_HWC[:, :, 0], length / (xx + yy + NOISE), atol=0.03)
+    clear = length > 10 * NOISE
+    np.testing.assert_allclose(2 * found_HWC[:, :, 1][clear] - 1, ((xx - yy) / length)[clear], atol=0.08)
+    np.testing.assert_allclose(2 * found_HWC[:, :, 2][clear] - 1, (2 * xy / length)[clear], atol=0.08)
+
+
+def test_an_even_cell_has_no_coherence_and_no_direction():
+    map_HWC = Orientation().map(picture_of(np.full((32, 32), 90.0)))
+    np.testing.assert_allclose(map_HWC, np.broadcast_to([0, 0.5, 0.5], map_HWC.shape), atol=1e-6)
