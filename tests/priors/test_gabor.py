@@ -29,7 +29,8 @@ def test_amplitudes_agree_with_the_gabor_kernels_of_scikit_image(photograph, deg
     found_HW = Gabor().map(picture)[:, :, degrees // 45] ** 2 * FULL_SCALE
     unclipped = expected_HW < 0.9 * FULL_SCALE
     assert np.corrcoef(found_HW[unclipped], expected_HW[unclipped])[0, 1] > 0.995
-    assert found_HW[unclipped].sum() == pytest.approx(expected_HW[unclipped].sum(), rel=0.05)
+    # scikit-image cuts a slanted kernel at 2.2 deviations
+    assert found_HW[unclipped].sum() == pytest.approx(expected_HW[unclipped].sum(), rel=0.08)
 
 
 def test_even_light_has_no_texture():
