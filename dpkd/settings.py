@@ -9,7 +9,8 @@ from pydantic import ValidationError, model_validator
 from dpkd.data.settings import ClassSplits, FractionSplits, GivenSplits
 from dpkd.errors import UserError
 from dpkd.models.settings import FigureGroundPooling, ModelSettings
-from dpkd.objectives.settings import MaskedPrior, PatchDistillation, StudentObjective, TeacherObjective
+from dpkd.objectives.settings import StudentObjective, TeacherObjective, maps_taken
+from dpkd.priors.derived import DERIVED, derivable
 from dpkd.section import Section
 from dpkd.settings_errors import explain
 from dpkd.stages.settings import (
@@ -127,20 +128,22 @@ def _position(items: list[Any], name: str, override: str) -> int:
 
 
 def _priors_are_prepared(settings: Settings) -> None:
-    prepared = {prior.name for prior in settings.prepare.priors}
-    regions = {prior.name for prior in settings.prepare.priors if prior.nearest}
-    vectors = {prior.name for prior in settings.prepare.priors if prior.channels > 1}
+    prepared = {prior.name: prior for prior in settings.prepare.priors}
+    derived = derivable(prepared)
     for key, name in _priors_used(settings):
-        if name in regions:
-            raise ValueError(f"{key}: {name!r} holds region labels, which are no amounts to predict or weigh by")
-        if name in vectors and key.endswith(".pooling"):
-            raise ValueError(
-                f"{key}: {name!r} has several channels; patches are weighed by one amount, as of 'saliency'"
-            )
+        if name in derived:
+            continue
         if name not in prepared:
+            missing = [each for each in DERIVED[name].needs if each not in prepared] if name in DERIVED else [name]
             raise ValueError(
                 f"{key} uses the prior {name!r}; prepare.priors makes {', '.join(sorted(prepared)) or 'none'}: "
-                f"add {{kind: {name}}} to prepare.priors"
+                f"add {', '.join(f'{{kind: {each}}}' for each in missing)} to prepare.priors"
+            )
+        if prepared[name].nearest:
+            raise ValueError(f"{key}: {name!r} holds region labels, which are no amounts to predict or weigh by")
+        if prepared[name].channels > 1 and key.endswith(".pooling"):
+            raise ValueError(
+                f"{key}: {name!r} has several channels; patches are weighed by one amount, as of 'saliency'"
             )
 
 
@@ -162,14 +165,7 @@ def _of_model(key: str, model: ModelSettings) -> list[tuple[str, str]]:
 def _of_objectives(
     key: str, objectives: tuple[TeacherObjective, ...] | tuple[StudentObjective, ...]
 ) -> list[tuple[str, str]]:
-    used = []
-    for position, objective in enumerate(objectives):
-        if isinstance(objective, MaskedPrior):
-            used += [(f"{key}.{position}.targets", name) for name in objective.targets]
-        if isinstance(objective, PatchDistillation):
-            weighed = {"saliency": objective.saliency, "edge": objective.edge}
-            used += [(f"{key}.{position}.{name}", name) for name, weight in weighed.items() if weight]
-    return used
+    return [(f"{key}.{position}", name) for position, each in enumerate(objectives) for name in maps_taken(each)]
 
 
 def _batch_divides(key: str, training: TrainingSettings, *, workers: int | None) -> None:

@@ -60,6 +60,13 @@ def changed(**sections: Any) -> dict[str, Any]:
             ["teach.model.pooling", "'depth'", "prepare.priors"],
         ),
         (
+            changed(
+                prepare__priors=[{"kind": "saliency"}],
+                teach__model={"name": "resnet10t", "pooling": {"kind": "figure_ground", "prior": "foreground"}},
+            ),
+            ["teach.model.pooling", "'foreground'", "add {kind: superpixel} to prepare.priors"],
+        ),
+        (
             changed(teach__objectives=[{"kind": "masked_prior", "targets": {"superpixel": 1}}]),
             ["superpixel", "region labels"],
         ),

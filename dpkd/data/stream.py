@@ -38,6 +38,9 @@ class MapReader(Protocol):
     def read(self, i: int, sample: Sample) -> dict[str, NDArray[Any]]:
         """The maps of sample `i` by name, HWC over the whole image; raises `ValueError` if they are not its own."""
 
+    def only(self, names: Iterable[str]) -> "MapReader":
+        """The same reader for these maps alone."""
+
     def nearest(self, name: str) -> bool:
         """Whether the values of this map are labels, which must not be mixed."""
 

@@ -55,6 +55,16 @@ class PatchDistillation(Section):
     edge: float = Field(2.0, ge=0)
 
 
+def maps_taken(objective: Section) -> tuple[str, ...]:
+    """Names of the prior maps that an objective looks at."""
+    if isinstance(objective, MaskedPrior):
+        return tuple(objective.targets)
+    if isinstance(objective, PatchDistillation):
+        weighed = {"saliency": objective.saliency, "edge": objective.edge}
+        return tuple(name for name, weight in weighed.items() if weight)
+    return ()
+
+
 TeacherObjective = Annotated[Supervised | MaskedPrior, Field(discriminator="kind")]
 StudentObjective = Annotated[
     Supervised | MaskedPrior | LogitDistillation | FeatureDistillation | PatchDistillation, Field(discriminator="kind")

@@ -9,6 +9,7 @@
 
 import os
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -23,7 +24,8 @@ from dpkd.data.shards import Dataset, Sample, ShardInfo, index_name
 from dpkd.errors import UserError
 from dpkd.priors import Prior
 from dpkd.priors.codecs import Map
-from dpkd.priors.extractor import fingerprint
+from dpkd.priors.derived import derivable
+from dpkd.priors.extractor import fingerprint, mirror
 from dpkd.priors.record import Record, source_hash
 from dpkd.priors.statistics import Moments
 
@@ -121,8 +123,9 @@ class PriorSet:
 
     @property
     def channels(self) -> dict[str, int]:
-        """Channels of each map, by name."""
-        return {prior.name: prior.channels for prior in self.manifest.priors}
+        """Channels of each map by name, derived maps among them."""
+        stored = {prior.name: prior.channels for prior in self.manifest.priors}
+        return stored | dict.fromkeys(derivable(stored), 1)
 
     def split(self, name: str) -> "PriorSplit":
         """The maps of the split `name`; raises `UserError` that names the splits there are."""
@@ -135,22 +138,52 @@ class PriorSet:
 class PriorSplit:
     """The maps of one split by sample number. Pickles small: files are opened again where they are used."""
 
-    def __init__(self, url: str, priors: tuple[Prior, ...], shards: tuple[ShardInfo, ...]) -> None:
+    def __init__(
+        self,
+        url: str,
+        priors: tuple[Prior, ...],
+        shards: tuple[ShardInfo, ...],
+        names: tuple[str, ...] | None = None,
+    ) -> None:
         self.url = url
         self.priors = priors
         self.shards = shards
-        self.channels = {prior.name: prior.channels for prior in priors}
         self._prior_of: dict[str, Prior] = {prior.name: prior for prior in priors}
+        self._derived = derivable(self._prior_of)
+        self.names = tuple(self._prior_of) if names is None else names
+        """The maps that are served."""
+        self._decoded = {*self.names, *(need for name in self.names for need in self._needs(name))} - {*self._derived}
         self._ends = list(accumulate(shard.num_samples for shard in shards))
         self._file_of: dict[int, int] = {}
+
+    def only(self, names: Iterable[str]) -> "PriorSplit":
+        """The same split serving these maps alone, derived ones among them; the others are not even decoded.
+
+        Raises `UserError` that names the maps there are for one that is not among them.
+        """
+        known = [*self._prior_of, *self._derived]
+        wanted = tuple(sorted(set(names)))
+        for name in wanted:
+            if name not in known:
+                raise UserError(f"the prior set at {self.url} has no map {name!r}; it has: {', '.join(known)}")
+        return PriorSplit(self.url, self.priors, self.shards, wanted)
 
     def read(self, i: int, sample: Sample) -> dict[str, Map]:
         """The maps of sample `i` by name, HWC; raises `PriorMismatch` unless they are whole and `sample`'s own."""
         record = self.record(i, sample)
         try:
-            return {name: stored.decode() for name, stored in record.maps.items()}
+            stored = {name: record.maps[name].decode() for name in self._decoded}
         except ValueError as error:
             raise self._mismatch(i, sample, error) from error
+        return {name: stored[name] if name in stored else self._derived[name].derive(stored) for name in self.names}
+
+    def nearest(self, name: str) -> bool:
+        """Whether the map holds labels, so that resampling must take the nearest one."""
+        return name in self._prior_of and self._prior_of[name].nearest
+
+    def flip(self, name: str, map_HWC: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The map of the mirrored image."""
+        return self._prior_of[name].flip(map_HWC) if name in self._prior_of else mirror(map_HWC)
 
     def record(self, i: int, sample: Sample) -> Record:
         """The maps of sample `i` as they are stored; raises `PriorMismatch` unless they are `sample`'s own."""
@@ -163,13 +196,8 @@ class PriorSplit:
             raise self._mismatch(i, sample, error) from error
         return record
 
-    def nearest(self, name: str) -> bool:
-        """Whether the map holds labels, so that resampling must take the nearest one."""
-        return self._prior_of[name].nearest
-
-    def flip(self, name: str, map_HWC: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """The map of the mirrored image."""
-        return self._prior_of[name].flip(map_HWC)
+    def _needs(self, name: str) -> tuple[str, ...]:
+        return self._derived[name].needs if name in self._derived else ()
 
     def _locate(self, i: int) -> tuple[int, int]:
         """(shard number, position in the shard) of sample `i`."""
@@ -218,7 +246,7 @@ class PriorSplit:
         return self._file_of[shard]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "priors": self.priors, "shards": self.shards}
+        return {"url": self.url, "priors": self.priors, "shards": self.shards, "names": self.names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]

@@ -14,8 +14,8 @@ from torch import Tensor
 from dpkd.data.settings import LoaderSettings
 from dpkd.data.shards import Split
 from dpkd.data.stream import MapReader, evaluation_batches
-from dpkd.models.settings import FigureGroundPooling, NetworkSpec
-from dpkd.train.task import network_input, pooling_weight
+from dpkd.models.settings import NetworkSpec
+from dpkd.train.task import network_input, pooling_maps, pooling_weight
 from dpkd.world import World
 
 Predict = Callable[[Tensor, Tensor | None], dict[str, Tensor]]
@@ -57,11 +57,11 @@ def embed_networks(
     mine = np.resize(wanted, share * world.size)[world.rank * share : (world.rank + 1) * share]
     specs = [spec for _, spec in networks.values()]
     assert len({spec.image_size for spec in specs}) == 1, "networks that share batches take images of one size"
-    needs_maps = any(isinstance(spec.model.pooling, FigureGroundPooling) for spec in specs)
+    names = frozenset().union(*(pooling_maps(spec) for spec in specs))
     batches = evaluation_batches(
         split,
         indices=mine,
-        maps=maps if needs_maps else None,
+        maps=maps.only(names) if maps is not None and names else None,
         image_size=specs[0].image_size,
         map_size=map_size,
         batch_size=batch_size,

@@ -202,7 +202,7 @@ def _embed(
         return embed_networks(
             lookers,
             split,
-            maps=run.maps_of(split.name),
+            maps=run.maps_of(split.name, run.priors.channels if run.priors is not None else ()),
             map_size=run.map_size,
             world=run.world,
             loader=run.data.loader,

@@ -1,6 +1,6 @@
 """The run that a training stage is part of, as one worker sees it, and its training split."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -53,9 +53,9 @@ class Run:
         """The prior maps, none where no prior is prepared."""
         return PriorSet.open(self.dataset.url, self.prepare.name) if self.prepare.priors else None
 
-    def maps_of(self, split: str) -> PriorSplit | None:
-        """The prior maps of a split, none where no prior is prepared."""
-        return self.priors.split(split) if self.priors is not None else None
+    def maps_of(self, split: str, names: Collection[str]) -> PriorSplit | None:
+        """The prior maps of a split by name, none where none is asked for."""
+        return self.priors.split(split).only(names) if self.priors is not None and names else None
 
     @property
     def map_size(self) -> int:

@@ -131,7 +131,7 @@ def run_training(
             data.split,
             order=_order(run, training, data),
             label_N=data.label_N,
-            maps=run.maps_of(data.split.name),
+            maps=run.maps_of(data.split.name, task.maps),
             augment=augment,
             seed=run.seed,
             image_size=run.data.image_size,

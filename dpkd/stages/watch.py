@@ -50,7 +50,7 @@ class Watch:
         embedded = embed_networks(
             {name: (learner.engine.predict, learner.spec) for name, learner in learners.items()},
             run.dataset.split(run.data.val),
-            maps=run.maps_of(run.data.val),
+            maps=run.maps_of(run.data.val, self._task.maps),
             map_size=run.map_size,
             world=run.world,
             loader=run.data.loader,

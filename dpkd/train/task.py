@@ -28,6 +28,7 @@ from dpkd.objectives.settings import (
     PatchDistillation,
     StudentObjective,
     Supervised,
+    maps_taken,
 )
 from dpkd.objectives.supervised import supervised
 from dpkd.train.loop import Losses
@@ -66,6 +67,12 @@ class Learner:
         base = self.optimizer.learning_rate
         return learning_rate(step, total_steps=self.total_steps, base=base, settings=self.schedule)
 
+    @property
+    def maps(self) -> frozenset[str]:
+        """Names of the prior maps that its objectives and its pooling take."""
+        taken = {name for objective in self.objectives for name in maps_taken(objective)}
+        return frozenset(taken | pooling_maps(self.spec))
+
     def masking(self) -> MaskedPrior | None:
         """The objective that needs a second, partly hidden view, if there is one."""
         found = [objective for objective in self.objectives if isinstance(objective, MaskedPrior)]
@@ -98,6 +105,7 @@ class TeachTask:
     def __init__(self, learner: Learner, *, name: str, supervision: Supervision, seed: int) -> None:
         self.learners = {name: learner}
         self.engines: dict[str, Engine] = {name: learner.engine}
+        self.maps = learner.maps
         self._name, self._supervision, self._seed = name, supervision, seed
 
     def losses(self, batch: Batch, *, step: int) -> Losses:
@@ -127,6 +135,8 @@ class DistillTask:
         self.students = dict(students)
         self.learners = {**live, **students}
         self.engines: dict[str, Engine] = {name: learner.engine for name, learner in self.learners.items()}
+        self.maps = frozenset().union(pooling_maps(teacher.spec), *(learner.maps for learner in self.learners.values()))
+        """Names of the prior maps that a batch must bring."""
         self._teacher, self._teacher_name = teacher, teacher_name
         self._supervision, self._seed = supervision, seed
 
@@ -174,6 +184,12 @@ def look(learner: Learner, batch: Batch, *, step: int, seed: int) -> View:
 def network_input(spec: NetworkSpec, batch: Batch) -> Tensor:
     """The batch's images as the network takes them."""
     return normalise(batch.image_BCHW, mean=spec.mean, std=spec.std)
+
+
+def pooling_maps(spec: NetworkSpec) -> frozenset[str]:
+    """Name of the prior map that the network's pooling takes, if it takes one."""
+    pooling = spec.model.pooling
+    return frozenset({pooling.prior} if isinstance(pooling, FigureGroundPooling) else ())
 
 
 def pooling_weight(spec: NetworkSpec, batch: Batch) -> Tensor | None:

@@ -9,6 +9,7 @@ import pytest
 from dpkd.data.images import decode_image
 from dpkd.data.shards import Dataset
 from dpkd.errors import UserError
+from dpkd.priors.derived import DERIVED
 from dpkd.priors.edge import Edge
 from dpkd.priors.picture import Picture
 from dpkd.priors.shards import PriorMismatch, PriorSet
@@ -32,7 +33,8 @@ def own(prepared, tmp_path) -> Dataset:
 
 def test_every_sample_has_the_maps_of_its_own_image(prepared):
     prior_set = PriorSet.open(prepared.url, "default")
-    assert prior_set.channels == {"edge": 1, "saliency": 1, "superpixel": 1, "hog": 9}
+    stored = {"edge": 1, "saliency": 1, "superpixel": 1, "hog": 9}
+    assert prior_set.channels == stored | {"foreground": 1, "boundary_distance": 1}
     for name, num_samples in (("train", 12), ("test", 3)):
         images, maps = prepared.split(name), prior_set.split(name)
         for i in range(num_samples):
@@ -50,6 +52,24 @@ def test_maps_know_how_to_be_resampled_and_mirrored(prepared):
     served = maps.read(0, prepared.split("train").read(0))
     for prior in ALL:
         np.testing.assert_array_equal(maps.flip(prior.kind, served[prior.kind]), prior.flip(served[prior.kind]))
+
+
+def test_only_the_maps_asked_for_are_served_and_derived_ones_are_made_of_their_own_sample(prepared):
+    split, maps = prepared.split("train"), PriorSet.open(prepared.url, "default").split("train")
+    few = pickle.loads(pickle.dumps(maps.only(["foreground", "edge"])))
+    for i in (0, 7):
+        sample = split.read(i)
+        whole, served = maps.read(i, sample), few.read(i, sample)
+        assert set(served) == {"foreground", "edge"}
+        np.testing.assert_array_equal(served["edge"], whole["edge"])
+        np.testing.assert_array_equal(served["foreground"], DERIVED["foreground"].derive(whole))
+    assert not few.nearest("foreground")
+    np.testing.assert_array_equal(few.flip("foreground", served["foreground"]), served["foreground"][:, ::-1])
+
+
+def test_a_map_that_is_not_in_the_set_is_refused_with_those_that_are(prepared):
+    with pytest.raises(UserError, match="no map 'ridge'; it has: edge, saliency, superpixel, hog, foreground, bound"):
+        PriorSet.open(prepared.url, "default").split("train").only(["ridge"])
 
 
 def test_a_split_goes_to_a_loader_process_and_reads_there(prepared):
