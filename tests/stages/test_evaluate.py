@@ -26,7 +26,7 @@ from dpkd.stages.settings import EvaluateSettings
 def embed_slowly(run: Run, student: str, split_name: str) -> NDArray[np.float32]:
     """Image by image, straight from shards and prior shards, normalised by hand."""
     spec, network = load_network(run.folder.students / student)
-    split, maps = run.dataset.split(split_name), run.maps_of(split_name)
+    split, maps = run.dataset.split(split_name), run.maps_of(split_name, ["saliency"])
     assert maps is not None
     mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
     rows = []

@@ -194,7 +194,7 @@ def test_a_prior_whose_settings_changed_is_computed_again_and_one_taken_out_is_g
     prior_set = prepare_all(dataset, priors=(Edge(), Superpixel(region_px=8)))
     kept = records(dataset, "test-000000.tar")
     assert all(is_marked(record.maps["edge"]) for record in kept)
-    assert set(prior_set.channels) == {"edge", "superpixel"}
+    assert set(prior_set.split("train").names) == {"edge", "superpixel"}
     prior_set = prepare_all(dataset, priors=(Edge(stride=2),))
     sample = dataset.split("test").read(0)
     assert prior_set.split("test").read(0, sample)["edge"].shape == (20, 16, 1)
