@@ -15,7 +15,7 @@
 
 import hashlib
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -68,7 +68,7 @@ class Record:
             "key": self.key,
             "source": self.source,
             "bad": self.bad,
-            "maps": {name: asdict(stored) for name, stored in self.maps.items()},
+            "maps": {name: vars(stored) for name, stored in self.maps.items()},
         }
         return _pack({**content, "checksum": zlib.crc32(_pack(content))})
 

@@ -40,11 +40,14 @@ class Saliency(Section):
 
     def map(self, picture: Picture) -> Map:
         """Saliency of an image, float32 HW1."""
+        from dpkd.priors.frame_difference import mahalanobis  # noqa: PLC0415
         from dpkd.priors.minimum_barrier import barrier_distance  # noqa: PLC0415 (numba must not load with the settings)
 
         lab_HWC = np.asarray(cv2.cvtColor(_shrink(picture.rgb_HWC, self.working_px), cv2.COLOR_RGB2Lab), np.uint8)
         distance_HW = _unit(barrier_distance(lab_HWC, self.passes).astype(np.float32))
-        distance_HW = _unit(distance_HW + _unit(_difference_from_frame(lab_HWC)))
+        from_strip_RHW = np.stack([_unit(each_HW) for each_HW in mahalanobis(lab_HWC, _frame(lab_HWC))])
+        from_frame_HW = from_strip_RHW.sum(0) - from_strip_RHW.max(0)  # not from the strip that the figure touches
+        distance_HW = _unit(distance_HW + _unit(from_frame_HW))
         saliency_HW = _unit(distance_HW * _centre_weight(*lab_HWC.shape[:2]))
         saliency_HW = 1 / (1 + np.exp(np.float32(self.sharpness) * (np.float32(0.5) - saliency_HW)))
         height, width = grid_size(picture, self.stride)
@@ -67,24 +70,11 @@ def _shrink(image_HWC: npt.NDArray[np.uint8], longer_px: int) -> npt.NDArray[np.
     return np.asarray(cv2.resize(image_HWC, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
-def _difference_from_frame(lab_HWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """Mahalanobis distance to the colours of each strip, by its largest, summed without the most different strip."""
+def _frame(lab_HWC: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
+    """The strips along the four sides."""
     height, width = lab_HWC.shape[:2]
     rows, columns = max(1, round(FRAME_SHARE * height)), max(1, round(FRAME_SHARE * width))
-    strips = (lab_HWC[:rows], lab_HWC[-rows:], lab_HWC[:, :columns], lab_HWC[:, -columns:])
-    pixel_NC = lab_HWC.reshape(-1, 3).astype(np.float32)
-    distances = np.stack([_unit(_mahalanobis(pixel_NC, strip.reshape(-1, 3))) for strip in strips])
-    return (distances.sum(0) - distances.max(0)).reshape(height, width)
-
-
-def _mahalanobis(pixel_NC: npt.NDArray[np.float32], strip_MC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """Distance of each pixel to the mean colour of a strip, in its standard deviations; one level of noise is added."""
-    mean_C = strip_MC.mean(0)
-    centred_MC = strip_MC - mean_C
-    covariance_CC = centred_MC.T @ centred_MC / len(strip_MC) + np.eye(3)
-    whitening_CC = np.linalg.cholesky(np.linalg.inv(covariance_CC)).astype(np.float32)
-    white_NC = (pixel_NC - mean_C.astype(np.float32)) @ whitening_CC
-    return np.sqrt(np.square(white_NC).sum(1))
+    return [lab_HWC[:rows], lab_HWC[-rows:], lab_HWC[:, :columns], lab_HWC[:, -columns:]]
 
 
 def _centre_weight(height: int, width: int) -> npt.NDArray[np.float32]:
