@@ -39,6 +39,8 @@ def inspect_dataset(url: str) -> None:
         cells = (split.num_samples, sum(counts), len(counts), fewest, most, len(split.shards), f"{size_mb:.1f}")
         table.add_row(name, *(f"{cell:,}" if isinstance(cell, int) else cell for cell in cells))
     Console().print(table)
+    if given := dataset.given():
+        say("given with the images: " + ", ".join(f"{name} of {count:,} samples" for name, count in given.items()))
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     damaged = _damaged_shards(url, shards) + _wrong_counts(dataset)
     _refuse(url, damaged, way_out="pack again, which makes the damaged ones anew")

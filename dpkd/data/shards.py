@@ -15,6 +15,7 @@ A key is the path of the image in its source without the extension. Axes: N samp
 import json
 import os
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,6 +34,7 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "dataset.json"
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 EXPERT_PREFIX = "expert-"
+MASK_EXTENSION = "mask.png"
 
 
 class ShardInfo(BaseModel):
@@ -183,6 +185,15 @@ class Dataset:
             raise UserError(f"the data set at {self.url} has no split {name!r}; it has: {known}")
         return Split(self.url, name, self.manifest.splits[name])
 
+    def given(self) -> dict[str, int]:
+        """How many samples came with each expert map; the mask of figure and ground is "mask"."""
+        count: Counter[str] = Counter()
+        for index in (index for name in self.manifest.splits for index in self.split(name).indexes):
+            for extension, (offset_N, _) in index.members.items():
+                if extension == MASK_EXTENSION or extension.startswith(EXPERT_PREFIX):
+                    count[_given_name(extension)] += int((offset_N >= 0).sum())
+        return dict(sorted(count.items()))
+
 
 class Split:
     """The samples of one split by number, in the order of the shards.
@@ -292,11 +303,14 @@ def read_index(url: str, shard: ShardInfo) -> ShardIndex:
     return index
 
 
+def _given_name(extension: str) -> str:
+    """`mask` of mask.png, and `<name>` of expert-<name>.png."""
+    return extension.removeprefix(EXPERT_PREFIX).removesuffix(".png")
+
+
 def _sample(key: str, members: dict[str, bytes]) -> Sample:
     image = next(members[ext] for ext in IMAGE_EXTENSIONS if ext in members)
-    experts = {
-        ext.removeprefix(EXPERT_PREFIX).removesuffix(".png"): data
-        for ext, data in members.items()
-        if ext.startswith(EXPERT_PREFIX)
-    }
-    return Sample(key=key, image=image, meta=json.loads(members["json"]), mask=members.get("mask.png"), experts=experts)
+    experts = {_given_name(ext): data for ext, data in members.items() if ext.startswith(EXPERT_PREFIX)}
+    return Sample(
+        key=key, image=image, meta=json.loads(members["json"]), mask=members.get(MASK_EXTENSION), experts=experts
+    )

@@ -18,6 +18,7 @@ Mask = npt.NDArray[np.bool_]
 
 TOLERANCE = 0.0075
 """Of the image's diagonal: how far apart matched pixels may be."""
+FRAME_PX = 5
 THRESHOLDS = tuple(np.round(np.linspace(0.01, 0.99, 50), 4).tolist())
 
 
@@ -48,16 +49,23 @@ class Score:
 
 
 def region_boundary(label_HW: npt.NDArray[np.integer]) -> Mask:
-    """Where the region to the right, below, or right below is another one."""
+    """Where the region to the right, below, or right below is another one, thinned to lines of one pixel."""
     padded_HW = np.pad(label_HW, ((0, 1), (0, 1)), mode="edge")
     here, right, below, across = label_HW, padded_HW[:-1, 1:], padded_HW[1:, :-1], padded_HW[1:, 1:]
-    return np.asarray((here != right) | (here != below) | (here != across))
+    return _lines((here != right) | (here != below) | (here != across))
+
+
+def _lines(mask_HW: npt.NDArray[np.bool_]) -> Mask:
+    """The mask thinned to lines of one pixel (Guo & Hall 1989)."""
+    byte_HW = mask_HW.astype(np.uint8) * np.uint8(255)
+    return np.asarray(cv2.ximgproc.thinning(byte_HW, thinningType=cv2.ximgproc.THINNING_GUOHALL) > 0)
 
 
 def thin(map_HW: Map) -> Map:
-    """The map where it is a crest, 0 elsewhere: no smaller than one pixel to either side, across the crest.
+    """The slightly smoothed map where it is a crest, 0 elsewhere: no smaller than one pixel to either side of it.
 
-    The direction across is that of the strongest downward curvature of the slightly smoothed map.
+    The direction across a crest is that of the strongest downward curvature. What lies within `FRAME_PX` of the frame
+    is left out, where a gradient sees no further.
     """
     from dpkd.evaluation.boundary_matching import suppress  # noqa: PLC0415 (numba loads where it is used)
 
@@ -66,7 +74,12 @@ def thin(map_HW: Map) -> Map:
     xx_HW, yy_HW = cv2.sepFilter2D(smooth_HW, -1, second, flat), cv2.sepFilter2D(smooth_HW, -1, flat, second)
     xy_HW = cv2.sepFilter2D(smooth_HW, -1, first, first)
     across_HW = 0.5 * np.arctan2(2 * xy_HW, xx_HW - yy_HW) + np.pi / 2
-    return suppress(map_HW, np.cos(across_HW).astype(np.float32), np.sin(across_HW).astype(np.float32))
+    fine_HW = np.asarray(cv2.GaussianBlur(map_HW, (0, 0), 1.0), np.float32)
+    thin_HW = suppress(fine_HW, np.cos(across_HW).astype(np.float32), np.sin(across_HW).astype(np.float32))
+    inside_HW = np.zeros_like(thin_HW)
+    inside = np.s_[FRAME_PX:-FRAME_PX, FRAME_PX:-FRAME_PX]
+    inside_HW[inside] = thin_HW[inside]
+    return inside_HW
 
 
 def boundary_counts(map_HW: Map, drawn: Sequence[Mask], *, thresholds: Sequence[float] = THRESHOLDS) -> Counts:
@@ -77,7 +90,7 @@ def boundary_counts(map_HW: Map, drawn: Sequence[Mask], *, thresholds: Sequence[
     reach_px = TOLERANCE * float(np.hypot(*map_HW.shape))
     recalled, right, found = [], [], []
     for threshold in thresholds:
-        cut_HW = thin_HW >= threshold
+        cut_HW = _lines(thin_HW >= threshold)
         right_HW, num_recalled = np.zeros_like(cut_HW), 0
         for drawn_HW in drawn:
             matched_HW = match(cut_HW, drawn_HW, reach_px=reach_px)

@@ -41,8 +41,13 @@ def prior_target(map_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def masked_prior(prediction_BCHW: Tensor, target_BCHW: Tensor, mask_B1HW: Tensor | None = None) -> Tensor:
-    """Mean squared error over the hidden patches, over all patches without a mask; a scalar."""
-    error_B1HW = (prediction_BCHW.float() - target_BCHW).square().mean(1, keepdim=True)
+    """Mean squared error over the hidden patches, over all patches without a mask; a scalar.
+
+    A target that is not known (NaN) counts as met, so that a batch means the same however it is cut.
+    """
+    prediction_BCHW = prediction_BCHW.float()
+    met_BCHW = torch.where(target_BCHW.isnan(), prediction_BCHW.detach(), target_BCHW)
+    error_B1HW = (prediction_BCHW - met_BCHW).square().mean(1, keepdim=True)
     if mask_B1HW is None:
         return error_B1HW.mean()
     hidden_B1HW = mask_B1HW.to(error_B1HW.dtype)

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from dpkd.priors.colour import Colour
 from dpkd.priors.edge import Edge
+from dpkd.priors.expert import Expert
 from dpkd.priors.gabor import Gabor
 from dpkd.priors.glcm import Glcm
 from dpkd.priors.hog import Hog
@@ -21,7 +22,7 @@ from dpkd.priors.superpixel import Superpixel
 from dpkd.priors.symmetry import Symmetry
 
 Prior = Annotated[
-    Edge | Orientation | Superpixel | Saliency | Lbp | Gabor | Colour | Ridge | Hog | Hue | Symmetry | Glcm,
+    Edge | Orientation | Superpixel | Saliency | Lbp | Gabor | Colour | Ridge | Hog | Hue | Symmetry | Glcm | Expert,
     Field(discriminator="kind"),
 ]
 

@@ -6,6 +6,7 @@ A stored map names its codec, shape (H, W, C) and scale, and so is read without 
     jpeg     grey JPEG, H x (C·W), the channels side by side               uint8 · scale, float32
     nibbles  zstd of 4-bit values in C, H, W order, first one high         4 bits · scale, float32
     bytes    zstd of 8-bit values in C, H, W order                          uint8 · scale, float32
+    absent   nothing: nobody gave the map                                  NaN in each cell
     labels   PNG, H x (C·W), 8 bits where the labels allow it, else 16     the label, int32 (scale 1)
 """
 
@@ -122,7 +123,27 @@ class LabelCodec:
         return _decode_image(data, shape).astype(np.int32)
 
 
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (JpegCodec(), NibbleCodec(), ByteCodec(), LabelCodec())}
+@dataclass(frozen=True)
+class AbsentCodec:
+    """No bytes, for a map that nobody gave."""
+
+    name: ClassVar[str] = "absent"
+    scale: ClassVar[float] = 1.0
+
+    def encode(self, map_HWC: Map) -> bytes:
+        """Nothing."""
+        assert np.isnan(map_HWC).all(), "a map that was given is stored"
+        return b""
+
+    def decode(self, data: bytes, shape: Shape) -> npt.NDArray[np.float32]:
+        """NaN in every cell."""
+        if data:
+            raise ValueError(f"{len(data)} bytes of a map that is said to be absent")
+        return np.full(shape, np.nan, np.float32)
+
+
+_ALL: tuple[Codec, ...] = (JpegCodec(), NibbleCodec(), ByteCodec(), LabelCodec(), AbsentCodec())
+CODECS: dict[str, Codec] = {codec.name: codec for codec in _ALL}
 """The codecs by the name that stored maps bear."""
 
 

@@ -23,7 +23,7 @@ import msgpack
 import numpy as np
 
 from dpkd.data.shards import Sample
-from dpkd.priors.codecs import CODECS, Map, Shape
+from dpkd.priors.codecs import CODECS, AbsentCodec, Codec, Map, Shape
 from dpkd.priors.extractor import Extractor, fingerprint
 
 FORMAT_VERSION = 2
@@ -103,12 +103,13 @@ def source_hash(sample: Sample) -> bytes:
 def store(prior: Extractor, map_HWC: Map) -> StoredMap:
     """The map of `prior` as bytes."""
     height, width, channels = map_HWC.shape
+    codec: Codec = AbsentCodec() if np.isnan(map_HWC[0, 0, 0]) else prior.codec
     return StoredMap(
-        codec=prior.codec.name,
+        codec=codec.name,
         shape=(height, width, channels),
-        scale=prior.codec.scale,
+        scale=codec.scale,
         fingerprint=fingerprint(prior),
-        data=prior.codec.encode(map_HWC),
+        data=codec.encode(map_HWC),
     )
 
 

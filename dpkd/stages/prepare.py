@@ -18,6 +18,7 @@ from dpkd.data.tars import TarWriter, list_members
 from dpkd.errors import UserError
 from dpkd.pool import Pool
 from dpkd.priors import Prior
+from dpkd.priors.expert import Expert
 from dpkd.priors.extractor import fingerprint
 from dpkd.priors.picture import Picture
 from dpkd.priors.record import MEMBER_EXTENSION, Record, StoredMap, flat, source_hash, store
@@ -52,6 +53,7 @@ def prepare(
     limit of the quarantine the stage stops with `UserError`. `progress` is told (samples done, samples in all).
     """
     _refuse_duplicates(settings.priors)
+    _refuse_what_nobody_gave(dataset, settings.priors)
     url = set_url(dataset.url, settings.name)
     _withdraw_other_manifest(url, dataset, settings.priors)
     tasks = [
@@ -95,6 +97,18 @@ def _refuse_duplicates(priors: tuple[Prior, ...]) -> None:
             raise UserError(
                 f"prepare.priors makes the map {name!r} {names.count(name)} times, and a set holds one map of a name: "
                 "leave one, or prepare the other in a set of its own (prepare.name)"
+            )
+
+
+def _refuse_what_nobody_gave(dataset: Dataset, priors: tuple[Prior, ...]) -> None:
+    experts = [prior for prior in priors if isinstance(prior, Expert)]
+    given = dataset.given() if experts else {}
+    for expert in experts:
+        if expert.of not in given:
+            names = ", ".join(f"{name} ({count:,} samples)" for name, count in given.items()) or "none"
+            raise UserError(
+                f"prepare.priors asks for the expert map {expert.of!r}, which no sample of {dataset.url} has; "
+                f"given are: {names}; a map N of IMAGE.jpg is the file IMAGE.expert-N.png beside it, or IMAGE.mask.png"
             )
 
 

@@ -193,9 +193,9 @@ def pooling_maps(spec: NetworkSpec) -> frozenset[str]:
 
 
 def pooling_weight(spec: NetworkSpec, batch: Batch) -> Tensor | None:
-    """The prior map that the network's pooling weighs patches by, if it does."""
+    """The prior map that the network's pooling weighs patches by, if it does; even where the map is not known."""
     pooling = spec.model.pooling
-    return batch.priors[pooling.prior] if isinstance(pooling, FigureGroundPooling) else None
+    return batch.priors[pooling.prior].nan_to_num(nan=1.0) if isinstance(pooling, FigureGroundPooling) else None
 
 
 def training_weight(spec: NetworkSpec, batch: Batch, *, step: int, seed: int) -> Tensor | None:

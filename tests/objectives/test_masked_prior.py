@@ -110,3 +110,15 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_cut():
 def test_a_mask_that_hides_nothing_gives_zero():
     nothing = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
     assert float(masked_prior(torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 4), nothing)) == 0
+
+
+def test_a_target_that_is_not_known_moves_nothing_and_leaves_the_others_as_they_are():
+    prediction_BCHW = torch.randn(3, 1, 4, 4, requires_grad=True)
+    target_BCHW = torch.randn(3, 1, 4, 4)
+    expected = (prediction_BCHW - target_BCHW).detach()[[0, 2]].square().sum() / prediction_BCHW.numel()
+    target_BCHW[1] = float("nan")
+    loss = masked_prior(prediction_BCHW, target_BCHW)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert prediction_BCHW.grad[1].abs().max() == 0
+    assert prediction_BCHW.grad[0].abs().min() > 0

@@ -31,7 +31,7 @@ def test_labels_come_back_exactly(largest):
     np.testing.assert_array_equal(back_HWC, map_HWC)
 
 
-@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("name", [name for name in CODECS if name != "absent"])
 def test_bytes_of_another_shape_cut_short_or_of_another_kind_are_refused(name):
     map_HWC = np.zeros((6, 8, 2), np.int32 if name == "labels" else np.float32)
     data = CODECS[name].encode(map_HWC)
