@@ -1,9 +1,10 @@
 """Prior maps: one file a prior, a frozen settings model whose `map(picture)` does the work; `Prior` is their union.
 
-To add a prior: write its file with the verbs of `dpkd.priors.extractor.Extractor`, and name its class in `Prior` here.
+To add a prior: write its file with the verbs of `dpkd.priors.extractor.Extractor`, and name its class here. Other
+packages bring theirs by an entry point (`dpkd.priors.installed`).
 """
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Union
 
 from pydantic import Field
 
@@ -14,6 +15,7 @@ from dpkd.priors.gabor import Gabor
 from dpkd.priors.glcm import Glcm
 from dpkd.priors.hog import Hog
 from dpkd.priors.hue import Hue
+from dpkd.priors.installed import installed_priors
 from dpkd.priors.lbp import Lbp
 from dpkd.priors.orientation import Orientation
 from dpkd.priors.ridge import Ridge
@@ -21,10 +23,16 @@ from dpkd.priors.saliency import Saliency
 from dpkd.priors.superpixel import Superpixel
 from dpkd.priors.symmetry import Symmetry
 
-Prior = Annotated[
-    Edge | Orientation | Superpixel | Saliency | Lbp | Gabor | Colour | Ridge | Hog | Hue | Symmetry | Glcm | Expert,
-    Field(discriminator="kind"),
-]
+BUILT_IN = (Edge, Orientation, Superpixel, Saliency, Lbp, Gabor, Colour, Ridge, Hog, Hue, Symmetry, Glcm, Expert)
+KINDS = (*BUILT_IN, *installed_priors(BUILT_IN))
+"""The classes of all priors that settings can name."""
+
+if TYPE_CHECKING:
+    Prior = (
+        Edge | Orientation | Superpixel | Saliency | Lbp | Gabor | Colour | Ridge | Hog | Hue | Symmetry | Glcm | Expert
+    )
+else:
+    Prior = Annotated[Union[KINDS], Field(discriminator="kind")]  # noqa: UP007 (of a tuple)
 
 DEFAULT_PRIORS: tuple[Prior, ...] = (
     Edge(),
