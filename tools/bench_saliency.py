@@ -1,0 +1,160 @@
+"""Measures how well `saliency` and `foreground` find objects, against masks that people or the drawing tool made.
+
+    python tools/make_sample_data.py data/sample
+    python -m zipfile -e ../shared/data/dsb2018_dev.zip data
+    python tools/bench_saliency.py --data data/sample/base --data data/dsb2018_dev/test --json
+
+An image IMAGE.jpg counts where IMAGE.mask.png or IMAGE.instances.png stands beside it; every value above 0 is figure.
+Measured are F (β² = 0.3) at each image's own threshold, twice its mean (Achanta et al. 2009), the best mean F of one
+threshold for all images, IoU at that threshold, and the mean absolute error.
+Controls: a Gaussian in the middle of the image, and Otsu's threshold of luma, bright or dark.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from dpkd.data.images import decode_image
+from dpkd.priors.derived import DERIVED
+from dpkd.priors.picture import Picture
+from dpkd.priors.saliency import Saliency
+from dpkd.priors.superpixel import Superpixel
+from dpkd.report.progress import Progress
+
+Map = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+
+BETA_SQUARE = 0.3
+"""Weighs precision above recall, as saliency is measured since Achanta et al. 2009."""
+THRESHOLDS = np.linspace(0, 1, 51)
+
+
+def f_measure(found: NDArray[Any], figure: NDArray[Any]) -> NDArray[np.float64]:
+    """(1 + β²) P R / (β² P + R) over the last two axes; 0 where nothing is found that is figure."""
+    hits = np.logical_and(found, figure).sum((-2, -1))
+    precision = hits / np.maximum(found.sum((-2, -1)), 1)
+    recall = hits / np.maximum(figure.sum((-2, -1)), 1)
+    return np.asarray((1 + BETA_SQUARE) * precision * recall / np.maximum(BETA_SQUARE * precision + recall, 1e-12))
+
+
+def overlap(found: NDArray[Any], figure: NDArray[Any]) -> NDArray[np.float64]:
+    """Intersection over union over the last two axes; 1 where both are empty."""
+    union = np.logical_or(found, figure).sum((-2, -1))
+    return np.where(union == 0, 1.0, np.logical_and(found, figure).sum((-2, -1)) / np.maximum(union, 1))
+
+
+def centre(picture: Picture) -> Map:
+    """A Gaussian in the middle, a quarter of each side wide."""
+    height, width = picture.size
+    y_H, x_W = (np.linspace(-2, 2, side, dtype=np.float32) for side in (height, width))
+    return np.exp(-0.5 * (y_H[:, None] ** 2 + x_W**2))[:, :, None]
+
+
+def otsu(picture: Picture) -> Map:
+    """Luma above or below Otsu's threshold, whichever is less of the image."""
+    _, bright_HW = cv2.threshold(picture.grey8_HW, 0, 1, cv2.THRESH_OTSU)
+    bright_HW = np.asarray(bright_HW, np.float32)
+    return (bright_HW if bright_HW.mean() < 0.5 else 1 - bright_HW)[:, :, None]
+
+
+def foreground(picture: Picture) -> Map:
+    """The derived map of the default saliency and superpixels."""
+    maps = {"saliency": Saliency().map(picture), "superpixel": Superpixel().map(picture)}
+    return np.asarray(DERIVED["foreground"].derive(maps), np.float32)
+
+
+METHODS: dict[str, Callable[[Picture], Any]] = {
+    "saliency": Saliency().map,
+    "foreground": foreground,
+    "control: centre": centre,
+    "control: otsu": otsu,
+}
+
+
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    """Runs the benchmark and prints a row for each folder and method; returns the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", action="append", required=True, help="folder of images with masks beside them")
+    parser.add_argument("--images", type=int, default=300, help="at most so many of each folder, evenly spread")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    options = parser.parse_args(arguments)
+    cv2.setNumThreads(1)
+    rows = []
+    for folder in options.data:
+        pairs = _pairs(Path(folder))
+        step = max(1, len(pairs) // options.images)
+        rows += measure(pairs[::step][: options.images], METHODS, folder=folder)
+    for row in () if options.json else rows:
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    if options.json:
+        print(json.dumps(rows, indent=1))
+    return rows
+
+
+def measure(
+    pairs: list[tuple[Path, Path]], methods: Mapping[str, Callable[[Picture], Any]], *, folder: str
+) -> list[dict[str, Any]]:
+    """A row for each method: its figures over the images, each at its own size."""
+    rows = []
+    for name, method in methods.items():
+        images, taken_s = [], []
+        with Progress(f"{folder}, {name}", len(pairs)) as progress:
+            for image_path, mask_path in pairs:
+                picture = Picture(decode_image(image_path.read_bytes()))
+                start_s = time.process_time()
+                map_HW = _at_size(method(picture)[:, :, 0], picture.size)
+                taken_s.append(time.process_time() - start_s)
+                mask_HW = np.asarray(cv2.imread(str(mask_path), cv2.IMREAD_UNCHANGED), np.int64)
+                images.append(_figures(map_HW, mask_HW > 0))
+                progress.advance()
+        rows.append(
+            {"folder": folder, "method": name, **_summary(images), "ms": round(1e3 * float(np.median(taken_s)), 2)}
+        )
+    return rows
+
+
+def _at_size(map_HW: Map, size: tuple[int, int]) -> Map:
+    return np.asarray(cv2.resize(map_HW, size[::-1], interpolation=cv2.INTER_LINEAR), np.float32)
+
+
+def _figures(map_HW: Map, figure_HW: Mask) -> dict[str, NDArray[np.float64]]:
+    cut_THW = map_HW[None] >= THRESHOLDS[:, None, None].astype(np.float32)
+    own_HW = map_HW >= min(1.0, 2 * float(map_HW.mean()))
+    return {
+        "f": f_measure(cut_THW, figure_HW),
+        "iou": overlap(cut_THW, figure_HW),
+        "own": f_measure(own_HW, figure_HW),
+        "error": np.abs(map_HW - figure_HW).mean(),
+    }
+
+
+def _summary(images: list[dict[str, NDArray[np.float64]]]) -> dict[str, float]:
+    f_T, iou_T, own, error = (np.mean([each[key] for each in images], axis=0) for key in ("f", "iou", "own", "error"))
+    best = int(f_T[1:].argmax()) + 1  # everything is above 0
+    figures = {"max_f": f_T[best], "own_f": own, "iou": iou_T[best], "error": error, "threshold": THRESHOLDS[best]}
+    return {"images": len(images), **{key: round(float(value), 4) for key, value in figures.items()}}
+
+
+def _pairs(folder: Path) -> list[tuple[Path, Path]]:
+    pairs = []
+    for path in sorted([*folder.rglob("*.jpg"), *folder.rglob("*.png")]):
+        for ending in (".mask.png", ".instances.png"):
+            mask = path.with_name(path.stem + ending)
+            if "." not in path.stem and mask.exists():
+                pairs.append((path, mask))
+    if not pairs:
+        raise SystemExit(
+            f"{folder}: no image with its .mask.png or .instances.png beside it; give such a folder to --data"
+        )
+    return pairs
+
+
+if __name__ == "__main__":
+    main()
