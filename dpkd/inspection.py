@@ -66,7 +66,7 @@ def draw_samples(url: str, picture: Path, *, set_name: str, keys: Sequence[str] 
     samples = []
     for split_name, i in _places(dataset, keys):
         sample = dataset.split(split_name).read(i)
-        maps = priors.split(split_name).read(i, sample)
+        maps = priors.split(split_name).only(priors.channels).read(i, sample)
         samples.append(ShownSample(decode_image(sample.image), maps))
     done, png = cv2.imencode(".png", cv2.cvtColor(sheet(samples), cv2.COLOR_RGB2BGR))
     assert done, "OpenCV could not write a PNG"

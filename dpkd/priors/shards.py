@@ -162,7 +162,7 @@ class PriorSplit:
         Raises `UserError` that names the maps there are for one that is not among them.
         """
         known = [*self._prior_of, *self._derived]
-        wanted = tuple(sorted(set(names)))
+        wanted = tuple(dict.fromkeys(names))
         for name in wanted:
             if name not in known:
                 raise UserError(f"the prior set at {self.url} has no map {name!r}; it has: {', '.join(known)}")

@@ -61,7 +61,7 @@ def embed_networks(
     batches = evaluation_batches(
         split,
         indices=mine,
-        maps=maps.only(names) if maps is not None and names else None,
+        maps=maps.only(sorted(names)) if maps is not None and names else None,
         image_size=specs[0].image_size,
         map_size=map_size,
         batch_size=batch_size,

@@ -55,7 +55,7 @@ class Run:
 
     def maps_of(self, split: str, names: Collection[str]) -> PriorSplit | None:
         """The prior maps of a split by name, none where none is asked for."""
-        return self.priors.split(split).only(names) if self.priors is not None and names else None
+        return self.priors.split(split).only(sorted(names)) if self.priors is not None and names else None
 
     @property
     def map_size(self) -> int:

@@ -25,7 +25,7 @@ KNOWN = {
     "edge": (1, 0.4261, 0.2367),
     "orientation": (1, 0.4458, 0.3696),
     "superpixel": (1, 10.3073, 6.2524),
-    "saliency": (1, 0.1260, 0.2676),
+    "saliency": (2, 0.2703, 0.3078),
     "lbp": (1, 0.3048, 0.0842),
     "gabor": (1, 0.1355, 0.0548),
     "colour": (1, 0.3276, 0.2132),
@@ -85,7 +85,8 @@ def test_the_flipped_map_is_the_map_of_the_mirrored_image(prior, scene):
     if prior.nearest:  # labels mean nothing beyond their image: only the mirroring itself is defined
         np.testing.assert_array_equal(flipped_HWC, prior.map(Picture(scene))[:, ::-1])
     else:
-        np.testing.assert_allclose(flipped_HWC, expected_HWC, atol=0.02 if prior.kind == "saliency" else 2e-3)
+        np.testing.assert_allclose(flipped_HWC, expected_HWC, atol=0.1 if prior.kind == "saliency" else 2e-3)
+        assert np.abs(flipped_HWC - expected_HWC).mean() < 0.02  # a raster scan has a direction
     np.testing.assert_allclose(prior.flip(flipped_HWC), prior.map(Picture(scene)), atol=1e-6)
 
 
