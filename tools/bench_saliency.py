@@ -54,14 +54,14 @@ def centre(picture: Picture) -> Map:
     """A Gaussian in the middle, a quarter of each side wide."""
     height, width = picture.size
     y_H, x_W = (np.linspace(-2, 2, side, dtype=np.float32) for side in (height, width))
-    return np.exp(-0.5 * (y_H[:, None] ** 2 + x_W**2))[:, :, None]
+    return np.exp(np.float32(-0.5) * (y_H[:, None] ** 2 + x_W**2)).astype(np.float32)[:, :, None]
 
 
 def otsu(picture: Picture) -> Map:
     """Luma above or below Otsu's threshold, whichever is less of the image."""
     _, bright_HW = cv2.threshold(picture.grey8_HW, 0, 1, cv2.THRESH_OTSU)
-    bright_HW = np.asarray(bright_HW, np.float32)
-    return (bright_HW if bright_HW.mean() < 0.5 else 1 - bright_HW)[:, :, None]
+    figure_HW = bright_HW if np.mean(bright_HW) < 0.5 else 1 - bright_HW
+    return np.asarray(figure_HW, np.float32)[:, :, None]
 
 
 def foreground(picture: Picture) -> Map:

@@ -2,8 +2,8 @@
 
     python tools/draw_priors.py docs/priors.png
 
-The photographs come with scikit-image: an astronaut (NASA, public domain), a cat and a cup of coffee (CC0). They go through
-`pack`, `prepare` and `dpkd inspect --picture`, as anyone's would.
+The photographs come with scikit-image: an astronaut (NASA, public domain), a cat and a cup of coffee (CC0). They go
+through `pack`, `prepare` and `dpkd inspect --picture`, as anyone's would.
 """
 
 import argparse
@@ -12,19 +12,33 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from pydantic import TypeAdapter
 from skimage import data
 
 from dpkd.data.settings import FolderSource
 from dpkd.inspection import draw_samples
 from dpkd.pool import LocalPool
-from dpkd.priors import BUILT_IN
-from dpkd.priors.expert import Expert
+from dpkd.priors import Prior
 from dpkd.report.quarantine import Quarantine
 from dpkd.stages.pack import pack
 from dpkd.stages.prepare import prepare
 from dpkd.stages.settings import DataSettings, PrepareSettings
 
 SIZE_PX = 224
+NAMES = (
+    "edge",
+    "orientation",
+    "superpixel",
+    "saliency",
+    "lbp",
+    "gabor",
+    "colour",
+    "ridge",
+    "hog",
+    "hue",
+    "symmetry",
+    "glcm",
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -40,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         quarantine = Quarantine(folder / "quarantine.jsonl", limit=0)
         shards = str(folder / "shards")
         dataset = pack(settings, shards, seed=0, pool=LocalPool(1), quarantine=quarantine, progress=_silent)
-        priors = tuple(kind() for kind in BUILT_IN if kind is not Expert)
+        priors = tuple(TypeAdapter(Prior).validate_python({"kind": kind}) for kind in NAMES)
         prepare(dataset, PrepareSettings(priors=priors), pool=LocalPool(1), quarantine=quarantine, progress=_silent)
         draw_samples(shards, options.picture, set_name="default", keys=dataset.split("train").keys)
 

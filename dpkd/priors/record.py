@@ -5,7 +5,7 @@
         "key": the sample's key,
         "source": SHA-256 of the bytes of the image and of what an expert gave with it (the first 16),
         "bad": why the maps are flat, or none,
-        "maps": {name: {"codec", "shape": [H, W, C], "scale", "fingerprint": of the prior, "data"}},
+        "maps": {name: [codec, [H, W, C], scale, fingerprint of the prior (8 bytes), data]},
         "checksum": CRC-32 of this same msgpack without the checksum,
     }
 
@@ -40,6 +40,16 @@ class StoredMap:
     fingerprint: str
     data: bytes
 
+    def to_list(self) -> list[Any]:
+        """What the member holds of it."""
+        return [self.codec, self.shape, self.scale, bytes.fromhex(self.fingerprint), self.data]
+
+    @staticmethod
+    def from_list(content: list[Any]) -> "StoredMap":
+        """Reads what `to_list` gives; raises ValueError or TypeError for anything else."""
+        codec, (height, width, channels), scale, mark, data = content
+        return StoredMap(codec, (height, width, channels), scale, mark.hex(), data)
+
     def decode(self) -> Map:
         """The map, HWC; raises ValueError where the bytes are not of this codec and shape."""
         if self.codec not in CODECS:
@@ -68,7 +78,7 @@ class Record:
             "key": self.key,
             "source": self.source,
             "bad": self.bad,
-            "maps": {name: vars(stored) for name, stored in self.maps.items()},
+            "maps": {name: stored.to_list() for name, stored in self.maps.items()},
         }
         return _pack({**content, "checksum": zlib.crc32(_pack(content))})
 
@@ -82,10 +92,7 @@ class Record:
                 raise ValueError("the checksum of the prior maps is wrong")
             if content["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"prior maps of format {content['format_version']}; this dpkd reads {FORMAT_VERSION}")
-            maps = {
-                name: StoredMap(**{**stored, "shape": tuple(stored["shape"])})
-                for name, stored in content["maps"].items()
-            }
+            maps = {name: StoredMap.from_list(stored) for name, stored in content["maps"].items()}
             return Record(key=content["key"], source=content["source"], maps=maps, bad=content["bad"])
         except (KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
             raise ValueError(f"the prior maps are damaged: {error!r}") from error

@@ -42,7 +42,7 @@ class Saliency(Section):
     version: ClassVar[int] = 2
     channels: ClassVar[int] = 1
     nearest: ClassVar[bool] = False
-    codec: ClassVar[JpegCodec] = JpegCodec()
+    codec: ClassVar[JpegCodec] = JpegCodec(quality=80)
 
     def map(self, picture: Picture) -> Map:
         """Saliency of an image, float32 HW1."""

@@ -38,6 +38,7 @@ def test_webdataset_reads_a_prior_shard(tmp_path):
     samples = list(webdataset.WebDataset(str(tar), shardshuffle=False).decode(decode))
     assert [sample["__key__"] for sample in samples] == dataset.split("train").keys[:5]
     edge = samples[0]["priors.msgpack"]["maps"]["edge"]
-    assert edge["codec"] == "jpeg"
-    assert edge["shape"] == [10, 8, 1]
-    assert np.isclose(edge["scale"], 1 / 255)
+    codec, shape, scale, *_ = edge
+    assert codec == "jpeg"
+    assert shape == [10, 8, 1]
+    assert np.isclose(scale, 1 / 255)
