@@ -27,8 +27,8 @@ def test_cells_agree_with_the_structure_tensor_of_scikit_image(photograph):
     clear[1:-1, 1:-1] = (length > 10 * NOISE)[1:-1, 1:-1]  # at the frame the two continue the image differently
     expected_HW = length / (xx + yy + NOISE)
     np.testing.assert_allclose(found_HWC[1:-1, 1:-1, 0], expected_HW[1:-1, 1:-1], atol=0.01)
-    np.testing.assert_allclose(2 * found_HWC[:, :, 1][clear] - 1, ((xx - yy) / length)[clear], atol=0.02)
-    np.testing.assert_allclose(2 * found_HWC[:, :, 2][clear] - 1, (2 * xy / length)[clear], atol=0.02)
+    np.testing.assert_allclose(2 * found_HWC[:, :, 1][clear] - 1, (xx - yy)[clear] / length[clear], atol=0.02)
+    np.testing.assert_allclose(2 * found_HWC[:, :, 2][clear] - 1, 2 * xy[clear] / length[clear], atol=0.02)
 
 
 def test_an_even_cell_has_no_coherence_and_no_direction():

@@ -18,10 +18,8 @@ def test_f_and_overlap_agree_with_scikit_learn():
 
 
 def test_a_map_that_is_the_mask_is_perfect_and_drawn_objects_are_found_better_than_the_middle(tmp_path):
-    settings = SampleSettings(
-        size=64, base_classes=4, val_classes=2, novel_classes=2, largest=6, smallest=4, unlabelled=4
-    )
-    draw_samples(tmp_path / "sample", settings, seed=0)
+    few = {"base_classes": 4, "val_classes": 2, "novel_classes": 2, "largest": 6, "smallest": 4, "unlabelled": 4}
+    draw_samples(tmp_path / "sample", settings=SampleSettings(size=64, **few), seed=0)
     rows = {row["method"]: row for row in main(["--data", str(tmp_path / "sample/base")])}
     assert rows["saliency"]["max_f"] > rows["control: centre"]["max_f"]
     assert 0 < rows["saliency"]["error"] < 0.5
