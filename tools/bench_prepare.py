@@ -35,6 +35,7 @@ from dpkd.data.shards import Dataset
 from dpkd.errors import UserError
 from dpkd.pool import LocalPool
 from dpkd.priors import DEFAULT_PRIORS
+from dpkd.priors.memory import keep_freed_memory
 from dpkd.priors.picture import Picture
 from dpkd.priors.record import StoredMap, store
 from dpkd.priors.shards import PriorSet
@@ -143,6 +144,7 @@ def _pack(images: list[bytes], folder: Path, *, samples_per_shard: int) -> Datas
 def _kernels(images: list[bytes]) -> dict[str, Any]:
     """Mean wall milliseconds of each kernel, the bytes of each map, and their sums; run in a process of its own."""
     cv2.setNumThreads(1)
+    keep_freed_memory()
     for prior in DEFAULT_PRIORS:
         prior.map(Picture(decode_image(images[0])))  # compiles
     time_s: dict[str, float] = defaultdict(float)

@@ -21,15 +21,6 @@ class Moments:
         """The moments of no sample."""
         return Moments(0, (0.0,) * channels, (0.0,) * channels)
 
-    @staticmethod
-    def of(map_HWC: Map) -> "Moments":
-        """The moments of one map; cells that are not known (NaN) do not count."""
-        cell_NC = map_HWC.reshape(-1, map_HWC.shape[2])
-        cell_NC = cell_NC[~np.isnan(cell_NC[:, 0])]
-        return Moments(
-            len(cell_NC), tuple(cell_NC.sum(0).tolist()), tuple(np.einsum("nc,nc->c", cell_NC, cell_NC).tolist())
-        )
-
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(
             self.count + other.count,
@@ -49,3 +40,24 @@ class Moments:
 
     def _over_count(self, sum_C: tuple[float, ...]) -> npt.NDArray[np.float64]:
         return np.asarray(sum_C) / self.count if self.count else np.full(len(sum_C), np.nan)
+
+
+class Tally:
+    """Adds up the moments of one map over samples."""
+
+    def __init__(self, channels: int) -> None:
+        self._count = 0
+        self._sum_C, self._square_sum_C = np.zeros(channels), np.zeros(channels)
+
+    def add(self, map_HWC: Map) -> None:
+        """Counts the cells of one sample's map; a map that is not known (NaN) does not count."""
+        if np.isnan(map_HWC[0, 0, 0]):
+            return
+        self._count += map_HWC.shape[0] * map_HWC.shape[1]
+        self._sum_C += np.einsum("hwc->c", map_HWC)
+        self._square_sum_C += np.einsum("hwc,hwc->c", map_HWC, map_HWC)
+
+    @property
+    def moments(self) -> Moments:
+        """Those of all samples added so far."""
+        return Moments(self._count, tuple(self._sum_C.tolist()), tuple(self._square_sum_C.tolist()))

@@ -20,6 +20,7 @@ from dpkd.pool import Pool
 from dpkd.priors import Prior
 from dpkd.priors.expert import Expert
 from dpkd.priors.extractor import fingerprint
+from dpkd.priors.memory import keep_freed_memory
 from dpkd.priors.picture import Picture
 from dpkd.priors.record import MEMBER_EXTENSION, Record, StoredMap, flat, source_hash, store
 from dpkd.priors.shards import (
@@ -32,7 +33,7 @@ from dpkd.priors.shards import (
     read_manifest,
     set_url,
 )
-from dpkd.priors.statistics import Moments
+from dpkd.priors.statistics import Moments, Tally
 from dpkd.report.quarantine import Quarantine
 from dpkd.stages.settings import PrepareSettings
 
@@ -171,6 +172,7 @@ def _remove(place: str) -> None:
 def _prepare_shard(task: _Task) -> PriorIndex:
     """Makes one prior shard and its index, or finds that they stand; returns the index."""
     cv2.setNumThreads(1)  # the pool has a process for every core
+    keep_freed_memory()
     image_shard = task.split.info.shards[0]
     place = storage.join(task.url, image_shard.name)
     index = _standing_index(place, image_shard, task.priors)
@@ -214,14 +216,14 @@ def _make_shard(task: _Task, *, before: dict[str, Record]) -> tuple[PriorIndex, 
     file = io.BytesIO()
     tar = TarWriter(file)
     members, bad = [], []
-    moments = {prior.name: Moments.zero(prior.channels) for prior in task.priors if not prior.nearest}
+    tallies = {prior.name: Tally(prior.channels) for prior in task.priors if not prior.nearest}
     for record in _records(task, before=before):
         members.append(tar.add(f"{record.key}.{MEMBER_EXTENSION}", record.to_bytes()))
         if record.bad is not None:
             bad.append((record.key, record.bad))
             continue
-        for name in moments:
-            moments[name] += Moments.of(record.maps[name].decode())
+        for name, tally in tallies.items():
+            tally.add(record.maps[name].decode())
     tar.finish()
     data = file.getvalue()
     shard = ShardInfo(
@@ -233,7 +235,7 @@ def _make_shard(task: _Task, *, before: dict[str, Record]) -> tuple[PriorIndex, 
         fingerprints=fingerprints(task.priors),
         offsets=tuple(member.offset for member in members),
         sizes=tuple(member.size for member in members),
-        moments=moments,
+        moments={name: tally.moments for name, tally in tallies.items()},
         bad=tuple(bad),
     )
     return index, data
