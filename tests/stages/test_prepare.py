@@ -294,3 +294,18 @@ def test_remote_shards_are_prepared_in_place(tmp_path):
     assert memory.cat("/prepare-test/priors/default/train-000002.tar") == prior_files(local)["train-000002.tar"]
     sample = remote.split("test").read(1)
     assert set(prior_set.split("test").read(1, sample)) == {"edge", "saliency", "superpixel", "hog"}
+
+
+def test_a_truncated_image_shard_is_named_and_never_merged_with_the_next(dataset):
+    """webdataset 1.0 would go on with the next shard, and where a key recurs join the halves of two samples."""
+    shard = Path(dataset.url) / "train-000001.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"train-000001\.tar is cut short: sample '.*' is not all there"):
+        prepare_all(dataset)
+    with pytest.raises(UserError, match="no whole prior set"):
+        PriorSet.open(dataset.url, "default")
+    shard.write_bytes(whole)
+    prepare_all(dataset)
+    maps = PriorSet.open(dataset.url, "default").split("train")
+    assert [maps.record(i, dataset.split("train").read(i)).key for i in range(12)] == dataset.split("train").keys
