@@ -9,7 +9,7 @@ from pydantic import ValidationError, model_validator
 from dpkd.data.settings import ClassSplits, FractionSplits, GivenSplits
 from dpkd.errors import UserError
 from dpkd.models.settings import FigureGroundPooling, ModelSettings
-from dpkd.objectives.settings import StudentObjective, TeacherObjective, maps_taken
+from dpkd.objectives.settings import VIEW_MAPS, StudentObjective, TeacherObjective, maps_taken
 from dpkd.priors.derived import DERIVED, derivable
 from dpkd.section import Section
 from dpkd.settings_errors import explain
@@ -131,7 +131,7 @@ def _priors_are_prepared(settings: Settings) -> None:
     prepared = {prior.name: prior for prior in settings.prepare.priors}
     derived = derivable(prepared)
     for key, name in _priors_used(settings):
-        if name in derived:
+        if name in derived or (name in VIEW_MAPS and name not in prepared and not key.endswith(".pooling")):
             continue
         if name not in prepared:
             missing = [each for each in DERIVED[name].needs if each not in prepared] if name in DERIVED else [name]

@@ -43,7 +43,7 @@ def tiny(run_dir: Path, *, source: Path | None, shards: Path | None = None) -> d
             "samples_per_shard": 64,
             "loader": {"workers": 0},
         },
-        "prepare": {"priors": [{"kind": kind} for kind in ("edge", "saliency", "superpixel", "hog")]},
+        "prepare": {"priors": [{"kind": kind} for kind in ("edge", "saliency", "superpixel")]},
         "teach": {
             "model": CONV | FIGURE_GROUND,
             "objectives": [{"kind": "supervised"}, {"kind": "masked_prior", "targets": {"hog": 1.0, "edge": 0.25}}],

@@ -54,7 +54,17 @@ def changed(**sections: Any) -> dict[str, Any]:
             changed(launcher__workers=3, teach__training={"steps": 5, "batch_size": 128}),
             ["batch_size 128", "3 workers"],
         ),
-        (changed(prepare__priors=[], teach__objectives=[{"kind": "masked_prior"}]), ["'hog'", "prepare.priors"]),
+        (
+            changed(prepare__priors=[], teach__objectives=[{"kind": "masked_prior", "targets": {"edge": 1}}]),
+            ["'edge'", "prepare.priors"],
+        ),
+        (
+            changed(
+                prepare__priors=[],
+                teach__model={"name": "resnet10t", "pooling": {"kind": "figure_ground", "prior": "hog"}},
+            ),
+            ["'hog'", "prepare.priors"],
+        ),
         (
             changed(teach__model={"name": "resnet10t", "pooling": {"kind": "figure_ground", "prior": "depth"}}),
             ["teach.model.pooling", "'depth'", "prepare.priors"],

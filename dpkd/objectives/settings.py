@@ -8,6 +8,9 @@ from dpkd.section import Section
 
 Weight = Annotated[float, Field(ge=0)]
 
+VIEW_MAPS = {"hog": 9}
+"""Channels of the maps that training makes of the view itself where no prior set holds them."""
+
 
 class Supervised(Section):
     """Cross-entropy on the visible labels; samples without one do not count."""
@@ -28,7 +31,7 @@ class MaskedPrior(Section):
     mask_ratio: float = Field(0.4, ge=0, lt=1)
     """Share of patches hidden; 0 predicts the maps of the whole view, with no second view."""
     targets: dict[str, Weight] = Field({"hog": 1.0}, min_length=1)
-    """Weight of each prior map to predict."""
+    """Weight of each prior map to predict; `hog` need not be prepared."""
 
 
 class LogitDistillation(Section):

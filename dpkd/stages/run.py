@@ -14,7 +14,7 @@ from dpkd.data.labels import visible_labels
 from dpkd.data.shards import Dataset, Split
 from dpkd.engine import Engine
 from dpkd.errors import UserError
-from dpkd.objectives.settings import StudentObjective, Supervised
+from dpkd.objectives.settings import VIEW_MAPS, StudentObjective, Supervised
 from dpkd.objectives.supervised import log_class_prior
 from dpkd.priors.shards import PriorSet, PriorSplit
 from dpkd.stages.record import RunFolder
@@ -54,8 +54,11 @@ class Run:
         return PriorSet.open(self.dataset.url, self.prepare.name) if self.prepare.priors else None
 
     def maps_of(self, split: str, names: Collection[str]) -> PriorSplit | None:
-        """The prior maps of a split by name, none where none is asked for."""
-        return self.priors.split(split).only(sorted(names)) if self.priors is not None and names else None
+        """The prior maps of a split by name, without those that training makes itself; none where none is left."""
+        if self.priors is None:
+            return None
+        stored = [name for name in sorted(names) if name in self.priors.channels or name not in VIEW_MAPS]
+        return self.priors.split(split).only(stored) if stored else None
 
     @property
     def map_size(self) -> int:

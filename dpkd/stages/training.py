@@ -13,7 +13,7 @@ from dpkd.models.batch_norm import StepStatistics
 from dpkd.models.network import Network, build_network
 from dpkd.models.parameters import parameter_groups
 from dpkd.models.settings import ModelSettings, NetworkSpec
-from dpkd.objectives.settings import FeatureDistillation, MaskedPrior, PatchDistillation, StudentObjective
+from dpkd.objectives.settings import VIEW_MAPS, FeatureDistillation, MaskedPrior, PatchDistillation, StudentObjective
 from dpkd.report.progress import EventLog, Progress, say
 from dpkd.report.tensorboard import Board
 from dpkd.stages.run import Run, TrainingSet
@@ -36,7 +36,7 @@ def network_spec(
     """The spec of a network whose heads are those that its objectives need."""
     targets = {name for objective in objectives if isinstance(objective, MaskedPrior) for name in objective.targets}
     follows = any(isinstance(objective, FeatureDistillation | PatchDistillation) for objective in objectives)
-    channels = run.priors.channels if run.priors is not None else {}
+    channels = VIEW_MAPS | (run.priors.channels if run.priors is not None else {})
     manifest = run.dataset.manifest
     return NetworkSpec(
         model=model,

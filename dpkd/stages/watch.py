@@ -15,7 +15,7 @@ from dpkd.report.tensorboard import Board
 from dpkd.stages.embed import embed_networks
 from dpkd.stages.run import Run
 from dpkd.train.loop import Hooks
-from dpkd.train.task import DistillTask, TeachTask, network_input, pooling_weight
+from dpkd.train.task import DistillTask, TeachTask, network_input, pooling_weight, with_view_maps
 
 NUM_PANEL_IMAGES = 6
 
@@ -66,7 +66,7 @@ class Watch:
 
     def panels(self, step: int, batch: Batch) -> None:
         """Image, priors, the network's predictions of them and its attention, side by side."""
-        few = batch.first(NUM_PANEL_IMAGES)
+        few = with_view_maps(batch.first(NUM_PANEL_IMAGES), self._task.maps)
         for name, learner in self._task.learners.items():
             inputs = (network_input(learner.spec, few), pooling_weight(learner.spec, few))
             outputs = with_attention(learner.network, partial(learner.engine.predict, *inputs))

@@ -4,8 +4,8 @@ needs the teacher's outputs, which are computed once and serve every student.
 Axes: B sample, C channel, H W height and width, K classes.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -18,6 +18,7 @@ from dpkd.models.network import Network
 from dpkd.models.settings import FigureGroundPooling, NetworkSpec
 from dpkd.objectives.draws import random_share
 from dpkd.objectives.features import distil_embedding
+from dpkd.objectives.hog import hog
 from dpkd.objectives.logits import distil_logits
 from dpkd.objectives.masked_prior import hide_patches, masked_prior, prior_target, random_patch_mask
 from dpkd.objectives.patches import distil_patches, patch_weight
@@ -110,7 +111,7 @@ class TeachTask:
 
     def losses(self, batch: Batch, *, step: int) -> Losses:
         """The network's own losses."""
-        learner = self.learners[self._name]
+        learner, batch = self.learners[self._name], with_view_maps(batch, self.maps)
         view = look(learner, batch, step=step, seed=self._seed)
         return {self._name: own_losses(learner.objectives, view, batch, supervision=self._supervision)}
 
@@ -143,6 +144,7 @@ class DistillTask:
     def losses(self, batch: Batch, *, step: int) -> Losses:
         """Each student's own and distillation losses; a live teacher's own."""
         losses: Losses = {}
+        batch = with_view_maps(batch, self.maps)
         if isinstance(self._teacher, Learner):
             view = look(self._teacher, batch, step=step, seed=self._seed)
             own = own_losses(self._teacher.objectives, view, batch, supervision=self._supervision)
@@ -160,6 +162,13 @@ class DistillTask:
     def learning_rate(self, name: str, *, step: int) -> float:
         """Learning rate of one network at a step."""
         return self.learners[name].learning_rate(step)
+
+
+def with_view_maps(batch: Batch, names: Collection[str]) -> Batch:
+    """The batch with those of the maps `names` that are made of its views, where it did not bring them."""
+    if "hog" not in names or "hog" in batch.priors:
+        return batch
+    return replace(batch, priors={**batch.priors, "hog": hog(batch.image_BCHW)})
 
 
 def look(learner: Learner, batch: Batch, *, step: int, seed: int) -> View:

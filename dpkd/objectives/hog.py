@@ -1,0 +1,45 @@
+"""Histograms of oriented gradients on the training device, of the very view that the network sees.
+
+The definition is that of `dpkd.priors.hog`; a map of the view itself needs no storage, and a crop keeps its full detail
+(MaskFeat, Wei et al. 2022, computes its target so). Axes: B sample, C colour, H W height and width, K bins.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpkd.models.resample import area_resample
+
+BINS = 9
+CELL = 8
+"""Side of a cell in pixels."""
+
+
+@torch.no_grad()
+def hog(image_BCHW: Tensor, *, bins: int = BINS, cell: int = CELL) -> Tensor:
+    """The maps of uint8 RGB images: float32 BKHW, a cell about every `cell` pixels, each of l2 norm 1.
+
+    Channel k is centred at (k + 0.5) · 180 / bins degrees. The bins are summed up one by one, so that memory stays at a
+    few planes of the images.
+    """
+    dx_B1HW, dy_B1HW = _largest_gradient(image_BCHW.float())
+    magnitude_B1HW = torch.hypot(dx_B1HW, dy_B1HW)
+    position_B1HW = torch.atan2(dy_B1HW, dx_B1HW) * (bins / torch.pi) - 0.5
+    height, width = image_BCHW.shape[2:]
+    grid = (max(1, round(height / cell)), max(1, round(width / cell)))
+    planes = []
+    for k in range(bins):
+        away_B1HW = (position_B1HW - k) % bins
+        share_B1HW = (1 - torch.minimum(away_B1HW, bins - away_B1HW)).clamp(min=0)
+        planes.append(area_resample(magnitude_B1HW * share_B1HW, grid))
+    histogram_BKHW = torch.cat(planes, dim=1)
+    return histogram_BKHW / (histogram_BKHW.square().sum(1, keepdim=True) + 1e-10).sqrt()
+
+
+def _largest_gradient(image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Derivatives along x and y, B1HW, of the colour of largest gradient at each pixel; 0 across the frame."""
+    padded_BCHW = F.pad(image_BCHW, (1, 1, 1, 1), mode="reflect")
+    dx_BCHW = padded_BCHW[:, :, 1:-1, 2:] - padded_BCHW[:, :, 1:-1, :-2]
+    dy_BCHW = padded_BCHW[:, :, 2:, 1:-1] - padded_BCHW[:, :, :-2, 1:-1]
+    largest_B1HW = (dx_BCHW.square() + dy_BCHW.square()).argmax(1, keepdim=True)
+    return dx_BCHW.gather(1, largest_B1HW), dy_BCHW.gather(1, largest_B1HW)

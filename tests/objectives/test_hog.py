@@ -1,0 +1,35 @@
+import numpy as np
+import pytest
+import torch
+
+from dpkd.objectives.hog import hog
+from dpkd.priors.hog import Hog
+from dpkd.priors.picture import Picture
+
+
+def drawn(*, height: int, width: int, count: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), np.uint8)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (60, 84), (8, 8), (5, 40)])
+def test_maps_made_on_the_device_are_those_that_prepare_stores(height, width):
+    image_BHWC = drawn(height=height, width=width)
+    map_BKHW = hog(torch.from_numpy(image_BHWC).permute(0, 3, 1, 2))
+    stored = np.stack([Hog().map(Picture(image_HWC)).transpose(2, 0, 1) for image_HWC in image_BHWC])
+    np.testing.assert_allclose(map_BKHW.numpy(), stored, atol=2e-3)
+
+
+def test_bins_and_cells_can_be_chosen():
+    image_BHWC = drawn(height=32, width=48, count=1)
+    map_BKHW = hog(torch.from_numpy(image_BHWC).permute(0, 3, 1, 2), bins=6, cell=16)
+    stored = Hog(bins=6, cell=16).map(Picture(image_BHWC[0])).transpose(2, 0, 1)
+    np.testing.assert_allclose(map_BKHW[0].numpy(), stored, atol=2e-3)
+
+
+def test_a_mirrored_view_has_the_bins_reversed():
+    image_BCHW = torch.from_numpy(drawn(height=32, width=32)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(hog(image_BCHW.flip(3)), hog(image_BCHW).flip(1, 3), atol=1e-4, rtol=0)
+
+
+def test_a_flat_view_has_no_direction():
+    assert torch.equal(hog(torch.full((1, 3, 16, 16), 77, dtype=torch.uint8)), torch.zeros(1, 9, 2, 2))
