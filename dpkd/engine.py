@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dpkd.average import WeightAverage
-from dpkd.engine_state import Counts, StateReader, part_of, write_part
+from dpkd.engine_state import Counts, Staging, StateReader, Writer, part_of, write_part
 from dpkd.errors import UserError
 from dpkd.optimizer import build_optimizer, by_name, quantities, set_learning_rates, set_num_updates, trainable
 from dpkd.train.settings import EngineSettings, OptimizerSettings
@@ -37,11 +37,14 @@ class Engine(Protocol):
         spoilt: stop, and go back to a checkpoint.
         """
 
-    def save(self, folder: Path) -> None:
-        """Writes this rank's share of weights, optimizer and average into `folder`; file names differ between ranks."""
+    def snapshot(self) -> Writer:
+        """Copies this rank's share of weights, optimizer and average; what it returns writes the copy into a folder.
+
+        The copy lives until the next snapshot, which must wait for the writing. File names differ between ranks.
+        """
 
     def load(self, folder: Path) -> None:
-        """Restores what any engine saved at any world size, bit for bit (the format: engine_state.py)."""
+        """Restores what any engine wrote at any world size, bit for bit (the format: engine_state.py)."""
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The whole fp32 state dict on CPU (the averaged weights where there are any), the same on every rank."""
@@ -120,6 +123,7 @@ class TorchEngine:
         self._set_num_updates(0)
         followed = {**self._parameters, **dict(module.named_buffers())}
         self._average = None if settings.ema is None else WeightAverage(followed, decay=settings.ema)
+        self._staging = Staging()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See `Engine`."""
@@ -173,13 +177,13 @@ class TorchEngine:
             for gradient, part in zip(gradients, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
 
-    def save(self, folder: Path) -> None:
+    def snapshot(self) -> Writer:
         """See `Engine`."""
         rank, size = self._world.rank, self._world.size
         tensors = self._tensors()
         counts = Counts(self._num_updates, 0 if self._average is None else self._average.num_updates)
-        mine = {name: tensors[name] for name in part_of(tensors, rank=rank, size=size)}
-        write_part(folder, mine, counts=counts, rank=rank, size=size)
+        held = self._staging.hold((name, tensors[name]) for name in part_of(tensors, rank=rank, size=size))
+        return lambda folder: write_part(folder, held, counts=counts, rank=rank, size=size)
 
     def load(self, folder: Path) -> None:
         """See `Engine`."""

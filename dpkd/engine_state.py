@@ -11,8 +11,10 @@ Every tensor stands whole in exactly one part, so any engine at any world size r
 refused; torn bytes are the business of the checkpoint's manifest.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import errno
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,6 +25,9 @@ from dpkd.errors import UserError
 
 FORMAT = "1"
 
+Writer = Callable[[Path], None]
+"""Writes a copy of a rank's share of some state into a folder, whenever and in whatever thread it is called."""
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -32,21 +37,44 @@ class Counts:
     num_average_updates: int = 0
 
 
+@dataclass
+class Staging:
+    """Copies of an engine's tensors in this machine's memory, which is kept: fresh pages cost more than the copying."""
+
+    _copies: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def hold(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """The tensors by name, taken one by one, as they are now, on CPU; the next call overwrites them."""
+        held = {}
+        for name, tensor in tensors:
+            copy = self._copies.get(name)
+            if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            held[name] = copy.copy_(tensor.detach())
+        self._copies = held
+        return held
+
+
 def part_of(names: Iterable[str], *, rank: int, size: int) -> list[str]:
     """The names that `rank` writes."""
     return sorted(names)[rank::size]
 
 
 def write_part(folder: Path, tensors: Mapping[str, torch.Tensor], *, counts: Counts, rank: int, size: int) -> None:
-    """Writes this rank's tensors; raises `OSError` where the disk takes no more."""
+    """Writes this rank's tensors, which are on CPU; raises `OSError` where the disk takes no more."""
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": FORMAT, **{name: str(number) for name, number in vars(counts).items()}}
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     path = folder / f"part-{rank:05d}-of-{size:05d}.safetensors"
+    write_tensors(path, tensors, metadata=metadata)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], *, metadata: dict[str, str] | None = None) -> None:
+    """Writes tensors on CPU as one safetensors file; raises `OSError` where the disk takes no more."""
     try:
-        save_file(whole, path, metadata=metadata)
+        save_file(dict(tensors), path, metadata=metadata)
     except SafetensorError as error:  # how safetensors reports every fault of the disk
-        raise OSError(f"{path}: {error}") from error
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, f"{error}", str(path)) from error
 
 
 class StateReader:

@@ -29,7 +29,7 @@ def train_stages(argument: tuple[dict[str, Any], list[str]]) -> None:
     try:
         _share_cores(settings, peers)
         run = Run(
-            folder=RunFolder(settings.run.dir),
+            folder=RunFolder(settings.run.dir, checkpoints=settings.run.checkpoints),
             world=peers,
             seed=settings.run.seed,
             data=settings.data,

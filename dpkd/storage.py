@@ -162,6 +162,70 @@ def remove(url: str | Path) -> None:
         filesystem.rm_file(name)
 
 
+def write_bytes_once(url: str | Path, data: bytes) -> bool:
+    """Writes a file where none stands, whole or not at all; False, and nothing is written, where one stands already.
+
+    Of several writers at the same time one gets True.
+    """
+    path = local_path(url)
+    with write_errors(url):
+        if path is None:
+            filesystem, name = _remote(url)
+            try:
+                filesystem.pipe_file(name, data, mode="create")
+            except FileExistsError:
+                return False
+            return True
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}"
+        try:
+            beside.write_bytes(data)
+            sync_file(beside)
+            os.link(beside, path)
+        except FileExistsError:
+            return False
+        finally:
+            beside.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    return True
+
+
+def deliver(file: Path, url: str | Path) -> None:
+    """Moves a local file, flushed to the disk, to where it belongs: a rename on the same disk, an upload elsewhere."""
+    path = local_path(url)
+    with write_errors(url):
+        if path is None:
+            filesystem, name = _remote(url)
+            filesystem.put_file(str(file), name)
+            file.unlink()
+            return
+        sync_file(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(path)
+        sync_folder(path.parent)
+
+
+def copy_here(url: str | Path, file: Path) -> None:
+    """Copies a file to a local one."""
+    with write_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("wb") as target, open_read(url) as source:
+            shutil.copyfileobj(source, target, 1 << 20)
+
+
+def remove_tree(url: str | Path) -> None:
+    """Deletes a folder and all below it; nothing happens where there is none."""
+    path = local_path(url)
+    with write_errors(url):
+        if path is not None:
+            if path.exists():
+                shutil.rmtree(path)
+            return
+        filesystem, name = _remote(url)
+        if filesystem.exists(name):
+            filesystem.rm(name, recursive=True)
+
+
 def publish(folder_tmp: str | Path, folder: str | Path) -> None:
     """Flushes every file of a local folder to the disk and renames it to where it counts, which must be free."""
     source, target = Path(folder_tmp), Path(folder)

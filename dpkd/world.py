@@ -39,9 +39,13 @@ class World:
         """True where `flag` is true on every rank."""
         return min(self._gather_flags(flag)) == 1
 
-    def any_true(self, flag: bool) -> bool:  # noqa: FBT001
-        """True where `flag` is true on at least one rank."""
-        return max(self._gather_flags(flag)) == 1
+    def any_of(self, *flags: bool) -> tuple[bool, ...]:
+        """For each of the flags, whether it is true on at least one rank."""
+        if self.size == 1:
+            return flags
+        counts = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(counts, group=self.control)
+        return tuple(bool(count) for count in counts)
 
     def broadcast(self, thing: Thing, *, source: int = 0) -> Thing:
         """`thing` as rank `source` has it; it must pickle."""
@@ -146,5 +150,5 @@ def request_stop() -> None:
 
 
 def stop_requested() -> bool:
-    """True once this process was asked to stop; ranks agree on it with `World.any_true`."""
+    """True once this process was asked to stop; ranks agree on it with `World.any_of`."""
     return _stop.is_set()

@@ -151,7 +151,7 @@ def run(kind: str, world: World, folder: Path) -> dict[str, Any]:
     state = folder / f"state-{world.size}-{kind}"
     engine = build(kind, world)
     start = train(engine, world, first=0, last=SAVED_AT)
-    engine.save(state)
+    engine.snapshot()(state)
     world.barrier()
     rest = train(engine, world, first=SAVED_AT, last=STEPS)
     found: dict[str, Any] = {"start": start, "rest": rest}
@@ -163,7 +163,7 @@ def run(kind: str, world: World, folder: Path) -> dict[str, Any]:
     sgd = build(kind, world, optimizer=SGD, ema=None)
     found["refused"] = refusal(sgd, state)
     found["sgd start"] = train(sgd, world, first=0, last=1)
-    sgd.save(state / "sgd")
+    sgd.snapshot()(state / "sgd")
     world.barrier()
     found["sgd rest"] = train(sgd, world, first=1, last=SAVED_AT)
     if world.size == 1:

@@ -40,7 +40,7 @@ def refuse_in_second_worker(folder):
 def save_when_asked_to_stop(folder):
     peers = world.join()
     (Path(folder) / f"up-{peers.rank}").touch()
-    while not peers.any_true(world.stop_requested()):
+    while not peers.any_of(world.stop_requested())[0]:
         time.sleep(0.05)
     (Path(folder) / f"saved-{peers.rank}").touch()
     raise StopRequested("saved at step 7")

@@ -188,7 +188,7 @@ def test_a_full_disk_stops_the_run_with_the_earlier_state_whole(whole: RunFolder
     assert command.wait() == 2, command.output
     assert "checkpoint at step 2 could not be written" in command.output
     assert "Traceback" not in command.output
-    assert not list(command.folder.checkpoints("teach").iterdir())
+    assert not list(Path(command.folder.checkpoints("teach")).glob("step-*"))
     again = Command(tree, "--stages", "teach")
     assert again.wait() == 0, again.output
     name = "teacher/model.safetensors"

@@ -13,8 +13,7 @@ def main() -> None:
     found = {
         "all of (true, false)": world.all_true(world.rank == 0),
         "all of (true, true)": world.all_true(True),
-        "any of (true, false)": world.any_true(world.rank == 0),
-        "any of (false, false)": world.any_true(False),
+        "any of (true, false), (false, false)": world.any_of(world.rank == 0, False),
         "broadcast": world.broadcast({"from": world.rank}),
         "broadcast from 1": world.broadcast({"from": world.rank}, source=1),
         "gather": world.gather(f"rank {world.rank}"),

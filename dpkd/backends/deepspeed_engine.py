@@ -16,7 +16,7 @@ from torch import nn
 
 from dpkd.backends.deepspeed_state import NetworkState, zero_state
 from dpkd.engine import Statistics, in_fp32, use_activation_checkpointing
-from dpkd.engine_state import Counts, StateReader, part_of, write_part
+from dpkd.engine_state import Counts, Staging, StateReader, Writer, part_of, write_part
 from dpkd.errors import UserError
 from dpkd.optimizer import build_optimizer, by_name, quantities, set_learning_rates, trainable
 from dpkd.train.settings import EngineSettings, OptimizerSettings
@@ -79,6 +79,7 @@ class DeepSpeedEngine:
             self._engine.compile()
         zero = zero_state(self._engine.optimizer, stage=settings.zero_stage, world=world)
         self._state = NetworkState(module, trained=by_name(groups), zero=zero, decay=settings.ema)
+        self._staging = Staging()
         self._set_num_updates(0)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -131,19 +132,17 @@ class DeepSpeedEngine:
         self._num_updates = number
         self._state.zero.set_num_updates(self._settings, number)
 
-    def save(self, folder: Path) -> None:
+    def snapshot(self) -> Writer:
         """See `Engine`."""
         rank, size = self._world.rank, self._world.size
         slots = self._state.slots(quantities(self._settings))
         mine = set(part_of(slots, rank=rank, size=size))
-        kept = {}
-        for name in sorted(slots):  # every rank reads every slot: reading gathers what is sharded
-            tensor = slots[name].read()
-            if name in mine:
-                kept[name] = tensor.cpu()
+        # every rank reads every slot, in one order: reading gathers what is sharded
+        whole = ((name, slots[name].read()) for name in sorted(slots))
+        held = self._staging.hold((name, tensor) for name, tensor in whole if name in mine)
         averaged = self._state.averaged
         counts = Counts(self._num_updates, 0 if averaged is None else averaged.num_updates)
-        write_part(folder, kept, counts=counts, rank=rank, size=size)
+        return lambda folder: write_part(folder, held, counts=counts, rank=rank, size=size)
 
     def load(self, folder: Path) -> None:
         """See `Engine`."""

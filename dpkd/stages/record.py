@@ -15,10 +15,11 @@ from dpkd.errors import UserError
 
 
 class RunFolder:
-    """Paths of one run, and its record of stages."""
+    """Paths of one run, and its record of stages; `checkpoints` is a path or URL, none takes a folder of the run's."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, checkpoints: str | None = None) -> None:
         self.path = Path(path)
+        self._checkpoints = checkpoints or str(self.path / "checkpoints")
         self.teacher = self.path / "teacher"
         self.live_teacher = self.path / "teacher-live"
         self.students = self.path / "students"
@@ -37,9 +38,9 @@ class RunFolder:
         kind, _, rest = name.partition("-")
         return {"student": self.students / rest, "baseline": self.baselines / rest, "teacher": self.live_teacher}[kind]
 
-    def checkpoints(self, stage: str) -> Path:
-        """Folder of a stage's checkpoints."""
-        return self.path / "checkpoints" / stage
+    def checkpoints(self, stage: str) -> str:
+        """Where a stage's checkpoints stand."""
+        return storage.join(self._checkpoints, stage)
 
     def stages(self) -> dict[str, dict[str, Any]]:
         """What each stage was given, its status and its seconds over all attempts; empty before the first."""

@@ -135,7 +135,10 @@ class RunSettings(Section):
     """The run folder and the seed that everything random is drawn from."""
 
     dir: str = "runs/default"
-    """A path that every worker sees; checkpoints are published by renaming, which object storage cannot do."""
+    """A path that every worker sees."""
+    checkpoints: str | None = None
+    """Where checkpoints stand: a path, or any fsspec URL of a place that is this run's alone; none puts them into the
+    run folder."""
     seed: int = Field(0, ge=0)
 
     @field_validator("dir")
@@ -144,6 +147,6 @@ class RunSettings(Section):
         if "://" in value:
             raise ValueError(
                 f"{value!r} is a URL, and a run folder is a path: give one on a disk that all workers see; "
-                "data.source and data.shards may be URLs"
+                "data.source, data.shards and run.checkpoints may be URLs"
             )
         return value

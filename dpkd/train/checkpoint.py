@@ -1,39 +1,50 @@
-"""Checkpoints that are whole or absent: parts, manifest, flush, one rename; all verified before any rank loads.
+"""Checkpoints that are whole or absent: one transaction over all parts, written while training goes on.
 
-    <folder>/step-00000200/manifest.json      {"format": 1, "step", "world_size", "files": {path: {size_bytes, sha256}}}
-    <folder>/step-00000200/<part>/...         what each part wrote, file names differing between ranks
-    <folder>/.step-00000200-<token>/          a save under way; it does not count, and a later attempt removes it
-
-Nothing here trusts a pointer: the newest step whose files all match its manifest is the one that loads.
+A save copies every part's state and returns; a thread then writes the copy, hashes and flushes every file, and says so
+in a file of its rank. Once all ranks have, rank 0 publishes the checkpoint by its manifest (`checkpoint_store` draws
+what stands). The next save waits for the one before, so that slow storage holds training back instead of filling
+memory. Before any rank loads, all have verified the files, and they fall back together.
 """
 
-import json
-import secrets
+import errno
 import shutil
-from collections.abc import Mapping
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import torch
+from safetensors.torch import load_file
 
 from dpkd import storage
-from dpkd.errors import UserError
+from dpkd.engine_state import Writer, write_tensors
+from dpkd.errors import UserError, portable
 from dpkd.report.progress import say
+from dpkd.train.checkpoint_store import MANIFEST, CheckpointStore, FileFacts, Manifest, Mark, RankFiles, Superseded
 from dpkd.world import World
 
-FORMAT = 1
-MANIFEST = "manifest.json"
+Result = TypeVar("Result")
+
+WAITS_S = (0.2, 1.0, 5.0, 20.0)
+"""Waits before an operation that storage failed is tried again."""
+POLL_S = 0.05
+FINAL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR})
+"""Faults of storage that trying again does not mend."""
 
 
 class Part(Protocol):
     """Something with state: an engine, a random generator. Called on every rank."""
 
-    def save(self, folder: Path) -> None:
-        """Writes this rank's share into `folder`."""
+    def snapshot(self) -> Writer:
+        """Copies this rank's share; what it returns writes the copy. The next call may overwrite the copy."""
 
     def load(self, folder: Path) -> None:
-        """Restores what `save` wrote."""
+        """Restores what the writers of all ranks wrote."""
 
 
 @dataclass(frozen=True)
@@ -42,135 +53,275 @@ class RandomState:
 
     world: World
 
-    def save(self, folder: Path) -> None:
-        """Writes `random-<rank>.pt`."""
+    def snapshot(self) -> Writer:
+        """Copies the states; the writer writes `random-<rank>.safetensors`."""
         states = {"cpu": torch.get_rng_state()}
         if self.world.device.type == "cuda":
             states["cuda"] = torch.cuda.get_rng_state(self.world.device)
-        torch.save(states, folder / f"random-{self.world.rank}.pt")
+        return lambda folder: write_tensors(folder / f"random-{self.world.rank}.safetensors", states)
 
     def load(self, folder: Path) -> None:
         """Restores this rank's generators; a rank that did not exist at the save keeps its own."""
-        path = folder / f"random-{self.world.rank}.pt"
+        path = folder / f"random-{self.world.rank}.safetensors"
         if not path.exists():
             return
-        states = torch.load(path, weights_only=True)
+        states = load_file(path)
         torch.set_rng_state(states["cpu"])
         if "cuda" in states and self.world.device.type == "cuda":
             torch.cuda.set_rng_state(states["cuda"], self.world.device)
 
 
 class Checkpoints:
-    """The checkpoints of one stage, in a folder that all ranks see."""
+    """The checkpoints of one stage, at a path or URL that all ranks see. Every verb but `failed` is called by all."""
 
-    def __init__(self, folder: Path, *, world: World, keep: int) -> None:
-        self.folder = folder
+    def __init__(self, url: str | Path, *, world: World, keep: int) -> None:
         self.world = world
         self.keep = keep
-
-    def save(self, step: int, parts: Mapping[str, Part]) -> None:
-        """Writes and publishes one checkpoint; all ranks return, or all raise and the earlier one stands."""
-        token: str = self.world.broadcast(secrets.token_hex(4))
-        draft = self.folder / f".step-{step:08d}-{token}"
-        self._together(lambda: self._write_parts(draft, parts), f"checkpoint at step {step}", draft)
-        self._together(lambda: self._publish(draft, step), f"checkpoint at step {step}", draft)
+        self._store = CheckpointStore(str(url))
+        self._attempt: int | None = None
+        self._base: Mark | None = None
+        self._saving: _Saving | None = None
 
     def load_newest(self, parts: Mapping[str, Part]) -> int:
-        """Loads the newest checkpoint whose every file is as its manifest says; returns its step, or 0 without one."""
-        if self.world.rank == 0:
-            self._remove_drafts()
-        steps: list[int] = self.world.broadcast(_committed_steps(self.folder))
-        for step in reversed(steps):
-            folder = _step_folder(self.folder, step)
-            faults = sorted({fault for rank in self.world.gather(self._faults(folder)) for fault in rank})
-            if faults:
-                if self.world.rank == 0:
-                    say(f"checkpoint {folder.name} is damaged and not used: {'; '.join(faults)}")
-                continue
-            for name, part in parts.items():
-                part.load(folder / name)
-            return step
-        if steps:
+        """Begins an attempt: loads the newest checkpoint whose every file is as its manifest says.
+
+        Returns its step, or 0 where there is none. Raises `UserError` where all are damaged.
+        """
+        self.finish()
+        self._attempt, marks = self._by_first(self._store.claim)
+        self._base = None
+        for mark in reversed(marks):
+            with self._at_hand(mark) as (folder, own_faults):
+                faults = sorted({fault for rank in self.world.gather(own_faults) for fault in rank})
+                if not faults:
+                    for name, part in parts.items():
+                        part.load(folder / name)
+                    self._base = mark
+                    return mark.step
+            if self.world.rank == 0:
+                say(f"checkpoint {mark.name} is damaged and not used: {'; '.join(faults)}")
+        if marks:
             raise UserError(
-                f"{self.folder}: all {len(steps)} checkpoints are damaged; restore one from a copy, "
+                f"{self._store.url}: all {len(marks)} checkpoints are damaged; restore one from a copy, "
                 "or delete the folder to start the stage anew"
             )
         return 0
 
-    def _write_parts(self, draft: Path, parts: Mapping[str, Part]) -> None:
-        for name, part in parts.items():
-            folder = draft / name
-            folder.mkdir(parents=True, exist_ok=True)
-            part.save(folder)
+    def save(self, step: int, parts: Mapping[str, Part]) -> None:
+        """Copies every part's state and begins to write it, once the save before has ended; raises as `finish`."""
+        assert self._attempt is not None, "load_newest comes first: it begins the attempt"
+        self.finish()
+        writers = {name: part.snapshot() for name, part in parts.items()}
+        transaction = _Transaction(self._store, Mark(step, self._attempt), self.world, writers)
+        self._saving = _Saving(transaction, publish=self._publish if self.world.rank == 0 else None)
 
-    def _publish(self, draft: Path, step: int) -> None:
-        if self.world.rank != 0:
+    def failed(self) -> bool:
+        """Whether this rank's part of the save under way has failed: time for all to call `finish`."""
+        return self._saving is not None and self._saving.failed
+
+    def finish(self) -> None:
+        """Returns once the save under way is published; raises the same `UserError` on all ranks where it is not."""
+        saving, self._saving = self._saving, None
+        if saving is None:
             return
-        files = {
-            str(path.relative_to(draft)): {"size_bytes": path.stat().st_size, "sha256": storage.sha256(path)}
-            for path in sorted(draft.rglob("*"))
-            if path.is_file()
-        }
-        manifest = {"format": FORMAT, "step": step, "world_size": self.world.size, "files": files}
-        (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        final = _step_folder(self.folder, step)
-        if final.exists():  # a damaged one of the same step, passed over by load_newest
-            shutil.rmtree(final)
-        storage.publish(draft, final)
-        for old in _committed_steps(self.folder)[: -self.keep]:
-            shutil.rmtree(_step_folder(self.folder, old))
+        errors = [error for error in self.world.gather(saving.wait_for_writing()) if error is not None]
+        if errors:
+            saving.cancel()
+        else:
+            errors = [error for error in [self.world.broadcast(saving.wait_for_publishing())] if error is not None]
+        if not errors:
+            return
+        if self.world.rank == 0:
+            with suppress(UserError, OSError):  # the first error is the one to tell
+                self._store.abandon(saving.mark)
+        if isinstance(errors[0], Superseded):
+            raise errors[0]
+        raise UserError(
+            f"checkpoint at step {saving.mark.step} could not be written to {self._store.url} "
+            f"({'; '.join(map(str, errors))}); the earlier ones stand. "
+            "Free space or mend the storage, then give the same command again"
+        )
 
-    def _together(self, act: Any, what: str, draft: Path) -> None:
-        """Runs `act` on every rank; if it fails on one, removes the draft and raises on all, so that none waits."""
-        reason = None
+    def _publish(self, transaction: "_Transaction", cancelled: threading.Event) -> None:
+        """Rank 0, once it has written its own files: waits for those of the others, and makes the checkpoint count."""
+        while not (names := transaction.rank_files()) and not cancelled.wait(POLL_S):
+            pass
+        if cancelled.is_set():
+            return
+        files: dict[str, FileFacts] = {}
+        for name in names:
+            data = _patiently(partial(storage.read_bytes, self._store.place(transaction.mark, name)))
+            files |= RankFiles.model_validate_json(data).files
+        _patiently(lambda: self._store.publish(transaction.mark, world_size=self.world.size, files=files))
+        _patiently(lambda: self._store.sweep(attempt=transaction.mark.attempt, base=self._base, keep=self.keep))
+
+    @contextmanager
+    def _at_hand(self, mark: Mark) -> Iterator[tuple[Path, list[str]]]:
+        """The checkpoint's folder on this machine, and what is wrong with the files that this rank looks at.
+
+        On storage that is a path, all ranks together look at every file once; else the first rank of each machine
+        copies the checkpoint, and looks at the copies.
+        """
+        path = storage.local_path(self._store.place(mark))
+        if path is not None:
+            yield path, self._faults(mark, path, share=(self.world.rank, self.world.size))
+            return
+        token = self.world.broadcast(f"{time.time_ns():x}")
+        copy = Path(tempfile.gettempdir()) / f"dpkd-checkpoint-{token}"
         try:
-            act()
-        except (OSError, UserError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            reason = f"rank {self.world.rank}: {error}"
-        reasons = [found for found in self.world.gather(reason) if found]
-        if reasons:
-            if self.world.rank == 0:
-                shutil.rmtree(draft, ignore_errors=True)
-            raise UserError(
-                f"{what} could not be written to {self.folder} ({'; '.join(reasons)}); the earlier ones stand. "
-                "Free space or mend the storage, then give the same command again"
-            )
+            yield copy, self._fetch(mark, copy) if self.world.local_rank == 0 else []
+            self.world.barrier()  # nobody removes what another still loads
+        finally:
+            if self.world.local_rank == 0:
+                shutil.rmtree(copy, ignore_errors=True)
 
-    def _faults(self, folder: Path) -> list[str]:
-        """What is wrong with this rank's share of the files; all ranks together read every file once."""
+    def _fetch(self, mark: Mark, copy: Path) -> list[str]:
+        """Copies a remote checkpoint to this machine; returns what is wrong with it."""
         try:
-            manifest = json.loads((folder / MANIFEST).read_text())
-            files = manifest["files"].items()
-            if manifest["format"] != FORMAT:
-                return [f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}"]
-            return [
-                fault
-                for path, expected in list(files)[self.world.rank :: self.world.size]
-                if (fault := _fault(folder / path, expected))
-            ]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            return [f"{MANIFEST} cannot be read ({error!r})"]
+            files = self._store.manifest(mark).files
+            for path in files:
+                _patiently(partial(storage.copy_here, self._store.place(mark, path), copy / path))
+        except (FileNotFoundError, ValueError) as error:
+            return [str(error)]
+        return self._faults(mark, copy, share=(0, 1))
 
-    def _remove_drafts(self) -> None:
-        for draft in self.folder.glob(".step-*"):
-            shutil.rmtree(draft, ignore_errors=True)
+    def _faults(self, mark: Mark, folder: Path, *, share: tuple[int, int]) -> list[str]:
+        """What is wrong with a share (rank, of how many) of the files in a local folder."""
+        try:
+            manifest: Manifest = self._store.manifest(mark)
+        except ValueError as error:
+            return [str(error)]
+        rank, size = share
+        mine = list(manifest.files.items())[rank::size]
+        return [fault for path, facts in mine if (fault := _fault(folder / path, facts))]
+
+    def _by_first(self, act: Callable[[], Result]) -> Result:
+        """What `act` gives on rank 0, on every rank; its `UserError` is raised on all."""
+        result, error = None, None
+        if self.world.rank == 0:
+            try:
+                result = act()
+            except UserError as fault:
+                error = fault
+        result, error = self.world.broadcast((result, error))
+        if error is not None:
+            raise error
+        assert result is not None
+        return result
 
 
-def _fault(path: Path, expected: dict[str, Any]) -> str | None:
-    if not path.is_file():
+@dataclass(frozen=True)
+class _Transaction:
+    """One checkpoint to be written: this rank's writers by part."""
+
+    store: CheckpointStore
+    mark: Mark
+    world: World
+    writers: Mapping[str, Writer]
+
+    def write(self) -> None:
+        """Writes this rank's files beside, hashes, flushes and puts each where it belongs, and lists them last."""
+        with self._scratch() as scratch:
+            for name, write in self.writers.items():
+                (scratch / name).mkdir()
+                write(scratch / name)
+            files = {}
+            for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
+                name = path.relative_to(scratch).as_posix()
+                files[name] = FileFacts(size_bytes=path.stat().st_size, sha256=storage.sha256(path))
+                storage.deliver(path, self.store.place(self.mark, name))
+        listed = RankFiles(files=files).model_dump_json(indent=1).encode()
+        storage.write_bytes_atomic(self.store.place(self.mark, _files_name(self.world.rank, self.world.size)), listed)
+
+    def rank_files(self) -> list[str]:
+        """Names of the ranks' lists once all of them stand, none before."""
+        names = [_files_name(rank, self.world.size) for rank in range(self.world.size)]
+        there = set(_patiently(lambda: storage.list_names(self.store.place(self.mark))))
+        return names if there.issuperset(names) else []
+
+    @contextmanager
+    def _scratch(self) -> Iterator[Path]:
+        """An empty folder on the disk where the files will stand, or on any where that is remote."""
+        beside = storage.local_path(self.store.place(self.mark))
+        if beside is not None:
+            with storage.write_errors(beside):
+                beside.mkdir(parents=True, exist_ok=True)
+                storage.sync_folder(beside.parent)
+        with tempfile.TemporaryDirectory(prefix=".rank-", dir=beside) as folder:
+            yield Path(folder)
+
+
+class _Saving:
+    """A transaction in a thread of its own."""
+
+    def __init__(
+        self, transaction: _Transaction, *, publish: Callable[[_Transaction, threading.Event], None] | None
+    ) -> None:
+        self.mark = transaction.mark
+        self._transaction, self._publish = transaction, publish
+        self._error: Exception | None = None
+        self._written, self._cancelled = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="dpkd-checkpoint", daemon=True)
+        self._thread.start()
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended with an error."""
+        return self._error is not None
+
+    def wait_for_writing(self) -> Exception | None:
+        """Waits until this rank's files are written; returns the error where they are not."""
+        self._written.wait()
+        return self._error
+
+    def wait_for_publishing(self) -> Exception | None:
+        """Waits for the end of it all; returns the error."""
+        self._thread.join()
+        return self._error
+
+    def cancel(self) -> None:
+        """Ends it without publishing: another rank's files are missing."""
+        self._cancelled.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            _patiently(self._transaction.write)
+            self._written.set()
+            if self._publish is not None:
+                self._publish(self._transaction, self._cancelled)
+        except Exception as error:  # noqa: BLE001  it is raised where `finish` is called
+            self._error = portable(error)
+        finally:
+            self._written.set()
+
+
+def _patiently(act: Callable[[], Result]) -> Result:
+    """Does it again after a while where storage fails; raises at once what time does not mend."""
+    for wait_s in WAITS_S:
+        try:
+            return act()
+        except (OSError, UserError) as error:  # noqa: PERF203
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError) or cause.errno in FINAL:
+                raise
+            time.sleep(wait_s)
+    return act()
+
+
+def _files_name(rank: int, size: int) -> str:
+    return f"files-{rank:05d}-of-{size:05d}.json"
+
+
+def _fault(path: Path, facts: FileFacts) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != facts.size_bytes:
+            return f"{path.name} has {size} bytes, expected {facts.size_bytes}"
+        if storage.sha256(path) != facts.sha256:
+            return f"{path.name} has another sha256 than its {MANIFEST} says"
+    except (FileNotFoundError, NotADirectoryError):
         return f"{path.name} is missing"
-    size = path.stat().st_size
-    if size != expected["size_bytes"]:
-        return f"{path.name} has {size} bytes, expected {expected['size_bytes']}"
-    if storage.sha256(path) != expected["sha256"]:
-        return f"{path.name} has another sha256 than its manifest says"
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror})"
     return None
-
-
-def _step_folder(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:08d}"
-
-
-def _committed_steps(folder: Path) -> list[int]:
-    """Steps of the published checkpoints, oldest first."""
-    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*") if path.is_dir())

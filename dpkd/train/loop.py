@@ -73,7 +73,8 @@ def train(
 ) -> None:
     """Trains from `start_step` to the end of the plan; `batches` begins at that step.
 
-    Raises `StopRequested` after a save when any rank was asked to stop, `UserError` when a loss is no longer finite.
+    Raises `StopRequested` after a save when any rank was asked to stop, `UserError` when a loss is no longer finite or
+    a checkpoint cannot be written.
     """
     parts = checkpoint_parts(task, world)
     for step in range(start_step, plan.total_steps):
@@ -87,16 +88,18 @@ def train(
         done = step + 1
         if plan.due(plan.log_every, done):
             meter.write(done)
-        stop = world.any_true(stop_requested())
+        stop, unsaved = world.any_of(stop_requested(), checkpoints.failed())
         with meter.paused():
             if plan.due(plan.panels_every, done):
                 hooks.panels(done, batch)
             if plan.due(plan.evaluate_every, done):
                 hooks.evaluate(done)
-            if stop or plan.due(plan.checkpoint_every, done):
+            if stop or unsaved or plan.due(plan.checkpoint_every, done):
                 checkpoints.save(done, parts)
         if stop and done < plan.total_steps:
+            checkpoints.finish()
             raise StopRequested(f"stopped after step {done} of {plan.total_steps}, saved")
+    checkpoints.finish()
 
 
 def checkpoint_parts(task: Task, world: World) -> dict[str, Part]:

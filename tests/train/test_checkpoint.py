@@ -1,17 +1,34 @@
-"""A checkpoint is whole or absent, and only a whole one loads."""
+"""A checkpoint is whole or absent, and only a whole one loads: on a disk, and on object storage."""
 
 import json
-import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 
+from dpkd import storage
 from dpkd.errors import UserError
+from dpkd.train import checkpoint
 from dpkd.train.checkpoint import Checkpoints, RandomState
+from dpkd.train.checkpoint_store import CheckpointStore, Superseded
 from dpkd.world import World
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
+
+@pytest.fixture(params=["disk", "object storage"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where checkpoints stand."""
+    return str(tmp_path) if request.param == "disk" else f"memory://checkpoints{tmp_path}"
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Does not wait long for storage that fails now and then."""
+    monkeypatch.setattr(checkpoint, "WAITS_S", (0.0, 0.0, 0.0))
 
 
 class Value:
@@ -20,106 +37,290 @@ class Value:
     def __init__(self, value: int) -> None:
         self.value = value
 
-    def save(self, folder: Path) -> None:
-        (folder / "value.txt").write_text(str(self.value))
-        (folder / "more.bin").write_bytes(bytes(1000))
+    def snapshot(self) -> Callable[[Path], None]:
+        value = self.value
+
+        def write(folder: Path) -> None:
+            (folder / "value.txt").write_text(str(value))
+            (folder / "more.bin").write_bytes(bytes(1000))
+
+        return write
 
     def load(self, folder: Path) -> None:
         self.value = int((folder / "value.txt").read_text())
 
 
-def saved(folder: Path, steps: list[int], *, keep: int = 3) -> Checkpoints:
-    checkpoints = Checkpoints(folder, world=ALONE, keep=keep)
-    for step in steps:
-        checkpoints.save(step, {"a": Value(step)})
+def begun(place: str, *, keep: int = 3) -> Checkpoints:
+    """An attempt that has loaded what there is."""
+    checkpoints = Checkpoints(place, world=ALONE, keep=keep)
+    checkpoints.load_newest({"a": Value(-1)})
     return checkpoints
 
 
-def loaded(checkpoints: Checkpoints) -> tuple[int, int]:
+def saved(place: str, steps: list[int], *, keep: int = 3) -> Checkpoints:
+    checkpoints = begun(place, keep=keep)
+    for step in steps:
+        checkpoints.save(step, {"a": Value(step)})
+    checkpoints.finish()
+    return checkpoints
+
+
+def loaded(place: str) -> tuple[int, int]:
+    """The step and the value that a new attempt loads."""
     value = Value(-1)
-    return checkpoints.load_newest({"a": value}), value.value
+    return Checkpoints(place, world=ALONE, keep=3).load_newest({"a": value}), value.value
 
 
-def test_the_newest_loads_and_nothing_is_step_zero(tmp_path: Path) -> None:
-    assert loaded(Checkpoints(tmp_path / "none", world=ALONE, keep=1)) == (0, -1)
-    assert loaded(saved(tmp_path, [1, 2, 10])) == (10, 10)
+def steps(place: str) -> list[tuple[int, int]]:
+    """(step, attempt) of what counts."""
+    return [(mark.step, mark.attempt) for mark in CheckpointStore(place).standing()]
+
+
+def names(place: str) -> set[str]:
+    return {name for name in storage.list_names(place) if not name.startswith("attempt-")}
+
+
+def test_the_newest_loads_and_nothing_is_step_zero(place: str) -> None:
+    assert loaded(storage.join(place, "none")) == (0, -1)
+    saved(place, [1, 2, 10])
+    assert loaded(place) == (10, 10)
 
 
 @pytest.mark.parametrize("path", ["a/value.txt", "a/more.bin", "manifest.json"])
 @pytest.mark.parametrize("damage", ["delete", "truncate", "flip", "empty"])
 def test_a_damaged_one_is_passed_over_for_the_one_before(
-    tmp_path: Path, path: str, damage: str, capsys: pytest.CaptureFixture[str]
+    place: str, path: str, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoints = saved(tmp_path, [1, 2])
-    file = tmp_path / "step-00000002" / path
-    content = bytearray(file.read_bytes())
+    saved(place, [1, 2])
+    file = storage.join(place, "step-00000002-a0001", path)
+    content = bytearray(storage.read_bytes(file))
     if damage == "delete":
-        file.unlink()
-    elif damage == "empty":
-        file.write_bytes(b"")
-    elif damage == "truncate":
-        file.write_bytes(content[: len(content) // 2])
-    else:
+        storage.remove(file)
+    elif damage == "flip":
         content[0] ^= 1
-        file.write_bytes(content)
-    assert loaded(checkpoints) == (1, 1)
-    assert "step-00000002 is damaged" in capsys.readouterr().out
+        storage.write_bytes_atomic(file, bytes(content))
+    else:
+        storage.write_bytes_atomic(file, bytes(content[: len(content) // 2]) if damage == "truncate" else b"")
+    assert loaded(place) == (1, 1)
+    if (path, damage) != ("manifest.json", "delete"):  # without it, it does not count at all
+        assert "step-00000002-a0001 is damaged" in capsys.readouterr().out
 
 
-def test_swapped_files_are_noticed(tmp_path: Path) -> None:
-    checkpoints = saved(tmp_path, [1, 2])
-    shutil.copy(tmp_path / "step-00000001" / "a" / "value.txt", tmp_path / "step-00000002" / "a" / "value.txt")
-    assert loaded(checkpoints) == (1, 1)
+def test_swapped_files_are_noticed(place: str) -> None:
+    saved(place, [1, 2])
+    for name in ("a/value.txt", "manifest.json"):
+        other = storage.read_bytes(storage.join(place, "step-00000001-a0001", name))
+        storage.write_bytes_atomic(storage.join(place, "step-00000002-a0001", name), other)
+    assert loaded(place) == (1, 1)
 
 
-def test_all_damaged_is_an_error_that_names_the_folder(tmp_path: Path) -> None:
-    checkpoints = saved(tmp_path, [1])
-    (tmp_path / "step-00000001" / "manifest.json").write_text(json.dumps({"format": 99, "files": {}}))
-    with pytest.raises(UserError, match=str(tmp_path)):
-        loaded(checkpoints)
+def test_a_manifest_that_names_files_outside_is_not_followed(place: str, tmp_path: Path) -> None:
+    saved(place, [1, 2])
+    file = storage.join(place, "step-00000002-a0001", "manifest.json")
+    manifest = json.loads(storage.read_bytes(file))
+    manifest["files"]["../../stolen"] = next(iter(manifest["files"].values()))
+    storage.write_bytes_atomic(file, json.dumps(manifest).encode())
+    assert loaded(place) == (1, 1)
 
 
-def test_what_was_left_of_a_broken_save_neither_loads_nor_stays(tmp_path: Path) -> None:
-    checkpoints = saved(tmp_path, [1])
-    shutil.copytree(tmp_path / "step-00000001", tmp_path / ".step-00000002-dead")
-    assert loaded(checkpoints) == (1, 1)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+def test_all_damaged_is_an_error_that_names_the_folder(place: str) -> None:
+    saved(place, [1])
+    storage.write_bytes_atomic(storage.join(place, "step-00000001-a0001", "manifest.json"), b'{"format": 99}')
+    with pytest.raises(UserError, match="all 1 checkpoints are damaged") as caught:
+        loaded(place)
+    assert place in str(caught.value)
 
 
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
-    saved(tmp_path, [1, 2, 3, 4], keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+def test_what_was_left_of_a_broken_save_neither_loads_nor_stays(place: str) -> None:
+    saved(place, [1])
+    storage.write_bytes_atomic(storage.join(place, "step-00000002-a0001", "a/value.txt"), b"2")
+    assert loaded(place) == (1, 1)
+    saved(place, [3])
+    assert names(place) == {"step-00000001-a0001", "step-00000003-a0003"}
 
 
-def test_saving_a_damaged_step_again_mends_it(tmp_path: Path) -> None:
-    checkpoints = saved(tmp_path, [1, 2])
-    (tmp_path / "step-00000002" / "a" / "value.txt").unlink()
-    assert loaded(checkpoints) == (1, 1)
+def test_only_the_newest_are_kept(place: str) -> None:
+    saved(place, [1, 2, 3, 4], keep=2)
+    assert names(place) == {"step-00000003-a0001", "step-00000004-a0001"}
+
+
+def test_one_that_was_passed_over_pushes_no_good_one_out(place: str) -> None:
+    saved(place, [1, 9], keep=2)
+    storage.remove(storage.join(place, "step-00000009-a0001", "a/value.txt"))
+    checkpoints = begun(place, keep=1)
     checkpoints.save(2, {"a": Value(2)})
-    assert loaded(checkpoints) == (2, 2)
+    checkpoints.finish()
+    assert names(place) == {"step-00000002-a0002"}
+    assert loaded(place) == (2, 2)
+
+
+def test_a_step_may_be_saved_again_by_a_later_attempt(place: str) -> None:
+    saved(place, [1, 2])
+    storage.remove(storage.join(place, "step-00000002-a0001", "a/value.txt"))
+    checkpoints = begun(place)
+    checkpoints.save(2, {"a": Value(22)})
+    checkpoints.finish()
+    assert loaded(place) == (2, 22)
+
+
+class Gate(Value):
+    """A part whose writing waits until it may go on."""
+
+    def __init__(self, value: int) -> None:
+        super().__init__(value)
+        self.open = threading.Event()
+
+    def snapshot(self) -> Callable[[Path], None]:
+        write = super().snapshot()
+
+        def wait_and_write(folder: Path) -> None:
+            assert self.open.wait(20)
+            write(folder)
+
+        return wait_and_write
+
+
+def test_a_save_returns_before_it_is_written_and_holds_the_state_of_its_moment(place: str) -> None:
+    checkpoints, part = begun(place), Gate(1)
+    checkpoints.save(1, {"a": part})
+    assert steps(place) == []
+    part.value = 2
+    part.open.set()
+    checkpoints.finish()
+    assert loaded(place) == (1, 1)
+
+
+def test_a_save_waits_for_the_one_before(place: str) -> None:
+    checkpoints, part = begun(place), Gate(1)
+    checkpoints.save(1, {"a": part})
+    threading.Timer(0.2, part.open.set).start()
+    checkpoints.save(2, {"a": Value(2)})
+    assert steps(place) == [(1, 1)] or steps(place) == [(1, 1), (2, 1)]
+    assert part.open.is_set()
+    checkpoints.finish()
+    assert steps(place) == [(1, 1), (2, 1)]
 
 
 class Failing(Value):
-    """A part whose disk is full."""
+    """A part whose disk fails some times, and then works."""
 
-    def save(self, folder: Path) -> None:
-        super().save(folder)
-        raise OSError(28, "No space left on device")
+    def __init__(self, value: int, number: int, *, times: int) -> None:
+        super().__init__(value)
+        self.number, self.times = number, times
+
+    def snapshot(self) -> Callable[[Path], None]:
+        write = super().snapshot()
+
+        def fail_or_write(folder: Path) -> None:
+            self.times -= 1
+            if self.times >= 0:
+                raise OSError(self.number, "the disk says no")
+            write(folder)
+
+        return fail_or_write
 
 
-def test_a_save_that_fails_leaves_the_earlier_one(tmp_path: Path) -> None:
-    checkpoints = saved(tmp_path, [1])
-    with pytest.raises(UserError, match="No space left on device"):
-        checkpoints.save(2, {"a": Failing(2)})
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-    assert loaded(checkpoints) == (1, 1)
+def test_a_save_that_fails_stops_with_the_cause_and_leaves_the_earlier_one(place: str) -> None:
+    checkpoints = saved(place, [1])
+    checkpoints.save(2, {"a": Failing(2, 28, times=1)})
+    with pytest.raises(UserError, match=r"step 2 could not be written to .*the disk says no.*the earlier ones stand"):
+        checkpoints.finish()
+    assert steps(place) == [(1, 1)]
+    assert loaded(place) == (1, 1)
 
 
-def test_dropout_goes_on_as_if_not_interrupted(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, world=ALONE, keep=1)
-    state = RandomState(ALONE)
+def test_a_disk_that_fails_now_and_then_is_tried_again(place: str) -> None:
+    checkpoints = begun(place)
+    checkpoints.save(1, {"a": Failing(1, 5, times=3)})
+    checkpoints.finish()
+    assert loaded(place) == (1, 1)
+
+
+def test_a_disk_that_goes_on_failing_stops_the_run(place: str) -> None:
+    checkpoints = begun(place)
+    checkpoints.save(1, {"a": Failing(1, 5, times=99)})
+    with pytest.raises(UserError, match="the disk says no"):
+        checkpoints.finish()
+    assert not checkpoints.failed()
+
+
+def test_a_failure_shows_before_anybody_waits_for_it(place: str) -> None:
+    checkpoints = begun(place)
+    checkpoints.save(1, {"a": Failing(1, 28, times=1)})
+    deadline = threading.Event()
+    while not checkpoints.failed():
+        assert not deadline.wait(0.01)
+    with pytest.raises(UserError):
+        checkpoints.save(2, {"a": Value(2)})
+
+
+def test_an_older_attempt_publishes_nothing_once_a_newer_one_has_begun(place: str) -> None:
+    older = saved(place, [1])
+    newer = begun(place)
+    older.save(2, {"a": Value(2)})
+    with pytest.raises(Superseded, match="attempt 2 at this run has begun"):
+        older.finish()
+    assert steps(place) == [(1, 1)]
+    newer.save(3, {"a": Value(3)})
+    newer.finish()
+    assert steps(place) == [(1, 1), (3, 2)]
+
+
+def test_what_an_older_attempt_finished_too_late_does_not_count(place: str) -> None:
+    saved(place, [1, 2])
+    late = {name: storage.read_bytes(storage.join(place, "step-00000002-a0001", name)) for name in FILES}
+    storage.remove_tree(storage.join(place, "step-00000002-a0001"))
+    assert loaded(place) == (1, 1)  # attempt 2, which attempt 1 does not know of yet
+    for name, data in late.items():
+        storage.write_bytes_atomic(storage.join(place, "step-00000002-a0001", name), data)
+    assert steps(place) == [(1, 1)]
+    assert loaded(place) == (1, 1)
+
+
+FILES = ("a/value.txt", "a/more.bin", "manifest.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\x00", b'{"attempt": 2, "stood": 7}', b"[]"])
+def test_a_damaged_claim_hides_no_checkpoint(place: str, content: bytes) -> None:
+    saved(place, [1, 2])
+    storage.write_bytes_atomic(storage.join(place, "attempt-0001.json"), content)
+    storage.write_bytes_atomic(storage.join(place, "attempt-0002.json"), content)
+    assert loaded(place) == (2, 2)
+    assert storage.exists(storage.join(place, "attempt-0003.json"))
+
+
+def test_of_several_that_claim_at_once_each_has_a_number_of_its_own(tmp_path: Path) -> None:
+    found: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(CheckpointStore(str(tmp_path)).claim()[0])) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == list(range(1, 9))
+
+
+def test_dropout_goes_on_as_if_not_interrupted(place: str) -> None:
+    checkpoints, state = begun(place), RandomState(ALONE)
     checkpoints.save(1, {"random": state})
+    checkpoints.finish()
     expected = torch.rand(4)
     torch.rand(99)
-    assert checkpoints.load_newest({"random": state}) == 1
+    assert Checkpoints(place, world=ALONE, keep=1).load_newest({"random": state}) == 1
     assert torch.equal(torch.rand(4), expected)
+
+
+def test_nothing_is_left_in_the_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    saved(place, [1, 2])
+    assert loaded(place) == (2, 2)
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_memory_left() -> None:
+    """Forgets what other tests wrote to the storage in memory."""
+    fsspec.filesystem("memory").store.clear()
