@@ -1,0 +1,158 @@
+"""Which samples every step used, as they reached the losses: what `dpkd audit` holds against the order.
+
+    <run>/ledger/<stage>/attempt-0003-rank-00001.ledger     what one rank of one attempt at a stage used
+        {"attempt": 3, "rank": 1, "world_size": 2, "start_step": 200}    JSON in the first line, then for each step:
+        step       uint64, little-endian
+        count      uint32, little-endian
+        samples    count x uint32, in the order of this rank's micro-batches
+
+It is flushed to the disk before a checkpoint is written, so that it covers every step that any checkpoint covers; what
+a kill cuts off at its end belongs to steps that are done again.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpkd import storage
+from dpkd.data.stream import Batch
+from dpkd.engine_state import Writer
+
+_HEAD = struct.Struct("<QI")
+
+
+class Ledger:
+    """The open ledger of this rank's attempt; a part of every checkpoint."""
+
+    def __init__(self, folder: Path, *, attempt: int, rank: int, world_size: int, start_step: int) -> None:
+        self._path = folder / f"attempt-{attempt:04d}-rank-{rank:05d}.ledger"
+        head = {"attempt": attempt, "rank": rank, "world_size": world_size, "start_step": start_step}
+        self._unwritten = [json.dumps(head).encode() + b"\n"]
+
+    def recorded(self, batches: Iterable[Batch], *, steps: Iterable[int], micro_batches: int) -> Iterator[Batch]:
+        """The batches, each step's samples noted once its `micro_batches` were drawn; `steps` are those to come."""
+        batches = iter(batches)
+        for step in steps:
+            used = []
+            for _ in range(micro_batches):
+                batch = next(batches)
+                used.append(batch.index_B.numpy())
+                yield batch
+            self.add(step, np.concatenate(used))
+
+    def add(self, step: int, samples: NDArray[np.int64]) -> None:
+        """Notes what a step used."""
+        self._unwritten.append(_HEAD.pack(step, len(samples)) + samples.astype("<u4").tobytes())
+
+    def snapshot(self) -> Writer:
+        """Flushes the ledger, which so covers the checkpoint that is about to be written; there is nothing to copy."""
+        self.flush()
+        return lambda _: None
+
+    def load(self, folder: Path) -> None:
+        """Does nothing: an attempt begins a ledger of its own."""
+
+    def flush(self) -> None:
+        """Puts all that was noted onto the disk; raises `UserError` where it takes no more."""
+        with storage.write_errors(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab") as file:
+                file.write(b"".join(self._unwritten))
+                file.flush()
+                os.fsync(file.fileno())
+            storage.sync_folder(self._path.parent)
+        self._unwritten = []
+
+
+@dataclass(frozen=True)
+class RankLedger:
+    """What one rank of one attempt used."""
+
+    attempt: int
+    rank: int
+    world_size: int
+    start_step: int
+    samples_of: dict[int, NDArray[np.int64]]
+    """step -> samples, in the order of the rank's micro-batches."""
+
+
+def read_ledgers(folder: Path) -> list[RankLedger]:
+    """All ledgers of a stage, by attempt and rank; what is cut short at a file's end is left out.
+
+    Raises ValueError that names a file whose first line cannot be read.
+    """
+    paths = sorted(folder.glob("attempt-*-rank-*.ledger"))
+    return [ledger for path in paths if (ledger := _read(path)) is not None]
+
+
+def _read(path: Path) -> RankLedger | None:
+    first, newline, rest = path.read_bytes().partition(b"\n")
+    if not newline:  # killed at its first flush, before any checkpoint
+        return None
+    try:
+        head = json.loads(first)
+        ranks = {name: int(head[name]) for name in ("attempt", "rank", "world_size", "start_step")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: the first line is not that of a ledger") from error
+    samples_of, at = {}, 0
+    while at + _HEAD.size <= len(rest):
+        step, count = _HEAD.unpack_from(rest, at)
+        end = at + _HEAD.size + 4 * count
+        if end > len(rest):
+            break
+        samples_of[step] = np.frombuffer(rest, "<u4", count, at + _HEAD.size).astype(np.int64)
+        at = end
+    return RankLedger(**ranks, samples_of=samples_of)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What made one step of the history that led to the networks as they are."""
+
+    attempt: int
+    samples: NDArray[np.int64] | None
+    """Of all ranks, as the order gives them; None where a rank's record is missing."""
+
+
+@dataclass(frozen=True)
+class History:
+    """The steps that count, and how many were done and rolled back."""
+
+    steps: dict[int, Step]
+    num_rolled_back: int
+
+
+def history(ledgers: Iterable[RankLedger], *, micro_batch_size: dict[int, int]) -> History:
+    """Net of what was rolled back: a step counts as the last attempt made it that began at or before it.
+
+    `micro_batch_size` is that of each world size: ranks take micro-batches in turn.
+    """
+    steps: dict[int, Step] = {}
+    num_rolled_back = 0
+    by_attempt: dict[int, list[RankLedger]] = {}
+    for ledger in ledgers:
+        by_attempt.setdefault(ledger.attempt, []).append(ledger)
+    for attempt, ranks in sorted(by_attempt.items()):
+        start = ranks[0].start_step
+        num_rolled_back += sum(step >= start for step in steps)
+        steps = {step: each for step, each in steps.items() if step < start}
+        for step in sorted({step for rank in ranks for step in rank.samples_of}):
+            steps[step] = Step(attempt, _joined(ranks, step, micro_batch_size=micro_batch_size))
+    return History(steps, num_rolled_back)
+
+
+def _joined(ranks: list[RankLedger], step: int, *, micro_batch_size: dict[int, int]) -> NDArray[np.int64] | None:
+    """A step's samples over all ranks, dealt back into the order of the global batch."""
+    size = ranks[0].world_size
+    found = {rank.rank: rank.samples_of[step] for rank in ranks if step in rank.samples_of}
+    if set(found) != set(range(size)):
+        return None
+    micro = micro_batch_size[size]
+    dealt = np.stack([found[rank].reshape(-1, micro) for rank in range(size)], axis=1)
+    return dealt.reshape(-1)

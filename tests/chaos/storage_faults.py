@@ -1,0 +1,202 @@
+"""Trains and saves in forked processes while storage calls fail, and checks what the next attempt finds.
+
+    LD_PRELOAD=faults.so python -m tests.chaos.storage_faults FOLDER JSON
+
+runs the trials of the JSON list, each {"call", "kind", "size", "next_size"}: the call (counted from the attempt's first
+below the folder of checkpoints) that fails, how (faults.c), the number of ranks, and that of the next attempt. A line
+of JSON a trial comes out. One process imports torch and forks for every rank, which costs milliseconds.
+
+An attempt goes on from the newest checkpoint (step 2 stands at first), and saves after steps 3 and 4. The next attempt,
+without faults, must find no earlier step than the last that was said to be saved, and end after step 6 with the same
+weights as an unbroken run, to the last bit where the number of ranks is the same.
+"""
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # optimizers load it at their first step: better once here than in every fork
+import torch.distributed as dist
+
+from dpkd.errors import UserError
+from dpkd.train import checkpoint
+from dpkd.train.checkpoint import Checkpoints, RandomState
+from dpkd.world import World
+from tests.engine_cases import build, train
+
+FIRST_SAVED, SAVES, LAST = 2, (3, 4), 6
+PATIENCE_S = 20.0
+EXIT_REFUSED = 2
+FAULTS = ctypes.CDLL(os.environ["LD_PRELOAD"]) if "LD_PRELOAD" in os.environ else None
+
+
+def attempt(world: World, folder: Path, *, saves: tuple[int, ...], last: int, said: Callable[[int], None]) -> Any:
+    """Goes on from the newest checkpoint to step `last`; `said` hears of each step that is saved. Returns the trace."""
+    engine = build("torch", world)
+    parts: dict[str, Any] = {"net": engine, "random": RandomState(world)}
+    checkpoints = Checkpoints(folder, world=world, keep=2)
+    step = checkpoints.load_newest(parts)
+    said(-step)
+    trace = None
+    for target in [*(save for save in saves if save > step), last]:
+        trace = train(engine, world, first=step, last=target)
+        step = target
+        if step in saves:
+            checkpoints.save(step, parts)
+            checkpoints.finish()
+            said(step)
+    return trace
+
+
+def fork_ranks(size: int, meeting: Path, work: Callable[[World], None]) -> list[int]:
+    """Forks a process for each rank, which does the work and exits: 0, or 2 after a `UserError`."""
+    ranks = []
+    for rank in range(size):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(_live(rank, size, meeting, work))
+        ranks.append(pid)
+    return ranks
+
+
+def _live(rank: int, size: int, meeting: Path, work: Callable[[World], None]) -> int:
+    try:
+        if size > 1:
+            dist.init_process_group(
+                "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+            )
+        work(World(rank=rank, size=size, local_rank=rank, device=torch.device("cpu")))
+    except UserError as error:
+        print(f"refused: {error}", file=sys.stderr, flush=True)
+        return EXIT_REFUSED
+    except BaseException as error:  # noqa: BLE001  this is a process's end
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def wait_for(ranks: list[int]) -> list[str]:
+    """How each rank ended, in the order of ending; once one has failed, stopped or hung, the others are killed."""
+    ended, deadline = [], time.monotonic() + PATIENCE_S
+    left = list(ranks)
+    while left:
+        for pid in list(left):
+            done, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
+            if done == 0:
+                continue
+            if os.WIFSTOPPED(status):
+                ended.append("stopped")
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            elif os.WIFSIGNALED(status):
+                ended.append(signal.Signals(os.WTERMSIG(status)).name)
+            else:
+                ended.append(f"exit {os.WEXITSTATUS(status)}")
+            left.remove(pid)
+        if any(how != "exit 0" for how in ended) or time.monotonic() > deadline:
+            time.sleep(0.05)
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            return ended or ["hung"]
+        time.sleep(0.002)
+    return ended
+
+
+class Trials:
+    """Runs trials in a folder; keeps the unbroken end of each number of ranks to compare with."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._base = folder / "base"
+        for size in (1, 2):
+            self._run(size, self._base if size == 1 else folder / "two", saves=(1, FIRST_SAVED), name=f"first-{size}")
+        self._ends = {}
+        for size in (1, 2):
+            place = folder / f"whole-{size}"
+            shutil.copytree(self._base, place)
+            self._run(size, place, saves=SAVES, last=LAST, name=f"end-{size}")
+            self._ends[size] = torch.load(folder / f"end-{size}", weights_only=True)
+
+    def _run(
+        self, size: int, place: Path, *, saves: tuple[int, ...], name: str, last: int | None = None, fault: Any = None
+    ) -> list[str]:
+        """An attempt of `size` ranks; leaves what was said in `<name>.said`, and the weights under `name`."""
+        said = self._folder / f"{name}.said"
+        said.write_text("")
+
+        def work(world: World) -> None:
+            checkpoint.WAITS_S = (0.01, 0.01, 0.01)
+            if fault is not None and world.rank == fault["rank"]:
+                assert FAULTS is not None
+                FAULTS.arm(str(place).encode(), ctypes.c_long(fault["call"]), fault["kind"])
+
+            def say(step: int) -> None:
+                if world.rank == 0:
+                    with said.open("a") as file:
+                        file.write(f"{step}\n")
+
+            trace = attempt(world, place, saves=saves, last=last or saves[-1], said=say)
+            if fault is not None and world.rank == fault["rank"]:
+                (self._folder / f"{name}.calls").write_text(str(FAULTS.calls()))
+                FAULTS.disarm()
+            if world.rank == 0 and trace is not None:
+                torch.save(trace.weights, self._folder / name)
+
+        meeting = self._folder / "meeting"
+        with suppress(FileNotFoundError):
+            meeting.unlink()
+        ended = wait_for(fork_ranks(size, meeting, work))
+        assert fault is not None or ended == ["exit 0"] * size, ended
+        return ended
+
+    def calls(self, *, size: int, rank: int) -> int:
+        """Storage calls of one rank in an attempt."""
+        place = self._fresh()
+        self._run(size, place, saves=SAVES, name="count", fault={"rank": rank, "call": -1, "kind": 0})
+        return int((self._folder / "count.calls").read_text())
+
+    def trial(self, given: dict[str, int]) -> dict[str, Any]:
+        """One fault, and what came of it."""
+        place = self._fresh()
+        ended = self._run(given["size"], place, saves=SAVES, name="broken", fault=given)
+        said = [int(line) for line in (self._folder / "broken.said").read_text().split()]
+        self._run(given["next_size"], place, saves=SAVES, last=LAST, name="again")
+        found = -int((self._folder / "again.said").read_text().split()[0])
+        weights, end = torch.load(self._folder / "again", weights_only=True), self._ends[given["size"]]
+        # a state that two ranks made part of the way and one the rest is near both unbroken ends
+        off = max(float((weights[name].double() - end[name].double()).abs().max()) for name in end)
+        same = given["next_size"] == given["size"]
+        saved = max([FIRST_SAVED, *said])
+        good = found >= saved and (off == 0 if same else off < 1e-5)
+        return {**given, "ended": ended, "saved": saved, "found": found, "off": off, "good": good}
+
+    def _fresh(self) -> Path:
+        place = self._folder / "place"
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(self._base, place)
+        return place
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    trials = Trials(Path(sys.argv[1]))
+    for given in json.loads(sys.argv[2]):
+        if "count" in given:
+            print(json.dumps({"calls": trials.calls(size=given["size"], rank=given["rank"])}), flush=True)
+        else:
+            print(json.dumps(trials.trial(given)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
