@@ -60,6 +60,32 @@ class RandomState:
             torch.cuda.set_rng_state(states["cuda"], self.world.device)
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """The samples that a stage never draws; the order of the others depends on them, so they must stay the same."""
+
+    samples: tuple[int, ...]
+    world: World
+
+    def save(self, folder: Path) -> None:
+        """Writes `left-out.json`."""
+        if self.world.rank == 0:
+            (folder / "left-out.json").write_text(json.dumps(self.samples))
+
+    def load(self, folder: Path) -> None:
+        """Compares; raises `UserError`, on every rank, where the stage began with other samples."""
+        path = folder / "left-out.json"
+        before = set(json.loads(path.read_text())) if path.exists() else set(self.samples)
+        changed = sorted(before ^ set(self.samples))
+        if changed:
+            raise UserError(
+                f"{folder.parent}: {len(before)} samples of the split could not be read when the stage began, and "
+                f"{len(self.samples)} now (sample {changed[0]} is one that changed): to go on would repeat some and "
+                "skip others. Bring the shards and their prior maps back to what they were, or start the stage "
+                f"anew by deleting {folder.parent.parent}"
+            )
+
+
 class Checkpoints:
     """The checkpoints of one stage, in a folder that all ranks see."""
 
