@@ -207,7 +207,7 @@ def _prepare_shard(task: _Task) -> PriorIndex:
     keep_freed_memory()
     image_shard = task.split.info.shards[0]
     place = storage.join(task.url, image_shard.name)
-    index = _standing_index(place, image_shard, task.priors)
+    index = _standing_index(place, task)
     if index is not None:
         return index
     index, tar = _make_shard(task, before=_records_by_key(place))
@@ -216,17 +216,22 @@ def _prepare_shard(task: _Task) -> PriorIndex:
     return index
 
 
-def _standing_index(place: str, image_shard: ShardInfo, priors: tuple[Prior, ...]) -> PriorIndex | None:
-    """The index of the prior shard at `place` if it is whole and holds just these priors of these images."""
+def _standing_index(place: str, task: _Task) -> PriorIndex | None:
+    """The index of the prior shard at `place` if it is whole and holds just these priors of these images.
+
+    An image shard that was damaged may have been mended since, and a local one damaged; a remote one is not fetched for
+    the question alone.
+    """
     try:
         index = PriorIndex.from_bytes(storage.read_bytes(index_name(place)))
-        if (index.images, index.fingerprints) != (image_shard.sha256, fingerprints(priors)):
+        if (index.images, index.fingerprints) != (task.split.info.shards[0].sha256, fingerprints(task.priors)):
             return None
-        if index.fault is not None:  # the image shard may have been mended since
+        if storage.sha256(place) != index.shard.sha256:
             return None
-        return index if storage.sha256(place) == index.shard.sha256 else None
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+    local = storage.local_path(task.split.url) is not None
+    return None if index.fault is not None or (local and task.split.fault(0) is not None) else index
 
 
 def _records_by_key(place: str) -> dict[str, Record]:

@@ -170,6 +170,14 @@ def test_a_shard_that_was_mended_is_looked_at_again_under_the_same_priors(datase
     assert {path.name: path.read_bytes() for path in (Path(dataset.url) / "priors/default").iterdir()} == unbroken
 
 
+def test_damage_after_a_finished_preparation_is_found_by_the_next_one(dataset, report):
+    prepare_all(dataset, report=report)
+    key = change_member(dataset.split("train"), 1, "png", zeros)
+    prepare_all(dataset, limit=0.1, report=report)
+    assert list(counted(report)) == [f"train-000000.tar/{key}"]
+    assert_only_these_are_lost(dataset, "train", [1])
+
+
 def test_damage_that_touches_no_sample_is_noted_and_loses_none(dataset, report):
     place = Path(dataset.url) / "train-000002.tar"
     data = bytearray(place.read_bytes())

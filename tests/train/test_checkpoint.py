@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpkd.errors import UserError
-from dpkd.train.checkpoint import Checkpoints, RandomState
+from dpkd.train.checkpoint import Checkpoints, LeftOut, RandomState
 from dpkd.world import World
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -123,3 +123,17 @@ def test_dropout_goes_on_as_if_not_interrupted(tmp_path: Path) -> None:
     torch.rand(99)
     assert checkpoints.load_newest({"random": state}) == 1
     assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_stage_goes_on_only_without_the_samples_that_it_began_without(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, world=ALONE, keep=1)
+    checkpoints.save(2, {"samples": LeftOut((3, 8), ALONE)})
+    assert checkpoints.load_newest({"samples": LeftOut((3, 8), ALONE)}) == 2
+    for changed in ((3,), (3, 8, 9), ()):
+        with pytest.raises(UserError, match=r"2 samples .* could not be read when the stage began.*deleting"):
+            checkpoints.load_newest({"samples": LeftOut(changed, ALONE)})
+
+
+def test_a_checkpoint_that_does_not_say_what_was_left_out_loads(tmp_path: Path) -> None:
+    saved(tmp_path, [4])
+    assert Checkpoints(tmp_path, world=ALONE, keep=1).load_newest({"samples": LeftOut((1,), ALONE)}) == 4
