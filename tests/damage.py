@@ -59,12 +59,12 @@ def vouch(dataset: Dataset) -> Dataset:
             spans = {
                 ext: np.stack([offset_N, offset_N + size_N], 1) for ext, (offset_N, size_N) in index.members.items()
             }
-            checksums = tuple(
+            checksums = [
                 checksum({ext: data[slice(*each[row])] for ext, each in spans.items() if each[row, 0] >= 0})
                 for row in range(len(index.keys))
-            )
+            ]
             path = Path(dataset.url) / index_name(index.shard.name)
-            path.write_bytes(replace(index, shard=shard, checksums=checksums).to_bytes())
+            path.write_bytes(replace(index, shard=shard, checksum_N=np.array(checksums, np.uint32)).to_bytes())
             shards.append(shard)
         splits[name] = info.model_copy(update={"shards": tuple(shards)})
     manifest = dataset.manifest.model_copy(update={"splits": splits})

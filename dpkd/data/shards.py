@@ -102,7 +102,7 @@ class ShardIndex:
     """(item, reason) of what could not be packed."""
     pixel_counts: tuple[tuple[int, ...], ...] = ()
     """For R, G and B: how often each of the 256 values occurs."""
-    checksums: tuple[int, ...] | None = None
+    checksum_N: npt.NDArray[np.uint32] | None = None
     """`checksum` of each sample; None in the index of an earlier dpkd."""
 
     def to_bytes(self) -> bytes:
@@ -118,7 +118,7 @@ class ShardIndex:
             "members": columns,
             "bad": self.bad,
             "pixel_counts": self.pixel_counts,
-            "checksums": self.checksums,
+            "checksums": None if self.checksum_N is None else self.checksum_N.tolist(),
         }
         packed = msgpack.packb(content)
         assert isinstance(packed, bytes)
@@ -142,7 +142,7 @@ class ShardIndex:
                 plan=content["plan"],
                 bad=content["bad"],
                 pixel_counts=content["pixel_counts"],
-                checksums=content.get("checksums"),
+                checksum_N=None if content.get("checksums") is None else np.array(content["checksums"], np.uint32),
             )
         except (KeyError, TypeError, AttributeError, msgpack.UnpackException, ValueError) as error:
             raise ValueError(f"not a shard index: {error!r}") from error
@@ -271,7 +271,7 @@ class Split:
         checksum of each sample, and a remote shard is fetched whole or not at all: of those, no sample is read.
         """
         index, fault = self.indexes[k], self.fault(k)
-        trusted = fault is None or (index.checksums is not None and storage.local_path(self._place(k)) is not None)
+        trusted = fault is None or (index.checksum_N is not None and storage.local_path(self._place(k)) is not None)
         for row, key in enumerate(index.keys):
             yield self._read(k, row) if trusted else Unreadable(key, f"its shard is damaged: {fault}")
 
@@ -309,7 +309,7 @@ class Split:
         if len(block) < end - start:
             return Unreadable(key, f"the shard is cut short: {len(block):,} of {end - start:,} bytes are there")
         members = {ext: block[at - start : at - start + size] for ext, (at, size) in spans.items()}
-        if index.checksums is not None and checksum(members) != index.checksums[row]:
+        if index.checksum_N is not None and checksum(members) != index.checksum_N[row]:
             return Unreadable(key, "its bytes are not those that were packed (their checksum differs)")
         try:
             return _sample(key, members)

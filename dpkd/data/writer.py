@@ -162,5 +162,5 @@ def _index(
         plan=plan,
         bad=tuple(bad),
         pixel_counts=tuple(tuple(counts) for counts in pixel_counts.tolist()),
-        checksums=tuple(crc for *_, crc, _ in rows),
+        checksum_N=np.array([crc for *_, crc, _ in rows], np.uint32),
     )

@@ -147,7 +147,7 @@ def test_a_shard_put_in_the_place_of_another_gives_none_of_its_samples(dataset):
 def test_without_checksums_of_its_samples_none_of_a_damaged_shard_is_trusted(dataset):
     place = storage.join(dataset.url, "test-000000.index.msgpack")
     index = ShardIndex.from_bytes(storage.read_bytes(place))
-    storage.write_bytes_atomic(place, replace(index, checksums=None).to_bytes())
+    storage.write_bytes_atomic(place, replace(index, checksum_N=None).to_bytes())
     assert [each.key for each in dataset.split("test").read_shard(0)] == list(index.keys)
     assert all(isinstance(each, Sample) for each in dataset.split("test").read_shard(0))
     change_byte(storage.join(dataset.url, "test-000000.tar"), 600)
