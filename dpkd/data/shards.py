@@ -322,7 +322,7 @@ class Split:
         return self._file_of[shard]
 
     def _fetch(self, shard: int) -> Path:
-        """The shard as a local file."""
+        """The shard as a local file that stands; raises `UserError` where there is none."""
         info, place = self.info.shards[shard], self._place(shard)
         try:
             return storage.fetch(place, size_bytes=info.size_bytes, sha256_hex=info.sha256).resolve(strict=True)

@@ -83,7 +83,7 @@ class PriorIndex:
     unreadable: tuple[int, ...] = ()
     """Which samples of the shard could not be read, from 0."""
     fault: str | None = None
-    """What is wrong with the file of the image shard, although most of its samples can be read."""
+    """What is wrong with the file of the image shard, if anything; samples that are proved sound have their maps."""
 
     def to_bytes(self) -> bytes:
         """The file's content."""
@@ -144,7 +144,7 @@ class PriorSet:
 
     def unreadable(self, split: str) -> npt.NDArray[np.int64]:
         """Numbers of the samples of a split that could not be read when their maps were to be made, ascending."""
-        return np.array(self.manifest.unreadable.get(split, ()), np.int64)
+        return np.array(self.manifest.unreadable[split], np.int64)
 
 
 class PriorSplit:
