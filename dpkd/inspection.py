@@ -13,7 +13,7 @@ from dpkd import storage
 from dpkd.data.images import decode_image
 from dpkd.data.shards import Dataset, Sample, ShardInfo
 from dpkd.errors import UserError
-from dpkd.priors.shards import MANIFEST_NAME, PriorSet, PriorSplit, set_url
+from dpkd.priors.shards import MANIFEST_NAME, PriorSet, PriorSplit, read_manifest, set_url
 from dpkd.report.progress import Progress, say
 from dpkd.report.sheet import ShownSample, sheet
 
@@ -41,6 +41,8 @@ def inspect_dataset(url: str) -> None:
     Console().print(table)
     if given := dataset.given():
         say("given with the images: " + ", ".join(f"{name} of {count:,} samples" for name, count in given.items()))
+    for name in prior_sets(url):
+        _say_quarantined(dataset, name)
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     damaged = _damaged_shards(url, shards) + _wrong_counts(dataset)
     _refuse(url, damaged, way_out="pack again, which makes the damaged ones anew")
@@ -64,7 +66,7 @@ def draw_samples(url: str, picture: Path, *, set_name: str, keys: Sequence[str] 
         raise UserError(f"{picture} would hold a PNG: give --picture a path that ends in .png")
     dataset, priors = Dataset.open(url), PriorSet.open(url, set_name)
     samples = []
-    for split_name, i in _places(dataset, keys):
+    for split_name, i in _places(dataset, keys, priors=priors):
         sample = dataset.split(split_name).read(i)
         maps = priors.split(split_name).only(priors.channels).read(i, sample)
         samples.append(ShownSample(decode_image(sample.image), maps))
@@ -74,10 +76,27 @@ def draw_samples(url: str, picture: Path, *, set_name: str, keys: Sequence[str] 
     say(f"{len(samples)} samples with {len(samples[0].maps)} maps each: {picture}")
 
 
-def _places(dataset: Dataset, keys: Sequence[str]) -> list[tuple[str, int]]:
-    """(split, sample number) of each key, or of `NUM_SHOWN` samples at equal distances."""
+def _say_quarantined(dataset: Dataset, name: str) -> None:
+    """Prints how many samples of a prior set have flat maps, and which have none because they cannot be read."""
+    manifest = read_manifest(set_url(dataset.url, name))
+    if manifest is None or manifest.dataset != dataset.manifest.fingerprint:
+        return  # `_inspect_priors` says what is wrong with the set
+    num_samples = sum(split.num_samples for split in dataset.manifest.splits.values())
+    say(f"prior set {name}: {manifest.num_flat:,} of {num_samples:,} samples have flat maps")
+    lost = [dataset.split(split).keys[i] for split, numbers in manifest.unreadable.items() for i in numbers]
+    if lost:
+        more = f" and {len(lost) - NUM_NAMED:,} more" if len(lost) > NUM_NAMED else ""
+        say(f"prior set {name}: {len(lost):,} could not be read and are left out: {', '.join(lost[:NUM_NAMED])}{more}")
+
+
+def _places(dataset: Dataset, keys: Sequence[str], *, priors: PriorSet) -> list[tuple[str, int]]:
+    """(split, sample number) of each key, or of `NUM_SHOWN` samples that can be read, at equal distances."""
     if not keys:
-        places = [(name, i) for name, split in dataset.manifest.splits.items() for i in range(split.num_samples)]
+        places = [
+            (name, i)
+            for name, split in dataset.manifest.splits.items()
+            for i in np.delete(np.arange(split.num_samples), priors.unreadable(name)).tolist()
+        ]
         count = min(NUM_SHOWN, len(places))
         return [places[(2 * k + 1) * len(places) // (2 * count)] for k in range(count)]
     place_of = {
@@ -133,10 +152,11 @@ def _inspect_priors(dataset: Dataset, name: str) -> None:
     with Progress(f"check priors/{name}", num_samples) as progress:
         for split_name in dataset.manifest.splits:
             split, maps = dataset.split(split_name), priors.split(split_name)
+            lost = set(priors.unreadable(split_name).tolist())
             for i in range(split.num_samples):
-                damaged += _damaged_maps(maps, i, split.read(i), size_bytes)
+                if i not in lost:
+                    damaged += _damaged_maps(maps, i, split.read(i), size_bytes)
                 progress.advance()
-    say(f"prior set {name}: {priors.manifest.num_quarantined:,} of {num_samples:,} samples have flat maps")
     table = Table("map", "channels", "bytes a sample", "mean of each channel", "deviation of each channel")
     for prior in priors.manifest.priors:
         statistics = priors.manifest.statistics.get(prior.name)
@@ -144,7 +164,7 @@ def _inspect_priors(dataset: Dataset, name: str) -> None:
         table.add_row(prior.name, str(prior.channels), f"{size_bytes[prior.name] / num_samples:,.0f}", mean, deviation)
     Console().print(table)
     _refuse(url, damaged, way_out=again)
-    say(f"every sample has its {len(priors.manifest.priors)} maps, each of its own image and readable")
+    say(f"every sample that can be read has its {len(priors.manifest.priors)} maps, each of its own image and readable")
 
 
 def _damaged_maps(maps: PriorSplit, i: int, sample: Sample, size_bytes: Counter[str]) -> list[str]:

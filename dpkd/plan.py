@@ -41,12 +41,14 @@ def given(stage: str, settings: Settings) -> dict[str, Any]:
 def left_to_do(folder: RunFolder, settings: Settings, stages: Sequence[str]) -> list[str]:
     """The stages, in order, that are not done under these settings, and those that build on one of them.
 
+    To pack or to prepare, asked for alone, is always left: files that were damaged since are found and made anew.
     Raises `UserError` with the difference where a finished or interrupted stage began with other settings.
     """
     for stage in stages:
         if stage in FIXED_STAGES:
             folder.refuse_contradiction(stage, given(stage, settings))
-    left = [stage for stage in stages if not folder.is_done(stage, given(stage, settings))]
+    again = [stage for stage in POOL_STAGES if list(stages) == [stage]]
+    left = [stage for stage in stages if stage in again or not folder.is_done(stage, given(stage, settings))]
     trains = any(stage in ("teach", "distill") for stage in left)
     return [stage for stage in stages if stage in left or (trains and stage in ("evaluate", "export"))]
 

@@ -37,7 +37,7 @@ def train_stages(argument: tuple[dict[str, Any], list[str]]) -> None:
             evaluate=settings.evaluate,
             make_engine=make_engine,
         )
-        refuse_small_splits(run.dataset, settings.data, settings.evaluate)
+        refuse_small_splits(run)
         left = peers.broadcast(left_to_do(run.folder, settings, stages) if peers.rank == 0 else [])
         for stage in left:
             recorded = run.folder.running(stage, given(stage, settings)) if peers.rank == 0 else nullcontext()

@@ -32,6 +32,10 @@ _WAY_OUT = {
 }
 
 
+class ChecksumDiffers(UserError):
+    """A remote file that is not the one it should be."""
+
+
 def local_path(url: str | Path) -> Path | None:
     """The path of a local location, or None for a remote one."""
     text = str(url)
@@ -254,7 +258,7 @@ def fetch(url: str | Path, *, size_bytes: int, sha256_hex: str) -> Path:
         shutil.copyfileobj(source, target, 1 << 20)
     if sha256(copy) != sha256_hex:
         copy.unlink(missing_ok=True)
-        raise UserError(
+        raise ChecksumDiffers(
             f"{url} is not the file that dataset.json describes (its checksum differs): pack or copy it again"
         )
     return copy

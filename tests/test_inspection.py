@@ -10,9 +10,13 @@ from dpkd import cli
 from dpkd.data.shards import Dataset, read_index
 from dpkd.errors import UserError
 from dpkd.inspection import draw_samples, inspect_dataset, prior_sets
+from dpkd.priors.edge import Edge
+from dpkd.priors.expert import Expert
 from dpkd.priors.record import Record
 from dpkd.priors.shards import MANIFEST_NAME, PriorIndex
 from dpkd.storage import digest
+from tests.damage import change_member, flip_header, vouch, zeros
+from tests.data.packing import make_folder, pack_at
 from tests.prior_cases import draw_images, pack_folder, prepare_all
 
 
@@ -29,7 +33,7 @@ def test_a_whole_data_set_is_counted_with_its_maps(dataset, capsys):
     said = capsys.readouterr().out
     assert "every shard is as its manifest says" in said
     assert "prior set default: 0 of 15 samples have flat maps" in said
-    assert "every sample has its 4 maps, each of its own image and readable" in said
+    assert "every sample that can be read has its 4 maps, each of its own image and readable" in said
     mean = prepare_all(dataset).manifest.statistics["saliency"].mean[0]
     (row,) = [line for line in said.splitlines() if "│ saliency" in line]
     assert f"{mean:.2f}" in row
@@ -56,6 +60,31 @@ def test_a_damaged_prior_shard_is_named(dataset):
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match=r"priors/default: test-000000\.tar has another sha256.*prepare stage again"):
         inspect_dataset(dataset.url)
+
+
+def test_samples_that_cannot_be_read_are_told_from_those_with_flat_maps(tmp_path, capsys):
+    """One image that nothing decodes, and one mask that is no image, in shards that are as they were packed."""
+    packed = pack_at(make_folder(tmp_path / "images", counts={"train/a": 8}, masks=True), tmp_path / "shards")
+    lost = change_member(packed.split("train"), 6, "jpg", flip_header)
+    change_member(packed.split("train"), 1, "mask.png", zeros)
+    dataset = vouch(packed)
+    prepare_all(dataset, priors=(Edge(), Expert(of="mask")), limit=0.5)
+    inspect_dataset(dataset.url)
+    said = capsys.readouterr().out
+    assert "prior set default: 1 of 8 samples have flat maps" in said
+    assert f"prior set default: 1 could not be read and are left out: {lost}" in said
+    assert "every sample that can be read has its 2 maps" in said
+    draw_samples(dataset.url, tmp_path / "p.png", set_name="default")  # none of those it chooses is the lost one
+    with pytest.raises(UserError, match=f"maps of '{lost}': there are none"):
+        draw_samples(dataset.url, tmp_path / "p.png", set_name="default", keys=[lost])
+
+
+def test_a_damaged_shard_is_refused_after_a_word_on_what_was_left_out(dataset, capsys):
+    lost = change_member(dataset.split("train"), 2, "png", zeros)
+    prepare_all(dataset, limit=0.1)
+    with pytest.raises(UserError, match=r"train-000000\.tar has another sha256"):
+        inspect_dataset(dataset.url)
+    assert f"1 could not be read and are left out: {lost}" in capsys.readouterr().out
 
 
 def test_maps_of_another_image_are_found_though_every_hash_is_right(dataset):

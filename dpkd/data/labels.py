@@ -12,30 +12,36 @@ from dpkd.errors import UserError
 
 Labels = NDArray[np.int64]
 
+_NONE: Labels = np.empty(0, np.int64)
 _NUM_NAMED = 3
 """Keys that an error names."""
 
 
-def visible_labels(label_N: Labels, settings: VisibleLabels, *, keys: Sequence[str], seed: int) -> Labels:
+def visible_labels(
+    label_N: Labels, settings: VisibleLabels, *, keys: Sequence[str], seed: int, unreadable: Labels = _NONE
+) -> Labels:
     """The labels [N] that training may see, -1 for the others.
 
     The choice depends on the seed and the samples' keys, not on how they are packed, and it grows: the labels of a
-    smaller count or fraction are among those of a larger one.
+    smaller count or fraction are among those of a larger one. Of the samples `unreadable` no label is visible, and
+    another takes its place where labels are counted.
 
     Raises `UserError` for a list that does not fit the split.
     """
+    readable_N = label_N.copy()
+    readable_N[unreadable] = -1
     if isinstance(settings, AllLabels):
-        return label_N.copy()
+        return readable_N
     if isinstance(settings, ListedLabels):
         shown = _listed(label_N, settings.path, keys=keys)
     elif isinstance(settings, LabelsPerClass):
         count = settings.count
-        shown = _first_of_each_class(label_N, lambda _: count, keys=keys, seed=seed)
+        shown = _first_of_each_class(readable_N, lambda _: count, keys=keys, seed=seed)
     else:
         fraction = settings.fraction
-        shown = _first_of_each_class(label_N, lambda size: max(1, round(fraction * size)), keys=keys, seed=seed)
+        shown = _first_of_each_class(readable_N, lambda size: max(1, round(fraction * size)), keys=keys, seed=seed)
     visible_N = np.full_like(label_N, -1)
-    visible_N[shown] = label_N[shown]
+    visible_N[shown] = readable_N[shown]
     return visible_N
 
 

@@ -6,6 +6,8 @@ M micro-batches of a rank, N samples of the split, K classes.
 
 `Order` shuffles the shards of each epoch, takes them in blocks of `block_shards`, and shuffles the samples inside a
 block: remote shards stream, and memory is one permutation of a block, not of a split of ten million samples.
+
+Samples that cannot be read are in no order: `OrderWithout` numbers the others as the split does.
 """
 
 from collections.abc import Sequence
@@ -145,6 +147,27 @@ class ClassAwareOrder:
 
     def _draw_round(self, turn: int) -> Indices:
         return permutation(len(self._members), seed=self._seed, purpose=Purpose.CLASSES, place=(turn, 0))
+
+
+class OrderWithout:
+    """An order over the samples that are left where some are left out, given by their numbers in the whole split."""
+
+    def __init__(self, order: SampleOrder, left_out: Indices) -> None:
+        """`order` numbers the samples that are left from 0; `left_out` is ascending."""
+        self.num_samples = order.num_samples
+        self.global_batch_size = order.global_batch_size
+        self._order = order
+        # how many are left before each that is left out: a number from there on is so much larger in the whole split
+        self._num_before = left_out - np.arange(len(left_out))
+
+    def batch(self, step: int) -> Indices:
+        """The samples [B] of this step, as indices into the split."""
+        index_B = self._order.batch(step)
+        return index_B + np.searchsorted(self._num_before, index_B, side="right")
+
+    def epochs_of(self, step: int) -> Indices:
+        """How many times each sample [B] of this step was drawn before."""
+        return self._order.epochs_of(step)
 
 
 def rank_slice(batch: Indices, *, rank: int, world_size: int, micro_batch_size: int) -> Indices:

@@ -9,17 +9,21 @@
       <key>.expert-<name>.png       optional, any number
   <split>-000000.index.msgpack      `ShardIndex`: columns, one entry a sample; written after its tar
 
+A sample's bytes are checked against the index whenever they are read: damage inside a JPEG decodes without a word.
+
 A key is the path of the image in its source without the extension. Axes: N samples.
 """
 
 import json
 import os
+import zlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -35,6 +39,7 @@ MANIFEST_NAME = "dataset.json"
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 EXPERT_PREFIX = "expert-"
 MASK_EXTENSION = "mask.png"
+_OTHER_CHECKSUM = "its checksum differs from the one in dataset.json"
 
 
 class ShardInfo(BaseModel):
@@ -97,6 +102,8 @@ class ShardIndex:
     """(item, reason) of what could not be packed."""
     pixel_counts: tuple[tuple[int, ...], ...] = ()
     """For R, G and B: how often each of the 256 values occurs."""
+    checksum_N: npt.NDArray[np.uint32] | None = None
+    """`checksum` of each sample; None in the index of an earlier dpkd."""
 
     def to_bytes(self) -> bytes:
         """The file's content."""
@@ -111,6 +118,7 @@ class ShardIndex:
             "members": columns,
             "bad": self.bad,
             "pixel_counts": self.pixel_counts,
+            "checksums": None if self.checksum_N is None else self.checksum_N.tolist(),
         }
         packed = msgpack.packb(content)
         assert isinstance(packed, bytes)
@@ -134,6 +142,7 @@ class ShardIndex:
                 plan=content["plan"],
                 bad=content["bad"],
                 pixel_counts=content["pixel_counts"],
+                checksum_N=None if content.get("checksums") is None else np.array(content["checksums"], np.uint32),
             )
         except (KeyError, TypeError, AttributeError, msgpack.UnpackException, ValueError) as error:
             raise ValueError(f"not a shard index: {error!r}") from error
@@ -153,6 +162,14 @@ class Sample:
     def given(self) -> dict[str, bytes]:
         """What an expert gave with the image: image files by name; the mask of figure and ground is "mask"."""
         return self.experts if self.mask is None else {"mask": self.mask, **self.experts}
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A sample whose bytes are missing or damaged, and why it cannot be read."""
+
+    key: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -209,6 +226,7 @@ class Split:
         self.shard_sizes = [shard.num_samples for shard in info.shards]
         self._ends = list(accumulate(self.shard_sizes))
         self._file_of: dict[int, int] = {}
+        self._fault_of: dict[int, str | None] = {}
 
     @property
     def keys(self) -> list[str]:
@@ -238,25 +256,36 @@ class Split:
         return shard, i - (self._ends[shard] - self.shard_sizes[shard])
 
     def read(self, i: int) -> Sample:
-        """Sample `i`; raises `UserError` that names the shard where its bytes are missing."""
+        """Sample `i`; raises `UserError` that names shard and key where its bytes are missing or damaged."""
         shard, row = self.locate(i)
-        index = self.indexes[shard]
-        spans = {ext: (int(at[row]), int(size[row])) for ext, (at, size) in index.members.items() if at[row] >= 0}
-        start, end = min(at for at, _ in spans.values()), max(at + size for at, size in spans.values())
-        block = os.pread(self._file(shard), end - start, start)
-        if len(block) < end - start:
-            raise UserError(
-                f"{self._place(shard)} is cut short: sample {index.keys[row]!r} is not all there; pack or copy it again"
-            )
-        return _sample(
-            index.keys[row], {ext: block[at - start : at - start + size] for ext, (at, size) in spans.items()}
-        )
+        found = self._read(shard, row)
+        if isinstance(found, Unreadable):
+            place = f"{self._place(shard)}, sample {found.key!r}"
+            raise UserError(f"{place}: {found.reason}; restore the shard, or pack the images again")
+        return found
 
-    def read_shard(self, k: int) -> Iterator[Sample]:
-        """The samples of shard `k`, in order."""
-        first = self._ends[k] - self.shard_sizes[k]
-        for i in range(first, self._ends[k]):
-            yield self.read(i)
+    def read_shard(self, k: int) -> Iterator[Sample | Unreadable]:
+        """The samples of shard `k`, in order, with the reason in the place of one that cannot be read.
+
+        Where the file has a fault, a sample is read if its own bytes are as they were packed. An earlier dpkd kept no
+        checksum of each sample, and a remote shard is fetched whole or not at all: of those, no sample is read.
+        """
+        index, fault = self.indexes[k], self.fault(k)
+        trusted = fault is None or (index.checksum_N is not None and storage.local_path(self._place(k)) is not None)
+        for row, key in enumerate(index.keys):
+            yield self._read(k, row) if trusted else Unreadable(key, f"its shard is damaged: {fault}")
+
+    def fault(self, k: int) -> str | None:
+        """Why the file of shard `k` is not the one that dataset.json lists, None where it is; reads all of it once.
+
+        Raises `UserError` where it is missing.
+        """
+        if k not in self._fault_of:
+            try:
+                self._fault_of[k] = _fault(self._fetch(k), self.info.shards[k])
+            except storage.ChecksumDiffers:  # of a remote shard, which is then not kept
+                self._fault_of[k] = _OTHER_CHECKSUM
+        return self._fault_of[k]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url, "name": self.name, "info": self.info}
@@ -271,17 +300,34 @@ class Split:
     def _place(self, shard: int) -> str:
         return storage.join(self.url, self.info.shards[shard].name)
 
+    def _read(self, shard: int, row: int) -> Sample | Unreadable:
+        index = self.indexes[shard]
+        key = index.keys[row]
+        spans = {ext: (int(at[row]), int(size[row])) for ext, (at, size) in index.members.items() if at[row] >= 0}
+        start, end = min(at for at, _ in spans.values()), max(at + size for at, size in spans.values())
+        block = os.pread(self._file(shard), end - start, start)
+        if len(block) < end - start:
+            return Unreadable(key, f"the shard is cut short: {len(block):,} of {end - start:,} bytes are there")
+        members = {ext: block[at - start : at - start + size] for ext, (at, size) in spans.items()}
+        if index.checksum_N is not None and checksum(members) != index.checksum_N[row]:
+            return Unreadable(key, "its bytes are not those that were packed (their checksum differs)")
+        try:
+            return _sample(key, members)
+        except ValueError as error:
+            return Unreadable(key, f"its json cannot be read: {error}")
+
     def _file(self, shard: int) -> int:
         if shard not in self._file_of:
-            info = self.info.shards[shard]
-            try:
-                local = storage.fetch(self._place(shard), size_bytes=info.size_bytes, sha256_hex=info.sha256)
-                self._file_of[shard] = os.open(local, os.O_RDONLY)
-            except FileNotFoundError as error:
-                raise UserError(
-                    f"{self._place(shard)} is missing; dataset.json lists it: pack or copy it again"
-                ) from error
+            self._file_of[shard] = os.open(self._fetch(shard), os.O_RDONLY)
         return self._file_of[shard]
+
+    def _fetch(self, shard: int) -> Path:
+        """The shard as a local file that stands; raises `UserError` where there is none."""
+        info, place = self.info.shards[shard], self._place(shard)
+        try:
+            return storage.fetch(place, size_bytes=info.size_bytes, sha256_hex=info.sha256).resolve(strict=True)
+        except FileNotFoundError as error:
+            raise UserError(f"{place} is missing; dataset.json lists it: pack or copy it again") from error
 
 
 def index_name(shard_name: str) -> str:
@@ -301,6 +347,23 @@ def read_index(url: str, shard: ShardInfo) -> ShardIndex:
     if index.shard != shard:
         raise UserError(f"{place} does not belong to the {shard.name} that dataset.json lists: pack the data set again")
     return index
+
+
+def checksum(members: dict[str, bytes]) -> int:
+    """CRC-32 of all members of a sample, in the order of their extensions."""
+    crc = 0
+    for extension in sorted(members):
+        crc = zlib.crc32(members[extension], crc)
+    return crc
+
+
+def _fault(local: Path, info: ShardInfo) -> str | None:
+    if storage.sha256(local) == info.sha256:
+        return None
+    size_bytes = storage.size(local)
+    if size_bytes < info.size_bytes:
+        return f"it is cut short: {size_bytes:,} of {info.size_bytes:,} bytes are there"
+    return _OTHER_CHECKSUM
 
 
 def _given_name(extension: str) -> str:

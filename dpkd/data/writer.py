@@ -11,11 +11,11 @@ import numpy.typing as npt
 from dpkd import storage
 from dpkd.data.images import BrokenImage, check_image, check_mask
 from dpkd.data.records import Record
-from dpkd.data.shards import EXPERT_PREFIX, FORMAT_VERSION, ShardIndex, ShardInfo, index_name
+from dpkd.data.shards import EXPERT_PREFIX, FORMAT_VERSION, ShardIndex, ShardInfo, checksum, index_name
 from dpkd.data.tars import Member, TarWriter
 
-Row = tuple[str, int, str | None, dict[str, Member]]
-"""Key, label, group, and where the members stand."""
+Row = tuple[str, int, str | None, int, dict[str, Member]]
+"""Key, label, group, checksum, and where the members stand."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def write_shard(job: ShardJob) -> ShardIndex:
                 bad.append((sample.record.name, str(error)))
                 continue
             written = {extension: writer.add(f"{sample.key}.{extension}", data) for extension, data in members.items()}
-            rows.append((sample.key, sample.label, sample.group, written))
+            rows.append((sample.key, sample.label, sample.group, checksum(members), written))
             for channel in range(3):
                 pixel_counts[channel] += np.bincount(image_HWC[:, :, channel].ravel(), minlength=256)
         writer.finish()
@@ -156,10 +156,11 @@ def _index(
     return ShardIndex(
         keys=tuple(key for key, *_ in rows),
         label_N=np.array([label for _, label, *_ in rows], np.int64),
-        groups=tuple(group for _, _, group, _ in rows),
+        groups=tuple(group for _, _, group, *_ in rows),
         members={extension: column(extension) for extension in extensions},
         shard=info,
         plan=plan,
         bad=tuple(bad),
         pixel_counts=tuple(tuple(counts) for counts in pixel_counts.tolist()),
+        checksum_N=np.array([crc for *_, crc, _ in rows], np.uint32),
     )

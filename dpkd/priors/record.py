@@ -3,8 +3,9 @@
     <key>.priors.msgpack = {
         "format_version": 2,
         "key": the sample's key,
-        "source": SHA-256 of the bytes of the image and of what an expert gave with it (the first 16),
-        "bad": why the maps are flat, or none,
+        "source": SHA-256 of the bytes of the image and of what an expert gave with it (the first 16); empty where
+                  the sample could not be read, which has no maps,
+        "bad": why the maps are flat or there are none; else none,
         "maps": {name: [codec, [H, W, C], scale, fingerprint of the prior (8 bytes), data]},
         "checksum": CRC-32 of this same msgpack without the checksum,
     }
@@ -69,7 +70,17 @@ class Record:
     """`source_hash` of the sample that the maps belong to."""
     maps: dict[str, StoredMap]
     bad: str | None = None
-    """Why the maps could not be computed and favour no place."""
+    """Why the maps could not be computed and favour no place, or why the sample could not be read."""
+
+    @staticmethod
+    def unreadable(key: str, *, reason: str) -> "Record":
+        """The record of a sample that cannot be read: bound to no image, so it is served with none."""
+        return Record(key=key, source=b"", maps={}, bad=reason)
+
+    @property
+    def readable(self) -> bool:
+        """Whether the sample could be read when its maps were made."""
+        return self.source != b""
 
     def to_bytes(self) -> bytes:
         """The member's content."""

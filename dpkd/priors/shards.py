@@ -16,6 +16,7 @@ from itertools import accumulate
 from typing import Any
 
 import msgpack
+import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -29,7 +30,7 @@ from dpkd.priors.extractor import fingerprint, mirror
 from dpkd.priors.record import Record, source_hash
 from dpkd.priors.statistics import Moments
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_NAME = "priors.json"
 
 
@@ -58,7 +59,10 @@ class PriorManifest(BaseModel):
     statistics: dict[str, ChannelStatistics]
     """name -> statistics of the map as it is read; region labels have none, nor has a map that no sample has."""
     splits: dict[str, tuple[ShardInfo, ...]]
-    num_quarantined: int = 0
+    unreadable: dict[str, tuple[int, ...]]
+    """split -> numbers of the samples that could not be read, ascending: they are left out of all that follows."""
+    num_flat: int = 0
+    """Samples that can be read, and whose maps are flat because they could not be computed."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,11 @@ class PriorIndex:
     moments: dict[str, Moments]
     """name -> moments of the map's channels, without region labels and the samples in `bad`."""
     bad: tuple[tuple[str, str], ...] = ()
-    """(key, reason) of samples whose maps are flat."""
+    """(key, reason) of samples whose maps are flat, or that could not be read."""
+    unreadable: tuple[int, ...] = ()
+    """Which samples of the shard could not be read, from 0."""
+    fault: str | None = None
+    """What is wrong with the file of the image shard, if anything; samples that are proved sound have their maps."""
 
     def to_bytes(self) -> bytes:
         """The file's content."""
@@ -133,6 +141,10 @@ class PriorSet:
             known = ", ".join(self.manifest.splits)
             raise UserError(f"the prior set at {self.url} has no split {name!r}; it has: {known}")
         return PriorSplit(self.url, self.manifest.priors, self.manifest.splits[name])
+
+    def unreadable(self, split: str) -> npt.NDArray[np.int64]:
+        """Numbers of the samples of a split that could not be read when their maps were to be made, ascending."""
+        return np.array(self.manifest.unreadable[split], np.int64)
 
 
 class PriorSplit:
@@ -211,6 +223,8 @@ class PriorSplit:
     def _refuse_foreign(self, record: Record, sample: Sample) -> None:
         if record.key != sample.key:
             raise ValueError(f"they belong to {record.key!r}")
+        if not record.readable:
+            raise ValueError(f"there are none, because the sample could not be read ({record.bad})")
         if record.source != source_hash(sample):
             raise ValueError("they were made from another image of that name")
         if {name: stored.fingerprint for name, stored in record.maps.items()} != self._fingerprints:

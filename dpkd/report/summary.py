@@ -2,10 +2,11 @@
 
     summary.json   {"run": folder, "protocol", "splits", "device",
                     "teacher": network, "students": {name: network}, "baselines": {name: network},
-                    "stages": {stage: {"status", "seconds"}}, "exports": {student: folder}}
+                    "stages": {stage: {"status", "seconds"}}, "exports": {student: folder},
+                    "quarantine": {stage: number of samples}}
     network        {"parameters", "images_per_s", "few_shot": {split: {"5way_1shot": {"mean", "ci95"}}}, …}
 
-It is put together from `evaluation.json` and `stages.json`; accuracies are fractions.
+It is put together from `evaluation.json`, `stages.json` and `quarantine.jsonl`; accuracies are fractions.
 """
 
 import json
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.report.progress import duration, say
+from dpkd.report.quarantine import Quarantine
 
 EVALUATION_NAME = "evaluation.json"
 STAGES_NAME = "stages.json"
+QUARANTINE_NAME = "quarantine.jsonl"
 
 Table = list[list[str]]
 
@@ -28,7 +31,8 @@ def write_summary(folder: Path) -> dict[str, Any]:
         for name, record in _read(folder / STAGES_NAME).items()
     }
     exported = {path.name: str(path) for path in sorted((folder / "export").glob("[!.]*")) if path.is_dir()}
-    summary = {"run": str(folder), **evaluation, "stages": stages, "exports": exported}
+    quarantined = Quarantine(folder / QUARANTINE_NAME, limit=1.0).counts
+    summary = {"run": str(folder), **evaluation, "stages": stages, "exports": exported, "quarantine": quarantined}
     _write(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     _write(folder / "summary.md", markdown(summary))
     return summary
@@ -46,6 +50,8 @@ def final_words(summary: dict[str, Any]) -> str:
         lines += [_heading(summary), "", *_aligned(_table(summary))]
     if summary["exports"]:
         lines += ["", "exported students (timm folder, ONNX):", *(f"  {path}" for path in summary["exports"].values())]
+    if summary["quarantine"]:
+        lines += ["", f"quarantined: {_quarantined(summary)}"]
     lines += ["", f"summary: {summary['run']}/summary.md", f"curves:  tensorboard --logdir {summary['run']}"]
     return "\n".join(lines)
 
@@ -60,9 +66,19 @@ def markdown(summary: dict[str, Any]) -> str:
         [["stage", "status", "time"]]
         + [[name, stage["status"], duration(stage["seconds"])] for name, stage in summary["stages"].items()]
     )
+    if summary["quarantine"]:
+        lines += ["", "## Quarantined", "", _quarantined(summary)]
     if summary["exports"]:
         lines += ["", "## Exported students", "", *(f"- {name}: `{path}`" for name, path in summary["exports"].items())]
     return "\n".join(lines) + "\n"
+
+
+def _quarantined(summary: dict[str, Any]) -> str:
+    """`3 samples (1 in pack, 2 in prepare), named with reasons in runs/a/quarantine.jsonl`."""
+    counts = summary["quarantine"]
+    total, stages = sum(counts.values()), ", ".join(f"{count:,} in {stage}" for stage, count in counts.items())
+    samples = "sample" if total == 1 else "samples"
+    return f"{total:,} {samples} ({stages}), named with reasons in {summary['run']}/{QUARANTINE_NAME}"
 
 
 def figures_markdown(evaluation: dict[str, Any]) -> str:

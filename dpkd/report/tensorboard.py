@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from dpkd.report.panels import panel
+from dpkd.report.quarantine import Quarantine
 
 PER_NETWORK = frozenset({"loss", "learning_rate", "gradient_norm"})
 """Groups of tags whose second part names a network: `loss/<network>/<objective>`, `learning_rate/<network>`."""
@@ -81,6 +82,12 @@ class Board:
         """Shows text, such as the table of the summary."""
         self._writer("").add_text(tag, markdown, step)
         self._flush()
+
+    def quarantine(self, step: int, quarantine: Quarantine) -> None:
+        """Writes how many samples were quarantined, in all and by the stage that did it, and names the first."""
+        counts = {f"quarantine/{stage}": count for stage, count in quarantine.counts.items()}
+        self.scalars(step, {"quarantine/samples": quarantine.count, **counts})
+        self.text(step, tag="quarantine", markdown=quarantine.markdown())
 
     def close(self) -> None:
         """Closes the files."""

@@ -73,7 +73,7 @@ def _teacher(
         settings=teach,
         objectives=teach.objectives,
         training=settings.training,
-        total_steps=settings.training.num_steps(data.split.num_samples),
+        total_steps=settings.training.num_steps(data.num_samples),
     )
 
 
@@ -91,7 +91,7 @@ def _students(run: Run, teacher: Network, data: TrainingSet, settings: DistillSe
                 settings=each,
                 objectives=each.losses,
                 training=settings.training,
-                total_steps=settings.training.num_steps(data.split.num_samples),
+                total_steps=settings.training.num_steps(data.num_samples),
             )
     return learners
 

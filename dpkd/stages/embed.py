@@ -84,10 +84,10 @@ def _whole(parts: list[dict[str, NDArray[np.float32]]], world: World, *, num_sam
     return Embedded(whole["embedding"], whole.get("logits"))
 
 
-def mean_indices(split: Split) -> NDArray[np.int64]:
-    """Samples spread evenly over a split, enough for its mean embedding."""
-    count = min(NUM_MEAN_SAMPLES, split.num_samples)
-    return np.linspace(0, split.num_samples - 1, count).round().astype(np.int64)
+def spread(indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Samples spread evenly over those of a split, enough for its mean embedding."""
+    count = min(NUM_MEAN_SAMPLES, len(indices))
+    return indices[np.linspace(0, len(indices) - 1, count).round().astype(np.int64)]
 
 
 def _array(tensor: Tensor) -> NDArray[np.float32]:

@@ -8,7 +8,7 @@
               "over_baseline": {split: …}            students: paired difference on the same episodes
               "probes": {split: {"knn", "linear"}}, "classification": {split: {"overall", "balanced", …}}}
 
-Axes: N sample, D feature, E episode, K class.
+Samples that cannot be read take no part. Axes: N sample that can be read, D feature, E episode, K class.
 """
 
 import json
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dpkd import storage
 from dpkd.data.labels import visible_labels
-from dpkd.data.shards import Dataset, Split
+from dpkd.data.shards import Split
 from dpkd.errors import UserError
 from dpkd.evaluation.few_shot import draw_episodes, few_shot_accuracy, paired_difference, score
 from dpkd.evaluation.long_tail import long_tail
@@ -37,10 +37,9 @@ from dpkd.report.progress import Progress, say
 from dpkd.report.quarantine import Quarantine
 from dpkd.report.summary import EVALUATION_NAME, figures_markdown
 from dpkd.report.tensorboard import Board
-from dpkd.stages.embed import Embedded, Predict, embed_networks, mean_indices
+from dpkd.stages.embed import Embedded, Predict, embed_networks, spread
 from dpkd.stages.record import RunFolder
 from dpkd.stages.run import Run
-from dpkd.stages.settings import DataSettings, EvaluateSettings
 
 Scores = dict[str, dict[str, float]]
 Accuracies = dict[str, NDArray[np.float64]]
@@ -78,18 +77,18 @@ def evaluate(run: Run) -> None:
 
 
 def _show(run: Run, report: dict[str, Any]) -> None:
-    """Puts the tables, and how many samples were quarantined, into TensorBoard."""
+    """Puts the tables, and what was quarantined, into TensorBoard."""
     board = Board(run.folder.tensorboard / "evaluate", start_step=-1)
     board.text(0, tag="summary", markdown=figures_markdown(report))
-    board.scalars(0, {"quarantine/samples": Quarantine(run.folder.quarantine, limit=1.0).count})
+    board.quarantine(0, Quarantine(run.folder.quarantine, limit=1.0))
     board.close()
 
 
-def refuse_small_splits(dataset: Dataset, data: DataSettings, settings: EvaluateSettings) -> None:
+def refuse_small_splits(run: Run) -> None:
     """Raises `UserError` where the episodes cannot be drawn from a split; to be asked before any training."""
-    for name in dict.fromkeys([data.val, data.test]):
-        small = settings.episodes.model_copy(update={"episodes": 2})
-        draw_episodes(dataset.split(name).label_N, small, seed=0, split=name)
+    for name in dict.fromkeys([run.data.val, run.data.test]):
+        small = run.evaluate.episodes.model_copy(update={"episodes": 2})
+        draw_episodes(run.dataset.split(name).label_N[run.readable(name)], small, seed=0, split=name)
 
 
 def load_networks(folder: RunFolder) -> dict[str, Network]:
@@ -127,16 +126,17 @@ def nested(tables: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _measure(run: Run, networks: Mapping[str, Network], *, split: Split, tables: dict[str, dict[str, Any]]) -> None:
     """Adds one split's figures to the tables of all networks."""
-    settings = run.evaluate
-    episodes = draw_episodes(split.label_N, settings.episodes, seed=run.seed, split=split.name)
+    settings, indices = run.evaluate, run.readable(split.name)
+    label_N = split.label_N[indices]
+    episodes = draw_episodes(label_N, settings.episodes, seed=run.seed, split=split.name)
     if episodes.left_out and run.world.rank == 0:
         names = ", ".join(run.dataset.manifest.classes[label] for label in episodes.left_out)
         say(f"evaluate {split.name}: {len(episodes.left_out)} classes have too few samples for an episode: {names}")
     lookers = _lookers(networks)
-    embedded = _embed(run, lookers, split)
+    embedded = _embed(run, lookers, split, indices=indices)
     centre = settings.episodes.transform == "centred_l2"
     train = run.dataset.split(run.data.train)
-    means = _embed(run, lookers, train, indices=mean_indices(train)) if centre else {}
+    means = _embed(run, lookers, train, indices=spread(run.readable(train.name))) if centre else {}
     accuracies: dict[str, Accuracies] = {}
     for name, found in embedded.items():
         base_mean_D = means[name].embedding_ND.mean(0) if centre else None
@@ -153,8 +153,8 @@ def _measure(run: Run, networks: Mapping[str, Network], *, split: Split, tables:
                 key: paired_difference(accuracy_E, accuracies[baseline][key]).table()
                 for key, accuracy_E in accuracies[name].items()
             }
-    _probe(run, embedded, split=split, tables=tables)
-    _classify(run, networks, embedded, split=split, tables=tables)
+    _probe(run, embedded, label_N, split=split.name, tables=tables)
+    _classify(run, networks, embedded, label_N, split=split.name, tables=tables)
 
 
 def _scores(accuracy: Accuracies) -> Scores:
@@ -195,10 +195,9 @@ def _embed(
     lookers: Mapping[str, tuple[Predict, NetworkSpec]],
     split: Split,
     *,
-    indices: NDArray[np.int64] | None = None,
+    indices: NDArray[np.int64],
 ) -> dict[str, Embedded]:
-    total = split.num_samples if indices is None else len(indices)
-    with Progress(f"evaluate on {split.name}", total, shown=run.world.rank == 0) as progress:
+    with Progress(f"evaluate on {split.name}", len(indices), shown=run.world.rank == 0) as progress:
         return embed_networks(
             lookers,
             split,
@@ -211,37 +210,46 @@ def _embed(
         )
 
 
-def _probe(run: Run, embedded: Mapping[str, Embedded], *, split: Split, tables: dict[str, dict[str, Any]]) -> None:
+def _probe(
+    run: Run,
+    embedded: Mapping[str, Embedded],
+    label_N: NDArray[np.int64],
+    *,
+    split: str,
+    tables: dict[str, dict[str, Any]],
+) -> None:
     settings = run.evaluate.probes
-    halves = probe_split(split.label_N, settings, seed=run.seed) if settings else None
+    halves = probe_split(label_N, settings, seed=run.seed) if settings else None
     if settings is None or halves is None or run.world.rank != 0:
         return
     for name, table in tables.items():
-        scores = probe(embedded[name].embedding_ND, split.label_N, split=halves, settings=settings)
-        table.setdefault("probes", {})[split.name] = scores
+        scores = probe(embedded[name].embedding_ND, label_N, split=halves, settings=settings)
+        table.setdefault("probes", {})[split] = scores
 
 
 def _classify(
     run: Run,
     networks: Mapping[str, Network],
     embedded: Mapping[str, Embedded],
+    label_N: NDArray[np.int64],
     *,
-    split: Split,
+    split: str,
     tables: dict[str, dict[str, Any]],
 ) -> None:
     """Adds the accuracy of the networks' own logits, where they know all classes of the split."""
     names = run.dataset.manifest.classes
-    present = {names[label] for label in np.unique(split.label_N[split.label_N >= 0])}
+    present = {names[label] for label in np.unique(label_N[label_N >= 0])}
     train = run.dataset.split(run.data.train)
-    seen_N = visible_labels(train.label_N, run.data.labels, keys=train.keys, seed=run.seed)
-    train_count_K = np.bincount(seen_N[seen_N >= 0], minlength=len(names))
+    lost = run.unreadable(train.name)
+    seen_label_N = visible_labels(train.label_N, run.data.labels, keys=train.keys, seed=run.seed, unreadable=lost)
+    train_count_K = np.bincount(seen_label_N[seen_label_N >= 0], minlength=len(names))
     for name, network in networks.items():
         logits_NK = embedded[name].logits_NK
         if logits_NK is None or not present <= set(network.spec.classes):
             continue
         own = np.array([names.index(each) for each in network.spec.classes])
-        table = long_tail(own[logits_NK.argmax(1)], split.label_N, train_count_K=train_count_K)
-        tables[name].setdefault("classification", {})[split.name] = table
+        table = long_tail(own[logits_NK.argmax(1)], label_N, train_count_K=train_count_K)
+        tables[name].setdefault("classification", {})[split] = table
 
 
 @torch.inference_mode()

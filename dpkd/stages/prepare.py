@@ -3,17 +3,23 @@
 A shard that stands and was made from the same images with the same priors is kept. Any other is written anew, and the
 maps of the shard in its place that still hold, by the fingerprint of the prior and the hash of the image, are carried
 over: a changed prior is computed alone, and so is a changed image.
+
+A sample that cannot be read (cut off, damaged, not an image) is quarantined, has no maps, and is listed in the set, so
+that whatever follows leaves it out. A shard whose checksum differs from dataset.json loses just the samples whose own
+checksums differ, which its index holds, and a line of the report says so: to drop the whole shard would throw away
+samples that are proved sound, and to trust whatever decodes would let damage inside a JPEG pass for an image.
 """
 
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import cv2
 
 from dpkd import storage
-from dpkd.data.images import decode_image
-from dpkd.data.shards import Dataset, Sample, ShardInfo, Split, SplitInfo, index_name
+from dpkd.data.images import BrokenImage, decode_image
+from dpkd.data.shards import Dataset, Sample, ShardInfo, Split, SplitInfo, Unreadable, index_name
 from dpkd.data.tars import TarWriter, list_members
 from dpkd.errors import UserError
 from dpkd.pool import Pool
@@ -34,6 +40,7 @@ from dpkd.priors.shards import (
     set_url,
 )
 from dpkd.priors.statistics import Moments, Tally
+from dpkd.report.progress import say
 from dpkd.report.quarantine import Quarantine
 from dpkd.stages.settings import PrepareSettings
 
@@ -50,8 +57,9 @@ def prepare(
 ) -> PriorSet:
     """Computes the prior maps of every sample that lacks them; returns the set.
 
-    A sample whose maps cannot be computed goes to the quarantine and gets flat maps, which favour no place; past the
-    limit of the quarantine the stage stops with `UserError`. `progress` is told (samples done, samples in all).
+    A sample that cannot be read goes to the quarantine, and so does one whose maps cannot be computed, which gets flat
+    maps that favour no place. Past the limit of the quarantine the stage stops with `UserError`, and so it does where a
+    shard or an index is missing. `progress` is told (samples done, samples in all).
     """
     _refuse_duplicates(settings.priors)
     _refuse_what_nobody_gave(dataset, settings.priors)
@@ -68,8 +76,7 @@ def prepare(
     done = 0
     for number, index in pool.map(_prepare_shard, tasks):
         indexes[number] = index
-        for key, reason in index.bad:
-            quarantine.add(STAGE, f"{index.shard.name}/{key}", reason)
+        _report(index, quarantine)
         quarantine.check(total)
         done += index.shard.num_samples
         progress(done, total)
@@ -77,6 +84,15 @@ def prepare(
     storage.write_bytes_atomic(storage.join(url, MANIFEST_NAME), manifest.model_dump_json(indent=1).encode())
     _remove_unlisted(url, manifest)
     return PriorSet.open(dataset.url, settings.name)
+
+
+def _report(index: PriorIndex, quarantine: Quarantine) -> None:
+    for key, reason in index.bad:
+        quarantine.add(STAGE, f"{index.shard.name}/{key}", reason)
+    if index.fault is not None:
+        found = f"{index.fault}; {len(index.unreadable):,} of its {index.shard.num_samples:,} samples cannot be read"
+        quarantine.note(STAGE, index.shard.name, f"{found}: copy or pack it again")
+        say(f"{STAGE}: {index.shard.name} is damaged: {found}")
 
 
 @dataclass(frozen=True, repr=False)
@@ -137,8 +153,24 @@ def _manifest(dataset: Dataset, priors: tuple[Prior, ...], indexes: list[PriorIn
         fingerprints=fingerprints(priors),
         statistics=_statistics(priors, indexes),
         splits={name: tuple(next(shards).shard for _ in info.shards) for name, info in dataset.manifest.splits.items()},
-        num_quarantined=sum(len(index.bad) for index in indexes),
+        unreadable=_unreadable(dataset, indexes),
+        num_flat=sum(len(index.bad) - len(index.unreadable) for index in indexes),
     )
+
+
+def _unreadable(dataset: Dataset, indexes: list[PriorIndex]) -> dict[str, tuple[int, ...]]:
+    """The samples of each split that cannot be read, by their numbers in the split."""
+    shards = iter(indexes)
+    numbers: dict[str, tuple[int, ...]] = {}
+    for name, info in dataset.manifest.splits.items():
+        held = [next(shards) for _ in info.shards]
+        ends = accumulate(index.shard.num_samples for index in held)
+        numbers[name] = tuple(
+            end - index.shard.num_samples + row
+            for end, index in zip(ends, held, strict=True)
+            for row in index.unreadable
+        )
+    return numbers
 
 
 def _statistics(priors: tuple[Prior, ...], indexes: list[PriorIndex]) -> dict[str, ChannelStatistics]:
@@ -175,7 +207,7 @@ def _prepare_shard(task: _Task) -> PriorIndex:
     keep_freed_memory()
     image_shard = task.split.info.shards[0]
     place = storage.join(task.url, image_shard.name)
-    index = _standing_index(place, image_shard, task.priors)
+    index = _standing_index(place, task)
     if index is not None:
         return index
     index, tar = _make_shard(task, before=_records_by_key(place))
@@ -184,15 +216,22 @@ def _prepare_shard(task: _Task) -> PriorIndex:
     return index
 
 
-def _standing_index(place: str, image_shard: ShardInfo, priors: tuple[Prior, ...]) -> PriorIndex | None:
-    """The index of the prior shard at `place` if it is whole and holds just these priors of these images."""
+def _standing_index(place: str, task: _Task) -> PriorIndex | None:
+    """The index of the prior shard at `place` if it is whole and holds just these priors of these images.
+
+    An image shard that was damaged may have been mended since, and a local one damaged; a remote one is not fetched for
+    the question alone.
+    """
     try:
         index = PriorIndex.from_bytes(storage.read_bytes(index_name(place)))
-        if (index.images, index.fingerprints) != (image_shard.sha256, fingerprints(priors)):
+        if (index.images, index.fingerprints) != (task.split.info.shards[0].sha256, fingerprints(task.priors)):
             return None
-        return index if storage.sha256(place) == index.shard.sha256 else None
+        if storage.sha256(place) != index.shard.sha256:
+            return None
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+    local = storage.local_path(task.split.url) is not None
+    return None if index.fault is not None or (local and task.split.fault(0) is not None) else index
 
 
 def _records_by_key(place: str) -> dict[str, Record]:
@@ -215,9 +254,11 @@ def _make_shard(task: _Task, *, before: dict[str, Record]) -> tuple[PriorIndex, 
     image_shard = task.split.info.shards[0]
     file = io.BytesIO()
     tar = TarWriter(file)
-    members, bad = [], []
+    members, bad, unreadable = [], [], []
     tallies = {prior.name: Tally(prior.channels) for prior in task.priors if not prior.nearest}
-    for record in _records(task, before=before):
+    for row, record in enumerate(_records(task, before=before)):
+        if not record.readable:
+            unreadable.append(row)
         members.append(tar.add(f"{record.key}.{MEMBER_EXTENSION}", record.to_bytes()))
         if record.bad is not None:
             bad.append((record.key, record.bad))
@@ -237,6 +278,8 @@ def _make_shard(task: _Task, *, before: dict[str, Record]) -> tuple[PriorIndex, 
         sizes=tuple(member.size for member in members),
         moments={name: tally.moments for name, tally in tallies.items()},
         bad=tuple(bad),
+        unreadable=tuple(unreadable),
+        fault=task.split.fault(0),
     )
     return index, data
 
@@ -247,14 +290,22 @@ def _records(task: _Task, *, before: dict[str, Record]) -> Iterator[Record]:
         yield _record(sample, task.priors, before=before.get(sample.key))
 
 
-def _record(sample: Sample, priors: tuple[Prior, ...], *, before: Record | None) -> Record:
+def _record(sample: Sample | Unreadable, priors: tuple[Prior, ...], *, before: Record | None) -> Record:
     """The maps of a sample: carried over where they hold, else computed; flat, with the reason, where that fails."""
+    if isinstance(sample, Unreadable):
+        return Record.unreadable(sample.key, reason=sample.reason)
     source = source_hash(sample)
     held = before.maps if before is not None and before.source == source and before.bad is None else {}
     missing = [prior for prior in priors if not _holds(held.get(prior.name), prior)]
+    if not missing:  # then the image was decoded when its maps were made
+        return Record(key=sample.key, source=source, maps={prior.name: held[prior.name] for prior in priors})
     try:
-        maps = {**held, **_compute(sample, missing)}
-    except Exception as error:  # noqa: BLE001 (the one place where a bad sample is survived: it is named and counted)
+        picture = Picture(decode_image(sample.image), given=sample.given)
+    except BrokenImage as error:
+        return Record.unreadable(sample.key, reason=str(error))
+    try:
+        maps = {**held, **{prior.name: store(prior, prior.map(picture)) for prior in missing}}
+    except Exception as error:  # noqa: BLE001 (the one place where a failing prior is survived: it is named and counted)
         reason = f"{type(error).__name__}: {error}"
         return Record(key=sample.key, source=source, maps={prior.name: flat(prior) for prior in priors}, bad=reason)
     return Record(key=sample.key, source=source, maps={prior.name: maps[prior.name] for prior in priors})
@@ -262,11 +313,3 @@ def _record(sample: Sample, priors: tuple[Prior, ...], *, before: Record | None)
 
 def _holds(stored: StoredMap | None, prior: Prior) -> bool:
     return stored is not None and stored.fingerprint == fingerprint(prior)
-
-
-def _compute(sample: Sample, priors: list[Prior]) -> dict[str, StoredMap]:
-    """The maps of `priors` for a sample, which is not decoded where there are none to compute."""
-    if not priors:
-        return {}
-    picture = Picture(decode_image(sample.image), given=sample.given)
-    return {prior.name: store(prior, prior.map(picture)) for prior in priors}

@@ -1,5 +1,6 @@
 """The run that a training stage is part of, as one worker sees it, and its training split."""
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,6 +61,14 @@ class Run:
         stored = [name for name in sorted(names) if name in self.priors.channels or name not in VIEW_MAPS]
         return self.priors.split(split).only(stored) if stored else None
 
+    def unreadable(self, split: str) -> NDArray[np.int64]:
+        """Numbers of the samples of a split that `prepare` could not read, ascending; none without prior maps."""
+        return self.priors.unreadable(split) if self.priors is not None else np.empty(0, np.int64)
+
+    def readable(self, split: str) -> NDArray[np.int64]:
+        """Numbers of the other samples of the split, ascending."""
+        return np.delete(np.arange(self.dataset.split(split).num_samples), self.unreadable(split))
+
     @property
     def map_size(self) -> int:
         """Side of the prior maps in a batch."""
@@ -89,10 +98,24 @@ class TrainingSet:
     split: Split
     class_names: tuple[str, ...]
     label_N: NDArray[np.int64]
+    """-1 where training may not see it, or the sample cannot be read."""
+    unreadable: NDArray[np.int64]
+    """Numbers of the samples that are never drawn, ascending."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that are drawn in an epoch."""
+        return self.split.num_samples - len(self.unreadable)
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Samples of each shard that are drawn."""
+        lost = Counter(self.split.locate(i)[0] for i in self.unreadable.tolist())
+        return [size - lost[shard] for shard, size in enumerate(self.split.shard_sizes)]
 
     def supervision(self, device: torch.device) -> Supervision:
-        """Share of visible labels, and the log frequency of each class among them."""
-        share = float((self.label_N >= 0).mean())
+        """Share of visible labels among the samples that are drawn, and the log frequency of each class among them."""
+        share = float((self.label_N >= 0).sum() / self.num_samples)
         log_prior_K = log_class_prior(torch.from_numpy(self.label_N), len(self.class_names))
         return Supervision(share, log_prior_K.to(device))
 
@@ -101,12 +124,13 @@ def training_set(run: Run, training: TrainingSettings, objectives: Sequence[Stud
     """Opens the training split and hides the labels that `data.labels` hides.
 
     Raises `UserError` where the split has fewer samples than a batch, or where an objective needs labels and the split
-    has fewer than two classes or no visible label.
+    has fewer than two classes or no visible label. Samples that cannot be read do not count.
     """
-    split = run.dataset.split(run.data.train)
-    if split.num_samples < training.batch_size:
+    split, unreadable = run.dataset.split(run.data.train), run.unreadable(run.data.train)
+    num_samples = split.num_samples - len(unreadable)
+    if num_samples < training.batch_size:
         raise UserError(
-            f"the split {split.name!r} has {split.num_samples} samples, fewer than one batch of "
+            f"the split {split.name!r} has {num_samples} samples, fewer than one batch of "
             f"training.batch_size={training.batch_size}; lower it, or pack more images"
         )
     classes = np.unique(split.label_N[split.label_N >= 0])
@@ -119,10 +143,10 @@ def training_set(run: Run, training: TrainingSettings, objectives: Sequence[Stud
             "needs two or more: check the folder layout or the label column of data.source"
         )
     own_label_N = np.where(split.label_N < 0, -1, np.searchsorted(classes, split.label_N))
-    label_N = visible_labels(own_label_N, run.data.labels, keys=split.keys, seed=run.seed)
+    label_N = visible_labels(own_label_N, run.data.labels, keys=split.keys, seed=run.seed, unreadable=unreadable)
     if needs_labels and not (label_N >= 0).any():
         raise UserError(f"data.labels {run.data.labels!r} leaves no visible label in the split {split.name!r}")
-    return TrainingSet(split, tuple(run.dataset.manifest.classes[label] for label in classes), label_N)
+    return TrainingSet(split, tuple(run.dataset.manifest.classes[label] for label in classes), label_N, unreadable)
 
 
 def dataset_url(folder: RunFolder, data: DataSettings) -> str:

@@ -19,7 +19,7 @@ def teach(run: Run, settings: TeachSettings) -> None:
         settings=settings,
         objectives=settings.objectives,
         training=settings.training,
-        total_steps=settings.training.num_steps(data.split.num_samples),
+        total_steps=settings.training.num_steps(data.num_samples),
     )
     task = TeachTask(learner, name=NAME, supervision=data.supervision(run.world.device), seed=run.seed)
     run_training(run, task, data, stage="teach", training=settings.training, augment=settings.augment)

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import Protocol
 
+import numpy as np
 import torch
 
-from dpkd.data.order import ClassAwareOrder, Order, SampleOrder
+from dpkd.data.order import ClassAwareOrder, Order, OrderWithout, SampleOrder
 from dpkd.data.settings import AugmentSettings
 from dpkd.data.stream import training_batches
 from dpkd.models.batch_norm import StepStatistics
@@ -15,12 +16,14 @@ from dpkd.models.parameters import parameter_groups
 from dpkd.models.settings import ModelSettings, NetworkSpec
 from dpkd.objectives.settings import VIEW_MAPS, FeatureDistillation, MaskedPrior, PatchDistillation, StudentObjective
 from dpkd.report.progress import EventLog, Progress, say
+from dpkd.report.quarantine import Quarantine
 from dpkd.report.tensorboard import Board
 from dpkd.stages.run import Run, TrainingSet
 from dpkd.stages.watch import EventSink, ProgressSink, Watch
-from dpkd.train.checkpoint import Checkpoints
-from dpkd.train.loop import Plan, checkpoint_parts, train
+from dpkd.train.checkpoint import Checkpoints, Part
+from dpkd.train.loop import Plan, train
 from dpkd.train.meter import Meter
+from dpkd.train.parts import LeftOut, RandomState
 from dpkd.train.settings import EngineSettings, OptimizerSettings, ScheduleSettings, TrainingSettings
 from dpkd.train.task import DistillTask, Learner, TeachTask
 
@@ -118,12 +121,15 @@ def run_training(
     checkpoints = Checkpoints(run.folder.checkpoints(stage), world=run.world, keep=training.keep_checkpoints)
     # dropout must not depend on what this process did before; a checkpoint brings the state of its step
     torch.manual_seed(run.seed * 100_003 + run.world.rank)
-    start_step = checkpoints.load_newest(checkpoint_parts(task, run.world))
-    plan = _plan(run, training, total_steps=training.num_steps(data.split.num_samples))
+    parts = _checkpoint_parts(run, task, data)
+    start_step = checkpoints.load_newest(parts)
+    plan = _plan(run, training, total_steps=training.num_steps(data.num_samples))
     shown = run.world.rank == 0
     if start_step and shown:
         say(f"{stage}: continues after step {start_step} of {plan.total_steps}")
     board = Board(run.folder.tensorboard / stage, start_step=start_step) if shown else None
+    if board is not None:
+        board.quarantine(start_step, Quarantine(run.folder.quarantine, limit=1.0))
     with Progress(stage, plan.total_steps, unit="steps", start=start_step, shown=shown) as progress:
         log = EventSink(EventLog(run.folder.events), stage=stage)
         sinks = (board, log, ProgressSink(progress, start_step=start_step)) if board is not None else ()
@@ -150,6 +156,7 @@ def run_training(
                 plan=plan,
                 start_step=start_step,
                 checkpoints=checkpoints,
+                parts=parts,
                 meter=Meter(sinks=sinks, world=run.world, images_per_step=training.batch_size),
                 hooks=Watch(run, task, board).hooks(),
                 world=run.world,
@@ -158,15 +165,26 @@ def run_training(
         board.close()
 
 
+def _checkpoint_parts(run: Run, task: TeachTask | DistillTask, data: TrainingSet) -> dict[str, Part]:
+    """Everything that one checkpoint covers: every engine, the random state, and what the order depends on."""
+    left_out = LeftOut(tuple(data.unreadable.tolist()), run.world)
+    return {**task.engines, "random": RandomState(run.world), "samples": left_out}
+
+
 def _order(run: Run, training: TrainingSettings, data: TrainingSet) -> SampleOrder:
+    """Which samples make which batch; those that cannot be read make none."""
+    order: SampleOrder
     if training.sampling == "class_aware":
-        return ClassAwareOrder(data.label_N, seed=run.seed, global_batch_size=training.batch_size)
-    return Order(
-        data.split.shard_sizes,
-        seed=run.seed,
-        global_batch_size=training.batch_size,
-        block_shards=run.data.loader.block_shards,
-    )
+        drawn_label_N = np.delete(data.label_N, data.unreadable)
+        order = ClassAwareOrder(drawn_label_N, seed=run.seed, global_batch_size=training.batch_size)
+    else:
+        order = Order(
+            data.shard_sizes,
+            seed=run.seed,
+            global_batch_size=training.batch_size,
+            block_shards=run.data.loader.block_shards,
+        )
+    return OrderWithout(order, data.unreadable) if len(data.unreadable) else order
 
 
 def _plan(run: Run, training: TrainingSettings, *, total_steps: int) -> Plan:

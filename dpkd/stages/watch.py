@@ -1,6 +1,6 @@
 """What is looked at while a network trains: few-shot accuracy on the validation split, panels, and where numbers go.
 
-Axes: N sample, D feature.
+Axes: N sample that can be read, D feature.
 """
 
 from collections.abc import Mapping
@@ -42,7 +42,8 @@ class Watch:
     @cached_property
     def _episodes(self) -> Episodes:
         split = self._run.dataset.split(self._run.data.val)
-        return draw_episodes(split.label_N, self._settings, seed=self._run.seed, split=split.name)
+        label_N = split.label_N[self._run.readable(split.name)]
+        return draw_episodes(label_N, self._settings, seed=self._run.seed, split=split.name)
 
     def evaluate(self, step: int) -> None:
         """Few-shot accuracy of every network on the validation split."""
@@ -54,6 +55,7 @@ class Watch:
             map_size=run.map_size,
             world=run.world,
             loader=run.data.loader,
+            indices=run.readable(run.data.val),
         )
         if self._board is None:
             return

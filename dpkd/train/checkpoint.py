@@ -18,11 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-import torch
-from safetensors.torch import load_file
-
 from dpkd import storage
-from dpkd.engine_state import Writer, write_tensors
+from dpkd.engine_state import Writer
 from dpkd.errors import UserError, portable
 from dpkd.report.progress import say
 from dpkd.train.checkpoint_store import MANIFEST, CheckpointStore, FileFacts, Manifest, Mark, RankFiles, Superseded
@@ -45,30 +42,6 @@ class Part(Protocol):
 
     def load(self, folder: Path) -> None:
         """Restores what the writers of all ranks wrote."""
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """The PyTorch generators of this rank, so that dropout goes on as if it had not been interrupted."""
-
-    world: World
-
-    def snapshot(self) -> Writer:
-        """Copies the states; the writer writes `random-<rank>.safetensors`."""
-        states = {"cpu": torch.get_rng_state()}
-        if self.world.device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self.world.device)
-        return lambda folder: write_tensors(folder / f"random-{self.world.rank}.safetensors", states)
-
-    def load(self, folder: Path) -> None:
-        """Restores this rank's generators; a rank that did not exist at the save keeps its own."""
-        path = folder / f"random-{self.world.rank}.safetensors"
-        if not path.exists():
-            return
-        states = load_file(path)
-        torch.set_rng_state(states["cpu"])
-        if "cuda" in states and self.world.device.type == "cuda":
-            torch.cuda.set_rng_state(states["cuda"], self.world.device)
 
 
 class Checkpoints:

@@ -14,7 +14,7 @@ import torch
 from dpkd.data.stream import Batch
 from dpkd.engine import Engine
 from dpkd.errors import StopRequested, UserError
-from dpkd.train.checkpoint import Checkpoints, Part, RandomState
+from dpkd.train.checkpoint import Checkpoints, Part
 from dpkd.train.meter import Meter
 from dpkd.world import World, stop_requested
 
@@ -67,16 +67,16 @@ def train(
     plan: Plan,
     start_step: int,
     checkpoints: Checkpoints,
+    parts: Mapping[str, Part],
     meter: Meter,
     hooks: Hooks,
     world: World,
 ) -> None:
-    """Trains from `start_step` to the end of the plan; `batches` begins at that step.
+    """Trains from `start_step` to the end of the plan; `batches` begins at that step, `parts` are what is saved.
 
     Raises `StopRequested` after a save when any rank was asked to stop, `UserError` when a loss is no longer finite or
     a checkpoint cannot be written.
     """
-    parts = checkpoint_parts(task, world)
     for step in range(start_step, plan.total_steps):
         for _ in range(plan.micro_batches):
             batch = meter.wait_for(batches)
@@ -100,11 +100,6 @@ def train(
             checkpoints.finish()
             raise StopRequested(f"stopped after step {done} of {plan.total_steps}, saved")
     checkpoints.finish()
-
-
-def checkpoint_parts(task: Task, world: World) -> dict[str, Part]:
-    """Everything that one checkpoint covers: every engine of the task, and the random state."""
-    return {**task.engines, "random": RandomState(world)}
 
 
 def _step_engines(task: Task, *, step: int, meter: Meter) -> None:

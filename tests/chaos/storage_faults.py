@@ -30,7 +30,8 @@ import torch.distributed as dist
 
 from dpkd.errors import UserError
 from dpkd.train import checkpoint
-from dpkd.train.checkpoint import Checkpoints, RandomState
+from dpkd.train.checkpoint import Checkpoints
+from dpkd.train.parts import RandomState
 from dpkd.world import World
 from tests.engine_cases import build, train
 

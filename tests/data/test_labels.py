@@ -85,3 +85,26 @@ def test_a_list_that_does_not_fit_names_file_and_keys(tmp_path, content, message
 def test_a_missing_list_names_the_setting_and_the_file(tmp_path):
     with pytest.raises(UserError, match=r"data\.labels\.path .*nowhere\.txt"):
         visible_labels(np.array([0]), ListedLabels(path=str(tmp_path / "nowhere.txt")), keys=["a"], seed=0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(LABELS, st.integers(1, 20), st.data())
+def test_another_label_takes_the_place_of_one_that_cannot_be_read(label_N, count, data):
+    lost = np.array(sorted(data.draw(st.sets(st.integers(0, len(label_N) - 1)))) if len(label_N) else [], np.int64)
+    keys = _keys(len(label_N))
+    seen = visible_labels(label_N, LabelsPerClass(count=count), keys=keys, seed=3, unreadable=lost)
+    left = np.delete(np.arange(len(label_N)), lost)
+    of_those_left = visible_labels(
+        label_N[left], LabelsPerClass(count=count), keys=[keys[i] for i in left.tolist()], seed=3
+    )
+    np.testing.assert_array_equal(seen[left], of_those_left)
+    assert (seen[lost] == -1).all()
+
+
+def test_a_listed_key_that_cannot_be_read_shows_no_label_and_stops_nothing(tmp_path):
+    keys, label_N = _keys(4), np.array([0, 1, 0, 1])
+    (tmp_path / "listed.txt").write_text("\n".join(keys[:2]))
+    settings = ListedLabels(path=str(tmp_path / "listed.txt"))
+    seen = visible_labels(label_N, settings, keys=keys, seed=0, unreadable=np.array([1]))
+    assert seen.tolist() == [0, -1, -1, -1]
+    assert visible_labels(label_N, AllLabels(), keys=keys, seed=0, unreadable=np.array([1])).tolist() == [0, -1, 0, 1]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpkd.data.draws import Purpose, bits
-from dpkd.data.order import ClassAwareOrder, Order, SampleOrder, rank_slice
+from dpkd.data.order import ClassAwareOrder, Order, OrderWithout, SampleOrder, rank_slice
 from dpkd.errors import UserError
 
 SHARD_SIZES = st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(any)
@@ -144,3 +144,18 @@ def test_class_aware_order_shows_all_of_a_class_before_any_again(label_N, seed):
         members = np.flatnonzero(label_N == label_N[sample]).tolist()
         assert drawn_before[sample] == epoch == min(drawn_before[member] for member in members)
         drawn_before[sample] += 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.booleans(), min_size=1, max_size=60).filter(any), SEEDS, st.integers(1, 9))
+def test_an_order_without_some_samples_shows_the_others_by_their_own_numbers(kept, seed, batch_size):
+    numbers, left_out = np.flatnonzero(kept), np.flatnonzero(~np.array(kept))
+    inner = Order([len(numbers)], seed=seed, global_batch_size=batch_size, block_shards=1)
+    order = OrderWithout(inner, left_out)
+    assert (order.num_samples, order.global_batch_size) == (len(numbers), batch_size)
+    for step in range(3):
+        np.testing.assert_array_equal(order.batch(step), numbers[inner.batch(step)])
+        np.testing.assert_array_equal(order.epochs_of(step), inner.epochs_of(step))
+    samples, _ = _stream(order, 2 * len(numbers))
+    for seen in np.split(samples, 2):
+        assert sorted(seen) == numbers.tolist()

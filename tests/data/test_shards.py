@@ -1,13 +1,15 @@
 import json
 import os
 import pickle
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
 
 from dpkd import storage
-from dpkd.data.shards import Dataset, ShardIndex
+from dpkd.data.shards import Dataset, Sample, ShardIndex, Split, Unreadable
 from dpkd.errors import UserError
 from tests.data.packing import image_bytes, make_folder, mask_bytes, pack_at
 
@@ -86,12 +88,85 @@ def test_a_sample_number_out_of_range_is_our_mistake(dataset):
 
 def test_a_missing_or_cut_shard_is_named(dataset):
     place = storage.join(dataset.url, dataset.split("test").info.shards[0].name)
+    size_bytes = storage.size(place)
     os.truncate(place, 1500)
-    with pytest.raises(UserError, match=r"test-000000.tar is cut short: sample 'test/cat/00\d'"):
-        list(dataset.split("test").read_shard(0))
+    with pytest.raises(UserError, match=r"test-000000.tar, sample 'test/cat/00\d': the shard is cut short.*pack"):
+        dataset.split("test").read(1)
+    assert dataset.split("test").fault(0) == f"it is cut short: 1,500 of {size_bytes:,} bytes are there"
     storage.remove(place)
-    with pytest.raises(UserError, match=r"test-000000.tar is missing"):
-        dataset.split("test").read(0)
+    for read in (Split.read, Split.fault):
+        with pytest.raises(UserError, match=r"test-000000.tar is missing"):
+            read(dataset.split("test"), 0)
+
+
+def change_byte(place: str, offset: int) -> None:
+    with Path(place).open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("extension", ["jpg", "json", "mask.png"])
+def test_a_sample_whose_bytes_changed_is_named_and_its_neighbours_are_read(dataset, extension):
+    split = dataset.split("train")
+    before = [split.read(i) for i in range(4)]
+    offset_N, size_N = split.indexes[0].members[extension]
+    place = storage.join(dataset.url, split.info.shards[0].name)
+    change_byte(place, int(offset_N[2] + size_N[2] // 2))
+    damaged = dataset.split("train")
+    with pytest.raises(
+        UserError, match=f"train-000000.tar, sample '{before[2].key}': its bytes are not those that were"
+    ):
+        damaged.read(2)
+    found = list(damaged.read_shard(0))
+    assert isinstance(found[2], Unreadable)
+    assert [found[i] for i in (0, 1, 3)] == [before[i] for i in (0, 1, 3)]
+    assert damaged.fault(0) == "its checksum differs from the one in dataset.json"
+    assert damaged.fault(1) is None
+
+
+def test_a_sample_is_read_from_a_shard_damaged_elsewhere(dataset):
+    split = dataset.split("test")
+    before = list(split.read_shard(0))
+    change_byte(storage.join(dataset.url, "test-000000.tar"), 20)  # in a header, which no sample needs
+    damaged = dataset.split("test")
+    assert damaged.fault(0) is not None
+    assert list(damaged.read_shard(0)) == before
+
+
+def test_a_shard_put_in_the_place_of_another_gives_none_of_its_samples(dataset):
+    split = dataset.split("train")
+    first, second = (storage.join(dataset.url, f"train-00000{k}.tar") for k in range(2))
+    storage.write_bytes_atomic(first, storage.read_bytes(second))
+    assert [(type(each), each.key) for each in dataset.split("train").read_shard(0)] == [
+        (Unreadable, key) for key in split.keys[:4]
+    ]
+
+
+def test_without_checksums_of_its_samples_none_of_a_damaged_shard_is_trusted(dataset):
+    place = storage.join(dataset.url, "test-000000.index.msgpack")
+    index = ShardIndex.from_bytes(storage.read_bytes(place))
+    storage.write_bytes_atomic(place, replace(index, checksum_N=None).to_bytes())
+    assert [each.key for each in dataset.split("test").read_shard(0)] == list(index.keys)
+    assert all(isinstance(each, Sample) for each in dataset.split("test").read_shard(0))
+    change_byte(storage.join(dataset.url, "test-000000.tar"), 600)
+    assert all(isinstance(each, Unreadable) for each in dataset.split("test").read_shard(0))
+
+
+def test_a_damaged_remote_shard_gives_no_sample_and_a_reason_for_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path))
+    make_folder(tmp_path / "images", counts={"train/cat": 5})
+    url = f"memory://{tmp_path.name}"
+    split = pack_at(tmp_path / "images", url).split("train")
+    place = storage.join(url, "train-000000.tar")
+    storage.write_bytes_atomic(place, storage.read_bytes(place)[:-1])
+    found = list(split.read_shard(0))
+    assert [each.key for each in found] == split.keys[:4]
+    assert {each.reason for each in found} == {
+        "its shard is damaged: its checksum differs from the one in dataset.json"
+    }
+    assert isinstance(next(split.read_shard(1)), Sample)
 
 
 def test_an_index_that_is_missing_broken_or_of_another_shard_is_named(dataset):

@@ -10,7 +10,7 @@ import webdataset
 from dpkd.data import sources
 from dpkd.data.settings import FolderSource, ShardSource, TableSource
 from dpkd.errors import UserError
-from tests.data.packing import SerialPool, image_bytes, make_folder, make_tar, mask_bytes, pack_at, tar_sample
+from tests.data.packing import SerialPool, image_bytes, make_folder, make_tar, mask_bytes, pack_at, reasons, tar_sample
 
 
 def find(source):
@@ -223,18 +223,32 @@ def test_compressed_and_absent_tars_are_refused(tmp_path):
         find(ShardSource(path=str(tmp_path)))
 
 
-def test_a_sample_that_webdataset_mixes_from_two_tars_is_told_apart(tmp_path):
-    """webdataset 1.0.2 with a handler that goes on gives `b` the label of the cut tar and the image of the next."""
-    cut = make_tar(
-        tmp_path / "t-0.tar", {key: dict(reversed(tar_sample(i, label=i).items())) for i, key in enumerate("ab")}
-    )
+def recurring_key(folder: Path) -> Path:
+    """A tar that was cut within the image of its last sample `b`, after its json, and a tar that begins with a `b`."""
+    samples = {key: dict(reversed(tar_sample(i, label=i).items())) for i, key in enumerate("ab")}
+    cut = make_tar(folder / "t-0.tar", samples)
     whole = cut.read_bytes()
     cut.write_bytes(whole[: whole.index(b"b.jpg") + 600])
-    make_tar(tmp_path / "t-1.tar", {"b": {"jpg": image_bytes(9), "cls": b"9"}})
-    urls = [str(tmp_path / f"t-{i}.tar") for i in range(2)]
+    make_tar(folder / "t-1.tar", {"b": {"jpg": image_bytes(9), "cls": b"9"}})
+    return folder
+
+
+def test_webdataset_joins_halves_of_two_samples_where_a_key_recurs_after_a_cut(tmp_path):
+    """Of webdataset 1.0.2 with a handler that goes on: the label of the cut tar, the image of the next, no warning.
+
+    A release where this fails has mended it; what is read here does not depend on it.
+    """
+    urls = [str(path) for path in sorted(recurring_key(tmp_path).glob("*.tar"))]
     mixed = list(webdataset.WebDataset(urls, shardshuffle=False, handler=webdataset.ignore_and_continue))[-1]
     assert (mixed["__key__"], mixed["json"], mixed["jpg"]) == ("b", b'{"label": 1}', image_bytes(9))
 
-    found = find(ShardSource(path=str(tmp_path)))
+
+def test_a_key_that_recurs_after_a_cut_is_told_apart_and_the_lost_sample_is_named(tmp_path):
+    source = ShardSource(path=str(recurring_key(tmp_path / "tars")))
+    found = find(source)
     assert {record.name: record.class_name for record in found.records} == {"a.jpg": "0", "b.jpg": "9"}
     assert [item for item, _ in found.bad] == ["t-0.tar", "t-0.tar/b"]
+    split = pack_at(source, tmp_path / "set").split("t")
+    samples = {sample.key: (sample.meta["class_name"], sample.image) for sample in map(split.read, range(2))}
+    assert samples == {"a": ("0", image_bytes(0)), "b": ("9", image_bytes(9))}
+    assert sorted(reasons(tmp_path / "set")) == ["t-0.tar", "t-0.tar/b"]

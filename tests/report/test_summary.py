@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from dpkd.report.quarantine import Quarantine
 from dpkd.report.summary import count_words, final_words, percent, say_summary, write_summary
 
 
@@ -101,6 +102,20 @@ def test_a_run_that_was_not_evaluated_has_a_summary_of_its_stages(run: Path) -> 
     assert summary["stages"]["pack"]["status"] == "done"
     assert "tensorboard" in final_words(summary)
     assert "| pack | done | 3 s |" in (run / "summary.md").read_text()
+
+
+def test_what_was_quarantined_is_counted_by_stage_and_not_mentioned_where_there_is_nothing(run: Path) -> None:
+    assert write_summary(run)["quarantine"] == {}
+    assert "quarantine.jsonl" not in (run / "summary.md").read_text()
+    quarantine = Quarantine(run / "quarantine.jsonl", limit=1)
+    for stage, item in (("pack", "a"), ("prepare", "b"), ("prepare", "c")):
+        quarantine.add(stage, item, "it is cut short")
+    quarantine.note("prepare", "base-000000.tar", "it is cut short")
+    summary = write_summary(run)
+    assert summary["quarantine"] == {"pack": 1, "prepare": 2}
+    words = f"3 samples (1 in pack, 2 in prepare), named with reasons in {run}/quarantine.jsonl"
+    assert f"quarantined: {words}" in final_words(summary).splitlines()
+    assert words in (run / "summary.md").read_text().splitlines()
 
 
 def test_numbers_are_rounded_for_people() -> None:

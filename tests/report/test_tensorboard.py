@@ -10,6 +10,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dpkd.report.panels import CELL, GAP, TITLE_HEIGHT, panel
+from dpkd.report.quarantine import Quarantine
 from dpkd.report.tensorboard import Board
 
 
@@ -125,3 +126,17 @@ def test_the_hue_of_a_histogram_map_is_its_strongest_bin(bin_index: int) -> None
 def test_a_map_that_is_not_finite_does_not_stop_the_picture() -> None:
     broken_B1HW = np.full((1, 1, 4, 4), np.nan, np.float32)
     assert panel(np.zeros((1, 3, 8, 8), np.uint8), priors={"edge": broken_B1HW}, predictions={}).dtype == np.uint8
+
+
+def test_quarantined_samples_are_counted_by_stage_and_named(tmp_path: Path) -> None:
+    quarantine = Quarantine(tmp_path / "q.jsonl", limit=1)
+    for stage, item in (("pack", "a.jpg"), ("prepare", "base-000000.tar/b"), ("prepare", "base-000000.tar/c")):
+        quarantine.add(stage, item, "it is cut short")
+    board = Board(tmp_path / "tb")
+    board.quarantine(3, quarantine)
+    board.close()
+    events = read(tmp_path / "tb")
+    counts = {tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert counts == {"quarantine/samples": [(3, 3)], "quarantine/pack": [(3, 1)], "quarantine/prepare": [(3, 2)]}
+    (text,) = events.Tensors("quarantine/text_summary")
+    assert b"base-000000.tar/c" in text.tensor_proto.string_val[0]

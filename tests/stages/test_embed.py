@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dpkd.stages.embed import mean_indices
+from dpkd.stages.embed import NUM_MEAN_SAMPLES, spread
 from dpkd.stages.run import Run
 from tests.embed_cases import embed
 from tests.processes import run_ranks
@@ -27,7 +27,12 @@ def test_two_ranks_find_what_one_finds_and_ask_equally_often(untrained_run: Run,
         assert first["calls"] == second["calls"]
 
 
-def test_the_samples_for_a_mean_are_spread_over_the_split(untrained_run: Run) -> None:
-    split = untrained_run.dataset.split("base")
-    indices = mean_indices(split)
-    assert indices.tolist() == list(range(split.num_samples))  # a small split is taken whole
+def test_the_samples_for_a_mean_are_spread_over_those_that_are_given() -> None:
+    few = np.delete(np.arange(100), [3, 40])
+    assert spread(few).tolist() == few.tolist()  # a small split is taken whole
+    many = np.arange(1, 10_000, 2)
+    chosen = spread(many)
+    assert len(chosen) == NUM_MEAN_SAMPLES
+    assert (chosen[0], chosen[-1]) == (many[0], many[-1])
+    assert np.isin(chosen, many).all()
+    assert set(np.diff(chosen)) <= {4, 6}

@@ -158,8 +158,8 @@ def _logits(run: Run, network: Any) -> list[NDArray[np.float32]]:
 def test_a_split_too_small_for_the_episodes_is_refused_before_training(evaluated_run: Run) -> None:
     settings = EvaluateSettings(episodes=evaluated_run.evaluate.episodes.model_copy(update={"way": 6}))
     with pytest.raises(UserError, match="split 'val' has 5 labelled classes"):
-        refuse_small_splits(evaluated_run.dataset, evaluated_run.data, settings)
-    refuse_small_splits(evaluated_run.dataset, evaluated_run.data, evaluated_run.evaluate)
+        refuse_small_splits(dataclasses.replace(evaluated_run, evaluate=settings))
+    refuse_small_splits(evaluated_run)
 
 
 def test_the_file_is_plain_json(evaluated_run: Run) -> None:

@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import multiprocessing
 import os
 import shutil
@@ -13,7 +12,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from dpkd.data.shards import Dataset, read_index
+from dpkd.data.shards import Dataset
 from dpkd.data.tars import TarWriter
 from dpkd.errors import UserError
 from dpkd.pool import LocalPool
@@ -214,56 +213,6 @@ def test_an_image_that_changed_is_computed_again_alone(dataset, tmp_path):
     assert all(prior_set.split("train").read(i, split.read(i)) for i in range(12))
 
 
-def damage_image(dataset: Dataset, shard: int, row: int) -> str:
-    """Overwrites the image of a sample in its shard; returns the key."""
-    split = dataset.split("train")
-    index = read_index(dataset.url, split.info.shards[shard])
-    offsets, sizes = index.members["png"]
-    with (Path(dataset.url) / split.info.shards[shard].name).open("r+b") as file:
-        file.seek(offsets[row])
-        file.write(bytes(int(sizes[row])))
-    return index.keys[row]
-
-
-def test_a_bad_sample_is_named_and_counted_and_its_maps_favour_no_place(dataset, tmp_path):
-    key = damage_image(dataset, shard=1, row=2)
-    report = tmp_path / "quarantine.jsonl"
-    prior_set = prepare_all(dataset, limit=0.1, report=report)
-    lines = [json.loads(line) for line in report.read_text().splitlines()]
-    assert [(line["stage"], line["item"]) for line in lines] == [("prepare", f"train-000001.tar/{key}")]
-    assert "image" in lines[0]["reason"]
-    assert prior_set.manifest.num_quarantined == 1
-    maps = prior_set.split("train").read(7, dataset.split("train").read(7))
-    assert {name: np.unique(map_HWC.round(1)).tolist() for name, map_HWC in maps.items()} == {
-        "edge": [0.5],
-        "saliency": [0.5],
-        "superpixel": [0],
-        "hog": [0.5],
-    }
-    prepare_all(dataset, limit=0.1, report=report)  # again: the shards stand, and the report says the same
-    assert [json.loads(line) for line in report.read_text().splitlines()] == lines
-
-
-def test_more_bad_samples_than_the_limit_stop_the_stage(dataset):
-    damage_image(dataset, shard=0, row=0)
-    damage_image(dataset, shard=1, row=0)
-    with pytest.raises(UserError, match=r"2 of 15 samples.*data\.bad_limit=0\.1"):
-        prepare_all(dataset, limit=0.1)
-    with pytest.raises(UserError, match="prepare"):
-        PriorSet.open(dataset.url, "default")
-
-
-def test_a_sample_that_was_mended_gets_its_maps(dataset, tmp_path):
-    whole = (Path(dataset.url) / "train-000000.tar").read_bytes()
-    damage_image(dataset, shard=0, row=0)
-    prepare_all(dataset, priors=(Edge(),), limit=0.1)
-    (Path(dataset.url) / "train-000000.tar").write_bytes(whole)
-    prior_set = prepare_all(dataset, priors=(Edge(), Hog()), limit=0.1)
-    maps = prior_set.split("train").read(0, dataset.split("train").read(0))
-    assert {name: map_HWC.shape for name, map_HWC in maps.items()} == {"edge": (10, 8, 1), "hog": (5, 4, 9)}
-    assert prior_set.manifest.num_quarantined == 0
-
-
 def test_shards_that_the_data_set_no_longer_has_are_removed(dataset, tmp_path):
     prepare_all(dataset)
     fewer = pack_folder(tmp_path / "images", tmp_path / "fewer", samples_per_shard=12)
@@ -294,18 +243,3 @@ def test_remote_shards_are_prepared_in_place(tmp_path):
     assert memory.cat("/prepare-test/priors/default/train-000002.tar") == prior_files(local)["train-000002.tar"]
     sample = remote.split("test").read(1)
     assert set(prior_set.split("test").read(1, sample)) == {"edge", "saliency", "superpixel", "hog"}
-
-
-def test_a_truncated_image_shard_is_named_and_never_merged_with_the_next(dataset):
-    """webdataset 1.0 would go on with the next shard, and where a key recurs join the halves of two samples."""
-    shard = Path(dataset.url) / "train-000001.tar"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"train-000001\.tar is cut short: sample '.*' is not all there"):
-        prepare_all(dataset)
-    with pytest.raises(UserError, match="no whole prior set"):
-        PriorSet.open(dataset.url, "default")
-    shard.write_bytes(whole)
-    prepare_all(dataset)
-    maps = PriorSet.open(dataset.url, "default").split("train")
-    assert [maps.record(i, dataset.split("train").read(i)).key for i in range(12)] == dataset.split("train").keys

@@ -12,7 +12,7 @@ import torch
 from dpkd import storage
 from dpkd.errors import UserError
 from dpkd.train import checkpoint
-from dpkd.train.checkpoint import Checkpoints, RandomState
+from dpkd.train.checkpoint import Checkpoints
 from dpkd.train.checkpoint_store import CheckpointStore, Superseded
 from dpkd.world import World
 
@@ -299,16 +299,6 @@ def test_of_several_that_claim_at_once_each_has_a_number_of_its_own(tmp_path: Pa
     for thread in threads:
         thread.join()
     assert sorted(found) == list(range(1, 9))
-
-
-def test_dropout_goes_on_as_if_not_interrupted(place: str) -> None:
-    checkpoints, state = begun(place), RandomState(ALONE)
-    checkpoints.save(1, {"random": state})
-    checkpoints.finish()
-    expected = torch.rand(4)
-    torch.rand(99)
-    assert Checkpoints(place, world=ALONE, keep=1).load_newest({"random": state}) == 1
-    assert torch.equal(torch.rand(4), expected)
 
 
 def test_nothing_is_left_in_the_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:

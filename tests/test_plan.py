@@ -1,0 +1,20 @@
+"""Which stages are left to do."""
+
+from pathlib import Path
+
+from dpkd.plan import POOL_STAGES, STAGES, given, left_to_do
+from dpkd.stages.record import RunFolder
+from tests.runs import settings_of, tiny
+
+
+def test_of_what_is_done_only_packing_or_preparing_asked_for_alone_is_left(tmp_path: Path) -> None:
+    settings, folder = settings_of(tiny(tmp_path / "run", source=tmp_path)), RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    assert left_to_do(folder, settings, STAGES) == list(STAGES)
+    for stage in STAGES:
+        with folder.running(stage, given(stage, settings)):
+            pass
+    for stages in (STAGES, POOL_STAGES, ["teach"], ["evaluate"]):
+        assert left_to_do(folder, settings, stages) == []
+    for stage in POOL_STAGES:
+        assert left_to_do(folder, settings, [stage]) == [stage]

@@ -1,0 +1,46 @@
+"""What a checkpoint holds beside the engines."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dpkd.errors import UserError
+from dpkd.train.checkpoint import Checkpoints
+from dpkd.train.parts import LeftOut, RandomState
+from dpkd.world import World
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
+
+def save(folder: Path, **parts: Any) -> None:
+    checkpoints = Checkpoints(folder, world=ALONE, keep=1)
+    checkpoints.load_newest({})
+    checkpoints.save(2, parts)
+    checkpoints.finish()
+
+
+def load(folder: Path, **parts: Any) -> int:
+    return Checkpoints(folder, world=ALONE, keep=1).load_newest(parts)
+
+
+def test_dropout_goes_on_as_if_not_interrupted(tmp_path: Path) -> None:
+    save(tmp_path, random=RandomState(ALONE))
+    expected = torch.rand(4)
+    torch.rand(99)
+    assert load(tmp_path, random=RandomState(ALONE)) == 2
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_stage_goes_on_only_without_the_samples_that_it_began_without(tmp_path: Path) -> None:
+    save(tmp_path, samples=LeftOut((3, 8), ALONE))
+    assert load(tmp_path, samples=LeftOut((3, 8), ALONE)) == 2
+    for changed in ((3,), (3, 8, 9), ()):
+        with pytest.raises(UserError, match=r"2 samples .* could not be read when the stage began.*deleting"):
+            load(tmp_path, samples=LeftOut(changed, ALONE))
+
+
+def test_a_checkpoint_that_does_not_say_what_was_left_out_loads(tmp_path: Path) -> None:
+    save(tmp_path, random=RandomState(ALONE))
+    assert load(tmp_path, samples=LeftOut((1,), ALONE)) == 2
