@@ -22,7 +22,7 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # the same examples each time; `make fuzz` takes the long profile and a seed of its own
 settings.register_profile("quick", derandomize=True, deadline=None, max_examples=60)
-settings.register_profile("fuzz", deadline=None, max_examples=20_000, print_blob=True)
+settings.register_profile("fuzz", deadline=None, max_examples=3_000, print_blob=True)
 settings.load_profile("quick")
 
 

@@ -328,6 +328,12 @@ def refuse_outside(offset_N: npt.ArrayLike, size_N: npt.ArrayLike, shard: ShardI
         raise ValueError("a sample stands outside the shard")
 
 
+def refuse_no_pairs(bad: Any) -> None:
+    """Raises TypeError unless these are pairs of an item and a reason."""
+    if not all(isinstance(item, str) and isinstance(reason, str) for item, reason in bad):
+        raise TypeError("an item or a reason is no text")
+
+
 def _refuse_contradictions(index: ShardIndex) -> None:
     """Raises ValueError unless each sample has a key, a label, one image and its json, all inside the shard."""
     count = index.shard.num_samples
@@ -337,6 +343,9 @@ def _refuse_contradictions(index: ShardIndex) -> None:
         raise TypeError("a key is no text")
     if not all(group is None or isinstance(group, str) for group in index.groups):
         raise TypeError("a group is no text")
+    refuse_no_pairs(index.bad)
+    if np.shape(index.pixel_counts) not in ((0,), (3, 256)):
+        raise ValueError("the counts of pixels are not those of three colours")
     there = {extension: offset_N != -1 for extension, (offset_N, _) in index.members.items()}
     for extension, (offset_N, size_N) in index.members.items():
         refuse_outside(np.where(there[extension], offset_N, 0), np.where(there[extension], size_N, 0), index.shard)

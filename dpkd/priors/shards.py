@@ -20,7 +20,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dpkd import storage
-from dpkd.data.shards import Dataset, Sample, ShardInfo, index_name, read_span, refuse_outside
+from dpkd.data.shards import Dataset, Sample, ShardInfo, index_name, read_span, refuse_no_pairs, refuse_outside
 from dpkd.errors import UserError
 from dpkd.priors import Prior
 from dpkd.priors.codecs import Map
@@ -95,6 +95,10 @@ class PriorIndex:
             moments = {name: Moments(*each) for name, each in content["moments"].items()}
             index = PriorIndex(**{**content, "shard": ShardInfo(**content["shard"]), "moments": moments})
             refuse_outside(index.offsets, index.sizes, index.shard)
+            refuse_no_pairs(index.bad)
+            for each in index.moments.values():
+                if not len(each.mean_C) == len(each.deviation_C) > 0:
+                    raise ValueError("moments of no channel")
             return index
         except (KeyError, TypeError, AttributeError, OverflowError, msgpack.UnpackException, ValueError) as error:
             raise ValueError(f"not the index of a prior shard: {error!r}") from error

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 from dpkd import storage
-from dpkd.errors import UserError
+from dpkd.errors import UserError, without_secrets
+from dpkd.untrusted import parse_json
 
 NUM_NAMED = 3
 
@@ -19,7 +20,7 @@ class Quarantine:
         """Continues the report at `path`; `limit` is the largest share of bad items that is put up with."""
         self.path = Path(path)
         self.limit = limit
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
         self._torn = not text.endswith("\n") and text != ""
         self._reason_of = _read(text)
 
@@ -40,7 +41,8 @@ class Quarantine:
             self._reason_of, self._torn = kept, False
 
     def add(self, stage: str, item: str, reason: str) -> None:
-        """Adds an item once, with one line that says why it is not used."""
+        """Adds an item once, with one line that says why it is not used; secrets in either are masked."""
+        item, reason = without_secrets(item), without_secrets(reason)
         if (stage, item) in self._reason_of:
             return
         with storage.write_errors(self.path):
@@ -70,8 +72,8 @@ def _read(text: str) -> dict[tuple[str, str], str]:
     reason_of = {}
     for line in text.splitlines():
         try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:  # a line cut short by a kill: the stage adds its item again
+            entry = parse_json(line)
+            reason_of[str(entry["stage"]), str(entry["item"])] = str(entry["reason"])
+        except (ValueError, LookupError, TypeError):  # cut short by a kill, or not ours: the stage adds its item again
             continue
-        reason_of[str(entry["stage"]), str(entry["item"])] = str(entry["reason"])
     return reason_of
