@@ -82,16 +82,20 @@ class StateReader:
 
     def __init__(self, folder: Path) -> None:
         paths = sorted(folder.glob("part-*-of-*.safetensors"))
-        size = int(paths[0].stem.rsplit("-", 1)[1]) if paths else 1
+        size = max(1, len(paths))
         if [path.name for path in paths] != [f"part-{rank:05d}-of-{size:05d}.safetensors" for rank in range(size)]:
-            raise UserError(f"{folder}: {len(paths)} of {size} parts of the state are there; use another checkpoint")
+            there = ", ".join(path.name for path in paths[:3]) or "none"
+            raise UserError(f"{folder}: not all parts of the state are there ({there}, …); use another checkpoint")
         self._folder = folder
-        self._parts = [safe_open(path, framework="pt") for path in paths]
+        try:
+            self._parts = [safe_open(path, framework="pt") for path in paths]
+            metadata = self._parts[0].metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"its format is {metadata.get('format')}, and this version of dpkd reads {FORMAT}")
+            self.counts = Counts(int(metadata["num_updates"]), int(metadata["num_average_updates"]))
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise UserError(f"{folder}: the state cannot be read ({error}); use another checkpoint") from error
         self._part_with = {name: part for part in self._parts for name in part.keys()}  # noqa: SIM118 (not a mapping)
-        metadata = self._parts[0].metadata()
-        if metadata["format"] != FORMAT:
-            raise UserError(f"{folder}: state of format {metadata['format']}, this version of dpkd reads {FORMAT}")
-        self.counts = Counts(int(metadata["num_updates"]), int(metadata["num_average_updates"]))
 
     def check(self, shapes: Mapping[str, torch.Size]) -> None:
         """Raises unless exactly these tensors are there, in these shapes."""

@@ -1,10 +1,20 @@
 """The errors that end a run, each with the exit code that the command returns for it."""
 
 import pickle
+import re
+
+_AUTHORITY = re.compile(r"(?<=://)[^/\s'\"]{1,4096}@")
+_QUERY = re.compile(r"(?<=://)([^\s'\"?]{1,4096})\?[^\s'\"]*=[^\s'\"]*")
 
 
 class UserError(ValueError):
-    """The user's settings or data are at fault: the message names key or file, value and way out. Exit code 2."""
+    """The user's settings or data are at fault: the message names key or file, value and way out. Exit code 2.
+
+    Secrets in URLs are masked, wherever the message comes from.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
 
 
 class StopRequested(Exception):
@@ -14,6 +24,9 @@ class StopRequested(Exception):
 class WorkerFailed(RuntimeError):
     """A training worker died and no restart was left; carries the first failing rank's traceback. Exit code 1."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
+
 
 def portable(error: Exception) -> Exception:
     """The error itself where it survives its way between processes, else one that says the same."""
@@ -22,3 +35,16 @@ def portable(error: Exception) -> Exception:
     except Exception:  # noqa: BLE001  whatever an exception's own pickling raises
         copy = None
     return error if type(copy) is type(error) else RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def without_secrets(text: str) -> str:
+    """The text with *** for the user, password and query (which may be a signature) of each URL in it."""
+    if "://" not in text:
+        return text
+    return _QUERY.sub(r"\1?***", _AUTHORITY.sub("***@", text))
+
+
+def printable(text: str) -> str:
+    """The text for a terminal: secrets masked, and what could steer the terminal or has no encoding shown as escapes."""
+    masked = without_secrets(text)
+    return "".join(each if each.isprintable() or each in "\n\t\u00a0" else ascii(each)[1:-1] for each in masked)

@@ -10,12 +10,13 @@ import difflib
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from types import FrameType
 
 from dpkd.backends.launchers import make_gang, make_pool
 from dpkd.data.shards import Dataset
-from dpkd.errors import StopRequested, UserError, WorkerFailed
+from dpkd.errors import StopRequested, UserError, WorkerFailed, printable
 from dpkd.plan import POOL_STAGES, STAGES, given, left_to_do, say_plan
 from dpkd.pool import Pool
 from dpkd.report.progress import Progress, duration, say
@@ -97,7 +98,7 @@ def exit_code(work: Callable[[], None]) -> int:
     try:
         work()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return EXIT_USER
     except StopRequested as stop:
         say(f"{stop}; the same command goes on from there")
@@ -106,7 +107,10 @@ def exit_code(work: Callable[[], None]) -> int:
         say("interrupted; the same command goes on from there")
         return EXIT_STOPPED
     except WorkerFailed as error:
-        print(f"error: a worker failed and no restart was left\n{error}", file=sys.stderr)
+        print(printable(f"error: a worker failed and no restart was left\n{error}"), file=sys.stderr)
+        return 1
+    except Exception:  # noqa: BLE001 (ours: Python would print the traceback with what secrets it holds)
+        print(printable(traceback.format_exc()), file=sys.stderr)
         return 1
     return 0
 

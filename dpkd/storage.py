@@ -84,7 +84,10 @@ def list_names(url: str | Path) -> list[str]:
 
 
 def walk(url: str | Path) -> list[tuple[str, int]]:
-    """(relative path with slashes, bytes) of every file below a folder, sorted; hidden names are left out."""
+    """(relative path with slashes, bytes) of every file below a folder, sorted; hidden names are left out.
+
+    What is neither file nor folder (a pipe, a device, a link to nowhere) has -1 bytes.
+    """
     path = local_path(url)
     with _read_errors(url):
         return sorted(_walk_local(path, "", set()) if path is not None else _walk_remote(url))
@@ -324,10 +327,10 @@ def _walk_local(folder: Path, prefix: str, seen: set[str]) -> Iterator[tuple[str
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            if os.path.isdir(entry.path):
                 yield from _walk_local(Path(entry.path), f"{prefix}{entry.name}/", seen | {real})
-            elif entry.is_file():
-                yield f"{prefix}{entry.name}", entry.stat().st_size
+            else:
+                yield f"{prefix}{entry.name}", entry.stat().st_size if os.path.isfile(entry.path) else -1
 
 
 def _walk_remote(url: str | Path) -> Iterator[tuple[str, int]]:

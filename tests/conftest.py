@@ -13,11 +13,17 @@ os.environ["RAY_AUTH_MODE"] = "token"
 import cv2
 import pytest
 import torch
+from hypothesis import settings
 
 from tools.local_ray_cluster import LocalCluster
 from tools.make_sample_data import SampleSettings, draw_samples
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+# the same examples each time; `make fuzz` takes the long profile and a seed of its own
+settings.register_profile("quick", derandomize=True, deadline=None, max_examples=60)
+settings.register_profile("fuzz", deadline=None, max_examples=3_000, print_blob=True)
+settings.load_profile("quick")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,7 +9,6 @@ order.
     <key>.expert-<name>.png              other members stay out
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -19,15 +18,20 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
-from braceexpand import braceexpand
+from braceexpand import UnbalancedBracesError, braceexpand
 
 from dpkd import storage
-from dpkd.data.records import IMAGE_SUFFIXES, Blob, Found, Record, class_of_label
+from dpkd.data.images import BrokenImage
+from dpkd.data.records import IMAGE_SUFFIXES, Blob, Found, Record, class_of_label, refuse_no_file
 from dpkd.data.settings import ShardSource
 from dpkd.data.shards import EXPERT_PREFIX, MANIFEST_NAME, Dataset
 from dpkd.data.tars import Member, list_members
 from dpkd.errors import UserError
 from dpkd.pool import Pool
+from dpkd.untrusted import parse_json
+
+MAX_TEXT_BYTES = 1 << 20
+"""Longer members that should hold a label are not read."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,10 @@ def _tars(path: str) -> tuple[list[_Tar], tuple[str, ...] | None]:
         names = [shard.name for split in manifest.splits.values() for shard in split.shards]
         return [_Tar(storage.join(path, name), name) for name in names], manifest.classes
     if any(sign in path for sign in "{*?["):
-        urls = [url for pattern in braceexpand(path) for url in _expand(pattern)]
+        try:
+            urls = [url for pattern in braceexpand(path) for url in _expand(pattern)]
+        except UnbalancedBracesError as error:
+            raise UserError(f"data.source.path={path}: {error}; every brace needs its other half") from error
         tars = [_Tar(url, PurePosixPath(url).name) for url in urls]
     elif path.endswith((".tar", ".tar.gz", ".tgz", ".tar.zst")):
         tars = [_Tar(path, PurePosixPath(path).name)]
@@ -97,11 +104,18 @@ def _expand(pattern: str) -> list[str]:
 def _list_tar(tar: _Tar, *, classes: tuple[str, ...] | None) -> _Contents:
     contents = _Contents()
     try:
+        refuse_no_file(tar.url)
         with storage.open_read(tar.url) as file:
             listing = list_members(file, size_bytes=storage.size(tar.url))
     except FileNotFoundError:
         contents.bad.append((tar.name, "the tar does not exist"))
         return contents
+    except BrokenImage as error:
+        contents.bad.append((tar.name, str(error)))
+        return contents
+    except OSError as error:
+        raise UserError(f"cannot read {tar.url}: {error}; see to the storage, then run the command again") from error
+    contents.bad.extend((f"{tar.name}/{name}", reason) for name, reason in listing.refused)
     samples = _by_key(listing.members)
     if listing.fault is not None:
         contents.bad.append((tar.name, listing.fault))
@@ -126,7 +140,7 @@ def _by_key(members: Iterable[Member]) -> list[tuple[str, list[tuple[str, Member
     """Members that follow one another and share a key, as WebDataset groups them: (key, [(extension, member)])."""
     samples: list[tuple[str, list[tuple[str, Member]]]] = []
     for member in members:
-        match = re.fullmatch(r"((?:.*/|)[^./]+)\.([^/]+)", member.name)
+        match = re.fullmatch(r"((?:.*/|)[^./]+)\.([^/]+)", member.name, re.DOTALL)
         if match is None:
             continue
         key, extension = match.group(1), match.group(2).lower()
@@ -167,21 +181,29 @@ def _record(tar: _Tar, key: str, members: list[tuple[str, Member]], *, classes: 
 
 def _meta(blob_of: dict[str, Blob]) -> dict[str, Any]:
     if "json" in blob_of:
-        meta = json.loads(blob_of["json"].read())
+        meta = parse_json(_text(blob_of["json"]))
         if not isinstance(meta, dict) or not isinstance(meta.get("attributes") or {}, dict):
             raise ValueError("the json member, or its attributes, is not an object")
         return meta
     if "cls" in blob_of:
-        return {"label": blob_of["cls"].read().decode().strip()}
+        return {"label": _text(blob_of["cls"]).decode().strip()}
     return {}
+
+
+def _text(blob: Blob) -> bytes:
+    if blob.size > MAX_TEXT_BYTES:
+        raise ValueError(f"its json or cls member has {blob.size:,} bytes, more than {MAX_TEXT_BYTES:,}")
+    return blob.read()
 
 
 def _class(meta: dict[str, Any], *, classes: tuple[str, ...] | None) -> str | None:
     """The class by name or number; raises `ValueError` where the number is out of range or contradicts the name."""
     label, name = meta.get("label"), meta.get("class_name")
-    by_label = class_of_label(str(label)) if label is not None else None
+    if name is not None and not isinstance(name, str):
+        raise ValueError("the class name is no text")
+    by_label = class_of_label(label) if label is not None else None
     if classes is None or by_label is None:
-        return str(name) if name is not None else by_label
+        return name if name is not None else by_label
     if not by_label.isdecimal() or int(by_label) >= len(classes):
         raise ValueError(f"label {label} is out of range: the data set has {len(classes)} classes, numbered from 0")
     if name is not None and classes[int(by_label)] != name:

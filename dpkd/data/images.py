@@ -4,6 +4,8 @@ Axes: H height, W width, C channels (RGB).
 """
 
 import io
+import struct
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,17 +14,25 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-MAX_PIXELS = 1 << 28
-"""Larger images are refused: 2**28 pixels decode to 800 MB."""
+from dpkd.errors import without_secrets
 
-# The most pixels that a byte can stand for, so that only a file that could pass the limit pays for a look at its
-# header: progressive JPEG one bit for a block of 64, PNG one bit a pixel under deflate at 1032:1, and WebP is never
-# larger than 16383 x 16383.
-_PIXELS_PER_BYTE = {"jpg": 512, "png": 8256, "webp": 0}
+MAX_PIXELS = 178_956_970
+"""Larger images are refused, before they are decoded: these decode to 537 MB, and Pillow opens none beyond."""
+MAX_SCAN_PIXELS = 16 * MAX_PIXELS
+"""A progressive JPEG goes over its pixels once a scan, and a scan may take a dozen bytes; files have about ten."""
+
+_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "PPM")
+"""What is read besides WebP, by Pillow's names; OpenCV would try a dozen more."""
+
+UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, EOFError, LookupError, ArithmeticError, struct.error)
+"""What Pillow raises over bytes that are not an image."""
 
 
 class BrokenImage(ValueError):
     """Image bytes that cannot be used; the message says why, the caller adds whose they are."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
 
 
 def image_format(data: bytes) -> str | None:
@@ -34,6 +44,20 @@ def image_format(data: bytes) -> str | None:
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     return None
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """Width and height as the header gives them, before any rotation; raises `BrokenImage` where none can be read."""
+    if image_format(data) == "webp":
+        return _webp_size(data)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images, and of what is odd in a header
+            return Image.open(io.BytesIO(data), formats=_FORMATS).size
+    except Image.DecompressionBombError as error:
+        raise BrokenImage(f"the image is too large: {error}: cut it into tiles") from error
+    except UNREADABLE as error:
+        raise BrokenImage("the file is no JPEG, PNG, WebP, BMP, TIFF or PNM image that can be read") from error
 
 
 def decode_image(data: bytes) -> npt.NDArray[np.uint8]:
@@ -120,14 +144,25 @@ def _refuse_cut(data: bytes) -> None:
 
 
 def _refuse_huge(data: bytes) -> None:
-    extension = image_format(data)
-    if extension is not None and len(data) * _PIXELS_PER_BYTE[extension] <= MAX_PIXELS:
-        return
-    try:
-        width, height = Image.open(io.BytesIO(data)).size
-    except Image.DecompressionBombError as error:
-        raise BrokenImage(f"the image is too large to decode: {error}") from error
-    except (OSError, ValueError, SyntaxError) as error:
-        raise BrokenImage(f"the file is not an image that can be read: {error}") from error
+    """Looks at the header alone, which a small file may fill with any size."""
+    width, height = image_size(data)
     if width * height > MAX_PIXELS:
         raise BrokenImage(f"the image is {width}x{height}, more than {MAX_PIXELS} pixels: cut it into tiles")
+    num_scans = data.count(b"\xff\xda")
+    if image_format(data) == "jpg" and width * height * num_scans > MAX_SCAN_PIXELS:
+        raise BrokenImage(f"the jpg is {width}x{height} in {num_scans} scans, which takes too long: save it anew")
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """The canvas of a WebP file (RFC 9649, section 2)."""
+    kind, head = data[12:16], data[20:30]
+    if len(head) < 10:
+        raise BrokenImage("the webp is cut short")
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(head[4:7], "little"), 1 + int.from_bytes(head[7:10], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[1:5], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if kind == b"VP8 ":
+        return int.from_bytes(head[6:8], "little") & 0x3FFF, int.from_bytes(head[8:10], "little") & 0x3FFF
+    raise BrokenImage("the webp begins with no image")

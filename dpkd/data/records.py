@@ -1,8 +1,11 @@
 """What a source holds, before it is packed: where the bytes of each sample stand and what is known of it."""
 
 import difflib
+import errno
 import hashlib
+import os
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +16,9 @@ from dpkd import storage
 from dpkd.data.images import BrokenImage
 from dpkd.errors import UserError
 
+MAX_FILE_BYTES = 1 << 31
+"""Larger image files are not read: no image that is small enough to be decoded takes that much."""
+MAX_LABEL_LENGTH = 1000
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
@@ -26,14 +32,25 @@ class Blob:
 
     def read(self) -> bytes:
         """The bytes; raises `BrokenImage` where they are missing, locked or too few, `UserError` for a bad disk."""
+        refuse_no_file(self.url)
+        if self.size > MAX_FILE_BYTES:
+            raise BrokenImage(f"it has {self.size:,} bytes, more than {MAX_FILE_BYTES:,}")
         try:
             data = storage.read_range(self.url, self.offset, self.size) if self.offset else storage.read_bytes(self.url)
         except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
             raise BrokenImage(f"the file cannot be read: {error.strerror or error}") from error
         except OSError as error:
+            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL):
+                raise BrokenImage(f"the file cannot be read: {error.strerror}") from error
             raise UserError(
                 f"cannot read {self.url}: {error}; see to the storage, then run the command again"
             ) from error
+        except ImportError as error:
+            raise UserError(f"cannot read {self.url}: {error}") from error
+        except UserError:  # the storage's
+            raise
+        except ValueError as error:  # a name that no file can have, or an unknown kind of URL
+            raise BrokenImage(f"the file cannot be read: {error}") from error
         if self.size >= 0 and len(data) != self.size:
             raise BrokenImage(f"{len(data)} of {self.size} bytes are there")
         return data
@@ -68,6 +85,13 @@ class Found:
     """True where the source's order is one to keep, because it streams."""
 
 
+def refuse_no_file(url: str) -> None:
+    """Raises `BrokenImage` for what stands there and is no file: reading a pipe might never end."""
+    path = storage.local_path(url)
+    if path is not None and os.path.lexists(path) and not os.path.isfile(path):
+        raise BrokenImage("it is no file, but a folder, a pipe, a device or a link to nowhere")
+
+
 def is_image(name: str) -> bool:
     """True for the suffixes that images have."""
     return name.lower().endswith(IMAGE_SUFFIXES)
@@ -81,8 +105,15 @@ def sorted_classes(names: Iterable[str | None]) -> tuple[str, ...]:
     return tuple(sorted(distinct))
 
 
-def class_of_label(text: str) -> str | None:
-    """The class that a label column's or file's text names, None for `-1`; raises `ValueError` for any lower number."""
+def class_of_label(label: object) -> str | None:
+    """The class that a label names, None for -1; raises `ValueError` for a lower number and what is no name."""
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    if not isinstance(label, str | int):
+        raise ValueError(f"label {reprlib.repr(label)} is neither a name nor a whole number")
+    text = str(label)
+    if len(text) > MAX_LABEL_LENGTH:
+        raise ValueError(f"the label is {len(text)} characters long")
     if re.fullmatch(r"-\d+", text):
         if int(text) == -1:
             return None
@@ -108,6 +139,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def _key(name: str) -> str:
     text = name.encode("utf-8", "backslashreplace").decode("utf-8").split("://")[-1]
+    text = text.removeprefix("***@").removesuffix("?***")  # where secrets stood
     parts = [part for part in PurePosixPath(text).parts if part not in ("/", ".")]
     if is_image(parts[-1]):
         parts[-1] = parts[-1].rpartition(".")[0]

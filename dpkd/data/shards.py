@@ -14,7 +14,6 @@ A sample's bytes are checked against the index whenever they are read: damage in
 A key is the path of the image in its source without the extension. Axes: N samples.
 """
 
-import json
 import os
 import zlib
 from bisect import bisect_right
@@ -29,10 +28,11 @@ from typing import Any
 import msgpack
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dpkd import storage
 from dpkd.errors import UserError
+from dpkd.untrusted import parse_json
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "dataset.json"
@@ -46,18 +46,19 @@ class ShardInfo(BaseModel):
     """One shard of a split."""
 
     model_config = ConfigDict(frozen=True)
-    name: str
-    num_samples: int
-    size_bytes: int
-    sha256: str
+    name: str = Field(pattern=r"^\w[\w.-]*\.tar$")
+    """A file of the data set's own folder: no path."""
+    num_samples: int = Field(ge=0)
+    size_bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 class SplitInfo(BaseModel):
     """One split: its samples, and how many of each class (in the order of `Manifest.classes`) and without a label."""
 
     model_config = ConfigDict(frozen=True)
-    num_samples: int
-    num_unlabelled: int
+    num_samples: int = Field(ge=0)
+    num_unlabelled: int = Field(ge=0)
     class_counts: tuple[int, ...]
     shards: tuple[ShardInfo, ...]
 
@@ -77,6 +78,14 @@ class Manifest(BaseModel):
     num_quarantined: int = 0
     made_from: dict[str, str]
     """What the data set was packed from; the same values give the same bytes."""
+
+    @model_validator(mode="after")
+    def _counts_agree(self) -> "Manifest":
+        for name, split in self.splits.items():
+            in_shards = sum(shard.num_samples for shard in split.shards)
+            if split.num_samples != in_shards:
+                raise ValueError(f"the split {name!r} has {split.num_samples} samples, and {in_shards} in its shards")
+        return self
 
     @property
     def fingerprint(self) -> str:
@@ -120,7 +129,7 @@ class ShardIndex:
             "pixel_counts": self.pixel_counts,
             "checksums": None if self.checksum_N is None else self.checksum_N.tolist(),
         }
-        packed = msgpack.packb(content)
+        packed = msgpack.packb(content, unicode_errors="surrogatepass")  # file names are any bytes
         assert isinstance(packed, bytes)
         return packed
 
@@ -128,12 +137,12 @@ class ShardIndex:
     def from_bytes(data: bytes) -> "ShardIndex":
         """Reads the file's content; raises `ValueError` where it is not one."""
         try:
-            content = msgpack.unpackb(data, use_list=False)
+            content = msgpack.unpackb(data, use_list=False, unicode_errors="surrogatepass")
             members = {
                 str(ext): (np.array(offset, dtype=np.int64), np.array(size, dtype=np.int64))
                 for ext, (offset, size) in content["members"].items()
             }
-            return ShardIndex(
+            index = ShardIndex(
                 keys=content["keys"],
                 label_N=np.array(content["labels"], dtype=np.int64),
                 groups=content["groups"],
@@ -144,7 +153,9 @@ class ShardIndex:
                 pixel_counts=content["pixel_counts"],
                 checksum_N=None if content.get("checksums") is None else np.array(content["checksums"], np.uint32),
             )
-        except (KeyError, TypeError, AttributeError, msgpack.UnpackException, ValueError) as error:
+            _refuse_contradictions(index)
+            return index
+        except (KeyError, TypeError, AttributeError, OverflowError, msgpack.UnpackException, ValueError) as error:
             raise ValueError(f"not a shard index: {error!r}") from error
 
 
@@ -305,7 +316,7 @@ class Split:
         key = index.keys[row]
         spans = {ext: (int(at[row]), int(size[row])) for ext, (at, size) in index.members.items() if at[row] >= 0}
         start, end = min(at for at, _ in spans.values()), max(at + size for at, size in spans.values())
-        block = os.pread(self._file(shard), end - start, start)
+        block = read_span(self._file(shard), start, end - start)
         if len(block) < end - start:
             return Unreadable(key, f"the shard is cut short: {len(block):,} of {end - start:,} bytes are there")
         members = {ext: block[at - start : at - start + size] for ext, (at, size) in spans.items()}
@@ -366,6 +377,53 @@ def _fault(local: Path, info: ShardInfo) -> str | None:
     return _OTHER_CHECKSUM
 
 
+def read_span(descriptor: int, offset: int, size: int) -> bytes:
+    """`size` bytes of an open file from `offset`; fewer, and no more memory, where the file ends before."""
+    return os.pread(descriptor, max(0, min(size, os.fstat(descriptor).st_size - offset)), offset)
+
+
+def refuse_outside(offset_N: npt.ArrayLike, size_N: npt.ArrayLike, shard: ShardInfo) -> None:
+    """Raises ValueError unless there are a place and a size for each sample, all inside the shard."""
+    offset_N, size_N = np.asarray(offset_N, np.int64), np.asarray(size_N, np.int64)
+    if offset_N.shape != (shard.num_samples,) or size_N.shape != (shard.num_samples,):
+        raise ValueError("a column has another number of entries than the shard has samples")
+    if ((offset_N < 0) | (size_N < 0) | (size_N > shard.size_bytes - offset_N)).any():
+        raise ValueError("a sample stands outside the shard")
+
+
+def refuse_no_pairs(bad: Any) -> None:
+    """Raises TypeError unless these are pairs of an item and a reason."""
+    if not all(isinstance(item, str) and isinstance(reason, str) for item, reason in bad):
+        raise TypeError("an item or a reason is no text")
+
+
+def _refuse_contradictions(index: ShardIndex) -> None:
+    """Raises ValueError unless each sample has a key, a label, one image and its json, all inside the shard."""
+    count = index.shard.num_samples
+    if not len(index.keys) == len(index.groups) == len(index.label_N) == count or index.label_N.ndim != 1:
+        raise ValueError("a column has another number of entries than the shard has samples")
+    if not all(isinstance(key, str) for key in index.keys):
+        raise TypeError("a key is no text")
+    if not all(group is None or isinstance(group, str) for group in index.groups):
+        raise TypeError("a group is no text")
+    refuse_no_pairs(index.bad)
+    if np.shape(index.pixel_counts) not in ((0,), (3, 256)):
+        raise ValueError("the counts of pixels are not those of three colours")
+    there = {extension: offset_N != -1 for extension, (offset_N, _) in index.members.items()}
+    for extension, (offset_N, size_N) in index.members.items():
+        refuse_outside(np.where(there[extension], offset_N, 0), np.where(there[extension], size_N, 0), index.shard)
+    num_images = sum((there[extension].astype(int) for extension in IMAGE_EXTENSIONS if extension in there), start=0)
+    if count and not (np.all(num_images == 1) and there["json"].all()):
+        raise ValueError("a sample has not just one image and its json")
+
+
+def _meta(data: bytes) -> dict[str, Any]:
+    meta = parse_json(data)
+    if not isinstance(meta, dict):
+        raise ValueError("the json member of a sample is no object")
+    return meta
+
+
 def _given_name(extension: str) -> str:
     """`mask` of mask.png, and `<name>` of expert-<name>.png."""
     return extension.removeprefix(EXPERT_PREFIX).removesuffix(".png")
@@ -374,6 +432,4 @@ def _given_name(extension: str) -> str:
 def _sample(key: str, members: dict[str, bytes]) -> Sample:
     image = next(members[ext] for ext in IMAGE_EXTENSIONS if ext in members)
     experts = {_given_name(ext): data for ext, data in members.items() if ext.startswith(EXPERT_PREFIX)}
-    return Sample(
-        key=key, image=image, meta=json.loads(members["json"]), mask=members.get(MASK_EXTENSION), experts=experts
-    )
+    return Sample(key=key, image=image, meta=_meta(members["json"]), mask=members.get(MASK_EXTENSION), experts=experts)

@@ -2,20 +2,28 @@
 
 import csv
 import io
-import json
 import math
+import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dpkd import storage
 from dpkd.data.records import Blob, Found, Record, class_of_label, nearest
 from dpkd.data.settings import TableSource
-from dpkd.errors import UserError
+from dpkd.errors import UserError, without_secrets
+from dpkd.untrusted import parse_json
 
 Row = dict[str, Any]
+
+MAX_EXPANSION = 100
+MIN_TABLE_BYTES = 1 << 26
+"""A Parquet file may unpack to so many times its size, or these bytes; one of a few kilobytes could to a terabyte."""
+ROWS_AT_ONCE = 256
 
 
 class _BadRow(ValueError):
@@ -26,7 +34,8 @@ def find_in_table(source: TableSource) -> Found:
     """All rows of the table; raises `UserError` where it cannot be read or lacks a column that the settings name."""
     rows = _read(source.path)
     _require_columns(source, rows)
-    folder = source.path.rpartition("/")[0] if "/" in source.path else "."
+    place = _without_query(source.path)
+    folder = place.rpartition("/")[0] if "/" in place else "."
     records: dict[str, Record] = {}
     bad: list[tuple[str, str]] = []
     for number, row in enumerate(rows, start=1):
@@ -34,6 +43,9 @@ def find_in_table(source: TableSource) -> Found:
         item = f"{source.path} row {number}" + (f" ({name})" if name else "")
         try:
             record = _record(row, source=source, folder=folder)
+            earlier = records.get(record.name)
+            if earlier is not None and earlier.image.url != record.image.url:  # what tells them apart is masked
+                record = replace(record, name=f"{record.name}~{storage.digest(record.image.url.encode())[:8]}")
             if record.name in records:
                 raise _BadRow("the path stands in an earlier row already")
             records[record.name] = record
@@ -53,7 +65,7 @@ def _record(row: Row, *, source: TableSource, folder: str) -> Record:
     if source.split_column and split is None:
         raise _BadRow(f"column {source.split_column!r} is empty")
     return Record(
-        name=name,
+        name=without_secrets(name),
         image=_blob(folder, name),
         class_name=_class(row.get(source.label_column)) if source.label_column else None,
         split=split,
@@ -64,16 +76,9 @@ def _record(row: Row, *, source: TableSource, folder: str) -> Record:
 
 
 def _class(value: Any) -> str | None:
-    value = _value(value)
-    if isinstance(value, float):
-        if not value.is_integer():
-            raise _BadRow(f"label {value} is neither a name nor a whole number")
-        value = int(value)
-    if isinstance(value, list | dict):
-        raise _BadRow(f"label {value} is neither a name nor a whole number")
-    text = _text(value)
+    value = _text(value) if isinstance(value, str) else _value(value)
     try:
-        return class_of_label(text) if text is not None else None
+        return class_of_label(value) if value is not None else None
     except ValueError as error:
         raise _BadRow(str(error)) from error
 
@@ -81,7 +86,11 @@ def _class(value: Any) -> str | None:
 def _blob(folder: str, name: str) -> Blob:
     url = name if "://" in name or name.startswith("/") else storage.join(folder, name)
     path = storage.local_path(url)
-    return Blob(url, size=path.stat().st_size if path is not None and path.is_file() else -1)
+    return Blob(url, size=path.stat().st_size if path is not None and os.path.isfile(path) else -1)
+
+
+def _without_query(url: str) -> str:
+    return url.partition("?")[0] if "://" in url else url
 
 
 def _value(value: Any) -> Any:
@@ -121,16 +130,18 @@ _ERROR = "\0error"
 
 
 def _read(path: str) -> list[Row]:
-    suffix = path.rpartition(".")[2].lower()
+    suffix = _without_query(path).rpartition(".")[2].lower()
     if suffix not in _READERS:
         raise UserError(
             f"data.source.path={path} is none of {', '.join('.' + s for s in _READERS)}: give one of these tables"
         )
     try:
         return list(_READERS[suffix](storage.read_bytes(path)))
+    except UserError:  # the storage's
+        raise
     except FileNotFoundError as error:
         raise UserError(f"data.source.path={path} does not exist: give the table that lists the images") from error
-    except (UnicodeDecodeError, csv.Error, pa.ArrowException, OSError) as error:
+    except (ValueError, OverflowError, csv.Error, pa.ArrowException, OSError) as error:
         raise UserError(f"data.source.path={path} cannot be read as .{suffix}: {error}") from error
 
 
@@ -154,15 +165,35 @@ def _read_jsonl(data: bytes) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = parse_json(line)
+        except ValueError as error:
             yield {_ERROR: f"the line is not JSON: {error}"}
             continue
         yield row if isinstance(row, dict) else {_ERROR: "the line is not a JSON object"}
 
 
 def _read_parquet(data: bytes) -> Iterator[Row]:
-    yield from pq.read_table(pa.BufferReader(data)).to_pylist()
+    left_bytes = max(MIN_TABLE_BYTES, MAX_EXPANSION * len(data))
+    for batch in pq.ParquetFile(pa.BufferReader(data)).iter_batches(batch_size=ROWS_AT_ONCE):
+        left_bytes -= sum(map(_unpacked_bytes, batch.columns))
+        if left_bytes < 0:
+            raise UserError(
+                f"the table of {len(data):,} bytes holds more than {MAX_EXPANSION} times that: a few values stand in it "
+                "very often, such as images; leave columns out that are not needed"
+            )
+        yield from batch.to_pylist()
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return kind in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
+
+
+def _unpacked_bytes(column: pa.Array) -> int:
+    """Bytes of a column's values, each counted as often as it stands there."""
+    if not pa.types.is_dictionary(column.type) or not _is_text(column.type.value_type):
+        return int(column.nbytes)
+    length_N = pc.binary_length(column.dictionary).take(column.indices)
+    return int(column.nbytes + (pc.sum(length_N.cast(pa.int64())).as_py() or 0))
 
 
 _READERS: dict[str, Callable[[bytes], Iterator[Row]]] = {

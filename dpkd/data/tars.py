@@ -6,7 +6,8 @@ two blocks of zeros. Nothing of the writer enters a header: no time, owner or ho
 
 import hashlib
 import tarfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 BLOCK = 512
@@ -25,7 +26,9 @@ class Member:
 class Listing:
     """The whole members of a tar, in order, and what is wrong with its end, if anything."""
 
-    members: tuple[Member, ...]
+    members: Sequence[Member]
+    refused: Sequence[tuple[str, str]]
+    """(name, reason) of members that are no plain files; folders are passed over."""
     fault: str | None
 
 
@@ -64,23 +67,113 @@ class TarWriter:
 
 
 def list_members(file: BinaryIO, *, size_bytes: int) -> Listing:
-    """Lists a tar by its headers alone; one that was cut or damaged gives the members before that, and the fault."""
+    """Lists a tar by its headers alone; one that was cut or damaged gives the members before that, and the fault.
+
+    The standard library's own walk believes negative sizes, goes as deep as headers of headers do, and reads headers of
+    any length. Only its reading of a single block is used.
+    """
     members: list[Member] = []
-    end = 0
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            while (info := archive.next()) is not None:
-                end = info.offset_data + info.size + -info.size % BLOCK
-                if info.isfile() and info.offset_data + info.size <= size_bytes:
-                    members.append(Member(info.name, info.offset_data, info.size))
-    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-        return Listing(tuple(members), f"the tar is cut short or damaged at byte {min(end, size_bytes)}: {error}")
-    if end > size_bytes:
-        return Listing(tuple(members), f"the tar is cut short: it ends at byte {size_bytes} inside a member")
-    file.seek(end)
-    mark = file.read(BLOCK)
-    if len(mark) < BLOCK:
-        return Listing(tuple(members), f"the tar is cut short: it ends at byte {size_bytes} without an end mark")
-    if any(mark):
-        return Listing(tuple(members), f"the tar is damaged at byte {end}: no header can be read there")
-    return Listing(tuple(members), None)
+    refused: list[tuple[str, str]] = []
+    at, given = 0, _Given()
+    while True:
+        block = _read(file, at, BLOCK)
+        if len(block) < BLOCK:
+            return Listing(members, refused, f"the tar is cut short: it ends at byte {size_bytes} without an end mark")
+        if not any(block):
+            return Listing(members, refused, None)
+        try:
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            name, start, size = given.name or info.name, at + BLOCK, _size(info, given)
+            start += _sparse_map_size(file, info, block, start)
+            if start + size > size_bytes:
+                fault = f"the tar is cut short: it ends at byte {size_bytes} inside a member"
+                return Listing(members, refused, fault)
+            if info.type in _HEADERS:
+                given = _read_header(info.type, file, start, size, before=given)
+            else:
+                reason = "it is stored with holes (sparse)" if given.sparse else _REFUSED.get(info.type)
+                if reason is not None:
+                    refused.append((name, f"{reason}: store the file itself in the tar"))
+                elif info.isreg():
+                    members.append(Member(name, start, size))
+                given = _Given()
+        except (tarfile.TarError, ValueError) as error:
+            return Listing(members, refused, f"the tar is damaged at byte {at}: {error}")
+        at = start + size + -size % BLOCK
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What the headers before a member say of it."""
+
+    name: str | None = None
+    size: int | None = None
+    sparse: bool = False
+
+
+MAX_HEADER_BYTES = 1 << 20
+"""Longer headers of long names and attributes are taken for damage."""
+
+_HEADERS = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_REFUSED = {
+    tarfile.LNKTYPE: "it is a link, which is not followed",
+    tarfile.SYMTYPE: "it is a link, which is not followed",
+    tarfile.CHRTYPE: "it is a device",
+    tarfile.BLKTYPE: "it is a device",
+    tarfile.FIFOTYPE: "it is a pipe",
+    tarfile.GNUTYPE_SPARSE: "it is stored with holes (sparse)",
+}
+
+
+def _read(file: BinaryIO, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
+
+
+def _size(info: tarfile.TarInfo, given: _Given) -> int:
+    """Bytes of data after the header, which links, folders and devices have none of whatever they say."""
+    if info.type in tarfile.SUPPORTED_TYPES and not info.isreg() and info.type not in _HEADERS:
+        return 0
+    size = info.size if given.size is None else given.size
+    if size < 0:
+        raise ValueError(f"a member of {size} bytes")
+    return size
+
+
+def _sparse_map_size(file: BinaryIO, info: tarfile.TarInfo, block: bytes, start: int) -> int:
+    """Bytes of the blocks in which an old GNU tar goes on listing holes."""
+    size = 0
+    more = info.type == tarfile.GNUTYPE_SPARSE and block[482:483] != b"\0"
+    while more:
+        more = _read(file, start + size, BLOCK)[504:505] not in (b"\0", b"")
+        size += BLOCK
+    return size
+
+
+def _read_header(kind: bytes, file: BinaryIO, start: int, size: int, *, before: _Given) -> _Given:
+    """What a header of its own says of the member after it; raises ValueError for one that cannot be read."""
+    if size > MAX_HEADER_BYTES:
+        raise ValueError(f"a header of {size} bytes")
+    data = _read(file, start, size)
+    if kind == tarfile.GNUTYPE_LONGNAME:
+        return replace(before, name=data.partition(b"\0")[0].decode("utf-8", "surrogateescape"))
+    if kind in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
+        return before
+    said = _pax_records(data)
+    name = said["path"].decode("utf-8", "surrogateescape") if "path" in said else before.name
+    length = int(said["size"]) if "size" in said else before.size
+    return _Given(name, length, sparse=any(key.startswith("GNU.sparse.") for key in said))
+
+
+def _pax_records(data: bytes) -> dict[str, bytes]:
+    """The records `<length> <key>=<value>\\n` of a pax header."""
+    records, at = {}, 0
+    while at < len(data) and data[at] != 0:
+        length = data[at : at + 8].partition(b" ")[0]
+        end = at + int(length)
+        key, equals, value = data[at + len(length) + 1 : end].partition(b"=")
+        if end <= at + len(length) + 1 or end > len(data) or not equals or not value.endswith(b"\n"):
+            raise ValueError("a pax header that cannot be read")
+        records[key.decode("utf-8", "replace")] = value[:-1]
+        at = end
+    return records

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from dpkd import storage
 from dpkd.errors import UserError
 from dpkd.models.network import Network, build_network
 from dpkd.models.settings import NetworkSpec
+from dpkd.models.weights import UNREADABLE
+from dpkd.untrusted import parse_json
 
 FORMAT_VERSION = 1
 WEIGHTS_NAME = "model.safetensors"
@@ -54,7 +55,11 @@ def load_network(folder: Path) -> tuple[NetworkSpec, Network]:
         raise UserError(f"{weights} is not what {SPEC_NAME} beside it describes: damaged; run its stage again")
     network = build_network(_without_start(spec), seed=0)
     network.spec = spec
-    _load_state(network, safetensors.torch.load(data), origin=weights)
+    try:
+        state = safetensors.torch.load(data)
+    except UNREADABLE as error:
+        raise UserError(f"{weights} cannot be read ({type(error).__name__}: {error}); run its stage again") from error
+    _load_state(network, state, origin=weights)
     return spec, network.eval()
 
 
@@ -62,14 +67,16 @@ def _read_head(path: Path) -> tuple[NetworkSpec, str]:
     if not path.exists():
         raise UserError(f"{path} is missing: there is no finished network in this folder")
     try:
-        head = json.loads(path.read_text())
+        head = parse_json(path.read_bytes())
         if head["format_version"] != FORMAT_VERSION:
             raise UserError(
                 f"{path}: format_version is {head['format_version']}, this dpkd reads {FORMAT_VERSION}; "
                 "load it with the version that wrote it (versions.json of its run)"
             )
         return NetworkSpec.model_validate(head["spec"]), str(head["weights_sha256"])
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, ValidationError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); run its stage again") from error
 
 

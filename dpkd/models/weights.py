@@ -4,6 +4,7 @@ import inspect
 import pickle
 import struct
 import sys
+import zipfile
 from pathlib import Path
 
 import safetensors.torch
@@ -25,10 +26,13 @@ UNREADABLE = (
     OSError,
     EOFError,
     RuntimeError,
+    zipfile.BadZipFile,
     ValueError,
     TypeError,
     AttributeError,
     LookupError,
+    OverflowError,
+    MemoryError,
 )
 """What torch and safetensors raise over bytes that are not theirs."""
 
@@ -66,7 +70,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        _refuse_bomb(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)  # no code: tensors, numbers and text alone
     except UNREADABLE as error:
         raise UserError(f"model.weights {path} cannot be read ({type(error).__name__}: {error})") from error
     for key in WRAPPERS:
@@ -74,7 +79,20 @@ def _read(path: Path) -> dict[str, Tensor]:
             found = found[key]
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise UserError(f"model.weights {path} holds no state dict of tensors; save the model's state_dict() alone")
-    return {name.removeprefix("module."): tensor for name, tensor in found.items()}
+    size_bytes = path.stat().st_size
+    for name, tensor in found.items():
+        if tensor.layout != torch.strided or tensor.numel() * tensor.element_size() > size_bytes:
+            raise UserError(f"model.weights {path}: {name} claims {tuple(tensor.shape)}, more than the file can hold")
+    return {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Raises ValueError for a PyTorch file that unpacks to more than it holds: PyTorch compresses nothing."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size_bytes = sum(info.file_size for info in archive.infolist())
+        if size_bytes > path.stat().st_size:
+            raise ValueError(f"its parts unpack to {size_bytes:,} bytes")
 
 
 def _converted(model: nn.Module, state: dict[str, Tensor], *, path: str) -> dict[str, Tensor]:

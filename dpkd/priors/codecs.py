@@ -18,9 +18,15 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
+from dpkd.data.images import image_size
+
 Map = npt.NDArray[np.float32 | np.int32]
 """HWC: float32 in [0, 1], or int32 region labels."""
 Shape = tuple[int, int, int]
+
+MAX_VALUES = 1 << 26
+"""Values of the largest map that is stored or read: 256 MB as float32, far above what an image of the largest size gives
+in a cell every four pixels."""
 
 PNG_PARAMETERS = (cv2.IMWRITE_PNG_COMPRESSION, 6, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_HUFFMAN_ONLY)
 """Smallest and fastest for label maps: a tenth below the default at a third of its time."""
@@ -155,12 +161,12 @@ def _compress(data: bytes) -> bytes:
 def _decompress(data: bytes, *, size: int) -> npt.NDArray[np.uint8]:
     """What `_compress` was given; raises ValueError unless it is `size` bytes."""
     try:
-        values = np.frombuffer(zstandard.ZstdDecompressor().decompress(data, max_output_size=size), np.uint8)
+        found = zstandard.frame_content_size(data)  # it decides what is allocated, whatever the largest size asked for
+        if found != size:
+            raise ValueError(f"{found} bytes where {size} belong")
+        return np.frombuffer(zstandard.ZstdDecompressor().decompress(data), np.uint8)
     except zstandard.ZstdError as error:
         raise ValueError(f"not zstd data: {error}") from error
-    if values.size != size:
-        raise ValueError(f"{values.size} bytes where {size} belong")
-    return values
 
 
 def _quantise(map_HWC: Map, levels: int) -> npt.NDArray[np.uint8]:
@@ -179,6 +185,8 @@ def _encode_image(extension: str, map_HWC: npt.NDArray[np.integer], parameters: 
 def _decode_image(data: bytes, shape: Shape) -> npt.NDArray[np.integer]:
     """The channels of an image file that has them side by side."""
     height, width, channels = shape
+    if image_size(data) != (channels * width, height):  # told by the header, before anything of that size is made
+        raise ValueError(f"the bytes are not an image of {height} x {channels * width}")
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if image is None or image.shape != (height, channels * width):
         raise ValueError(f"the bytes are not an image of {height} x {channels * width}")

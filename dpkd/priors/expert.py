@@ -2,10 +2,10 @@
 
 from typing import ClassVar, Literal
 
-import cv2
 import numpy as np
 from pydantic import Field
 
+from dpkd.data.images import BrokenImage, decode_mask
 from dpkd.priors.cells import cell_means
 from dpkd.priors.codecs import JpegCodec, Map
 from dpkd.priors.extractor import grid_size, mirror
@@ -41,9 +41,10 @@ class Expert(Section):
         """The expert's map, float32 HW1; raises ValueError for a file that is no grey image of the picture's size."""
         if self.of not in picture.given:
             return np.full((1, 1, 1), np.nan, np.float32)
-        image = cv2.imdecode(np.frombuffer(picture.given[self.of], np.uint8), cv2.IMREAD_UNCHANGED)
-        if image is None:
-            raise ValueError(f"the expert map {self.of!r} is not an image")
+        try:
+            image = decode_mask(picture.given[self.of])
+        except BrokenImage as error:
+            raise ValueError(f"the expert map {self.of!r} cannot be used: {error}") from error
         if image.shape != picture.size:
             raise ValueError(f"the expert map {self.of!r} has the shape {image.shape}, the image {picture.size}")
         if self.values == "figure":

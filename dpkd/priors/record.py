@@ -15,6 +15,7 @@
 """
 
 import hashlib
+import operator
 import zlib
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ import msgpack
 import numpy as np
 
 from dpkd.data.shards import Sample
-from dpkd.priors.codecs import CODECS, AbsentCodec, Codec, Map, Shape
+from dpkd.priors.codecs import CODECS, MAX_VALUES, AbsentCodec, Codec, Map, Shape
 from dpkd.priors.extractor import Extractor, fingerprint
 
 FORMAT_VERSION = 2
@@ -48,8 +49,13 @@ class StoredMap:
     @staticmethod
     def from_list(content: list[Any]) -> "StoredMap":
         """Reads what `to_list` gives; raises ValueError or TypeError for anything else."""
-        codec, (height, width, channels), scale, mark, data = content
-        return StoredMap(codec, (height, width, channels), scale, mark.hex(), data)
+        codec, shape, scale, mark, data = content
+        height, width, channels = (operator.index(each) for each in shape)
+        if min(height, width, channels) < 1 or height * width * channels > MAX_VALUES:
+            raise ValueError(f"a map of {height} x {width} x {channels} values is none that dpkd makes")
+        if not (isinstance(codec, str) and isinstance(mark, bytes) and isinstance(data, bytes)):
+            raise TypeError("a map is a codec, a shape, a scale, a fingerprint and its bytes")
+        return StoredMap(codec, (height, width, channels), float(scale), mark.hex(), data)
 
     def decode(self) -> Map:
         """The map, HWC; raises ValueError where the bytes are not of this codec and shape."""
@@ -103,9 +109,9 @@ class Record:
                 raise ValueError("the checksum of the prior maps is wrong")
             if content["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"prior maps of format {content['format_version']}; this dpkd reads {FORMAT_VERSION}")
-            maps = {name: StoredMap.from_list(stored) for name, stored in content["maps"].items()}
+            maps = {str(name): StoredMap.from_list(stored) for name, stored in content["maps"].items()}
             return Record(key=content["key"], source=content["source"], maps=maps, bad=content["bad"])
-        except (KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError, msgpack.UnpackException) as error:
             raise ValueError(f"the prior maps are damaged: {error!r}") from error
 
 
@@ -119,8 +125,12 @@ def source_hash(sample: Sample) -> bytes:
 
 
 def store(prior: Extractor, map_HWC: Map) -> StoredMap:
-    """The map of `prior` as bytes."""
+    """The map of `prior` as bytes; raises ValueError for one of more than `MAX_VALUES` values."""
     height, width, channels = map_HWC.shape
+    if map_HWC.size > MAX_VALUES:
+        raise ValueError(
+            f"the map {prior.name} of {height} x {width} x {channels} values is too large: raise its stride"
+        )
     codec: Codec = AbsentCodec() if np.isnan(map_HWC[0, 0, 0]) else prior.codec
     return StoredMap(
         codec=codec.name,

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dpkd import storage
-from dpkd.data.shards import Dataset, Sample, ShardInfo, index_name
+from dpkd.data.shards import Dataset, Sample, ShardInfo, index_name, read_span, refuse_no_pairs, refuse_outside
 from dpkd.errors import UserError
 from dpkd.priors import Prior
 from dpkd.priors.codecs import Map
@@ -101,8 +101,14 @@ class PriorIndex:
             if content.pop("format_version") != FORMAT_VERSION:
                 raise ValueError("another format version")
             moments = {name: Moments(*each) for name, each in content["moments"].items()}
-            return PriorIndex(**{**content, "shard": ShardInfo(**content["shard"]), "moments": moments})
-        except (KeyError, TypeError, AttributeError, msgpack.UnpackException, ValueError) as error:
+            index = PriorIndex(**{**content, "shard": ShardInfo(**content["shard"]), "moments": moments})
+            refuse_outside(index.offsets, index.sizes, index.shard)
+            refuse_no_pairs(index.bad)
+            for each in index.moments.values():
+                if not len(each.mean_C) == len(each.deviation_C) > 0:
+                    raise ValueError("moments of no channel")
+            return index
+        except (KeyError, TypeError, AttributeError, OverflowError, msgpack.UnpackException, ValueError) as error:
             raise ValueError(f"not the index of a prior shard: {error!r}") from error
 
 
@@ -202,7 +208,7 @@ class PriorSplit:
         shard, row = self._locate(i)
         index, file = self._indexes[shard], self._file(shard)
         try:
-            record = Record.from_bytes(os.pread(file, index.sizes[row], index.offsets[row]))
+            record = Record.from_bytes(read_span(file, index.offsets[row], index.sizes[row]))
             self._refuse_foreign(record, sample)
         except ValueError as error:
             raise self._mismatch(i, sample, error) from error

@@ -18,6 +18,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichBar
 
+from dpkd.errors import printable, without_secrets
+
 INTERVAL_S = 10.0
 """Seconds between plain lines."""
 
@@ -25,7 +27,8 @@ _bars: list[RichBar] = []
 
 
 def say(line: str) -> None:
-    """Prints one line, above the bar where one is shown."""
+    """Prints one line, above the bar where one is shown; see `printable` for what is not printed as it is."""
+    line = printable(line)
     if _bars:
         _bars[-1].console.print(line, markup=False, highlight=False, soft_wrap=True)
     else:
@@ -59,7 +62,7 @@ class Progress:
         shown: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._title, self._total, self._unit = title, total, unit
+        self._title, self._total, self._unit = printable(title), total, unit
         self._start = self._done = start
         self._shown, self._clock = shown, clock
         self._note = ""
@@ -150,7 +153,7 @@ class EventLog:
 
     def write(self, kind: str, **numbers: Any) -> None:
         """Appends one event; a line is written whole, so several processes may share the file."""
-        line = json.dumps({"time": round(time.time(), 3), "kind": kind, **numbers}) + "\n"
+        line = without_secrets(json.dumps({"time": round(time.time(), 3), "kind": kind, **numbers})) + "\n"
         self._path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpkd import storage
-from dpkd.errors import UserError
+from dpkd.errors import UserError, without_secrets
+from dpkd.untrusted import parse_json
 
 NUM_NAMED = 3
 """Items that an error names."""
@@ -30,7 +31,7 @@ class Quarantine:
         """Continues the report at `path`; `limit` is the largest share of bad items that is put up with."""
         self.path = Path(path)
         self.limit = limit
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
         self._torn = not text.endswith("\n") and text != ""
         self._entries = _read(text)
         self._counts = _count(self._entries)
@@ -57,7 +58,7 @@ class Quarantine:
             self._entries, self._counts, self._torn = kept, _count(kept), False
 
     def add(self, stage: str, item: str, reason: str) -> None:
-        """Adds an item once, with one line that says why it is not used."""
+        """Adds an item once, with one line that says why it is not used; secrets in either are masked."""
         self._add(stage, item, _Entry(reason, counted=True))
 
     def note(self, stage: str, item: str, reason: str) -> None:
@@ -85,6 +86,7 @@ class Quarantine:
         return "\n".join(["| stage | item | reason |", "|---|---|---|", *lines, *more])
 
     def _add(self, stage: str, item: str, entry: _Entry) -> None:
+        item, entry = without_secrets(item), entry._replace(reason=without_secrets(entry.reason))
         if (stage, item) in self._entries:
             return
         with storage.write_errors(self.path):
@@ -112,9 +114,9 @@ def _read(text: str) -> dict[tuple[str, str], _Entry]:
     entries = {}
     for line in text.splitlines():
         try:
-            content = json.loads(line)
-        except json.JSONDecodeError:  # a line cut short by a kill: the stage adds its item again
+            content = parse_json(line)
+            entry = _Entry(str(content["reason"]), counted=content.get("counted", True) is True)
+            entries[str(content["stage"]), str(content["item"])] = entry
+        except (ValueError, LookupError, TypeError, AttributeError):  # cut short, or not ours: the stage adds it again
             continue
-        entry = _Entry(str(content["reason"]), counted=content.get("counted", True))
-        entries[str(content["stage"]), str(content["item"])] = entry
     return entries

@@ -13,8 +13,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dpkd.errors import UserError
 from dpkd.report.progress import duration, say
 from dpkd.report.quarantine import Quarantine
+from dpkd.untrusted import parse_json
 
 EVALUATION_NAME = "evaluation.json"
 STAGES_NAME = "stages.json"
@@ -174,7 +176,10 @@ def _piped(rows: Table) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        content: dict[str, Any] = parse_json(path.read_bytes()) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}); run the stage that writes it again") from error
     return content
 
 

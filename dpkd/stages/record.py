@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dpkd import storage
-from dpkd.errors import UserError
+from dpkd.errors import UserError, without_secrets
+from dpkd.untrusted import parse_json
 
 
 class RunFolder:
@@ -47,12 +48,11 @@ class RunFolder:
         if not self._stages.exists():
             return {}
         try:
-            record: dict[str, dict[str, Any]] = json.loads(self._stages.read_text())
+            return _read(self._stages.read_bytes())
         except ValueError as error:
             raise UserError(
-                f"{self._stages}: not valid JSON ({error}); restore it, or start anew in another run.dir"
+                f"{self._stages} is not the record of a run ({error}); restore it, or start anew in another run.dir"
             ) from None
-        return record
 
     def is_done(self, stage: str, given: dict[str, Any]) -> bool:
         """Whether the stage finished with just these settings."""
@@ -110,5 +110,26 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _plain(given: dict[str, Any]) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(json.dumps(given))
+    """As JSON holds it, without secrets: a signature that was renewed is no other setting."""
+    plain: dict[str, Any] = json.loads(json.dumps(masked(given)))
     return plain
+
+
+def masked(tree: Any) -> Any:
+    """The tree with the secrets of each URL in it masked."""
+    if isinstance(tree, str):
+        return without_secrets(tree)
+    if isinstance(tree, dict):
+        return {key: masked(value) for key, value in tree.items()}
+    return [masked(each) for each in tree] if isinstance(tree, list | tuple) else tree
+
+
+def _read(data: bytes) -> dict[str, dict[str, Any]]:
+    record = parse_json(data)
+    if not isinstance(record, dict):
+        raise ValueError("it holds no stages")
+    for stage, entry in record.items():
+        kinds = {"status": str, "seconds": int | float, "given": dict}
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in kinds.items()):
+            raise ValueError(f"the stage {stage} has no status, seconds and settings given")
+    return record

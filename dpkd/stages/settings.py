@@ -1,5 +1,6 @@
 """Settings of the stages, each composed of the parts it uses."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -52,7 +53,7 @@ class DataSettings(Section):
         """A plain path or URL stands for the source that its ending shows."""
         if not isinstance(value, str):
             return value
-        if value.endswith((".csv", ".jsonl", ".parquet")):
+        if re.search(r"\.(csv|tsv|jsonl|parquet)(\?.*)?$", value):
             return {"kind": "table", "path": value}
         return {"kind": "shards" if value.endswith(".tar") else "folder", "path": value}
 
@@ -60,7 +61,7 @@ class DataSettings(Section):
 class PrepareSettings(Section):
     """The prior maps computed once for every sample."""
 
-    name: str = "default"
+    name: str = Field("default", pattern=r"^\w[\w.-]*$")
     """Name of the prior set: `<shards>/priors/<name>`."""
     priors: tuple[Prior, ...] = DEFAULT_PRIORS
 

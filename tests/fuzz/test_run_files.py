@@ -1,0 +1,123 @@
+"""What stands in a run folder may be damaged in any way: it is read, passed over, or refused by its name."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpkd.report.quarantine import Quarantine
+from dpkd.report.summary import write_summary
+from dpkd.stages.record import RunFolder
+from dpkd.train.checkpoint import Checkpoints
+from dpkd.untrusted import MAX_DEPTH, parse_json
+from dpkd.world import World
+from tests.fuzz.damage import any_bytes, outcome
+
+STAGES = json.dumps({"pack": {"status": "done", "seconds": 1.5, "given": {"seed": 1, "data": {"a": [1, None]}}}}).encode()
+LINES = b'{"stage": "pack", "item": "a.jpg", "reason": "cut"}\n{"stage": "prepare", "item": "b", "reason": "x"}\n'
+BOMBS = st.sampled_from(
+    [b"[" * 100_000, b'{"a":' * 100_000, b"9" * 10_000, b"[1]", b"7", b'"\\ud800"', b"\xff\xfe", b"null", b'{"pack": 1}']
+)
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
+
+@given(data=any_bytes([STAGES]) | BOMBS)
+def test_any_bytes_are_a_record_of_stages_or_refused(data, tmp_path_factory):
+    folder = RunFolder(tmp_path_factory.mktemp("run"))
+    (folder.path / "stages.json").write_bytes(data)
+
+    def read() -> None:
+        folder.is_done("pack", {"seed": 1})
+        folder.refuse_contradiction("pack", folder.stages().get("pack", {"given": {}})["given"])
+        with folder.running("pack", {"seed": 2}):
+            pass
+
+    told = outcome(read)
+    assert told is None or "stages.json" in told
+
+
+@given(data=any_bytes([LINES]) | BOMBS)
+def test_any_bytes_are_a_quarantine_that_goes_on(data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "quarantine.jsonl"
+    path.write_bytes(data)
+    quarantine = Quarantine(path, limit=0.5)
+    count = quarantine.count
+    quarantine.add("evaluate", "new", "why")
+    assert quarantine.count == Quarantine(path, limit=0.5).count == count + 1
+    quarantine.begin("pack")
+    assert Quarantine(path, limit=0.5).count_of("pack") == 0
+
+
+@given(data=BOMBS)
+def test_an_evaluation_that_cannot_be_read_is_refused_by_its_name(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "evaluation.json").write_bytes(data)
+    try:
+        write_summary(folder)
+    except (ValueError, TypeError) as error:
+        assert str(error)  # noqa: PT017 (either outcome is right, the message must be there)
+
+
+class Value:
+    """A part that is one number."""
+
+    value = -1
+
+    def save(self, folder: Path) -> None:
+        (folder / "value.txt").write_text(str(self.value))
+
+    def load(self, folder: Path) -> None:
+        self.value = int((folder / "value.txt").read_text())
+
+
+def two_checkpoints(folder: Path) -> tuple[Checkpoints, bytes]:
+    checkpoints, part = Checkpoints(folder, world=ALONE, keep=3), Value()
+    for step in (1, 2):
+        part.value = step
+        checkpoints.save(step, {"a": part})
+    return checkpoints, (folder / "step-00000002" / "manifest.json").read_bytes()
+
+
+@given(data=st.data())
+def test_a_manifest_of_any_bytes_leaves_the_checkpoint_before(data, tmp_path_factory):
+    checkpoints, manifest = two_checkpoints(tmp_path_factory.mktemp("checkpoints"))
+    content = data.draw(any_bytes([manifest]))
+    (checkpoints.folder / "step-00000002" / "manifest.json").write_bytes(content)
+    part = Value()
+    step = checkpoints.load_newest({"a": part})
+    assert step in (1, 2)
+    assert part.value == step
+
+
+@pytest.mark.parametrize("path", ["../../outside.txt", "/etc/hostname", "a/value.txt\0", "x" * 5_000])
+def test_a_manifest_that_names_other_files_brings_nothing_of_them_in(path, tmp_path):
+    checkpoints, manifest = two_checkpoints(tmp_path / "checkpoints")
+    (tmp_path / "outside.txt").write_text("7")
+    content = json.loads(manifest)
+    content["files"][path] = {"size_bytes": 1, "sha256": "0" * 64}
+    (checkpoints.folder / "step-00000002" / "manifest.json").write_text(json.dumps(content))
+    part = Value()
+    assert checkpoints.load_newest({"a": part}) == 1
+    assert part.value == 1
+
+
+@given(st.binary(max_size=40) | st.recursive(st.none() | st.floats(), st.lists, max_leaves=9).map(lambda v: json.dumps(v).encode()))
+def test_json_is_read_as_the_standard_library_does_or_refused(data):
+    try:
+        expected = json.loads(data)
+    except ValueError:
+        with pytest.raises(ValueError, match=r".+"):
+            parse_json(data)
+        return
+    if outcome(lambda: parse_json(data)) is None:
+        assert repr(parse_json(data)) == repr(expected)
+
+
+def test_json_may_nest_as_deep_as_it_says_and_no_deeper():
+    assert parse_json("[" * MAX_DEPTH + "1" + "]" * MAX_DEPTH)
+    for depth in (MAX_DEPTH + 1, 500, 100_000):
+        with pytest.raises(ValueError, match="inside one another"):
+            parse_json("[" * depth + "1" + "]" * depth)

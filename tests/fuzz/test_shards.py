@@ -1,0 +1,133 @@
+"""A packed data set from elsewhere: manifest and indexes of any bytes are read or refused, and nothing else is touched."""
+
+import json
+import shutil
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpkd import storage
+from dpkd.data.shards import Dataset, ShardIndex, ShardInfo
+from dpkd.errors import UserError
+from dpkd.inspection import inspect_dataset
+from tests.data.packing import make_folder, pack_at
+from tests.fuzz.damage import any_bytes, outcome
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=4) | st.binary(max_size=9),
+    lambda child: st.lists(child, max_size=4) | st.dictionaries(st.text(max_size=3), child, max_size=3),
+    max_leaves=8,
+)
+INDEX, MANIFEST, TAR = "train-000000.index.msgpack", "dataset.json", "train-000000.tar"
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("fuzz")
+    make_folder(folder / "images", counts={"train/cat": 3, "train/unlabelled": 1}, masks=True)
+    pack_at(folder / "images", folder / "set")
+    return folder / "set"
+
+
+@pytest.fixture
+def own(packed, tmp_path) -> Path:
+    """A copy that the test may damage."""
+    return Path(shutil.copytree(packed, tmp_path / "set"))
+
+
+def checked(data: bytes) -> None:
+    index = ShardIndex.from_bytes(data)
+    assert len(index.keys) == len(index.label_N) == len(index.groups) == index.shard.num_samples
+    for offset_N, size_N in index.members.values():
+        assert offset_N.dtype == size_N.dtype == np.int64
+        assert ((offset_N == -1) | ((offset_N >= 0) & (size_N >= 0) & (offset_N + size_N <= index.shard.size_bytes))).all()
+
+
+@given(data=st.data())
+def test_any_bytes_are_an_index_or_refused(packed, data):
+    read = data.draw(any_bytes([(packed / INDEX).read_bytes()]))
+    outcome(lambda: checked(read))
+
+
+@given(data=st.data())
+def test_any_content_is_an_index_or_refused(packed, data):
+    content = msgpack.unpackb((packed / INDEX).read_bytes())
+    content[data.draw(st.sampled_from(sorted(content)))] = data.draw(PLAIN)
+    outcome(lambda: checked(msgpack.packb(content)))
+
+
+@given(data=st.data())
+def test_any_column_is_read_or_refused(packed, data):
+    content = msgpack.unpackb((packed / INDEX).read_bytes())
+    columns = [*content["members"].values(), [content["labels"]], [content["keys"]], [content["groups"]]]
+    column = data.draw(st.sampled_from([each for pair in columns for each in pair]))
+    column[data.draw(st.integers(0, len(column) - 1))] = data.draw(PLAIN)
+    outcome(lambda: checked(msgpack.packb(content)))
+
+
+@given(data=st.data())
+def test_any_bytes_are_a_manifest_or_refused(packed, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("manifest")
+    (folder / MANIFEST).write_bytes(data.draw(any_bytes([(packed / MANIFEST).read_bytes()])))
+    try:
+        Dataset.open(str(folder))
+    except UserError as error:
+        assert MANIFEST in str(error)  # noqa: PT017 (either outcome is right, the message must name the file)
+
+
+@pytest.mark.parametrize("name", ["../x.tar", "/tmp/x.tar", "a/b.tar", "..tar", ".x.tar", "x", "", "x\0.tar", "x\n.tar"])
+def test_a_shard_is_a_file_of_its_own_folder(own, name):
+    content = json.loads((own / MANIFEST).read_text())
+    content["splits"]["train"]["shards"][0]["name"] = name
+    (own / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"dataset\.json is not a data set's manifest"):
+        Dataset.open(str(own))
+
+
+def test_a_checksum_that_is_a_path_never_names_a_copy(own, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="sha256"):
+        ShardInfo(name="a.tar", num_samples=1, size_bytes=1, sha256="../../../stray")
+
+
+@pytest.mark.parametrize("count", [-1, 3, 5, 2**62])
+def test_counts_that_do_not_agree_are_refused(own, count):
+    content = json.loads((own / MANIFEST).read_text())
+    content["splits"]["train"]["num_samples"] = count
+    (own / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"dataset\.json is not a data set's manifest"):
+        Dataset.open(str(own))
+
+
+def test_a_shard_that_is_shorter_than_it_says_costs_no_memory(own):
+    content, index = json.loads((own / MANIFEST).read_text()), msgpack.unpackb((own / INDEX).read_bytes())
+    content["splits"]["train"]["shards"][0]["size_bytes"] = index["shard"]["size_bytes"] = 2**51
+    index["members"]["jpg"][1][0] = 2**50
+    (own / MANIFEST).write_text(json.dumps(content))
+    (own / INDEX).write_bytes(msgpack.packb(index))
+    with pytest.raises(UserError, match=r"train-000000\.tar is cut short"):
+        Dataset.open(str(own)).split("train").read(0)
+
+
+@given(data=st.data())
+def test_any_bytes_of_a_shard_give_samples_or_a_reason(packed, data, tmp_path_factory):
+    folder = Path(shutil.copytree(packed, tmp_path_factory.mktemp("shard") / "set"))
+    (folder / TAR).write_bytes(data.draw(any_bytes([(packed / TAR).read_bytes()])))
+    split = Dataset.open(str(folder)).split("train")
+    for i in range(split.num_samples):
+        outcome(lambda i=i: split.read(i))
+
+
+def test_a_sample_whose_json_is_a_bomb_is_told(own):
+    index = msgpack.unpackb((own / INDEX).read_bytes())
+    at, size = index["members"]["json"][0][0], index["members"]["json"][1][0]
+    data = (own / TAR).read_bytes()
+    (own / TAR).write_bytes(data[:at] + b"[" * size + data[at + size :])
+    with pytest.raises(ValueError, match=r"JSON|inside one another|Expecting"):
+        Dataset.open(str(own)).split("train").read(0)
+    with pytest.raises(UserError, match=r"train-000000\.tar"):
+        inspect_dataset(str(own))
