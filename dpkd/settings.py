@@ -23,6 +23,7 @@ from dpkd.stages.settings import (
     RunSettings,
     TeachSettings,
 )
+from dpkd.strict_yaml import read_yaml
 from dpkd.train.settings import TrainingSettings
 
 
@@ -66,24 +67,13 @@ def parse_settings(tree: dict[str, Any], *, origin: str) -> Settings:
         raise UserError(f"{origin}: {explain(error, Settings)}") from None
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, which plain YAML would settle in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep=deep)
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: cannot be read ({error}); give the path of a YAML file") from None
     try:
-        tree = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+        tree = read_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"--config {path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -96,7 +86,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"{override!r}: an override is written key.path=value, for example teach.training.steps=100")
     try:
-        value = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+        value = read_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"{override!r}: the value is not valid YAML: {error}") from None
     *parents, last = key.split(".")

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dpkd"
 
 # Low to high. A module imports from its own room and the lines below it; rooms on one line do not import each other.
 LAYERS = (
-    ("section", "errors", "settings_errors"),
+    ("section", "errors", "settings_errors", "strict_yaml"),
     ("storage",),
     ("world",),
     ("average", "optimizer"),
