@@ -6,7 +6,8 @@
               "few_shot": {split: {"5way_1shot": {"mean", "ci95"}}},
               "plain_pooling": {split: …}            figure-ground networks, pooled without their prior map
               "over_baseline": {split: …}            students: paired difference on the same episodes
-              "probes": {split: {"knn", "linear"}}, "classification": {split: {"overall", "balanced", …}}}
+              "probes": {split: {"knn", "linear"}}, "classification": {split: {"overall", "balanced", …}},
+              "zero_shot": {split: {"overall", "balanced", "chance"}}}      classes known by their attributes alone
 
 Axes: N sample, D feature, E episode, K class.
 """
@@ -41,6 +42,7 @@ from dpkd.stages.embed import Embedded, Predict, embed_networks, mean_indices
 from dpkd.stages.record import RunFolder
 from dpkd.stages.run import Run
 from dpkd.stages.settings import DataSettings, EvaluateSettings
+from dpkd.stages.zero_shot import zero_shot
 
 Scores = dict[str, dict[str, float]]
 Accuracies = dict[str, NDArray[np.float64]]
@@ -155,6 +157,7 @@ def _measure(run: Run, networks: Mapping[str, Network], *, split: Split, tables:
             }
     _probe(run, embedded, split=split, tables=tables)
     _classify(run, networks, embedded, split=split, tables=tables)
+    zero_shot(run, {name: network.spec for name, network in networks.items()}, embedded, split=split, tables=tables)
 
 
 def _scores(accuracy: Accuracies) -> Scores:

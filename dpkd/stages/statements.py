@@ -1,0 +1,71 @@
+"""Expert statements against the data set: checked before the work that they would spoil, and recorded with it.
+
+Loads no heavy package: the driver of a run asks it too.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from dpkd import storage
+from dpkd.data.attributes import AttributeTable, read_attributes
+from dpkd.data.records import nearest
+from dpkd.data.shards import MANIFEST_NAME, Dataset
+from dpkd.errors import UserError
+from dpkd.objectives.settings import Attributes, RegionBounds, StudentObjective
+from dpkd.report.progress import say
+from dpkd.stages.settings import DataSettings
+
+MAX_NAMED = 5
+"""Classes that a line names; more are counted."""
+
+
+def attribute_table(data: DataSettings) -> AttributeTable | None:
+    """The table that `data.attributes` names, if it does; raises `UserError` for a table at fault."""
+    return None if data.attributes is None else read_attributes(data.attributes)
+
+
+def learns_attributes(objectives: Iterable[StudentObjective]) -> bool:
+    """Whether one of the objectives looks at the table."""
+    return any(isinstance(objective, Attributes) for objective in objectives)
+
+
+def refuse_unknown_classes(dataset: Dataset, data: DataSettings, objectives: Iterable[StudentObjective]) -> None:
+    """Raises `UserError` where the table lacks a class that is trained on, or a bound names a class that is not.
+
+    Rows of classes that the data set does not know train nothing and are said: a table may serve several data sets.
+    """
+    trained = trained_classes(dataset, data)
+    table = attribute_table(data)
+    if table is not None:
+        table.rows(trained)
+        unused = [name for name in table.classes if name not in dataset.manifest.classes]
+        if unused:
+            hints = ", ".join(f"{name!r}{nearest(name, dataset.manifest.classes)}" for name in unused[:MAX_NAMED])
+            say(f"data.attributes {table.path}: {len(unused)} classes are not in the data set: {hints}")
+    for objective in objectives:
+        if isinstance(objective, RegionBounds):
+            for name in (name for bound in objective.bounds for name in bound.classes if name not in trained):
+                near = nearest(name, trained) or f" (they are {', '.join(trained[:MAX_NAMED])}, …)"
+                raise UserError(
+                    f"a bound on the region {objective.of!r} names the class {name!r}, which the split {data.train!r} "
+                    f"has no sample of{near}; mend its classes"
+                )
+
+
+def trained_classes(dataset: Dataset, data: DataSettings) -> list[str]:
+    """Classes of which the training split has labelled samples, in the data set's order."""
+    counts = dataset.split(data.train).info.class_counts
+    return [name for name, count in zip(dataset.manifest.classes, counts, strict=True) if count]
+
+
+def recorded_attributes(data: DataSettings, *, url: str, everywhere: bool) -> dict[str, Any]:
+    """What results depend on of the table, as plain values: the rows trained on, or `everywhere` all of them.
+
+    So classes may be described later on for the zero-shot evaluation, under networks that stand. Before there is a
+    data set at `url` all rows count. Raises `UserError` for a table at fault.
+    """
+    table = attribute_table(data)
+    assert table is not None, "settings see to it that there is a table"
+    packed = storage.exists(storage.join(url, MANIFEST_NAME))
+    classes = table.classes if everywhere or not packed else trained_classes(Dataset.open(url), data)
+    return {"names": list(table.names), "classes": {k: v for k, v in table.known().items() if k in classes}}
