@@ -81,9 +81,10 @@ def region_statistic(name: str, region_B1HW: Tensor, image_BCHW: Tensor) -> Tens
 def compactness(region_BHW: Tensor) -> Tensor:
     """`4π Σp² / (Σ|∇p|)²` of soft regions p: 4πA/P² where p is 0 or 1, near 1 for a disc, small for thin or many; B.
 
-    A soft region may be faint: with Σp² for the area, no factor on p changes the value, and by the isoperimetric
-    inequality for functions (Federer & Fleming 1960) none exceeds 1, but for the grid. What lies beyond the frame
-    is not region. Gradients are taken between four neighbours, which is exact for edges along axes and diagonals.
+    A soft region may be faint: with Σp² for the area no factor on p changes the value, and by the isoperimetric
+    inequality for functions (Federer & Fleming 1960) none exceeds 1. What lies beyond the frame is not region.
+    Gradients are taken between four neighbours: exact for edges along axes and diagonals, but each corner is cut by
+    half a cell, so that few cells look rounder than they are: 3 x 3 cells have 0.96, 2 x 2 1.08, a single one 1.57.
     """
     padded_BHW = F.pad(region_BHW, (1, 1, 1, 1))
     upper_left, upper_right = padded_BHW[:, :-1, :-1], padded_BHW[:, :-1, 1:]
