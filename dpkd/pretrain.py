@@ -25,7 +25,7 @@ from dpkd.settings import Settings, load_settings
 from dpkd.stages.pack import pack
 from dpkd.stages.prepare import prepare
 from dpkd.stages.record import RunFolder
-from dpkd.stages.statements import refuse_unknown_classes
+from dpkd.stages.statements import refuse_unknown_classes, say_unused_rows
 from dpkd.stages.versions import write_settings, write_versions
 
 EXIT_USER, EXIT_STOPPED = 2, 75
@@ -87,6 +87,7 @@ def _run_pool_stage(stage: str, settings: Settings, folder: RunFolder, *, pool: 
         else:
             dataset = Dataset.open(url)
             refuse_unknown_classes(dataset, settings.data, settings.all_objectives)
+            say_unused_rows(dataset, settings.data)
             prepare(dataset, settings.prepare, pool=pool, quarantine=quarantine, progress=progress.reach)
 
 

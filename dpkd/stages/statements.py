@@ -30,26 +30,29 @@ def learns_attributes(objectives: Iterable[StudentObjective]) -> bool:
 
 
 def refuse_unknown_classes(dataset: Dataset, data: DataSettings, objectives: Iterable[StudentObjective]) -> None:
-    """Raises `UserError` where the table lacks a class that is trained on, or a bound names a class that is not.
-
-    Rows of classes that the data set does not know train nothing and are said: a table may serve several data sets.
-    """
+    """Raises `UserError` where the table lacks a class that is trained on, or a bound names a class that is not."""
     trained = trained_classes(dataset, data)
     table = attribute_table(data)
     if table is not None:
         table.rows(trained)
-        unused = [name for name in table.classes if name not in dataset.manifest.classes]
-        if unused:
-            hints = ", ".join(f"{name!r}{nearest(name, dataset.manifest.classes)}" for name in unused[:MAX_NAMED])
-            say(f"data.attributes {table.path}: {len(unused)} classes are not in the data set: {hints}")
     for objective in objectives:
         if isinstance(objective, RegionBounds):
             for name in (name for bound in objective.bounds for name in bound.classes if name not in trained):
-                near = nearest(name, trained) or f" (they are {', '.join(trained[:MAX_NAMED])}, …)"
+                near = nearest(name, trained) or f" (it has: {', '.join(trained[:MAX_NAMED]) or 'no label'})"
                 raise UserError(
-                    f"a bound on the region {objective.of!r} names the class {name!r}, which the split {data.train!r} "
-                    f"has no sample of{near}; mend its classes"
+                    f"a bound on the region {objective.of!r} names the class {name!r}, of which the split "
+                    f"{data.train!r} has no sample{near}; mend the bound's classes"
                 )
+
+
+def say_unused_rows(dataset: Dataset, data: DataSettings) -> None:
+    """Says which rows of the table are of no class of the data set: no fault, as a table may serve several of them."""
+    table, classes = attribute_table(data), dataset.manifest.classes
+    unused = [name for name in table.classes if name not in classes] if table is not None else []
+    if table is not None and unused:
+        named = ", ".join(f"{name!r}{nearest(name, classes)}" for name in unused[:MAX_NAMED])
+        more = f" and {len(unused) - MAX_NAMED} more" if len(unused) > MAX_NAMED else ""
+        say(f"data.attributes {table.path}: rows of no class of the data set train nothing: {named}{more}")
 
 
 def trained_classes(dataset: Dataset, data: DataSettings) -> list[str]:
