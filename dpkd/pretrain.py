@@ -86,7 +86,7 @@ def _run_pool_stage(stage: str, settings: Settings, folder: RunFolder, *, pool: 
             pack(settings.data, url, seed=settings.run.seed, pool=pool, quarantine=quarantine, progress=progress.reach)
         else:
             dataset = Dataset.open(url)
-            refuse_unknown_classes(dataset, settings.data, settings.all_objectives)
+            refuse_unknown_classes(dataset, settings.data, settings.objectives)
             say_unused_rows(dataset, settings.data)
             prepare(dataset, settings.prepare, pool=pool, quarantine=quarantine, progress=progress.reach)
 

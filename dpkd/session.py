@@ -39,7 +39,7 @@ def train_stages(argument: tuple[dict[str, Any], list[str]]) -> None:
             make_engine=make_engine,
         )
         refuse_small_splits(run.dataset, settings.data, settings.evaluate)
-        refuse_unknown_classes(run.dataset, settings.data, settings.all_objectives)
+        refuse_unknown_classes(run.dataset, settings.data, settings.objectives)
         left = peers.broadcast(left_to_do(run.folder, settings, stages) if peers.rank == 0 else [])
         for stage in left:
             recorded = run.folder.running(stage, given(stage, settings)) if peers.rank == 0 else nullcontext()

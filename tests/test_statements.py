@@ -140,7 +140,7 @@ def test_a_bound_on_a_class_that_is_not_trained_on_is_named(
     tree = stated(tmp_path / "run", table, shards=whole.path / "shards")
     tree["teach"]["objectives"][-1]["bounds"] = [{"statistic": "area", "at_most": 0.5, "classes": [f"{name}s"]}]
     message = stopped(tree, "prepare", capfd)
-    assert f"a bound on the region 'saliency' names the class '{name}s'" in message
+    assert f"teach.objectives.3.bounds.0.classes names '{name}s', of which the split 'base' has no sample" in message
     assert f"did you mean {name!r}?" in message
 
 

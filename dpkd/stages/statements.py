@@ -3,7 +3,7 @@
 Loads no heavy package: the driver of a run asks it too.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dpkd import storage
@@ -29,20 +29,29 @@ def learns_attributes(objectives: Iterable[StudentObjective]) -> bool:
     return any(isinstance(objective, Attributes) for objective in objectives)
 
 
-def refuse_unknown_classes(dataset: Dataset, data: DataSettings, objectives: Iterable[StudentObjective]) -> None:
-    """Raises `UserError` where the table lacks a class that is trained on, or a bound names a class that is not."""
+def refuse_unknown_classes(
+    dataset: Dataset, data: DataSettings, objectives: Mapping[str, Sequence[StudentObjective]]
+) -> None:
+    """Raises `UserError` where the table lacks a class that is trained on, or a bound names a class that is not.
+
+    `objectives` are those of each network, by their key in the settings.
+    """
     trained = trained_classes(dataset, data)
     table = attribute_table(data)
     if table is not None:
         table.rows(trained)
-    for objective in objectives:
-        if isinstance(objective, RegionBounds):
-            for name in (name for bound in objective.bounds for name in bound.classes if name not in trained):
-                near = nearest(name, trained) or f" (it has: {', '.join(trained[:MAX_NAMED]) or 'no label'})"
-                raise UserError(
-                    f"a bound on the region {objective.of!r} names the class {name!r}, of which the split "
-                    f"{data.train!r} has no sample{near}; mend the bound's classes"
-                )
+    for key, name in _bound_classes(objectives):
+        if name not in trained:
+            near = nearest(name, trained) or f" (it has: {', '.join(trained[:MAX_NAMED]) or 'no label'})"
+            raise UserError(f"{key} names {name!r}, of which the split {data.train!r} has no sample{near}: mend it")
+
+
+def _bound_classes(objectives: Mapping[str, Sequence[StudentObjective]]) -> Iterator[tuple[str, str]]:
+    """Yields (key, class) for each class that a bound names."""
+    for key, several in objectives.items():
+        for position, objective in enumerate(several):
+            for place, bound in enumerate(objective.bounds if isinstance(objective, RegionBounds) else ()):
+                yield from ((f"{key}.{position}.bounds.{place}.classes", name) for name in bound.classes)
 
 
 def say_unused_rows(dataset: Dataset, data: DataSettings) -> None:

@@ -17,7 +17,6 @@ from dpkd.models.network import Network, build_network
 from dpkd.models.parameters import parameter_groups
 from dpkd.models.settings import ModelSettings, NetworkSpec
 from dpkd.objectives.settings import (
-    Attributes,
     FeatureDistillation,
     MaskedPrior,
     PatchDistillation,
@@ -27,7 +26,7 @@ from dpkd.objectives.settings import (
 from dpkd.report.progress import EventLog, Progress, say
 from dpkd.report.tensorboard import Board
 from dpkd.stages.run import Run, TrainingSet
-from dpkd.stages.statements import attribute_table
+from dpkd.stages.statements import attribute_table, learns_attributes
 from dpkd.stages.watch import EventSink, ProgressSink, Watch
 from dpkd.train.checkpoint import Checkpoints
 from dpkd.train.loop import Plan, checkpoint_parts, train
@@ -50,7 +49,7 @@ def network_spec(
     follows = any(isinstance(objective, FeatureDistillation | PatchDistillation) for objective in objectives)
     channels = run.priors.channels if run.priors is not None else {}
     manifest = run.dataset.manifest
-    table = attribute_table(run.data) if any(isinstance(objective, Attributes) for objective in objectives) else None
+    table = attribute_table(run.data) if learns_attributes(objectives) else None
     return NetworkSpec(
         model=model,
         classes=data.class_names,
