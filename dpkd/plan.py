@@ -7,6 +7,7 @@ from dpkd import __version__
 from dpkd.report.progress import say
 from dpkd.settings import Settings
 from dpkd.stages.record import RunFolder
+from dpkd.stages.statements import learns_attributes, recorded_attributes
 from dpkd.train.settings import TrainingSettings
 
 STAGES = ("pack", "prepare", "teach", "distill", "evaluate", "export")
@@ -29,13 +30,28 @@ def given(stage: str, settings: Settings) -> dict[str, Any]:
     if stage in ("teach", "distill"):
         part = (settings.teach if stage == "teach" else settings.distill).model_dump(mode="json")
         part["training"] = {key: value for key, value in part["training"].items() if key not in CADENCE}
-        return seed | {"data": _pick(data, "image_size", "map_size", "train", "labels"), stage: part}
+        results = seed | {"data": _pick(data, "image_size", "map_size", "train", "labels"), stage: part}
+        return results | _attributes(stage, settings)
     if stage == "evaluate":
-        return seed | {
+        results = seed | {
             "data": _pick(data, "train", "val", "test"),
             "evaluate": settings.evaluate.model_dump(mode="json"),
         }
+        return results | _attributes(stage, settings)
     return settings.export.model_dump(mode="json")
+
+
+def _attributes(stage: str, settings: Settings) -> dict[str, Any]:
+    """What the table of attributes says, where the stage's results depend on it."""
+    objectives = settings.all_objectives
+    if stage == "teach":
+        objectives = list(settings.teach.objectives)
+    elif stage == "distill" and settings.distill.teacher == "frozen":
+        objectives = [each for student in settings.distill.students.values() for each in student.losses]
+    if not learns_attributes(objectives):
+        return {}
+    url = settings.data.shards or str(RunFolder(settings.run.dir).path / "shards")
+    return {"attributes": recorded_attributes(settings.data, url=url, everywhere=stage == "evaluate")}
 
 
 def left_to_do(folder: RunFolder, settings: Settings, stages: Sequence[str]) -> list[str]:

@@ -26,6 +26,7 @@ from dpkd.settings import Settings, load_settings
 from dpkd.stages.pack import pack
 from dpkd.stages.prepare import prepare
 from dpkd.stages.record import RunFolder
+from dpkd.stages.statements import refuse_unknown_classes, say_unused_rows
 from dpkd.stages.versions import write_settings, write_versions
 
 EXIT_USER, EXIT_STOPPED = 2, 75
@@ -85,7 +86,10 @@ def _run_pool_stage(stage: str, settings: Settings, folder: RunFolder, *, pool: 
         if stage == "pack":
             pack(settings.data, url, seed=settings.run.seed, pool=pool, quarantine=quarantine, progress=progress.reach)
         else:
-            prepare(Dataset.open(url), settings.prepare, pool=pool, quarantine=quarantine, progress=progress.reach)
+            dataset = Dataset.open(url)
+            refuse_unknown_classes(dataset, settings.data, settings.objectives)
+            say_unused_rows(dataset, settings.data)
+            prepare(dataset, settings.prepare, pool=pool, quarantine=quarantine, progress=progress.reach)
 
 
 def interrupt(_number: int, _frame: FrameType | None) -> None:

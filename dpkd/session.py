@@ -15,6 +15,7 @@ from dpkd.stages.evaluate import evaluate, refuse_small_splits
 from dpkd.stages.export import export
 from dpkd.stages.record import RunFolder
 from dpkd.stages.run import Run
+from dpkd.stages.statements import refuse_unknown_classes
 from dpkd.stages.teach import teach
 
 
@@ -38,6 +39,7 @@ def train_stages(argument: tuple[dict[str, Any], list[str]]) -> None:
             make_engine=make_engine,
         )
         refuse_small_splits(run)
+        refuse_unknown_classes(run.dataset, settings.data, settings.objectives)
         left = peers.broadcast(left_to_do(run.folder, settings, stages) if peers.rank == 0 else [])
         for stage in left:
             recorded = run.folder.running(stage, given(stage, settings)) if peers.rank == 0 else nullcontext()

@@ -10,7 +10,15 @@ from pydantic import ValidationError, model_validator
 from dpkd.data.settings import ClassSplits, FractionSplits, GivenSplits
 from dpkd.errors import UserError
 from dpkd.models.settings import FigureGroundPooling, ModelSettings
-from dpkd.objectives.settings import VIEW_MAPS, StudentObjective, TeacherObjective, maps_taken
+from dpkd.objectives.settings import (
+    COLOUR_STATISTICS,
+    VIEW_MAPS,
+    Attributes,
+    RegionBounds,
+    StudentObjective,
+    TeacherObjective,
+    maps_taken,
+)
 from dpkd.priors.derived import DERIVED, derivable
 from dpkd.section import Section
 from dpkd.settings_errors import explain
@@ -40,9 +48,21 @@ class Settings(Section):
     evaluate: EvaluateSettings = EvaluateSettings()
     export: ExportSettings = ExportSettings()
 
+    @property
+    def objectives(self) -> dict[str, tuple[StudentObjective, ...]]:
+        """The objectives of every network, by their key."""
+        students = {f"distill.students.{name}.losses": each.losses for name, each in self.distill.students.items()}
+        return {"teach.objectives": self.teach.objectives, **students}
+
+    @property
+    def all_objectives(self) -> list[StudentObjective]:
+        """The objectives of all networks."""
+        return [objective for objectives in self.objectives.values() for objective in objectives]
+
     @model_validator(mode="after")
     def _parts_fit(self) -> "Settings":
         _priors_are_prepared(self)
+        _statements_fit(self)
         for stage, training in (("teach", self.teach.training), ("distill", self.distill.training)):
             _batch_divides(f"{stage}.training", training, workers=self.launcher.workers)
         _splits_exist(self.data)
@@ -157,6 +177,49 @@ def _of_objectives(
     key: str, objectives: tuple[TeacherObjective, ...] | tuple[StudentObjective, ...]
 ) -> list[tuple[str, str]]:
     return [(f"{key}.{position}", name) for position, each in enumerate(objectives) for name in maps_taken(each)]
+
+
+def _statements_fit(settings: Settings) -> None:
+    """Attributes have a table, and it is used; regions have a map of one amount, and colours to be bound."""
+    objectives = settings.objectives
+    for key, several in objectives.items():
+        for position, objective in enumerate(several):
+            if isinstance(objective, Attributes) and settings.data.attributes is None:
+                raise ValueError(
+                    f"{key}.{position} learns attributes, and data.attributes names no table: give a .yaml or .csv file"
+                )
+            if isinstance(objective, RegionBounds):
+                _region_can_be_bound(f"{key}.{position}", objective, settings)
+        regions = [each.of for each in several if isinstance(each, RegionBounds)]
+        if len(set(regions)) < len(regions) or sum(isinstance(each, Attributes) for each in several) > 1:
+            raise ValueError(f"{key} asks twice for attributes, or for the region of one map: put the two into one")
+    used = any(isinstance(each, Attributes) for each in settings.all_objectives)
+    if settings.data.attributes is not None and not used:
+        raise ValueError(
+            f"data.attributes={settings.data.attributes} is used by no objective: add {{kind: attributes}} to "
+            f"{' or '.join(objectives)}, or leave the table out"
+        )
+
+
+def _region_can_be_bound(key: str, objective: RegionBounds, settings: Settings) -> None:
+    priors = settings.prepare.priors
+    amounts = {prior.name for prior in priors if prior.channels == 1 and not prior.nearest}
+    amounts |= set(derivable({prior.name: prior for prior in priors}))
+    if objective.of not in amounts:
+        raise ValueError(
+            f"{key}.of={objective.of!r} is no map of one amount, as a region is predicted after; prepare.priors makes "
+            f"{', '.join(sorted(amounts)) or 'none'}"
+        )
+    live = key.startswith("teach") and settings.distill.teacher == "live"
+    parts = ("teach", "distill") if live else (key.partition(".")[0],)
+    colours = [bound.statistic for bound in objective.bounds if bound.statistic in COLOUR_STATISTICS]
+    for part in parts if colours else ():
+        augment = settings.teach.augment if part == "teach" else settings.distill.augment
+        if augment.brightness or augment.contrast or augment.saturation:
+            raise ValueError(
+                f"{key} bounds {colours[0]}, and {part}.augment changes colours: set its brightness, contrast and "
+                "saturation to 0, or leave the bound out"
+            )
 
 
 def _batch_divides(key: str, training: TrainingSettings, *, workers: int | None) -> None:

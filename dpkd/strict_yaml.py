@@ -5,7 +5,7 @@ than text, numbers, lists and mappings; and what is small as a file and large in
 """
 
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -78,12 +78,30 @@ for _tag in ("timestamp", "merge"):
     _Bounded.add_constructor(f"tag:yaml.org,2002:{_tag}", yaml.SafeLoader.construct_yaml_str)
 
 
+class _BoundedText(_Bounded):
+    """The same, which takes no scalar for anything but text."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+
 def read_yaml(text: str) -> Any:
     """The content as plain values; raises `yaml.YAMLError`."""
+    return _read(text, _Bounded)
+
+
+def read_yaml_text(text: str) -> Any:
+    """The content with every scalar as the text that stands there: `no` and `00014` stay names.
+
+    Raises `yaml.YAMLError`.
+    """
+    return _read(text, _BoundedText)
+
+
+def _read(text: str, loader: type[_Bounded]) -> Any:
     if len(text) > MAX_CHARACTERS:
         raise yaml.YAMLError(f"{len(text):,} characters, more than {MAX_CHARACTERS:,}")
     try:
-        return yaml.load(text, Loader=_Bounded)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError:
         raise
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:  # of a tag's own making

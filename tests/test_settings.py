@@ -37,6 +37,13 @@ def changed(**sections: Any) -> dict[str, Any]:
     return tree
 
 
+AREA = {"statistic": "area", "at_most": 0.5}
+
+
+def bounded(*bounds: dict[str, Any], of: str = "saliency", **extra: Any) -> dict[str, Any]:
+    return changed(teach__objectives=[{"kind": "region_bounds", "of": of, "bounds": list(bounds), **extra}])
+
+
 @pytest.mark.parametrize(
     ("tree", "named"),
     [
@@ -86,6 +93,34 @@ def changed(**sections: Any) -> dict[str, Any]:
         ),
         (changed(run={"dir": "s3://bucket/run"}), ["run.dir", "'s3://bucket/run'", "a disk that all workers see"]),
         (changed(distill__students={}), ["distill.students"]),
+        (
+            changed(teach__objectives=[{"kind": "supervised"}, {"kind": "attributes"}]),
+            ["teach.objectives.1", "data.attributes names no table", ".yaml or .csv"],
+        ),
+        (changed(data__attributes="lesions.csv"), ["data.attributes=lesions.csv", "add {kind: attributes}"]),
+        (
+            changed(data__attributes="x.csv", teach__objectives=[{"kind": "attributes"}, {"kind": "attributes"}]),
+            ["teach.objectives", "asks twice for attributes"],
+        ),
+        (bounded(), ["teach.objectives.0.bounds", "at least 1"]),
+        (bounded({"statistic": "area"}), ["teach.objectives.0.bounds.0", "at_least, at_most, or both"]),
+        (bounded({"statistic": "area", "at_most": 2}), ["bounds.0", "at_most 2 is out of range", "0 and 1"]),
+        (bounded({"statistic": "a", "at_least": -200}), ["at_least -200 is out of range", "-128 and 128"]),
+        (bounded({"statistic": "row", "at_least": 0.6, "at_most": 0.5}), ["0.6 is above at_most 0.5"]),
+        (bounded({"statistic": "aria", "at_most": 1}), ["bounds.0.statistic", "'aria'", "'area'"]),
+        (bounded({"statistic": "area", "atmost": 1}), ["bounds.0.atmost", "did you mean 'at_most'"]),
+        (bounded(AREA, of="hue"), ["teach.objectives.0", "'hue'", "add {kind: hue} to prepare.priors"]),
+        (bounded(AREA, of="gabor"), ["teach.objectives.0.of='gabor'", "no map of one amount", "saliency"]),
+        (bounded(AREA, of="superpixel"), ["teach.objectives.0", "region labels"]),
+        (bounded(AREA, fit=0), ["teach.objectives.0.fit", "greater than 0"]),
+        (
+            bounded(AREA, {"statistic": "red", "at_least": 0.5}),
+            ["teach.objectives.0 bounds red", "teach.augment changes colours", "saturation to 0"],
+        ),
+        (
+            changed(teach__objectives=[{"kind": "region_bounds", "of": "saliency", "bounds": [AREA]}] * 2),
+            ["teach.objectives", "the region of one map"],
+        ),
         (changed(distill__students={"a/b": {"model": {"name": "x"}}}), ["distill.students", "a/b"]),
         (changed(teach__engine={"kind": "torch", "zero_stage": 3}), ["teach.engine", "zero_stage", "deepspeed"]),
         ({"data": {"source": "x"}, "distill": GOOD["distill"]}, ["teach", "missing"]),
@@ -95,6 +130,14 @@ def test_a_fault_names_its_key_and_the_way_out(tree: dict[str, Any], named: list
     message = fault(tree)
     for words in ["run.yaml", *named]:
         assert words in message, message
+
+
+def test_colours_may_be_bound_where_views_keep_them() -> None:
+    tree = bounded({"statistic": "lightness", "at_most": 60})
+    tree["teach"]["augment"] = {"brightness": 0, "contrast": 0, "saturation": 0}
+    assert parse_settings(tree, origin="x").teach.objectives[0].kind == "region_bounds"
+    tree["distill"] = tree["distill"] | {"teacher": "live"}
+    assert "distill.augment changes colours" in fault(tree)
 
 
 def test_several_faults_are_told_at_once() -> None:

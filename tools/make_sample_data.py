@@ -7,6 +7,7 @@ geometrically (a long tail), and further images there carry no label.
     <folder>/base/<colour>-<texture>-<shape>/00000.jpg, 00000.mask.png      many of the first class, few of the last
     <folder>/base/unlabelled/…                                              combinations of base and of no split
     <folder>/{val,novel}/<colour>-<texture>-<shape>/…                       other combinations, balanced
+    <folder>/attributes.yaml                                                what a describer says of each class
     <folder>.json                                                           settings and seed, written last
 
     python tools/make_sample_data.py data/sample
@@ -16,7 +17,7 @@ import argparse
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ Image = NDArray[np.uint8]
 Floats = NDArray[np.floating[Any]]
 
 VERSION = 1
+SPLITS = ("base", "val", "novel")
 OVERSAMPLING = 2
 HUES = {"red": 0, "yellow": 28, "green": 62, "blue": 108, "violet": 143}  # OpenCV degrees, 0 to 180
 TEXTURES = ("plain", "striped", "checked", "dotted", "ringed")
@@ -130,6 +132,25 @@ def long_tail(num_classes: int, *, largest: int, smallest: int) -> list[int]:
     return [round(c) for c in np.geomspace(largest, smallest, num_classes)]
 
 
+def describe(classes: Iterable[Appearance]) -> str:
+    """A table of attributes (`dpkd/data/attributes.py`) that says of each class how it is drawn.
+
+    Roundness is 4πA/P² of the outer outline, solidity the share of its convex hull that the shape fills.
+    """
+    options = {"colour": HUES, "texture": TEXTURES, "shape": OUTLINES}
+    lines = ["attributes:"]
+    lines += [f"  {name}: {{one_of: [{', '.join(each)}]}}" for name, each in options.items()]
+    lines += ["  roundness: graded", "  solidity: graded", "classes:"]
+    for each in classes:
+        outer, *holes = (outline.astype(np.float32) for outline in OUTLINES[each.shape])
+        area = cv2.contourArea(outer)
+        roundness = 4 * np.pi * area / cv2.arcLength(outer, closed=True) ** 2
+        solidity = (area - sum(cv2.contourArea(hole) for hole in holes)) / cv2.contourArea(cv2.convexHull(outer))
+        drawn = f"colour: {each.colour}, texture: {each.texture}, shape: {each.shape}"
+        lines.append(f"  {each.name}: {{{drawn}, roundness: {roundness:.2f}, solidity: {solidity:.2f}}}")
+    return "\n".join(lines) + "\n"
+
+
 def _colour(hue: float, saturation: float, value: float) -> Floats:
     """An HSV colour (hue in OpenCV degrees, the others in 0..1) as BGR in 0..255."""
     pixel = np.array([[[hue % 180, saturation * 255, value * 255]]], np.uint8)
@@ -225,7 +246,7 @@ def _plan(settings: SampleSettings, *, seed: int) -> Iterator[tuple[str, str, li
         rng = np.random.default_rng([seed, VERSION, 1])
         pools = chosen["base"], chosen["other"] or chosen["base"]
         yield "base", "unlabelled", [pools[i % 2][rng.integers(len(pools[i % 2]))] for i in range(settings.unlabelled)]
-    for split in ("val", "novel"):
+    for split in SPLITS[1:]:
         for appearance in chosen[split]:
             yield split, appearance.name, [appearance] * settings.evaluation
 
@@ -242,7 +263,14 @@ def draw_samples(folder: Path, *, settings: SampleSettings, seed: int) -> int:
             cv2.imwrite(str(place / f"{index:05d}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 92])
             cv2.imwrite(str(place / f"{index:05d}.mask.png"), mask)
         num_images += len(members)
+    write_description(folder, settings=settings, seed=seed)
     return num_images
+
+
+def write_description(folder: Path, *, settings: SampleSettings, seed: int) -> None:
+    """Writes `attributes.yaml` into the folder: the classes of all splits."""
+    chosen = appearances(settings, seed=seed)
+    (folder / "attributes.yaml").write_text(describe(each for split in SPLITS for each in chosen[split]))
 
 
 def main() -> None:
@@ -258,6 +286,7 @@ def main() -> None:
     record = folder.with_name(f"{folder.name}.json")
     stands = {"version": VERSION, "seed": seed, **asdict(settings)}
     if folder.is_dir() and record.is_file() and json.loads(record.read_text()) == stands:
+        write_description(folder, settings=settings, seed=seed)
         print(f"sample data stands at {folder}")
         return
     if folder.exists() and not record.is_file():

@@ -114,7 +114,13 @@ class _Given:
 MAX_HEADER_BYTES = 1 << 20
 """Longer headers of long names and attributes are taken for damage."""
 
-_HEADERS = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 _REFUSED = {
     tarfile.LNKTYPE: "it is a link, which is not followed",
     tarfile.SYMTYPE: "it is a link, which is not followed",

@@ -1,6 +1,6 @@
 """The network that is trained: a backbone, its pooling, and the heads that objectives ask for.
 
-Axes: B image, C colour or map channels, H W height and width, D features, K classes.
+Axes: B image, C colour or map channels, H W height and width, D features, K classes, A attributes.
 """
 
 import torch
@@ -30,6 +30,9 @@ class Network(nn.Module):
         if spec.teacher_dim is not None:
             self.to_teacher["embedding"] = nn.Linear(self.embedding_dim, spec.teacher_dim)
             self.to_teacher["patch"] = nn.Conv2d(self.patch_dim, spec.teacher_patch_dim or spec.teacher_dim, 1)
+        # last: a head more must not change the weights that the others are drawn with
+        self.attribute_head = nn.Linear(self.embedding_dim, len(spec.attributes)) if spec.attributes else None
+        self.region_heads = nn.ModuleDict({name: nn.Conv2d(self.patch_dim, 1, 1) for name in spec.regions})
 
     @property
     def embedding_dim(self) -> int:
@@ -50,8 +53,8 @@ class Network(nn.Module):
         """Runs normalised float images through; figure-ground pooling needs `weight_B1HW` in [0, 1], of any size.
 
         Returns `embedding` BD, `patch` BDHW, `logits` BK (where there are classes), `prior.<name>` BCHW on the patch
-        grid, and with a teacher width `to_teacher.embedding` BD and `to_teacher.patch` BDHW. Raises `ValueError`
-        where the pooling needs a weight and none is given.
+        grid, `attributes` BA and `region.<name>` B1HW as logits, and with a teacher width `to_teacher.embedding` BD and
+        `to_teacher.patch` BDHW. Raises `ValueError` where the pooling needs a weight and none is given.
         """
         features = self.backbone.features(image_BCHW)
         patch_BDHW = self.backbone.patches(features)
@@ -68,6 +71,10 @@ class Network(nn.Module):
             outputs["logits"] = self.backbone.classify(embedding_BD)
         for name, head in self.prior_heads.items():
             outputs[f"prior.{name}"] = head(patch_BDHW)
+        if self.attribute_head is not None:
+            outputs["attributes"] = self.attribute_head(embedding_BD)
+        for name, head in self.region_heads.items():
+            outputs[f"region.{name}"] = head(patch_BDHW)
         for name, projection in self.to_teacher.items():
             outputs[f"to_teacher.{name}"] = projection(outputs[name])
         return outputs

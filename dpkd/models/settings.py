@@ -51,6 +51,10 @@ class NetworkSpec(Section):
     std: tuple[float, float, float]
     targets: dict[str, int] = {}
     """Channels of each prior map to predict: one linear head each."""
+    attributes: tuple[str, ...] = ()
+    """Names of the attributes to predict from the embedding, in the order of the outputs; empty makes no head."""
+    regions: tuple[str, ...] = ()
+    """Names of the prior maps that regions are predicted after: one linear head each."""
     teacher_dim: int | None = None
     """Width of the teacher's embedding that `to_teacher` projects to; none makes no projections."""
     teacher_patch_dim: int | None = None

@@ -88,6 +88,7 @@ def figures_markdown(evaluation: dict[str, Any]) -> str:
     lines = [_heading(evaluation), "", *_piped(_table(evaluation)), ""]
     lines += _more(evaluation, title="kNN and linear probe", key="probes")
     lines += _more(evaluation, title="Accuracy on known classes", key="classification")
+    lines += _more(evaluation, title="Zero-shot through attributes", key="zero_shot")
     lines += ["## Protocol", "", *(f"- {key}: {value}" for key, value in evaluation["protocol"].items())]
     return "\n".join(lines)
 

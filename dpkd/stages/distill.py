@@ -17,7 +17,7 @@ from dpkd.objectives.settings import Supervised
 from dpkd.stages.run import Run, TrainingSet, training_set
 from dpkd.stages.settings import DistillSettings, StudentSettings, TeachSettings
 from dpkd.stages.teach import NAME as TEACHER
-from dpkd.stages.training import make_learner, network_spec, new_network, run_training
+from dpkd.stages.training import make_learner, network_spec, new_network, run_training, supervision
 from dpkd.train.task import DistillTask, Learner
 
 
@@ -51,7 +51,7 @@ def distill(run: Run, settings: DistillSettings, *, teach: TeachSettings) -> Non
     teacher = _teacher(run, network, data, settings=settings, teach=teach)
     students = _students(run, network, data, settings)
     task = DistillTask(
-        students, teacher=teacher, teacher_name=TEACHER, supervision=data.supervision(run.world.device), seed=run.seed
+        students, teacher=teacher, teacher_name=TEACHER, supervision=supervision(run, data), seed=run.seed
     )
     run_training(run, task, data, stage="distill", training=settings.training, augment=settings.augment)
     for name, learner in task.learners.items():

@@ -1,6 +1,6 @@
 """What networks make of a split: each image is read and decoded once for all of them, shared out among the ranks.
 
-Axes: N sample, B image of a batch, C channel, H W height and width, D feature, K class.
+Axes: N sample, B image of a batch, C channel, H W height and width, D feature, K class, A attribute.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,6 +25,10 @@ NUM_MEAN_SAMPLES = 2048
 """Training images whose mean embedding stands for that of the split."""
 
 
+KEPT = ("embedding", "logits", "attributes")
+"""Outputs of a network that are kept of every sample."""
+
+
 @dataclass(frozen=True)
 class Embedded:
     """A network's outputs for samples of a split, in the order asked for."""
@@ -32,6 +36,8 @@ class Embedded:
     embedding_ND: NDArray[np.float32]
     logits_NK: NDArray[np.float32] | None
     """None for a network without classes."""
+    attribute_NA: NDArray[np.float32] | None = None
+    """Logits of attributes; None for a network that predicts none."""
 
 
 def embed_networks(
@@ -72,7 +78,7 @@ def embed_networks(
         here = batch.to(world.device)
         for name, (predict, spec) in networks.items():
             outputs = predict(network_input(spec, here), pooling_weight(spec, here))
-            found[name].append({key: _array(outputs[key]) for key in ("embedding", "logits") if key in outputs})
+            found[name].append({key: _array(outputs[key]) for key in KEPT if key in outputs})
         advance(len(here.label_B) * world.size)
     return {name: _whole(parts, world, num_samples=len(wanted)) for name, parts in found.items()}
 
@@ -81,7 +87,7 @@ def _whole(parts: list[dict[str, NDArray[np.float32]]], world: World, *, num_sam
     mine = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     ranks = world.gather(mine)
     whole = {key: np.concatenate([rank[key] for rank in ranks])[:num_samples] for key in mine}
-    return Embedded(whole["embedding"], whole.get("logits"))
+    return Embedded(whole["embedding"], whole.get("logits"), whole.get("attributes"))
 
 
 def spread(indices: NDArray[np.int64]) -> NDArray[np.int64]:

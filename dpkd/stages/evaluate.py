@@ -6,7 +6,8 @@
               "few_shot": {split: {"5way_1shot": {"mean", "ci95"}}},
               "plain_pooling": {split: …}            figure-ground networks, pooled without their prior map
               "over_baseline": {split: …}            students: paired difference on the same episodes
-              "probes": {split: {"knn", "linear"}}, "classification": {split: {"overall", "balanced", …}}}
+              "probes": {split: {"knn", "linear"}}, "classification": {split: {"overall", "balanced", …}},
+              "zero_shot": {split: {"overall", "balanced", "chance"}}}      classes known by their attributes alone
 
 Samples that cannot be read take no part. Axes: N sample that can be read, D feature, E episode, K class.
 """
@@ -40,6 +41,7 @@ from dpkd.report.tensorboard import Board
 from dpkd.stages.embed import Embedded, Predict, embed_networks, spread
 from dpkd.stages.record import RunFolder
 from dpkd.stages.run import Run
+from dpkd.stages.zero_shot import zero_shot
 
 Scores = dict[str, dict[str, float]]
 Accuracies = dict[str, NDArray[np.float64]]
@@ -155,6 +157,8 @@ def _measure(run: Run, networks: Mapping[str, Network], *, split: Split, tables:
             }
     _probe(run, embedded, label_N, split=split.name, tables=tables)
     _classify(run, networks, embedded, label_N, split=split.name, tables=tables)
+    specs = {name: network.spec for name, network in networks.items()}
+    zero_shot(run, specs, embedded, label_N, split=split.name, tables=tables)
 
 
 def _scores(accuracy: Accuracies) -> Scores:

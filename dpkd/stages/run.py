@@ -21,6 +21,7 @@ from dpkd.priors.shards import PriorSet, PriorSplit
 from dpkd.stages.record import RunFolder
 from dpkd.stages.settings import DataSettings, EvaluateSettings, PrepareSettings
 from dpkd.train.settings import EngineSettings, TrainingSettings
+from dpkd.train.statements import Statements
 from dpkd.train.task import Supervision
 from dpkd.world import World
 
@@ -117,7 +118,7 @@ class TrainingSet:
         """Share of visible labels among the samples that are drawn, and the log frequency of each class among them."""
         share = float((self.label_N >= 0).sum() / self.num_samples)
         log_prior_K = log_class_prior(torch.from_numpy(self.label_N), len(self.class_names))
-        return Supervision(share, log_prior_K.to(device))
+        return Supervision(share, log_prior_K.to(device), Statements(self.class_names))
 
 
 def training_set(run: Run, training: TrainingSettings, objectives: Sequence[StudentObjective]) -> TrainingSet:

@@ -45,6 +45,8 @@ class DataSettings(Section):
     test: str = "test"
     """Split for the report, evaluated at the end."""
     labels: VisibleLabels = AllLabels()
+    attributes: str | None = None
+    """Table of what experts say of the classes, `.yaml` or `.csv` (`dpkd/data/attributes.py` draws it)."""
     loader: LoaderSettings = LoaderSettings()
 
     @field_validator("source", mode="before")

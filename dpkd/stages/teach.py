@@ -3,7 +3,7 @@
 from dpkd.models.saved import save_network
 from dpkd.stages.run import Run, training_set
 from dpkd.stages.settings import TeachSettings
-from dpkd.stages.training import make_learner, network_spec, new_network, run_training
+from dpkd.stages.training import make_learner, network_spec, new_network, run_training, supervision
 from dpkd.train.task import TeachTask
 
 NAME = "teacher"
@@ -21,7 +21,7 @@ def teach(run: Run, settings: TeachSettings) -> None:
         training=settings.training,
         total_steps=settings.training.num_steps(data.num_samples),
     )
-    task = TeachTask(learner, name=NAME, supervision=data.supervision(run.world.device), seed=run.seed)
+    task = TeachTask(learner, name=NAME, supervision=supervision(run, data), seed=run.seed)
     run_training(run, task, data, stage="teach", training=settings.training, augment=settings.augment)
     weights = learner.engine.weights()
     if run.world.rank == 0:

@@ -2,30 +2,42 @@
 
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from dpkd.data.attributes import score_weights
 from dpkd.data.order import ClassAwareOrder, Order, OrderWithout, SampleOrder
 from dpkd.data.settings import AugmentSettings
 from dpkd.data.stream import training_batches
+from dpkd.errors import UserError
 from dpkd.models.batch_norm import StepStatistics
 from dpkd.models.network import Network, build_network
 from dpkd.models.parameters import parameter_groups
 from dpkd.models.settings import ModelSettings, NetworkSpec
-from dpkd.objectives.settings import VIEW_MAPS, FeatureDistillation, MaskedPrior, PatchDistillation, StudentObjective
+from dpkd.objectives.settings import (
+    VIEW_MAPS,
+    FeatureDistillation,
+    MaskedPrior,
+    PatchDistillation,
+    RegionBounds,
+    StudentObjective,
+)
 from dpkd.report.progress import EventLog, Progress, say
 from dpkd.report.quarantine import Quarantine
 from dpkd.report.tensorboard import Board
 from dpkd.stages.run import Run, TrainingSet
+from dpkd.stages.statements import attribute_table, learns_attributes
 from dpkd.stages.watch import EventSink, ProgressSink, Watch
 from dpkd.train.checkpoint import Checkpoints, Part
 from dpkd.train.loop import Plan, train
 from dpkd.train.meter import Meter
 from dpkd.train.parts import LeftOut, RandomState
 from dpkd.train.settings import EngineSettings, OptimizerSettings, ScheduleSettings, TrainingSettings
-from dpkd.train.task import DistillTask, Learner, TeachTask
+from dpkd.train.statements import ClassAttributes, Statements
+from dpkd.train.task import DistillTask, Learner, Supervision, TeachTask
 
 
 def network_spec(
@@ -41,6 +53,7 @@ def network_spec(
     follows = any(isinstance(objective, FeatureDistillation | PatchDistillation) for objective in objectives)
     channels = VIEW_MAPS | (run.priors.channels if run.priors is not None else {})
     manifest = run.dataset.manifest
+    table = attribute_table(run.data) if learns_attributes(objectives) else None
     return NetworkSpec(
         model=model,
         classes=data.class_names,
@@ -48,9 +61,27 @@ def network_spec(
         mean=manifest.image_mean,
         std=manifest.image_std,
         targets={name: channels[name] for name in sorted(targets)},
+        attributes=table.names if table is not None else (),
+        regions=tuple(objective.of for objective in objectives if isinstance(objective, RegionBounds)),
         teacher_dim=teacher.embedding_dim if teacher is not None and follows else None,
         teacher_patch_dim=teacher.patch_dim if teacher is not None and follows else None,
     )
+
+
+def supervision(run: Run, data: TrainingSet) -> Supervision:
+    """What labels and experts say of the trained classes; raises `UserError` for a table that does not fit them."""
+    device = run.world.device
+    table, attributes = attribute_table(run.data), None
+    if table is not None:
+        if not (data.label_N >= 0).any():
+            raise UserError(
+                f"data.attributes describes classes, and no label is visible in the split {data.split.name!r}: show "
+                "some (data.labels), or leave the objective `attributes` out"
+            )
+        value_KA = table.rows(data.class_names)
+        arrays = (value_KA, *score_weights(value_KA))
+        attributes = ClassAttributes(*(torch.from_numpy(array).to(device) for array in arrays))
+    return replace(data.supervision(device), statements=Statements(data.class_names, attributes))
 
 
 class LearningSettings(Protocol):

@@ -77,6 +77,9 @@ class Watch:
             predictions = {
                 key.removeprefix("prior."): each for key, each in outputs.items() if key.startswith("prior.")
             }
+            predictions |= {
+                key.replace(".", " of "): each.sigmoid() for key, each in outputs.items() if key.startswith("region.")
+            }
             self._board.panel(
                 step,
                 network=name,

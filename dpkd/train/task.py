@@ -35,6 +35,7 @@ from dpkd.objectives.supervised import supervised
 from dpkd.train.loop import Losses
 from dpkd.train.schedule import learning_rate
 from dpkd.train.settings import OptimizerSettings, ScheduleSettings
+from dpkd.train.statements import Statements, statement_losses
 
 Outputs = dict[str, Tensor]
 
@@ -45,6 +46,7 @@ class Supervision:
 
     labelled_share: float
     log_prior_K: Tensor
+    statements: Statements
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,14 @@ def own_losses(
                 target_BCHW = prior_target(batch.priors[name], grid)
                 loss = masked_prior(prediction_BCHW, target_BCHW, view.mask_B1HW)
                 losses[f"masked_prior.{name}"] = objective.weight * weight * loss
-    return losses
+    stated = statement_losses(
+        objectives,
+        view.outputs,
+        batch,
+        statements=supervision.statements,
+        labelled_share=supervision.labelled_share,
+    )
+    return losses | stated
 
 
 def distillation_losses(

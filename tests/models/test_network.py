@@ -52,6 +52,21 @@ def test_every_family_gives_the_outputs_that_were_asked_for(name):
     }
 
 
+def test_attributes_and_regions_have_heads_that_leave_all_else_as_it_is():
+    plain, spec = (
+        spec_of(targets={"edge": 1}, teacher_dim=20),
+        {"attributes": ("red", "round"), "regions": ("saliency",)},
+    )
+    networks = [build_network(each, seed=0).eval() for each in (plain, plain.model_copy(update=spec))]
+    image_BCHW = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        before, after = (network(image_BCHW) for network in networks)
+    assert tuple(after["attributes"].shape) == (2, 2)
+    assert tuple(after["region.saliency"].shape) == (2, 1, *networks[1].grid)
+    assert after.keys() - before.keys() == {"attributes", "region.saliency"}
+    assert all(torch.equal(output, after[key]) for key, output in before.items())
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_face_answers_what_the_timm_model_itself_answers(name):
     network = build_network(spec_of(name), seed=0).eval()

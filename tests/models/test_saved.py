@@ -39,6 +39,15 @@ def test_a_saved_network_comes_back_bit_for_bit(saved):
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
 
 
+def test_a_network_saved_before_there_were_statements_still_loads(saved):
+    folder, _ = saved
+    head = json.loads((folder / "network.json").read_text())
+    for key in ("attributes", "regions"):
+        del head["spec"][key]
+    (folder / "network.json").write_text(json.dumps(head))
+    assert load_network(folder)[0] == SPEC
+
+
 def test_loading_needs_no_file_that_training_started_from(tmp_path):
     network = build_network(SPEC, seed=0)
     started = SPEC.model_copy(

@@ -1,0 +1,38 @@
+"""What an expert says of classes, learnt: attributes predicted from the embedding, and classes told apart by them.
+
+Lampert et al. 2014 (direct attribute prediction), Akata et al. 2013 (ALE: a class is scored by a bilinear form of image
+and attributes), Koh et al. 2020 (concept bottleneck: attributes and classes learnt together).
+Axes: B sample, A attribute, K class.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpkd.objectives.supervised import supervised
+
+
+def predict_attributes(logit_BA: Tensor, label_B: Tensor, value_KA: Tensor, *, labelled_share: float = 1.0) -> Tensor:
+    """Binary cross-entropy with the graded attributes of each labelled sample's class; a scalar.
+
+    Summed over labelled samples (label >= 0) and known attributes (not NaN), divided by `B * labelled_share * A`: so
+    every statement weighs the same, and the mean over micro-batches is the same however the batch is cut. Zero, with
+    gradients, where no sample is labelled.
+    """
+    target_BA = value_KA[label_B.clamp(min=0)]
+    known_BA = (label_B >= 0)[:, None] & ~target_BA.isnan()
+    loss_BA = F.binary_cross_entropy_with_logits(
+        logit_BA.float(), torch.where(known_BA, target_BA, 0.5), reduction="none"
+    )
+    num_samples, num_attributes = logit_BA.shape
+    return (loss_BA * known_BA).sum() / (num_samples * labelled_share * num_attributes)
+
+
+def classify_by_attributes(
+    logit_BA: Tensor, label_B: Tensor, *, weight_KA: Tensor, bias_K: Tensor, labelled_share: float = 1.0
+) -> Tensor:
+    """Cross-entropy over classes scored by predicted attributes, with the weights of `score_weights`; a scalar.
+
+    Samples without a label (-1) do not count; normalised as `supervised` is.
+    """
+    return supervised(logit_BA.float() @ weight_KA.T + bias_K, label_B, labelled_share=labelled_share)
