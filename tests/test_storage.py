@@ -103,20 +103,6 @@ def test_local_and_remote_places_behave_alike(kind, tmp_path):
     assert not storage.exists(place)
 
 
-def test_a_remote_file_is_fetched_once_and_checked(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path))
-    url = f"memory://{tmp_path.name}/x.tar"
-    storage.write_bytes_atomic(url, b"content")
-    checksum = storage.digest(b"content")
-    local = storage.fetch(url, size_bytes=7, sha256_hex=checksum)
-    assert local.read_bytes() == b"content"
-    storage.remove(url)
-    assert storage.fetch(url, size_bytes=7, sha256_hex=checksum) == local
-    storage.write_bytes_atomic(url, b"changed")
-    with pytest.raises(UserError, match="checksum differs"):
-        storage.fetch(url, size_bytes=7, sha256_hex=storage.digest(b"another"))
-
-
 def test_a_link_back_to_a_folder_above_ends_the_walk(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x").write_bytes(b"1")

@@ -11,7 +11,8 @@ from typing import Any
 
 from dpkd import storage
 from dpkd.data.images import BrokenImage
-from dpkd.errors import UserError
+from dpkd.errors import StorageUnavailable, UserError
+from dpkd.storage_errors import may_pass
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -31,9 +32,8 @@ class Blob:
         except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
             raise BrokenImage(f"the file cannot be read: {error.strerror or error}") from error
         except OSError as error:
-            raise UserError(
-                f"cannot read {self.url}: {error}; see to the storage, then run the command again"
-            ) from error
+            kind = StorageUnavailable if may_pass(error) else UserError
+            raise kind(f"cannot read {self.url}: {error}; see to the storage, then run the command again") from error
         if self.size >= 0 and len(data) != self.size:
             raise BrokenImage(f"{len(data)} of {self.size} bytes are there")
         return data

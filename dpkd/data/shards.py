@@ -28,7 +28,9 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dpkd import storage
+from dpkd.data.recent import MAX_FILES, MAX_INDEXES, Recent
 from dpkd.errors import UserError
+from dpkd.shard_cache import open_shard
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "dataset.json"
@@ -188,7 +190,7 @@ class Dataset:
     def given(self) -> dict[str, int]:
         """How many samples came with each expert map; the mask of figure and ground is "mask"."""
         count: Counter[str] = Counter()
-        for index in (index for name in self.manifest.splits for index in self.split(name).indexes):
+        for index in (index for name in self.manifest.splits for index in self.split(name).indexes()):
             for extension, (offset_N, _) in index.members.items():
                 if extension == MASK_EXTENSION or extension.startswith(EXPERT_PREFIX):
                     count[_given_name(extension)] += int((offset_N >= 0).sum())
@@ -208,27 +210,31 @@ class Split:
         self.num_samples = info.num_samples
         self.shard_sizes = [shard.num_samples for shard in info.shards]
         self._ends = list(accumulate(self.shard_sizes))
-        self._file_of: dict[int, int] = {}
+        self._files: Recent[int] = Recent(MAX_FILES, let_go=os.close)
+        self._indexes: Recent[ShardIndex] = Recent(MAX_INDEXES)
 
     @property
     def keys(self) -> list[str]:
         """The key of every sample."""
-        return [key for index in self.indexes for key in index.keys]
+        return [key for index in self.indexes() for key in index.keys]
 
     @property
     def groups(self) -> list[str | None]:
         """The group of every sample, None where it has none."""
-        return [group for index in self.indexes for group in index.groups]
+        return [group for index in self.indexes() for group in index.groups]
 
     @cached_property
     def label_N(self) -> npt.NDArray[np.int64]:  # noqa: N802 (the axis)
         """The class of every sample, as its place in `Manifest.classes`; -1 without a label."""
-        return np.concatenate([np.empty(0, np.int64), *(index.label_N for index in self.indexes)])
+        return np.concatenate([np.empty(0, np.int64), *(index.label_N for index in self.indexes())])
 
-    @cached_property
-    def indexes(self) -> list[ShardIndex]:
-        """The index of every shard; raises `UserError` for one that is missing or does not belong to its shard."""
-        return [read_index(self.url, shard) for shard in self.info.shards]
+    def index(self, k: int) -> ShardIndex:
+        """The index of shard `k`; raises `UserError` where it is missing or does not belong to its shard."""
+        return self._indexes.get(k, lambda number: read_index(self.url, self.info.shards[number]))
+
+    def indexes(self) -> Iterator[ShardIndex]:
+        """The index of every shard, one after the other: a large split's do not fit the memory together."""
+        return (self.index(k) for k in range(len(self.info.shards)))
 
     def locate(self, i: int) -> tuple[int, int]:
         """(shard number, position in the shard) of sample `i`."""
@@ -240,10 +246,10 @@ class Split:
     def read(self, i: int) -> Sample:
         """Sample `i`; raises `UserError` that names the shard where its bytes are missing."""
         shard, row = self.locate(i)
-        index = self.indexes[shard]
+        index = self.index(shard)
         spans = {ext: (int(at[row]), int(size[row])) for ext, (at, size) in index.members.items() if at[row] >= 0}
         start, end = min(at for at, _ in spans.values()), max(at + size for at, size in spans.values())
-        block = os.pread(self._file(shard), end - start, start)
+        block = os.pread(self._files.get(shard, self._open), end - start, start)
         if len(block) < end - start:
             raise UserError(
                 f"{self._place(shard)} is cut short: sample {index.keys[row]!r} is not all there; pack or copy it again"
@@ -264,24 +270,15 @@ class Split:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def __del__(self) -> None:
-        for descriptor in self.__dict__.get("_file_of", {}).values():
-            os.close(descriptor)
-
     def _place(self, shard: int) -> str:
         return storage.join(self.url, self.info.shards[shard].name)
 
-    def _file(self, shard: int) -> int:
-        if shard not in self._file_of:
-            info = self.info.shards[shard]
-            try:
-                local = storage.fetch(self._place(shard), size_bytes=info.size_bytes, sha256_hex=info.sha256)
-                self._file_of[shard] = os.open(local, os.O_RDONLY)
-            except FileNotFoundError as error:
-                raise UserError(
-                    f"{self._place(shard)} is missing; dataset.json lists it: pack or copy it again"
-                ) from error
-        return self._file_of[shard]
+    def _open(self, shard: int) -> int:
+        info = self.info.shards[shard]
+        try:
+            return open_shard(self._place(shard), size_bytes=info.size_bytes, sha256_hex=info.sha256)
+        except FileNotFoundError as error:
+            raise UserError(f"{self._place(shard)} is missing; dataset.json lists it: pack or copy it again") from error
 
 
 def index_name(shard_name: str) -> str:
@@ -293,9 +290,11 @@ def read_index(url: str, shard: ShardInfo) -> ShardIndex:
     """The index of a shard of the data set at `url`; raises `UserError` where it is missing or another shard's."""
     place = storage.join(url, index_name(shard.name))
     try:
-        index = ShardIndex.from_bytes(storage.read_bytes(place))
+        data = storage.read_bytes(place)
     except FileNotFoundError as error:
         raise UserError(f"{place} is missing; dataset.json lists its shard: pack or copy it again") from error
+    try:
+        index = ShardIndex.from_bytes(data)
     except ValueError as error:
         raise UserError(f"{place} cannot be read: {error}; pack or copy it again") from error
     if index.shard != shard:

@@ -9,6 +9,8 @@ import tarfile
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from dpkd.errors import UserError
+
 BLOCK = 512
 
 
@@ -73,6 +75,8 @@ def list_members(file: BinaryIO, *, size_bytes: int) -> Listing:
                 end = info.offset_data + info.size + -info.size % BLOCK
                 if info.isfile() and info.offset_data + info.size <= size_bytes:
                     members.append(Member(info.name, info.offset_data, info.size))
+    except UserError:  # the storage's, which says nothing of the tar
+        raise
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         return Listing(tuple(members), f"the tar is cut short or damaged at byte {min(end, size_bytes)}: {error}")
     if end > size_bytes:

@@ -191,6 +191,8 @@ def _standing_index(place: str, image_shard: ShardInfo, priors: tuple[Prior, ...
         if (index.images, index.fingerprints) != (image_shard.sha256, fingerprints(priors)):
             return None
         return index if storage.sha256(place) == index.shard.sha256 else None
+    except UserError:  # the storage's, which says nothing of the shard
+        raise
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 

@@ -111,7 +111,7 @@ def test_an_index_that_is_missing_broken_or_of_another_shard_is_named(dataset):
 
 
 def test_an_index_survives_its_file(dataset):
-    index = dataset.split("train").indexes[0]
+    index = dataset.split("train").index(0)
     again = ShardIndex.from_bytes(index.to_bytes())
     assert again.to_bytes() == index.to_bytes()
     assert (again.keys, again.shard) == (index.keys, index.shard)
