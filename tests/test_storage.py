@@ -82,9 +82,16 @@ def test_publish_moves_a_whole_folder_and_never_overwrites(tmp_path):
         storage.publish(draft, tmp_path / "final")
 
 
-@pytest.mark.parametrize("kind", ["local", "memory"])
-def test_local_and_remote_places_behave_alike(kind, tmp_path):
-    root = str(tmp_path / "root") if kind == "local" else f"memory://{tmp_path.name}"
+@pytest.mark.parametrize("kind", ["local", "memory", "s3"])
+def test_local_and_remote_places_behave_alike(kind, tmp_path, request):
+    if kind == "s3":
+        request.getfixturevalue("object_store")
+    places = {
+        "local": str(tmp_path / "root"),
+        "memory": f"memory://{tmp_path.name}",
+        "s3": f"s3://bucket/{tmp_path.name}",
+    }
+    root = places[kind]
     place = storage.join(root, "a", "b.bin")
     assert not storage.exists(place)
     assert storage.list_names(root) == []
@@ -99,6 +106,7 @@ def test_local_and_remote_places_behave_alike(kind, tmp_path):
     assert storage.walk(root) == [("a/b.bin", 10), ("c.bin", 1)]
     assert storage.list_names(root) == [".hidden", "a", "c.bin"]
     assert storage.sha256(place) == storage.digest(b"0123456789")
+    storage.remove(place)
     storage.remove(place)
     assert not storage.exists(place)
 

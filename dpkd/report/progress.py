@@ -18,6 +18,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichBar
 
+from dpkd.errors import without_secrets
+
 INTERVAL_S = 10.0
 """Seconds between plain lines."""
 
@@ -25,7 +27,8 @@ _bars: list[RichBar] = []
 
 
 def say(line: str) -> None:
-    """Prints one line, above the bar where one is shown."""
+    """Prints one line, above the bar where one is shown; credentials in URLs are not."""
+    line = without_secrets(line)
     if _bars:
         _bars[-1].console.print(line, markup=False, highlight=False, soft_wrap=True)
     else:
