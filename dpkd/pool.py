@@ -176,8 +176,7 @@ def _stop(workers: list[_Worker]) -> None:
 def _serve(connection: Connection) -> None:
     """The life of a worker: receives the function, then items, until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the parent decides
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[name] = "1"  # before the function brings in numpy: the processes share the cores already
+    one_thread()
     try:
         pickled = connection.recv_bytes()
         load = lru_cache(maxsize=1)(lambda: pickle.loads(pickled))
@@ -185,6 +184,12 @@ def _serve(connection: Connection) -> None:
             connection.send_bytes(answer_to(load, connection.recv_bytes()))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
+
+
+def one_thread() -> None:
+    """Keeps numpy and torch, which the function is still to bring in, to one thread: workers share the cores."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = "1"
 
 
 def answer_to(load: Callable[[], Callable[[Any], Any]], item: bytes) -> bytes:

@@ -122,9 +122,9 @@ def test_a_store_that_fails_and_dawdles_now_and_then_changes_nothing(local, obje
     number = count()
 
     def now_and_then(_method: str, _path: str) -> int | None:
-        turn = next(number) % 12
+        turn = next(number) % 16
         time.sleep(0.2 if turn == 6 else 0)
-        return {4: 500, 9: 503}.get(turn)
+        return {4: 500, 11: 503}.get(turn)
 
     before, object_store.fault = object_store.num_failed, now_and_then
     pack_and_prepare("s3://bucket/flaky", local, tmp_path, pool=SerialPool())
