@@ -35,6 +35,9 @@ NUM_RETRIES = 3
 FIRST_PAUSE_S, PAUSE_GROWTH = 0.5, 3.0
 """Before an item whose storage failed is tried again: 0.5, 1.5 and 4.5 s."""
 
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+"""The environment that keeps a worker's numpy and torch to one thread: workers share the cores already."""
+
 
 class Pool(Protocol):
     """Independent work on items, in any order."""
@@ -176,7 +179,7 @@ def _stop(workers: list[_Worker]) -> None:
 def _serve(connection: Connection) -> None:
     """The life of a worker: receives the function, then items, until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the parent decides
-    one_thread()
+    os.environ.update(ONE_THREAD)  # before the function brings in numpy
     try:
         pickled = connection.recv_bytes()
         load = lru_cache(maxsize=1)(lambda: pickle.loads(pickled))
@@ -184,12 +187,6 @@ def _serve(connection: Connection) -> None:
             connection.send_bytes(answer_to(load, connection.recv_bytes()))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
-
-
-def one_thread() -> None:
-    """Keeps numpy and torch, which the function is still to bring in, to one thread: workers share the cores."""
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[name] = "1"
 
 
 def answer_to(load: Callable[[], Callable[[Any], Any]], item: bytes) -> bytes:

@@ -43,9 +43,19 @@ def forgive_nothing() -> None:
     pool.NUM_RETRIES = 0
 
 
-def rests(count: str, seconds: str) -> None:
+def behind_gate(item: tuple[int, str]) -> str:
+    """Where the worker runs, once the folder holds a file `open`; leaves a file named after the node meanwhile."""
+    number, folder = item
+    node = ray.get_runtime_context().get_node_id()
+    (Path(folder) / node).touch()
+    while not (Path(folder) / "open").exists():
+        time.sleep(0.05)
+    return f"{number} on {node}"
+
+
+def gate(count: str, folder: str) -> None:
     forgive_nothing()
-    show(RayPool(), rest, [float(seconds)] * int(count))
+    show(RayPool(), behind_gate, [(number, folder) for number in range(int(count))])
 
 
 def death() -> None:

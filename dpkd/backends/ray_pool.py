@@ -19,7 +19,7 @@ from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryEr
 
 from dpkd.backends.ray_session import connect, enter
 from dpkd.errors import WorkerFailed
-from dpkd.pool import NUM_RETRIES, Deaths, answer_to, one_thread, result_of
+from dpkd.pool import NUM_RETRIES, ONE_THREAD, Deaths, answer_to, result_of
 from dpkd.report.progress import say
 
 Item = TypeVar("Item")
@@ -146,8 +146,10 @@ class _Crew:
     def __init__(self, function: Callable[[Any], Any], *, needs: dict[str, float]) -> None:
         self._function = ray.put(cloudpickle.dumps(function))
         self._needs = needs
-        options: dict[str, Any] = {"num_cpus": needs["CPU"], "num_gpus": needs.get("GPU", 0)}
-        self._actor: Any = ray.remote(**options, max_restarts=0, max_task_retries=0)(_Worker)
+        options: dict[str, Any] = {"num_cpus": needs["CPU"], "num_gpus": needs.get("GPU", 0), "max_restarts": 0}
+        # not set in the actor: Ray may have brought in numpy by then, and a node's own OMP_NUM_THREADS wins over Ray's
+        options["runtime_env"] = {"env_vars": ONE_THREAD}
+        self._actor: Any = ray.remote(**options, max_task_retries=0)(_Worker)
         self._asked: dict[Any, _Asked] = {}
         self._all: list[_Member] = []
         self._num_failed_starts = 0
@@ -249,7 +251,6 @@ class _Worker:
 
     def __init__(self, function: bytes, folder: str) -> None:
         enter(folder)
-        one_thread()
         self._load = lru_cache(maxsize=1)(lambda: pickle.loads(function))
 
     def node(self) -> str:
