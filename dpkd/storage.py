@@ -84,6 +84,14 @@ def walk(url: str | Path) -> list[tuple[str, int]]:
         return sorted(_walk_local(path, "", set()) if path is not None else _walk_remote(url))
 
 
+def glob(pattern: str) -> list[str]:
+    """Sorted locations that match a pattern with `*`, `?` or `[…]`, local or remote."""
+    with _remote(pattern) as (filesystem, name):
+        return sorted(
+            str(filesystem.unstrip_protocol(found)).removeprefix("file://") for found in filesystem.glob(name)
+        )
+
+
 def read_bytes(url: str | Path) -> bytes:
     """The whole content of a file."""
     path = local_path(url)

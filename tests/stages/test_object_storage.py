@@ -9,9 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dpkd.data.settings import FolderSource
+from dpkd.data.settings import FolderSource, ShardSource
 from dpkd.data.shards import MANIFEST_NAME, Dataset
-from dpkd.errors import StorageUnavailable
+from dpkd.errors import StorageUnavailable, UserError
 from dpkd.inspection import inspect_dataset
 from dpkd.pool import LocalPool
 from dpkd.priors.edge import Edge
@@ -84,6 +84,23 @@ def test_shards_and_maps_on_s3_are_those_of_a_local_run(local, object_store, tmp
     puts = puts_of(object_store)
     pack_and_prepare(dataset.url, local, tmp_path, pool=SerialPool(), source="s3://bucket/images")
     assert {Path(name).name for name in puts} <= {MANIFEST_NAME, "priors.json"}
+
+
+def test_tars_on_s3_are_a_source_by_pattern_and_by_folder(local, object_store, tmp_path):
+    for path in (local / "shards").glob("*.tar"):
+        object_store.client().put_object(Bucket=BUCKET, Key=f"tars/{path.name}", Body=path.read_bytes())
+    expected = pack_tars(str(local / "shards" / "t*-*.tar"), tmp_path / "here", tmp_path)
+    for number, source in enumerate(("s3://bucket/tars/t*-{000000..000002}.tar", "s3://bucket/tars")):
+        packed = pack_tars(source, tmp_path / str(number), tmp_path)
+        assert packed.manifest.splits == expected.manifest.splits
+    with pytest.raises(UserError, match=r"s3://bucket/none/\* holds no \.tar"):
+        pack_tars("s3://bucket/none/*", tmp_path / "none", tmp_path)
+
+
+def pack_tars(source: str, destination: Path, beside: Path) -> Dataset:
+    data = DataSettings(source=ShardSource(path=source), samples_per_shard=5)
+    quarantine = Quarantine(beside / "tars.jsonl", limit=0)
+    return pack(data, str(destination), seed=0, pool=SerialPool(), quarantine=quarantine, progress=lambda *_: None)
 
 
 def test_after_an_interruption_just_the_missing_shards_are_made(local, object_store, tmp_path):
