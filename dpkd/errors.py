@@ -16,6 +16,13 @@ class UserError(ValueError):
     def __init__(self, message: str) -> None:
         super().__init__(without_secrets(message))
 
+    def __str__(self) -> str:
+        return without_secrets(super().__str__())
+
+
+class StorageUnavailable(UserError):
+    """Storage failed in a way that may pass. A pool tries the item again before it gives up."""
+
 
 class StopRequested(Exception):
     """A run that was asked to stop saved its state; the same command continues it. Exit code 75."""

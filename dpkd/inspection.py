@@ -12,7 +12,7 @@ from rich.table import Table
 from dpkd import storage
 from dpkd.data.images import decode_image
 from dpkd.data.shards import Dataset, Sample, ShardInfo
-from dpkd.errors import UserError
+from dpkd.errors import StorageUnavailable, UserError
 from dpkd.priors.shards import MANIFEST_NAME, PriorSet, PriorSplit, read_manifest, set_url
 from dpkd.report.progress import Progress, say
 from dpkd.report.sheet import ShownSample, sheet
@@ -174,6 +174,8 @@ def _damaged_maps(maps: PriorSplit, i: int, sample: Sample, size_bytes: Counter[
         for name, stored in record.maps.items():
             size_bytes[name] += len(stored.data)
             stored.decode()
+    except StorageUnavailable:
+        raise
     except ValueError as error:
         return [str(error)]
     return []

@@ -2,12 +2,17 @@
 
 One process works on one item at a time, so that a death names its item: a `concurrent.futures` pool breaks as a whole
 and cannot tell which item killed it.
+
+Storage that fails in a way that may pass is met here, by doing the whole item again, because only that holds for any
+storage (a mounted disk, a read in the middle of a file); single requests are tried again by the store's own library.
 """
 
+import logging
 import multiprocessing
 import os
 import pickle
 import signal
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,13 +22,21 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, Protocol, TypeVar
 
-from dpkd.errors import WorkerFailed, portable
+from dpkd.errors import StorageUnavailable, WorkerFailed, portable, without_secrets
+from dpkd.storage_errors import may_pass
+
+_log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 NUM_RETRIES = 3
-"""Times that an item whose worker died is tried again."""
+"""Times that an item whose worker died, or whose storage failed in a way that may pass, is tried again."""
+FIRST_PAUSE_S, PAUSE_GROWTH = 0.5, 3.0
+"""Before an item whose storage failed is tried again: 0.5, 1.5 and 4.5 s."""
+
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+"""The environment that keeps a worker's numpy and torch to one thread: workers share the cores already."""
 
 
 class Pool(Protocol):
@@ -36,7 +49,8 @@ class Pool(Protocol):
 
         Function, items and results must pickle; a worker unpickles the function once and keeps it. An exception of
         `function` itself is raised here unchanged, and the rest of the work is cancelled, as it is when the iterator is
-        closed. Raises `WorkerFailed`, naming the item, when it has cost `NUM_RETRIES` + 1 workers.
+        closed. Raises `WorkerFailed`, naming the item, when it has cost `NUM_RETRIES` + 1 workers, and
+        `StorageUnavailable`, naming it too, when its storage has failed as often.
         """
 
 
@@ -51,12 +65,17 @@ class Deaths(Generic[Item]):
         """Notes a worker that died on item `index`; raises `WorkerFailed` once it has cost too many."""
         num_deaths = self._num_deaths[index] = self._num_deaths.get(index, 0) + 1
         if num_deaths > NUM_RETRIES:
-            item = repr(self._items[index])
-            item = item if len(item) <= 200 else item[:200] + "…"
             raise WorkerFailed(
-                f"{num_deaths} workers died, one after the other, on item {index}: {item} ({reason}). "
+                f"{num_deaths} workers died, one after the other, on item {index}: {_named(self._items[index])} "
+                f"({reason}). "
                 "Out of memory? Run with fewer launcher.pool_workers, or take the item out."
             )
+
+
+def _named(item: object) -> str:
+    """The item as an error names it."""
+    text = without_secrets(repr(item))
+    return text if len(text) <= 200 else text[:200] + "…"
 
 
 @dataclass
@@ -160,8 +179,7 @@ def _stop(workers: list[_Worker]) -> None:
 def _serve(connection: Connection) -> None:
     """The life of a worker: receives the function, then items, until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the parent decides
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[name] = "1"  # before the function brings in numpy: the processes share the cores already
+    os.environ.update(ONE_THREAD)  # before the function brings in numpy
     try:
         pickled = connection.recv_bytes()
         load = lru_cache(maxsize=1)(lambda: pickle.loads(pickled))
@@ -174,8 +192,24 @@ def _serve(connection: Connection) -> None:
 def answer_to(load: Callable[[], Callable[[Any], Any]], item: bytes) -> bytes:
     """The pickled answer of a worker to a pickled item: (result, error, its traceback)."""
     try:
-        result = load()(pickle.loads(item))
+        result = _answer_at_last(load(), pickle.loads(item))
         return pickle.dumps((result, None, ""), pickle.HIGHEST_PROTOCOL)
     except Exception as error:  # noqa: BLE001  crosses to the parent, which raises it
         trace = traceback.format_exc()
         return pickle.dumps((None, portable(error), trace), pickle.HIGHEST_PROTOCOL)
+
+
+def _answer_at_last(function: Callable[[Any], Any], item: Any, *, attempt: int = 0) -> Any:
+    """The function's result; where storage fails in a way that may pass, it is called again after a pause."""
+    try:
+        return function(item)
+    except Exception as error:
+        if not may_pass(error):
+            raise
+        if attempt == NUM_RETRIES:
+            message = f"{_named(item)}: storage failed {attempt + 1} times, at last with: {error}"
+            raise StorageUnavailable(message) from error
+        pause_s = FIRST_PAUSE_S * PAUSE_GROWTH**attempt
+        _log.warning("%s: storage failed, trying again in %.1f s: %s", _named(item), pause_s, error)
+    time.sleep(pause_s)
+    return _answer_at_last(function, item, attempt=attempt + 1)

@@ -2,10 +2,10 @@
 
 A location is a path or any fsspec URL (`s3://…`, `gs://…`, `memory://…`). Local writes go to a hidden file beside the
 target, are flushed to the disk and renamed; object stores publish a whole object or none. A write that fails raises
-`UserError` with the path and the cause; a read of what is not there raises `FileNotFoundError`.
+`UserError` with the path and the cause; a read of what is not there raises `FileNotFoundError`. Single requests are
+tried again, with growing pauses, by the store's own library (for S3 botocore and s3fs); whole items by the pool.
 """
 
-import errno
 import hashlib
 import os
 import shutil
@@ -19,21 +19,9 @@ from typing import Any, BinaryIO, cast
 import fsspec
 
 from dpkd.errors import UserError
+from dpkd.storage_errors import missing_library, read_errors, remote_errors, write_errors
 
 TEMPORARY_PREFIX = ".tmp-"
-
-_WAY_OUT = {
-    errno.ENOSPC: "the disk is full: free some space or choose another folder, then run the command again",
-    errno.EDQUOT: "the disk quota is used up: free some space or choose another folder, then run the command again",
-    errno.EFBIG: "the file would be larger than the system allows (ulimit -f): raise that limit",
-    errno.EACCES: "no permission to write there: choose another folder or change its permissions",
-    errno.EPERM: "no permission to write there: choose another folder or change its permissions",
-    errno.EROFS: "that file system is read-only: choose another folder",
-}
-
-
-class ChecksumDiffers(UserError):
-    """A remote file that is not the one it should be."""
 
 
 def local_path(url: str | Path) -> Path | None:
@@ -56,10 +44,14 @@ def exists(url: str | Path) -> bool:
     """True where a file or folder stands."""
     path = local_path(url)
     if path is not None:
-        with _read_errors(url):
+        with read_errors(url):
             return path.exists()
-    filesystem, name = _remote(url)
-    return bool(filesystem.exists(name))
+    with _remote(url) as (filesystem, name):
+        try:
+            filesystem.info(name)  # its `exists` takes any failure for a no
+        except FileNotFoundError:
+            return False
+        return True
 
 
 def size(url: str | Path) -> int:
@@ -67,20 +59,23 @@ def size(url: str | Path) -> int:
     path = local_path(url)
     if path is not None:
         return path.stat().st_size
-    filesystem, name = _remote(url)
-    return int(filesystem.size(name))
+    with _remote(url) as (filesystem, name):
+        return int(filesystem.size(name))
 
 
 def list_names(url: str | Path) -> list[str]:
     """Sorted names of what stands directly in a folder, hidden names included; empty where there is no folder."""
     path = local_path(url)
     if path is not None:
-        with _read_errors(url):
+        with read_errors(url):
             return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
-    filesystem, name = _remote(url)
-    if not filesystem.isdir(name):
-        return []
-    return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in filesystem.ls(name, detail=False))
+    with _remote(url) as (filesystem, name):
+        try:
+            entries = [str(entry).rstrip("/") for entry in filesystem.ls(name, detail=False)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        itself = name.rstrip("/")  # the answer for a file, and for an empty object that stands for a folder
+        return sorted(entry.rsplit("/", 1)[-1] for entry in entries if entry.strip("/") != itself.strip("/"))
 
 
 def walk(url: str | Path) -> list[tuple[str, int]]:
@@ -89,8 +84,16 @@ def walk(url: str | Path) -> list[tuple[str, int]]:
     What is neither file nor folder (a pipe, a device, a link to nowhere) has -1 bytes.
     """
     path = local_path(url)
-    with _read_errors(url):
+    with read_errors(url):
         return sorted(_walk_local(path, "", set()) if path is not None else _walk_remote(url))
+
+
+def glob(pattern: str) -> list[str]:
+    """Sorted locations that match a pattern with `*`, `?` or `[…]`, local or remote."""
+    with _remote(pattern) as (filesystem, name):
+        return sorted(
+            str(filesystem.unstrip_protocol(found)).removeprefix("file://") for found in filesystem.glob(name)
+        )
 
 
 def read_bytes(url: str | Path) -> bytes:
@@ -98,8 +101,8 @@ def read_bytes(url: str | Path) -> bytes:
     path = local_path(url)
     if path is not None:
         return path.read_bytes()
-    filesystem, name = _remote(url)
-    return cast(bytes, filesystem.cat_file(name))
+    with _remote(url) as (filesystem, name):
+        return cast(bytes, filesystem.cat_file(name))
 
 
 def read_range(url: str | Path, offset: int, size: int) -> bytes:
@@ -109,8 +112,8 @@ def read_range(url: str | Path, offset: int, size: int) -> bytes:
         with path.open("rb") as file:
             file.seek(offset)
             return file.read(size)
-    filesystem, name = _remote(url)
-    return cast(bytes, filesystem.cat_file(name, start=offset, end=offset + size))
+    with _remote(url) as (filesystem, name):
+        return cast(bytes, filesystem.cat_file(name, start=offset, end=offset + size))
 
 
 @contextmanager
@@ -121,35 +124,44 @@ def open_read(url: str | Path) -> Iterator[BinaryIO]:
         with path.open("rb") as file:
             yield file
         return
-    filesystem, name = _remote(url)
-    with filesystem.open(name, "rb") as file:
-        yield cast(BinaryIO, file)
+    with _remote(url) as (filesystem, name):
+        file = filesystem.open(name, "rb")
+    with file:
+        yield cast(BinaryIO, _RemoteFile(file, url))
 
 
 @contextmanager
 def open_atomic(url: str | Path) -> Iterator[BinaryIO]:
     """A new binary file that appears at `url`, whole and flushed to the disk, once the block ends without an error."""
     path = local_path(url)
-    folder = path.parent if path is not None else Path(tempfile.gettempdir())
-    beside = folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{str(url).rsplit('/', 1)[-1]}"
+    with write_errors(url), _open_atomic_remote(url) if path is None else _open_atomic_local(path) as file:
+        yield file
+
+
+@contextmanager
+def _open_atomic_local(path: Path) -> Iterator[BinaryIO]:
+    beside = path.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}"
     try:
-        with write_errors(url):
-            folder.mkdir(parents=True, exist_ok=True)
-            with beside.open("xb") as file:
-                yield file
-                file.flush()
-                if path is not None:
-                    os.fsync(file.fileno())
-            if path is not None:
-                beside.replace(path)
-                sync_folder(folder)
-            else:
-                filesystem, name = _remote(url)
-                filesystem.makedirs(name.rsplit("/", 1)[0], exist_ok=True)
-                filesystem.put_file(str(beside), name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        sync_folder(path.parent)
     finally:
         with suppress(OSError):  # the first error is the one to tell
             beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _open_atomic_remote(url: str | Path) -> Iterator[BinaryIO]:
+    with tempfile.TemporaryFile() as file:  # has no name, so that a kill leaves nothing on the disk
+        yield cast(BinaryIO, file)
+        file.flush()
+        with _remote(url) as (filesystem, name):
+            # no makedirs: on S3 it would create a bucket that is misspelt
+            filesystem.put_file(f"/proc/self/fd/{file.fileno()}", name)
 
 
 def write_bytes_atomic(url: str | Path, data: bytes) -> None:
@@ -164,8 +176,7 @@ def remove(url: str | Path) -> None:
     if path is not None:
         path.unlink(missing_ok=True)
         return
-    filesystem, name = _remote(url)
-    if filesystem.exists(name):
+    with _remote(url) as (filesystem, name), suppress(FileNotFoundError):
         filesystem.rm_file(name)
 
 
@@ -177,11 +188,11 @@ def write_bytes_once(url: str | Path, data: bytes) -> bool:
     path = local_path(url)
     with write_errors(url):
         if path is None:
-            filesystem, name = _remote(url)
-            try:
-                filesystem.pipe_file(name, data, mode="create")
-            except FileExistsError:
-                return False
+            with _remote(url) as (filesystem, name):
+                try:
+                    filesystem.pipe_file(name, data, mode="create")
+                except FileExistsError:
+                    return False
             return True
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}"
@@ -202,8 +213,8 @@ def deliver(file: Path, url: str | Path) -> None:
     path = local_path(url)
     with write_errors(url):
         if path is None:
-            filesystem, name = _remote(url)
-            filesystem.put_file(str(file), name)
+            with _remote(url) as (filesystem, name):
+                filesystem.put_file(str(file), name)
             file.unlink()
             return
         sync_file(file)
@@ -228,8 +239,7 @@ def remove_tree(url: str | Path) -> None:
             if path.exists():
                 shutil.rmtree(path)
             return
-        filesystem, name = _remote(url)
-        if filesystem.exists(name):
+        with _remote(url) as (filesystem, name), suppress(FileNotFoundError):
             filesystem.rm(name, recursive=True)
 
 
@@ -246,25 +256,6 @@ def publish(folder_tmp: str | Path, folder: str | Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         source.rename(target)
         sync_folder(target.parent)
-
-
-def fetch(url: str | Path, *, size_bytes: int, sha256_hex: str) -> Path:
-    """A local file with the content of `url`: itself where local, else a checked copy kept in the temporary folder."""
-    path = local_path(url)
-    if path is not None:
-        return path
-    folder = Path(tempfile.gettempdir()) / f"dpkd-shards-{os.getuid()}" / sha256_hex[:2]
-    copy = folder / f"{sha256_hex}.tar"
-    if copy.exists() and copy.stat().st_size == size_bytes:
-        return copy
-    with open_atomic(copy) as target, open_read(url) as source:
-        shutil.copyfileobj(source, target, 1 << 20)
-    if sha256(copy) != sha256_hex:
-        copy.unlink(missing_ok=True)
-        raise ChecksumDiffers(
-            f"{url} is not the file that dataset.json describes (its checksum differs): pack or copy it again"
-        )
-    return copy
 
 
 def sha256(path: str | Path) -> str:
@@ -296,27 +287,34 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def write_errors(url: str | Path) -> Iterator[None]:
-    """Turns an `OSError` of writing into a `UserError` that names the place, the cause and the way out."""
-    try:
-        yield
-    except OSError as error:
-        way_out = _WAY_OUT.get(error.errno or 0, "check that the place exists and can be written, or choose another")
-        raise UserError(f"cannot write {url}: {error.strerror or error}; {way_out}") from error
+class _RemoteFile:
+    """The verbs of a remote file that is read, whose failures are told as those of the other operations."""
+
+    def __init__(self, file: Any, url: str | Path) -> None:
+        self._file = file
+        self._url = url
+
+    def read(self, size: int = -1) -> bytes:
+        with remote_errors(self._url):
+            return cast(bytes, self._file.read(size))
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
 
 
 @contextmanager
-def _read_errors(url: str | Path) -> Iterator[None]:
+def _remote(url: str | Path) -> Iterator[tuple[Any, str]]:
+    """The file system and the name in it; errors within are told by `remote_errors`."""
     try:
-        yield
-    except PermissionError as error:
-        raise UserError(f"cannot read {url}: no permission; change its permissions or choose another place") from error
-
-
-def _remote(url: str | Path) -> tuple[Any, str]:
-    filesystem, name = fsspec.core.url_to_fs(str(url))
-    return filesystem, str(name)
+        # listings that are kept would hide what other processes write
+        filesystem, name = fsspec.core.url_to_fs(str(url), use_listings_cache=False)
+    except (ImportError, ValueError) as error:
+        raise missing_library(url, error) from error
+    with remote_errors(url):
+        yield filesystem, str(name)
 
 
 def _walk_local(folder: Path, prefix: str, seen: set[str]) -> Iterator[tuple[str, int]]:
@@ -334,9 +332,10 @@ def _walk_local(folder: Path, prefix: str, seen: set[str]) -> Iterator[tuple[str
 
 
 def _walk_remote(url: str | Path) -> Iterator[tuple[str, int]]:
-    filesystem, name = _remote(url)
+    with _remote(url) as (filesystem, name):
+        found = filesystem.find(name, detail=True)
     root = name.rstrip("/") + "/"
-    for path, info in filesystem.find(name, detail=True).items():
+    for path, info in found.items():
         relative = str(path).removeprefix(root)
         if not any(part.startswith(".") for part in relative.split("/")):
             yield relative, int(info["size"])

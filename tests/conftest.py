@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.object_store import ObjectStore, forget_connections
 from tools.local_ray_cluster import LocalCluster
 from tools.make_sample_data import SampleSettings, draw_samples
 
@@ -69,3 +70,21 @@ def ray_connection(ray_cluster: LocalCluster) -> Iterator[None]:
             patch.setenv(name, value)
         yield
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def object_store_server() -> Iterator[ObjectStore]:
+    """An S3 server on loopback, for this session alone."""
+    with ObjectStore() as store:
+        yield store
+
+
+@pytest.fixture
+def object_store(object_store_server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    """The S3 server, whole, and the environment that leads this process and its children to it."""
+    for name, value in object_store_server.variables().items():
+        monkeypatch.setenv(name, value)
+    forget_connections()
+    yield object_store_server
+    object_store_server.fault = None
+    forget_connections()

@@ -25,7 +25,7 @@ def flip_header(data: bytes) -> bytes:
 def change_member(split: Split, i: int, extension: str, change: Change) -> str:
     """Changes the bytes of a member of sample `i` in its shard, and nothing else; returns the sample's key."""
     shard, row = split.locate(i)
-    index = split.indexes[shard]
+    index = split.index(shard)
     offset, size = (int(column[row]) for column in index.members[extension])
     with (Path(split.url) / split.info.shards[shard].name).open("r+b") as file:
         file.seek(offset)
@@ -40,7 +40,7 @@ def change_member(split: Split, i: int, extension: str, change: Change) -> str:
 def cut_inside(split: Split, i: int) -> list[str]:
     """Cuts the shard of sample `i` within its image; returns the keys that are no longer whole."""
     shard, row = split.locate(i)
-    index = split.indexes[shard]
+    index = split.index(shard)
     extension = next(ext for ext in ("jpg", "png") if ext in index.members)
     offset, size = (int(column[row]) for column in index.members[extension])
     place = Path(split.url) / split.info.shards[shard].name
@@ -53,7 +53,7 @@ def vouch(dataset: Dataset) -> Dataset:
     splits = {}
     for name, info in dataset.manifest.splits.items():
         shards = []
-        for index in dataset.split(name).indexes:
+        for index in dataset.split(name).indexes():
             data = (Path(dataset.url) / index.shard.name).read_bytes()
             shard = index.shard.model_copy(update={"sha256": storage.digest(data)})
             spans = {

@@ -1,11 +1,13 @@
 """What workers do in the tests of pools; apart from the tests, so that a worker imports little."""
 
+import errno
 import os
 import signal
 import time
+import uuid
 from pathlib import Path
 
-from dpkd.errors import UserError
+from dpkd.errors import StorageUnavailable, UserError
 
 
 def square(number):
@@ -31,6 +33,31 @@ def kill_worker(number):
     if number == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return number
+
+
+def fail_at_first(item):
+    """Fails as storage does, `num_failures` times for each item."""
+    number, folder, num_failures = item
+    marks = Path(folder) / str(number)
+    marks.mkdir(exist_ok=True)
+    attempt = len(list(marks.iterdir()))
+    (marks / str(attempt)).touch()
+    if number == 3 and attempt < num_failures:
+        raise (StorageUnavailable("s3://bucket: busy") if attempt % 2 else OSError(errno.ESTALE, "stale file handle"))
+    return number
+
+
+def refuse_file(item):
+    number, folder = item
+    (Path(folder) / f"{number}-{uuid.uuid4().hex}").touch()
+    raise FileNotFoundError(f"no file {number}")
+
+
+def num_threads(_item):
+    import numpy as np  # noqa: F401, PLC0415  as a function's module brings it in
+    import threadpoolctl  # noqa: PLC0415
+
+    return [each["num_threads"] for each in threadpoolctl.threadpool_info()]
 
 
 def note_and_wait(item):

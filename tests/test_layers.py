@@ -11,7 +11,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dpkd"
 # Low to high. A module imports from its own room and the lines below it; rooms on one line do not import each other.
 LAYERS = (
     ("section", "errors", "settings_errors", "strict_yaml", "untrusted"),
+    ("storage_errors",),
     ("storage",),
+    ("shard_cache",),
     ("world",),
     ("average", "optimizer"),
     ("engine_state",),

@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 
 from dpkd.backends.ray_pool import RayPool
-from dpkd.errors import UserError, WorkerFailed
-from dpkd.pool import LocalPool, Pool
+from dpkd.errors import StorageUnavailable, UserError, WorkerFailed
+from dpkd.pool import NUM_RETRIES, LocalPool, Pool
 from tests.pool_work import (
+    fail_at_first,
     kill_first_worker,
     kill_worker,
     name_folder,
     note_and_wait,
+    num_threads,
+    refuse_file,
     refuse_three,
     return_function,
     square,
@@ -76,3 +79,26 @@ def test_workers_end_when_the_iterator_is_closed(pool, tmp_path):
 
 def test_relative_paths_mean_the_same_in_workers(pool):
     assert list(pool.map(name_folder, [0])) == [(0, str(Path.cwd()))]
+
+
+def test_an_item_whose_storage_fails_is_done_once_more(pool, tmp_path):
+    items = [(number, str(tmp_path), 2) for number in range(5)]
+    assert sorted(pool.map(fail_at_first, items)) == [(number, number) for number in range(5)]
+    assert len(list((tmp_path / "3").iterdir())) == 3
+    assert len(list((tmp_path / "2").iterdir())) == 1
+
+
+def test_an_item_whose_storage_always_fails_is_named_with_the_last_error(pool, tmp_path):
+    with pytest.raises(StorageUnavailable, match=rf"\(3, .*: storage failed {NUM_RETRIES + 1} times, .*s3://bucket: b"):
+        list(pool.map(fail_at_first, [(number, str(tmp_path), 99) for number in range(5)]))
+    assert len(list((tmp_path / "3").iterdir())) == NUM_RETRIES + 1
+
+
+def test_a_file_that_is_missing_is_not_asked_for_again(pool, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file 0"):
+        list(pool.map(refuse_file, [(0, str(tmp_path))]))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_workers_compute_with_one_thread(pool):
+    assert {count for _, counts in pool.map(num_threads, [0]) for count in counts} == {1}

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 START_TIMEOUT_S = 120.0
@@ -25,9 +26,14 @@ STOP_TIMEOUT_S = 5.0
 
 
 class LocalCluster:
-    """A head and further raylets as processes of this one, one for each entry of `cpus`; a context manager."""
+    """A head and further raylets as processes of this one, one for each entry of `cpus`; a context manager.
 
-    def __init__(self, cpus: Sequence[int], *, environment: dict[str, str] | None = None) -> None:
+    `gpus` says how many GPUs each node claims to have; Ray hands them out whether they are there or not.
+    """
+
+    def __init__(
+        self, cpus: Sequence[int], *, gpus: Sequence[int] = (), environment: dict[str, str] | None = None
+    ) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="dpkd-ray-", dir="/tmp"))  # short: it becomes part of socket paths
         gcs, dashboard = _free_ports(2)
         self.address = f"127.0.0.1:{gcs}"
@@ -40,12 +46,11 @@ class LocalCluster:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self._environment = inherited | (environment or {}) | self.variables
         self._nodes: list[subprocess.Popen[bytes]] = []
-        head = ["--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
-        head += [f"--temp-dir={self._folder}", f"--ray-client-server-port={_free_ports(1)[0]}"]
+        self._head = ["--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
+        self._head += [f"--temp-dir={self._folder}", f"--ray-client-server-port={_free_ports(1)[0]}"]
         try:
-            for place, num_cpus in enumerate(cpus):
-                self._start_node(head if place == 0 else [f"--address={self.address}"], num_cpus=num_cpus)
-                self._wait_for_node(place)
+            for num_cpus, num_gpus in zip_longest(cpus, gpus, fillvalue=0):
+                self.add_node(num_cpus, num_gpus=num_gpus)
         except BaseException:
             self.stop()
             raise
@@ -74,6 +79,14 @@ class LocalCluster:
         ]
         return subprocess.run(submit, env=self._environment, capture_output=True, text=True, check=False)
 
+    def add_node(self, num_cpus: int, *, num_gpus: int = 0) -> int:
+        """Starts one more node, the head first, and waits until it runs; returns its place."""
+        place = len(self._nodes)
+        role = self._head if place == 0 else [f"--address={self.address}"]
+        self._start_node([*role, f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}"])
+        self._wait_for_node(place)
+        return place
+
     def kill_node(self, place: int) -> None:
         """Ends one node at once, as when its machine fails."""
         self._nodes[place].kill()
@@ -90,9 +103,9 @@ class LocalCluster:
             self.kill_node(place)  # its processes die with it
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _start_node(self, arguments: Sequence[str], *, num_cpus: int) -> None:
+    def _start_node(self, arguments: Sequence[str]) -> None:
         listen, grpc = _free_ports(2)  # the defaults are fixed, and two nodes of one machine would meet there
-        command = [_ray(), "start", "--block", "--node-ip-address=127.0.0.1", f"--num-cpus={num_cpus}", "--num-gpus=0"]
+        command = [_ray(), "start", "--block", "--node-ip-address=127.0.0.1"]
         command += [f"--dashboard-agent-listen-port={listen}", f"--dashboard-agent-grpc-port={grpc}"]
         command += ["--min-worker-port=0", "--max-worker-port=0", "--object-store-memory=100000000", *arguments]
         log = (self._folder / f"node-{len(self._nodes)}.log").open("wb")

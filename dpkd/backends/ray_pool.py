@@ -1,129 +1,261 @@
-"""The pool on a Ray cluster: one actor a CPU, one item at a time each, so that a death names its item."""
+"""The pool on a Ray cluster: one actor a CPU or GPU, one item at a time each, so that a death names its item.
+
+The pool follows the cluster while it works: a node that joins gets workers, and the items of a node that is lost are
+done elsewhere. A lost node is no fault of the items that its workers had.
+"""
 
 import pickle
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 from ray import cloudpickle
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryError, RayActorError, RayError
 
-from dpkd.backends.ray_session import connect, enter, node_cpus
+from dpkd.backends.ray_session import connect, enter
 from dpkd.errors import WorkerFailed
-from dpkd.pool import NUM_RETRIES, Deaths, answer_to, result_of
+from dpkd.pool import NUM_RETRIES, ONE_THREAD, Deaths, answer_to, result_of
 from dpkd.report.progress import say
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+LOOK_S = 1.0
+"""Seconds between two looks at what the cluster has room for, while nothing else happens."""
 PATIENCE_S = 30.0
 """Seconds between two words on waiting for the cluster."""
 
 
 class RayPool:
-    """Actors on the cluster that this process belongs to; `num_workers` none takes one for each of its CPUs.
+    """Actors on the cluster that this process belongs to, each with a CPU and, if asked for, a share of a GPU.
 
-    Workers for which the cluster has no room yet join when it has: an autoscaler sees them waiting.
+    `num_workers` is a ceiling; none takes as many as the cluster has room for at each moment, and the attribute then
+    says how many that was at the start. `gpus_per_worker` is a fraction up to 1, or a whole number.
     """
 
-    def __init__(self, num_workers: int | None = None) -> None:
+    def __init__(self, num_workers: int | None = None, *, gpus_per_worker: float = 0.0) -> None:
+        assert num_workers is None or num_workers >= 1, num_workers
+        assert 0 <= gpus_per_worker <= 1 or gpus_per_worker == int(gpus_per_worker), gpus_per_worker
         connect()
-        self.num_workers = num_workers or max(1, sum(node_cpus()))
+        self._ceiling = num_workers
+        self._needs = {"CPU": 1.0} | ({"GPU": float(gpus_per_worker)} if gpus_per_worker else {})
+        self.num_workers = num_workers or max(1, room(nodes(), needs=self._needs))
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
         """See `Pool.map`."""
-        crew = _Crew(function)
+        crew = _Crew(function, needs=self._needs)
         deaths = Deaths(items)
         waiting = deque(range(len(items)))
         try:
             while waiting or crew.num_working:
-                while waiting and crew.size < min(self.num_workers, len(waiting) + crew.num_working):
+                for _ in range(crew.size, min(self._limit(), len(waiting) + crew.num_working)):
                     crew.start_worker()
-                worker, index, outcome = crew.next_event()
-                if isinstance(outcome, RayActorError):
-                    if index is None:
-                        crew.count_failed_start(outcome)
-                    else:
-                        waiting.appendleft(index)
-                        deaths.add(index, reason=str(outcome).splitlines()[0])
+                event = crew.next_event()
+                if event is None:
+                    continue
+                if event.death is not None:
+                    if event.index is not None:
+                        waiting.appendleft(event.index)
+                    self._judge(event, crew=crew, deaths=deaths)
                     continue
                 if waiting:
                     following = waiting.popleft()
-                    crew.give(worker, following, items[following])
-                if index is not None:
-                    yield index, result_of(pickle.loads(outcome))
+                    crew.give(event.member, following, items[following])
+                else:
+                    crew.let_go(event.member)
+                if event.index is not None:
+                    yield event.index, result_of(pickle.loads(event.answer))
         finally:
             crew.dismiss()
 
+    def _limit(self) -> int:
+        return self._ceiling or max(1, room(nodes(), needs=self._needs))  # one that waits shows an autoscaler the need
+
+    @staticmethod
+    def _judge(event: "_Event", *, crew: "_Crew", deaths: Deaths[Any]) -> None:
+        """Counts a death against its item, or against the cluster where the worker never came up."""
+        reason = _gist(event.death)
+        if event.lost:
+            say(f"lost a worker with its node, its work goes to others: {reason}")
+        elif event.index is None:
+            crew.count_failed_start(reason)
+        else:
+            deaths.add(event.index, reason=reason)
+
+
+def nodes() -> list[dict[str, float]]:
+    """The resources of each node that is alive."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def room(nodes: Sequence[dict[str, float]], *, needs: dict[str, float]) -> int:
+    """How many workers fit on nodes with these resources."""
+    return sum(min(int(node.get(name, 0.0) / need + 1e-6) for name, need in needs.items()) for node in nodes)
+
+
+def shortage(nodes: Sequence[dict[str, float]], *, needs: dict[str, float], free: dict[str, float]) -> str:
+    """What a worker waits for, in words and numbers; `free` is what no worker of any job holds, over all nodes."""
+    wanted = " and ".join(f"{need:g} {name}" for name, need in needs.items())
+    have = " and ".join(
+        f"{sum(node.get(name, 0.0) for node in nodes):g} {name}s ({free.get(name, 0.0):g} free)" for name in needs
+    )
+    waits = f"waiting for the Ray cluster: a worker needs {wanted}, and its {len(nodes)} nodes have {have}"
+    if room(nodes, needs=needs):
+        return waits
+    return f"{waits}; no node has {wanted}: this goes on once such a node joins (see `ray status`)"
+
+
+@dataclass(eq=False)
+class _Member:
+    """An actor, and the node that it runs on, once it does."""
+
+    actor: Any
+    node_id: str | None = None
+
+
+@dataclass(frozen=True)
+class _Event:
+    """A worker that came up, answered or died."""
+
+    member: _Member
+    index: int | None
+    """The item that it had; none while it came up."""
+    answer: bytes = b""
+    death: RayError | None = None
+    lost: bool = False
+    """It died with its node, or its answer did."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a worker was last asked: to come up (index none), to work on an item, or (doubt) whether it still lives."""
+
+    member: _Member
+    index: int | None
+    doubt: RayError | None = None
+
 
 class _Crew:
-    """The actors, and what each was last asked: to come up (index none) or to work on an item."""
+    """The actors and what they were asked."""
 
-    def __init__(self, function: Callable[[Any], Any]) -> None:
+    def __init__(self, function: Callable[[Any], Any], *, needs: dict[str, float]) -> None:
         self._function = ray.put(cloudpickle.dumps(function))
-        self._actor: Any = ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(_Worker)
-        self._asked: dict[Any, tuple[Any, int | None]] = {}
-        self._all: list[Any] = []
+        self._needs = needs
+        options: dict[str, Any] = {"num_cpus": needs["CPU"], "num_gpus": needs.get("GPU", 0), "max_restarts": 0}
+        # not set in the actor: Ray may have brought in numpy by then, and a node's own OMP_NUM_THREADS wins over Ray's
+        options["runtime_env"] = {"env_vars": ONE_THREAD}
+        self._actor: Any = ray.remote(**options, max_task_retries=0)(_Worker)
+        self._asked: dict[Any, _Asked] = {}
+        self._all: list[_Member] = []
         self._num_failed_starts = 0
+        self._spoke_s: float | None = None
+        self._busy_s = time.monotonic()
 
     @property
     def size(self) -> int:
-        """Actors that come up or work."""
+        """Workers that come up or work."""
         return len(self._asked)
 
     @property
     def num_working(self) -> int:
-        """Actors that work on an item."""
-        return sum(index is not None for _, index in self._asked.values())
+        """Workers that work on an item."""
+        return sum(asked.index is not None for asked in self._asked.values())
 
     def start_worker(self) -> None:
         """Asks for one more; its first event comes when the cluster has found room for it."""
-        worker = self._actor.remote(self._function, str(Path.cwd()))
-        self._all.append(worker)
-        self._asked[worker.ready.remote()] = (worker, None)
+        member = _Member(self._actor.remote(self._function, str(Path.cwd())))
+        self._all.append(member)
+        self._asked[member.actor.node.remote()] = _Asked(member, None)
 
-    def give(self, worker: Any, index: int, item: Any) -> None:
+    def give(self, member: _Member, index: int, item: Any) -> None:
         """Hands an item to a worker that is free."""
-        self._asked[worker.answer.remote(cloudpickle.dumps(item))] = (worker, index)
+        self._asked[member.actor.answer.remote(cloudpickle.dumps(item))] = _Asked(member, index)
 
-    def next_event(self) -> tuple[Any, int | None, Any]:
-        """Waits for (worker, index of its item or none, its pickled answer or the `RayActorError` that ended it)."""
-        while True:
-            done, _ = ray.wait(list(self._asked), timeout=PATIENCE_S)
-            if done:
-                break
-            if not self.num_working:
-                say(f"waiting for a free CPU of the Ray cluster; its nodes have {node_cpus()}")
-        worker, index = self._asked.pop(done[0])
+    def let_go(self, member: _Member) -> None:
+        """Ends a worker; what it held is free for others."""
+        ray.kill(member.actor)
+        self._all.remove(member)
+
+    def next_event(self) -> _Event | None:
+        """Waits for an event; none where the cluster is to be looked at again first."""
+        done, _ = ray.wait(list(self._asked), timeout=LOOK_S)
+        if not done:
+            self._speak_of_waiting()
+            return None
+        self._busy_s = time.monotonic()
+        asked = self._asked.pop(done[0])
         try:
-            return worker, index, ray.get(done[0])
-        except RayActorError as death:
-            return worker, index, death
+            answer = ray.get(done[0])
+        except (ActorUnavailableError, ObjectLostError) as doubt:
+            # the connection broke, and Ray does not know yet what became of the worker: the next answer tells
+            self._asked[asked.member.actor.node.remote()] = _Asked(asked.member, asked.index, doubt)
+            return None
+        except (RayActorError, OutOfMemoryError) as death:
+            self._all.remove(asked.member)
+            return _Event(asked.member, asked.index, death=death, lost=_lost(asked.member, death))
+        return self._answered(asked, answer)
 
-    def count_failed_start(self, death: RayActorError) -> None:
+    def _answered(self, asked: _Asked, answer: Any) -> _Event:
+        if asked.doubt is not None:  # it lives, and its answer to the item is gone
+            self.let_go(asked.member)
+            return _Event(asked.member, asked.index, death=asked.doubt, lost=True)
+        if asked.index is None:
+            asked.member.node_id = answer
+            self._num_failed_starts = 0
+            return _Event(asked.member, None)
+        return _Event(asked.member, asked.index, answer=answer)
+
+    def count_failed_start(self, reason: str) -> None:
         """Notes a worker that never came up; raises `WorkerFailed` when that goes on."""
         self._num_failed_starts += 1
         if self._num_failed_starts > NUM_RETRIES:
-            raise WorkerFailed(f"{self._num_failed_starts} workers did not come up on the Ray cluster: {death}")
+            raise WorkerFailed(f"{self._num_failed_starts} workers did not come up on the Ray cluster: {reason}")
 
     def dismiss(self) -> None:
-        """Ends all actors, whatever they are at."""
-        for worker in self._all:
-            ray.kill(worker)
+        """Ends all workers, whatever they are at."""
+        for member in self._all:
+            ray.kill(member.actor)
+
+    def _speak_of_waiting(self) -> None:
+        """Says what is missing while no worker works: at once where no node could hold one, and now and then."""
+        now_s, standing = time.monotonic(), nodes()
+        never = self._spoke_s is None and not room(standing, needs=self._needs)
+        if self.num_working or not (never or now_s - max(self._spoke_s or 0.0, self._busy_s) > PATIENCE_S):
+            return
+        self._spoke_s = now_s
+        say(shortage(standing, needs=self._needs, free=ray.available_resources()))
+
+
+def _lost(member: _Member, death: RayError) -> bool:
+    """Whether the worker died because its node did."""
+    if getattr(death, "preempted", False):
+        return True
+    if member.node_id is None:
+        return "node has died" in str(death)
+    return not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == member.node_id)
+
+
+def _gist(death: RayError | None) -> str:
+    """The cause in the page that Ray writes about a death."""
+    lines = str(death).splitlines() or [""]
+    return next((line for line in lines if "because" in line), lines[0]).partition(". ")[0]
 
 
 class _Worker:
-    """An actor: unpickles the function once, then answers for items."""
+    """The actor's own side: unpickles the function once, then answers for items."""
 
     def __init__(self, function: bytes, folder: str) -> None:
         enter(folder)
         self._load = lru_cache(maxsize=1)(lambda: pickle.loads(function))
 
-    def ready(self) -> None:
-        """Returns once the actor runs."""
+    def node(self) -> str:
+        """The node that this runs on."""
+        return str(ray.get_runtime_context().get_node_id())
 
     def answer(self, item: bytes) -> bytes:
         """The pickled answer to a pickled item."""

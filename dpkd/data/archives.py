@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
-import fsspec
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from dpkd import storage
@@ -95,10 +94,7 @@ def _tars(path: str) -> tuple[list[_Tar], tuple[str, ...] | None]:
 
 
 def _expand(pattern: str) -> list[str]:
-    if not any(sign in pattern for sign in "*?["):
-        return [pattern]
-    filesystem, name = fsspec.core.url_to_fs(pattern)
-    return sorted(str(filesystem.unstrip_protocol(found)).removeprefix("file://") for found in filesystem.glob(name))
+    return storage.glob(pattern) if any(sign in pattern for sign in "*?[") else [pattern]
 
 
 def _list_tar(tar: _Tar, *, classes: tuple[str, ...] | None) -> _Contents:

@@ -14,7 +14,8 @@ from typing import Any
 
 from dpkd import storage
 from dpkd.data.images import BrokenImage
-from dpkd.errors import UserError
+from dpkd.errors import StorageUnavailable, UserError
+from dpkd.storage_errors import may_pass
 
 MAX_FILE_BYTES = 1 << 31
 """Larger image files are not read: no image that is small enough to be decoded takes that much."""
@@ -42,9 +43,8 @@ class Blob:
         except OSError as error:
             if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL):
                 raise BrokenImage(f"the file cannot be read: {error.strerror}") from error
-            raise UserError(
-                f"cannot read {self.url}: {error}; see to the storage, then run the command again"
-            ) from error
+            kind = StorageUnavailable if may_pass(error) else UserError
+            raise kind(f"cannot read {self.url}: {error}; see to the storage, then run the command again") from error
         except ImportError as error:
             raise UserError(f"cannot read {self.url}: {error}") from error
         except UserError:  # the storage's

@@ -14,6 +14,7 @@ A sample's bytes are checked against the index whenever they are read: damage in
 A key is the path of the image in its source without the extension. Axes: N samples.
 """
 
+import hashlib
 import os
 import zlib
 from bisect import bisect_right
@@ -22,7 +23,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -31,7 +31,9 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dpkd import storage
+from dpkd.data.recent import MAX_FILES, MAX_INDEXES, Recent
 from dpkd.errors import UserError
+from dpkd.shard_cache import ChecksumDiffers, open_shard
 from dpkd.untrusted import parse_json
 
 FORMAT_VERSION = 1
@@ -216,7 +218,7 @@ class Dataset:
     def given(self) -> dict[str, int]:
         """How many samples came with each expert map; the mask of figure and ground is "mask"."""
         count: Counter[str] = Counter()
-        for index in (index for name in self.manifest.splits for index in self.split(name).indexes):
+        for index in (index for name in self.manifest.splits for index in self.split(name).indexes()):
             for extension, (offset_N, _) in index.members.items():
                 if extension == MASK_EXTENSION or extension.startswith(EXPERT_PREFIX):
                     count[_given_name(extension)] += int((offset_N >= 0).sum())
@@ -236,28 +238,32 @@ class Split:
         self.num_samples = info.num_samples
         self.shard_sizes = [shard.num_samples for shard in info.shards]
         self._ends = list(accumulate(self.shard_sizes))
-        self._file_of: dict[int, int] = {}
+        self._files: Recent[int] = Recent(MAX_FILES, let_go=os.close)
+        self._indexes: Recent[ShardIndex] = Recent(MAX_INDEXES)
         self._fault_of: dict[int, str | None] = {}
 
     @property
     def keys(self) -> list[str]:
         """The key of every sample."""
-        return [key for index in self.indexes for key in index.keys]
+        return [key for index in self.indexes() for key in index.keys]
 
     @property
     def groups(self) -> list[str | None]:
         """The group of every sample, None where it has none."""
-        return [group for index in self.indexes for group in index.groups]
+        return [group for index in self.indexes() for group in index.groups]
 
     @cached_property
     def label_N(self) -> npt.NDArray[np.int64]:  # noqa: N802 (the axis)
         """The class of every sample, as its place in `Manifest.classes`; -1 without a label."""
-        return np.concatenate([np.empty(0, np.int64), *(index.label_N for index in self.indexes)])
+        return np.concatenate([np.empty(0, np.int64), *(index.label_N for index in self.indexes())])
 
-    @cached_property
-    def indexes(self) -> list[ShardIndex]:
-        """The index of every shard; raises `UserError` for one that is missing or does not belong to its shard."""
-        return [read_index(self.url, shard) for shard in self.info.shards]
+    def index(self, k: int) -> ShardIndex:
+        """The index of shard `k`; raises `UserError` where it is missing or does not belong to its shard."""
+        return self._indexes.get(k, lambda number: read_index(self.url, self.info.shards[number]))
+
+    def indexes(self) -> Iterator[ShardIndex]:
+        """The index of every shard, one after the other: a large split's do not fit the memory together."""
+        return (self.index(k) for k in range(len(self.info.shards)))
 
     def locate(self, i: int) -> tuple[int, int]:
         """(shard number, position in the shard) of sample `i`."""
@@ -281,7 +287,7 @@ class Split:
         Where the file has a fault, a sample is read if its own bytes are as they were packed. An earlier dpkd kept no
         checksum of each sample, and a remote shard is fetched whole or not at all: of those, no sample is read.
         """
-        index, fault = self.indexes[k], self.fault(k)
+        index, fault = self.index(k), self.fault(k)
         trusted = fault is None or (index.checksum_N is not None and storage.local_path(self._place(k)) is not None)
         for row, key in enumerate(index.keys):
             yield self._read(k, row) if trusted else Unreadable(key, f"its shard is damaged: {fault}")
@@ -293,8 +299,8 @@ class Split:
         """
         if k not in self._fault_of:
             try:
-                self._fault_of[k] = _fault(self._fetch(k), self.info.shards[k])
-            except storage.ChecksumDiffers:  # of a remote shard, which is then not kept
+                self._fault_of[k] = _fault(self._files.get(k, self._open), self.info.shards[k])
+            except ChecksumDiffers:  # of a remote shard, which is then not kept
                 self._fault_of[k] = _OTHER_CHECKSUM
         return self._fault_of[k]
 
@@ -304,19 +310,15 @@ class Split:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def __del__(self) -> None:
-        for descriptor in self.__dict__.get("_file_of", {}).values():
-            os.close(descriptor)
-
     def _place(self, shard: int) -> str:
         return storage.join(self.url, self.info.shards[shard].name)
 
     def _read(self, shard: int, row: int) -> Sample | Unreadable:
-        index = self.indexes[shard]
+        index = self.index(shard)
         key = index.keys[row]
         spans = {ext: (int(at[row]), int(size[row])) for ext, (at, size) in index.members.items() if at[row] >= 0}
         start, end = min(at for at, _ in spans.values()), max(at + size for at, size in spans.values())
-        block = read_span(self._file(shard), start, end - start)
+        block = read_span(self._files.get(shard, self._open), start, end - start)
         if len(block) < end - start:
             return Unreadable(key, f"the shard is cut short: {len(block):,} of {end - start:,} bytes are there")
         members = {ext: block[at - start : at - start + size] for ext, (at, size) in spans.items()}
@@ -327,18 +329,12 @@ class Split:
         except ValueError as error:
             return Unreadable(key, f"its json cannot be read: {error}")
 
-    def _file(self, shard: int) -> int:
-        if shard not in self._file_of:
-            self._file_of[shard] = os.open(self._fetch(shard), os.O_RDONLY)
-        return self._file_of[shard]
-
-    def _fetch(self, shard: int) -> Path:
-        """The shard as a local file that stands; raises `UserError` where there is none."""
-        info, place = self.info.shards[shard], self._place(shard)
+    def _open(self, shard: int) -> int:
+        info = self.info.shards[shard]
         try:
-            return storage.fetch(place, size_bytes=info.size_bytes, sha256_hex=info.sha256).resolve(strict=True)
+            return open_shard(self._place(shard), size_bytes=info.size_bytes, sha256_hex=info.sha256)
         except FileNotFoundError as error:
-            raise UserError(f"{place} is missing; dataset.json lists it: pack or copy it again") from error
+            raise UserError(f"{self._place(shard)} is missing; dataset.json lists it: pack or copy it again") from error
 
 
 def index_name(shard_name: str) -> str:
@@ -350,9 +346,11 @@ def read_index(url: str, shard: ShardInfo) -> ShardIndex:
     """The index of a shard of the data set at `url`; raises `UserError` where it is missing or another shard's."""
     place = storage.join(url, index_name(shard.name))
     try:
-        index = ShardIndex.from_bytes(storage.read_bytes(place))
+        data = storage.read_bytes(place)
     except FileNotFoundError as error:
         raise UserError(f"{place} is missing; dataset.json lists its shard: pack or copy it again") from error
+    try:
+        index = ShardIndex.from_bytes(data)
     except ValueError as error:
         raise UserError(f"{place} cannot be read: {error}; pack or copy it again") from error
     if index.shard != shard:
@@ -368,10 +366,14 @@ def checksum(members: dict[str, bytes]) -> int:
     return crc
 
 
-def _fault(local: Path, info: ShardInfo) -> str | None:
-    if storage.sha256(local) == info.sha256:
+def _fault(descriptor: int, info: ShardInfo) -> str | None:
+    """What is wrong with an open shard."""
+    digest, size_bytes = hashlib.sha256(), 0
+    while block := os.pread(descriptor, 1 << 20, size_bytes):
+        digest.update(block)
+        size_bytes += len(block)
+    if digest.hexdigest() == info.sha256:
         return None
-    size_bytes = storage.size(local)
     if size_bytes < info.size_bytes:
         return f"it is cut short: {size_bytes:,} of {info.size_bytes:,} bytes are there"
     return _OTHER_CHECKSUM

@@ -210,7 +210,7 @@ class _Reader(torch.utils.data.Dataset[Batch | _Failure]):
 
     def _place(self, index: int) -> str:
         shard, row = self.split.locate(index)
-        return f"{self.split.url}/{self.split.info.shards[shard].name}, sample {self.split.indexes[shard].keys[row]!r}"
+        return f"{self.split.url}/{self.split.info.shards[shard].name}, sample {self.split.index(shard).keys[row]!r}"
 
 
 def _load(reader: _Reader, work: Iterable[_Work], *, workers: int, prefetch: int) -> Generator[Batch, None, None]:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
+from dpkd.errors import UserError
+
 BLOCK = 512
 
 

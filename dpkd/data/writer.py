@@ -13,6 +13,7 @@ from dpkd.data.images import BrokenImage, check_image, check_mask
 from dpkd.data.records import Record
 from dpkd.data.shards import EXPERT_PREFIX, FORMAT_VERSION, ShardIndex, ShardInfo, checksum, index_name
 from dpkd.data.tars import Member, TarWriter
+from dpkd.errors import UserError
 
 Row = tuple[str, int, str | None, int, dict[str, Member]]
 """Key, label, group, checksum, and where the members stand."""
@@ -104,6 +105,8 @@ def standing_shard(job: ShardJob) -> ShardIndex | None:
         index = ShardIndex.from_bytes(storage.read_bytes(storage.join(job.url, index_name(job.name))))
         if index.plan != job.plan or storage.size(place) != index.shard.size_bytes:
             return None
+    except UserError:  # the storage's, which says nothing of the shard
+        raise
     except (FileNotFoundError, ValueError):
         return None
     local = storage.local_path(place)

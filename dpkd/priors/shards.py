@@ -21,6 +21,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dpkd import storage
+from dpkd.data.recent import MAX_FILES, MAX_INDEXES, Recent
 from dpkd.data.shards import Dataset, Sample, ShardInfo, index_name, read_span, refuse_no_pairs, refuse_outside
 from dpkd.errors import UserError
 from dpkd.priors import Prior
@@ -29,6 +30,7 @@ from dpkd.priors.derived import derivable
 from dpkd.priors.extractor import fingerprint, mirror
 from dpkd.priors.record import Record, source_hash
 from dpkd.priors.statistics import Moments
+from dpkd.shard_cache import open_shard
 
 FORMAT_VERSION = 3
 MANIFEST_NAME = "priors.json"
@@ -172,7 +174,8 @@ class PriorSplit:
         """The maps that are served."""
         self._decoded = {*self.names, *(need for name in self.names for need in self._needs(name))} - {*self._derived}
         self._ends = list(accumulate(shard.num_samples for shard in shards))
-        self._file_of: dict[int, int] = {}
+        self._files: Recent[int] = Recent(MAX_FILES, let_go=os.close)
+        self._indexes: Recent[PriorIndex] = Recent(MAX_INDEXES)
 
     def only(self, names: Iterable[str]) -> "PriorSplit":
         """The same split serving these maps alone, derived ones among them; the others are not even decoded.
@@ -206,7 +209,7 @@ class PriorSplit:
     def record(self, i: int, sample: Sample) -> Record:
         """The maps of sample `i` as they are stored; raises `PriorMismatch` unless they are `sample`'s own."""
         shard, row = self._locate(i)
-        index, file = self._indexes[shard], self._file(shard)
+        index, file = self._indexes.get(shard, self._read_index), self._files.get(shard, self._open)
         try:
             record = Record.from_bytes(read_span(file, index.offsets[row], index.sizes[row]))
             self._refuse_foreign(record, sample)
@@ -240,40 +243,31 @@ class PriorSplit:
     def _fingerprints(self) -> dict[str, str]:
         return fingerprints(self.priors)
 
-    @cached_property
-    def _indexes(self) -> list[PriorIndex]:
-        return [self._read_index(shard) for shard in self.shards]
-
-    def _read_index(self, shard: ShardInfo) -> PriorIndex:
-        place = storage.join(self.url, index_name(shard.name))
+    def _read_index(self, shard: int) -> PriorIndex:
+        place = storage.join(self.url, index_name(self.shards[shard].name))
         try:
             index = PriorIndex.from_bytes(storage.read_bytes(place))
+        except UserError:  # the storage's, which says nothing of the index
+            raise
         except (FileNotFoundError, ValueError) as error:
             raise PriorMismatch(f"{place} is missing or damaged: {error}; run the prepare stage again") from error
-        if index.shard != shard:
+        if index.shard != self.shards[shard]:
             raise PriorMismatch(f"{place} is not of the shard that {MANIFEST_NAME} lists; run the prepare stage again")
         return index
 
-    def _file(self, shard: int) -> int:
-        if shard not in self._file_of:
-            info = self.shards[shard]
-            place = storage.join(self.url, info.name)
-            try:
-                local = storage.fetch(place, size_bytes=info.size_bytes, sha256_hex=info.sha256)
-                self._file_of[shard] = os.open(local, os.O_RDONLY)
-            except FileNotFoundError as error:
-                raise PriorMismatch(f"{place} is missing; run the prepare stage again") from error
-        return self._file_of[shard]
+    def _open(self, shard: int) -> int:
+        info = self.shards[shard]
+        place = storage.join(self.url, info.name)
+        try:
+            return open_shard(place, size_bytes=info.size_bytes, sha256_hex=info.sha256)
+        except FileNotFoundError as error:
+            raise PriorMismatch(f"{place} is missing; run the prepare stage again") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url, "priors": self.priors, "shards": self.shards, "names": self.names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
-
-    def __del__(self) -> None:
-        for descriptor in self.__dict__.get("_file_of", {}).values():
-            os.close(descriptor)
 
 
 def set_url(dataset_url: str, name: str) -> str:

@@ -228,6 +228,8 @@ def _standing_index(place: str, task: _Task) -> PriorIndex | None:
             return None
         if storage.sha256(place) != index.shard.sha256:
             return None
+    except UserError:  # the storage's, which says nothing of the shard
+        raise
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     local = storage.local_path(task.split.url) is not None

@@ -6,7 +6,6 @@ what stands). The next save waits for the one before, so that slow storage holds
 memory. Before any rank loads, all have verified the files, and they fall back together.
 """
 
-import errno
 import shutil
 import tempfile
 import threading
@@ -22,6 +21,7 @@ from dpkd import storage
 from dpkd.engine_state import Writer
 from dpkd.errors import UserError, portable
 from dpkd.report.progress import say
+from dpkd.storage_errors import may_pass
 from dpkd.train.checkpoint_store import MANIFEST, CheckpointStore, FileFacts, Manifest, Mark, RankFiles, Superseded
 from dpkd.world import World
 
@@ -30,8 +30,6 @@ Result = TypeVar("Result")
 WAITS_S = (0.2, 1.0, 5.0, 20.0)
 """Waits before an operation that storage failed is tried again."""
 POLL_S = 0.05
-FINAL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR})
-"""Faults of storage that trying again does not mend."""
 
 
 class Part(Protocol):
@@ -275,8 +273,7 @@ def _patiently(act: Callable[[], Result]) -> Result:
         try:
             return act()
         except (OSError, UserError) as error:  # noqa: PERF203
-            cause = error if isinstance(error, OSError) else error.__cause__
-            if not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError) or cause.errno in FINAL:
+            if not may_pass(error):
                 raise
             time.sleep(wait_s)
     return act()

@@ -111,7 +111,7 @@ def change_byte(place: str, offset: int) -> None:
 def test_a_sample_whose_bytes_changed_is_named_and_its_neighbours_are_read(dataset, extension):
     split = dataset.split("train")
     before = [split.read(i) for i in range(4)]
-    offset_N, size_N = split.indexes[0].members[extension]
+    offset_N, size_N = split.index(0).members[extension]
     place = storage.join(dataset.url, split.info.shards[0].name)
     change_byte(place, int(offset_N[2] + size_N[2] // 2))
     damaged = dataset.split("train")
@@ -186,7 +186,7 @@ def test_an_index_that_is_missing_broken_or_of_another_shard_is_named(dataset):
 
 
 def test_an_index_survives_its_file(dataset):
-    index = dataset.split("train").indexes[0]
+    index = dataset.split("train").index(0)
     again = ShardIndex.from_bytes(index.to_bytes())
     assert again.to_bytes() == index.to_bytes()
     assert (again.keys, again.shard) == (index.keys, index.shard)

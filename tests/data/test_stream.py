@@ -210,7 +210,7 @@ def test_the_loader_leaves_torchs_random_state_alone(split):
 def test_a_broken_sample_names_its_shard_and_key_in_one_line(split, workers):
     shard = Path(split.url) / "train-000001.tar"
     data = bytearray(shard.read_bytes())
-    at, size = (int(column[2]) for column in split.indexes[1].members["png"])
+    at, size = (int(column[2]) for column in split.index(1).members["png"])
     data[at : at + size] = bytes(size)
     shard.write_bytes(data)
     loader = LoaderSettings(workers=workers)

@@ -5,7 +5,6 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import fsspec
 import pytest
 import torch
 
@@ -19,10 +18,13 @@ from dpkd.world import World
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
-@pytest.fixture(params=["disk", "object storage"])
+@pytest.fixture(params=["disk", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Where checkpoints stand."""
-    return str(tmp_path) if request.param == "disk" else f"memory://checkpoints{tmp_path}"
+    if request.param == "disk":
+        return str(tmp_path)
+    request.getfixturevalue("object_store")
+    return f"s3://bucket/checkpoints/{tmp_path.name}"
 
 
 @pytest.fixture(autouse=True)
@@ -289,11 +291,9 @@ def test_a_damaged_claim_hides_no_checkpoint(place: str, content: bytes) -> None
     assert storage.exists(storage.join(place, "attempt-0003.json"))
 
 
-def test_of_several_that_claim_at_once_each_has_a_number_of_its_own(tmp_path: Path) -> None:
+def test_of_several_that_claim_at_once_each_has_a_number_of_its_own(place: str) -> None:
     found: list[int] = []
-    threads = [
-        threading.Thread(target=lambda: found.append(CheckpointStore(str(tmp_path)).claim()[0])) for _ in range(8)
-    ]
+    threads = [threading.Thread(target=lambda: found.append(CheckpointStore(place).claim()[0])) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -308,9 +308,3 @@ def test_nothing_is_left_in_the_temporary_folder(tmp_path: Path, monkeypatch: py
     saved(place, [1, 2])
     assert loaded(place) == (2, 2)
     assert list(scratch.iterdir()) == []
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_memory_left() -> None:
-    """Forgets what other tests wrote to the storage in memory."""
-    fsspec.filesystem("memory").store.clear()

@@ -1,0 +1,106 @@
+"""What goes wrong with files, local and remote, told with the place, the cause and the way out.
+
+A failure that may pass (a busy, slow or unreachable store) is `StorageUnavailable`, any other `UserError`. That a file
+is not there is no failure yet: reading it raises `FileNotFoundError`.
+"""
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dpkd.errors import StorageUnavailable, UserError
+
+_WAY_OUT = {
+    errno.ENOSPC: "the disk is full: free some space or choose another folder, then run the command again",
+    errno.EDQUOT: "the disk quota is used up: free some space or choose another folder, then run the command again",
+    errno.EFBIG: "the file would be larger than the system allows (ulimit -f): raise that limit",
+    errno.EACCES: "no permission to write there: choose another folder or change its permissions",
+    errno.EPERM: "no permission to write there: choose another folder or change its permissions",
+    errno.EROFS: "that file system is read-only: choose another folder",
+}
+_MAY_PASS = {
+    errno.EAGAIN, errno.EBUSY, errno.EHOSTUNREACH, errno.EIO, errno.ENETUNREACH, errno.EREMOTEIO, errno.ESTALE,
+    errno.ETIMEDOUT,
+}  # fmt: skip
+_CREDENTIALS = (
+    "give credentials that may read and write there, on every node: for s3:// AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+)
+_WAIT = (
+    "it was tried again several times: see that the store runs and can be reached from here (another address than the "
+    "provider's own is AWS_ENDPOINT_URL for s3://), then run the command again, which goes on from there"
+)
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether the same operation may succeed a little later."""
+    if isinstance(error, StorageUnavailable | ConnectionError | TimeoutError):
+        return True
+    return isinstance(error, OSError) and error.errno in _MAY_PASS
+
+
+@contextmanager
+def write_errors(url: str | Path) -> Iterator[None]:
+    """Turns an `OSError` of writing into a `UserError` that names the place, the cause and the way out."""
+    try:
+        yield
+    except OSError as error:
+        way_out = _WAY_OUT.get(error.errno or 0, "check that the place exists and can be written, or choose another")
+        kind = StorageUnavailable if may_pass(error) else UserError
+        raise kind(f"cannot write {url}: {error.strerror or error}; {way_out}") from error
+
+
+@contextmanager
+def read_errors(url: str | Path) -> Iterator[None]:
+    """Turns a refused permission to read a local place into a `UserError`."""
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(f"cannot read {url}: no permission; change its permissions or choose another place") from error
+
+
+@contextmanager
+def remote_errors(url: str | Path) -> Iterator[None]:
+    """Turns whatever the library of a remote store raises into `UserError` or `StorageUnavailable`.
+
+    The libraries share no class of errors and are not all installed, so names and numbers must do.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        if _code(error) == "NoSuchBucket":
+            raise UserError(f"{url}: there is no such bucket; create it, or correct the URL") from error
+        raise
+    except Exception as error:
+        if type(error).__module__ == "builtins" and not isinstance(error, OSError):
+            raise  # a mistake of ours
+        raise _told(url, error) from error
+
+
+def _told(url: str | Path, error: Exception) -> UserError:
+    cause = f"{url}: {type(error).__name__}: {error}"
+    if isinstance(error, PermissionError) or re.search("Credential|Token|Profile|Unauthori", type(error).__name__):
+        return UserError(f"{cause}; {_CREDENTIALS}")
+    settled = isinstance(error, OSError) and error.errno is not None and not may_pass(error)
+    if settled or "Validation" in type(error).__name__:
+        return UserError(f"{cause}; correct the URL or the settings of the store")
+    return StorageUnavailable(f"{cause}; {_WAIT}")
+
+
+def _code(error: Exception) -> str | None:
+    """The code of the store's answer that the error stems from, where its library keeps it."""
+    response: dict[str, Any] = getattr(error.__cause__, "response", None) or {}
+    code = response.get("Error", {}).get("Code")
+    return None if code is None else str(code)
+
+
+def missing_library(url: str | Path, error: Exception) -> UserError:
+    """The error for a URL whose library is not installed, or whose protocol nobody knows."""
+    protocol = str(url).partition("://")[0]
+    install = 'pip install "dpkd[s3]"' if protocol in {"s3", "s3a"} else "install its fsspec package"
+    return UserError(f"{url}: {protocol}:// cannot be opened here ({error}); {install}, on every node, or use a path")
