@@ -11,7 +11,7 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import RayActorError
 
-from dpkd.backends.ray_session import connect, enter, node_cpus
+from dpkd.backends.ray_session import connect, enter, node_cpus, node_gpus
 from dpkd.errors import WorkerFailed
 from dpkd.pool import NUM_RETRIES, Deaths, answer_to, result_of
 from dpkd.report.progress import say
@@ -26,16 +26,19 @@ PATIENCE_S = 30.0
 class RayPool:
     """Actors on the cluster that this process belongs to; `num_workers` none takes one for each of its CPUs.
 
+    With `gpus_per_worker` each takes that many GPUs and no CPU, and none takes as many workers as the GPUs allow.
     Workers for which the cluster has no room yet join when it has: an autoscaler sees them waiting.
     """
 
-    def __init__(self, num_workers: int | None = None) -> None:
+    def __init__(self, num_workers: int | None = None, *, gpus_per_worker: float = 0.0) -> None:
         connect()
-        self.num_workers = num_workers or max(1, sum(node_cpus()))
+        most = sum(int(gpus / gpus_per_worker) for gpus in node_gpus()) if gpus_per_worker else sum(node_cpus())
+        self.num_workers = num_workers or max(1, most)
+        self._resources = {"num_cpus": 0, "num_gpus": gpus_per_worker} if gpus_per_worker else {"num_cpus": 1.0}
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
         """See `Pool.map`."""
-        crew = _Crew(function)
+        crew = _Crew(function, self._resources)
         deaths = Deaths(items)
         waiting = deque(range(len(items)))
         try:
@@ -62,9 +65,9 @@ class RayPool:
 class _Crew:
     """The actors, and what each was last asked: to come up (index none) or to work on an item."""
 
-    def __init__(self, function: Callable[[Any], Any]) -> None:
+    def __init__(self, function: Callable[[Any], Any], resources: dict[str, Any]) -> None:
         self._function = ray.put(cloudpickle.dumps(function))
-        self._actor: Any = ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(_Worker)
+        self._actor: Any = ray.remote(max_restarts=0, max_task_retries=0, **resources)(_Worker)
         self._asked: dict[Any, tuple[Any, int | None]] = {}
         self._all: list[Any] = []
         self._num_failed_starts = 0
