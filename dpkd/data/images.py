@@ -10,7 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 1 << 28
 """Larger images are refused: 2**28 pixels decode to 800 MB."""
@@ -127,6 +127,8 @@ def _refuse_huge(data: bytes) -> None:
         width, height = Image.open(io.BytesIO(data)).size
     except Image.DecompressionBombError as error:
         raise BrokenImage(f"the image is too large to decode: {error}") from error
+    except UnidentifiedImageError as error:  # whose own words name a place in memory, another one each time
+        raise BrokenImage("the file is not an image of a known format") from error
     except (OSError, ValueError, SyntaxError) as error:
         raise BrokenImage(f"the file is not an image that can be read: {error}") from error
     if width * height > MAX_PIXELS:

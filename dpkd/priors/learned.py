@@ -171,10 +171,8 @@ def _loaded(prior: Learned, device: str) -> Run:
     """The model on a device, loaded once a process and tried on blank images before any map is taken from it."""
     try:
         found = checksum(prior.model)
-        if found != prior.model.sha256:
-            raise UserError(
-                f"on this machine its sha256 is {found}, not {prior.model.sha256}: copy the file here again"
-            )
+        if prior.model.sha256 not in (None, found):
+            raise UserError(f"its sha256 on this machine is {found}, not {prior.model.sha256}: copy it here again")
         run = _load(prior, device)
     except FileNotFoundError as error:
         raise _fault(

@@ -45,8 +45,9 @@ class _Behind(Sequence[Item]):
         return len(self._items)
 
     def __getitem__(self, index: Any) -> Any:
+        item = self._items[index]  # first: nothing is to be waited for beyond the last
         self._wait_for(lambda: index in self._done)
-        return self._items[index]
+        return item
 
     def wait_for_first(self) -> None:
         """Returns once some item can be had, or there are none."""
