@@ -22,7 +22,7 @@ class Edges(nn.Module):
 
     def __init__(self, *, seed: int = 0) -> None:
         super().__init__()
-        self.fine, self.coarse = nn.Conv2d(3, 1, 3, stride=2, padding=1), nn.Conv2d(3, 1, 5, stride=2, padding=2)
+        self.fine, self.coarse = nn.Conv2d(3, 1, 4, stride=2, padding=1), nn.Conv2d(3, 1, 6, stride=2, padding=2)
         draw = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for convolution in (self.fine, self.coarse):
