@@ -90,7 +90,11 @@ class Learned(Section):
         except FileNotFoundError as error:
             if self.model.sha256 is not None:
                 return self  # maps that stand need no model; to compute one will say that the file is missing
-            raise _fault(self, f"{error.filename} is missing: give the path of the weights") from error
+            raise _fault(
+                self,
+                f"{error.filename} is missing: give the path of the weights or, where all maps stand, model.sha256 as "
+                "priors.json has it",
+            ) from error
         except (OSError, UserError) as error:
             raise _fault(self, str(error)) from error
         if self.model.sha256 not in (None, found):

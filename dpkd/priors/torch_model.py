@@ -66,7 +66,7 @@ def load_torch(model: TorchModel, *, device: str) -> Run:
 
 
 def _on_arrays(network: Callable[[Tensor], Tensor], *, device: str) -> Run:
-    if device == "cpu":
+    if torch.device(device).type == "cpu":
         torch.set_num_threads(1)  # the pool has a process for every core
 
     @torch.no_grad()

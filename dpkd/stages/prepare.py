@@ -11,6 +11,7 @@ carries these over as it does those that stand.
 
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -294,13 +295,21 @@ def _batch_records(
     lacking = [record.bad is None and not _holds(record.maps.get(prior.name), prior) for record in records]
     if not any(lacking):
         return {}
-    pictures = [_picture_or_none(sample) for sample in samples]
+    pictures = _pictures(samples, device=device)
     maps = prior.maps([picture or BLANK for picture in pictures], device=device)
     return {
         record.key: _with_map(record, prior, map_HWC)
         for record, lacks, picture, map_HWC in zip(records, lacking, pictures, maps, strict=True)
         if lacks and picture is not None
     }
+
+
+def _pictures(samples: list[Sample], *, device: str) -> list[Picture | None]:
+    """The images, none for those that cannot be read; by several threads where an accelerator would wait for one."""
+    if device == "cpu":
+        return [_picture_or_none(sample) for sample in samples]
+    with ThreadPoolExecutor() as threads:
+        return list(threads.map(_picture_or_none, samples))
 
 
 def _picture_or_none(sample: Sample) -> Picture | None:

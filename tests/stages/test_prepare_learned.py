@@ -28,7 +28,8 @@ from tests.model_cases import Edges, attention_prior, edge_prior, save_exported,
 from tests.prior_cases import SerialPool, draw_images, pack_folder, prepare_all
 
 NUM_SHARDS = 4
-TWO_POOLS = Accelerator(SerialPool(), device="cpu")
+TWO_POOLS = Accelerator(SerialPool(), device="cpu:0")
+"""The CPU under the name of one device among several, as a GPU has one."""
 
 
 @pytest.fixture
@@ -92,10 +93,10 @@ def test_stored_maps_are_those_of_the_model_run_by_hand(dataset, priors):
         sample = split.read(i)
         stored = maps.read(i, sample)
         for prior in (priors[0], priors[2]):
-            expected_HWC = prior.map(Picture(decode_image(sample.image)))
-            off = 1 / 255 if prior is priors[0] else 0.1  # bytes, and JPEG
-            np.testing.assert_allclose(stored[prior.name], expected_HWC, atol=off)
-            assert np.abs(stored[prior.name] - expected_HWC).mean() < 0.02
+            map_HWC = prior.map(Picture(decode_image(sample.image)))
+            expected_HWC = prior.codec.decode(prior.codec.encode(map_HWC), map_HWC.shape)
+            np.testing.assert_allclose(stored[prior.name], expected_HWC, atol=0.03)
+            assert np.abs(stored[prior.name] - map_HWC).mean() < 0.03
 
 
 def test_two_pools_write_the_bytes_of_one(dataset, again, priors):
@@ -108,7 +109,7 @@ def test_two_pools_write_the_bytes_of_one(dataset, again, priors):
 @pytest.mark.slow
 def test_worker_processes_of_two_pools_write_the_bytes_of_one(dataset, again, priors):
     prepare_all(dataset, priors=priors)
-    accelerator = Accelerator(LocalPool(1, environments=[{"CUDA_VISIBLE_DEVICES": ""}]), device="cpu")
+    accelerator = Accelerator(LocalPool(1, environments=[{"CUDA_VISIBLE_DEVICES": ""}]), device="cpu:0")
     prepare_all(again, priors=priors, pool=LocalPool(1), accelerator=accelerator)
     assert files(again) == files(dataset)
 
@@ -124,17 +125,17 @@ def test_the_second_pool_runs_no_model(dataset, priors, tmp_path):
             learned._loaded.cache_clear()
             yield from results
 
-    prepare_all(dataset, priors=priors, accelerator=Accelerator(LeavingPool(), device="cpu"))
+    prepare_all(dataset, priors=priors, accelerator=Accelerator(LeavingPool(), device="cpu:0"))
     assert {name for record in records(dataset).values() for name in record.maps} == {prior.name for prior in priors}
 
 
 def test_a_prior_that_asks_for_the_cpu_does_not_go_to_the_accelerator(dataset, priors):
     pool = CountingPool()
     on_cpu = tuple(prior if isinstance(prior, Edge) else prior.model_copy(update={"device": "cpu"}) for prior in priors)
-    prepare_all(dataset, priors=on_cpu, accelerator=Accelerator(pool, device="cpu"))
+    prepare_all(dataset, priors=on_cpu, accelerator=Accelerator(pool, device="cpu:0"))
     assert pool.num_done == 0
     whole = files(dataset)
-    prepare_all(dataset, priors=priors, accelerator=Accelerator(pool, device="cpu"))
+    prepare_all(dataset, priors=priors, accelerator=Accelerator(pool, device="cpu:0"))
     assert pool.num_done == NUM_SHARDS
     assert {name: data for name, data in files(dataset).items() if name != "priors.json"} == {
         name: data for name, data in whole.items() if name != "priors.json"
@@ -146,7 +147,7 @@ def test_what_was_interrupted_goes_on_and_ends_with_the_same_bytes(dataset, agai
     prepare_all(again, priors=priors)
     first, second = CountingPool(dies_after=2 if dying == "accelerator" else None), CountingPool(dies_after=1)
     with pytest.raises(KeyboardInterrupt):
-        prepare_all(dataset, priors=priors, pool=second, accelerator=Accelerator(first, device="cpu"))
+        prepare_all(dataset, priors=priors, pool=second, accelerator=Accelerator(first, device="cpu:0"))
     assert "priors.json" not in files(dataset)
     stood = files(dataset)
     prepare_all(dataset, priors=priors, accelerator=TWO_POOLS)
