@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
@@ -300,3 +301,10 @@ def test_a_program_that_holds_a_pickle_is_refused_before_it_is_loaded(tmp_path):
         prior = Learned(of="x", size=SIZE, scale="sigmoid", model=TorchModel(file=str(tmp_path / f"{target}.pt2")))
         with pytest.raises(UserError, match="may run code on loading"):
             prior.maps(pictures(1), device="cpu")
+
+
+def test_the_examples_of_the_page_are_taken():
+    page = (Path(__file__).resolve().parents[2] / "docs/priors.md").read_text()
+    example = page.partition("## A model of yours")[2].partition("```yaml\n")[2].partition("```")[0]
+    priors = TypeAdapter(tuple[Prior, ...]).validate_python(yaml.safe_load(example)["prepare"]["priors"])
+    assert [prior.name for prior in priors] == ["saliency", "learned-attention", "learned-depth", "learned-edges"]
