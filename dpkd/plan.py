@@ -26,7 +26,7 @@ def given(stage: str, settings: Settings) -> dict[str, Any]:
     if stage == "pack":
         return seed | _pick(data, "source", "splits", "group_pattern", "samples_per_shard")
     if stage == "prepare":
-        return settings.prepare.model_dump(mode="json")
+        return settings.prepare.sealed().model_dump(mode="json")
     if stage in ("teach", "distill"):
         part = (settings.teach if stage == "teach" else settings.distill).model_dump(mode="json")
         part["training"] = {key: value for key, value in part["training"].items() if key not in CADENCE}

@@ -15,7 +15,7 @@ import signal
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing.connection import Connection, wait
@@ -78,31 +78,46 @@ def _named(item: object) -> str:
     return text if len(text) <= 200 else text[:200] + "…"
 
 
+@dataclass(frozen=True)
+class Accelerator:
+    """A pool whose workers have an accelerator each, and its name in torch."""
+
+    pool: Pool
+    device: str
+
+
 @dataclass
 class _Worker:
-    """A process, our end of its pipe, and the item that it works on."""
+    """A process, our end of its pipe, its own environment variables, and the item that it works on."""
 
     process: BaseProcess
     connection: Connection
+    environment: Mapping[str, str]
     index: int | None = None
 
 
 class LocalPool:
-    """Spawned processes on this machine, started by each `map` and gone with it."""
+    """Spawned processes on this machine, started by each `map` and gone with it.
 
-    def __init__(self, num_workers: int) -> None:
+    Each has the variables of one of the `environments` in its environment, which no other has at the same time.
+    """
+
+    def __init__(self, num_workers: int, *, environments: Sequence[Mapping[str, str]] | None = None) -> None:
         assert num_workers >= 1, num_workers
+        assert environments is None or len(environments) == num_workers, "one environment a worker"
         self.num_workers = num_workers
+        self._environments = environments or [{}] * num_workers
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
         """See `Pool.map`."""
         deaths = Deaths(items)
         waiting = deque(range(len(items)))
+        free = list(self._environments)
         workers: list[_Worker] = []
         try:
             while waiting or any(worker.index is not None for worker in workers):
-                while waiting and len(workers) < self.num_workers:
-                    workers.append(_start_worker(function))
+                while waiting and free:
+                    workers.append(_start_worker(function, free.pop(0)))
                 for worker in workers:
                     if worker.index is None and waiting:
                         worker.index = waiting.popleft()
@@ -116,19 +131,20 @@ class LocalPool:
                         continue
                     workers.remove(worker)
                     worker.process.join()
+                    free.append(worker.environment)
                     waiting.appendleft(index)
                     deaths.add(index, reason=f"exit code {worker.process.exitcode}")
         finally:
             _stop(workers)
 
 
-def _start_worker(function: Callable[[Any], Any]) -> _Worker:
+def _start_worker(function: Callable[[Any], Any], environment: Mapping[str, str]) -> _Worker:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs,), name="dpkd-pool", daemon=True)
+    process = context.Process(target=_serve, args=(theirs, environment), name="dpkd-pool", daemon=True)
     process.start()
     theirs.close()  # so that its death reads as the end of the pipe
-    worker = _Worker(process, ours)
+    worker = _Worker(process, ours, environment)
     _give(worker, function)
     return worker
 
@@ -176,10 +192,10 @@ def _stop(workers: list[_Worker]) -> None:
             worker.process.join()
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, environment: Mapping[str, str]) -> None:
     """The life of a worker: receives the function, then items, until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the parent decides
-    os.environ.update(ONE_THREAD)  # before the function brings in numpy
+    os.environ.update({**ONE_THREAD, **environment})  # before the function brings in numpy
     try:
         pickled = connection.recv_bytes()
         load = lru_cache(maxsize=1)(lambda: pickle.loads(pickled))

@@ -14,11 +14,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from types import FrameType
 
-from dpkd.backends.launchers import make_gang, make_pool
+from dpkd.backends.launchers import make_accelerator, make_gang, make_pool
 from dpkd.data.shards import Dataset
 from dpkd.errors import StopRequested, UserError, WorkerFailed, printable
 from dpkd.plan import POOL_STAGES, STAGES, given, left_to_do, say_plan
 from dpkd.pool import Pool
+from dpkd.priors.extractor import accelerated
 from dpkd.report.progress import Progress, duration, say
 from dpkd.report.quarantine import Quarantine
 from dpkd.report.summary import say_summary
@@ -82,6 +83,9 @@ def _run_pool_stage(stage: str, settings: Settings, folder: RunFolder, *, pool: 
     if stage == "pack" and settings.data.source is None:
         return  # the shards stand already
     url = settings.data.shards or str(folder.path / "shards")
+    accelerator = None
+    if stage == "prepare" and accelerated(settings.prepare.priors):  # else the driver needs no torch to look for GPUs
+        accelerator = make_accelerator(settings.launcher)
     with Progress(stage, 0) as progress:
         if stage == "pack":
             pack(settings.data, url, seed=settings.run.seed, pool=pool, quarantine=quarantine, progress=progress.reach)
@@ -89,7 +93,14 @@ def _run_pool_stage(stage: str, settings: Settings, folder: RunFolder, *, pool: 
             dataset = Dataset.open(url)
             refuse_unknown_classes(dataset, settings.data, settings.objectives)
             say_unused_rows(dataset, settings.data)
-            prepare(dataset, settings.prepare, pool=pool, quarantine=quarantine, progress=progress.reach)
+            prepare(
+                dataset,
+                settings.prepare,
+                pool=pool,
+                accelerator=accelerator,
+                quarantine=quarantine,
+                progress=progress.reach,
+            )
 
 
 def interrupt(_number: int, _frame: FrameType | None) -> None:

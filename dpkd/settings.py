@@ -148,7 +148,7 @@ def _priors_are_prepared(settings: Settings) -> None:
             missing = [each for each in DERIVED[name].needs if each not in prepared] if name in DERIVED else [name]
             raise ValueError(
                 f"{key} uses the prior {name!r}; prepare.priors makes {', '.join(sorted(prepared)) or 'none'}: "
-                f"add {', '.join(f'{{kind: {each}}}' for each in missing)} to prepare.priors"
+                f"add {', '.join(_as_prior(each) for each in missing)} to prepare.priors"
             )
         if prepared[name].nearest:
             raise ValueError(f"{key}: {name!r} holds region labels, which are no amounts to predict or weigh by")
@@ -156,6 +156,12 @@ def _priors_are_prepared(settings: Settings) -> None:
             raise ValueError(
                 f"{key}: {name!r} has several channels; patches are weighed by one amount, as of 'saliency'"
             )
+
+
+def _as_prior(name: str) -> str:
+    """How a prior of that name is asked for: `expert-mask` is {kind: expert, of: mask}."""
+    kind, dash, of = name.partition("-")
+    return f"{{kind: {kind}{f', of: {of}' if dash else ''}{', model: …' if kind == 'learned' else ''}}}"
 
 
 def _priors_used(settings: Settings) -> list[tuple[str, str]]:

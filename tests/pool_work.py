@@ -73,3 +73,15 @@ def return_function(number):
 
 def name_folder(_item):
     return str(Path.cwd())
+
+
+def name_device(item):
+    """The device of this worker, written down beside its process; the first worker of a device dies of the item 1."""
+    number, folder = item
+    device = os.environ["DEVICE"]
+    mark = Path(folder) / f"{device}-{os.getpid()}"
+    mark.touch()
+    if number == 1 and len(list(Path(folder).glob(f"{device}-*"))) == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.2)
+    return device

@@ -55,10 +55,17 @@ def pack_folder(folder: Path, destination: str | Path, *, samples_per_shard: int
     return pack(data, str(destination), seed=0, pool=SerialPool(), quarantine=report, progress=lambda done, total: None)
 
 
-def prepare_all(dataset: Dataset, *, priors=ALL, pool=None, limit: float = 0, report: Path | None = None) -> PriorSet:
+def prepare_all(
+    dataset: Dataset, *, priors=ALL, pool=None, accelerator=None, limit: float = 0, report: Path | None = None
+) -> PriorSet:
     """The set "default" of a data set."""
     quarantine = Quarantine(report or Path(dataset.url) / "quarantine.jsonl", limit=limit)
     settings = PrepareSettings(priors=priors)
     return prepare(
-        dataset, settings, pool=pool or SerialPool(), quarantine=quarantine, progress=lambda done, total: None
+        dataset,
+        settings,
+        pool=pool or SerialPool(),
+        accelerator=accelerator,
+        quarantine=quarantine,
+        progress=lambda done, total: None,
     )

@@ -20,9 +20,9 @@ LAYERS = (
     ("engine", "pool", "gang"),
     ("report",),
     ("data",),
+    ("models",),
     ("priors",),
     ("evaluation",),
-    ("models",),
     ("objectives",),
     ("train",),
     ("stages",),
@@ -34,7 +34,7 @@ LAYERS = (
     ("cli",),
 )
 HEIGHT = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}
-HEAVY = ("torch", "timm", "ray", "deepspeed", "numba")
+HEAVY = ("torch", "timm", "ray", "deepspeed", "numba", "onnx", "onnxruntime")
 
 # What a part can be told. They only declare, on top of `section`, so any layer may read them.
 DECLARATIONS = {f"dpkd.{room}.settings" for room in ("data", "evaluation", "models", "objectives", "train")}

@@ -84,6 +84,14 @@ def bounded(*bounds: dict[str, Any], of: str = "saliency", **extra: Any) -> dict
             ["teach.model.pooling", "'foreground'", "add {kind: superpixel} to prepare.priors"],
         ),
         (
+            changed(teach__objectives=[{"kind": "masked_prior", "targets": {"learned-depth": 1}}]),
+            ["'learned-depth'", "add {kind: learned, of: depth, model: …} to prepare.priors"],
+        ),
+        (
+            changed(prepare__priors=[{"kind": "learned", "of": "depth", "model": {"kind": "onxx", "file": "f"}}]),
+            ["prepare.priors.0.model", "'onxx'", "did you mean 'onnx'"],
+        ),
+        (
             changed(teach__objectives=[{"kind": "masked_prior", "targets": {"superpixel": 1}}]),
             ["superpixel", "region labels"],
         ),

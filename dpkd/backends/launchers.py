@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from dpkd.gang import Gang
-from dpkd.pool import LocalPool, Pool
+from dpkd.pool import Accelerator, LocalPool, Pool
 from dpkd.stages.settings import LauncherSettings
 
 
@@ -25,6 +25,32 @@ def make_pool(settings: LauncherSettings) -> Pool:
     from dpkd.backends.ray_pool import RayPool  # noqa: PLC0415
 
     return RayPool(settings.pool_workers)
+
+
+def make_accelerator(settings: LauncherSettings) -> Accelerator | None:
+    """Processes for priors that run on a GPU, one a GPU of this machine or of the Ray cluster; none without a GPU.
+
+    On Ray a worker takes a GPU and no CPU, so that it comes up however many CPUs the other pool holds.
+    """
+    if launcher_kind(settings) == "local":
+        devices = _local_gpus()
+        environments = [{"CUDA_VISIBLE_DEVICES": device} for device in devices]
+        return Accelerator(LocalPool(len(devices), environments=environments), device="cuda") if devices else None
+    from dpkd.backends.ray_pool import RayPool  # noqa: PLC0415
+    from dpkd.backends.ray_session import connect, node_gpus  # noqa: PLC0415
+
+    connect()
+    return Accelerator(RayPool(gpus_per_worker=1), device="cuda") if any(node_gpus()) else None
+
+
+def _local_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch  # noqa: PLC0415
+
+    if not torch.cuda.is_available():
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
 
 
 def make_gang(settings: LauncherSettings) -> Gang:

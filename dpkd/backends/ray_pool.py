@@ -32,7 +32,7 @@ PATIENCE_S = 30.0
 
 
 class RayPool:
-    """Actors on the cluster that this process belongs to, each with a CPU and, if asked for, a share of a GPU.
+    """Actors on the cluster that this process belongs to, each with a CPU or, if asked for, a share of a GPU.
 
     `num_workers` is a ceiling; none takes as many as the cluster has room for at each moment, and the attribute then
     says how many that was at the start. `gpus_per_worker` is a fraction up to 1, or a whole number.
@@ -43,7 +43,8 @@ class RayPool:
         assert 0 <= gpus_per_worker <= 1 or gpus_per_worker == int(gpus_per_worker), gpus_per_worker
         connect()
         self._ceiling = num_workers
-        self._needs = {"CPU": 1.0} | ({"GPU": float(gpus_per_worker)} if gpus_per_worker else {})
+        # a GPU worker takes no CPU, so that it comes up however many of them the pool for CPUs holds
+        self._needs = {"GPU": float(gpus_per_worker)} if gpus_per_worker else {"CPU": 1.0}
         self.num_workers = num_workers or max(1, room(nodes(), needs=self._needs))
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
@@ -146,7 +147,7 @@ class _Crew:
     def __init__(self, function: Callable[[Any], Any], *, needs: dict[str, float]) -> None:
         self._function = ray.put(cloudpickle.dumps(function))
         self._needs = needs
-        options: dict[str, Any] = {"num_cpus": needs["CPU"], "num_gpus": needs.get("GPU", 0), "max_restarts": 0}
+        options: dict[str, Any] = {"num_cpus": needs.get("CPU", 0), "num_gpus": needs.get("GPU", 0), "max_restarts": 0}
         # not set in the actor: Ray may have brought in numpy by then, and a node's own OMP_NUM_THREADS wins over Ray's
         options["runtime_env"] = {"env_vars": ONE_THREAD}
         self._actor: Any = ray.remote(**options, max_task_retries=0)(_Worker)

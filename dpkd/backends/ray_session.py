@@ -42,6 +42,11 @@ def node_cpus() -> list[int]:
     return [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
 
 
+def node_gpus() -> list[int]:
+    """The GPUs of each node that is alive."""
+    return [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
+
+
 def cpus_per_worker(cpus: Sequence[int], *, num_workers: int) -> int:
     """The most CPUs that each of `num_workers` can have at once on nodes with `cpus`; 0 where they do not fit."""
     for share in range(max(cpus, default=0), 0, -1):

@@ -17,19 +17,48 @@ from dpkd.priors.hog import Hog
 from dpkd.priors.hue import Hue
 from dpkd.priors.installed import installed_priors
 from dpkd.priors.lbp import Lbp
+from dpkd.priors.learned import Learned
 from dpkd.priors.orientation import Orientation
 from dpkd.priors.ridge import Ridge
 from dpkd.priors.saliency import Saliency
 from dpkd.priors.superpixel import Superpixel
 from dpkd.priors.symmetry import Symmetry
 
-BUILT_IN = (Edge, Orientation, Superpixel, Saliency, Lbp, Gabor, Colour, Ridge, Hog, Hue, Symmetry, Glcm, Expert)
+BUILT_IN = (
+    Edge,
+    Orientation,
+    Superpixel,
+    Saliency,
+    Lbp,
+    Gabor,
+    Colour,
+    Ridge,
+    Hog,
+    Hue,
+    Symmetry,
+    Glcm,
+    Expert,
+    Learned,
+)
 KINDS = (*BUILT_IN, *installed_priors(BUILT_IN))
 """The classes of all priors that settings can name."""
 
 if TYPE_CHECKING:
     Prior = (
-        Edge | Orientation | Superpixel | Saliency | Lbp | Gabor | Colour | Ridge | Hog | Hue | Symmetry | Glcm | Expert
+        Edge
+        | Orientation
+        | Superpixel
+        | Saliency
+        | Lbp
+        | Gabor
+        | Colour
+        | Ridge
+        | Hog
+        | Hue
+        | Symmetry
+        | Glcm
+        | Expert
+        | Learned
     )
 else:
     Prior = Annotated[Union[KINDS], Field(discriminator="kind")]  # noqa: UP007 (of a tuple)

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from dpkd.errors import UserError
+from dpkd.priors.extractor import BATCH_VERBS
 
 GROUP = "dpkd.priors"
 VERBS = ("name", "version", "channels", "nearest", "codec", "map", "flip")
@@ -46,7 +47,8 @@ def _load(entry: EntryPoint) -> type[BaseModel]:
         ) from error
     if not (isinstance(prior, type) and issubclass(prior, BaseModel)) or "kind" not in prior.model_fields:
         raise UserError(f"{_place(entry)} is no pydantic model with a `kind`; a prior is one")
-    missing = [verb for verb in VERBS if not hasattr(prior, verb) and verb not in prior.model_fields]
+    verbs = (*VERBS, *BATCH_VERBS) if hasattr(prior, "maps") else VERBS
+    missing = [verb for verb in verbs if not hasattr(prior, verb) and verb not in prior.model_fields]
     if missing:
         raise UserError(f"{_place(entry)} lacks {', '.join(missing)}; see dpkd.priors.extractor.Extractor")
     if not prior.model_config.get("frozen"):

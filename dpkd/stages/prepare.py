@@ -4,6 +4,10 @@ A shard that stands and was made from the same images with the same priors is ke
 maps of the shard in its place that still hold, by the fingerprint of the prior and the hash of the image, are carried
 over: a changed prior is computed alone, and so is a changed image.
 
+Priors that run on an accelerator are computed by a pool of their own, ahead of the others and at the same time: it
+writes each shard with their maps alone beside the set, under a hidden name, and the pool that writes the set itself
+carries these over as it does those that stand.
+
 A sample that cannot be read (cut off, damaged, not an image) is quarantined, has no maps, and is listed in the set, so
 that whatever follows leaves it out. A shard whose checksum differs from dataset.json loses just the samples whose own
 checksums differ, which its index holds, and a line of the report says so: to drop the whole shard would throw away
@@ -11,40 +15,34 @@ samples that are proved sound, and to trust whatever decodes would let damage in
 """
 
 import io
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import cv2
 
 from dpkd import storage
-from dpkd.data.images import BrokenImage, decode_image
-from dpkd.data.shards import Dataset, Sample, ShardInfo, Split, SplitInfo, Unreadable, index_name
-from dpkd.data.tars import TarWriter, list_members
+from dpkd.data.shards import Dataset, ShardInfo, Split, SplitInfo, index_name
+from dpkd.data.tars import TarWriter
 from dpkd.errors import UserError
-from dpkd.pool import Pool
+from dpkd.pool import Accelerator, Pool
 from dpkd.priors import Prior
 from dpkd.priors.expert import Expert
-from dpkd.priors.extractor import fingerprint
+from dpkd.priors.extractor import accelerated
 from dpkd.priors.memory import keep_freed_memory
-from dpkd.priors.picture import Picture
-from dpkd.priors.record import MEMBER_EXTENSION, Record, StoredMap, flat, source_hash, store
-from dpkd.priors.shards import (
-    MANIFEST_NAME,
-    ChannelStatistics,
-    PriorIndex,
-    PriorManifest,
-    PriorSet,
-    fingerprints,
-    read_manifest,
-    set_url,
-)
-from dpkd.priors.statistics import Moments, Tally
+from dpkd.priors.record import MEMBER_EXTENSION, Record
+from dpkd.priors.shards import MANIFEST_NAME, PriorIndex, PriorSet, fingerprints, set_url
+from dpkd.priors.statistics import Tally
 from dpkd.report.progress import say
 from dpkd.report.quarantine import Quarantine
+from dpkd.stages.ahead import ahead
+from dpkd.stages.prior_manifest import make_manifest, remove_unlisted, withdraw_other_manifest
+from dpkd.stages.prior_records import make_records, read_records, sound_records, with_accelerated
 from dpkd.stages.settings import PrepareSettings
 
 STAGE = "prepare"
+ACCELERATED_PREFIX = ".accelerated-"
+"""Of shards that hold the maps of accelerated priors alone, until the set itself does."""
 
 
 def prepare(
@@ -52,21 +50,24 @@ def prepare(
     settings: PrepareSettings,
     *,
     pool: Pool,
+    accelerator: Accelerator | None = None,
     quarantine: Quarantine,
     progress: Callable[[int, int], None],
 ) -> PriorSet:
     """Computes the prior maps of every sample that lacks them; returns the set.
 
-    A sample that cannot be read goes to the quarantine, and so does one whose maps cannot be computed, which gets flat
-    maps that favour no place. Past the limit of the quarantine the stage stops with `UserError`, and so it does where a
-    shard or an index is missing. `progress` is told (samples done, samples in all).
+    Priors that ask for an accelerator run on it, or on `pool` without one. A sample that cannot be read goes to the
+    quarantine, and so does one whose maps cannot be computed, which gets flat maps that favour no place; past the limit
+    of the quarantine the stage stops with `UserError`, and so it does where a shard or an index is missing.
+        `UserError`. `progress` is told (samples done, samples in all).
     """
-    _refuse_duplicates(settings.priors)
-    _refuse_what_nobody_gave(dataset, settings.priors)
+    priors = settings.sealed().priors
+    _refuse_duplicates(priors)
+    _refuse_what_nobody_gave(dataset, priors)
     url = set_url(dataset.url, settings.name)
-    _withdraw_other_manifest(url, dataset, settings.priors)
+    withdraw_other_manifest(url, dataset, priors)
     tasks = [
-        _Task(split=_one_shard(dataset, name, shard), url=url, priors=settings.priors)
+        _Task(split=_one_shard(dataset, name, shard), url=url, priors=priors)
         for name, info in dataset.manifest.splits.items()
         for shard in info.shards
     ]
@@ -74,15 +75,16 @@ def prepare(
     indexes: dict[int, PriorIndex] = {}
     quarantine.begin(STAGE)
     done = 0
-    for number, index in pool.map(_prepare_shard, tasks):
-        indexes[number] = index
-        _report(index, quarantine)
-        quarantine.check(total)
-        done += index.shard.num_samples
-        progress(done, total)
-    manifest = _manifest(dataset, settings.priors, [indexes[number] for number in range(len(tasks))])
+    with _behind(accelerator, tasks) as ready:
+        for number, index in pool.map(_prepare_shard, ready):
+            indexes[number] = index
+            _report(index, quarantine)
+            quarantine.check(total)
+            done += index.shard.num_samples
+            progress(done, total)
+    manifest = make_manifest(dataset, priors, [indexes[number] for number in range(len(tasks))])
     storage.write_bytes_atomic(storage.join(url, MANIFEST_NAME), manifest.model_dump_json(indent=1).encode())
-    _remove_unlisted(url, manifest)
+    remove_unlisted(url, manifest)
     return PriorSet.open(dataset.url, settings.name)
 
 
@@ -102,9 +104,35 @@ class _Task:
     split: Split
     url: str
     priors: tuple[Prior, ...]
+    device: str = "cpu"
+    """Where priors run that take images in batches, as torch names it."""
+
+    @property
+    def images(self) -> ShardInfo:
+        """The image shard."""
+        return self.split.info.shards[0]
+
+    @property
+    def place(self) -> str:
+        """Where the prior shard stands."""
+        return storage.join(self.url, self.images.name)
+
+    @property
+    def accelerated_place(self) -> str:
+        """Where the maps of accelerated priors stand until the prior shard holds them."""
+        return storage.join(self.url, ACCELERATED_PREFIX + self.images.name)
 
     def __repr__(self) -> str:
-        return f"priors of {storage.join(self.split.url, self.split.info.shards[0].name)}"
+        return f"priors of {storage.join(self.split.url, self.images.name)}"
+
+
+def _behind(accelerator: Accelerator | None, tasks: list[_Task]) -> AbstractContextManager[Sequence[_Task]]:
+    """The tasks, each of which can be had once the accelerator, where there is one and work for it, is done with it."""
+    priors = accelerated(tasks[0].priors) if tasks else ()
+    if accelerator is None or not priors:
+        return nullcontext(tasks)
+    earlier = [replace(task, priors=priors, device=accelerator.device) for task in tasks]
+    return ahead(tasks, pool=accelerator.pool, function=_accelerate_shard, earlier=earlier)
 
 
 def _refuse_duplicates(priors: tuple[Prior, ...]) -> None:
@@ -135,130 +163,75 @@ def _one_shard(dataset: Dataset, name: str, shard: ShardInfo) -> Split:
     return Split(dataset.url, name, info)
 
 
-def _withdraw_other_manifest(url: str, dataset: Dataset, priors: tuple[Prior, ...]) -> None:
-    """Removes a manifest that is about to become untrue, before the first shard changes under it."""
-    manifest = read_manifest(url)
-    if manifest is None or (manifest.dataset, manifest.fingerprints) != (
-        dataset.manifest.fingerprint,
-        fingerprints(priors),
-    ):
-        _remove(storage.join(url, MANIFEST_NAME))
-
-
-def _manifest(dataset: Dataset, priors: tuple[Prior, ...], indexes: list[PriorIndex]) -> PriorManifest:
-    shards = iter(indexes)
-    return PriorManifest(
-        dataset=dataset.manifest.fingerprint,
-        priors=priors,
-        fingerprints=fingerprints(priors),
-        statistics=_statistics(priors, indexes),
-        splits={name: tuple(next(shards).shard for _ in info.shards) for name, info in dataset.manifest.splits.items()},
-        unreadable=_unreadable(dataset, indexes),
-        num_flat=sum(len(index.bad) - len(index.unreadable) for index in indexes),
-    )
-
-
-def _unreadable(dataset: Dataset, indexes: list[PriorIndex]) -> dict[str, tuple[int, ...]]:
-    """The samples of each split that cannot be read, by their numbers in the split."""
-    shards = iter(indexes)
-    numbers: dict[str, tuple[int, ...]] = {}
-    for name, info in dataset.manifest.splits.items():
-        held = [next(shards) for _ in info.shards]
-        ends = accumulate(index.shard.num_samples for index in held)
-        numbers[name] = tuple(
-            end - index.shard.num_samples + row
-            for end, index in zip(ends, held, strict=True)
-            for row in index.unreadable
-        )
-    return numbers
-
-
-def _statistics(priors: tuple[Prior, ...], indexes: list[PriorIndex]) -> dict[str, ChannelStatistics]:
-    totals = {
-        prior.name: sum((index.moments[prior.name] for index in indexes), Moments.zero(prior.channels))
-        for prior in priors
-        if not prior.nearest
-    }
-    return {
-        name: ChannelStatistics(mean=tuple(total.mean_C.tolist()), deviation=tuple(total.deviation_C.tolist()))
-        for name, total in totals.items()
-        if total.count
-    }
-
-
-def _remove_unlisted(url: str, manifest: PriorManifest) -> None:
-    """Removes shards of an earlier, larger set, which a reader of all tars in the folder would take for its own."""
-    listed = {shard.name for shards in manifest.splits.values() for shard in shards}
-    listed |= {index_name(name) for name in listed}
-    for name in storage.list_names(url):
-        if name.endswith((".tar", ".index.msgpack")) and name not in listed:
-            _remove(storage.join(url, name))
-
-
-def _remove(place: str) -> None:
-    if storage.exists(place):
-        with storage.write_errors(place):
-            storage.remove(place)
-
-
 def _prepare_shard(task: _Task) -> PriorIndex:
     """Makes one prior shard and its index, or finds that they stand; returns the index."""
+    _settle_in()
+    index = _standing_index(task.place, task)
+    if index is not None and index.fingerprints == fingerprints(task.priors) and not _images_changed(index, task):
+        return index
+    before = sound_records(task.place)
+    priors = accelerated(task.priors)
+    index = _standing_index(task.accelerated_place, task) if priors else None
+    if index is not None and index.fingerprints == fingerprints(priors):
+        before = with_accelerated(before, read_records(task.accelerated_place))
+    return _write_shard(task, task.place, before=before)
+
+
+def _accelerate_shard(task: _Task) -> None:
+    """Makes the shard of the accelerated priors, which are all that the task has, unless their maps stand somewhere."""
+    _settle_in()
+    wanted = fingerprints(task.priors)
+    index = _standing_index(task.place, task)
+    if index is not None and not index.bad and wanted.items() <= index.fingerprints.items():
+        return
+    index = _standing_index(task.accelerated_place, task)
+    if index is None or index.fingerprints != wanted:
+        _write_shard(task, task.accelerated_place, before=sound_records(task.place))
+
+
+def _settle_in() -> None:
     cv2.setNumThreads(1)  # the pool has a process for every core
     keep_freed_memory()
-    image_shard = task.split.info.shards[0]
-    place = storage.join(task.url, image_shard.name)
-    index = _standing_index(place, task)
-    if index is not None:
-        return index
-    index, tar = _make_shard(task, before=_records_by_key(place))
+
+
+def _write_shard(task: _Task, place: str, *, before: dict[str, Record]) -> PriorIndex:
+    """Makes the shard and its index at `place`; returns the index."""
+    index, tar = _make_shard(task, before=before)
     storage.write_bytes_atomic(place, tar)
     storage.write_bytes_atomic(index_name(place), index.to_bytes())  # after the tar: it vouches for it
     return index
 
 
 def _standing_index(place: str, task: _Task) -> PriorIndex | None:
-    """The index of the prior shard at `place` if it is whole and holds just these priors of these images.
-
-    An image shard that was damaged may have been mended since, and a local one damaged; a remote one is not fetched for
-    the question alone.
-    """
+    """The index of the prior shard at `place` if it is whole and was made from these images."""
     try:
         index = PriorIndex.from_bytes(storage.read_bytes(index_name(place)))
-        if (index.images, index.fingerprints) != (task.split.info.shards[0].sha256, fingerprints(task.priors)):
+        if index.images != task.images.sha256:
             return None
-        if storage.sha256(place) != index.shard.sha256:
-            return None
+        return index if storage.sha256(place) == index.shard.sha256 else None
     except UserError:  # the storage's, which says nothing of the shard
         raise
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+
+
+def _images_changed(index: PriorIndex, task: _Task) -> bool:
+    """Whether the image shard may differ from what the prior shard was made from, whatever dataset.json says.
+
+    One that was damaged may have been mended since, and a local one damaged; a remote one is not fetched for the
+    question alone.
+    """
     local = storage.local_path(task.split.url) is not None
-    return None if index.fault is not None or (local and task.split.fault(0) is not None) else index
-
-
-def _records_by_key(place: str) -> dict[str, Record]:
-    """The records of the prior shard at `place` that can be read, whatever they were made from."""
-    records: dict[str, Record] = {}
-    if not storage.exists(place):
-        return records
-    data = storage.read_bytes(place)
-    for member in list_members(io.BytesIO(data), size_bytes=len(data)).members:
-        try:
-            record = Record.from_bytes(data[member.offset : member.offset + member.size])
-        except ValueError:  # a damaged record is computed again
-            continue
-        records[record.key] = record
-    return records
+    return index.fault is not None or (local and task.split.fault(0) is not None)
 
 
 def _make_shard(task: _Task, *, before: dict[str, Record]) -> tuple[PriorIndex, bytes]:
     """The shard's index and bytes."""
-    image_shard = task.split.info.shards[0]
     file = io.BytesIO()
     tar = TarWriter(file)
     members, bad, unreadable = [], [], []
     tallies = {prior.name: Tally(prior.channels) for prior in task.priors if not prior.nearest}
-    for row, record in enumerate(_records(task, before=before)):
+    for row, record in enumerate(make_records(task.split, task.priors, before=before, device=task.device)):
         if not record.readable:
             unreadable.append(row)
         members.append(tar.add(f"{record.key}.{MEMBER_EXTENSION}", record.to_bytes()))
@@ -270,11 +243,11 @@ def _make_shard(task: _Task, *, before: dict[str, Record]) -> tuple[PriorIndex, 
     tar.finish()
     data = file.getvalue()
     shard = ShardInfo(
-        name=image_shard.name, num_samples=len(members), size_bytes=len(data), sha256=storage.digest(data)
+        name=task.images.name, num_samples=len(members), size_bytes=len(data), sha256=storage.digest(data)
     )
     index = PriorIndex(
         shard=shard,
-        images=image_shard.sha256,
+        images=task.images.sha256,
         fingerprints=fingerprints(task.priors),
         offsets=tuple(member.offset for member in members),
         sizes=tuple(member.size for member in members),
@@ -284,34 +257,3 @@ def _make_shard(task: _Task, *, before: dict[str, Record]) -> tuple[PriorIndex, 
         fault=task.split.fault(0),
     )
     return index, data
-
-
-def _records(task: _Task, *, before: dict[str, Record]) -> Iterator[Record]:
-    """The record of every sample of the shard, in order."""
-    for sample in task.split.read_shard(0):
-        yield _record(sample, task.priors, before=before.get(sample.key))
-
-
-def _record(sample: Sample | Unreadable, priors: tuple[Prior, ...], *, before: Record | None) -> Record:
-    """The maps of a sample: carried over where they hold, else computed; flat, with the reason, where that fails."""
-    if isinstance(sample, Unreadable):
-        return Record.unreadable(sample.key, reason=sample.reason)
-    source = source_hash(sample)
-    held = before.maps if before is not None and before.source == source and before.bad is None else {}
-    missing = [prior for prior in priors if not _holds(held.get(prior.name), prior)]
-    if not missing:  # then the image was decoded when its maps were made
-        return Record(key=sample.key, source=source, maps={prior.name: held[prior.name] for prior in priors})
-    try:
-        picture = Picture(decode_image(sample.image), given=sample.given)
-    except BrokenImage as error:
-        return Record.unreadable(sample.key, reason=str(error))
-    try:
-        maps = {**held, **{prior.name: store(prior, prior.map(picture)) for prior in missing}}
-    except Exception as error:  # noqa: BLE001 (the one place where a failing prior is survived: it is named and counted)
-        reason = f"{type(error).__name__}: {error}"
-        return Record(key=sample.key, source=source, maps={prior.name: flat(prior) for prior in priors}, bad=reason)
-    return Record(key=sample.key, source=source, maps={prior.name: maps[prior.name] for prior in priors})
-
-
-def _holds(stored: StoredMap | None, prior: Prior) -> bool:
-    return stored is not None and stored.fingerprint == fingerprint(prior)

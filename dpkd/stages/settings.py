@@ -18,6 +18,7 @@ from dpkd.evaluation.settings import EpisodeSettings, ProbeSettings
 from dpkd.models.settings import ModelSettings
 from dpkd.objectives.settings import LogitDistillation, StudentObjective, Supervised, TeacherObjective
 from dpkd.priors import DEFAULT_PRIORS, Prior
+from dpkd.priors.extractor import sealed
 from dpkd.section import Section
 from dpkd.train.settings import EngineSettings, OptimizerSettings, ScheduleSettings, TrainingSettings
 
@@ -66,6 +67,10 @@ class PrepareSettings(Section):
     name: str = Field("default", pattern=r"^\w[\w.-]*$")
     """Name of the prior set: `<shards>/priors/<name>`."""
     priors: tuple[Prior, ...] = DEFAULT_PRIORS
+
+    def sealed(self) -> "PrepareSettings":
+        """The same, with the priors bound to the weights they name; raises `UserError` that names weights missing."""
+        return self.model_copy(update={"priors": sealed(self.priors)})
 
 
 class TeachSettings(Section):

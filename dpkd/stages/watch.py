@@ -71,7 +71,7 @@ class Watch:
         few = with_view_maps(batch.first(NUM_PANEL_IMAGES), self._task.maps)
         for name, learner in self._task.learners.items():
             inputs = (network_input(learner.spec, few), pooling_weight(learner.spec, few))
-            outputs = with_attention(learner.network, partial(learner.engine.predict, *inputs))
+            outputs = with_attention(learner.network.backbone, partial(learner.engine.predict, *inputs))
             if self._board is None:
                 continue
             predictions = {

@@ -27,7 +27,7 @@ def test_class_attention_is_what_the_last_block_computes():
     seen = []
     attention.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(output))
     image_BCHW = torch.randn(2, 3, 32, 32)
-    map_B1HW = with_attention(network, lambda: network(image_BCHW))["attention"]
+    map_B1HW = with_attention(network.backbone, lambda: network(image_BCHW))["attention"]
     expected = seen[0][:, :, 0, 1:].mean(1).view(2, 1, 4, 4)
     torch.testing.assert_close(map_B1HW, expected / expected.amax((2, 3), keepdim=True))
 
@@ -39,7 +39,7 @@ def test_class_attention_is_what_the_last_block_computes():
 def test_any_model_gives_a_map_on_its_grid(name, arguments):
     network = network_of(name, arguments)
     image_BCHW = torch.randn(2, 3, 32, 32)
-    outputs = with_attention(network, lambda: network(image_BCHW))
+    outputs = with_attention(network.backbone, lambda: network(image_BCHW))
     torch.testing.assert_close(outputs["embedding"], network(image_BCHW)["embedding"])
     map_B1HW = outputs["attention"]
     assert map_B1HW.shape == (2, 1, *network.grid)

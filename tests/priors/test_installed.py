@@ -79,6 +79,37 @@ def test_a_prior_of_an_installed_package_is_prepared_by_its_kind(tmp_path):
     assert done.stdout.strip() == "{'edge': (10, 8, 1), 'warmth': (5, 4, 1)}"
 
 
+BATCHED = WARMTH.replace(
+    "    def flip",
+    """    batch_size: int = 4
+    device: ClassVar[str] = "accelerator"
+
+    def sealed(self):
+        return self
+
+    def identity(self):
+        return self.model_dump_json(exclude={"batch_size"})
+
+    def maps(self, pictures, *, device):
+        assert len(pictures) <= 4
+        return [1 - self.map(picture) for picture in pictures]
+
+    def flip""",
+)
+
+
+def test_a_prior_of_an_installed_package_may_take_images_in_batches(tmp_path):
+    images = draw_images(tmp_path / "images")
+    shown = PREPARE.replace("{name: map_HWC.shape for name, map_HWC in maps.items()}", "maps['warmth'].mean().round(2)")
+    means = []
+    for name, code in (("one", WARMTH), ("many", BATCHED)):
+        packages = install(tmp_path / name, code=code)
+        done = run(shown, str(images), str(tmp_path / f"shards-{name}"), packages=packages)
+        assert done.returncode == 0, done.stderr
+        means.append(float(done.stdout))
+    assert means[1] == pytest.approx(1 - means[0], abs=0.02)
+
+
 @pytest.mark.parametrize(
     ("code", "target", "words"),
     [
@@ -87,6 +118,7 @@ def test_a_prior_of_an_installed_package_is_prepared_by_its_kind(tmp_path):
         (WARMTH.replace("def flip", "def turn"), "warm:Warmth", ["warm-priors", "lacks flip"]),
         (WARMTH.replace("frozen=True, ", ""), "warm:Warmth", ["is not frozen"]),
         (WARMTH.replace('"warmth"', '"edge"'), "warm:Warmth", ["the kind 'edge' is dpkd's already"]),
+        (BATCHED.replace("def sealed", "def seal"), "warm:Warmth", ["warm-priors", "lacks sealed"]),
         ("Warmth = 3", "warm:Warmth", ["no pydantic model"]),
     ],
 )

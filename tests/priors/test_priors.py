@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -14,10 +15,29 @@ from dpkd.priors.edge import Edge
 from dpkd.priors.expert import Expert
 from dpkd.priors.extractor import fingerprint
 from dpkd.priors.hog import Hog
+from dpkd.priors.learned import Learned
 from dpkd.priors.picture import Picture
+from tests.model_cases import Edges, edge_prior, save_exported
 
-KINDS = [kind for kind in BUILT_IN if kind is not Expert]  # its maps are given: test_expert.py
-every_prior = pytest.mark.parametrize("prior", [kind() for kind in KINDS], ids=lambda prior: prior.kind)
+KINDS = [kind for kind in BUILT_IN if kind not in (Expert, Learned)]  # maps of experts are given: test_expert.py
+every_prior = pytest.mark.parametrize("prior", [*(kind().kind for kind in KINDS), "learned"], indirect=True)
+
+
+@pytest.fixture(scope="session")
+def edge_model(tmp_path_factory) -> Path:
+    """An exported program that finds edges of some sort."""
+    path = tmp_path_factory.mktemp("model") / "edges.pt2"
+    save_exported(path, Edges())
+    return path
+
+
+@pytest.fixture
+def prior(request, edge_model):
+    """The prior of that kind, by its defaults."""
+    if request.param == "learned":
+        return edge_prior(edge_model, stride=8, batch_size=1).sealed()
+    return next(kind() for kind in KINDS if kind().kind == request.param)
+
 
 # kind -> (version, mean and deviation of the map of the scene). Whoever changes the numbers raises the version, so that
 # maps made before are not taken for maps made after.
@@ -34,16 +54,17 @@ KNOWN = {
     "hue": (1, 0.0858, 0.0938),
     "symmetry": (1, 0.0395, 0.0356),
     "glcm": (1, 0.5464, 0.3829),
+    "learned": (1, 0.4972, 0.2254),
 }
 
 
 STRIDE = dict.fromkeys(("edge", "saliency", "superpixel"), 4)
-STRIDE |= dict.fromkeys(("hog", "ridge", "symmetry"), 8)
+STRIDE |= dict.fromkeys(("hog", "ridge", "symmetry", "learned"), 8)
 STRIDE |= dict.fromkeys(("orientation", "lbp", "gabor", "colour", "hue", "glcm"), 16)
 
 # How far the map of a crop, well within it, is from the crop of the map, and the map of the image under a darker or
 # bluer light from the map under plain light: mean absolute differences, None where nothing is promised.
-CROP = {"saliency": None, "superpixel": None, "gabor": 0.03, "edge": 0.01, "symmetry": 0.02}
+CROP = {"saliency": None, "superpixel": None, "learned": None, "gabor": 0.03, "edge": 0.01, "symmetry": 0.02}
 DARKER = {"edge": 0.1, "orientation": 0.03, "lbp": 0.08, "hog": 0.03, "hue": 0.05, "superpixel": None, "saliency": 0.1}
 BLUER = {"edge": 0.1, "orientation": 0.06, "lbp": 0.12, "hog": 0.06, "gabor": 0.06, "ridge": 0.06, "glcm": 0.1}
 
@@ -157,6 +178,7 @@ def test_an_unknown_kind_or_setting_is_refused_by_name():
 
 
 def test_settings_load_no_heavy_package():
-    code = "import sys, dpkd.priors; print({'torch', 'numba', 'scipy', 'skimage'} & set(sys.modules))"
+    heavy = {"torch", "timm", "onnx", "onnxruntime", "numba", "scipy", "skimage"}
+    code = f"import sys, dpkd.priors; print({heavy!r} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
