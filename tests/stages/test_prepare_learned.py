@@ -1,8 +1,12 @@
 """Prepare with priors of models, in one pass or on two pools at once, here both on the CPU."""
 
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 import tarfile
+import time
 from pathlib import Path
 
 import cv2
@@ -14,7 +18,7 @@ from torch import nn
 from dpkd.data.images import decode_image
 from dpkd.data.shards import Dataset
 from dpkd.errors import UserError
-from dpkd.inspection import inspect_dataset
+from dpkd.inspection import draw_samples, inspect_dataset
 from dpkd.pool import Accelerator, LocalPool
 from dpkd.priors import learned
 from dpkd.priors.edge import Edge
@@ -157,6 +161,27 @@ def test_what_was_interrupted_goes_on_and_ends_with_the_same_bytes(dataset, agai
     assert all(files(dataset)[name] == stood[name] for name in kept)
 
 
+def _prepare_on_processes(url, priors):
+    accelerator = Accelerator(LocalPool(1), device="cpu:0")
+    prepare_all(Dataset.open(url), priors=priors, pool=LocalPool(1), accelerator=accelerator)
+
+
+@pytest.mark.slow
+def test_kill_9_of_the_driver_of_two_pools_leaves_what_the_next_run_ends_with_the_same_bytes(dataset, again, priors):
+    prepare_all(again, priors=priors)
+    process = multiprocessing.get_context("spawn").Process(target=_prepare_on_processes, args=(dataset.url, priors))
+    process.start()
+    folder = Path(dataset.url) / "priors/default"
+    while process.is_alive() and not list(folder.glob("[!.]*.tar")):
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert "priors.json" not in files(dataset)
+    assert list(folder.glob(".accelerated-*.tar"))
+    _prepare_on_processes(dataset.url, priors)
+    assert {name: data for name, data in files(dataset).items() if not name.startswith(".tmp-")} == files(again)
+
+
 def test_what_was_interrupted_on_two_pools_goes_on_on_one(dataset, again, priors):
     prepare_all(again, priors=priors)
     with pytest.raises(KeyboardInterrupt):
@@ -280,7 +305,7 @@ def test_progress_counts_each_sample_once(dataset, priors):
     assert told[-1] == (15, 15)
 
 
-def test_the_set_is_inspected_with_its_learned_maps(dataset, priors, capsys, monkeypatch):
+def test_the_set_is_inspected_and_drawn_with_its_learned_maps(dataset, priors, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     prepare_all(dataset, priors=priors, accelerator=TWO_POOLS)
     inspect_dataset(dataset.url)
@@ -288,3 +313,7 @@ def test_the_set_is_inspected_with_its_learned_maps(dataset, priors, capsys, mon
     assert "has its 3 maps, each of its own image and readable" in said
     assert "│ learned-attention" in said
     assert "│ learned-edges" in said
+    draw_samples(dataset.url, tmp_path / "sheet.png", set_name="default")
+    drawn = cv2.imread(str(tmp_path / "sheet.png"))
+    assert drawn.std() > 10
+    assert "4 samples with 4 maps each" in capsys.readouterr().out  # one is derived of the edges
