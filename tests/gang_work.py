@@ -74,5 +74,5 @@ def _listening(process: int) -> set[str]:
             fields = line.split()
             if fields[3] == "0A":  # LISTEN
                 address_of[f"socket:[{fields[9]}]"] = fields[1].partition(":")[0]
-    links = [os.readlink(path) for path in Path(f"/proc/{process}/fd").iterdir() if path.exists() or path.is_symlink()]
+    links = [str(path.readlink()) for path in Path(f"/proc/{process}/fd").iterdir() if path.is_symlink()]
     return {address_of[link] for link in links if link in address_of}

@@ -7,7 +7,7 @@ agree on, some of it pickled.
 import socket
 import uuid
 
-from torch.distributed import PrefixStore, TCPStore
+import torch.distributed as dist
 from torch.distributed.elastic.rendezvous.api import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
 LOOPBACK = "127.0.0.1"
@@ -20,7 +20,7 @@ class LoopbackRendezvous(RendezvousHandler):
         self._run_id = uuid.uuid4().hex
         listener = socket.create_server((LOOPBACK, 0))
         self._port: int = listener.getsockname()[1]
-        self._store = TCPStore(
+        self._store = dist.TCPStore(  # type: ignore[attr-defined]
             LOOPBACK, self._port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
 
@@ -40,7 +40,8 @@ class LoopbackRendezvous(RendezvousHandler):
     def next_rendezvous(self) -> RendezvousInfo:
         """The store, and that this agent is the only one."""
         place = RendezvousStoreInfo(LOOPBACK, self._port)
-        return RendezvousInfo(PrefixStore(self._run_id, self._store), 0, 1, place)
+        store = dist.PrefixStore(self._run_id, self._store)  # type: ignore[attr-defined]
+        return RendezvousInfo(store, 0, 1, place)
 
     def is_closed(self) -> bool:
         """False: nobody else would close it."""

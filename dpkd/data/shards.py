@@ -357,7 +357,7 @@ def _refuse_contradictions(index: ShardIndex) -> None:
 def _meta(data: bytes) -> dict[str, Any]:
     meta = parse_json(data)
     if not isinstance(meta, dict):
-        raise ValueError("the json member of a sample is no object")
+        raise ValueError("the json member of a sample is no object")  # noqa: TRY004 (a fault of the data)
     return meta
 
 
@@ -369,6 +369,4 @@ def _given_name(extension: str) -> str:
 def _sample(key: str, members: dict[str, bytes]) -> Sample:
     image = next(members[ext] for ext in IMAGE_EXTENSIONS if ext in members)
     experts = {_given_name(ext): data for ext, data in members.items() if ext.startswith(EXPERT_PREFIX)}
-    return Sample(
-        key=key, image=image, meta=_meta(members["json"]), mask=members.get(MASK_EXTENSION), experts=experts
-    )
+    return Sample(key=key, image=image, meta=_meta(members["json"]), mask=members.get(MASK_EXTENSION), experts=experts)

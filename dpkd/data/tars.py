@@ -114,7 +114,13 @@ class _Given:
 MAX_HEADER_BYTES = 1 << 20
 """Longer headers of long names and attributes are taken for damage."""
 
-_HEADERS = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 _REFUSED = {
     tarfile.LNKTYPE: "it is a link, which is not followed",
     tarfile.SYMTYPE: "it is a link, which is not followed",
@@ -166,7 +172,7 @@ def _read_header(kind: bytes, file: BinaryIO, start: int, size: int, *, before: 
 
 
 def _pax_records(data: bytes) -> dict[str, bytes]:
-    """The records `<length> <key>=<value>\\n` of a pax header."""
+    """The records of a pax header: length, space, key, =, value and a line break each."""
     records, at = {}, 0
     while at < len(data) and data[at] != 0:
         length = data[at : at + 8].partition(b" ")[0]

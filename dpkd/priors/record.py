@@ -117,7 +117,9 @@ def store(prior: Extractor, map_HWC: Map) -> StoredMap:
     """The map of `prior` as bytes; raises ValueError for one of more than `MAX_VALUES` values."""
     height, width, channels = map_HWC.shape
     if map_HWC.size > MAX_VALUES:
-        raise ValueError(f"the map {prior.name} of {height} x {width} x {channels} values is too large: raise its stride")
+        raise ValueError(
+            f"the map {prior.name} of {height} x {width} x {channels} values is too large: raise its stride"
+        )
     codec: Codec = AbsentCodec() if np.isnan(map_HWC[0, 0, 0]) else prior.codec
     return StoredMap(
         codec=codec.name,

@@ -74,6 +74,6 @@ def _read(text: str) -> dict[tuple[str, str], str]:
         try:
             entry = parse_json(line)
             reason_of[str(entry["stage"]), str(entry["item"])] = str(entry["reason"])
-        except (ValueError, LookupError, TypeError):  # cut short by a kill, or not ours: the stage adds its item again
+        except (ValueError, LookupError, TypeError):  # noqa: PERF203 (cut by a kill, or not ours: it is added again)
             continue
     return reason_of

@@ -16,10 +16,22 @@ from dpkd.untrusted import MAX_DEPTH, parse_json
 from dpkd.world import World
 from tests.fuzz.damage import any_bytes, outcome
 
-STAGES = json.dumps({"pack": {"status": "done", "seconds": 1.5, "given": {"seed": 1, "data": {"a": [1, None]}}}}).encode()
+STAGES = json.dumps(
+    {"pack": {"status": "done", "seconds": 1.5, "given": {"seed": 1, "data": {"a": [1, None]}}}}
+).encode()
 LINES = b'{"stage": "pack", "item": "a.jpg", "reason": "cut"}\n{"stage": "prepare", "item": "b", "reason": "x"}\n'
 BOMBS = st.sampled_from(
-    [b"[" * 100_000, b'{"a":' * 100_000, b"9" * 10_000, b"[1]", b"7", b'"\\ud800"', b"\xff\xfe", b"null", b'{"pack": 1}']
+    [
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"9" * 10_000,
+        b"[1]",
+        b"7",
+        b'"\\ud800"',
+        b"\xff\xfe",
+        b"null",
+        b'{"pack": 1}',
+    ]
 )
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -104,7 +116,10 @@ def test_a_manifest_that_names_other_files_brings_nothing_of_them_in(path, tmp_p
     assert part.value == 1
 
 
-@given(st.binary(max_size=40) | st.recursive(st.none() | st.floats(), st.lists, max_leaves=9).map(lambda v: json.dumps(v).encode()))
+@given(
+    st.binary(max_size=40)
+    | st.recursive(st.none() | st.floats(), st.lists, max_leaves=9).map(lambda v: json.dumps(v).encode())
+)
 def test_json_is_read_as_the_standard_library_does_or_refused(data):
     try:
         expected = json.loads(data)
