@@ -62,6 +62,12 @@ def test_any_bytes_are_a_mask_or_refused(data):
     outcome(lambda: decode_mask(data))
 
 
+@given(any_bytes(files()))
+def test_the_size_in_the_header_is_what_pillow_says(data):
+    if outcome(lambda: image_size(data)) is None and outcome(lambda: check_image(data)) is None:
+        assert image_size(data) == Image.open(io.BytesIO(data)).size
+
+
 def with_size(data: bytes, size: tuple[int, int]) -> bytes:
     """The file with another size in its header."""
     width, height = size
