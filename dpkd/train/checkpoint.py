@@ -8,6 +8,7 @@ Nothing here trusts a pointer: the newest step whose files all match its manifes
 """
 
 import json
+import re
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ import torch
 from dpkd import storage
 from dpkd.errors import UserError
 from dpkd.report.progress import say
+from dpkd.untrusted import parse_json
 from dpkd.world import World
 
 FORMAT = 1
@@ -139,7 +141,7 @@ class Checkpoints:
     def _faults(self, folder: Path) -> list[str]:
         """What is wrong with this rank's share of the files; all ranks together read every file once."""
         try:
-            manifest = json.loads((folder / MANIFEST).read_text())
+            manifest = parse_json((folder / MANIFEST).read_bytes())
             files = manifest["files"].items()
             if manifest["format"] != FORMAT:
                 return [f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}"]
@@ -173,4 +175,5 @@ def _step_folder(folder: Path, step: int) -> Path:
 
 def _committed_steps(folder: Path) -> list[int]:
     """Steps of the published checkpoints, oldest first."""
-    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*") if path.is_dir())
+    found = [path.name for path in folder.glob("step-*") if path.is_dir()]
+    return sorted(int(name.removeprefix("step-")) for name in found if re.fullmatch(r"step-[0-9]{8,18}", name))

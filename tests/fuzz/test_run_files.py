@@ -73,6 +73,14 @@ def test_an_evaluation_that_cannot_be_read_is_refused_by_its_name(data, tmp_path
         assert str(error)  # noqa: PT017 (either outcome is right, the message must be there)
 
 
+def test_folders_and_links_with_odd_names_are_no_checkpoints(tmp_path):
+    checkpoints, _ = two_checkpoints(tmp_path)
+    for name in ("step-abc", "step-", "step--0000003", "step-\u0663\u0663\u0663\u0663\u0663\u0663\u0663\u0663"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-00000009").symlink_to("/proc")
+    assert checkpoints.load_newest({"a": Value()}) == 2
+
+
 class Value:
     """A part that is one number."""
 
@@ -96,7 +104,7 @@ def two_checkpoints(folder: Path) -> tuple[Checkpoints, bytes]:
 @given(data=st.data())
 def test_a_manifest_of_any_bytes_leaves_the_checkpoint_before(data, tmp_path_factory):
     checkpoints, manifest = two_checkpoints(tmp_path_factory.mktemp("checkpoints"))
-    content = data.draw(any_bytes([manifest]))
+    content = data.draw(any_bytes([manifest]) | BOMBS)
     (checkpoints.folder / "step-00000002" / "manifest.json").write_bytes(content)
     part = Value()
     step = checkpoints.load_newest({"a": part})
