@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpkd.errors import UserError
 from dpkd.report.quarantine import Quarantine
 from dpkd.report.summary import write_summary
 from dpkd.stages.record import RunFolder
@@ -63,14 +64,12 @@ def test_any_bytes_are_a_quarantine_that_goes_on(data, tmp_path_factory):
     assert Quarantine(path, limit=0.5).count_of("pack") == 0
 
 
-@given(data=BOMBS)
+@given(data=BOMBS.filter(lambda data: data != b'{"pack": 1}'))
 def test_an_evaluation_that_cannot_be_read_is_refused_by_its_name(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     (folder / "evaluation.json").write_bytes(data)
-    try:
+    with pytest.raises(UserError, match=r"evaluation\.json cannot be read"):
         write_summary(folder)
-    except (ValueError, TypeError) as error:
-        assert str(error)  # noqa: PT017 (either outcome is right, the message must be there)
 
 
 def test_folders_and_links_with_odd_names_are_no_checkpoints(tmp_path):
