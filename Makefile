@@ -1,5 +1,6 @@
 # make quickstart   installs, draws a sample data set, and runs every stage on it
 # make test         installs what tests need, and runs them
+# make fuzz         the tests of untrusted input with many more examples, for as long as it takes; SEED=n repeats a run
 # make lint         formatting, lint and types;  make format mends the first two
 # make lock         resolves pyproject.toml anew into requirements.lock
 # VENV=path and PYTHON=python3.12 choose the environment and the interpreter it is made with.
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart install test chaos benchmark lint format lock clean
+.PHONY: quickstart install test chaos benchmark fuzz lint format lock clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python tools/make_sample_data.py data/sample
@@ -30,6 +31,11 @@ test: $(INSTALLED)
 
 chaos benchmark: $(INSTALLED)
 	$(BIN)/python -m pytest -m $@
+
+fuzz: SEED := $(or $(SEED),$(shell date +%s))
+fuzz: $(INSTALLED)
+	@echo "seed $(SEED): make fuzz SEED=$(SEED) repeats this run"
+	$(BIN)/python -m pytest tests/fuzz --timeout=0 --hypothesis-profile=fuzz --hypothesis-seed=$(SEED)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -52,6 +52,6 @@ def without_secrets(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The text for a terminal: secrets masked, and what could steer the terminal or has no encoding shown as escapes."""
+    """The text for a terminal: secrets masked, what could steer it or has no encoding shown as escapes."""
     masked = without_secrets(text)
     return "".join(each if each.isprintable() or each in "\n\t\u00a0" else ascii(each)[1:-1] for each in masked)

@@ -54,6 +54,11 @@ def exists(url: str | Path) -> bool:
         return True
 
 
+def is_file(path: str | Path) -> bool:
+    """True for a local file or a link to one; False, and never an error, for anything else and any name."""
+    return os.path.isfile(path)  # noqa: PTH113 (Path.is_file raises for long names and locked folders)
+
+
 def size(url: str | Path) -> int:
     """Bytes of a file."""
     path = local_path(url)
@@ -325,10 +330,10 @@ def _walk_local(folder: Path, prefix: str, seen: set[str]) -> Iterator[tuple[str
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if os.path.isdir(entry.path):
+            if os.path.isdir(entry.path):  # noqa: PTH112 (Path.is_dir raises for a link to itself)
                 yield from _walk_local(Path(entry.path), f"{prefix}{entry.name}/", seen | {real})
             else:
-                yield f"{prefix}{entry.name}", entry.stat().st_size if os.path.isfile(entry.path) else -1
+                yield f"{prefix}{entry.name}", entry.stat().st_size if is_file(entry.path) else -1
 
 
 def _walk_remote(url: str | Path) -> Iterator[tuple[str, int]]:

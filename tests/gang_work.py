@@ -17,7 +17,7 @@ def meet_once_one_was_killed(folder):
         os.kill(os.getpid(), signal.SIGKILL)
     assert all(name in os.environ for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     (Path(folder) / os.environ["RANK"]).write_text(f"{peers.rank} of {peers.size}, {peers.gather(peers.rank)}")
-    print(f"this is worker {peers.rank}")  # noqa: T201
+    print(f"this is worker {peers.rank}")
     peers.leave()
 
 
@@ -54,3 +54,25 @@ def heed_nothing(folder):
 def wait_alone(folder):
     (Path(folder) / "up-0").write_text(str(os.getpid()))
     time.sleep(600)
+
+
+def write_where_they_listen(folder):
+    """Writes the addresses on which this worker and the process that started it listen, all workers being joined."""
+    peers = world.join()
+    peers.barrier()
+    addresses = sorted(_listening(os.getpid()) | _listening(os.getppid()))
+    (Path(folder) / str(peers.rank)).write_text("\n".join(addresses))
+    peers.barrier()
+    peers.leave()
+
+
+def _listening(process: int) -> set[str]:
+    """Local addresses, as the kernel writes them in hexadecimal."""
+    address_of = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A":  # LISTEN
+                address_of[f"socket:[{fields[9]}]"] = fields[1].partition(":")[0]
+    links = [str(path.readlink()) for path in Path(f"/proc/{process}/fd").iterdir() if path.is_symlink()]
+    return {address_of[link] for link in links if link in address_of}

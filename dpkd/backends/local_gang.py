@@ -20,7 +20,6 @@ import sys
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,13 +28,12 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed.elastic.rendezvous.registry as rendezvous_registry
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
-from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from dpkd import world
+from dpkd.backends.loopback import LOOPBACK, LoopbackRendezvous
 from dpkd.errors import StopRequested, UserError
 from dpkd.gang import Failure, summary, verdict
 from dpkd.report.progress import say
@@ -87,23 +85,15 @@ class LocalGang:
                 say(f"{summary(failures)}; all start again, {restarts_left - 1} restarts left")
 
     def _run_once(self, task: "_Task", stopper: "_Stopper") -> RunResult:
-        rendezvous = RendezvousParameters(
-            backend="c10d",
-            endpoint="127.0.0.1:0",
-            run_id=uuid.uuid4().hex,
-            min_nodes=1,
-            max_nodes=1,
-            local_addr="127.0.0.1",
-        )
         spec = WorkerSpec(
             role="dpkd",
             local_world_size=self.num_workers,
             entrypoint=_enter,
             args=(task,),
-            rdzv_handler=rendezvous_registry.get_rendezvous_handler(rendezvous),
+            rdzv_handler=LoopbackRendezvous(),
             max_restarts=0,
             monitor_interval=0.1,
-            local_addr="127.0.0.1",
+            local_addr=LOOPBACK,
         )
         others: dict[int, Std] = dict.fromkeys(range(1, self.num_workers), Std.ALL)
         agent = LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=str(task.folder), redirects=others))

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from dpkd import storage
 from dpkd.data.images import BrokenImage
@@ -74,9 +74,10 @@ def _tars(path: str) -> tuple[list[_Tar], tuple[str, ...] | None]:
         return [_Tar(storage.join(path, name), name) for name in names], manifest.classes
     if any(sign in path for sign in "{*?["):
         try:
-            urls = [url for pattern in braceexpand(path) for url in _expand(pattern)]
-        except UnbalancedBracesError as error:
+            patterns = list(braceexpand(path))
+        except ValueError as error:
             raise UserError(f"data.source.path={path}: {error}; every brace needs its other half") from error
+        urls = [url for pattern in patterns for url in _expand(pattern)]
         tars = [_Tar(url, PurePosixPath(url).name) for url in urls]
     elif path.endswith((".tar", ".tar.gz", ".tgz", ".tar.zst")):
         tars = [_Tar(path, PurePosixPath(path).name)]

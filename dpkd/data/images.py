@@ -12,7 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from dpkd.errors import without_secrets
 
@@ -48,8 +48,13 @@ def image_format(data: bytes) -> str | None:
 
 def image_size(data: bytes) -> tuple[int, int]:
     """Width and height as the header gives them, before any rotation; raises `BrokenImage` where none can be read."""
-    if image_format(data) == "webp":
-        return _webp_size(data)
+    match image_format(data):
+        case "webp":
+            return _webp_size(data)
+        case "png" if data[12:16] == b"IHDR" and len(data) >= 24:
+            return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+        case "jpg" if (size := _jpeg_size(data)) is not None:
+            return size
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large images, and of what is odd in a header
@@ -151,6 +156,22 @@ def _refuse_huge(data: bytes) -> None:
     num_scans = data.count(b"\xff\xda")
     if image_format(data) == "jpg" and width * height * num_scans > MAX_SCAN_PIXELS:
         raise BrokenImage(f"the jpg is {width}x{height} in {num_scans} scans, which takes too long: save it anew")
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """The size in the first frame header, None where anything before it is not a segment after the other.
+
+    So it is what the decoder finds too, in a tenth of the time that Pillow takes.
+    """
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return int.from_bytes(data[at + 7 : at + 9], "big"), int.from_bytes(data[at + 5 : at + 7], "big")
+        if marker < 0xC0 or 0xD0 <= marker <= 0xDA or marker == 0xFF or length < 2:
+            return None
+        at += 2 + length
+    return None
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:

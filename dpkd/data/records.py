@@ -88,7 +88,7 @@ class Found:
 def refuse_no_file(url: str) -> None:
     """Raises `BrokenImage` for what stands there and is no file: reading a pipe might never end."""
     path = storage.local_path(url)
-    if path is not None and os.path.lexists(path) and not os.path.isfile(path):
+    if path is not None and os.path.lexists(path) and not storage.is_file(path):
         raise BrokenImage("it is no file, but a folder, a pipe, a device or a link to nowhere")
 
 
@@ -110,7 +110,9 @@ def class_of_label(label: object) -> str | None:
     if isinstance(label, float) and label.is_integer():
         label = int(label)
     if not isinstance(label, str | int):
-        raise ValueError(f"label {reprlib.repr(label)} is neither a name nor a whole number")
+        raise ValueError(  # noqa: TRY004 (a fault of the data)
+            f"label {reprlib.repr(label)} is neither a name nor a whole number"
+        )
     text = str(label)
     if len(text) > MAX_LABEL_LENGTH:
         raise ValueError(f"the label is {len(text)} characters long")

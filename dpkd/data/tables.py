@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -86,7 +85,7 @@ def _class(value: Any) -> str | None:
 def _blob(folder: str, name: str) -> Blob:
     url = name if "://" in name or name.startswith("/") else storage.join(folder, name)
     path = storage.local_path(url)
-    return Blob(url, size=path.stat().st_size if path is not None and os.path.isfile(path) else -1)
+    return Blob(url, size=path.stat().st_size if path is not None and storage.is_file(path) else -1)
 
 
 def _without_query(url: str) -> str:
@@ -178,8 +177,8 @@ def _read_parquet(data: bytes) -> Iterator[Row]:
         left_bytes -= sum(map(_unpacked_bytes, batch.columns))
         if left_bytes < 0:
             raise UserError(
-                f"the table of {len(data):,} bytes holds more than {MAX_EXPANSION} times that: a few values stand in it "
-                "very often, such as images; leave columns out that are not needed"
+                f"the table of {len(data):,} bytes holds more than {MAX_EXPANSION} times that: few values stand in it "
+                "very often, such as images; leave columns out"
             )
         yield from batch.to_pylist()
 

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
-from dpkd.errors import UserError
-
 BLOCK = 512
 
 
@@ -174,7 +172,7 @@ def _read_header(kind: bytes, file: BinaryIO, start: int, size: int, *, before: 
 
 
 def _pax_records(data: bytes) -> dict[str, bytes]:
-    """The records `<length> <key>=<value>\\n` of a pax header."""
+    """The records of a pax header: length, space, key, =, value and a line break each."""
     records, at = {}, 0
     while at < len(data) and data[at] != 0:
         length = data[at : at + 8].partition(b" ")[0]

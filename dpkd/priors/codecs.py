@@ -25,8 +25,8 @@ Map = npt.NDArray[np.float32 | np.int32]
 Shape = tuple[int, int, int]
 
 MAX_VALUES = 1 << 26
-"""Values of the largest map that is stored or read: 256 MB as float32, far above what an image of the largest size gives
-in a cell every four pixels."""
+"""Values of the largest map that is stored or read: 256 MB as float32, and more than the largest image gives at a cell
+every two pixels."""
 
 PNG_PARAMETERS = (cv2.IMWRITE_PNG_COMPRESSION, 6, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_HUFFMAN_ONLY)
 """Smallest and fastest for label maps: a tenth below the default at a third of its time."""

@@ -179,6 +179,8 @@ def _piped(rows: Table) -> list[str]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = parse_json(path.read_bytes()) if path.exists() else {}
+        if not isinstance(content, dict):
+            raise ValueError("it is no object")  # noqa: TRY004 (a fault of the file)
     except ValueError as error:
         raise UserError(f"{path} cannot be read ({error}); run the stage that writes it again") from error
     return content

@@ -42,6 +42,7 @@ from dpkd.stages.embed import Embedded, Predict, embed_networks, spread
 from dpkd.stages.record import RunFolder
 from dpkd.stages.run import Run
 from dpkd.stages.zero_shot import zero_shot
+from dpkd.untrusted import parse_json
 
 Scores = dict[str, dict[str, float]]
 Accuracies = dict[str, NDArray[np.float64]]
@@ -292,5 +293,8 @@ def read_evaluation(folder: RunFolder) -> dict[str, Any]:
     path = folder.path / EVALUATION_NAME
     if not path.exists():
         raise UserError(f"{path} is missing: run the stage evaluate first")
-    report: dict[str, Any] = json.loads(path.read_text())
+    try:
+        report: dict[str, Any] = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}); run the stage evaluate again") from error
     return report

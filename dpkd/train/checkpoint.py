@@ -59,11 +59,11 @@ class Checkpoints:
         Returns its step, or 0 where there is none. Raises `UserError` where all are damaged.
         """
         self.finish()
-        self._attempt, marks = self._by_first(self._store.claim)
+        self._attempt, marks = self._by_first(lambda: _patiently(self._store.claim))
         self._base = None
         for mark in reversed(marks):
-            with self._at_hand(mark) as (folder, own_faults):
-                faults = sorted({fault for rank in self.world.gather(own_faults) for fault in rank})
+            with self._at_hand(mark) as (folder, look):
+                faults = self._agreed(look)
                 if not faults:
                     for name, part in parts.items():
                         part.load(folder / name)
@@ -127,20 +127,20 @@ class Checkpoints:
         _patiently(lambda: self._store.sweep(attempt=transaction.mark.attempt, base=self._base, keep=self.keep))
 
     @contextmanager
-    def _at_hand(self, mark: Mark) -> Iterator[tuple[Path, list[str]]]:
-        """The checkpoint's folder on this machine, and what is wrong with the files that this rank looks at.
+    def _at_hand(self, mark: Mark) -> Iterator[tuple[Path, Callable[[], list[str]]]]:
+        """The checkpoint's folder on this machine, and a look at what is wrong with this rank's share of its files.
 
         On storage that is a path, all ranks together look at every file once; else the first rank of each machine
         copies the checkpoint, and looks at the copies.
         """
         path = storage.local_path(self._store.place(mark))
         if path is not None:
-            yield path, self._faults(mark, path, share=(self.world.rank, self.world.size))
+            yield path, partial(self._faults, mark, path, share=(self.world.rank, self.world.size))
             return
         token = self.world.broadcast(f"{time.time_ns():x}")
         copy = Path(tempfile.gettempdir()) / f"dpkd-checkpoint-{token}"
         try:
-            yield copy, self._fetch(mark, copy) if self.world.local_rank == 0 else []
+            yield copy, partial(self._fetch, mark, copy) if self.world.local_rank == 0 else list
             self.world.barrier()  # nobody removes what another still loads
         finally:
             if self.world.local_rank == 0:
@@ -149,9 +149,10 @@ class Checkpoints:
     def _fetch(self, mark: Mark, copy: Path) -> list[str]:
         """Copies a remote checkpoint to this machine; returns what is wrong with it."""
         try:
-            files = self._store.manifest(mark).files
-            for path in files:
+            for path in _patiently(lambda: self._store.manifest(mark)).files:
                 _patiently(partial(storage.copy_here, self._store.place(mark, path), copy / path))
+        except UserError:  # the storage's, which says nothing of the checkpoint
+            raise
         except (FileNotFoundError, ValueError) as error:
             return [str(error)]
         return self._faults(mark, copy, share=(0, 1))
@@ -165,6 +166,20 @@ class Checkpoints:
         rank, size = share
         mine = list(manifest.files.items())[rank::size]
         return [fault for path, facts in mine if (fault := _fault(folder / path, facts))]
+
+    def _agreed(self, look: Callable[[], list[str]]) -> list[str]:
+        """What all ranks together found wrong; the `UserError` of one that could not look is raised on all."""
+        faults: list[str] = []
+        error = None
+        try:
+            faults = look()
+        except UserError as failed:
+            error = failed
+        found = self.world.gather((faults, error))
+        errors = [each for _, each in found if each is not None]
+        if errors:
+            raise errors[0]
+        return sorted({fault for rank, _ in found for fault in rank})
 
     def _by_first(self, act: Callable[[], Result]) -> Result:
         """What `act` gives on rank 0, on every rank; its `UserError` is raised on all."""

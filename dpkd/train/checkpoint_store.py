@@ -43,7 +43,7 @@ class Mark:
     @staticmethod
     def of(name: str) -> "Mark | None":
         """The mark of a folder's name, None for any other name."""
-        found = re.fullmatch(r"step-(\d{8,})-a(\d{4,})", name)
+        found = re.fullmatch(r"step-([0-9]{8,})-a([0-9]{4,})", name)
         return Mark(int(found[1]), int(found[2])) if found else None
 
 
@@ -173,7 +173,7 @@ class CheckpointStore:
 
     def _claims(self, names: list[str] | None = None) -> list[int]:
         names = storage.list_names(self.url) if names is None else names
-        return sorted(int(found[1]) for name in names if (found := re.fullmatch(r"attempt-(\d{4,})\.json", name)))
+        return sorted(int(found[1]) for name in names if (found := re.fullmatch(r"attempt-([0-9]{4,})\.json", name)))
 
     def _claim_place(self, attempt: int) -> str:
         return storage.join(self.url, f"attempt-{attempt:04d}.json")

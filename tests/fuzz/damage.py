@@ -45,11 +45,11 @@ def any_bytes(originals: list[bytes]) -> st.SearchStrategy[bytes]:
 
 
 def outcome(read: Callable[[], Any]) -> str | None:
-    """None where `read` gives a value, its message where it refuses with a ValueError; any other error is the test's."""
+    """None where `read` gives a value, the message of its ValueError where it refuses; other errors pass through."""
     try:
         read()
     except ValueError as error:
-        assert str(error).strip(), "refused without a reason"
+        assert str(error).strip(), "refused without a reason"  # noqa: PT017 (either outcome is right)
         return str(error)
     return None
 
@@ -63,7 +63,7 @@ def in_child(code: str, *arguments: str, memory_bytes: int = 2 * GIB, timeout_s:
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        preexec_fn=limit,  # noqa: PLW1509
+        preexec_fn=limit,
         capture_output=True,
         text=True,
         timeout=timeout_s,

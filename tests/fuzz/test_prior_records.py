@@ -34,7 +34,12 @@ MAPS = {
 }
 RECORD = Record(key="a/b", source=bytes(16), maps=MAPS).to_bytes()
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=4) | st.binary(max_size=9),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=4)
+    | st.binary(max_size=9),
     lambda child: st.lists(child, max_size=4) | st.dictionaries(st.text(max_size=3), child, max_size=3),
     max_leaves=8,
 )

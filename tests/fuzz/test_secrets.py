@@ -5,7 +5,6 @@ import http.server
 import json
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -44,8 +43,9 @@ def test_secrets_of_urls_are_masked_and_nothing_else(text, shown):
 WORDS = st.text("abcdefghij%-._~0123456789", min_size=1, max_size=12)
 
 
-@given(scheme=st.sampled_from(["s3", "https", "abfs", "gs"]), user=WORDS, password=WORDS, host=WORDS, path=WORDS, value=WORDS)
-def test_no_user_password_or_query_survives(scheme, user, password, host, path, value):
+@given(st.sampled_from(["s3", "https", "abfs"]), st.lists(WORDS, min_size=5, max_size=5))
+def test_no_user_password_or_query_survives(scheme, words):
+    user, password, host, path, value = words
     shown = without_secrets(f"{scheme}://<{user}>:<{password}>@{host}/{path}?sig=<{value}>")
     assert shown == f"{scheme}://***@{host}/{path}?***"
 
@@ -75,6 +75,7 @@ def test_errors_lines_events_and_quarantine_mask_what_they_are_given(tmp_path, c
 @pytest.fixture
 def server(tmp_path) -> Iterator[str]:
     """A web server on loopback with a folder of its own; its URL carries a user and a password."""
+
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
             pass
@@ -109,7 +110,7 @@ def test_a_run_on_signed_urls_leaves_no_secret_anywhere(server, tmp_path, monkey
         },
         "bad_limit": 0.5,
     }
-    run = Command(tree, "--stages", "pack,prepare")
+    run = Command(tree, "--stages", "pack")
     assert run.wait() == 0, run.output
     quarantined = [json.loads(line) for line in run.folder.quarantine.read_text().splitlines()]
     assert len(quarantined) == 2

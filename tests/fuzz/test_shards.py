@@ -1,4 +1,4 @@
-"""A packed data set from elsewhere: manifest and indexes of any bytes are read or refused, and nothing else is touched."""
+"""A packed data set from elsewhere: manifest and indexes of any bytes are read or refused, nothing else is touched."""
 
 import json
 import shutil
@@ -18,7 +18,12 @@ from tests.data.packing import make_folder, pack_at
 from tests.fuzz.damage import any_bytes, outcome
 
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=4) | st.binary(max_size=9),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=4)
+    | st.binary(max_size=9),
     lambda child: st.lists(child, max_size=4) | st.dictionaries(st.text(max_size=3), child, max_size=3),
     max_leaves=8,
 )
@@ -44,7 +49,9 @@ def checked(data: bytes) -> None:
     assert len(index.keys) == len(index.label_N) == len(index.groups) == index.shard.num_samples
     for offset_N, size_N in index.members.values():
         assert offset_N.dtype == size_N.dtype == np.int64
-        assert ((offset_N == -1) | ((offset_N >= 0) & (size_N >= 0) & (offset_N + size_N <= index.shard.size_bytes))).all()
+        assert (
+            (offset_N == -1) | ((offset_N >= 0) & (size_N >= 0) & (offset_N + size_N <= index.shard.size_bytes))
+        ).all()
 
 
 @given(data=st.data())
@@ -79,7 +86,9 @@ def test_any_bytes_are_a_manifest_or_refused(packed, data, tmp_path_factory):
         assert MANIFEST in str(error)  # noqa: PT017 (either outcome is right, the message must name the file)
 
 
-@pytest.mark.parametrize("name", ["../x.tar", "/tmp/x.tar", "a/b.tar", "..tar", ".x.tar", "x", "", "x\0.tar", "x\n.tar"])
+@pytest.mark.parametrize(
+    "name", ["../x.tar", "/tmp/x.tar", "a/b.tar", "..tar", ".x.tar", "x", "", "x\0.tar", "x\n.tar"]
+)
 def test_a_shard_is_a_file_of_its_own_folder(own, name):
     content = json.loads((own / MANIFEST).read_text())
     content["splits"]["train"]["shards"][0]["name"] = name

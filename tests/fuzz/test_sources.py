@@ -115,7 +115,16 @@ def test_headers_upon_headers_do_not_exhaust_the_stack():
     assert [each.name for each in found.members] == ["name"]
 
 
-ODD_NAMES = ["/etc/passwd.jpg", "../../up.jpg", "a/../../b.jpg", "new\nline.jpg", "~/x.jpg", "c:\\x.jpg", "-r.jpg", "%2e%2e.jpg"]
+ODD_NAMES = [
+    "/etc/passwd.jpg",
+    "../../up.jpg",
+    "a/../../b.jpg",
+    "new\nline.jpg",
+    "~/x.jpg",
+    "c:\\x.jpg",
+    "-r.jpg",
+    "%2e%2e.jpg",
+]
 
 
 def test_odd_names_become_keys_that_stay_in_the_folder(tmp_path):
@@ -187,7 +196,17 @@ def test_a_table_with_odd_paths_names_each_of_them_and_reads_no_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
     (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
-    odd = ["pipe.jpg", "gone.jpg", "loop.jpg", "cat", "/dev/zero", "nul\0.jpg", "x" * 5_000, "odd://x.jpg", "\ud800.jpg"]
+    odd = [
+        "pipe.jpg",
+        "gone.jpg",
+        "loop.jpg",
+        "cat",
+        "/dev/zero",
+        "nul\0.jpg",
+        "x" * 5_000,
+        "odd://x.jpg",
+        "\ud800.jpg",
+    ]
     rows = [{"path": path} for path in ["cat/000.jpg", str(tmp_path / "cat" / "000.jpg"), *odd]]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = TableSource(path=str(tmp_path / "t.jsonl"))
