@@ -159,7 +159,8 @@ def _stop(workers: list[_Worker]) -> None:
 
 def _serve(connection: Connection) -> None:
     """The life of a worker: receives the function, then items, until the pipe ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the parent decides
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the parent decides
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"  # before the function brings in numpy: the processes share the cores already
     try:

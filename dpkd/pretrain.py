@@ -7,7 +7,6 @@ Exit codes: 0 done, 2 the user's settings or data, 75 stopped on request and res
 
 import argparse
 import difflib
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,10 +21,12 @@ from dpkd.report.progress import Progress, duration, say
 from dpkd.report.quarantine import Quarantine
 from dpkd.report.summary import say_summary
 from dpkd.settings import Settings, load_settings
+from dpkd.stages.attempts import supervision
 from dpkd.stages.pack import pack
 from dpkd.stages.prepare import prepare
 from dpkd.stages.record import RunFolder
 from dpkd.stages.versions import write_settings, write_versions
+from dpkd.stop_signals import heed
 
 EXIT_USER, EXIT_STOPPED = 2, 75
 
@@ -33,7 +34,7 @@ EXIT_USER, EXIT_STOPPED = 2, 75
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, runs, and returns the exit code."""
     options = _parser().parse_intermixed_args(arguments)
-    signal.signal(signal.SIGTERM, interrupt)
+    heed(interrupt)
     return exit_code(lambda: run(load_settings(options.config, options.overrides), stages=stage_names(options.stages)))
 
 
@@ -73,7 +74,8 @@ def run_training_stages(settings: Settings, stages: Sequence[str]) -> None:
     # here, not at the top: the driver of a cluster run needs no torch
     from dpkd.session import train_stages  # noqa: PLC0415
 
-    make_gang(settings.launcher).run(train_stages, (settings.model_dump(mode="json"), list(stages)))
+    argument = (settings.model_dump(mode="json"), list(stages))
+    make_gang(settings.launcher).run(train_stages, argument, supervision=supervision(RunFolder(settings.run.dir)))
 
 
 def _run_pool_stage(stage: str, settings: Settings, folder: RunFolder, *, pool: Pool, quarantine: Quarantine) -> None:

@@ -1,12 +1,18 @@
 """What workers do in the tests of gangs; apart from the tests, so that a worker imports little."""
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
 
+import torch.distributed as dist
+
 from dpkd import world
 from dpkd.errors import StopRequested, UserError
+from dpkd.heartbeat import STEADY, beat, pulse
+
+WAYS_TO_HANG = ("is_stopped", "holds_the_lock", "loops", "sleeps", "waits_in_vain")
 
 
 def meet_once_one_was_killed(folder):
@@ -54,3 +60,62 @@ def heed_nothing(folder):
 def wait_alone(folder):
     (Path(folder) / "up-0").write_text(str(os.getpid()))
     time.sleep(600)
+
+
+def hang_in_every_way(folder):
+    """The second worker hangs in the next way of `WAYS_TO_HANG` each time, until none is left."""
+    peers = world.join()
+    way = peers.broadcast(len(list(Path(folder).glob("hung-*"))))
+    beat(STEADY, step=way)
+    beat(STEADY, step=way)  # the first step after another phase may take longer
+    if way < len(WAYS_TO_HANG):
+        if peers.rank == 1:
+            (Path(folder) / f"hung-{way}").touch()
+            globals()[WAYS_TO_HANG[way]](peers)
+        elif WAYS_TO_HANG[way] == "waits_in_vain":
+            while not world.stop_requested():
+                pulse()
+                time.sleep(0.05)
+            os._exit(0)
+    peers.barrier()
+    (Path(folder) / f"done-{peers.rank}").touch()
+    peers.leave()
+
+
+def is_stopped(_peers):
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def holds_the_lock(_peers):
+    re.match(r"(a+)+$", "a" * 60 + "b")
+
+
+def loops(_peers):
+    while True:
+        pass
+
+
+def sleeps(_peers):
+    time.sleep(600)
+
+
+def waits_in_vain(peers):
+    peers.barrier()
+
+
+def fail_late_in_second_worker(_folder):
+    """The peers of the worker that fails lose their connection before it has told of its error."""
+    peers = world.join()
+    if peers.rank == 1:
+        try:
+            raise ZeroDivisionError("the second worker divided by zero")
+        finally:
+            dist.destroy_process_group()
+            time.sleep(1.0)
+    peers.barrier()
+
+
+def fail_each_time_otherwise(folder):
+    attempt = len(list(Path(folder).iterdir()))
+    (Path(folder) / f"start-{time.time_ns()}").touch()
+    raise RuntimeError(f"attempt {attempt} failed")

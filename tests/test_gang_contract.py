@@ -15,9 +15,13 @@ from dpkd.backends.local_gang import LocalGang
 from dpkd.backends.ray_gang import RayGang
 from dpkd.backends.ray_session import cpus_per_worker
 from dpkd.errors import StopRequested, UserError, WorkerFailed
-from dpkd.gang import Failure, Gang, verdict
+from dpkd.gang import Failure, Gang, Restart, Supervision, verdict, waiting_time_s
 from tests.gang_work import (
+    WAYS_TO_HANG,
+    fail_each_time_otherwise,
     fail_in_second_worker,
+    fail_late_in_second_worker,
+    hang_in_every_way,
     heed_nothing,
     meet_once_one_was_killed,
     refuse_in_second_worker,
@@ -48,6 +52,50 @@ def test_the_first_traceback_comes_out_when_no_restart_is_left(make_gang, tmp_pa
         make_gang(2, max_restarts=0).run(fail_in_second_worker, str(tmp_path))
     assert str(caught.value).startswith("worker 1: Traceback")
     assert "in fail_in_second_worker" in str(caught.value)
+
+
+def test_a_hanging_worker_is_ended_its_stacks_are_saved_and_all_start_again(make_gang, tmp_path):
+    restarts: list[Restart] = []
+    supervision = Supervision(
+        hangs=tmp_path / "hangs", progress=lambda: (len(list(tmp_path.glob("hung-*"))),), on_restart=restarts.append
+    )
+    make_gang(2, max_restarts=1, hang_timeout_s=3).run(hang_in_every_way, str(tmp_path), supervision=supervision)
+    assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
+    assert [restart.rank for restart in restarts] == [1] * len(WAYS_TO_HANG)
+    for way, restart in zip(WAYS_TO_HANG, restarts, strict=True):
+        assert restart.cause.startswith("hung: no sign of life for")
+        report = Path(restart.cause.partition("its stacks are in ")[2]).read_text()
+        if way == "is_stopped":
+            assert "\nstate: T\n" in report
+        else:
+            assert f"in {way}\n" in report
+    assert "waiting for its peers" in restarts[-1].cause
+
+
+def test_the_cause_comes_out_where_peers_fail_before_it_is_told(make_gang, tmp_path):
+    with pytest.raises(WorkerFailed, match="worker 1: Traceback") as caught:
+        make_gang(2, max_restarts=0).run(fail_late_in_second_worker, str(tmp_path))
+    assert "the second worker divided by zero" in str(caught.value)
+    assert "in fail_late_in_second_worker" in str(caught.value)
+
+
+def test_a_crash_loop_ends_with_its_first_cause(tmp_path):
+    with pytest.raises(WorkerFailed) as caught:
+        LocalGang(1, max_restarts=1).run(fail_each_time_otherwise, str(tmp_path))
+    assert str(caught.value).startswith("worker 0: Traceback")
+    assert "RuntimeError: attempt 0 failed\n2 attempts failed" in str(caught.value)
+    assert str(caught.value).endswith("the last: worker 0: RuntimeError: attempt 1 failed")
+
+
+def test_restarts_are_counted_anew_once_there_is_progress(tmp_path):
+    def progress() -> tuple[int, ...]:
+        return (min(3, len(list(tmp_path.iterdir()))),)
+
+    with pytest.raises(WorkerFailed, match="RuntimeError: attempt 2 failed\n2 attempts failed"):
+        LocalGang(1, max_restarts=1).run(
+            fail_each_time_otherwise, str(tmp_path), supervision=Supervision(progress=progress)
+        )
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_users_error_comes_out_without_a_restart(make_gang, tmp_path):
@@ -108,15 +156,19 @@ CAUSED = Failure(0, "connection lost", RuntimeError("connection lost"), time_s=2
 
 
 def test_a_death_is_answered_by_a_restart_while_one_is_left():
-    assert verdict([CAUSED, DIED], stop_requested=False, restarts_left=1) is None
-    assert str(verdict([CAUSED, DIED], stop_requested=False, restarts_left=0)).startswith("worker 1: killed")
+    assert verdict([[CAUSED, DIED]], stop_requested=False, max_restarts=1) is None
+    assert str(verdict([[CAUSED, DIED]], stop_requested=False, max_restarts=0)).startswith("worker 1: killed")
+
+
+def test_waits_between_attempts_grow_to_a_minute():
+    assert [waiting_time_s(attempts) for attempts in (1, 2, 3, 6, 7, 100)] == [1, 2, 4, 32, 60, 60]
 
 
 def test_a_users_error_and_a_stop_outweigh_what_they_cause():
     user, stop = UserError("wrong key"), StopRequested("saved")
-    assert verdict([DIED, Failure(0, "", user)], stop_requested=False, restarts_left=9) is user
-    assert verdict([CAUSED, Failure(0, "", stop)], stop_requested=True, restarts_left=9) is stop
-    assert isinstance(verdict([DIED], stop_requested=True, restarts_left=9), StopRequested)
+    assert verdict([[DIED, Failure(0, "", user)]], stop_requested=False, max_restarts=9) is user
+    assert verdict([[CAUSED, Failure(0, "", stop)]], stop_requested=True, max_restarts=9) is stop
+    assert isinstance(verdict([[DIED]], stop_requested=True, max_restarts=9), StopRequested)
 
 
 def test_workers_share_the_cpus_of_uneven_nodes():

@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dpkd"
 
 # Low to high. A module imports from its own room and the lines below it; rooms on one line do not import each other.
 LAYERS = (
-    ("section", "errors", "settings_errors"),
-    ("storage",),
+    ("section", "errors", "settings_errors", "heartbeat", "stop_signals"),
+    ("storage", "watchdog"),
     ("world",),
     ("average", "optimizer"),
     ("engine_state",),

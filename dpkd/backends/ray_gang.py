@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -28,8 +28,10 @@ from ray.train.torch import TorchTrainer
 from dpkd import world
 from dpkd.backends.ray_post import Output, Post
 from dpkd.backends.ray_session import connect, cpus_per_worker, enter, node_cpus, on_this_node
-from dpkd.gang import Failure, summary, verdict
+from dpkd.gang import UNSUPERVISED, Failure, Supervision, supervise, with_hangs
 from dpkd.report.progress import say
+from dpkd.stop_signals import heeding
+from dpkd.watchdog import WatchOrder, hangs, watched
 
 POLL_S = 0.3
 EXIT_STOPPED = 75
@@ -56,6 +58,7 @@ class RayGang:
         max_restarts: int,
         threads: int | None = None,
         stop_grace_s: float = 30.0,
+        hang_timeout_s: float | None = None,
     ) -> None:
         connect()
         num_gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -64,21 +67,26 @@ class RayGang:
         self._max_restarts = max_restarts
         self._threads = threads
         self._stop_grace_s = stop_grace_s
+        self._hang_timeout_s = hang_timeout_s
 
-    def run(self, work: Callable[[Any], None], argument: Any) -> None:
+    def run(self, work: Callable[[Any], None], argument: Any, *, supervision: Supervision = UNSUPERVISED) -> None:
         """See `Gang.run`."""
         for name, value in DRIVER_SETTINGS.items():
             os.environ.setdefault(name, value)
-        task = _Task(work, argument, on_this_node(Post, max_concurrency=100_000), str(Path.cwd()), self._threads)
-        with _stop_signals() as stop:
-            for restarts_left in range(self._max_restarts, -1, -1):
-                failures = self._run_once(task, stop)
-                if not failures:
-                    return
-                error = verdict(failures, stop_requested=stop.count > 0, restarts_left=restarts_left)
-                if error is not None:
-                    raise error
-                say(f"{summary(failures)}; all start again, {restarts_left - 1} restarts left")
+        post, stop = on_this_node(Post, max_concurrency=100_000), _Stop()
+
+        def run_once() -> list[Failure]:
+            order = supervision.order(hang_timeout_s=self._hang_timeout_s)
+            task = _Task(work, argument, post, str(Path.cwd()), self._threads, order)
+            return with_hangs(self._run_once(task, stop), hangs(order) if order is not None else [])
+
+        with heeding(stop.on_signal):
+            supervise(
+                run_once,
+                max_restarts=self._max_restarts,
+                stop_requested=lambda: stop.count > 0,
+                supervision=supervision,
+            )
 
     def _run_once(self, task: "_Task", stop: "_Stop") -> list[Failure]:
         """Runs one generation; returns how its workers failed, if they did."""
@@ -94,7 +102,7 @@ class RayGang:
             session = _Session(trainer)
             _watch(session, task.post, stop, grace_s=self._stop_grace_s)
         told: list[Failure] = ray.get(task.post.take_failures.remote())
-        return told + session.failures(told={failure.rank for failure in told})
+        return session.deaths(told) + told
 
     def _scaling(self) -> ScalingConfig:
         cpus = self._threads or cpus_per_worker(node_cpus(), num_workers=self.num_workers)
@@ -113,6 +121,7 @@ class _Task:
     post: Any
     folder: str
     threads: int | None
+    order: WatchOrder | None
 
 
 class _Session:
@@ -128,19 +137,21 @@ class _Session:
         """Whether the workers are not done yet."""
         return self._thread.is_alive()
 
-    def failures(self, *, told: set[int]) -> list[Failure]:
-        """The failures that Ray Train saw, of workers that did not tell of theirs."""
+    def deaths(self, told: Sequence[Failure]) -> list[Failure]:
+        """The failures that Ray Train saw, of workers that did not tell of theirs: they died before the others."""
         if self._error is None:
             return []
         if not isinstance(self._error, WorkerGroupError):
             return [Failure(-1, f"Ray Train failed: {self._error}")]
-        deaths = {rank: error for rank, error in self._error.worker_failures.items() if rank not in told}
-        return [Failure(rank, f"died ({_gist(error)})", time_s=0.0) for rank, error in deaths.items()]
+        first_s = min((failure.time_s for failure in told), default=time.time())
+        heard = {failure.rank for failure in told}
+        deaths = {rank: error for rank, error in self._error.worker_failures.items() if rank not in heard}
+        return [Failure(rank, f"died ({_gist(error)})", time_s=first_s) for rank, error in deaths.items()]
 
     def _fit(self) -> None:
         try:
             self._trainer.fit()
-        except Exception as error:  # noqa: BLE001  looked at by `failures`
+        except Exception as error:  # noqa: BLE001  looked at by `deaths`
             self._error = error
 
 
@@ -163,22 +174,6 @@ class _Stop:
         """Counts a SIGTERM once, a Ctrl-C as often as it comes."""
         if self.count == 0 or number == signal.SIGINT:
             self.count += 1
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {
-        number: signal.signal(number, stop.on_signal) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    }
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _watch(session: _Session, post: Any, stop: _Stop, *, grace_s: float) -> None:
@@ -209,7 +204,8 @@ def _enter(config: dict[str, Any]) -> None:
     output = Output(task.post)
     with contextlib.redirect_stdout(output) if rank == 0 else contextlib.nullcontext():
         try:
-            task.work(task.argument)
+            with watched(task.order, rank=rank):
+                task.work(task.argument)
         except Exception as error:
             ray.get(task.post.fail.remote(Failure.of_error(rank, error)))
             raise

@@ -3,6 +3,8 @@
 import asyncio
 import io
 import threading
+import time
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -33,8 +35,8 @@ class Post:
         return self._stop_by_s
 
     async def fail(self, failure: Failure) -> None:
-        """Takes a worker's failure."""
-        self._failures.append(failure)
+        """Takes a worker's failure, at the time by this clock: those of the nodes differ."""
+        self._failures.append(replace(failure, time_s=time.time()))
 
     async def take_failures(self) -> list[Failure]:
         """The failures since the last call."""

@@ -14,6 +14,7 @@ import torch
 from dpkd.data.stream import Batch
 from dpkd.engine import Engine
 from dpkd.errors import StopRequested, UserError
+from dpkd.heartbeat import STEADY, beat
 from dpkd.train.checkpoint import Checkpoints, Part, RandomState
 from dpkd.train.meter import Meter
 from dpkd.world import World, stop_requested
@@ -77,6 +78,7 @@ def train(
     """
     parts = checkpoint_parts(task, world)
     for step in range(start_step, plan.total_steps):
+        beat(STEADY, step=step)
         for _ in range(plan.micro_batches):
             batch = meter.wait_for(batches)
             losses = task.losses(batch, step=step)
@@ -90,10 +92,13 @@ def train(
         stop = world.any_true(stop_requested())
         with meter.paused():
             if plan.due(plan.panels_every, done):
+                beat("panels", step=done)
                 hooks.panels(done, batch)
             if plan.due(plan.evaluate_every, done):
+                beat("evaluate", step=done)
                 hooks.evaluate(done)
             if stop or plan.due(plan.checkpoint_every, done):
+                beat("save", step=done)
                 checkpoints.save(done, parts)
         if stop and done < plan.total_steps:
             raise StopRequested(f"stopped after step {done} of {plan.total_steps}, saved")

@@ -1,0 +1,32 @@
+"""What the driver of a run knows of its attempts: how far they got, who hung, every restart as an event."""
+
+from dpkd.gang import Restart, Supervision
+from dpkd.report.progress import EventLog
+from dpkd.stages.record import RunFolder
+
+
+def supervision(folder: RunFolder) -> Supervision:
+    """Reports of hangs go to `<run>/hangs`, restarts to `events.jsonl`; a later checkpoint is progress."""
+    events = EventLog(folder.events)
+
+    def on_restart(restart: Restart) -> None:
+        events.write(
+            "restart",
+            generation=restart.generation,
+            rank=restart.rank,
+            cause=restart.cause,
+            since_failure_s=round(restart.since_failure_s, 3),
+        )
+
+    return Supervision(hangs=folder.hangs, progress=lambda: progress(folder), on_restart=on_restart)
+
+
+def progress(folder: RunFolder) -> tuple[int, ...]:
+    """How many stages are done, and the step of the newest checkpoint of the one that is not."""
+    stages = folder.stages()
+    done = sum(record["status"] == "done" for record in stages.values())
+    running = [name for name, record in stages.items() if record["status"] != "done"]
+    steps = [
+        int(path.name.removeprefix("step-")) for name in running for path in folder.checkpoints(name).glob("step-*")
+    ]
+    return done, max(steps, default=0)
