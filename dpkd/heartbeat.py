@@ -32,8 +32,8 @@ class Beat:
     @classmethod
     def read(cls, memory: bytes) -> "Beat":
         """The beat in the first `SIZE` bytes of the memory."""
-        *numbers, phase = _LAYOUT.unpack(memory[:SIZE])
-        return cls(*numbers, phase.rstrip(b"\0").decode())
+        pulses, beats, allowance, step, thread, phase = _LAYOUT.unpack(memory[:SIZE])
+        return cls(pulses, beats, allowance, step, thread, phase.rstrip(b"\0").decode())
 
 
 class _Heart:

@@ -30,9 +30,9 @@ from dpkd import heartbeat
 from dpkd.heartbeat import Beat
 
 DUMP_TIMEOUT_S = 10.0
-PEERS_FIRST_S = 2.0
+PEERS_FIRST_S = 5.0
 """A worker that waits for its peers is ended so much later, so that the one that is behind is seen to hang too."""
-COLLECTIVES = "torch/distributed/"
+COLLECTIVES = "torch/distributed/distributed_c10d.py"
 NOT_FOR_US = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 """Signals to the whole process group are the worker's to answer."""
 
@@ -207,9 +207,9 @@ def _place(stacks: str, *, thread: int) -> tuple[str, bool]:
             continue
         frames = re.findall(r'File "(.*)", line (\d+) in (\S+)', part)
         waits = any(COLLECTIVES in file for file, _, _ in frames[:6])
-        ours = [frame for frame in frames if not waits or COLLECTIVES not in frame[0]]
-        if ours:
-            file, line, function = ours[0]
+        callers = [frame for frame in frames if not waits or "torch/distributed/" not in frame[0]]
+        if callers:
+            file, line, function = callers[0]
             return f"{'/'.join(Path(file).parts[-2:])}:{line} in {function}", waits
     return "", False
 

@@ -113,9 +113,3 @@ def fail_late_in_second_worker(_folder):
             dist.destroy_process_group()
             time.sleep(1.0)
     peers.barrier()
-
-
-def fail_each_time_otherwise(folder):
-    attempt = len(list(Path(folder).iterdir()))
-    (Path(folder) / f"start-{time.time_ns()}").touch()
-    raise RuntimeError(f"attempt {attempt} failed")

@@ -7,6 +7,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,21 @@ from dpkd.backends.local_gang import LocalGang
 from dpkd.backends.ray_gang import RayGang
 from dpkd.backends.ray_session import cpus_per_worker
 from dpkd.errors import StopRequested, UserError, WorkerFailed
-from dpkd.gang import Failure, Gang, Restart, Supervision, verdict, waiting_time_s
+from dpkd.gang import (
+    UNSUPERVISED,
+    Failure,
+    Gang,
+    Restart,
+    Supervision,
+    by_cause,
+    supervise,
+    verdict,
+    waiting_time_s,
+    with_hangs,
+)
+from dpkd.watchdog import Hang
 from tests.gang_work import (
     WAYS_TO_HANG,
-    fail_each_time_otherwise,
     fail_in_second_worker,
     fail_late_in_second_worker,
     hang_in_every_way,
@@ -77,25 +90,6 @@ def test_the_cause_comes_out_where_peers_fail_before_it_is_told(make_gang, tmp_p
         make_gang(2, max_restarts=0).run(fail_late_in_second_worker, str(tmp_path))
     assert "the second worker divided by zero" in str(caught.value)
     assert "in fail_late_in_second_worker" in str(caught.value)
-
-
-def test_a_crash_loop_ends_with_its_first_cause(tmp_path):
-    with pytest.raises(WorkerFailed) as caught:
-        LocalGang(1, max_restarts=1).run(fail_each_time_otherwise, str(tmp_path))
-    assert str(caught.value).startswith("worker 0: Traceback")
-    assert "RuntimeError: attempt 0 failed\n2 attempts failed" in str(caught.value)
-    assert str(caught.value).endswith("the last: worker 0: RuntimeError: attempt 1 failed")
-
-
-def test_restarts_are_counted_anew_once_there_is_progress(tmp_path):
-    def progress() -> tuple[int, ...]:
-        return (min(3, len(list(tmp_path.iterdir()))),)
-
-    with pytest.raises(WorkerFailed, match="RuntimeError: attempt 2 failed\n2 attempts failed"):
-        LocalGang(1, max_restarts=1).run(
-            fail_each_time_otherwise, str(tmp_path), supervision=Supervision(progress=progress)
-        )
-    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_users_error_comes_out_without_a_restart(make_gang, tmp_path):
@@ -162,6 +156,49 @@ def test_a_death_is_answered_by_a_restart_while_one_is_left():
 
 def test_waits_between_attempts_grow_to_a_minute():
     assert [waiting_time_s(attempts) for attempts in (1, 2, 3, 6, 7, 100)] == [1, 2, 4, 32, 60, 60]
+
+
+def test_a_crash_loop_ends_with_its_first_cause():
+    attempts = count()
+
+    def run_once() -> list[Failure]:
+        return [Failure(1, "Traceback\nfirst\n" if next(attempts) == 0 else "killed by SIGABRT")]
+
+    with pytest.raises(WorkerFailed) as caught:
+        supervise(run_once, max_restarts=1, stop_requested=lambda: False, supervision=UNSUPERVISED)
+    assert str(caught.value) == (
+        "worker 1: Traceback\nfirst\n"
+        "2 attempts failed without getting further; this was the first, the last: worker 1: killed by SIGABRT"
+    )
+
+
+def test_restarts_are_counted_anew_once_there_is_progress():
+    attempts, restarts = count(), []
+
+    def run_once() -> list[Failure]:
+        return [Failure(0, f"attempt {next(attempts)}")]
+
+    steps = iter([10, 20, 30, 30])  # at the start, then after each attempt
+    supervision = Supervision(progress=lambda: (next(steps),), on_restart=restarts.append)
+    with pytest.raises(WorkerFailed, match="worker 0: attempt 1\n2 attempts failed"):
+        supervise(run_once, max_restarts=1, stop_requested=lambda: False, supervision=supervision)
+    assert [(restart.generation, restart.cause) for restart in restarts] == [(0, "attempt 0"), (1, "attempt 1")]
+
+
+def test_a_stop_ends_the_wait_between_two_attempts():
+    asked = count()
+    with pytest.raises(StopRequested, match="between two attempts"):
+        supervise(lambda: [DIED], max_restarts=9, stop_requested=lambda: next(asked) > 0, supervision=UNSUPERVISED)
+
+
+def test_a_hang_comes_before_what_it_did_to_others_and_after_what_came_before():
+    stuck = Hang(1, "train", 5, 7, 60.0, "S", "stream.py:1 in read", waits=False, time_s=100.0, path=Path("one"))
+    waiting = replace(stuck, rank=0, waits=True, time_s=99.0)
+    killed, lost = Failure(1, "killed by SIGKILL"), Failure(0, "", RuntimeError("lost"), time_s=104.0, symptom=True)
+    assert [each.rank for each in by_cause(with_hangs([killed, lost], [waiting, stuck]))] == [1, 0]
+    assert by_cause(with_hangs([killed, lost], [stuck]))[0].cause == str(stuck)
+    earlier = Failure(2, "", ZeroDivisionError("zero"), time_s=90.0)
+    assert by_cause(with_hangs([killed, earlier], [stuck]))[0] is earlier
 
 
 def test_a_users_error_and_a_stop_outweigh_what_they_cause():
