@@ -6,7 +6,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,10 +18,10 @@ LONGEST_WAIT_S = 60.0
 
 @dataclass(frozen=True)
 class Restart:
-    """One restart of all workers: which attempt failed, whose failure it was, and what went by since."""
+    """One restart of all workers: whose failure it answers, and the time since."""
 
-    generation: int
     rank: int
+    """-1 where no worker failed, as when a node is about to leave the cluster."""
     cause: str
     since_failure_s: float
 
@@ -112,7 +111,7 @@ def supervise(
     """
     furthest = supervision.progress()
     attempts: list[list[Failure]] = []
-    for generation in count():
+    while True:
         failures = run_once()
         if not failures:
             return
@@ -128,7 +127,7 @@ def supervise(
             f"worker {first.rank} failed: {first.line}; all start again in {wait_s:.0f} s, "
             f"{max_restarts - len(attempts)} restarts left until there is progress"
         )
-        supervision.on_restart(Restart(generation, first.rank, first.line, time.time() - first.time_s))
+        supervision.on_restart(Restart(first.rank, first.line, time.time() - first.time_s))
         _wait(wait_s, stop_requested)
 
 

@@ -124,7 +124,7 @@ def test_a_run_killed_at_a_step_ends_bit_equal(whole: RunFolder, tmp_path: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "to_all"), [(signal.SIGTERM, False), (signal.SIGUSR1, True), (signal.SIGHUP, True)])
+@pytest.mark.parametrize(("number", "to_all"), [(signal.SIGUSR1, False), (signal.SIGTERM, True), (signal.SIGHUP, True)])
 def test_a_stopped_run_says_so_and_goes_on(whole: RunFolder, tmp_path: Path, number: int, to_all: bool) -> None:
     tree = tiny(tmp_path / "stopped", source=None, shards=shards_of(whole))
     tree["data"]["loader"] = {"workers": 1}

@@ -38,7 +38,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from dpkd import world
 from dpkd.errors import StopRequested, UserError
 from dpkd.gang import UNSUPERVISED, Failure, Supervision, supervise, with_hangs
-from dpkd.stop_signals import heed, heeding
+from dpkd.stop_signals import STOP_SIGNALS, heeding
 from dpkd.watchdog import WatchOrder, hangs, watched
 
 AGENT_PATIENCE_S = 20.0
@@ -228,7 +228,9 @@ def _last_lines(folder: Path, rank: int, *, num_lines: int = 20) -> str:
 def _enter(task: _Task) -> None:
     """The life of a worker."""
     _die_with_parent()
-    heed(_on_worker_signal)
+    for number in STOP_SIGNALS:  # the parent has them too, and passes them on as one; loader workers inherit this
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _on_worker_signal)
     if (task.folder / "stop").exists():
         world.request_stop()
     if task.threads is not None:
@@ -246,11 +248,11 @@ def _enter(task: _Task) -> None:
         part.rename(part.with_suffix(".pickle"))
         _leave_at_once(EXIT_CODES.get(type(error), 1))
     (task.folder / f"{rank}.done").touch()
-    heed(signal.SIG_DFL)  # what waits for its peers from here on need not be waited for
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what waits for its peers from here on need not be waited for
 
 
 def _on_worker_signal(_number: int, _frame: FrameType | None) -> None:
-    world.request_stop()  # once or twice: a Ctrl-C comes from the terminal and from the parent
+    world.request_stop()
 
 
 def _leave_at_once(exit_code: int) -> NoReturn:

@@ -27,13 +27,16 @@ from ray.train.torch import TorchTrainer
 
 from dpkd import world
 from dpkd.backends.ray_post import Output, Post
-from dpkd.backends.ray_session import connect, cpus_per_worker, enter, node_cpus, on_this_node
-from dpkd.gang import UNSUPERVISED, Failure, Supervision, supervise, with_hangs
+from dpkd.backends.ray_session import connect, cpus_per_worker, draining_nodes, enter, node_cpus, on_this_node
+from dpkd.errors import StopRequested
+from dpkd.gang import UNSUPERVISED, Failure, Restart, Supervision, supervise, with_hangs
 from dpkd.report.progress import say
 from dpkd.stop_signals import heeding
 from dpkd.watchdog import WatchOrder, hangs, watched
 
 POLL_S = 0.3
+DRAIN_POLL_S = 3.0
+DRAINS = "a node is about to leave the cluster"
 EXIT_STOPPED = 75
 DRIVER_SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -76,9 +79,16 @@ class RayGang:
         post, stop = on_this_node(Post, max_concurrency=100_000), _Stop()
 
         def run_once() -> list[Failure]:
-            order = supervision.order(hang_timeout_s=self._hang_timeout_s)
-            task = _Task(work, argument, post, str(Path.cwd()), self._threads, order)
-            return with_hangs(self._run_once(task, stop), hangs(order) if order is not None else [])
+            while True:
+                order = supervision.order(hang_timeout_s=self._hang_timeout_s)
+                task = _Task(work, argument, post, str(Path.cwd()), self._threads, order)
+                drain = _Drain(post, grace_s=self._stop_grace_s)
+                failures = with_hangs(self._run_once(task, stop, drain), hangs(order) if order is not None else [])
+                saved = any(isinstance(failure.error, StopRequested) for failure in failures)
+                if stop.count or not (saved and drain.began_s):
+                    return failures
+                say(f"{DRAINS}; all saved and start again on the others")
+                supervision.on_restart(Restart(-1, DRAINS, time.time() - drain.began_s))
 
         with heeding(stop.on_signal):
             supervise(
@@ -88,8 +98,9 @@ class RayGang:
                 supervision=supervision,
             )
 
-    def _run_once(self, task: "_Task", stop: "_Stop") -> list[Failure]:
+    def _run_once(self, task: "_Task", stop: "_Stop", drain: "_Drain") -> list[Failure]:
         """Runs one generation; returns how its workers failed, if they did."""
+        ray.get(task.post.begin.remote())
         with tempfile.TemporaryDirectory(prefix="dpkd-gang-") as folder:
             trainer = TorchTrainer(
                 _enter,
@@ -100,8 +111,8 @@ class RayGang:
                 ),
             )
             session = _Session(trainer)
-            _watch(session, task.post, stop, grace_s=self._stop_grace_s)
-        told: list[Failure] = ray.get(task.post.take_failures.remote())
+            _watch(session, task.post, stop, drain, grace_s=self._stop_grace_s)
+        told: list[Failure] = ray.get(task.post.failures.remote())
         return session.deaths(told) + told
 
     def _scaling(self) -> ScalingConfig:
@@ -176,13 +187,34 @@ class _Stop:
             self.count += 1
 
 
-def _watch(session: _Session, post: Any, stop: _Stop, *, grace_s: float) -> None:
+class _Drain:
+    """Sees a node with workers that is about to leave the cluster, and has the workers save before it does."""
+
+    def __init__(self, post: Any, *, grace_s: float) -> None:
+        self.began_s = 0.0
+        self._post, self._grace_s = post, grace_s
+        self._look_s = 0.0
+
+    def look(self) -> None:
+        """Asks the workers to stop, once; looks every few seconds at most."""
+        if self.began_s or time.monotonic() < self._look_s + DRAIN_POLL_S:
+            return
+        self._look_s = time.monotonic()
+        draining = draining_nodes()
+        left_s = [draining[node] for node in ray.get(self._post.nodes.remote()) if node in draining]
+        if left_s:
+            self.began_s = time.time()
+            ray.get(self._post.stop.remote(max(0.0, min(self._grace_s, *left_s))))
+
+
+def _watch(session: _Session, post: Any, stop: _Stop, drain: _Drain, *, grace_s: float) -> None:
     """Shows the workers' output and passes requests to stop on to them, until they are done."""
     passed_on = 0
     while session.running():
         if stop.count > passed_on:
             passed_on = stop.count
             ray.get(post.stop.remote(grace_s if passed_on == 1 else 0.0))
+        drain.look()
         _show_output(post)
         time.sleep(POLL_S)
     _show_output(post)
@@ -199,6 +231,7 @@ def _enter(config: dict[str, Any]) -> None:
     enter(task.folder)
     if task.threads is not None:
         torch.set_num_threads(task.threads)
+    ray.get(task.post.enter.remote(ray.get_runtime_context().get_node_id()))
     threading.Thread(target=_heed_stop, args=(task.post,), daemon=True).start()
     rank = int(os.environ["RANK"])
     output = Output(task.post)

@@ -18,8 +18,23 @@ class Post:
     def __init__(self) -> None:
         self._failures: list[Failure] = []
         self._output: list[str] = []
+        self._nodes: set[str] = set()
         self._stop_by_s: float | None = None
         self._changed = asyncio.Condition()
+
+    async def begin(self) -> None:
+        """Forgets the generation before: its failures, its nodes, what it was asked."""
+        self._failures.clear()
+        self._nodes.clear()
+        self._stop_by_s = None
+
+    async def enter(self, node: str) -> None:
+        """Takes the node that a worker runs on."""
+        self._nodes.add(node)
+
+    async def nodes(self) -> set[str]:
+        """The nodes that have a worker."""
+        return self._nodes
 
     async def stop(self, grace_s: float) -> None:
         """Asks the workers to stop within a time."""
@@ -38,10 +53,9 @@ class Post:
         """Takes a worker's failure, at the time by this clock: those of the nodes differ."""
         self._failures.append(replace(failure, time_s=time.time()))
 
-    async def take_failures(self) -> list[Failure]:
-        """The failures since the last call."""
-        failures, self._failures = self._failures, []
-        return failures
+    async def failures(self) -> list[Failure]:
+        """The failures of this generation."""
+        return self._failures
 
     async def write(self, text: str) -> None:
         """Takes output of the first worker."""

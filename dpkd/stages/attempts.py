@@ -1,5 +1,7 @@
 """What the driver of a run knows of its attempts: how far they got, who hung, every restart as an event."""
 
+from itertools import count
+
 from dpkd.gang import Restart, Supervision
 from dpkd.report.progress import EventLog
 from dpkd.stages.record import RunFolder
@@ -7,12 +9,12 @@ from dpkd.stages.record import RunFolder
 
 def supervision(folder: RunFolder) -> Supervision:
     """Reports of hangs go to `<run>/hangs`, restarts to `events.jsonl`; a later checkpoint is progress."""
-    events = EventLog(folder.events)
+    events, generations = EventLog(folder.events), count()
 
     def on_restart(restart: Restart) -> None:
         events.write(
             "restart",
-            generation=restart.generation,
+            generation=next(generations),
             rank=restart.rank,
             cause=restart.cause,
             since_failure_s=round(restart.since_failure_s, 3),
