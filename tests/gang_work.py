@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 
+import ray
 import torch.distributed as dist
 
 from dpkd import world
@@ -113,3 +114,15 @@ def fail_late_in_second_worker(_folder):
             dist.destroy_process_group()
             time.sleep(1.0)
     peers.barrier()
+
+
+def save_and_move(folder):
+    """Waits to be asked to stop and saves, the first time; the second time it is done at once."""
+    peers = world.join()
+    attempt = peers.broadcast(len(list(Path(folder).glob("saved-*"))) // peers.size)
+    (Path(folder) / f"node-{attempt}-{peers.rank}").write_text(ray.get_runtime_context().get_node_id())
+    if attempt == 0:
+        while not peers.any_true(world.stop_requested()):
+            time.sleep(0.05)
+        (Path(folder) / f"saved-{peers.rank}").touch()
+        raise StopRequested("saved")

@@ -36,6 +36,7 @@ from dpkd.watchdog import WatchOrder, hangs, watched
 
 POLL_S = 0.3
 DRAIN_POLL_S = 3.0
+CAUSE_PATIENCE_S = 5.0
 DRAINS = "a node is about to leave the cluster"
 EXIT_STOPPED = 75
 DRIVER_SETTINGS = {
@@ -241,6 +242,8 @@ def _enter(config: dict[str, Any]) -> None:
                 task.work(task.argument)
         except Exception as error:
             ray.get(task.post.fail.remote(Failure.of_error(rank, error)))
+            # Ray Train ends all once one has raised: the peer that caused this shall tell of it first
+            ray.wait([task.post.until_cause.remote()], timeout=CAUSE_PATIENCE_S)
             raise
         finally:
             output.close()

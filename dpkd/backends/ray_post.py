@@ -51,7 +51,14 @@ class Post:
 
     async def fail(self, failure: Failure) -> None:
         """Takes a worker's failure, at the time by this clock: those of the nodes differ."""
-        self._failures.append(replace(failure, time_s=time.time()))
+        async with self._changed:
+            self._failures.append(replace(failure, time_s=time.time()))
+            self._changed.notify_all()
+
+    async def until_cause(self) -> None:
+        """Waits for a failure that is no symptom of another."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: any(not failure.symptom for failure in self._failures))
 
     async def failures(self) -> list[Failure]:
         """The failures of this generation."""
