@@ -113,7 +113,7 @@ def _start(order: WatchOrder, *, rank: int, handles: tuple[int, int]) -> subproc
     arguments = [str(order.folder.absolute()), order.session, str(order.hang_timeout_s), str(rank), str(os.getpid())]
     return subprocess.Popen(
         [sys.executable, "-S", "-m", "dpkd.watchdog", *arguments, *map(str, handles)],
-        env={"PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         pass_fds=handles,
@@ -215,7 +215,7 @@ def _place(stacks: str, *, thread: int) -> tuple[str, bool]:
 
 
 def _state(process: int) -> str:
-    return _after_name(f"/proc/{process}/stat").split()[0]
+    return "".join(_after_name(Path(f"/proc/{process}/stat")).split()[:1])
 
 
 def _is_debugged(process: int) -> bool:
@@ -233,19 +233,19 @@ def _threads(process: int) -> str:
 
 
 def _children(process: int) -> list[int]:
-    parents = {int(path.parent.name): _after_name(str(path)).split()[1:2] for path in Path("/proc").glob("[0-9]*/stat")}
+    parents = {int(path.parent.name): _after_name(path).split()[1:2] for path in Path("/proc").glob("[0-9]*/stat")}
     return [child for child, parent in parents.items() if parent == [str(process)]]
 
 
-def _after_name(path: str) -> str:
+def _after_name(path: Path) -> str:
     """The fields of a `stat` file after the name, which may hold anything; state and parent come first."""
-    return _proc_text(Path(path)).rpartition(")")[2]
+    return _proc_text(path).rpartition(")")[2]
 
 
 def _proc_text(path: Path) -> str:
     try:
         return path.read_text(errors="replace")
-    except OSError:
+    except (PermissionError, FileNotFoundError, ProcessLookupError):
         return ""  # not ours to read, or gone
 
 
@@ -283,7 +283,8 @@ def main() -> None:
         parser.add_argument(name, type=int)
     told = vars(parser.parse_args())
     order = WatchOrder(told.pop("folder"), told.pop("session"), told.pop("hang_timeout_s"))
-    _Watchdog(order, **told).run()
+    with suppress(FileNotFoundError, ProcessLookupError):  # the worker ended while it was looked at
+        _Watchdog(order, **told).run()
 
 
 if __name__ == "__main__":

@@ -108,7 +108,10 @@ class RayGang:
                 train_loop_config={"task": task},
                 scaling_config=self._scaling(),
                 run_config=RunConfig(
-                    name=uuid.uuid4().hex, storage_path=folder, failure_config=FailureConfig(max_failures=0)
+                    name=uuid.uuid4().hex,
+                    storage_path=folder,
+                    failure_config=FailureConfig(max_failures=0),
+                    worker_runtime_env={"env_vars": _worker_variables()},
                 ),
             )
             session = _Session(trainer)
@@ -165,6 +168,11 @@ class _Session:
             self._trainer.fit()
         except Exception as error:  # noqa: BLE001  looked at by `deaths`
             self._error = error
+
+
+def _worker_variables() -> dict[str, str]:
+    """Threads that wait must not spin, as in the local gang; read once, when the process loads torch."""
+    return {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
 
 
 def _gist(error: Exception) -> str:
