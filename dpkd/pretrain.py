@@ -26,7 +26,7 @@ from dpkd.stages.pack import pack
 from dpkd.stages.prepare import prepare
 from dpkd.stages.record import RunFolder
 from dpkd.stages.versions import write_settings, write_versions
-from dpkd.stop_signals import heed
+from dpkd.stop_signals import heed, shield_resource_tracker
 
 EXIT_USER, EXIT_STOPPED = 2, 75
 
@@ -50,6 +50,7 @@ def run(settings: Settings, *, stages: Sequence[str] = STAGES) -> None:
     if left:
         write_settings(folder, settings.model_dump(mode="json"))
         write_versions(folder)
+        shield_resource_tracker()
         run_pool_stages(settings, folder, [stage for stage in left if stage in POOL_STAGES])
         run_training_stages(settings, [stage for stage in left if stage not in POOL_STAGES])
     say_summary(folder.path)

@@ -107,7 +107,7 @@ class RayGang:
                 _enter,
                 train_loop_config={"task": task},
                 scaling_config=self._scaling(),
-                run_config=RunConfig(
+                run_config=RunConfig(  # type: ignore[call-arg]  # typed as that of version 1
                     name=uuid.uuid4().hex,
                     storage_path=folder,
                     failure_config=FailureConfig(max_failures=0),
