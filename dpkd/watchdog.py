@@ -33,7 +33,7 @@ DUMP_TIMEOUT_S = 10.0
 PEERS_FIRST_S = 5.0
 """A worker that waits for its peers is ended so much later, so that the one that is behind is seen to hang too."""
 COLLECTIVES = "torch/distributed/distributed_c10d.py"
-NOT_FOR_US = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+NOT_FOR_US = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
 """Signals to the whole process group are the worker's to answer."""
 
 
@@ -111,13 +111,17 @@ def _stacks_signal() -> int:
 
 def _start(order: WatchOrder, *, rank: int, handles: tuple[int, int]) -> subprocess.Popen[bytes]:
     arguments = [str(order.folder.absolute()), order.session, str(order.hang_timeout_s), str(rank), str(os.getpid())]
-    return subprocess.Popen(
-        [sys.executable, "-S", "-m", "dpkd.watchdog", *arguments, *map(str, handles)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        pass_fds=handles,
-    )
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_US)  # a new process inherits what is blocked
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-S", "-m", "dpkd.watchdog", *arguments, *map(str, handles)],
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=handles,
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @dataclass(frozen=True)
@@ -274,8 +278,6 @@ def _read_report(path: Path) -> Hang:
 
 def main() -> None:
     """Watches the parent process, as told on the command line by `watched`."""
-    for name in NOT_FOR_US:
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
     parser = argparse.ArgumentParser()
     for name, kind in (("folder", Path), ("session", str), ("hang_timeout_s", float)):
         parser.add_argument(name, type=kind)
