@@ -1,14 +1,15 @@
 #!/bin/bash
 # sbatch cluster/slurm.sh configs/miniimagenet_gpu.yaml run.dir=/data/runs/miniimagenet
 # Starts a Ray node on every machine of the allocation and the run on the first. Three minutes before the time is up the
-# run is asked to stop; it saves, and the job queues again and goes on from there.
+# run is asked to stop; it saves, ends with code 75, and the job queues again and goes on from there. `scancel` saves too,
+# and stays cancelled. The `B:` matters: without it the signal goes to Ray's own processes, which it ends.
 #SBATCH --job-name=dpkd
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
 #SBATCH --gpus-per-node=8
 #SBATCH --time=24:00:00
-#SBATCH --signal=B:TERM@180
+#SBATCH --signal=B:USR1@180
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -euo pipefail
@@ -40,6 +41,8 @@ done
 
 python -m dpkd.pretrain --config "$config" launcher.kind=ray "$@" &
 driver=$!
+time_is_up=no
+trap 'time_is_up=yes; kill -USR1 $driver' USR1
 trap 'kill -TERM $driver' TERM
 status=0
 wait $driver || status=$?
@@ -47,5 +50,5 @@ while kill -0 $driver 2> /dev/null; do   # the signal ended the first wait; the 
     status=0
     wait $driver || status=$?
 done
-[ $status -eq 75 ] && scontrol requeue "$SLURM_JOB_ID"
+[ $status -eq 75 ] && [ $time_is_up = yes ] && scontrol requeue "$SLURM_JOB_ID"
 exit $status

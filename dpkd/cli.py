@@ -9,7 +9,6 @@ dpkd doctor                      whether this machine has what training needs
 """
 
 import argparse
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from dpkd.inspection import draw_samples, inspect_dataset
 from dpkd.plan import STAGES, left_to_do, say_plan
 from dpkd.settings import Settings, load_settings
 from dpkd.stages.record import RunFolder
+from dpkd.stop_signals import heed
 
 ONE_STAGE = {
     "pack": "turn images into shards",
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, acts, and returns the exit code of `dpkd.pretrain`."""
     options = _parser().parse_args(arguments)
     act: Callable[[argparse.Namespace], None] = options.act
-    signal.signal(signal.SIGTERM, pretrain.interrupt)
+    heed(pretrain.interrupt)
     return pretrain.exit_code(lambda: act(options))
 
 

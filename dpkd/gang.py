@@ -1,24 +1,61 @@
 """The gang protocol: N processes that train as one; and what becomes of a session when some of them fail."""
 
+import secrets
 import signal
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from dpkd.errors import StopRequested, UserError, WorkerFailed, portable
+from dpkd.report.progress import say
+from dpkd.watchdog import COLLECTIVES, Hang, WatchOrder
+
+LONGEST_WAIT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Restart:
+    """One restart of all workers: whose failure it answers, and the time since."""
+
+    rank: int
+    """-1 where no worker failed, as when a node is about to leave the cluster."""
+    cause: str
+    since_failure_s: float
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What a session goes by beside its work."""
+
+    hangs: Path | None = None
+    """Folder that driver and workers see, for reports of workers that hung; without one none is watched."""
+    progress: Callable[[], tuple[int, ...]] = tuple
+    """How far the session is; restarts are counted anew once it has grown."""
+    on_restart: Callable[[Restart], None] = lambda _: None
+
+    def order(self, *, hang_timeout_s: float | None) -> WatchOrder | None:
+        """The order to the watchdogs of one generation."""
+        if self.hangs is None or hang_timeout_s is None:
+            return None
+        session = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
+        return WatchOrder(self.hangs, session, hang_timeout_s)
+
+
+UNSUPERVISED = Supervision()
 
 
 class Gang(Protocol):
-    """Starts the workers of a training session, watches them, restarts all when one dies."""
+    """Starts the workers of a training session, watches them, restarts all when one dies or hangs."""
 
     num_workers: int
 
-    def run(self, work: Callable[[Any], None], argument: Any) -> None:
+    def run(self, work: Callable[[Any], None], argument: Any, *, supervision: Supervision = UNSUPERVISED) -> None:
         """Runs `work(argument)` in every worker; both must pickle. RANK, LOCAL_RANK, WORLD_SIZE and MASTER_* are set.
 
-        A SIGTERM or SIGINT to this process reaches the workers as `world.stop_requested()`; they have a time of grace
+        A stop signal to this process reaches the workers as `world.stop_requested()`; they have a time of grace
         to save and raise `StopRequested`. Call it in the main thread.
 
         Raises `WorkerFailed` with the first failing rank's traceback once no restart is left, `StopRequested` when the
@@ -28,18 +65,22 @@ class Gang(Protocol):
 
 @dataclass(frozen=True)
 class Failure:
-    """How one worker ended: by an error of its own, or, without one, by a signal or an exit."""
+    """How one worker ended: by an error of its own, or, without one, by a signal, an exit or its watchdog."""
 
     rank: int
     cause: str
     """The traceback, or what is known of the death."""
     error: Exception | None = None
     time_s: float = field(default_factory=time.time)
+    symptom: bool = False
+    """Whether it failed in waiting for its peers, most likely because one of them had failed."""
 
     @classmethod
     def of_error(cls, rank: int, error: Exception) -> "Failure":
         """The failure of a worker that raised; the error is replaced where it does not survive pickling."""
-        return cls(rank, "".join(traceback.format_exception(error)), portable(error))
+        frames = traceback.extract_tb(error.__traceback__)
+        symptom = bool(frames) and COLLECTIVES in frames[-1].filename
+        return cls(rank, "".join(traceback.format_exception(error)), portable(error), symptom=symptom)
 
     @classmethod
     def of_exit_code(cls, rank: int, exit_code: int) -> "Failure":
@@ -50,27 +91,103 @@ class Failure:
             return cls(rank, f"killed by {name}{hint}")
         return cls(rank, f"exited with code {exit_code}")
 
+    @property
+    def line(self) -> str:
+        """The failure in one line."""
+        text = f"{type(self.error).__name__}: {self.error}" if self.error else self.cause
+        return text.splitlines()[0]
 
-def verdict(failures: Sequence[Failure], *, stop_requested: bool, restarts_left: int) -> Exception | None:
-    """The error that ends a session whose workers failed so, or none where they should start again.
 
-    `failures` are those that were seen, in no order; peers of the first to fail usually fail after it. A user's error
-    or a stop counts whoever raised it: ranks agree before they stop, and an error of the user's would come again.
+def supervise(
+    run_once: Callable[[], list[Failure]],
+    *,
+    max_restarts: int,
+    stop_requested: Callable[[], bool],
+    supervision: Supervision,
+) -> None:
+    """Runs generations of workers until one has done its work; `run_once` runs one and returns how workers failed.
+
+    Raises what `verdict` decides. Between generations it waits, longer each time that nothing was gained.
+    """
+    furthest = supervision.progress()
+    attempts: list[list[Failure]] = []
+    while True:
+        failures = run_once()
+        if not failures:
+            return
+        reached = supervision.progress()
+        if reached > furthest:
+            furthest, attempts = reached, []
+        attempts.append(failures)
+        error = verdict(attempts, stop_requested=stop_requested(), max_restarts=max_restarts)
+        if error is not None:
+            raise error
+        first, wait_s = by_cause(failures)[0], waiting_time_s(len(attempts))
+        say(
+            f"worker {first.rank} failed: {first.line}; all start again in {wait_s:.0f} s, "
+            f"{max_restarts - len(attempts)} restarts left until there is progress"
+        )
+        supervision.on_restart(Restart(first.rank, first.line, time.time() - first.time_s))
+        _wait(wait_s, stop_requested)
+
+
+def verdict(attempts: Sequence[Sequence[Failure]], *, stop_requested: bool, max_restarts: int) -> Exception | None:
+    """The error that ends a session, or none where its workers should start again.
+
+    `attempts` are the generations since the session last got further, each with the failures that were seen, in no
+    order. A user's error or a stop counts whoever raised it: ranks agree before they stop, and an error of the user's
+    would come again.
     """
     for kind in (UserError, StopRequested):
-        for failure in failures:
+        for failure in attempts[-1]:
             if isinstance(failure.error, kind):
                 return failure.error
     if stop_requested:
         return StopRequested("the workers ended before they had saved; the last checkpoint stands")
-    if restarts_left > 0:
+    if len(attempts) <= max_restarts:
         return None
-    ordered = sorted(failures, key=lambda failure: failure.time_s)
-    return WorkerFailed("\n".join(f"worker {failure.rank}: {failure.cause.rstrip()}" for failure in ordered[:2]))
+    return WorkerFailed(_account(attempts))
 
 
-def summary(failures: Sequence[Failure]) -> str:
-    """The first failure in one line."""
-    first = min(failures, key=lambda failure: failure.time_s)
-    line = f"{type(first.error).__name__}: {first.error}" if first.error else first.cause
-    return f"worker {first.rank} failed: {line.splitlines()[0]}"
+def by_cause(failures: Sequence[Failure]) -> list[Failure]:
+    """Failures, the most likely cause first: what a rank did by itself before what it suffered, each by time."""
+    return sorted(failures, key=lambda failure: (failure.symptom, failure.time_s))
+
+
+def with_hangs(failures: Sequence[Failure], hangs: Sequence[Hang]) -> list[Failure]:
+    """The failures, with the hangs that the watchdogs reported in place of the deaths that they caused."""
+    if not hangs:
+        return list(failures)
+    began_s = min(hang.time_s for hang in hangs)
+    ranks = {hang.rank for hang in hangs}
+    hung = [Failure(hang.rank, str(hang), time_s=began_s, symptom=hang.waits) for hang in hangs]
+    others = [each for each in failures if each.rank not in ranks or not (each.error is None or each.symptom)]
+    # a death earlier than the hang would have ended the generation before it
+    return hung + [replace(each, time_s=max(each.time_s, began_s)) if each.error is None else each for each in others]
+
+
+def waiting_time_s(num_attempts: int) -> float:
+    """Seconds to wait before the next attempt: 1, 2, 4 … and a minute at most."""
+    return min(LONGEST_WAIT_S, 2.0 ** (num_attempts - 1))
+
+
+def _account(attempts: Sequence[Sequence[Failure]]) -> str:
+    """The first failure's own words, and in a line each what followed it."""
+    first, *others = by_cause(attempts[0])
+    lines = [f"worker {first.rank}: {first.cause.rstrip()}"]
+    lines += [f"after it worker {each.rank}: {each.line}" for each in others[:1]]
+    if len(attempts) > 1:
+        last = by_cause(attempts[-1])[0]
+        lines.append(
+            f"{len(attempts)} attempts failed without getting further; this was the first, "
+            f"the last: worker {last.rank}: {last.line}"
+        )
+    return "\n".join(lines)
+
+
+def _wait(wait_s: float, stop_requested: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + wait_s
+    while time.monotonic() < deadline_s:
+        if stop_requested():
+            raise StopRequested("stopped between two attempts; the last checkpoint stands")
+        time.sleep(0.05)

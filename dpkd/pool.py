@@ -194,7 +194,8 @@ def _stop(workers: list[_Worker]) -> None:
 
 def _serve(connection: Connection, environment: Mapping[str, str]) -> None:
     """The life of a worker: receives the function, then items, until the pipe ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the parent decides
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the parent decides
     os.environ.update({**ONE_THREAD, **environment})  # before the function brings in numpy
     try:
         pickled = connection.recv_bytes()

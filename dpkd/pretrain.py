@@ -7,7 +7,6 @@ Exit codes: 0 done, 2 the user's settings or data, 75 stopped on request and res
 
 import argparse
 import difflib
-import signal
 import sys
 import time
 import traceback
@@ -24,11 +23,13 @@ from dpkd.report.progress import Progress, duration, say
 from dpkd.report.quarantine import Quarantine
 from dpkd.report.summary import say_summary
 from dpkd.settings import Settings, load_settings
+from dpkd.stages.attempts import supervision
 from dpkd.stages.pack import pack
 from dpkd.stages.prepare import prepare
 from dpkd.stages.record import RunFolder
 from dpkd.stages.statements import refuse_unknown_classes, say_unused_rows
 from dpkd.stages.versions import write_settings, write_versions
+from dpkd.stop_signals import heed, shield_resource_tracker
 
 EXIT_USER, EXIT_STOPPED = 2, 75
 
@@ -36,7 +37,7 @@ EXIT_USER, EXIT_STOPPED = 2, 75
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, runs, and returns the exit code."""
     options = _parser().parse_intermixed_args(arguments)
-    signal.signal(signal.SIGTERM, interrupt)
+    heed(interrupt)
     return exit_code(lambda: run(load_settings(options.config, options.overrides), stages=stage_names(options.stages)))
 
 
@@ -46,12 +47,13 @@ def run(settings: Settings, *, stages: Sequence[str] = STAGES) -> None:
     Raises `UserError` for settings that contradict what stands in the run folder, before any work.
     """
     began = time.monotonic()
-    folder = RunFolder(settings.run.dir)
+    folder = RunFolder(settings.run.dir, checkpoints=settings.run.checkpoints)
     left = left_to_do(folder, settings, stages)
     say_plan(settings, folder, left=left, stages=stages)
     if left:
         write_settings(folder, settings.model_dump(mode="json"))
         write_versions(folder)
+        shield_resource_tracker()
         run_pool_stages(settings, folder, [stage for stage in left if stage in POOL_STAGES])
         run_training_stages(settings, [stage for stage in left if stage not in POOL_STAGES])
     say_summary(folder.path)
@@ -76,7 +78,8 @@ def run_training_stages(settings: Settings, stages: Sequence[str]) -> None:
     # here, not at the top: the driver of a cluster run needs no torch
     from dpkd.session import train_stages  # noqa: PLC0415
 
-    make_gang(settings.launcher).run(train_stages, (settings.model_dump(mode="json"), list(stages)))
+    argument = (settings.model_dump(mode="json"), list(stages))
+    make_gang(settings.launcher).run(train_stages, argument, supervision=supervision(RunFolder(settings.run.dir, checkpoints=settings.run.checkpoints)))
 
 
 def _run_pool_stage(stage: str, settings: Settings, folder: RunFolder, *, pool: Pool, quarantine: Quarantine) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from dpkd import world
 from dpkd.backends.engines import engine_kind, make_engine
+from dpkd.heartbeat import beat
 from dpkd.plan import given, left_to_do
 from dpkd.report.progress import say
 from dpkd.settings import Settings, parse_settings
@@ -28,26 +29,34 @@ def train_stages(argument: tuple[dict[str, Any], list[str]]) -> None:
     settings = parse_settings(tree, origin="settings of the run")
     peers = world.join()
     try:
-        _share_cores(settings, peers)
-        run = Run(
-            folder=RunFolder(settings.run.dir, checkpoints=settings.run.checkpoints),
-            world=peers,
-            seed=settings.run.seed,
-            data=settings.data,
-            prepare=settings.prepare,
-            evaluate=settings.evaluate,
-            make_engine=make_engine,
-        )
-        refuse_small_splits(run)
-        refuse_unknown_classes(run.dataset, settings.data, settings.objectives)
-        left = peers.broadcast(left_to_do(run.folder, settings, stages) if peers.rank == 0 else [])
-        for stage in left:
-            recorded = run.folder.running(stage, given(stage, settings)) if peers.rank == 0 else nullcontext()
-            with recorded:
-                _run_stage(stage, run, settings)
-                peers.barrier()
-    finally:
-        peers.leave()
+        _run_stages(settings, stages, peers)
+    except Exception:
+        if peers.size == 1:  # peers would fail at the closed connection before this error is told
+            peers.leave()
+        raise
+    peers.leave()
+
+
+def _run_stages(settings: Settings, stages: list[str], peers: world.World) -> None:
+    _share_cores(settings, peers)
+    run = Run(
+        folder=RunFolder(settings.run.dir, checkpoints=settings.run.checkpoints),
+        world=peers,
+        seed=settings.run.seed,
+        data=settings.data,
+        prepare=settings.prepare,
+        evaluate=settings.evaluate,
+        make_engine=make_engine,
+    )
+    refuse_small_splits(run)
+    refuse_unknown_classes(run.dataset, settings.data, settings.objectives)
+    left = peers.broadcast(left_to_do(run.folder, settings, stages) if peers.rank == 0 else [])
+    for stage in left:
+        recorded = run.folder.running(stage, given(stage, settings)) if peers.rank == 0 else nullcontext()
+        with recorded:
+            beat(stage)
+            _run_stage(stage, run, settings)
+            peers.barrier()
 
 
 def _run_stage(stage: str, run: Run, settings: Settings) -> None:

@@ -230,9 +230,9 @@ def deliver(file: Path, url: str | Path) -> None:
 
 def copy_here(url: str | Path, file: Path) -> None:
     """Copies a file to a local one."""
-    with write_errors(file):
+    with open_read(url) as source, write_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("wb") as target, open_read(url) as source:
+        with file.open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
 
 

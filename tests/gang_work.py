@@ -1,12 +1,19 @@
 """What workers do in the tests of gangs; apart from the tests, so that a worker imports little."""
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
 
+import ray
+import torch.distributed as dist
+
 from dpkd import world
 from dpkd.errors import StopRequested, UserError
+from dpkd.heartbeat import STEADY, beat, pulse
+
+WAYS_TO_HANG = ("is_stopped", "holds_the_lock", "loops", "sleeps", "waits_in_vain")
 
 
 def meet_once_one_was_killed(folder):
@@ -76,3 +83,68 @@ def _listening(process: int) -> set[str]:
                 address_of[f"socket:[{fields[9]}]"] = fields[1].partition(":")[0]
     links = [str(path.readlink()) for path in Path(f"/proc/{process}/fd").iterdir() if path.is_symlink()]
     return {address_of[link] for link in links if link in address_of}
+
+
+def hang_in_every_way(folder):
+    """The second worker hangs in the next way of `WAYS_TO_HANG` each time, until none is left."""
+    peers = world.join()
+    way = peers.broadcast(len(list(Path(folder).glob("hung-*"))))
+    beat(STEADY, step=way)
+    beat(STEADY, step=way)  # the first step after another phase may take longer
+    if way < len(WAYS_TO_HANG):
+        if peers.rank == 1:
+            (Path(folder) / f"hung-{way}").touch()
+            globals()[WAYS_TO_HANG[way]](peers)
+        elif WAYS_TO_HANG[way] == "waits_in_vain":
+            while not world.stop_requested():
+                pulse()
+                time.sleep(0.05)
+            os._exit(0)
+    peers.barrier()
+    (Path(folder) / f"done-{peers.rank}").touch()
+    peers.leave()
+
+
+def is_stopped(_peers):
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def holds_the_lock(_peers):
+    re.match(r"(a+)+$", "a" * 60 + "b")
+
+
+def loops(_peers):
+    while True:
+        pass
+
+
+def sleeps(_peers):
+    time.sleep(600)
+
+
+def waits_in_vain(peers):
+    peers.barrier()
+
+
+def fail_late_in_second_worker(_folder):
+    """The peers of the worker that fails lose their connection before it has told of its error."""
+    peers = world.join()
+    if peers.rank == 1:
+        try:
+            raise ZeroDivisionError("the second worker divided by zero")
+        finally:
+            dist.destroy_process_group()
+            time.sleep(1.0)
+    peers.barrier()
+
+
+def save_and_move(folder):
+    """Waits to be asked to stop and saves, the first time; the second time it is done at once."""
+    peers = world.join()
+    attempt = peers.broadcast(len(list(Path(folder).glob("saved-*"))) // peers.size)
+    (Path(folder) / f"node-{attempt}-{peers.rank}").write_text(ray.get_runtime_context().get_node_id())
+    if attempt == 0:
+        while not peers.any_of(world.stop_requested())[0]:
+            time.sleep(0.05)
+        (Path(folder) / f"saved-{peers.rank}").touch()
+        raise StopRequested("saved")

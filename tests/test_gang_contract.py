@@ -7,6 +7,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,24 @@ from dpkd.backends.local_gang import LocalGang
 from dpkd.backends.ray_gang import RayGang
 from dpkd.backends.ray_session import cpus_per_worker
 from dpkd.errors import StopRequested, UserError, WorkerFailed
-from dpkd.gang import Failure, Gang, verdict
+from dpkd.gang import (
+    UNSUPERVISED,
+    Failure,
+    Gang,
+    Restart,
+    Supervision,
+    by_cause,
+    supervise,
+    verdict,
+    waiting_time_s,
+    with_hangs,
+)
+from dpkd.watchdog import Hang
 from tests.gang_work import (
+    WAYS_TO_HANG,
     fail_in_second_worker,
+    fail_late_in_second_worker,
+    hang_in_every_way,
     heed_nothing,
     meet_once_one_was_killed,
     refuse_in_second_worker,
@@ -48,6 +65,31 @@ def test_the_first_traceback_comes_out_when_no_restart_is_left(make_gang, tmp_pa
         make_gang(2, max_restarts=0).run(fail_in_second_worker, str(tmp_path))
     assert str(caught.value).startswith("worker 1: Traceback")
     assert "in fail_in_second_worker" in str(caught.value)
+
+
+def test_a_hanging_worker_is_ended_its_stacks_are_saved_and_all_start_again(make_gang, tmp_path):
+    restarts: list[Restart] = []
+    supervision = Supervision(
+        hangs=tmp_path / "hangs", progress=lambda: (len(list(tmp_path.glob("hung-*"))),), on_restart=restarts.append
+    )
+    make_gang(2, max_restarts=1, hang_timeout_s=3).run(hang_in_every_way, str(tmp_path), supervision=supervision)
+    assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
+    assert [restart.rank for restart in restarts] == [1] * len(WAYS_TO_HANG)
+    for way, restart in zip(WAYS_TO_HANG, restarts, strict=True):
+        assert restart.cause.startswith("hung: no sign of life for")
+        report = Path(restart.cause.partition("its stacks are in ")[2]).read_text()
+        if way == "is_stopped":
+            assert "\nstate: T\n" in report
+        else:
+            assert f"in {way}\n" in report
+    assert "waiting for its peers" in restarts[-1].cause
+
+
+def test_the_cause_comes_out_where_peers_fail_before_it_is_told(make_gang, tmp_path):
+    with pytest.raises(WorkerFailed, match="worker 1: Traceback") as caught:
+        make_gang(2, max_restarts=0).run(fail_late_in_second_worker, str(tmp_path))
+    assert "the second worker divided by zero" in str(caught.value)
+    assert "in fail_late_in_second_worker" in str(caught.value)
 
 
 def test_a_users_error_comes_out_without_a_restart(make_gang, tmp_path):
@@ -108,15 +150,62 @@ CAUSED = Failure(0, "connection lost", RuntimeError("connection lost"), time_s=2
 
 
 def test_a_death_is_answered_by_a_restart_while_one_is_left():
-    assert verdict([CAUSED, DIED], stop_requested=False, restarts_left=1) is None
-    assert str(verdict([CAUSED, DIED], stop_requested=False, restarts_left=0)).startswith("worker 1: killed")
+    assert verdict([[CAUSED, DIED]], stop_requested=False, max_restarts=1) is None
+    assert str(verdict([[CAUSED, DIED]], stop_requested=False, max_restarts=0)).startswith("worker 1: killed")
+
+
+def test_waits_between_attempts_grow_to_a_minute():
+    assert [waiting_time_s(attempts) for attempts in (1, 2, 3, 6, 7, 100)] == [1, 2, 4, 32, 60, 60]
+
+
+def test_a_crash_loop_ends_with_its_first_cause():
+    attempts = count()
+
+    def run_once() -> list[Failure]:
+        return [Failure(1, "Traceback\nfirst\n" if next(attempts) == 0 else "killed by SIGABRT")]
+
+    with pytest.raises(WorkerFailed) as caught:
+        supervise(run_once, max_restarts=1, stop_requested=lambda: False, supervision=UNSUPERVISED)
+    assert str(caught.value) == (
+        "worker 1: Traceback\nfirst\n"
+        "2 attempts failed without getting further; this was the first, the last: worker 1: killed by SIGABRT"
+    )
+
+
+def test_restarts_are_counted_anew_once_there_is_progress():
+    attempts, restarts = count(), []
+
+    def run_once() -> list[Failure]:
+        return [Failure(0, f"attempt {next(attempts)}")]
+
+    steps = iter([10, 20, 30, 30])  # at the start, then after each attempt
+    supervision = Supervision(progress=lambda: (next(steps),), on_restart=restarts.append)
+    with pytest.raises(WorkerFailed, match="worker 0: attempt 1\n2 attempts failed"):
+        supervise(run_once, max_restarts=1, stop_requested=lambda: False, supervision=supervision)
+    assert [restart.cause for restart in restarts] == ["attempt 0", "attempt 1"]
+
+
+def test_a_stop_ends_the_wait_between_two_attempts():
+    asked = count()
+    with pytest.raises(StopRequested, match="between two attempts"):
+        supervise(lambda: [DIED], max_restarts=9, stop_requested=lambda: next(asked) > 0, supervision=UNSUPERVISED)
+
+
+def test_a_hang_comes_before_what_it_did_to_others_and_after_what_came_before():
+    stuck = Hang(1, "train", 5, 7, 60.0, "S", "stream.py:1 in read", waits=False, time_s=100.0, path=Path("one"))
+    waiting = replace(stuck, rank=0, waits=True, time_s=99.0)
+    killed, lost = Failure(1, "killed by SIGKILL"), Failure(0, "", RuntimeError("lost"), time_s=104.0, symptom=True)
+    assert [each.rank for each in by_cause(with_hangs([killed, lost], [waiting, stuck]))] == [1, 0]
+    assert by_cause(with_hangs([killed, lost], [stuck]))[0].cause == str(stuck)
+    earlier = Failure(2, "", ZeroDivisionError("zero"), time_s=90.0)
+    assert by_cause(with_hangs([killed, earlier], [stuck]))[0] is earlier
 
 
 def test_a_users_error_and_a_stop_outweigh_what_they_cause():
     user, stop = UserError("wrong key"), StopRequested("saved")
-    assert verdict([DIED, Failure(0, "", user)], stop_requested=False, restarts_left=9) is user
-    assert verdict([CAUSED, Failure(0, "", stop)], stop_requested=True, restarts_left=9) is stop
-    assert isinstance(verdict([DIED], stop_requested=True, restarts_left=9), StopRequested)
+    assert verdict([[DIED, Failure(0, "", user)]], stop_requested=False, max_restarts=9) is user
+    assert verdict([[CAUSED, Failure(0, "", stop)]], stop_requested=True, max_restarts=9) is stop
+    assert isinstance(verdict([[DIED]], stop_requested=True, max_restarts=9), StopRequested)
 
 
 def test_workers_share_the_cpus_of_uneven_nodes():

@@ -10,15 +10,16 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dpkd"
 
 # Low to high. A module imports from its own room and the lines below it; rooms on one line do not import each other.
 LAYERS = (
-    ("section", "errors", "settings_errors", "strict_yaml", "untrusted"),
-    ("storage_errors",),
+    ("section", "errors", "settings_errors", "strict_yaml", "untrusted", "heartbeat", "stop_signals"),
+    ("storage_errors", "watchdog"),
     ("storage",),
     ("shard_cache",),
     ("world",),
     ("average", "optimizer"),
     ("engine_state",),
-    ("engine", "pool", "gang"),
+    ("engine", "pool"),
     ("report",),
+    ("gang",),
     ("data",),
     ("models",),
     ("priors",),

@@ -1,6 +1,7 @@
 """Whole runs: every stage in order, continued exactly after kills and stops, the same on one worker and on two."""
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -123,13 +124,19 @@ def test_a_run_killed_at_a_step_ends_bit_equal(whole: RunFolder, tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_a_stopped_run_says_so_and_goes_on(whole: RunFolder, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "to_all"), [(signal.SIGUSR1, False), (signal.SIGTERM, True), (signal.SIGHUP, True)])
+def test_a_stopped_run_says_so_and_goes_on(whole: RunFolder, tmp_path: Path, number: int, to_all: bool) -> None:
     tree = tiny(tmp_path / "stopped", source=None, shards=shards_of(whole))
+    tree["data"]["loader"] = {"workers": 1}
     command = Command(tree, "--stages", "teach,distill")
     command.wait_for_step("teach", 1)
-    command.process.send_signal(signal.SIGTERM)
+    if to_all:  # as Slurm and a closing terminal do
+        os.killpg(command.process.pid, number)
+    else:
+        command.process.send_signal(number)
     assert command.wait() == 75, command.output
-    assert "the same command goes on from there" in command.output
+    assert "saved; the same command goes on from there" in command.output
+    assert "Traceback" not in command.output
     again = Command(tree, "--stages", "teach,distill")
     assert again.wait() == 0, again.output
     assert_same_weights(whole, again.folder)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,47 @@ def test_a_job_on_two_nodes_ends_as_the_local_run_does(
     assert not different, different[:5]
     assert _figures(submitted) == _figures(local.folder.path)
     assert "few-shot" in job.stdout.lower() or "5way" in job.stdout, job.stdout
+
+
+@pytest.mark.timeout(900)
+def test_workers_leave_a_node_that_drains_and_go_on_elsewhere(tmp_path: Path) -> None:
+    script = tmp_path / "driver.py"
+    script.write_text(
+        "import pathlib, ray\n"
+        "from dpkd.backends.ray_gang import RayGang\n"
+        "from tests.gang_work import save_and_move\n"
+        "gang = RayGang(2, max_restarts=0, threads=1)\n"
+        f"pathlib.Path({str(tmp_path)!r}, 'driver').write_text(ray.get_runtime_context().get_node_id())\n"
+        f"gang.run(save_and_move, {str(tmp_path)!r})\n"
+    )
+    root = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    with LocalCluster([1, 1, 1], environment=root) as cluster:
+        environment = os.environ | root | cluster.client_variables()
+        driver = subprocess.Popen([sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True)
+        try:
+            while len(list(tmp_path.glob("node-0-*"))) < 2:
+                assert driver.poll() is None
+                time.sleep(0.1)
+            before = [(tmp_path / f"node-0-{rank}").read_text() for rank in range(2)]
+            leaving = next(node for node in before if node != (tmp_path / "driver").read_text())
+            drain = [
+                Path(sys.executable).parent / "ray",
+                "drain-node",
+                "--address",
+                cluster.address,
+                "--node-id",
+                leaving,
+            ]
+            drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+            subprocess.run([*drain, "--deadline-remaining-seconds", "600"], env=environment, check=True)
+            printed, _ = driver.communicate(timeout=400)
+        finally:
+            driver.kill()
+    assert driver.returncode == 0, printed
+    assert "a node is about to leave the cluster" in printed
+    assert {path.name for path in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}
+    after = [(tmp_path / f"node-1-{rank}").read_text() for rank in range(2)]
+    assert leaving not in after
 
 
 def test_a_cluster_refuses_who_has_no_token(ray_cluster: LocalCluster) -> None:

@@ -55,7 +55,7 @@ def _local_gpus() -> list[str]:
 
 def make_gang(settings: LauncherSettings) -> Gang:
     """Processes for training: `launcher.workers`, else one a GPU, else one."""
-    options: dict[str, Any] = settings.model_dump(include={"max_restarts", "threads", "stop_grace_s"})
+    options: dict[str, Any] = settings.model_dump(include={"max_restarts", "threads", "stop_grace_s", "hang_timeout_s"})
     if launcher_kind(settings) == "local":
         from dpkd.backends.local_gang import LocalGang  # noqa: PLC0415
 

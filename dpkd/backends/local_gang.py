@@ -35,10 +35,10 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from dpkd import world
 from dpkd.backends.loopback import LOOPBACK, LoopbackRendezvous
 from dpkd.errors import StopRequested, UserError
-from dpkd.gang import Failure, summary, verdict
-from dpkd.report.progress import say
+from dpkd.gang import UNSUPERVISED, Failure, Supervision, supervise, with_hangs
+from dpkd.stop_signals import STOP_SIGNALS, heeding
+from dpkd.watchdog import WatchOrder, hangs, watched
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 AGENT_PATIENCE_S = 20.0
 """Less than the 30 s that the agent gives the others once one has failed."""
 EXIT_CODES: dict[type[Exception], int] = {UserError: 2, StopRequested: 75}
@@ -58,33 +58,41 @@ class LocalGang:
         max_restarts: int,
         threads: int | None = None,
         stop_grace_s: float = 30.0,
+        hang_timeout_s: float | None = None,
     ) -> None:
         assert num_workers is None or num_workers >= 1, num_workers
         self.num_workers = num_workers or max(1, torch.cuda.device_count())
         self._max_restarts = max_restarts
         self._threads = threads or _default_threads(self.num_workers)
         self._stop_grace_s = stop_grace_s
+        self._hang_timeout_s = hang_timeout_s
 
-    def run(self, work: Callable[[Any], None], argument: Any) -> None:
+    def run(self, work: Callable[[Any], None], argument: Any, *, supervision: Supervision = UNSUPERVISED) -> None:
         """See `Gang.run`."""
         _quieten_elastic()
         # the threads of a worker spin while they wait, unless told not to: six times slower where anything else runs
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         with tempfile.TemporaryDirectory(prefix="dpkd-gang-") as folder:
-            for restarts_left in range(self._max_restarts, -1, -1):
-                generation = Path(folder) / f"generation-{self._max_restarts - restarts_left}"
-                generation.mkdir()
-                stopper = _Stopper(generation, grace_s=self._stop_grace_s)
-                result = self._run_once(_Task(work, argument, generation, self._threads), stopper)
-                if not result.is_failed():
-                    return
-                failures = _failures(result, generation, num_workers=self.num_workers)
-                error = verdict(failures, stop_requested=stopper.requested, restarts_left=restarts_left)
-                if error is not None:
-                    raise error
-                say(f"{summary(failures)}; all start again, {restarts_left - 1} restarts left")
+            stopper = _Stopper(grace_s=self._stop_grace_s)
 
-    def _run_once(self, task: "_Task", stopper: "_Stopper") -> RunResult:
+            def run_once() -> list[Failure]:
+                generation = Path(tempfile.mkdtemp(prefix="generation-", dir=folder))
+                order = supervision.order(hang_timeout_s=self._hang_timeout_s)
+                result = self._run_agent(_Task(work, argument, generation, self._threads, order), stopper)
+                if not result.is_failed():
+                    return []
+                failures = _failures(result, generation, num_workers=self.num_workers)
+                return with_hangs(failures, hangs(order) if order is not None else [])
+
+            with heeding(stopper.on_signal):
+                supervise(
+                    run_once,
+                    max_restarts=self._max_restarts,
+                    stop_requested=lambda: stopper.requested,
+                    supervision=supervision,
+                )
+
+    def _run_agent(self, task: "_Task", stopper: "_Stopper") -> RunResult:
         spec = WorkerSpec(
             role="dpkd",
             local_world_size=self.num_workers,
@@ -97,7 +105,7 @@ class LocalGang:
         )
         others: dict[int, Std] = dict.fromkeys(range(1, self.num_workers), Std.ALL)
         agent = LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=str(task.folder), redirects=others))
-        with stopper.watching(agent):
+        with stopper.watching(agent, task.folder):
             return agent.run()
 
 
@@ -107,55 +115,56 @@ class _Task:
     argument: Any
     folder: Path
     threads: int | None
+    order: WatchOrder | None
 
 
 class _Stopper:
     """Turns signals to this process into a request to its workers, and into their end when they take too long."""
 
-    def __init__(self, folder: Path, *, grace_s: float) -> None:
-        self.requested = False
-        self._mark = folder / "stop"
-        self._timer = threading.Timer(grace_s, self._signal_workers, (signal.SIGKILL,))
-        self._timer.daemon = True
+    def __init__(self, *, grace_s: float) -> None:
+        self.requested = world.stop_requested()
+        self._grace_s = grace_s
         self._agent: LocalElasticAgent | None = None
+        self._folder = Path()
 
     @contextmanager
-    def watching(self, agent: LocalElasticAgent) -> Iterator[None]:
-        """Handles the stop signals while the agent runs; does nothing outside the main thread, which alone may."""
-        self._agent = agent
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
+    def watching(self, agent: LocalElasticAgent, folder: Path) -> Iterator[None]:
+        """Passes requests on to the workers of this agent, whose generation has the folder."""
         # The agent would answer the first signal itself, and a second one by leaving its workers behind.
-        before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGQUIT)}
         handled_by_agent = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE")
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._on_signal)
-        if world.stop_requested():  # asked before we listened
-            self._on_signal(signal.SIGTERM, None)
+        at_quit = signal.getsignal(signal.SIGQUIT)
+        self._agent, self._folder = agent, folder
+        if self.requested:  # before there was an agent
+            self._ask()
         try:
             yield
         finally:
-            self._timer.cancel()
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            self._agent = None
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGQUIT, at_quit)
             os.environ.pop("TORCHELASTIC_SIGNALS_TO_HANDLE")
             if handled_by_agent is not None:
                 os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = handled_by_agent
 
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+    def on_signal(self, number: int, _frame: FrameType | None) -> None:
+        """Asks once, however often the signals come; a second Ctrl-C ends the workers."""
         if not self.requested:
             self.requested = True
-            self._mark.touch()
-            self._signal_workers(signal.SIGTERM)
-            self._timer.start()
+            self._ask()
         elif number == signal.SIGINT:
             self._signal_workers(signal.SIGKILL)
 
+    def _ask(self) -> None:
+        if self._agent is not None:
+            (self._folder / "stop").touch()
+            self._signal_workers(signal.SIGTERM)
+            timer = threading.Timer(self._grace_s, self._signal_workers, (signal.SIGKILL,))
+            timer.daemon = True
+            timer.start()
+
     def _signal_workers(self, number: signal.Signals) -> None:
-        assert self._agent is not None
-        for worker in self._agent.get_worker_group().workers:
+        for worker in self._agent.get_worker_group().workers if self._agent is not None else ():
             if worker.id is not None:
                 try:
                     os.kill(worker.id, number)
@@ -185,19 +194,20 @@ def _failures(result: RunResult, folder: Path, *, num_workers: int) -> list[Fail
     The agent looks every tenth of a second and tells of one failure; when a worker is killed, that is often a peer
     whose connection broke. So a worker that left no word counts as dead before them, unless the agent had to wait.
     """
-    failures: list[Failure] = [pickle.loads(path.read_bytes()) for path in sorted(folder.glob("rank-*.pickle"))]
-    waited_s = time.time() - min((failure.time_s for failure in failures), default=time.time())
-    told = {failure.rank for failure in failures} | {int(path.stem) for path in folder.glob("*.done")}
-    for rank in sorted(set(range(num_workers)) - told):
+    told: list[Failure] = [pickle.loads(path.read_bytes()) for path in sorted(folder.glob("rank-*.pickle"))]
+    first_s = min((failure.time_s for failure in told), default=time.time())
+    heard = {failure.rank for failure in told} | {int(path.stem) for path in folder.glob("*.done")}
+    deaths = []
+    for rank in sorted(set(range(num_workers)) - heard):
         seen = result.failures.get(rank)
         if seen is not None:
             cause = Failure.of_exit_code(rank, seen.exitcode).cause
-        elif failures and waited_s < AGENT_PATIENCE_S:
+        elif told and time.time() - first_s < AGENT_PATIENCE_S:
             cause = "died without a word; killed, perhaps for memory"
         else:
             continue  # ended by the agent
-        failures.append(Failure(rank, cause + _last_lines(folder, rank), time_s=0.0))
-    return failures
+        deaths.append(Failure(rank, cause + _last_lines(folder, rank), time_s=first_s))
+    return deaths + told
 
 
 def _last_lines(folder: Path, rank: int, *, num_lines: int = 20) -> str:
@@ -208,8 +218,9 @@ def _last_lines(folder: Path, rank: int, *, num_lines: int = 20) -> str:
 def _enter(task: _Task) -> None:
     """The life of a worker."""
     _die_with_parent()
-    for number in STOP_SIGNALS:
-        signal.signal(number, _on_worker_signal)
+    for number in STOP_SIGNALS:  # the parent has them too, and passes them on as one; loader workers inherit this
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _on_worker_signal)
     if (task.folder / "stop").exists():
         world.request_stop()
     if task.threads is not None:
@@ -219,19 +230,19 @@ def _enter(task: _Task) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a laptop's host name often resolves to nowhere
     rank = int(os.environ["RANK"])
     try:
-        task.work(task.argument)
+        with watched(task.order, rank=rank):
+            task.work(task.argument)
     except Exception as error:  # noqa: BLE001  crosses to the parent, which raises it
         part = task.folder / f"rank-{rank}.part"
         part.write_bytes(pickle.dumps(Failure.of_error(rank, error)))
         part.rename(part.with_suffix(".pickle"))
         _leave_at_once(EXIT_CODES.get(type(error), 1))
     (task.folder / f"{rank}.done").touch()
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_DFL)  # what waits for its peers from here on need not be waited for
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what waits for its peers from here on need not be waited for
 
 
 def _on_worker_signal(_number: int, _frame: FrameType | None) -> None:
-    world.request_stop()  # once or twice: a Ctrl-C comes from the terminal and from the parent
+    world.request_stop()
 
 
 def _leave_at_once(exit_code: int) -> NoReturn:

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -27,11 +27,17 @@ from ray.train.torch import TorchTrainer
 
 from dpkd import world
 from dpkd.backends.ray_post import Output, Post
-from dpkd.backends.ray_session import connect, cpus_per_worker, enter, node_cpus, on_this_node
-from dpkd.gang import Failure, summary, verdict
+from dpkd.backends.ray_session import connect, cpus_per_worker, draining_nodes, enter, node_cpus, on_this_node
+from dpkd.errors import StopRequested
+from dpkd.gang import UNSUPERVISED, Failure, Restart, Supervision, supervise, with_hangs
 from dpkd.report.progress import say
+from dpkd.stop_signals import heeding
+from dpkd.watchdog import WatchOrder, hangs, watched
 
 POLL_S = 0.3
+DRAIN_POLL_S = 3.0
+CAUSE_PATIENCE_S = 5.0
+DRAINS = "a node is about to leave the cluster"
 EXIT_STOPPED = 75
 DRIVER_SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -56,6 +62,7 @@ class RayGang:
         max_restarts: int,
         threads: int | None = None,
         stop_grace_s: float = 30.0,
+        hang_timeout_s: float | None = None,
     ) -> None:
         connect()
         num_gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -64,37 +71,53 @@ class RayGang:
         self._max_restarts = max_restarts
         self._threads = threads
         self._stop_grace_s = stop_grace_s
+        self._hang_timeout_s = hang_timeout_s
 
-    def run(self, work: Callable[[Any], None], argument: Any) -> None:
+    def run(self, work: Callable[[Any], None], argument: Any, *, supervision: Supervision = UNSUPERVISED) -> None:
         """See `Gang.run`."""
         for name, value in DRIVER_SETTINGS.items():
             os.environ.setdefault(name, value)
-        task = _Task(work, argument, on_this_node(Post, max_concurrency=100_000), str(Path.cwd()), self._threads)
-        with _stop_signals() as stop:
-            for restarts_left in range(self._max_restarts, -1, -1):
-                failures = self._run_once(task, stop)
-                if not failures:
-                    return
-                error = verdict(failures, stop_requested=stop.count > 0, restarts_left=restarts_left)
-                if error is not None:
-                    raise error
-                say(f"{summary(failures)}; all start again, {restarts_left - 1} restarts left")
+        post, stop = on_this_node(Post, max_concurrency=100_000), _Stop()
 
-    def _run_once(self, task: "_Task", stop: "_Stop") -> list[Failure]:
+        def run_once() -> list[Failure]:
+            while True:
+                order = supervision.order(hang_timeout_s=self._hang_timeout_s)
+                task = _Task(work, argument, post, str(Path.cwd()), self._threads, order)
+                drain = _Drain(post, grace_s=self._stop_grace_s)
+                failures = with_hangs(self._run_once(task, stop, drain), hangs(order) if order is not None else [])
+                saved = any(isinstance(failure.error, StopRequested) for failure in failures)
+                if stop.count or not (saved and drain.began_s):
+                    return failures
+                say(f"{DRAINS}; all saved and start again on the others")
+                supervision.on_restart(Restart(-1, DRAINS, time.time() - drain.began_s))
+
+        with heeding(stop.on_signal):
+            supervise(
+                run_once,
+                max_restarts=self._max_restarts,
+                stop_requested=lambda: stop.count > 0,
+                supervision=supervision,
+            )
+
+    def _run_once(self, task: "_Task", stop: "_Stop", drain: "_Drain") -> list[Failure]:
         """Runs one generation; returns how its workers failed, if they did."""
+        ray.get(task.post.begin.remote())
         with tempfile.TemporaryDirectory(prefix="dpkd-gang-") as folder:
             trainer = TorchTrainer(
                 _enter,
                 train_loop_config={"task": task},
                 scaling_config=self._scaling(),
-                run_config=RunConfig(
-                    name=uuid.uuid4().hex, storage_path=folder, failure_config=FailureConfig(max_failures=0)
+                run_config=RunConfig(  # type: ignore[call-arg]  # typed as that of version 1
+                    name=uuid.uuid4().hex,
+                    storage_path=folder,
+                    failure_config=FailureConfig(max_failures=0),
+                    worker_runtime_env={"env_vars": _worker_variables()},
                 ),
             )
             session = _Session(trainer)
-            _watch(session, task.post, stop, grace_s=self._stop_grace_s)
-        told: list[Failure] = ray.get(task.post.take_failures.remote())
-        return told + session.failures(told={failure.rank for failure in told})
+            _watch(session, task.post, stop, drain, grace_s=self._stop_grace_s)
+        told: list[Failure] = ray.get(task.post.failures.remote())
+        return session.deaths(told) + told
 
     def _scaling(self) -> ScalingConfig:
         cpus = self._threads or cpus_per_worker(node_cpus(), num_workers=self.num_workers)
@@ -113,6 +136,7 @@ class _Task:
     post: Any
     folder: str
     threads: int | None
+    order: WatchOrder | None
 
 
 class _Session:
@@ -128,20 +152,27 @@ class _Session:
         """Whether the workers are not done yet."""
         return self._thread.is_alive()
 
-    def failures(self, *, told: set[int]) -> list[Failure]:
-        """The failures that Ray Train saw, of workers that did not tell of theirs."""
+    def deaths(self, told: Sequence[Failure]) -> list[Failure]:
+        """The failures that Ray Train saw, of workers that did not tell of theirs: they died before the others."""
         if self._error is None:
             return []
         if not isinstance(self._error, WorkerGroupError):
             return [Failure(-1, f"Ray Train failed: {self._error}")]
-        deaths = {rank: error for rank, error in self._error.worker_failures.items() if rank not in told}
-        return [Failure(rank, f"died ({_gist(error)})", time_s=0.0) for rank, error in deaths.items()]
+        first_s = min((failure.time_s for failure in told), default=time.time())
+        heard = {failure.rank for failure in told}
+        deaths = {rank: error for rank, error in self._error.worker_failures.items() if rank not in heard}
+        return [Failure(rank, f"died ({_gist(error)})", time_s=first_s) for rank, error in deaths.items()]
 
     def _fit(self) -> None:
         try:
             self._trainer.fit()
-        except Exception as error:  # noqa: BLE001  looked at by `failures`
+        except Exception as error:  # noqa: BLE001  looked at by `deaths`
             self._error = error
+
+
+def _worker_variables() -> dict[str, str]:
+    """Threads that wait must not spin, as in the local gang; read once, when the process loads torch."""
+    return {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
 
 
 def _gist(error: Exception) -> str:
@@ -165,29 +196,34 @@ class _Stop:
             self.count += 1
 
 
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {
-        number: signal.signal(number, stop.on_signal) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    }
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+class _Drain:
+    """Sees a node with workers that is about to leave the cluster, and has the workers save before it does."""
+
+    def __init__(self, post: Any, *, grace_s: float) -> None:
+        self.began_s = 0.0
+        self._post, self._grace_s = post, grace_s
+        self._look_s = 0.0
+
+    def look(self) -> None:
+        """Asks the workers to stop, once; looks every few seconds at most."""
+        if self.began_s or time.monotonic() < self._look_s + DRAIN_POLL_S:
+            return
+        self._look_s = time.monotonic()
+        draining = draining_nodes()
+        left_s = [draining[node] for node in ray.get(self._post.nodes.remote()) if node in draining]
+        if left_s:
+            self.began_s = time.time()
+            ray.get(self._post.stop.remote(max(0.0, min(self._grace_s, *left_s))))
 
 
-def _watch(session: _Session, post: Any, stop: _Stop, *, grace_s: float) -> None:
+def _watch(session: _Session, post: Any, stop: _Stop, drain: _Drain, *, grace_s: float) -> None:
     """Shows the workers' output and passes requests to stop on to them, until they are done."""
     passed_on = 0
     while session.running():
         if stop.count > passed_on:
             passed_on = stop.count
             ray.get(post.stop.remote(grace_s if passed_on == 1 else 0.0))
+        drain.look()
         _show_output(post)
         time.sleep(POLL_S)
     _show_output(post)
@@ -204,14 +240,18 @@ def _enter(config: dict[str, Any]) -> None:
     enter(task.folder)
     if task.threads is not None:
         torch.set_num_threads(task.threads)
+    ray.get(task.post.enter.remote(ray.get_runtime_context().get_node_id()))
     threading.Thread(target=_heed_stop, args=(task.post,), daemon=True).start()
     rank = int(os.environ["RANK"])
     output = Output(task.post)
     with contextlib.redirect_stdout(output) if rank == 0 else contextlib.nullcontext():
         try:
-            task.work(task.argument)
+            with watched(task.order, rank=rank):
+                task.work(task.argument)
         except Exception as error:
             ray.get(task.post.fail.remote(Failure.of_error(rank, error)))
+            # Ray Train ends all once one has raised: the peer that caused this shall tell of it first
+            ray.wait([task.post.until_cause.remote()], timeout=CAUSE_PATIENCE_S)
             raise
         finally:
             output.close()

@@ -3,6 +3,8 @@
 import asyncio
 import io
 import threading
+import time
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -16,8 +18,23 @@ class Post:
     def __init__(self) -> None:
         self._failures: list[Failure] = []
         self._output: list[str] = []
+        self._nodes: set[str] = set()
         self._stop_by_s: float | None = None
         self._changed = asyncio.Condition()
+
+    async def begin(self) -> None:
+        """Forgets the generation before: its failures, its nodes, what it was asked."""
+        self._failures.clear()
+        self._nodes.clear()
+        self._stop_by_s = None
+
+    async def enter(self, node: str) -> None:
+        """Takes the node that a worker runs on."""
+        self._nodes.add(node)
+
+    async def nodes(self) -> set[str]:
+        """The nodes that have a worker."""
+        return self._nodes
 
     async def stop(self, grace_s: float) -> None:
         """Asks the workers to stop within a time."""
@@ -33,13 +50,19 @@ class Post:
         return self._stop_by_s
 
     async def fail(self, failure: Failure) -> None:
-        """Takes a worker's failure."""
-        self._failures.append(failure)
+        """Takes a worker's failure, at the time by this clock: those of the nodes differ."""
+        async with self._changed:
+            self._failures.append(replace(failure, time_s=time.time()))
+            self._changed.notify_all()
 
-    async def take_failures(self) -> list[Failure]:
-        """The failures since the last call."""
-        failures, self._failures = self._failures, []
-        return failures
+    async def until_cause(self) -> None:
+        """Waits for a failure that is no symptom of another."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: any(not failure.symptom for failure in self._failures))
+
+    async def failures(self) -> list[Failure]:
+        """The failures of this generation."""
+        return self._failures
 
     async def write(self, text: str) -> None:
         """Takes output of the first worker."""

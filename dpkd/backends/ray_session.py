@@ -2,7 +2,9 @@
 
 import contextlib
 import logging
+import math
 import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,8 +40,17 @@ def on_this_node(actor: type, *, max_concurrency: int) -> Any:
 
 
 def node_cpus() -> list[int]:
-    """The CPUs of each node that is alive."""
-    return [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    """The CPUs of each node that is alive and stays."""
+    draining = draining_nodes()
+    staying = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
+    return [int(node["Resources"].get("CPU", 0)) for node in staying]
+
+
+def draining_nodes() -> dict[str, float]:
+    """The nodes that are about to leave, by id, each with the seconds it has left; one question to the head."""
+    left = ray._private.state.state.get_draining_nodes()  # noqa: SLF001  as Ray Train and Ray Data ask
+    now_s = time.time()
+    return {node: deadline_ms / 1000 - now_s if deadline_ms else math.inf for node, deadline_ms in left.items()}
 
 
 def node_gpus() -> list[int]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
 
 from dpkd.errors import UserError
 from dpkd.evaluation.settings import EpisodeSettings
@@ -143,6 +142,8 @@ def _nearest_centroid(x_ND: Floats, support_EWK: Integers, query_EWQ: Integers) 
 def _logistic(x_ND: Floats, support_EWK: Integers, query_EWQ: Integers) -> NDArray[np.float64]:
     """Logistic regression (L2, C = 1) on each episode's support (Tian et al. 2020)."""
     way, shot = support_EWK.shape[1:]
+    from sklearn.linear_model import LogisticRegression  # noqa: PLC0415  slow to load, and a restart waits for it
+
     label_S = np.repeat(np.arange(way), shot)
     guess_EM = np.stack(
         [

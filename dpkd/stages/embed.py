@@ -14,6 +14,7 @@ from torch import Tensor
 from dpkd.data.settings import LoaderSettings
 from dpkd.data.shards import Split
 from dpkd.data.stream import MapReader, evaluation_batches
+from dpkd.heartbeat import pulse
 from dpkd.models.settings import NetworkSpec
 from dpkd.train.task import network_input, pooling_maps, pooling_weight
 from dpkd.world import World
@@ -79,6 +80,7 @@ def embed_networks(
         for name, (predict, spec) in networks.items():
             outputs = predict(network_input(spec, here), pooling_weight(spec, here))
             found[name].append({key: _array(outputs[key]) for key in KEPT if key in outputs})
+        pulse()
         advance(len(here.label_B) * world.size)
     return {name: _whole(parts, world, num_samples=len(wanted)) for name, parts in found.items()}
 

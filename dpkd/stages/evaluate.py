@@ -29,7 +29,6 @@ from dpkd.data.shards import Split
 from dpkd.errors import UserError
 from dpkd.evaluation.few_shot import draw_episodes, few_shot_accuracy, paired_difference, score
 from dpkd.evaluation.long_tail import long_tail
-from dpkd.evaluation.probes import probe, probe_split
 from dpkd.models.counts import count_flops, count_parameters
 from dpkd.models.network import Network
 from dpkd.models.saved import load_network
@@ -223,6 +222,9 @@ def _probe(
     split: str,
     tables: dict[str, dict[str, Any]],
 ) -> None:
+    # brings in scikit-learn, which is slow to load: a restart of the workers must not wait for it
+    from dpkd.evaluation.probes import probe, probe_split  # noqa: PLC0415
+
     settings = run.evaluate.probes
     halves = probe_split(label_N, settings, seed=run.seed) if settings else None
     if settings is None or halves is None or run.world.rank != 0:

@@ -29,6 +29,7 @@ class RunFolder:
         self.tensorboard = self.path / "tb"
         self.quarantine = self.path / "quarantine.jsonl"
         self.events = self.path / "events.jsonl"
+        self.hangs = self.path / "hangs"
         self._stages = self.path / "stages.json"
 
     def network(self, name: str) -> Path:

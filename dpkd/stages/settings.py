@@ -133,6 +133,10 @@ class LauncherSettings(Section):
     pool_workers: int | None = Field(None, ge=1)
     """Processes that pack and prepare; none takes one a CPU core."""
     max_restarts: int = Field(3, ge=0)
+    """How often workers start again after a failure; counted anew whenever a later checkpoint stands."""
+    hang_timeout_s: float | None = Field(600.0, gt=0)
+    """A worker whose step takes longer is ended, and all start again; six times as long for anything else, such as
+    starting, evaluating and saving. None watches nothing."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of one training process; none shares the cores out."""
     stop_grace_s: float = Field(30.0, ge=0)

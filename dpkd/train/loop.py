@@ -14,6 +14,7 @@ import torch
 from dpkd.data.stream import Batch
 from dpkd.engine import Engine
 from dpkd.errors import StopRequested, UserError
+from dpkd.heartbeat import STEADY, beat
 from dpkd.train.checkpoint import Checkpoints, Part
 from dpkd.train.meter import Meter
 from dpkd.world import World, stop_requested
@@ -78,6 +79,7 @@ def train(
     a checkpoint cannot be written.
     """
     for step in range(start_step, plan.total_steps):
+        beat(STEADY, step=step)
         for _ in range(plan.micro_batches):
             batch = meter.wait_for(batches)
             losses = task.losses(batch, step=step)
@@ -91,14 +93,18 @@ def train(
         stop, unsaved = world.any_of(stop_requested(), checkpoints.failed())
         with meter.paused():
             if plan.due(plan.panels_every, done):
+                beat("panels", step=done)
                 hooks.panels(done, batch)
             if plan.due(plan.evaluate_every, done):
+                beat("evaluate", step=done)
                 hooks.evaluate(done)
             if stop or unsaved or plan.due(plan.checkpoint_every, done):
+                beat("save", step=done)
                 checkpoints.save(done, parts)
         if stop and done < plan.total_steps:
             checkpoints.finish()
             raise StopRequested(f"stopped after step {done} of {plan.total_steps}, saved")
+    beat("save", step=plan.total_steps)
     checkpoints.finish()
 
 
