@@ -11,7 +11,8 @@ from rich.table import Table
 
 from dpkd import storage
 from dpkd.data.images import decode_image
-from dpkd.data.shards import Dataset, Sample, ShardInfo
+from dpkd.data.shard_index import ShardInfo
+from dpkd.data.shards import Dataset, Sample
 from dpkd.errors import StorageUnavailable, UserError
 from dpkd.priors.shards import MANIFEST_NAME, PriorSet, PriorSplit, read_manifest, set_url
 from dpkd.report.progress import Progress, say

@@ -55,7 +55,7 @@ def run(settings: Settings, *, stages: Sequence[str] = STAGES) -> None:
         write_versions(folder)
         shield_resource_tracker()
         run_pool_stages(settings, folder, [stage for stage in left if stage in POOL_STAGES])
-        run_training_stages(settings, [stage for stage in left if stage not in POOL_STAGES])
+        run_training_stages(settings, folder, [stage for stage in left if stage not in POOL_STAGES])
     say_summary(folder.path)
     say(f"{'done' if left else 'all was done before; nothing to do'}, {duration(time.monotonic() - began)}")
 
@@ -71,7 +71,7 @@ def run_pool_stages(settings: Settings, folder: RunFolder, stages: Sequence[str]
             _run_pool_stage(stage, settings, folder, pool=pool, quarantine=quarantine)
 
 
-def run_training_stages(settings: Settings, stages: Sequence[str]) -> None:
+def run_training_stages(settings: Settings, folder: RunFolder, stages: Sequence[str]) -> None:
     """Runs the named stages in the training workers."""
     if not stages:
         return
@@ -79,7 +79,7 @@ def run_training_stages(settings: Settings, stages: Sequence[str]) -> None:
     from dpkd.session import train_stages  # noqa: PLC0415
 
     argument = (settings.model_dump(mode="json"), list(stages))
-    make_gang(settings.launcher).run(train_stages, argument, supervision=supervision(RunFolder(settings.run.dir, checkpoints=settings.run.checkpoints)))
+    make_gang(settings.launcher).run(train_stages, argument, supervision=supervision(folder))
 
 
 def _run_pool_stage(stage: str, settings: Settings, folder: RunFolder, *, pool: Pool, quarantine: Quarantine) -> None:

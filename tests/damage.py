@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from dpkd import storage
-from dpkd.data.shards import MANIFEST_NAME, Dataset, Split, checksum, index_name
+from dpkd.data.shard_index import index_name
+from dpkd.data.shards import MANIFEST_NAME, Dataset, Split, checksum
 
 Change = Callable[[bytes], bytes]
 

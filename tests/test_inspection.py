@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from dpkd import cli
-from dpkd.data.shards import Dataset, read_index
+from dpkd.data.shard_index import read_index
+from dpkd.data.shards import Dataset
 from dpkd.errors import UserError
 from dpkd.inspection import draw_samples, inspect_dataset, prior_sets
 from dpkd.priors.edge import Edge

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from dpkd import storage
 from dpkd.data.images import BrokenImage, check_image, check_mask
 from dpkd.data.records import Record
-from dpkd.data.shards import EXPERT_PREFIX, FORMAT_VERSION, ShardIndex, ShardInfo, checksum, index_name
+from dpkd.data.shard_index import ShardIndex, ShardInfo, index_name
+from dpkd.data.shards import EXPERT_PREFIX, FORMAT_VERSION, checksum
 from dpkd.data.tars import Member, TarWriter
 from dpkd.errors import UserError
 

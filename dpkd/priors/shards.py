@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dpkd import storage
 from dpkd.data.recent import MAX_FILES, MAX_INDEXES, Recent
-from dpkd.data.shards import Dataset, Sample, ShardInfo, index_name, read_span, refuse_no_pairs, refuse_outside
+from dpkd.data.shard_index import ShardInfo, index_name, refuse_no_pairs, refuse_outside
+from dpkd.data.shards import Dataset, Sample, read_span
 from dpkd.errors import UserError
 from dpkd.priors import Prior
 from dpkd.priors.codecs import Map

@@ -18,15 +18,8 @@ from dpkd import storage
 from dpkd.data import sources
 from dpkd.data.records import Found, Record, keys_of, sorted_classes
 from dpkd.data.settings import FileSplits
-from dpkd.data.shards import (
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    Dataset,
-    Manifest,
-    ShardIndex,
-    SplitInfo,
-    index_name,
-)
+from dpkd.data.shard_index import ShardIndex, index_name
+from dpkd.data.shards import FORMAT_VERSION, MANIFEST_NAME, Dataset, Manifest, SplitInfo
 from dpkd.data.splits import assign, draw, groups_of
 from dpkd.data.writer import Planned, ShardJob, write_shard
 from dpkd.errors import UserError

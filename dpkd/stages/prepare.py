@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 import cv2
 
 from dpkd import storage
-from dpkd.data.shards import Dataset, ShardInfo, Split, SplitInfo, index_name
+from dpkd.data.shard_index import ShardInfo, index_name
+from dpkd.data.shards import Dataset, Split, SplitInfo
 from dpkd.data.tars import TarWriter
 from dpkd.errors import UserError
 from dpkd.pool import Accelerator, Pool

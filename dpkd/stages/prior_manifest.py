@@ -3,7 +3,8 @@
 from itertools import accumulate
 
 from dpkd import storage
-from dpkd.data.shards import Dataset, index_name
+from dpkd.data.shard_index import index_name
+from dpkd.data.shards import Dataset
 from dpkd.priors import Prior
 from dpkd.priors.shards import (
     MANIFEST_NAME,

@@ -9,7 +9,8 @@ import pytest
 import webdataset
 
 from dpkd import storage
-from dpkd.data.shards import Dataset, Sample, ShardIndex, Split, Unreadable
+from dpkd.data.shard_index import ShardIndex
+from dpkd.data.shards import Dataset, Sample, Split, Unreadable
 from dpkd.errors import UserError
 from tests.data.packing import image_bytes, make_folder, mask_bytes, pack_at
 

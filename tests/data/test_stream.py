@@ -19,7 +19,8 @@ from dpkd.data.augment import apply_image, random_view
 from dpkd.data.images import decode_image, encode_png
 from dpkd.data.order import Order
 from dpkd.data.settings import AugmentSettings, LoaderSettings
-from dpkd.data.shards import Dataset, Manifest, Sample, ShardIndex, ShardInfo, Split, SplitInfo, index_name
+from dpkd.data.shard_index import ShardIndex, ShardInfo, index_name
+from dpkd.data.shards import Dataset, Manifest, Sample, Split, SplitInfo
 from dpkd.data.stream import Batch, evaluation_batches, training_batches
 from dpkd.data.tars import TarWriter
 from dpkd.errors import UserError

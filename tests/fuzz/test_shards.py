@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpkd import storage
-from dpkd.data.shards import Dataset, ShardIndex, ShardInfo
+from dpkd.data.shard_index import ShardIndex, ShardInfo
+from dpkd.data.shards import Dataset
 from dpkd.errors import UserError
 from dpkd.inspection import inspect_dataset
 from tests.data.packing import make_folder, pack_at
