@@ -5,6 +5,7 @@ dpkd pack|prepare|evaluate|export --config FILE     one stage of it
 dpkd plan --config FILE          what would run, checking the settings
 dpkd inspect DATASET             what a packed data set and its prior sets hold, every file and map checked
 dpkd inspect DATASET --picture FILE.png [KEY ...]   samples with all their maps as one picture
+dpkd audit RUN                   whether each sample was used exactly as the order says, over all attempts
 dpkd doctor                      whether this machine has what training needs
 """
 
@@ -62,6 +63,13 @@ def _inspect(options: argparse.Namespace) -> None:
         inspect_dataset(options.dataset)
 
 
+def _audit(options: argparse.Namespace) -> None:
+    # here, not at the top: no other verb needs torch in this process
+    from dpkd.audit import audit  # noqa: PLC0415
+
+    audit(options.run)
+
+
 def _doctor(_: argparse.Namespace) -> None:
     doctor()
 
@@ -83,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--picture", type=Path, metavar="FILE.png", help="draw samples with all their maps instead")
     inspect.add_argument("--set", default="default", metavar="NAME", help="prior set to draw from")
     inspect.set_defaults(act=_inspect)
+    audited = verbs.add_parser("audit", help="whether a run used each sample exactly as the order says")
+    audited.add_argument("run", metavar="RUN", help="folder of the run")
+    audited.set_defaults(act=_audit)
     verbs.add_parser("doctor", help="whether this machine has what training needs").set_defaults(act=_doctor)
     return parser
 

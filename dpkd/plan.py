@@ -16,7 +16,9 @@ POOL_STAGES = ("pack", "prepare")
 FIXED_STAGES = ("pack", "teach", "distill")
 """Stages that refuse to go on under other settings; the others are cheap or incremental, and simply run again."""
 
-CADENCE = frozenset({"log_every", "evaluate_every", "panels_every", "checkpoint_every", "keep_checkpoints"})
+CADENCE = frozenset(
+    {"log_every", "evaluate_every", "panels_every", "checkpoint_every", "keep_checkpoints", "max_skipped_steps"}
+)
 """Training settings that may change while a stage is under way, because its weights do not depend on them."""
 
 

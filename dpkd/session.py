@@ -37,9 +37,9 @@ def train_stages(argument: tuple[dict[str, Any], list[str]]) -> None:
     peers.leave()
 
 
-def _run_stages(settings: Settings, stages: list[str], peers: world.World) -> None:
-    _share_cores(settings, peers)
-    run = Run(
+def open_run(settings: Settings, peers: world.World) -> Run:
+    """The run of these settings as this worker sees it."""
+    return Run(
         folder=RunFolder(settings.run.dir, checkpoints=settings.run.checkpoints),
         world=peers,
         seed=settings.run.seed,
@@ -48,6 +48,11 @@ def _run_stages(settings: Settings, stages: list[str], peers: world.World) -> No
         evaluate=settings.evaluate,
         make_engine=make_engine,
     )
+
+
+def _run_stages(settings: Settings, stages: list[str], peers: world.World) -> None:
+    _share_cores(settings, peers)
+    run = open_run(settings, peers)
     refuse_small_splits(run)
     refuse_unknown_classes(run.dataset, settings.data, settings.objectives)
     left = peers.broadcast(left_to_do(run.folder, settings, stages) if peers.rank == 0 else [])

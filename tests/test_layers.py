@@ -31,7 +31,7 @@ LAYERS = (
     ("settings",),
     ("plan", "inspection", "doctor"),
     ("session",),
-    ("pretrain",),
+    ("pretrain", "audit"),
     ("cli",),
 )
 HEIGHT = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from dpkd import pretrain
+from dpkd import cli, pretrain
+from dpkd.audit import audit
 from dpkd.errors import UserError
 from dpkd.session import train_stages
 from dpkd.stages.record import RunFolder
@@ -121,6 +123,7 @@ def test_a_run_killed_at_a_step_ends_bit_equal(whole: RunFolder, tmp_path: Path,
     assert again.wait() == 0, again.output
     assert f"{stage}: continues after step" in again.output
     assert_same_weights(whole, again.folder)
+    audit(str(again.folder.path))
 
 
 @pytest.mark.slow
@@ -158,6 +161,41 @@ def test_two_workers_see_the_same_batches_and_losses_as_one(whole: RunFolder, tm
     command = Command(tree, "--stages", "teach,distill")
     assert command.wait() == 0, command.output
     assert_same_losses(whole, command.folder)
+    audit(str(command.folder.path))
+
+
+def test_an_audit_counts_what_was_used(whole: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["audit", str(whole.path)]) == 0
+    assert "every step used just the samples that the order gives it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["swap", "lose", "scribble"])
+def test_an_audit_names_what_is_not_as_ordered(whole: RunFolder, tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("settings.yaml", "stages.json"):
+        shutil.copy(whole.path / name, folder / name)
+    settings = yaml.safe_load((folder / "settings.yaml").read_text())
+    settings["run"]["dir"], settings["data"]["shards"] = str(folder), str(shards_of(whole))
+    (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
+    shutil.copytree(whole.path / "ledger", folder / "ledger")
+    path = next((folder / "ledger" / "teach").iterdir())
+    head, _, rest = path.read_bytes().partition(b"\n")
+    size = 12 + 4 * 16
+    if damage == "swap":  # the samples of the second and third step
+        rest = (
+            rest[: size + 12]
+            + rest[2 * size + 12 : 3 * size]
+            + rest[2 * size : 2 * size + 12]
+            + rest[size + 12 : 2 * size]
+            + rest[3 * size :]
+        )
+    elif damage == "lose":
+        rest = rest[:size] + rest[2 * size :]
+    path.write_bytes((b"?" if damage == "scribble" else head) + b"\n" + rest)
+    wanted = {"swap": "2 steps did not use", "lose": "teach step 2: no attempt has it", "scribble": path.name}
+    with pytest.raises(UserError, match=wanted[damage]):
+        audit(str(folder))
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import connection
@@ -100,9 +100,12 @@ def training_batches(
     micro_batch_size: int,
     start_step: int,
     stop_step: int,
+    skipped: Collection[int] = (),
     loader: LoaderSettings,
 ) -> Generator[Batch, None, None]:
     """The micro-batches of this rank from `start_step` up to but not including `stop_step`, in order, randomly viewed.
+
+    Steps in `skipped` have none.
 
     Raises `UserError` that names shard and key for a sample that cannot be read.
     """
@@ -110,6 +113,7 @@ def training_batches(
     work = (
         _Work(index_B, epoch_B, label_N[index_B])
         for step in range(start_step, stop_step)
+        if step not in skipped
         for index_B, epoch_B in zip(deal(order.batch(step)), deal(order.epochs_of(step)), strict=True)
     )
     view = partial(random_view, augment, seed=seed)

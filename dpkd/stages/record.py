@@ -40,6 +40,14 @@ class RunFolder:
         kind, _, rest = name.partition("-")
         return {"student": self.students / rest, "baseline": self.baselines / rest, "teacher": self.live_teacher}[kind]
 
+    def ledger(self, stage: str) -> Path:
+        """Folder of a stage's ledgers."""
+        return self.path / "ledger" / stage
+
+    def skipped(self, stage: str) -> Path:
+        """The file of the steps that a stage passes over."""
+        return self.path / "skipped" / f"{stage}.json"
+
     def checkpoints(self, stage: str) -> str:
         """Where a stage's checkpoints stand."""
         return storage.join(self._checkpoints, stage)

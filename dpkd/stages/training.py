@@ -1,8 +1,8 @@
 """What the training stages share: networks with their engines, and the way into the loop."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from dpkd.data.attributes import score_weights
 from dpkd.data.order import ClassAwareOrder, Order, OrderWithout, SampleOrder
 from dpkd.data.settings import AugmentSettings
-from dpkd.data.stream import training_batches
+from dpkd.data.stream import Batch, training_batches
 from dpkd.errors import UserError
 from dpkd.models.batch_norm import StepStatistics
 from dpkd.models.network import Network, build_network
@@ -32,6 +32,8 @@ from dpkd.stages.run import Run, TrainingSet
 from dpkd.stages.statements import attribute_table, learns_attributes
 from dpkd.stages.watch import EventSink, ProgressSink, Watch
 from dpkd.train.checkpoint import Checkpoints, Part
+from dpkd.train.divergence import NormGuard, Skipped, train_past_divergence
+from dpkd.train.ledger import Ledger
 from dpkd.train.loop import Plan, train
 from dpkd.train.meter import Meter
 from dpkd.train.parts import LeftOut, RandomState
@@ -152,48 +154,86 @@ def run_training(
     checkpoints = Checkpoints(run.folder.checkpoints(stage), world=run.world, keep=training.keep_checkpoints)
     # dropout must not depend on what this process did before; a checkpoint brings the state of its step
     torch.manual_seed(run.seed * 100_003 + run.world.rank)
+    skipped = Skipped(run.folder.skipped(stage), limit=training.max_skipped_steps, world=run.world)
     parts = _checkpoint_parts(run, task, data)
-    start_step = checkpoints.load_newest(parts)
-    plan = _plan(run, training, total_steps=training.num_steps(data.num_samples))
-    shown = run.world.rank == 0
-    if start_step and shown:
-        say(f"{stage}: continues after step {start_step} of {plan.total_steps}")
-    board = Board(run.folder.tensorboard / stage, start_step=start_step) if shown else None
-    if board is not None:
-        board.quarantine(start_step, Quarantine(run.folder.quarantine, limit=1.0))
-    with Progress(stage, plan.total_steps, unit="steps", start=start_step, shown=shown) as progress:
-        log = EventSink(EventLog(run.folder.events), stage=stage)
-        sinks = (board, log, ProgressSink(progress, start_step=start_step)) if board is not None else ()
-        batches = training_batches(
+    stage_of = _Stage(run, task, data, stage, training, augment)
+
+    def attempt(start_step: int, skipped_steps: frozenset[int]) -> None:
+        stage_of.train(checkpoints, parts, start_step=start_step, skipped=skipped_steps)
+
+    train_past_divergence(attempt, checkpoints=checkpoints, parts=parts, skipped=skipped, world=run.world)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What does not change over the attempts at a stage."""
+
+    run: Run
+    task: TeachTask | DistillTask
+    data: TrainingSet
+    stage: str
+    training: TrainingSettings
+    augment: AugmentSettings
+
+    def train(
+        self, checkpoints: Checkpoints, parts: Mapping[str, Part], *, start_step: int, skipped: frozenset[int]
+    ) -> None:
+        """One attempt, from `start_step` to the end."""
+        run, training = self.run, self.training
+        plan = _plan(run, training, total_steps=training.num_steps(self.data.num_samples), skipped=skipped)
+        shown = run.world.rank == 0
+        if start_step and shown:
+            say(f"{self.stage}: continues after step {start_step} of {plan.total_steps}")
+        board = Board(run.folder.tensorboard / self.stage, start_step=start_step) if shown else None
+        if board is not None:
+            board.quarantine(start_step, Quarantine(run.folder.quarantine, limit=1.0))
+        ledger = Ledger(
+            run.folder.ledger(self.stage),
+            attempt=checkpoints.attempt,
+            world=run.world,
+            micro_batch_size=run.micro_batch_size(training),
+            start_step=start_step,
+        )
+        with (
+            Progress(self.stage, plan.total_steps, unit="steps", start=start_step, shown=shown) as progress,
+            closing(self._batches(start_step, plan)) as batches,
+        ):
+            log = EventSink(EventLog(run.folder.events), stage=self.stage)
+            sinks = (board, log, ProgressSink(progress, start_step=start_step)) if board is not None else ()
+            train(
+                self.task,
+                ledger.recorded(batches, steps=plan.steps_from(start_step), micro_batches=plan.micro_batches),
+                plan=plan,
+                start_step=start_step,
+                checkpoints=checkpoints,
+                parts={**parts, "ledger": ledger},
+                meter=Meter(sinks=sinks, world=run.world, images_per_step=training.batch_size),
+                guard=NormGuard(spike=training.spike),
+                hooks=Watch(run, self.task, board).hooks(),
+                world=run.world,
+            )
+        if board is not None:
+            board.close()
+
+    def _batches(self, start_step: int, plan: Plan) -> Generator[Batch, None, None]:
+        run, data = self.run, self.data
+        return training_batches(
             data.split,
-            order=_order(run, training, data),
+            order=sample_order(run, self.training, data),
             label_N=data.label_N,
-            maps=run.maps_of(data.split.name, task.maps),
-            augment=augment,
+            maps=run.maps_of(data.split.name, self.task.maps),
+            augment=self.augment,
             seed=run.seed,
             image_size=run.data.image_size,
             map_size=run.map_size,
             rank=run.world.rank,
             world_size=run.world.size,
-            micro_batch_size=run.micro_batch_size(training),
+            micro_batch_size=run.micro_batch_size(self.training),
             start_step=start_step,
             stop_step=plan.total_steps,
+            skipped=plan.skipped,
             loader=run.data.loader,
         )
-        with closing(batches) as stream:
-            train(
-                task,
-                stream,
-                plan=plan,
-                start_step=start_step,
-                checkpoints=checkpoints,
-                parts=parts,
-                meter=Meter(sinks=sinks, world=run.world, images_per_step=training.batch_size),
-                hooks=Watch(run, task, board).hooks(),
-                world=run.world,
-            )
-    if board is not None:
-        board.close()
 
 
 def _checkpoint_parts(run: Run, task: TeachTask | DistillTask, data: TrainingSet) -> dict[str, Part]:
@@ -202,7 +242,7 @@ def _checkpoint_parts(run: Run, task: TeachTask | DistillTask, data: TrainingSet
     return {**task.engines, "random": RandomState(run.world), "samples": left_out}
 
 
-def _order(run: Run, training: TrainingSettings, data: TrainingSet) -> SampleOrder:
+def sample_order(run: Run, training: TrainingSettings, data: TrainingSet) -> SampleOrder:
     """Which samples make which batch; those that cannot be read make none."""
     order: SampleOrder
     if training.sampling == "class_aware":
@@ -218,7 +258,7 @@ def _order(run: Run, training: TrainingSettings, data: TrainingSet) -> SampleOrd
     return OrderWithout(order, data.unreadable) if len(data.unreadable) else order
 
 
-def _plan(run: Run, training: TrainingSettings, *, total_steps: int) -> Plan:
+def _plan(run: Run, training: TrainingSettings, *, total_steps: int, skipped: frozenset[int]) -> Plan:
     return Plan(
         total_steps=total_steps,
         micro_batches=training.batch_size // (run.micro_batch_size(training) * run.world.size),
@@ -226,4 +266,5 @@ def _plan(run: Run, training: TrainingSettings, *, total_steps: int) -> Plan:
         checkpoint_every=training.checkpoint_every,
         evaluate_every=training.evaluate_every or max(1, total_steps // 10),
         panels_every=training.panels_every or max(1, total_steps // 5),
+        skipped=skipped,
     )

@@ -53,6 +53,12 @@ class Checkpoints:
         self._base: Mark | None = None
         self._saving: _Saving | None = None
 
+    @property
+    def attempt(self) -> int:
+        """Number of the attempt that `load_newest` began."""
+        assert self._attempt is not None, "load_newest begins it"
+        return self._attempt
+
     def load_newest(self, parts: Mapping[str, Part]) -> int:
         """Begins an attempt: loads the newest checkpoint whose every file is as its manifest says.
 
@@ -80,10 +86,9 @@ class Checkpoints:
 
     def save(self, step: int, parts: Mapping[str, Part]) -> None:
         """Copies every part's state and begins to write it, once the save before has ended; raises as `finish`."""
-        assert self._attempt is not None, "load_newest comes first: it begins the attempt"
         self.finish()
         writers = {name: part.snapshot() for name, part in parts.items()}
-        transaction = _Transaction(self._store, Mark(step, self._attempt), self.world, writers)
+        transaction = _Transaction(self._store, Mark(step, self.attempt), self.world, writers)
         self._saving = _Saving(transaction, publish=self._publish if self.world.rank == 0 else None)
 
     def failed(self) -> bool:

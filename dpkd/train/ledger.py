@@ -1,8 +1,8 @@
 """Which samples every step used, as they reached the losses: what `dpkd audit` holds against the order.
 
     <run>/ledger/<stage>/attempt-0003-rank-00001.ledger     what one rank of one attempt at a stage used
-        {"attempt": 3, "rank": 1, "world_size": 2, "start_step": 200}    JSON in the first line, then for each step:
-        step       uint64, little-endian
+        {"attempt": 3, "rank": 1, "world_size": 2, "micro_batch_size": 32, "start_step": 200}    a line of JSON, then
+        step       uint64, little-endian: for each step
         count      uint32, little-endian
         samples    count x uint32, in the order of this rank's micro-batches
 
@@ -23,16 +23,20 @@ from numpy.typing import NDArray
 from dpkd import storage
 from dpkd.data.stream import Batch
 from dpkd.engine_state import Writer
+from dpkd.untrusted import parse_json
+from dpkd.world import World
 
 _HEAD = struct.Struct("<QI")
+_NUMBERS = ("attempt", "rank", "world_size", "micro_batch_size", "start_step")
 
 
 class Ledger:
     """The open ledger of this rank's attempt; a part of every checkpoint."""
 
-    def __init__(self, folder: Path, *, attempt: int, rank: int, world_size: int, start_step: int) -> None:
-        self._path = folder / f"attempt-{attempt:04d}-rank-{rank:05d}.ledger"
-        head = {"attempt": attempt, "rank": rank, "world_size": world_size, "start_step": start_step}
+    def __init__(self, folder: Path, *, attempt: int, world: World, micro_batch_size: int, start_step: int) -> None:
+        self._path = folder / f"attempt-{attempt:04d}-rank-{world.rank:05d}.ledger"
+        head = {"attempt": attempt, "rank": world.rank, "world_size": world.size}
+        head |= {"micro_batch_size": micro_batch_size, "start_step": start_step}
         self._unwritten = [json.dumps(head).encode() + b"\n"]
 
     def recorded(self, batches: Iterable[Batch], *, steps: Iterable[int], micro_batches: int) -> Iterator[Batch]:
@@ -77,6 +81,7 @@ class RankLedger:
     attempt: int
     rank: int
     world_size: int
+    micro_batch_size: int
     start_step: int
     samples_of: dict[int, NDArray[np.int64]]
     """step -> samples, in the order of the rank's micro-batches."""
@@ -96,8 +101,8 @@ def _read(path: Path) -> RankLedger | None:
     if not newline:  # killed at its first flush, before any checkpoint
         return None
     try:
-        head = json.loads(first)
-        ranks = {name: int(head[name]) for name in ("attempt", "rank", "world_size", "start_step")}
+        head = parse_json(first)
+        numbers = {name: int(head[name]) for name in _NUMBERS}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: the first line is not that of a ledger") from error
     samples_of, at = {}, 0
@@ -108,7 +113,7 @@ def _read(path: Path) -> RankLedger | None:
             break
         samples_of[step] = np.frombuffer(rest, "<u4", count, at + _HEAD.size).astype(np.int64)
         at = end
-    return RankLedger(**ranks, samples_of=samples_of)
+    return RankLedger(**numbers, samples_of=samples_of)
 
 
 @dataclass(frozen=True)
@@ -122,17 +127,15 @@ class Step:
 
 @dataclass(frozen=True)
 class History:
-    """The steps that count, and how many were done and rolled back."""
+    """The steps that count, how many attempts made them, and how many were done and rolled back."""
 
     steps: dict[int, Step]
+    num_attempts: int
     num_rolled_back: int
 
 
-def history(ledgers: Iterable[RankLedger], *, micro_batch_size: dict[int, int]) -> History:
-    """Net of what was rolled back: a step counts as the last attempt made it that began at or before it.
-
-    `micro_batch_size` is that of each world size: ranks take micro-batches in turn.
-    """
+def history(ledgers: Iterable[RankLedger]) -> History:
+    """Net of what was rolled back: a step counts as the last attempt made it that began at or before it."""
     steps: dict[int, Step] = {}
     num_rolled_back = 0
     by_attempt: dict[int, list[RankLedger]] = {}
@@ -143,16 +146,15 @@ def history(ledgers: Iterable[RankLedger], *, micro_batch_size: dict[int, int]) 
         num_rolled_back += sum(step >= start for step in steps)
         steps = {step: each for step, each in steps.items() if step < start}
         for step in sorted({step for rank in ranks for step in rank.samples_of}):
-            steps[step] = Step(attempt, _joined(ranks, step, micro_batch_size=micro_batch_size))
-    return History(steps, num_rolled_back)
+            steps[step] = Step(attempt, _joined(ranks, step))
+    return History(steps, len(by_attempt), num_rolled_back)
 
 
-def _joined(ranks: list[RankLedger], step: int, *, micro_batch_size: dict[int, int]) -> NDArray[np.int64] | None:
-    """A step's samples over all ranks, dealt back into the order of the global batch."""
-    size = ranks[0].world_size
+def _joined(ranks: list[RankLedger], step: int) -> NDArray[np.int64] | None:
+    """A step's samples over all ranks, which take micro-batches in turn, in the order of the global batch."""
+    size, micro = ranks[0].world_size, ranks[0].micro_batch_size
     found = {rank.rank: rank.samples_of[step] for rank in ranks if step in rank.samples_of}
     if set(found) != set(range(size)):
         return None
-    micro = micro_batch_size[size]
     dealt = np.stack([found[rank].reshape(-1, micro) for rank in range(size)], axis=1)
     return dealt.reshape(-1)

@@ -4,7 +4,6 @@ The position of a run is one integer, the number of finished steps: order, augme
 functions of it, so a resumed run goes on as if it had never stopped.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,9 +12,10 @@ import torch
 
 from dpkd.data.stream import Batch
 from dpkd.engine import Engine
-from dpkd.errors import StopRequested, UserError
+from dpkd.errors import StopRequested
 from dpkd.heartbeat import STEADY, beat
 from dpkd.train.checkpoint import Checkpoints, Part
+from dpkd.train.divergence import NormGuard
 from dpkd.train.meter import Meter
 from dpkd.world import World, stop_requested
 
@@ -47,6 +47,12 @@ class Plan:
     checkpoint_every: int
     evaluate_every: int | None
     panels_every: int | None
+    skipped: frozenset[int] = frozenset()
+    """Steps that are passed over, without a batch."""
+
+    def steps_from(self, start_step: int) -> list[int]:
+        """The steps that are trained, from `start_step` on."""
+        return [step for step in range(start_step, self.total_steps) if step not in self.skipped]
 
     def due(self, every: int | None, step: int) -> bool:
         """Whether something done `every` so many steps, and at the last, is due after `step`."""
@@ -70,29 +76,26 @@ def train(
     checkpoints: Checkpoints,
     parts: Mapping[str, Part],
     meter: Meter,
+    guard: NormGuard,
     hooks: Hooks,
     world: World,
 ) -> None:
     """Trains from `start_step` to the end of the plan; `batches` begins at that step, `parts` are what is saved.
 
-    Raises `StopRequested` after a save when any rank was asked to stop, `UserError` when a loss is no longer finite or
-    a checkpoint cannot be written.
+    Raises `StopRequested` after a save when any rank was asked to stop, `Diverged` when a step has spoilt a network,
+    `UserError` when a checkpoint cannot be written.
     """
+    batch: Batch | None = None
     for step in range(start_step, plan.total_steps):
         beat(STEADY, step=step)
-        for _ in range(plan.micro_batches):
-            batch = meter.wait_for(batches)
-            losses = task.losses(batch, step=step)
-            for name, engine in task.engines.items():
-                engine.backward(torch.stack(list(losses[name].values())).sum())
-            meter.add_losses(losses)
-        _step_engines(task, step=step, meter=meter)
+        if step not in plan.skipped:
+            batch = _train_step(task, batches, step=step, micro_batches=plan.micro_batches, meter=meter, guard=guard)
         done = step + 1
         if plan.due(plan.log_every, done):
             meter.write(done)
         stop, unsaved = world.any_of(stop_requested(), checkpoints.failed())
         with meter.paused():
-            if plan.due(plan.panels_every, done):
+            if batch is not None and plan.due(plan.panels_every, done):
                 beat("panels", step=done)
                 hooks.panels(done, batch)
             if plan.due(plan.evaluate_every, done):
@@ -108,13 +111,19 @@ def train(
     checkpoints.finish()
 
 
-def _step_engines(task: Task, *, step: int, meter: Meter) -> None:
+def _train_step(
+    task: Task, batches: Iterator[Batch], *, step: int, micro_batches: int, meter: Meter, guard: NormGuard
+) -> Batch:
+    """One step of every engine; returns its last micro-batch."""
+    for _ in range(micro_batches):
+        batch = meter.wait_for(batches)
+        losses = task.losses(batch, step=step)
+        for name, engine in task.engines.items():
+            engine.backward(torch.stack(list(losses[name].values())).sum())
+        meter.add_losses(losses)
     for name, engine in task.engines.items():
         rate = task.learning_rate(name, step=step)
         norm = engine.step(learning_rate=rate)
-        if not math.isfinite(norm):  # the norm is the same on every rank, so all raise together
-            raise UserError(
-                f"{name}: the gradient at step {step + 1} is {norm}: lower its learning_rate ({rate:.2g} here) or its "
-                "optimizer.clip; the last checkpoint stands"
-            )
+        guard.check(name, norm, step=step, learning_rate=rate)
         meter.add_step(name, learning_rate=rate, gradient_norm=norm)
+    return batch

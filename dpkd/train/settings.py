@@ -61,6 +61,10 @@ class TrainingSettings(Section):
     evaluate_every: int | None = Field(None, ge=1)
     panels_every: int | None = Field(None, ge=1)
     checkpoint_every: int = Field(200, ge=1)
+    max_skipped_steps: int = Field(3, ge=0)
+    """Steps of a stage that may be passed over because they spoilt a network: it goes back to the last checkpoint."""
+    spike: float | None = Field(None, gt=1)
+    """A gradient this many times the median of the last ones counts as spoiling; none looks for nan and inf alone."""
     keep_checkpoints: int = Field(2, ge=1)
 
     @model_validator(mode="after")

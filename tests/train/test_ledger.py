@@ -9,6 +9,7 @@ import torch
 from dpkd.data.order import Order, rank_slice
 from dpkd.data.stream import Batch
 from dpkd.train.ledger import History, Ledger, history, read_ledgers
+from dpkd.world import World
 
 BATCH, MICRO = 8, 2
 ORDER = Order([13, 9], seed=3, global_batch_size=BATCH, block_shards=1)
@@ -22,7 +23,8 @@ def batch_of(samples: np.ndarray) -> Batch:
 def use(folder: Path, *, attempt: int, steps: range, world_size: int = 1, wrong: int | None = None) -> None:
     """Writes what the ranks of an attempt use; at step `wrong` a sample is used twice."""
     for rank in range(world_size):
-        ledger = Ledger(folder, attempt=attempt, rank=rank, world_size=world_size, start_step=steps.start)
+        world = World(rank=rank, size=world_size, local_rank=rank, device=torch.device("cpu"))
+        ledger = Ledger(folder, attempt=attempt, world=world, micro_batch_size=MICRO, start_step=steps.start)
         batches = []
         for step in steps:
             samples = ORDER.batch(step).copy()
@@ -37,7 +39,7 @@ def use(folder: Path, *, attempt: int, steps: range, world_size: int = 1, wrong:
 
 
 def read(folder: Path) -> History:
-    return history(read_ledgers(folder), micro_batch_size={1: MICRO, 2: MICRO})
+    return history(read_ledgers(folder))
 
 
 def as_ordered(found: History) -> list[int]:

@@ -1,0 +1,119 @@
+"""Steps that spoil a network: noticing them, going back to the newest checkpoint, and going on without their batch.
+
+<run>/skipped/<stage>.json     {"steps": {"417": why}}: steps that are passed over, now and in later attempts
+"""
+
+import json
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+
+from dpkd import storage
+from dpkd.errors import UserError
+from dpkd.report.progress import say
+from dpkd.train.checkpoint import Checkpoints, Part
+from dpkd.untrusted import parse_json
+from dpkd.world import World
+
+NUM_NORMS, NUM_NEEDED = 64, 16
+"""Norms that a spike is measured by, and how many of them it takes to call anything one."""
+
+
+class Diverged(Exception):
+    """A step has spoilt a network: every rank raises it together, because they share the norm of the gradient."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(step, reason)
+        self.step, self.reason = step, reason
+
+
+class NormGuard:
+    """Looks at the norm of every gradient: it must be finite, and no more than `spike` times the median of the last."""
+
+    def __init__(self, *, spike: float | None) -> None:
+        self._spike = spike
+        self._norms: dict[str, deque[float]] = {}
+
+    def check(self, name: str, norm: float, *, step: int, learning_rate: float) -> None:
+        """Raises `Diverged` where the norm says that the network is spoilt."""
+        if not math.isfinite(norm):
+            raise Diverged(step, f"{name}: the gradient is {norm} (learning rate {learning_rate:.2g})")
+        norms = self._norms.setdefault(name, deque(maxlen=NUM_NORMS))
+        usual = median(norms) if len(norms) >= NUM_NEEDED else math.inf
+        if self._spike is not None and norm > self._spike * usual:
+            raise Diverged(step, f"{name}: the gradient's norm is {norm:.3g}, and was {usual:.3g} in the median")
+        norms.append(norm)
+
+
+class Skipped:
+    """The steps of a stage that are passed over, at most `limit` of them; the same on every rank."""
+
+    def __init__(self, path: Path, *, limit: int, world: World) -> None:
+        self._path, self._limit, self._world = path, limit, world
+        self._reasons: dict[int, str] = world.broadcast(_read(path) if world.rank == 0 else {})
+
+    @property
+    def steps(self) -> frozenset[int]:
+        """Their numbers."""
+        return frozenset(self._reasons)
+
+    def add(self, fault: Diverged) -> None:
+        """Passes one more over from now on; raises `UserError` on every rank past the limit."""
+        if len(self._reasons) >= self._limit:
+            before = f"; {len(self._reasons)} earlier steps were skipped for the like" if self._reasons else ""
+            raise UserError(
+                f"step {fault.step + 1}: {fault.reason}{before}. The last checkpoint stands: lower learning_rate or "
+                f"optimizer.clip, look at the batch, or raise training.max_skipped_steps ({self._limit})"
+            )
+        self._reasons[fault.step] = fault.reason
+        if self._world.rank == 0:
+            content = {"steps": {str(step): reason for step, reason in sorted(self._reasons.items())}}
+            storage.write_bytes_atomic(self._path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_skipped(path: Path) -> frozenset[int]:
+    """The steps that the file of a stage passes over; raises `UserError` that names it where it cannot be read."""
+    return frozenset(_read(path))
+
+
+def train_past_divergence(
+    attempt: Callable[[int, frozenset[int]], None],
+    *,
+    checkpoints: Checkpoints,
+    parts: Mapping[str, Part],
+    skipped: Skipped,
+    world: World,
+) -> None:
+    """Calls `attempt` with the step of the newest checkpoint, which it loads, and the steps to pass over.
+
+    Where that raises `Diverged`, the step is skipped from now on, and it begins again. Raises `UserError` past the
+    limit of skipped steps, and where no checkpoint stands to go back to.
+    """
+    start_step = checkpoints.load_newest(parts)
+    while True:
+        try:
+            attempt(start_step, skipped.steps)
+            return
+        except Diverged as fault:  # noqa: PERF203
+            skipped.add(fault)
+            start_step = checkpoints.load_newest(parts)
+            if not start_step:
+                raise UserError(
+                    f"step {fault.step + 1}: {fault.reason}, and no checkpoint stands to go back to: lower "
+                    "learning_rate or optimizer.clip, or save earlier (training.checkpoint_every)"
+                ) from fault
+            if world.rank == 0:
+                say(f"step {fault.step + 1} is skipped: {fault.reason}; back to the checkpoint after step {start_step}")
+
+
+def _read(path: Path) -> dict[int, str]:
+    if not path.exists():
+        return {}
+    try:
+        return {int(step): str(reason) for step, reason in parse_json(path.read_bytes())["steps"].items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): restore it, or delete it to go on without skipping any step"
+        ) from error

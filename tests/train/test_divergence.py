@@ -1,0 +1,149 @@
+"""A step that spoils a network is undone and passed over, a few times at most."""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dpkd.data.stream import Batch
+from dpkd.engine import Engine, TorchEngine
+from dpkd.errors import UserError
+from dpkd.models.parameters import parameter_groups
+from dpkd.train.checkpoint import Checkpoints
+from dpkd.train.divergence import Diverged, NormGuard, Skipped, read_skipped, train_past_divergence
+from dpkd.train.loop import Hooks, Losses, Plan, train
+from dpkd.train.meter import Meter
+from dpkd.train.settings import EngineSettings, OptimizerSettings
+from dpkd.world import World
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+TOTAL, SAVED_EVERY = 12, 2
+
+
+class Regression:
+    """One linear layer that follows its batch; at the steps `poisoned` the loss is no number."""
+
+    def __init__(self, *, poisoned: tuple[int, ...]) -> None:
+        torch.manual_seed(0)
+        module = nn.Linear(3, 1)
+        self.engine: Engine = TorchEngine(
+            module,
+            parameter_groups=parameter_groups(module, weight_decay=0.0, layer_decay=1.0),
+            optimizer=OptimizerSettings(),
+            settings=EngineSettings(),
+            world=ALONE,
+            accumulation=1,
+            micro_batch_size=4,
+            precision="fp32",
+        )
+        self._poisoned = poisoned
+        self.seen: list[int] = []
+
+    @property
+    def engines(self) -> Mapping[str, Engine]:
+        return {"net": self.engine}
+
+    def losses(self, batch: Batch, *, step: int) -> Losses:
+        self.seen.append(step)
+        loss = self.engine.forward(batch.image_BCHW).square().mean()
+        return {"net": {"square": loss * math.nan if step in self._poisoned else loss}}
+
+    def learning_rate(self, name: str, *, step: int) -> float:
+        return 0.01 * (step + 1)
+
+
+def batches(steps: list[int]) -> Iterator[Batch]:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        empty = torch.zeros(4)
+        yield Batch(torch.randn(4, 3, generator=generator), empty, empty, empty)
+
+
+def run(folder: Path, *, poisoned: tuple[int, ...], limit: int = 3, skipped: tuple[int, ...] = ()) -> Regression:
+    """Trains to the end, past what is poisoned; `skipped` steps are passed over from the start."""
+    task = Regression(poisoned=poisoned)
+    skips = Skipped(folder / "skipped.json", limit=limit, world=ALONE)
+    for step in skipped:
+        skips.add(Diverged(step, "of old"))
+    checkpoints, parts = Checkpoints(folder / "checkpoints", world=ALONE, keep=2), {"net": task.engine}
+
+    def attempt(start_step: int, passed: frozenset[int]) -> None:
+        plan = Plan(TOTAL, 1, 100, SAVED_EVERY, None, None, skipped=passed)
+        train(
+            task,
+            batches(plan.steps_from(start_step)),
+            plan=plan,
+            start_step=start_step,
+            checkpoints=checkpoints,
+            parts=parts,
+            meter=Meter(sinks=(), world=ALONE, images_per_step=4),
+            guard=NormGuard(spike=None),
+            hooks=Hooks(evaluate=lambda _: None, panels=lambda *_: None),
+            world=ALONE,
+        )
+
+    train_past_divergence(attempt, checkpoints=checkpoints, parts=parts, skipped=skips, world=ALONE)
+    return task
+
+
+@pytest.mark.parametrize("poisoned", [(5,), (4, 9), (11,)])
+def test_a_run_ends_as_if_the_poisoned_steps_had_never_been(tmp_path: Path, poisoned: tuple[int, ...]) -> None:
+    task = run(tmp_path / "poisoned", poisoned=poisoned)
+    clean = run(tmp_path / "clean", poisoned=(), skipped=poisoned)
+    assert all(torch.equal(task.engine.weights()[name], weight) for name, weight in clean.engine.weights().items())
+    assert read_skipped(tmp_path / "poisoned" / "skipped.json") == set(poisoned)
+    assert not set(clean.seen) & set(poisoned)
+
+
+def test_it_goes_back_to_the_newest_checkpoint_only(tmp_path: Path) -> None:
+    assert run(tmp_path, poisoned=(5,)).seen == [0, 1, 2, 3, 4, 5, 4, 6, 7, 8, 9, 10, 11]
+
+
+def test_too_many_stop_the_run_and_name_the_step_and_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"step 9: net: the gradient is nan .*2 earlier steps.*max_skipped_steps \(2\)"):
+        run(tmp_path, poisoned=(4, 6, 8), limit=2)
+
+
+def test_without_a_checkpoint_there_is_no_way_back(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"step 1: .*no checkpoint stands to go back to"):
+        run(tmp_path, poisoned=(0,))
+
+
+def test_a_later_attempt_passes_over_the_same_steps(tmp_path: Path) -> None:
+    run(tmp_path, poisoned=(5,))
+    assert Skipped(tmp_path / "skipped.json", limit=3, world=ALONE).steps == {5}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"steps": {"x": 1}}', b'{"steps": 7}'])
+def test_a_damaged_list_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "skipped.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"skipped\.json cannot be read"):
+        Skipped(path, limit=3, world=ALONE)
+
+
+def test_a_spike_is_one_against_the_median_of_the_norms_before() -> None:
+    guard = NormGuard(spike=10.0)
+    for step in range(20):
+        guard.check("net", 1.0 + step % 3, step=step, learning_rate=0.1)
+    guard.check("net", 19.9, step=20, learning_rate=0.1)
+    with pytest.raises(Diverged, match=r"norm is 20\.1, and was 2 in the median"):
+        guard.check("net", 20.1, step=21, learning_rate=0.1)
+    guard.check("other", 500.0, step=21, learning_rate=0.1)  # each network has its own
+
+
+def test_the_first_norms_are_no_spikes_and_without_a_limit_none_is() -> None:
+    early, free = NormGuard(spike=2.0), NormGuard(spike=None)
+    for step, norm in enumerate([1.0, 50.0, 3.0]):
+        early.check("net", norm, step=step, learning_rate=0.1)
+    for step, norm in enumerate([1.0] * 30 + [1e6]):
+        free.check("net", norm, step=step, learning_rate=0.1)
+
+
+@pytest.mark.parametrize("norm", [math.nan, math.inf])
+def test_what_is_no_number_always_counts(norm: float) -> None:
+    with pytest.raises(Diverged):
+        NormGuard(spike=None).check("net", norm, step=0, learning_rate=0.1)
