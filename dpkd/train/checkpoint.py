@@ -51,6 +51,7 @@ class Checkpoints:
         self._store = CheckpointStore(str(url))
         self._attempt: int | None = None
         self._base: Mark | None = None
+        self._saved_steps: set[int] = set()
         self._saving: _Saving | None = None
 
     @property
@@ -65,6 +66,7 @@ class Checkpoints:
         Returns its step, or 0 where there is none. Raises `UserError` where all are damaged.
         """
         self.finish()
+        self._saved_steps = set()
         self._attempt, marks = self._by_first(lambda: _patiently(self._store.claim))
         self._base = None
         for mark in reversed(marks):
@@ -85,8 +87,14 @@ class Checkpoints:
         return 0
 
     def save(self, step: int, parts: Mapping[str, Part]) -> None:
-        """Copies every part's state and begins to write it, once the save before has ended; raises as `finish`."""
+        """Copies every part's state and begins to write it, once the save before has ended; raises as `finish`.
+
+        A step that this attempt has saved stands already, and is never written over.
+        """
         self.finish()
+        if step in self._saved_steps:
+            return
+        self._saved_steps.add(step)
         writers = {name: part.snapshot() for name, part in parts.items()}
         transaction = _Transaction(self._store, Mark(step, self.attempt), self.world, writers)
         self._saving = _Saving(transaction, publish=self._publish if self.world.rank == 0 else None)

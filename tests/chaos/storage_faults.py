@@ -1,10 +1,11 @@
 """Trains and saves in forked processes while storage calls fail, and checks what the next attempt finds.
 
-    LD_PRELOAD=faults.so python -m tests.chaos.storage_faults FOLDER JSON
+    LD_PRELOAD=faults.so python -m tests.chaos.storage_faults FOLDER FILE.json
 
-runs the trials of the JSON list, each {"call", "kind", "size", "next_size"}: the call (counted from the attempt's first
-below the folder of checkpoints) that fails, how (faults.c), the number of ranks, and that of the next attempt. A line
-of JSON a trial comes out. One process imports torch and forks for every rank, which costs milliseconds.
+runs the trials of the list in the file, each {"call", "kind", "size", "rank", "next_size"}: the call (counted from the
+attempt's first below the folder of checkpoints) that fails, how (faults.c), the number of ranks, the one that it hits,
+and the number of the next attempt. A line of JSON a trial comes out. One process imports torch and forks for every
+rank, which costs milliseconds.
 
 An attempt goes on from the newest checkpoint (step 2 stands at first), and saves after steps 3 and 4. The next attempt,
 without faults, must find no earlier step than the last that was said to be saved, and end after step 6 with the same
@@ -36,7 +37,8 @@ from dpkd.world import World
 from tests.engine_cases import build, train
 
 FIRST_SAVED, SAVES, LAST = 2, (3, 4), 6
-PATIENCE_S = 20.0
+PATIENCE_S, HANG_PATIENCE_S = 60.0, 1.5
+HANG = 5
 EXIT_REFUSED = 2
 FAULTS = ctypes.CDLL(os.environ["LD_PRELOAD"]) if "LD_PRELOAD" in os.environ else None
 
@@ -48,15 +50,13 @@ def attempt(world: World, folder: Path, *, saves: tuple[int, ...], last: int, sa
     checkpoints = Checkpoints(folder, world=world, keep=2)
     step = checkpoints.load_newest(parts)
     said(-step)
-    trace = None
-    for target in [*(save for save in saves if save > step), last]:
-        trace = train(engine, world, first=step, last=target)
+    for target in (save for save in saves if save > step):
+        train(engine, world, first=step, last=target)
         step = target
-        if step in saves:
-            checkpoints.save(step, parts)
-            checkpoints.finish()
-            said(step)
-    return trace
+        checkpoints.save(step, parts)
+        checkpoints.finish()
+        said(step)
+    return train(engine, world, first=step, last=last)
 
 
 def fork_ranks(size: int, meeting: Path, work: Callable[[World], None]) -> list[int]:
@@ -71,6 +71,7 @@ def fork_ranks(size: int, meeting: Path, work: Callable[[World], None]) -> list[
 
 
 def _live(rank: int, size: int, meeting: Path, work: Callable[[World], None]) -> int:
+    os.dup2(2, 1)  # standard output is for the outcomes
     try:
         if size > 1:
             dist.init_process_group(
@@ -86,9 +87,9 @@ def _live(rank: int, size: int, meeting: Path, work: Callable[[World], None]) ->
     return 0
 
 
-def wait_for(ranks: list[int]) -> list[str]:
+def wait_for(ranks: list[int], *, patience_s: float) -> list[str]:
     """How each rank ended, in the order of ending; once one has failed, stopped or hung, the others are killed."""
-    ended, deadline = [], time.monotonic() + PATIENCE_S
+    ended, deadline = [], time.monotonic() + patience_s
     left = list(ranks)
     while left:
         for pid in list(left):
@@ -157,7 +158,8 @@ class Trials:
         meeting = self._folder / "meeting"
         with suppress(FileNotFoundError):
             meeting.unlink()
-        ended = wait_for(fork_ranks(size, meeting, work))
+        hangs = fault is not None and fault["kind"] == HANG
+        ended = wait_for(fork_ranks(size, meeting, work), patience_s=HANG_PATIENCE_S if hangs else PATIENCE_S)
         assert fault is not None or ended == ["exit 0"] * size, ended
         return ended
 
@@ -192,7 +194,7 @@ class Trials:
 def main() -> None:
     torch.set_num_threads(1)
     trials = Trials(Path(sys.argv[1]))
-    for given in json.loads(sys.argv[2]):
+    for given in json.loads(Path(sys.argv[2]).read_text()):
         if "count" in given:
             print(json.dumps({"calls": trials.calls(size=given["size"], rank=given["rank"])}), flush=True)
         else:

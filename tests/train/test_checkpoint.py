@@ -165,6 +165,13 @@ def test_a_step_may_be_saved_again_by_a_later_attempt(place: str) -> None:
     assert loaded(place) == (2, 22)
 
 
+def test_a_step_that_stands_is_not_written_over(place: str) -> None:
+    checkpoints = saved(place, [1, 2])
+    checkpoints.save(2, {"a": Value(3)})
+    checkpoints.finish()
+    assert loaded(place) == (2, 2)
+
+
 class Gate(Value):
     """A part whose writing waits until it may go on."""
 
