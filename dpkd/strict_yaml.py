@@ -78,8 +78,8 @@ for _tag in ("timestamp", "merge"):
     _Bounded.add_constructor(f"tag:yaml.org,2002:{_tag}", yaml.SafeLoader.construct_yaml_str)
 
 
-class _Text(_Bounded):
-    """The same with every value as the text that stands there."""
+class _BoundedText(_Bounded):
+    """The same, which takes no scalar for anything but text."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
     yaml_constructors: ClassVar[dict[str | None, Any]] = {
@@ -95,8 +95,11 @@ def read_yaml(text: str) -> Any:
 
 
 def read_yaml_text(text: str) -> Any:
-    """The content with every value as text: `no` and `00014` stay names; raises `yaml.YAMLError`."""
-    return _read(text, _Text)
+    """The content with every scalar as the text that stands there: `no` and `00014` stay names.
+
+    Raises `yaml.YAMLError`.
+    """
+    return _read(text, _BoundedText)
 
 
 def _read(text: str, loader: type[_Bounded]) -> Any:
