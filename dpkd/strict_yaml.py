@@ -82,6 +82,11 @@ class _BoundedText(_Bounded):
     """The same, which takes no scalar for anything but text."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {
+        tag: make
+        for tag, make in _Bounded.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in ("str", "seq", "map")
+    }
 
 
 def read_yaml(text: str) -> Any:

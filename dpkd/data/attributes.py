@@ -15,7 +15,8 @@ YAML (`.yaml`, `.yml`), every scalar taken as the text that stands there, so tha
 A scale takes the name of one of its grades (this first, where grades are called by numbers) or a number in [0, 1].
 
 CSV (`.csv`): the first column is called `class`, every other is an attribute; a cell is a number in [0, 1] or empty.
-Names of grades are for YAML alone: a CSV has no place that says what they are worth.
+Names of grades are for YAML alone: a CSV has no place that says what they are worth. A table of more than 20,000 values
+goes into a CSV, as YAML is read within bounds.
 
 Axes: K class, A attribute.
 """

@@ -1,9 +1,12 @@
 """Tables of attributes: what a file says, and every fault named with its place, value and way out."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.special import rel_entr
 
 from dpkd.data.attributes import AttributeTable, read_attributes, score_weights
@@ -98,6 +101,7 @@ def changed(old: str, new: str) -> str:
         ("attributes: {x: graded}\nclasses: {a: {x: 1}}\nclases: {}", ["'clases'", "did you mean 'classes'?"]),
         ("attributes: {", ["cannot be read as .yaml"]),
         ("- 1", ["two sections"]),
+        ("attributes: {x: graded}\nclasses: {!!int 3: {x: 1}}", ["cannot be read as .yaml", "int"]),
     ],
 )
 def test_a_fault_of_a_yaml_is_named(tmp_path: Path, text: str, named: list[str]) -> None:
@@ -144,6 +148,31 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(UserError, match=r"folder.csv cannot be read"):
         read_attributes(str(tmp_path / "folder.csv"))
+
+
+CELLS = st.sampled_from(
+    ["class", "x", "1", "0.5", "~", "[a, b]", "{a: 1}", ":", "- ", "{", "]", '"', ",", "\0", "&a", "*a"]
+)
+BYTES = st.binary(max_size=40) | st.lists(CELLS | st.text(max_size=3), max_size=12).map(
+    lambda each: "".join(each).encode()
+)
+
+
+@given(st.integers(0, len(LESIONS)), st.integers(0, 20), BYTES, st.sampled_from(["yaml", "csv"]))
+@settings(max_examples=200, deadline=None)
+def test_a_file_of_any_bytes_is_a_table_or_refused(start: int, removed: int, inserted: bytes, suffix: str) -> None:
+    whole = LESIONS.encode() if suffix == "yaml" else b"class,x,y\na,1,0\nb,0,0.5\n"
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"table.{suffix}"
+        path.write_bytes(whole[:start] + inserted + whole[start + removed :])
+        try:
+            table = read_attributes(str(path))
+        except UserError as error:
+            assert str(error).startswith(f"data.attributes {path}")  # noqa: PT017 (either outcome is right)
+        else:
+            assert table.value_KA.shape == (len(table.classes), len(table.names))
+            assert np.nanmin(table.value_KA) >= 0
+            assert np.nanmax(table.value_KA) <= 1
 
 
 def kl_scores(value_KA: np.ndarray, share_NA: np.ndarray) -> np.ndarray:
