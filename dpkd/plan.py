@@ -66,7 +66,7 @@ def left_to_do(folder: RunFolder, settings: Settings, stages: Sequence[str]) -> 
         if stage in FIXED_STAGES:
             folder.refuse_contradiction(stage, given(stage, settings))
     again = [stage for stage in POOL_STAGES if list(stages) == [stage]]
-    left = [stage for stage in stages if stage in again or not folder.is_done(stage, given(stage, settings))]
+    left = [stage for stage in stages if not folder.is_done(stage, given(stage, settings)) or stage in again]
     trains = any(stage in ("teach", "distill") for stage in left)
     return [stage for stage in stages if stage in left or (trains and stage in ("evaluate", "export"))]
 

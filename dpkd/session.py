@@ -53,8 +53,8 @@ def open_run(settings: Settings, peers: world.World) -> Run:
 def _run_stages(settings: Settings, stages: list[str], peers: world.World) -> None:
     _share_cores(settings, peers)
     run = open_run(settings, peers)
-    refuse_small_splits(run)
     refuse_unknown_classes(run.dataset, settings.data, settings.objectives)
+    refuse_small_splits(run)
     left = peers.broadcast(left_to_do(run.folder, settings, stages) if peers.rank == 0 else [])
     for stage in left:
         recorded = run.folder.running(stage, given(stage, settings)) if peers.rank == 0 else nullcontext()

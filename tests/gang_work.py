@@ -67,13 +67,13 @@ def write_where_they_listen(folder):
     """Writes the addresses on which this worker and the process that started it listen, all workers being joined."""
     peers = world.join()
     peers.barrier()
-    addresses = sorted(_listening(os.getpid()) | _listening(os.getppid()))
+    addresses = sorted(listening(os.getpid()) | listening(os.getppid()))
     (Path(folder) / str(peers.rank)).write_text("\n".join(addresses))
     peers.barrier()
     peers.leave()
 
 
-def _listening(process: int) -> set[str]:
+def listening(process: int) -> set[str]:
     """Local addresses, as the kernel writes them in hexadecimal."""
     address_of = {}
     for table in ("tcp", "tcp6"):

@@ -104,7 +104,7 @@ sys.exit(exit_code(lambda: Dataset.open("s3://user:secret@bucket/x")))
 
 def test_errors_show_no_credentials():
     shown = str(UserError("cannot read https://me:secret@host/a?X-Amz-Signature=abc&x=1 or az://b?sig=def"))
-    assert shown == "cannot read https://***@host/a?X-Amz-Signature=***&x=1 or az://b?sig=***"
+    assert shown == "cannot read https://***@host/a?*** or az://b?***"
 
 
 def test_connections_do_not_outlive_the_environment_they_were_made_in(object_store, monkeypatch):
