@@ -67,15 +67,9 @@ def thin(map_HW: Map) -> Map:
     The direction across a crest is that of the strongest downward curvature. What lies within `FRAME_PX` of the frame
     is left out, where a gradient sees no further.
     """
-    from dpkd.evaluation.boundary_matching import suppress  # noqa: PLC0415 (numba loads where it is used)
+    from dpkd.priors.edge_kernels import crests  # noqa: PLC0415 (numba loads where it is used)
 
-    smooth_HW = cv2.GaussianBlur(map_HW, (0, 0), 2.0)
-    second, flat, first = np.array([1.0, -2.0, 1.0]), np.array([1.0]), np.array([-0.5, 0.0, 0.5])
-    xx_HW, yy_HW = cv2.sepFilter2D(smooth_HW, -1, second, flat), cv2.sepFilter2D(smooth_HW, -1, flat, second)
-    xy_HW = cv2.sepFilter2D(smooth_HW, -1, first, first)
-    across_HW = 0.5 * np.arctan2(2 * xy_HW, xx_HW - yy_HW) + np.pi / 2
-    fine_HW = np.asarray(cv2.GaussianBlur(map_HW, (0, 0), 1.0), np.float32)
-    thin_HW = suppress(fine_HW, np.cos(across_HW).astype(np.float32), np.sin(across_HW).astype(np.float32))
+    thin_HW = crests(map_HW, direction_px=2.0, fine_px=1.0)
     inside_HW = np.zeros_like(thin_HW)
     inside = np.s_[FRAME_PX:-FRAME_PX, FRAME_PX:-FRAME_PX]
     inside_HW[inside] = thin_HW[inside]
