@@ -42,7 +42,8 @@ def main(arguments: list[str] | None = None) -> tuple[float, tuple[dict[str, flo
     if options.fold is not None:
         paths = paths[1 - options.fold :: 2]
     random = np.random.default_rng(0)
-    names, tables = [], []
+    names: list[tuple[int, str]] = []
+    tables: list[Table] = []
     for path in paths:
         for names, table in _tables(path, random):  # noqa: B007 (the names are the same each time)
             tables.append(table)

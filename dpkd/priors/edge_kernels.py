@@ -23,7 +23,8 @@ def tensor(gradient_HWC: Image) -> Image:
 
 def strengths(tensor_3HW: Image) -> tuple[Image, Image]:
     """Square roots of the tensor's larger and smaller eigenvalue, HW each."""
-    return _strengths(tensor_3HW)  # type: ignore[no-any-return]
+    larger_HW, smaller_HW = _strengths(tensor_3HW)
+    return larger_HW, smaller_HW
 
 
 def coherent(tensor_3HW: Image) -> Image:
