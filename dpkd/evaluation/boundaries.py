@@ -9,9 +9,10 @@ for all images, OIS that of each image's own best.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import numpy.typing as npt
+
+from dpkd.priors.edge_lines import lines
 
 Map = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -52,13 +53,7 @@ def region_boundary(label_HW: npt.NDArray[np.integer]) -> Mask:
     """Where the region to the right, below, or right below is another one, thinned to lines of one pixel."""
     padded_HW = np.pad(label_HW, ((0, 1), (0, 1)), mode="edge")
     here, right, below, across = label_HW, padded_HW[:-1, 1:], padded_HW[1:, :-1], padded_HW[1:, 1:]
-    return _lines((here != right) | (here != below) | (here != across))
-
-
-def _lines(mask_HW: npt.NDArray[np.bool_]) -> Mask:
-    """The mask thinned to lines of one pixel (Guo & Hall 1989)."""
-    byte_HW = mask_HW.astype(np.uint8) * np.uint8(255)
-    return np.asarray(cv2.ximgproc.thinning(byte_HW, thinningType=cv2.ximgproc.THINNING_GUOHALL) > 0)
+    return lines((here != right) | (here != below) | (here != across))
 
 
 def thin(map_HW: Map) -> Map:
@@ -67,15 +62,9 @@ def thin(map_HW: Map) -> Map:
     The direction across a crest is that of the strongest downward curvature. What lies within `FRAME_PX` of the frame
     is left out, where a gradient sees no further.
     """
-    from dpkd.evaluation.boundary_matching import suppress  # noqa: PLC0415 (numba loads where it is used)
+    from dpkd.priors.edge_kernels import crests  # noqa: PLC0415 (numba loads where it is used)
 
-    smooth_HW = cv2.GaussianBlur(map_HW, (0, 0), 2.0)
-    second, flat, first = np.array([1.0, -2.0, 1.0]), np.array([1.0]), np.array([-0.5, 0.0, 0.5])
-    xx_HW, yy_HW = cv2.sepFilter2D(smooth_HW, -1, second, flat), cv2.sepFilter2D(smooth_HW, -1, flat, second)
-    xy_HW = cv2.sepFilter2D(smooth_HW, -1, first, first)
-    across_HW = 0.5 * np.arctan2(2 * xy_HW, xx_HW - yy_HW) + np.pi / 2
-    fine_HW = np.asarray(cv2.GaussianBlur(map_HW, (0, 0), 1.0), np.float32)
-    thin_HW = suppress(fine_HW, np.cos(across_HW).astype(np.float32), np.sin(across_HW).astype(np.float32))
+    thin_HW = crests(map_HW, direction_px=2.0, fine_px=1.0)
     inside_HW = np.zeros_like(thin_HW)
     inside = np.s_[FRAME_PX:-FRAME_PX, FRAME_PX:-FRAME_PX]
     inside_HW[inside] = thin_HW[inside]
@@ -90,7 +79,7 @@ def boundary_counts(map_HW: Map, drawn: Sequence[Mask], *, thresholds: Sequence[
     reach_px = TOLERANCE * float(np.hypot(*map_HW.shape))
     recalled, right, found = [], [], []
     for threshold in thresholds:
-        cut_HW = _lines(thin_HW >= threshold)
+        cut_HW = lines(thin_HW >= threshold)
         right_HW, num_recalled = np.zeros_like(cut_HW), 0
         for drawn_HW in drawn:
             matched_HW = match(cut_HW, drawn_HW, reach_px=reach_px)

@@ -1,4 +1,4 @@
-"""Thinning and one-to-one matching of boundary pixels; loads numba."""
+"""One-to-one matching of boundary pixels; loads numba."""
 
 import numpy as np
 import numpy.typing as npt
@@ -8,13 +8,6 @@ Mask = npt.NDArray[np.bool_]
 
 NOWHERE = -2
 """Marks a drawn pixel from which no augmenting path goes."""
-
-
-def suppress(
-    map_HW: npt.NDArray[np.float32], across_x_HW: npt.NDArray[np.float32], across_y_HW: npt.NDArray[np.float32]
-) -> npt.NDArray[np.float32]:
-    """The map, 0 where it is larger one pixel to either side along the unit vector `across`."""
-    return np.asarray(_suppress(np.pad(map_HW, 1, mode="edge"), across_x_HW, across_y_HW))
 
 
 def match(found_HW: Mask, drawn_HW: Mask, *, reach_px: float) -> Mask:
@@ -33,28 +26,6 @@ def match(found_HW: Mask, drawn_HW: Mask, *, reach_px: float) -> Mask:
     matched_HW = np.zeros_like(found_HW)
     matched_HW[found_HW] = partner_N >= 0
     return matched_HW
-
-
-@njit(cache=True)
-def _suppress(padded_HW, across_x_HW, across_y_HW):  # type: ignore[no-untyped-def]
-    height, width = across_x_HW.shape
-    kept_HW = np.zeros((height, width), np.float32)
-    for y in range(height):
-        for x in range(width):
-            value = padded_HW[y + 1, x + 1]
-            largest = True
-            for sign in (1, -1):
-                at_x = min(max(x + 1 + sign * across_x_HW[y, x], 0), width + 1)
-                at_y = min(max(y + 1 + sign * across_y_HW[y, x], 0), height + 1)
-                left, top = min(int(at_x), width), min(int(at_y), height)
-                share_x, share_y = at_x - left, at_y - top
-                upper = padded_HW[top, left] * (1 - share_x) + padded_HW[top, left + 1] * share_x
-                lower = padded_HW[top + 1, left] * (1 - share_x) + padded_HW[top + 1, left + 1] * share_x
-                if upper * (1 - share_y) + lower * share_y > value:
-                    largest = False
-            if largest:
-                kept_HW[y, x] = value
-    return kept_HW
 
 
 @njit(cache=True)

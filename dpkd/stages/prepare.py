@@ -186,7 +186,7 @@ def _accelerate_shard(task: _Task) -> None:
     if index is not None and not index.bad and wanted.items() <= index.fingerprints.items():
         return
     index = _standing_index(task.accelerated_place, task)
-    if index is None or index.fingerprints != wanted:
+    if index is None or index.fingerprints != wanted or _images_changed(index, task):
         _write_shard(task, task.accelerated_place, before=sound_records(task.place))
 
 

@@ -119,7 +119,10 @@ def _picture_or_none(sample: Sample | Unreadable) -> Picture | None:
 def _with_map(record: Record, prior: BatchExtractor, map_HWC: Map) -> Record:
     if not np.isfinite(map_HWC).all():
         return replace(record, bad=f"the map {prior.name!r} has values that are not finite")
-    return replace(record, maps={**record.maps, prior.name: store(prior, map_HWC)})
+    try:
+        return replace(record, maps={**record.maps, prior.name: store(prior, map_HWC)})
+    except ValueError as error:  # too large to be stored
+        return replace(record, bad=f"the map {prior.name!r}: {error}")
 
 
 def _record(sample: Sample | Unreadable, priors: Sequence[Prior], *, before: Record | None) -> Record:

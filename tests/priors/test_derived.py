@@ -56,8 +56,8 @@ def test_without_a_strong_edge_every_place_is_far_from_a_boundary():
 
 def test_distance_is_zero_on_the_rim_of_a_drawn_disc_and_grows_inwards(scene):
     found_HW = BoundaryDistance.derive({"edge": Edge().map(Picture(scene))})[:, :, 0]
-    assert found_HW[7, 6:8].min() < 0.1  # the left end of the disc: 26, 30 px
-    assert found_HW[7, 10] > 0.5
+    assert found_HW[15, 12:15].min() < 0.1  # the left end of the disc: 26, 30 px
+    assert found_HW[15, 20] > 0.5
 
 
 @pytest.mark.parametrize("name", DERIVED)

@@ -1,53 +1,180 @@
+import cv2
 import numpy as np
 import pytest
 from scipy import ndimage
-from skimage import color
+from skimage import color, measure
 
-from dpkd.priors.edge import Edge
+from dpkd.priors.edge import LEAST, SURE, Edge
+from dpkd.priors.edge_cues import BIAS, FLOOR, WEIGHTS, boundary_odds, levels
+from dpkd.priors.edge_kernels import crests, gradients, line_strength, tensor
+from dpkd.priors.edge_lines import lines
 from dpkd.priors.picture import Picture
 
 
-def reference_edge(image_HWC, scales, chroma):
-    """The definition in float64, with SciPy's Gaussian derivatives and scikit-image's Lab."""
-    lab_HWC = color.rgb2lab(image_HWC) * (1, chroma, chroma)
-    total_HW = np.zeros(image_HWC.shape[:2])
-    for scale in scales:
-        tensor_HW22 = np.zeros((*image_HWC.shape[:2], 2, 2))
-        for channel_HW in np.moveaxis(lab_HWC, 2, 0):
-            gradient = [ndimage.gaussian_filter(channel_HW, scale, order, mode="mirror") for order in ((0, 1), (1, 0))]
-            gradient_HW2 = np.stack(gradient, axis=2)
-            tensor_HW22 += gradient_HW2[..., :, None] * gradient_HW2[..., None, :]
-        total_HW += scale * np.sqrt(np.linalg.eigvalsh(tensor_HW22)[..., 1].clip(0))
-    return np.sqrt(np.minimum(total_HW / len(scales) / 64, 1))
+def blurred(map_HW, scale):
+    return ndimage.gaussian_filter(map_HW, scale, mode="mirror")
 
 
-@pytest.mark.parametrize(("scales", "chroma"), [((1.5, 3.0), 3.0), ((2.0,), 1.0)])
-def test_edge_strength_agrees_with_scipy_and_scikit_image(scene, scales, chroma):
-    edge_HW = Edge(scales=scales, chroma=chroma, stride=1).map(Picture(scene))[:, :, 0]
-    expected_HW = reference_edge(scene, scales, chroma)
-    assert np.abs(edge_HW - expected_HW).mean() < 0.01
-    assert np.corrcoef(edge_HW.ravel(), expected_HW.ravel())[0, 1] > 0.998
+def halved(map_HW):
+    height, width = map_HW.shape
+    return map_HW.reshape(height // 2, 2, width // 2, 2).mean((1, 3))
 
 
-def test_a_step_from_black_to_white_has_the_strength_that_theory_gives_at_every_scale():
-    image_HWC = np.zeros((32, 64, 3), np.uint8)
-    image_HWC[:, 32:] = 255  # lightness 0 to 100: s · 100 / (s √2π) at the step, whatever the scale
-    for scale in (1.5, 3.0, 5.0):
-        edge_HW = Edge(scales=(scale,), stride=1).map(Picture(image_HWC))[:, :, 0]
-        assert edge_HW.max() == pytest.approx(np.sqrt(100 / np.sqrt(2 * np.pi) / 64), rel=0.06)
-        assert set(edge_HW[16].argsort()[-2:]) == {31, 32}
+def slopes(map_HW, scale):
+    """Central differences of the smoothed map times the scale, 0 across the frame; x and y."""
+    y_HW, x_HW = (scale * each_HW for each_HW in np.gradient(blurred(map_HW, scale)))
+    x_HW[:, [0, -1]] = y_HW[[0, -1]] = 0
+    return x_HW, y_HW
 
 
-def test_grey_and_even_images_have_no_edges_and_colour_alone_makes_one():
-    image_HWC = np.full((16, 16, 3), 90, np.uint8)
-    assert Edge().map(Picture(image_HWC)).max() < 1e-3
-    image_HWC[:, 8:] = (113, 80, 60)  # about the same lightness, another colour
-    assert Edge(stride=1).map(Picture(image_HWC)).max() > 0.4
+def eigenvalues(planes, scale):
+    """Roots of the eigenvalues of the structure tensor of the planes, the smaller first, HW2."""
+    gradient_HW2C = np.stack([np.stack(slopes(plane_HW, scale), axis=-1) for plane_HW in planes], axis=-1)
+    return np.sqrt(np.linalg.eigvalsh(gradient_HW2C @ np.swapaxes(gradient_HW2C, -1, -2)).clip(0))
 
 
-def test_smoothing_first_lowers_the_edges_of_noise_more_than_those_of_objects(scene):
-    plain_HW, smooth_HW = (Edge(smooth=smooth, stride=1).map(Picture(scene))[:, :, 0] for smooth in (False, True))
-    ratio_HW = smooth_HW / np.maximum(plain_HW, 1e-3)
-    rim, ground = ratio_HW[30, 52:57].mean(), ratio_HW[2:10, 78:94].mean()
-    assert rim > 0.8
-    assert ground < 0.8 * rim
+def reference_cues(image_HWC):
+    """The cues but those along lines in float64, with scikit-image's Lab and SciPy's Gaussians; sides of 16 k px."""
+    light_HW, *chroma = np.moveaxis(color.rgb2lab(image_HWC), 2, 0)
+    planes = [[halved(light_HW), *(3 * halved(plane_HW) for plane_HW in chroma)]]
+    for _ in range(3):
+        planes.append([halved(plane_HW) for plane_HW in planes[-1]])
+    variance_HW = halved(light_HW**2) - halved(light_HW) ** 2
+    step_HW = eigenvalues(planes[0], 0.8)[..., 1]
+    mean_HW = np.sqrt(blurred((eigenvalues(planes[0], 0.8) ** 2).sum(-1), 1))
+    contrast_HW = halved(np.sqrt(np.sqrt(variance_HW.clip(0)) + 0.25))
+    return (
+        {"step": step_HW, "light": np.hypot(*slopes(planes[0][0], 0.8)), "mean": mean_HW},
+        {
+            "cross": eigenvalues(planes[1], 1)[..., 0],
+            "texture": np.hypot(*slopes(contrast_HW, 1.5)),
+            "around": blurred(halved(step_HW), 4),
+        },
+        {},
+        {"cross": eigenvalues(planes[3], 1)[..., 0], "around": blurred(halved(halved(halved(step_HW))), 4)},
+    )
+
+
+def test_the_cues_agree_with_scipy_and_scikit_image(photograph):
+    for found, expected in zip(levels(Picture(photograph).lab_HWC), reference_cues(photograph), strict=True):
+        for name, expected_HW in expected.items():
+            np.testing.assert_allclose(found[name], expected_HW, atol=0.02 * expected_HW.max(), err_msg=name)
+
+
+def test_the_odds_are_the_weighed_sum_of_the_logarithms_of_the_cues(photograph):
+    lab_HWC = Picture(photograph).lab_HWC
+    found_HW = boundary_odds(lab_HWC)
+    expected_HW = np.full(found_HW.shape, BIAS)
+    for cues, weights in zip(levels(lab_HWC), WEIGHTS, strict=True):
+        assert set(cues) == set(weights)
+        for name, weight in weights.items():
+            said_HW = weight * np.log(cues[name] + FLOOR)
+            zoom = (found_HW.shape[0] / said_HW.shape[0], found_HW.shape[1] / said_HW.shape[1])
+            expected_HW += ndimage.zoom(said_HW, zoom, order=1, grid_mode=True, mode="nearest")
+    assert np.abs(found_HW - expected_HW).mean() < 0.03  # interpolated level by level, not at once
+    odds_HW = np.log(1 / Edge(thin=False).map(Picture(photograph))[:, :, 0] - 1)
+    np.testing.assert_allclose(-odds_HW, found_HW, atol=1e-3)
+
+
+def test_strength_along_a_line_agrees_with_scipy():
+    random = np.random.default_rng(0)
+    planes_CHW = random.normal(size=(3, 20, 24)).astype(np.float32)
+    gradient_HWC = gradients(planes_CHW, scale=1.0)
+    tensor_3HW = np.stack([cv2.GaussianBlur(part_HW, (0, 0), 2) for part_HW in tensor(gradient_HWC)])
+    weight_K = np.array([1, 0.7, 0.2], np.float32)
+    angle_HW = 0.5 * np.arctan2(2 * tensor_3HW[2], tensor_3HW[0] - tensor_3HW[1])
+    across = np.cos(angle_HW), np.sin(angle_HW)
+    place = np.mgrid[:20, :24]
+    total_HW3 = 0
+    for k in range(-2, 3):
+        at = [place[0] + 2 * k * across[0], place[1] - 2 * k * across[1]]
+        part_HWC = [ndimage.map_coordinates(each, np.rint(at), order=0) for each in np.moveaxis(gradient_HWC, 2, 0)]
+        total_HW3 += weight_K[abs(k)] * np.array(
+            [across[0] * x + across[1] * y for x, y in np.reshape(part_HWC, (3, 2, 20, 24))]
+        )
+    expected_HW = np.sqrt((total_HW3**2).sum(0)) / (1 + 2 * 0.9)
+    found_HW = line_strength(gradient_HWC, tensor_3HW, weight_K=weight_K, step=2.0)
+    np.testing.assert_allclose(found_HW[5:-5, 5:-5], expected_HW[5:-5, 5:-5], atol=1e-4)
+
+
+def test_opposite_steps_along_a_line_cancel_and_equal_ones_do_not():
+    even_CHW = np.zeros((3, 32, 32), np.float32)
+    even_CHW[0, :, 16:] = 10
+    striped_CHW = even_CHW.copy()
+    striped_CHW[0, ::2] = 10 - striped_CHW[0, ::2]  # every second row the other way round
+    across_x = np.zeros((3, 32, 32), np.float32)
+    across_x[0] = 1
+    kept, cancelled = (
+        line_strength(gradients(each, scale=1.0), across_x, weight_K=np.ones(3, np.float32), step=1.0)[16, 16]
+        for each in (even_CHW, striped_CHW)
+    )
+    assert kept == pytest.approx(5)
+    assert cancelled == pytest.approx(1)  # of five steps, three one way and two the other
+
+
+def test_a_crest_is_no_smaller_than_what_scipy_finds_to_either_side():
+    map_HW = cv2.GaussianBlur(np.random.default_rng(0).random((40, 50)).astype(np.float32), (0, 0), 1.5)
+    found_HW = crests(map_HW, direction_px=1.0, fine_px=0.5, least=0.5)
+    smooth_HW, fine_HW = blurred(map_HW.astype(float), 1), cv2.GaussianBlur(map_HW, (0, 0), 0.5)
+    xx_HW, yy_HW = (ndimage.convolve1d(smooth_HW, [1, -2, 1], axis, mode="mirror") for axis in (1, 0))
+    xy_HW = ndimage.convolve1d(
+        ndimage.convolve1d(smooth_HW, [0.5, 0, -0.5], 0, mode="mirror"), [0.5, 0, -0.5], 1, mode="mirror"
+    )
+    _, direction_HW22 = np.linalg.eigh(np.stack([[xx_HW, xy_HW], [xy_HW, yy_HW]]).transpose(2, 3, 0, 1))
+    place, across = np.mgrid[:40, :50], direction_HW22[..., 0].transpose(2, 0, 1)[::-1]  # of the smallest eigenvalue
+    sides = [ndimage.map_coordinates(fine_HW, place + sign * across, order=1, mode="nearest") for sign in (1, -1)]
+    expected_HW = np.where((fine_HW >= np.maximum(*sides)) & (fine_HW >= 0.5), fine_HW, 0)
+    inner = np.s_[2:-2, 2:-2]
+    assert ((found_HW > 0) != (expected_HW > 0))[inner].mean() < 0.005
+    both_HW = (found_HW > 0) & (expected_HW > 0)
+    np.testing.assert_allclose(found_HW[both_HW], expected_HW[both_HW], atol=1e-6)
+
+
+def test_lines_are_thin_and_as_many_and_in_place(photograph):
+    mask_HW = Edge(thin=False).map(Picture(photograph))[:, :, 0] > LEAST
+    line_HW = lines(mask_HW)
+    assert not (line_HW & ~mask_HW).any()
+    assert measure.label(line_HW, connectivity=2).max() == measure.label(mask_HW, connectivity=2).max()
+    square_HW = line_HW[1:, 1:] & line_HW[1:, :-1] & line_HW[:-1, 1:] & line_HW[:-1, :-1]
+    assert square_HW.sum() <= 0.01 * line_HW.sum()
+
+
+def test_a_thinned_map_keeps_whole_lines_that_have_a_sure_place(photograph):
+    picture = Picture(photograph)
+    whole_HW, thin_HW = (Edge(thin=thin).map(picture)[:, :, 0] for thin in (False, True))
+    crest_HW = crests(whole_HW, direction_px=1.0, fine_px=0.5, least=LEAST)
+    crest_HW *= lines(crest_HW > 0)
+    line_HW = measure.label(crest_HW > 0, connectivity=2)
+    expected_HW = crest_HW * np.isin(line_HW, np.unique(line_HW[crest_HW >= SURE]))
+    np.testing.assert_array_equal(thin_HW, expected_HW)
+    assert 0 < (thin_HW > 0).sum() < (crest_HW > 0).sum()
+
+
+def test_an_even_image_has_no_boundary_and_a_step_in_light_or_colour_has_one_where_it_is():
+    image_HWC = np.full((64, 64, 3), 90, np.uint8)
+    assert Edge(thin=False).map(Picture(image_HWC)).max() < LEAST
+    assert Edge().map(Picture(image_HWC)).max() == 0
+    for right in ((250, 250, 250), (113, 80, 60)):  # the second is about as light
+        image_HWC[:, 32:] = right
+        found_HW = Edge().map(Picture(image_HWC))[4:-4, :, 0]
+        assert set(np.nonzero(found_HW)[1]) <= {15, 16}
+        assert (found_HW.max(1) > 0.5).all()
+
+
+def test_the_rim_of_an_object_is_likelier_than_the_texture_of_the_ground(scene):
+    found_HW = Edge(stride=1, thin=False).map(Picture(scene))[:, :, 0]
+    y_HW, x_HW = np.mgrid[:64, :96]
+    away_HW = np.hypot(x_HW - 40, y_HW - 30) - 14
+    rim, ground = found_HW[abs(away_HW) < 1].mean(), found_HW[away_HW > 8].mean()
+    assert rim > 3 * ground
+
+
+def test_crests_of_a_disc_lie_on_its_rim():
+    image_HWC = np.full((96, 96, 3), 60, np.uint8)
+    cv2.circle(image_HWC, (48, 48), 30, (200, 180, 40), -1, cv2.LINE_AA)
+    crest_HW = Edge().map(Picture(image_HWC))[:, :, 0] > 0.5
+    y_HW, x_HW = np.mgrid[:48, :48] * 2 + 0.5
+    away_HW = np.abs(np.hypot(x_HW - 48, y_HW - 48) - 30)
+    assert away_HW[crest_HW].max() <= 3
+    turn = np.degrees(np.arctan2(y_HW - 48, x_HW - 48))[crest_HW]
+    assert len(np.unique(turn // 10)) == 36  # all the way round

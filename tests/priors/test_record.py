@@ -39,6 +39,6 @@ def test_webdataset_reads_a_prior_shard(tmp_path):
     assert [sample["__key__"] for sample in samples] == dataset.split("train").keys[:5]
     edge = samples[0]["priors.msgpack"]["maps"]["edge"]
     codec, shape, scale, *_ = edge
-    assert codec == "jpeg"
-    assert shape == [10, 8, 1]
-    assert np.isclose(scale, 1 / 255)
+    assert codec == "nibbles"
+    assert shape == [20, 16, 1]
+    assert np.isclose(scale, 1 / 15)

@@ -120,7 +120,7 @@ def test_a_set_that_is_missing_unfinished_or_made_from_other_images_is_not_opene
 
 def test_shards_of_another_preparation_are_not_served_under_an_old_manifest(own):
     old = (Path(own.url) / "priors/default/priors.json").read_bytes()
-    prepare_all(own, priors=(Edge(stride=2),))
+    prepare_all(own, priors=(Edge(stride=4),))
     (Path(own.url) / "priors/default/priors.json").write_bytes(old)
     with pytest.raises(PriorMismatch, match=r"is not of the shard that priors\.json lists"):
         PriorSet.open(own.url, "default").split("train").read(0, own.split("train").read(0))

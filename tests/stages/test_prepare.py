@@ -194,9 +194,9 @@ def test_a_prior_whose_settings_changed_is_computed_again_and_one_taken_out_is_g
     kept = records(dataset, "test-000000.tar")
     assert all(is_marked(record.maps["edge"]) for record in kept)
     assert set(prior_set.split("train").names) == {"edge", "superpixel"}
-    prior_set = prepare_all(dataset, priors=(Edge(stride=2),))
+    prior_set = prepare_all(dataset, priors=(Edge(stride=4),))
     sample = dataset.split("test").read(0)
-    assert prior_set.split("test").read(0, sample)["edge"].shape == (20, 16, 1)
+    assert prior_set.split("test").read(0, sample)["edge"].shape == (10, 8, 1)
 
 
 def test_an_image_that_changed_is_computed_again_alone(dataset, tmp_path):
@@ -223,7 +223,7 @@ def test_shards_that_the_data_set_no_longer_has_are_removed(dataset, tmp_path):
 
 def test_two_priors_of_one_kind_are_refused(dataset):
     with pytest.raises(UserError, match=r"prepare\.priors makes the map 'edge' 2 times.*prepare\.name"):
-        prepare_all(dataset, priors=(Edge(), Edge(stride=2)))
+        prepare_all(dataset, priors=(Edge(), Edge(stride=4)))
 
 
 def test_a_place_that_cannot_be_written_is_named(dataset):
