@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> tuple[float, tuple[dict[str, flo
         paths = paths[1 - options.fold :: 2]
     random = np.random.default_rng(0)
     names: list[tuple[int, str]] = []
-    tables: list[Table] = []
+    tables = []
     for path in paths:
         for names, table in _tables(path, random):  # noqa: B007 (the names are the same each time)
             tables.append(table)

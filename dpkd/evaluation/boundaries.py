@@ -9,10 +9,9 @@ for all images, OIS that of each image's own best.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import numpy.typing as npt
-
-from dpkd.priors.edge_lines import lines
 
 Map = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -53,7 +52,13 @@ def region_boundary(label_HW: npt.NDArray[np.integer]) -> Mask:
     """Where the region to the right, below, or right below is another one, thinned to lines of one pixel."""
     padded_HW = np.pad(label_HW, ((0, 1), (0, 1)), mode="edge")
     here, right, below, across = label_HW, padded_HW[:-1, 1:], padded_HW[1:, :-1], padded_HW[1:, 1:]
-    return lines((here != right) | (here != below) | (here != across))
+    return _lines((here != right) | (here != below) | (here != across))
+
+
+def _lines(mask_HW: npt.NDArray[np.bool_]) -> Mask:
+    """The mask thinned to lines of one pixel (Guo & Hall 1989)."""
+    byte_HW = mask_HW.astype(np.uint8) * np.uint8(255)
+    return np.asarray(cv2.ximgproc.thinning(byte_HW, thinningType=cv2.ximgproc.THINNING_GUOHALL) > 0)
 
 
 def thin(map_HW: Map) -> Map:
@@ -79,7 +84,7 @@ def boundary_counts(map_HW: Map, drawn: Sequence[Mask], *, thresholds: Sequence[
     reach_px = TOLERANCE * float(np.hypot(*map_HW.shape))
     recalled, right, found = [], [], []
     for threshold in thresholds:
-        cut_HW = lines(thin_HW >= threshold)
+        cut_HW = _lines(thin_HW >= threshold)
         right_HW, num_recalled = np.zeros_like(cut_HW), 0
         for drawn_HW in drawn:
             matched_HW = match(cut_HW, drawn_HW, reach_px=reach_px)

@@ -7,7 +7,6 @@ from skimage import color, measure
 from dpkd.priors.edge import LEAST, SURE, Edge
 from dpkd.priors.edge_cues import BIAS, FLOOR, WEIGHTS, boundary_odds, levels
 from dpkd.priors.edge_kernels import crests, gradients, line_strength, tensor
-from dpkd.priors.edge_lines import lines
 from dpkd.priors.picture import Picture
 
 
@@ -130,20 +129,10 @@ def test_a_crest_is_no_smaller_than_what_scipy_finds_to_either_side():
     np.testing.assert_allclose(found_HW[both_HW], expected_HW[both_HW], atol=1e-6)
 
 
-def test_lines_are_thin_and_as_many_and_in_place(photograph):
-    mask_HW = Edge(thin=False).map(Picture(photograph))[:, :, 0] > LEAST
-    line_HW = lines(mask_HW)
-    assert not (line_HW & ~mask_HW).any()
-    assert measure.label(line_HW, connectivity=2).max() == measure.label(mask_HW, connectivity=2).max()
-    square_HW = line_HW[1:, 1:] & line_HW[1:, :-1] & line_HW[:-1, 1:] & line_HW[:-1, :-1]
-    assert square_HW.sum() <= 0.01 * line_HW.sum()
-
-
 def test_a_thinned_map_keeps_whole_lines_that_have_a_sure_place(photograph):
     picture = Picture(photograph)
     whole_HW, thin_HW = (Edge(thin=thin).map(picture)[:, :, 0] for thin in (False, True))
     crest_HW = crests(whole_HW, direction_px=1.0, fine_px=0.5, least=LEAST)
-    crest_HW *= lines(crest_HW > 0)
     line_HW = measure.label(crest_HW > 0, connectivity=2)
     expected_HW = crest_HW * np.isin(line_HW, np.unique(line_HW[crest_HW >= SURE]))
     np.testing.assert_array_equal(thin_HW, expected_HW)

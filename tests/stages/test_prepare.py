@@ -16,6 +16,7 @@ from dpkd.data.shards import Dataset
 from dpkd.data.tars import TarWriter
 from dpkd.errors import UserError
 from dpkd.pool import LocalPool
+from dpkd.priors.codecs import CODECS
 from dpkd.priors.edge import Edge
 from dpkd.priors.hog import Hog
 from dpkd.priors.record import Record, StoredMap
@@ -52,12 +53,12 @@ def records(dataset: Dataset, shard: str) -> list[Record]:
 
 def mark(dataset: Dataset, kind: str) -> None:
     """Replaces all maps of a kind by single grey cells under the same fingerprint: to compute them again shows."""
-    _, grey = cv2.imencode(".jpg", np.full((1, 1), 77, np.uint8))
     for path in (Path(dataset.url) / "priors/default").glob("*.tar"):
         marked = []
         for record in records(dataset, path.name):
             old: StoredMap = record.maps[kind]
-            stored = dataclasses.replace(old, shape=(1, 1, 1), data=grey.tobytes())
+            grey = CODECS[old.codec].encode(np.full((1, 1, 1), 0.3, np.float32))
+            stored = dataclasses.replace(old, shape=(1, 1, 1), data=grey)
             marked.append(dataclasses.replace(record, maps={**record.maps, kind: stored}))
         with path.open("wb") as file:
             tar = TarWriter(file)
