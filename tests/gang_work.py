@@ -14,6 +14,7 @@ from dpkd.errors import StopRequested, UserError
 from dpkd.heartbeat import STEADY, beat, pulse
 
 WAYS_TO_HANG = ("is_stopped", "holds_the_lock", "loops", "sleeps", "waits_in_vain")
+FEW_WAYS_TO_HANG = ("is_stopped", "waits_in_vain")
 
 
 def meet_once_one_was_killed(folder):
@@ -87,15 +88,24 @@ def listening(process: int) -> set[str]:
 
 def hang_in_every_way(folder):
     """The second worker hangs in the next way of `WAYS_TO_HANG` each time, until none is left."""
+    _hang(folder, WAYS_TO_HANG)
+
+
+def hang_in_a_few_ways(folder):
+    """The same in the ways of `FEW_WAYS_TO_HANG`."""
+    _hang(folder, FEW_WAYS_TO_HANG)
+
+
+def _hang(folder, ways):
     peers = world.join()
     way = peers.broadcast(len(list(Path(folder).glob("hung-*"))))
     beat(STEADY, step=way)
     beat(STEADY, step=way)  # the first step after another phase may take longer
-    if way < len(WAYS_TO_HANG):
+    if way < len(ways):
         if peers.rank == 1:
             (Path(folder) / f"hung-{way}").touch()
-            globals()[WAYS_TO_HANG[way]](peers)
-        elif WAYS_TO_HANG[way] == "waits_in_vain":
+            globals()[ways[way]](peers)
+        elif ways[way] == "waits_in_vain":
             while not world.stop_requested():
                 pulse()
                 time.sleep(0.05)

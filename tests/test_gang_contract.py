@@ -31,9 +31,11 @@ from dpkd.gang import (
 )
 from dpkd.watchdog import Hang
 from tests.gang_work import (
+    FEW_WAYS_TO_HANG,
     WAYS_TO_HANG,
     fail_in_second_worker,
     fail_late_in_second_worker,
+    hang_in_a_few_ways,
     hang_in_every_way,
     heed_nothing,
     meet_once_one_was_killed,
@@ -67,15 +69,23 @@ def test_the_first_traceback_comes_out_when_no_restart_is_left(make_gang, tmp_pa
     assert "in fail_in_second_worker" in str(caught.value)
 
 
-def test_a_hanging_worker_is_ended_its_stacks_are_saved_and_all_start_again(make_gang, tmp_path):
+@pytest.mark.parametrize(
+    ("work", "ways"),
+    [
+        (hang_in_a_few_ways, FEW_WAYS_TO_HANG),
+        pytest.param(hang_in_every_way, WAYS_TO_HANG, marks=pytest.mark.chaos),
+    ],
+    ids=["few ways", "every way"],
+)
+def test_a_hanging_worker_is_ended_its_stacks_are_saved_and_all_start_again(make_gang, tmp_path, work, ways):
     restarts: list[Restart] = []
     supervision = Supervision(
         hangs=tmp_path / "hangs", progress=lambda: (len(list(tmp_path.glob("hung-*"))),), on_restart=restarts.append
     )
-    make_gang(2, max_restarts=1, hang_timeout_s=3).run(hang_in_every_way, str(tmp_path), supervision=supervision)
+    make_gang(2, max_restarts=1, hang_timeout_s=3).run(work, str(tmp_path), supervision=supervision)
     assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
-    assert [restart.rank for restart in restarts] == [1] * len(WAYS_TO_HANG)
-    for way, restart in zip(WAYS_TO_HANG, restarts, strict=True):
+    assert [restart.rank for restart in restarts] == [1] * len(ways)
+    for way, restart in zip(ways, restarts, strict=True):
         assert restart.cause.startswith("hung: no sign of life for")
         report = Path(restart.cause.partition("its stacks are in ")[2]).read_text()
         if way == "is_stopped":

@@ -127,7 +127,14 @@ def test_a_run_killed_at_a_step_ends_bit_equal(whole: RunFolder, tmp_path: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "to_all"), [(signal.SIGUSR1, False), (signal.SIGTERM, True), (signal.SIGHUP, True)])
+@pytest.mark.parametrize(
+    ("number", "to_all"),
+    [
+        (signal.SIGTERM, True),
+        pytest.param(signal.SIGUSR1, False, marks=pytest.mark.chaos),
+        pytest.param(signal.SIGHUP, True, marks=pytest.mark.chaos),
+    ],
+)
 def test_a_stopped_run_says_so_and_goes_on(whole: RunFolder, tmp_path: Path, number: int, to_all: bool) -> None:
     tree = tiny(tmp_path / "stopped", source=None, shards=shards_of(whole))
     tree["data"]["loader"] = {"workers": 1}

@@ -44,6 +44,7 @@ def test_a_job_on_two_nodes_ends_as_the_local_run_does(
     assert "few-shot" in job.stdout.lower() or "5way" in job.stdout, job.stdout
 
 
+@pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_workers_leave_a_node_that_drains_and_go_on_elsewhere(tmp_path: Path) -> None:
     script = tmp_path / "driver.py"
