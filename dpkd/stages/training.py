@@ -1,7 +1,7 @@
 """What the training stages share: networks with their engines, and the way into the loop."""
 
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -195,6 +195,7 @@ class _Stage:
             start_step=start_step,
         )
         with (
+            closing(board) if board is not None else nullcontext(),
             Progress(self.stage, plan.total_steps, unit="steps", start=start_step, shown=shown) as progress,
             closing(self._batches(start_step, plan)) as batches,
         ):
@@ -212,8 +213,6 @@ class _Stage:
                 hooks=Watch(run, self.task, board).hooks(),
                 world=run.world,
             )
-        if board is not None:
-            board.close()
 
     def _batches(self, start_step: int, plan: Plan) -> Generator[Batch, None, None]:
         run, data = self.run, self.data

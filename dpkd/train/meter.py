@@ -49,7 +49,9 @@ class Meter:
         self._rates[name] = learning_rate
 
     def write(self, step: int) -> None:
-        """Hands the means since the last call to the sinks; every rank calls it."""
+        """Hands the means since the last call to the sinks; nothing where no step was trained. Every rank calls it."""
+        if not self._norms:
+            return
         keys = sorted(self._losses)
         means = torch.stack([torch.as_tensor(self._losses[key], device=self._world.device) for key in keys])
         means = self._world.mean_(means / self._micro_batches)

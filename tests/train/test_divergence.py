@@ -71,7 +71,7 @@ def run(folder: Path, *, poisoned: tuple[int, ...], limit: int = 3, skipped: tup
     checkpoints, parts = Checkpoints(folder / "checkpoints", world=ALONE, keep=2), {"net": task.engine}
 
     def attempt(start_step: int, passed: frozenset[int]) -> None:
-        plan = Plan(TOTAL, 1, 100, SAVED_EVERY, None, None, skipped=passed)
+        plan = Plan(TOTAL, 1, 1, SAVED_EVERY, None, None, skipped=passed)
         train(
             task,
             batches(plan.steps_from(start_step)),
