@@ -20,7 +20,7 @@ from dpkd.stages.pack import pack
 from dpkd.stages.prepare import prepare
 from dpkd.stages.record import RunFolder
 from dpkd.stages.run import Run, training_set
-from dpkd.stages.training import _order
+from dpkd.stages.training import sample_order
 from dpkd.train.settings import TrainingSettings
 from tests.damage import change_member, zeros
 
@@ -99,7 +99,7 @@ def test_class_aware_training_draws_the_same_samples(lossy: Run, smaller: Run) -
     drawn = []
     for run in (lossy, smaller):
         data = training_set(run, training, [Supervised()])
-        order, keys = _order(run, training, data), data.split.keys
+        order, keys = sample_order(run, training, data), data.split.keys
         drawn.append([[keys[i] for i in order.batch(step)] for step in range(20)])
     assert drawn[0] == drawn[1]
 
@@ -107,7 +107,7 @@ def test_class_aware_training_draws_the_same_samples(lossy: Run, smaller: Run) -
 def test_each_epoch_shows_every_sample_that_can_be_read_once(lossy: Run) -> None:
     training = settings("uniform")
     data = training_set(lossy, training, [Supervised()])
-    order = _order(lossy, training, data)
+    order = sample_order(lossy, training, data)
     drawn = np.concatenate([order.batch(step) for step in range(3 * data.num_samples // 16 + 1)])
     for epoch in range(3):
         seen = drawn[epoch * data.num_samples : (epoch + 1) * data.num_samples]
@@ -118,7 +118,7 @@ def test_each_epoch_shows_every_sample_that_can_be_read_once(lossy: Run) -> None
 def test_where_nothing_is_lost_the_order_is_the_plain_one(untrained_run: Run, sampling: Any) -> None:
     training = settings(sampling)
     data = training_set(untrained_run, training, [Supervised()])
-    order = _order(untrained_run, training, data)
+    order = sample_order(untrained_run, training, data)
     if sampling == "uniform":
         plain: Any = Order(data.split.shard_sizes, seed=untrained_run.seed, global_batch_size=16, block_shards=8)
     else:
