@@ -17,6 +17,7 @@ from dpkd.audit import audit
 from dpkd.errors import UserError
 from dpkd.session import train_stages
 from dpkd.stages.record import RunFolder
+from tests.object_store import BUCKET, ObjectStore
 from tests.runs import Command, all_weights, settings_of, tiny, train_events
 
 
@@ -124,6 +125,23 @@ def test_a_run_killed_at_a_step_ends_bit_equal(whole: RunFolder, tmp_path: Path,
     assert f"{stage}: continues after step" in again.output
     assert_same_weights(whole, again.folder)
     audit(str(again.folder.path))
+
+
+@pytest.mark.slow
+def test_a_run_with_its_checkpoints_on_an_object_store_goes_on_after_a_kill(
+    whole: RunFolder, tmp_path: Path, object_store: ObjectStore
+) -> None:
+    tree = tiny(tmp_path / "remote", source=None, shards=shards_of(whole))
+    tree["run"]["checkpoints"] = f"s3://{BUCKET}/remote"
+    first = Command(tree, "--stages", "teach")
+    first.wait_for_step("teach", 5)  # the save after step 4 has waited for the one after step 2
+    first.kill_all()
+    again = Command(tree, "--stages", "teach")
+    assert again.wait() == 0, again.output
+    assert "teach: continues after step" in again.output
+    assert not (again.folder.path / "checkpoints").exists()
+    name = "teacher/model.safetensors"
+    assert (again.folder.path / name).read_bytes() == (whole.path / name).read_bytes()
 
 
 @pytest.mark.slow
