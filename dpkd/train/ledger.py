@@ -40,15 +40,19 @@ class Ledger:
         self._unwritten = [json.dumps(head).encode() + b"\n"]
 
     def recorded(self, batches: Iterable[Batch], *, steps: Iterable[int], micro_batches: int) -> Iterator[Batch]:
-        """The batches, each step's samples noted once its `micro_batches` were drawn; `steps` are those to come."""
+        """The batches, each step's samples noted as the last of its `micro_batches` is given out.
+
+        `steps` are those to come.
+        """
         batches = iter(batches)
         for step in steps:
             used = []
-            for _ in range(micro_batches):
+            for drawn in range(1, micro_batches + 1):
                 batch = next(batches)
                 used.append(batch.index_B.numpy())
+                if drawn == micro_batches:  # now: nobody may ask for another batch after this one
+                    self.add(step, np.concatenate(used))
                 yield batch
-            self.add(step, np.concatenate(used))
 
     def add(self, step: int, samples: NDArray[np.int64]) -> None:
         """Notes what a step used."""
