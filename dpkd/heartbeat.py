@@ -1,4 +1,4 @@
-"""Signs of life of a worker, in memory that it shares with its watchdog: a microsecond each, and they touch no disk."""
+"""Signs of life of a worker, in memory that it shares with its watchdog: some microseconds each, and no disk."""
 
 import mmap
 import os
