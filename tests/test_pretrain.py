@@ -148,7 +148,8 @@ def test_a_run_with_its_checkpoints_on_an_object_store_goes_on_after_a_kill(
 @pytest.mark.parametrize(
     ("number", "to_all"),
     [
-        (signal.SIGTERM, True),
+        (signal.SIGTERM, False),
+        pytest.param(signal.SIGTERM, True, marks=pytest.mark.chaos),
         pytest.param(signal.SIGUSR1, False, marks=pytest.mark.chaos),
         pytest.param(signal.SIGHUP, True, marks=pytest.mark.chaos),
     ],
