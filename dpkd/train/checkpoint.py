@@ -178,7 +178,8 @@ class Checkpoints:
             return [str(error)]
         rank, size = share
         mine = list(manifest.files.items())[rank::size]
-        return [fault for path, facts in mine if (fault := _fault(folder / path, facts))]
+        faults = [fault for path, facts in mine if (fault := _fault(folder / path, facts))]
+        return faults + (_unlisted(folder, manifest) if rank == 0 else [])
 
     def _agreed(self, look: Callable[[], list[str]]) -> list[str]:
         """What all ranks together found wrong; the `UserError` of one that could not look is raised on all."""
@@ -309,6 +310,12 @@ def _patiently(act: Callable[[], Result]) -> Result:
 
 def _files_name(rank: int, size: int) -> str:
     return f"files-{rank:05d}-of-{size:05d}.json"
+
+
+def _unlisted(folder: Path, manifest: Manifest) -> list[str]:
+    """Files of parts that the manifest does not vouch for, and that a part might read all the same."""
+    there = (path.relative_to(folder).as_posix() for path in folder.glob("[!.]*/**/*") if path.is_file())
+    return [f"{name} is not in its {MANIFEST}" for name in there if name not in manifest.files]
 
 
 def _fault(path: Path, facts: FileFacts) -> str | None:

@@ -125,6 +125,18 @@ def test_a_manifest_that_names_files_outside_is_not_followed(place: str, tmp_pat
     assert loaded(place) == (1, 1)
 
 
+def test_a_file_that_the_manifest_does_not_vouch_for_is_not_read(tmp_path: Path) -> None:
+    saved(str(tmp_path), [1, 2])
+    file = tmp_path / "step-00000002-a0001" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    file.write_text(json.dumps(manifest | {"files": {}}))
+    assert loaded(str(tmp_path)) == (1, 1)
+    file.write_text(json.dumps(manifest))
+    assert loaded(str(tmp_path)) == (2, 2)
+    (file.parent / "a" / "part-00001-of-00002.safetensors").write_bytes(b"foreign")
+    assert loaded(str(tmp_path)) == (1, 1)
+
+
 def test_all_damaged_is_an_error_that_names_the_folder(place: str) -> None:
     saved(place, [1])
     storage.write_bytes_atomic(storage.join(place, "step-00000001-a0001", "manifest.json"), b'{"format": 99}')
