@@ -1,7 +1,9 @@
 """Measures the prepare stage: images/s, its overhead over the bare kernels, workers side by side, bytes and decoding.
 
 Everything is measured in one run: the kernels alone in one process (decode, the shared views of a picture, each prior's
-map, each map's encoding), then the whole stage with 1 and 2 workers on the same images as shards.
+map, each map's encoding), then the whole stage with 1 and 2 workers on the same images as shards. The overhead is that of
+a third run, in which the one worker times the bare kernels on the images of each shard right before or after the stage's
+work on it: the median over the shards, so that it stands even where the machine's pace changes.
 
     python tools/bench_prepare.py --json                          drawn images
     python tools/bench_prepare.py --data FOLDER --json            the images below FOLDER, scaled to the size measured
@@ -20,8 +22,9 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ from numpy.typing import NDArray
 
 from dpkd.data.images import decode_image
 from dpkd.data.settings import FolderSource
-from dpkd.data.shards import Dataset
+from dpkd.data.shards import Dataset, Sample, Split
 from dpkd.errors import UserError
 from dpkd.pool import LocalPool
 from dpkd.priors import DEFAULT_PRIORS
@@ -71,9 +74,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         result |= kernels
         for workers in (1, 2):
             result[f"workers_{workers}"] = _stage(dataset, workers=workers, repeats=options.repeats)
+        result |= _overhead(dataset, folder / "pace.jsonl")
         result |= _decoding(dataset, num_samples=min(300, len(images)))
     rates = {workers: result[f"workers_{workers}"]["images_per_s"] for workers in (1, 2)}
-    result["overhead"] = round(1e3 / rates[1] / result["kernels_ms"] - 1, 4)
     result["two_workers_over_one"] = round(rates[2] / rates[1], 3)
     print(json.dumps(result, indent=1) if options.json else _table(result))
     return result
@@ -202,6 +205,57 @@ def _stage_once(dataset: Dataset, *, workers: int, name: str) -> dict[str, float
     return {"images_per_s": round(rate, 2), "start_s": round(start_s, 2), "whole_s": round(last[0] - marks[0][0], 2)}
 
 
+def _overhead(dataset: Dataset, times: Path) -> dict[str, Any]:
+    """What the stage takes beyond the bare kernels, over theirs: the median over the shards, and the quartiles."""
+    prepare(
+        dataset,
+        PrepareSettings(name="paced"),
+        pool=_Paced(dataset.split("train"), times),
+        quarantine=Quarantine(times.parent / "quarantine.jsonl", limit=0),
+        progress=_silent,
+    )
+    ratios = [stage_s / kernels_s - 1 for kernels_s, stage_s in map(json.loads, times.read_text().splitlines()[1:])]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {"overhead": round(middle, 4), "overhead_quartiles": [round(low, 4), round(high, 4)]}
+
+
+@dataclass(frozen=True)
+class _Paced:
+    """A pool of one worker that also runs the bare kernels on the images of each shard, and writes down both times."""
+
+    split: Split
+    times: Path
+    num_workers: int = 1
+
+    def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """See `dpkd.pool.Pool.map`; the items are the shards, in order."""
+        yield from LocalPool(1).map(_BesideKernels(function, self), list(enumerate(items)))
+
+
+@dataclass(frozen=True)
+class _BesideKernels:
+    function: Callable[[Any], Any]
+    pool: _Paced
+
+    def __call__(self, item: tuple[int, Any]) -> Any:
+        number, task = item
+        images = [sample.image for sample in self.pool.split.read_shard(number) if isinstance(sample, Sample)]
+        if number % 2:
+            kernels_s = _kernels_s(images)
+        start_s = time.perf_counter()
+        done = self.function(task)
+        stage_s = time.perf_counter() - start_s
+        if number % 2 == 0:
+            kernels_s = _kernels_s(images)
+        with self.pool.times.open("a") as file:
+            file.write(json.dumps([kernels_s, stage_s]) + "\n")
+        return done
+
+
+def _kernels_s(images: list[bytes]) -> float:
+    return float(_kernels(images)["kernels_ms"]) * len(images) / 1e3
+
+
 def _decoding(dataset: Dataset, *, num_samples: int) -> dict[str, Any]:
     """Milliseconds to read one sample's maps: each map decoded, all of them read and verified, beside the image."""
     split, maps = dataset.split("train"), PriorSet.open(dataset.url, "1-0").split("train")
@@ -238,7 +292,9 @@ def _table(result: dict[str, Any]) -> str:
     lines.append(f"  {'all':<12}{result['kernels_ms']:8.3f} ms{result['maps_bytes']:8,} bytes{decoding}")
     lines += [f"{n} workers: {result[f'workers_{n}']['images_per_s']:.1f} images/s" for n in (1, 2)]
     ratio = result["two_workers_over_one"]
-    lines.append(f"overhead over the bare kernels {result['overhead']:.1%}; 2 workers are {ratio:.2f} times 1")
+    low, high = result["overhead_quartiles"]
+    lines.append(f"overhead over the bare kernels {result['overhead']:.1%} (quartiles {low:.1%}, {high:.1%})")
+    lines.append(f"2 workers are {ratio:.2f} times 1")
     return "\n".join(lines)
 
 

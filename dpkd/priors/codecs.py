@@ -88,8 +88,12 @@ class NibbleCodec:
         height, width, channels = shape
         count = height * width * channels
         packed = _decompress(data, size=(count + 1) // 2)
-        nibbles = np.stack((packed >> 4, packed & 15), axis=1).ravel()[:count]
-        return nibbles.reshape(channels, height, width).transpose(1, 2, 0) * np.float32(self.scale)
+        values = _NIBBLES.take(packed, axis=0).ravel()[:count]
+        return values.reshape(channels, height, width).transpose(1, 2, 0)
+
+
+_NIBBLES = np.stack(np.divmod(np.arange(256), 16), axis=1).astype(np.float32) * np.float32(NibbleCodec.scale)
+"""The two values of each byte."""
 
 
 @dataclass(frozen=True)
