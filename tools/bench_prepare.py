@@ -1,9 +1,9 @@
 """Measures the prepare stage: images/s, its overhead over the bare kernels, workers side by side, bytes and decoding.
 
 Everything is measured in one run: the kernels alone in one process (decode, the shared views of a picture, each prior's
-map, each map's encoding), then the whole stage with 1 and 2 workers on the same images as shards. The overhead is that of
-a third run, in which the one worker times the bare kernels on the images of each shard right before or after the stage's
-work on it: the median over the shards, so that it stands even where the machine's pace changes.
+map, each map's encoding), then the whole stage with 1 and 2 workers on the same images as shards. The overhead is that
+of a third run, in which the one worker times the bare kernels on the images of each shard right before or after the
+stage's work on it: the median over the shards, so that it stands even where the machine's pace changes.
 
     python tools/bench_prepare.py --json                          drawn images
     python tools/bench_prepare.py --data FOLDER --json            the images below FOLDER, scaled to the size measured
@@ -219,7 +219,7 @@ def _overhead(dataset: Dataset, times: Path) -> dict[str, Any]:
     return {"overhead": round(middle, 4), "overhead_quartiles": [round(low, 4), round(high, 4)]}
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Paced:
     """A pool of one worker that also runs the bare kernels on the images of each shard, and writes down both times."""
 
