@@ -50,8 +50,6 @@ UNSUPERVISED = Supervision()
 class Gang(Protocol):
     """Starts the workers of a training session, watches them, restarts all when one dies or hangs."""
 
-    num_workers: int
-
     def run(self, work: Callable[[Any], None], argument: Any, *, supervision: Supervision = UNSUPERVISED) -> None:
         """Runs `work(argument)` in every worker; both must pickle. RANK, LOCAL_RANK, WORLD_SIZE and MASTER_* are set.
 

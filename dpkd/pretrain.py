@@ -79,7 +79,8 @@ def run_training_stages(settings: Settings, folder: RunFolder, stages: Sequence[
     from dpkd.session import train_stages  # noqa: PLC0415
 
     argument = (settings.model_dump(mode="json"), list(stages))
-    make_gang(settings.launcher).run(train_stages, argument, supervision=supervision(folder))
+    gang = make_gang(settings.launcher, sizes=settings.world_sizes)
+    gang.run(train_stages, argument, supervision=supervision(folder))
 
 
 def _run_pool_stage(stage: str, settings: Settings, folder: RunFolder, *, pool: Pool, quarantine: Quarantine) -> None:

@@ -59,12 +59,29 @@ class Settings(Section):
         """The objectives of all networks."""
         return [objective for objectives in self.objectives.values() for objective in objectives]
 
+    @property
+    def world_sizes(self) -> tuple[int, ...]:
+        """The numbers of training processes that may share every batch equally, ascending; empty where the launcher
+        is to choose.
+        """
+        workers = self.launcher.workers
+        if workers is None:
+            return ()
+        fewest = workers if self.launcher.min_workers is None else self.launcher.min_workers
+        trainings = (self.teach.training, self.distill.training)
+        return tuple(size for size in range(fewest, workers + 1) if all(_divides(each, size) for each in trainings))
+
     @model_validator(mode="after")
     def _parts_fit(self) -> "Settings":
         _priors_are_prepared(self)
         _statements_fit(self)
         for stage, training in (("teach", self.teach.training), ("distill", self.distill.training)):
-            _batch_divides(f"{stage}.training", training, workers=self.launcher.workers)
+            _batch_divides(f"{stage}.training", training, launcher=self.launcher)
+        if self.launcher.workers is not None and not self.world_sizes:
+            raise ValueError(
+                f"no number of workers from {self.launcher.min_workers} to {self.launcher.workers} shares both "
+                "teach.training.batch_size and distill.training.batch_size equally"
+            )
         _splits_exist(self.data)
         return self
 
@@ -228,15 +245,20 @@ def _region_can_be_bound(key: str, objective: RegionBounds, settings: Settings) 
             )
 
 
-def _batch_divides(key: str, training: TrainingSettings, *, workers: int | None) -> None:
-    micro, batch = training.micro_batch_size, training.batch_size
+def _divides(training: TrainingSettings, workers: int) -> bool:
+    return training.batch_size % ((training.micro_batch_size or 1) * workers) == 0
+
+
+def _batch_divides(key: str, training: TrainingSettings, *, launcher: LauncherSettings) -> None:
+    micro, batch, most = training.micro_batch_size, training.batch_size, launcher.workers or 1
     if micro is not None and batch % micro:
         raise ValueError(f"{key}.batch_size {batch} is no multiple of {key}.micro_batch_size {micro}")
-    share = (micro or 1) * (workers or 1)
-    if batch % share:
+    fewest = launcher.min_workers or most
+    if not any(_divides(training, size) for size in range(fewest, most + 1)):
+        workers = f"{most}" if fewest == most else f"{fewest} to {most}"
         raise ValueError(
             f"{key}.batch_size {batch} does not divide among {workers} workers"
-            f"{f' in micro-batches of {micro}' if micro else ''}; take a multiple of {share}"
+            f"{f' in micro-batches of {micro}' if micro else ''}; take a multiple of {(micro or 1) * most}"
         )
 
 

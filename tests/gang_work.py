@@ -158,3 +158,24 @@ def save_and_move(folder):
             time.sleep(0.05)
         (Path(folder) / f"saved-{peers.rank}").touch()
         raise StopRequested("saved")
+
+
+def save_until_the_end(folder):
+    """Counts steps, saved when asked to stop; a file `end` ends it. Each generation writes down what it is."""
+    peers = world.join()
+    saved = Path(folder) / "saved"
+    steps = peers.broadcast(int(saved.read_text()) if saved.exists() else 0)
+    if peers.rank == 0:
+        with (Path(folder) / "generations").open("a") as file:
+            file.write(f"{peers.size} from {steps}\n")
+    while True:
+        time.sleep(0.05)
+        steps += 1
+        stop, end = peers.any_of(world.stop_requested(), (Path(folder) / "end").exists())
+        if (stop or end) and peers.rank == 0:
+            saved.write_text(str(steps))
+        if end:
+            break
+        if stop:
+            raise StopRequested("saved")
+    peers.leave()

@@ -15,7 +15,6 @@ import pytest
 
 from dpkd.backends.local_gang import LocalGang
 from dpkd.backends.ray_gang import RayGang
-from dpkd.backends.ray_session import cpus_per_worker
 from dpkd.errors import StopRequested, UserError, WorkerFailed
 from dpkd.gang import (
     UNSUPERVISED,
@@ -216,14 +215,6 @@ def test_a_users_error_and_a_stop_outweigh_what_they_cause():
     assert verdict([[DIED, Failure(0, "", user)]], stop_requested=False, max_restarts=9) is user
     assert verdict([[CAUSED, Failure(0, "", stop)]], stop_requested=True, max_restarts=9) is stop
     assert isinstance(verdict([[DIED]], stop_requested=True, max_restarts=9), StopRequested)
-
-
-def test_workers_share_the_cpus_of_uneven_nodes():
-    assert cpus_per_worker([1, 1], num_workers=2) == 1
-    assert cpus_per_worker([8, 4], num_workers=3) == 4
-    assert cpus_per_worker([7, 4], num_workers=3) == 3
-    assert cpus_per_worker([2], num_workers=3) == 0
-    assert cpus_per_worker([], num_workers=1) == 0
 
 
 def _signal_when(path: Path, number: int, *, delay_s: float = 0.0) -> None:

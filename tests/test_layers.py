@@ -17,7 +17,7 @@ LAYERS = (
     ("world",),
     ("average", "optimizer"),
     ("engine_state",),
-    ("engine", "pool"),
+    ("engine", "pool", "placement"),
     ("report",),
     ("gang",),
     ("data",),

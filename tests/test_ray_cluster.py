@@ -86,6 +86,46 @@ def test_workers_leave_a_node_that_drains_and_go_on_elsewhere(tmp_path: Path) ->
     assert leaving not in after
 
 
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_a_session_shrinks_with_the_cluster_and_grows_with_it_after_a_save(tmp_path: Path) -> None:
+    script = tmp_path / "driver.py"
+    script.write_text(
+        "from dpkd.backends.ray_gang import RayGang\n"
+        "from dpkd.placement import Sizes\n"
+        "from tests.gang_work import save_until_the_end\n"
+        "gang = RayGang(Sizes((1, 2), grow_after_s=1.0), max_restarts=1, threads=1)\n"
+        f"gang.run(save_until_the_end, {str(tmp_path)!r})\n"
+    )
+    generations = tmp_path / "generations"
+
+    def wait_for(number: int) -> list[str]:
+        while not (generations.exists() and len(generations.read_text().splitlines()) >= number):
+            assert driver.poll() is None
+            time.sleep(0.1)
+        return generations.read_text().splitlines()
+
+    root = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    with LocalCluster([1, 1], environment=root) as cluster:
+        environment = os.environ | root | cluster.client_variables()
+        driver = subprocess.Popen([sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True)
+        try:
+            assert wait_for(1) == ["2 from 0"]
+            cluster.kill_node(1)
+            assert wait_for(2)[1] == "1 from 0"  # nothing was saved
+            cluster.add_node(1)
+            size, _, steps = wait_for(3)[2].split()
+            assert size == "2"
+            assert int(steps) > 0
+            assert steps == (tmp_path / "saved").read_text()
+            (tmp_path / "end").touch()
+            printed, _ = driver.communicate(timeout=100)
+        finally:
+            driver.kill()
+    assert driver.returncode == 0, printed
+    assert "there is room for 2 workers instead of 1; all saved and start again" in printed
+
+
 def test_a_cluster_refuses_who_has_no_token(ray_cluster: LocalCluster) -> None:
     without = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     ray = Path(sys.executable).parent / "ray"

@@ -4,9 +4,11 @@ Imports stand inside the functions: pool workers load the driver's modules too, 
 """
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from dpkd.gang import Gang
+from dpkd.placement import Sizes
 from dpkd.pool import Accelerator, LocalPool, Pool
 from dpkd.stages.settings import LauncherSettings
 
@@ -53,13 +55,17 @@ def _local_gpus() -> list[str]:
     return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
 
 
-def make_gang(settings: LauncherSettings) -> Gang:
-    """Processes for training: `launcher.workers`, else one a GPU, else one."""
+def make_gang(settings: LauncherSettings, *, sizes: Sequence[int] = ()) -> Gang:
+    """Processes for training, as many of the numbers `sizes` as there is room for; none gives one a GPU, else one."""
     options: dict[str, Any] = settings.model_dump(include={"max_restarts", "threads", "stop_grace_s", "hang_timeout_s"})
+    chosen = Sizes(tuple(sizes), settings.grow_after_s) if sizes else None
     if launcher_kind(settings) == "local":
-        from dpkd.backends.local_gang import LocalGang  # noqa: PLC0415
+        from dpkd.backends.local_gang import LocalGang, room  # noqa: PLC0415
 
-        return LocalGang(settings.workers, **options)
+        if chosen is None:
+            return LocalGang(**options)
+        here = room()
+        return LocalGang(chosen.choose([here], threads=settings.threads, use_gpu=here.gpus > 0), **options)
     from dpkd.backends.ray_gang import RayGang  # noqa: PLC0415
 
-    return RayGang(settings.workers, **options)
+    return RayGang(chosen, **options)

@@ -36,6 +36,7 @@ from dpkd import world
 from dpkd.backends.loopback import LOOPBACK, LoopbackRendezvous
 from dpkd.errors import StopRequested, UserError
 from dpkd.gang import UNSUPERVISED, Failure, Supervision, supervise, with_hangs
+from dpkd.placement import Room
 from dpkd.stop_signals import STOP_SIGNALS, heeding
 from dpkd.watchdog import WatchOrder, hangs, watched
 
@@ -172,11 +173,19 @@ class _Stopper:
                     pass  # it ended already
 
 
+def room() -> Room:
+    """What this machine has for workers."""
+    return Room(_num_cores(), torch.cuda.device_count())
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _default_threads(num_workers: int) -> int | None:
     if "OMP_NUM_THREADS" in os.environ:
         return None
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, num_cores // num_workers)
+    return max(1, _num_cores() // num_workers)
 
 
 def _quieten_elastic() -> None:

@@ -1,8 +1,15 @@
 """Workers on a Ray cluster, under Ray Train.
 
 Ray Train places, starts and watches one generation of workers; whether another follows is decided here
-(`gang.verdict`), as for the local gang. A small actor on the driver's node, the post, carries what Ray Train does not:
-the request to stop to the workers, and their failures and the first one's output to the driver.
+(`gang.verdict`), as for the local gang, and so is its size: Ray Train's own elasticity ends workers without having
+asked them to save, and knows nothing of a batch that they must share equally. A small actor on the driver's node, the
+post, carries what Ray Train does not: the request to stop to the workers, and their failures and the first one's output
+to the driver.
+
+A session of several sizes starts each generation with as many workers as the cluster has room for. While it could do
+with more, it asks the cluster for their resources, which an autoscaler sees too; once it has had them for a while, all
+save and start again with more. A node that is about to leave has them save too; a node that is lost costs the steps
+since the last save.
 """
 
 import contextlib
@@ -22,26 +29,28 @@ from typing import Any
 
 import ray
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from dpkd import world
 from dpkd.backends.ray_post import Output, Post
-from dpkd.backends.ray_session import connect, cpus_per_worker, draining_nodes, enter, node_cpus, on_this_node
+from dpkd.backends.ray_room import Move, wait_for_room
+from dpkd.backends.ray_session import connect, enter, node_gpus, on_this_node, rooms
 from dpkd.errors import StopRequested
 from dpkd.gang import UNSUPERVISED, Failure, Restart, Supervision, supervise, with_hangs
+from dpkd.placement import Sizes, cpus_per_worker
 from dpkd.report.progress import say
 from dpkd.stop_signals import heeding
 from dpkd.watchdog import WatchOrder, hangs, watched
 
 POLL_S = 0.3
-DRAIN_POLL_S = 3.0
 CAUSE_PATIENCE_S = 5.0
-DRAINS = "a node is about to leave the cluster"
 EXIT_STOPPED = 75
 DRIVER_SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of the settings mean the driver's folder
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -49,15 +58,15 @@ DRIVER_SETTINGS = {
 
 
 class RayGang:
-    """`num_workers` processes on the cluster (none: one for each of its GPUs, or one); the first one's output is shown.
+    """Processes on the cluster, as many as `num_workers` says (none: one for each of its GPUs, or one).
 
-    Each worker takes an equal share of the nodes' CPUs, or `threads`, and a GPU where the cluster has any.
-    Workers that were asked to stop end after `stop_grace_s`, or at a second Ctrl-C.
+    The first one's output is shown. Each worker takes an equal share of the nodes' CPUs, or `threads`, and a GPU where
+    the cluster has any. Workers that were asked to stop end after `stop_grace_s`, or at a second Ctrl-C.
     """
 
     def __init__(
         self,
-        num_workers: int | None = None,
+        num_workers: int | Sizes | None = None,
         *,
         max_restarts: int,
         threads: int | None = None,
@@ -65,9 +74,10 @@ class RayGang:
         hang_timeout_s: float | None = None,
     ) -> None:
         connect()
-        num_gpus = int(ray.cluster_resources().get("GPU", 0))
-        self.num_workers = num_workers or max(1, num_gpus)
+        num_gpus = sum(node_gpus())
+        self._sizes = num_workers if isinstance(num_workers, Sizes) else Sizes((num_workers or max(1, num_gpus),))
         self._use_gpu = num_gpus > 0
+        self._worker = {"CPU": float(threads or 1)} | ({"GPU": 1.0} if self._use_gpu else {})
         self._max_restarts = max_restarts
         self._threads = threads
         self._stop_grace_s = stop_grace_s
@@ -80,16 +90,22 @@ class RayGang:
         post, stop = on_this_node(Post, max_concurrency=100_000), _Stop()
 
         def run_once() -> list[Failure]:
+            no_room_for: int | None = None
             while True:
                 order = supervision.order(hang_timeout_s=self._hang_timeout_s)
                 task = _Task(work, argument, post, str(Path.cwd()), self._threads, order)
-                drain = _Drain(post, grace_s=self._stop_grace_s)
-                failures = with_hangs(self._run_once(task, stop, drain), hangs(order) if order is not None else [])
+                wait_for_room(self._sizes.fewest, self._worker, stop_requested=lambda: stop.count > 0)
+                size = self._sizes.choose(rooms(), threads=self._threads, use_gpu=self._use_gpu, below=no_room_for)
+                session, move = self._run_generation(task, stop, size=size)
+                no_room_for = size if session.found_no_room else None
+                if no_room_for is not None:
+                    continue
+                failures = with_hangs(session.failures(post), hangs(order) if order is not None else [])
                 saved = any(isinstance(failure.error, StopRequested) for failure in failures)
-                if stop.count or not (saved and drain.began_s):
+                if stop.count or not (saved and move.cause):
                     return failures
-                say(f"{DRAINS}; all saved and start again on the others")
-                supervision.on_restart(Restart(-1, DRAINS, time.time() - drain.began_s))
+                say(f"{move.cause}; all saved and start again")
+                supervision.on_restart(Restart(-1, move.cause, time.time() - move.began_s))
 
         with heeding(stop.on_signal):
             supervise(
@@ -99,34 +115,33 @@ class RayGang:
                 supervision=supervision,
             )
 
-    def _run_once(self, task: "_Task", stop: "_Stop", drain: "_Drain") -> list[Failure]:
-        """Runs one generation; returns how its workers failed, if they did."""
+    def _run_generation(self, task: "_Task", stop: "_Stop", *, size: int) -> tuple["_Session", Move]:
+        """Runs so many workers until they have ended."""
+        if len(self._sizes.allowed) > 1:
+            say(f"starts {size} workers ({self._sizes.fewest} to {self._sizes.allowed[-1]} will do)")
         ray.get(task.post.begin.remote())
         with tempfile.TemporaryDirectory(prefix="dpkd-gang-") as folder:
             trainer = TorchTrainer(
                 _enter,
                 train_loop_config={"task": task},
-                scaling_config=self._scaling(),
+                scaling_config=self._scaling(size),
                 run_config=RunConfig(  # type: ignore[call-arg]  # typed as that of version 1
                     name=uuid.uuid4().hex,
                     storage_path=folder,
-                    failure_config=FailureConfig(max_failures=0),
+                    failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
                     worker_runtime_env={"env_vars": _worker_variables()},
                 ),
             )
             session = _Session(trainer)
-            _watch(session, task.post, stop, drain, grace_s=self._stop_grace_s)
-        told: list[Failure] = ray.get(task.post.failures.remote())
-        return session.deaths(told) + told
+            grace_s = self._stop_grace_s
+            with Move(task.post, self._sizes, size=size, worker=self._worker, grace_s=grace_s) as move:
+                _watch(session, task.post, stop, move, grace_s=grace_s)
+        return session, move
 
-    def _scaling(self) -> ScalingConfig:
-        cpus = self._threads or cpus_per_worker(node_cpus(), num_workers=self.num_workers)
-        if not cpus:
-            say(
-                f"waiting for the Ray cluster to grow: its nodes have {node_cpus()} CPUs for {self.num_workers} workers"
-            )
-        resources = {"CPU": max(1, cpus)} | ({"GPU": 1} if self._use_gpu else {})
-        return ScalingConfig(num_workers=self.num_workers, use_gpu=self._use_gpu, resources_per_worker=resources)
+    def _scaling(self, size: int) -> ScalingConfig:
+        cpus = self._threads or max(1, cpus_per_worker(rooms(), num_workers=size, use_gpu=self._use_gpu))
+        resources = {"CPU": cpus} | ({"GPU": 1} if self._use_gpu else {})
+        return ScalingConfig(num_workers=size, use_gpu=self._use_gpu, resources_per_worker=resources)
 
 
 @dataclass(frozen=True)
@@ -152,7 +167,19 @@ class _Session:
         """Whether the workers are not done yet."""
         return self._thread.is_alive()
 
-    def deaths(self, told: Sequence[Failure]) -> list[Failure]:
+    @property
+    def found_no_room(self) -> bool:
+        """Whether the workers never started because the cluster had no room for them."""
+        return isinstance(self._error, ControllerError) and isinstance(
+            self._error.controller_failure, WorkerGroupStartupTimeoutError
+        )
+
+    def failures(self, post: Any) -> list[Failure]:
+        """How the workers failed, if they did: as they told the post, or as Ray Train saw them die."""
+        told: list[Failure] = ray.get(post.failures.remote())
+        return self._deaths(told) + told
+
+    def _deaths(self, told: Sequence[Failure]) -> list[Failure]:
         """The failures that Ray Train saw, of workers that did not tell of theirs: they died before the others."""
         if self._error is None:
             return []
@@ -166,7 +193,7 @@ class _Session:
     def _fit(self) -> None:
         try:
             self._trainer.fit()
-        except Exception as error:  # noqa: BLE001  looked at by `deaths`
+        except Exception as error:  # noqa: BLE001  looked at by `failures`
             self._error = error
 
 
@@ -196,34 +223,14 @@ class _Stop:
             self.count += 1
 
 
-class _Drain:
-    """Sees a node with workers that is about to leave the cluster, and has the workers save before it does."""
-
-    def __init__(self, post: Any, *, grace_s: float) -> None:
-        self.began_s = 0.0
-        self._post, self._grace_s = post, grace_s
-        self._look_s = 0.0
-
-    def look(self) -> None:
-        """Asks the workers to stop, once; looks every few seconds at most."""
-        if self.began_s or time.monotonic() < self._look_s + DRAIN_POLL_S:
-            return
-        self._look_s = time.monotonic()
-        draining = draining_nodes()
-        left_s = [draining[node] for node in ray.get(self._post.nodes.remote()) if node in draining]
-        if left_s:
-            self.began_s = time.time()
-            ray.get(self._post.stop.remote(max(0.0, min(self._grace_s, *left_s))))
-
-
-def _watch(session: _Session, post: Any, stop: _Stop, drain: _Drain, *, grace_s: float) -> None:
+def _watch(session: _Session, post: Any, stop: _Stop, move: Move, *, grace_s: float) -> None:
     """Shows the workers' output and passes requests to stop on to them, until they are done."""
     passed_on = 0
     while session.running():
         if stop.count > passed_on:
             passed_on = stop.count
             ray.get(post.stop.remote(grace_s if passed_on == 1 else 0.0))
-        drain.look()
+        move.look()
         _show_output(post)
         time.sleep(POLL_S)
     _show_output(post)

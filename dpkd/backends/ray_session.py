@@ -4,14 +4,18 @@ import contextlib
 import logging
 import math
 import os
+import socket
 import time
-from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpkd.errors import UserError
+from dpkd.placement import Room
+
+ANSWER_TIMEOUT_S = 2.0
 
 
 def connect() -> None:
@@ -39,11 +43,23 @@ def on_this_node(actor: type, *, max_concurrency: int) -> Any:
     return ray.remote(**options)(actor).remote()
 
 
-def node_cpus() -> list[int]:
-    """The CPUs of each node that is alive and stays."""
+def rooms() -> list[Room]:
+    """What each node has that answers and stays: Ray takes its time to notice that one is gone."""
     draining = draining_nodes()
-    staying = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
-    return [int(node["Resources"].get("CPU", 0)) for node in staying]
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
+    with ThreadPoolExecutor(max_workers=32) as threads:
+        answering = list(threads.map(_answers, nodes))
+    resources = [node["Resources"] for node, answers in zip(nodes, answering, strict=True) if answers]
+    return [Room(cpus=int(each.get("CPU", 0)), gpus=int(each.get("GPU", 0))) for each in resources]
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    """Whether the node's raylet listens."""
+    try:
+        with socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=ANSWER_TIMEOUT_S):
+            return True
+    except OSError:
+        return False
 
 
 def draining_nodes() -> dict[str, float]:
@@ -56,14 +72,6 @@ def draining_nodes() -> dict[str, float]:
 def node_gpus() -> list[int]:
     """The GPUs of each node that is alive."""
     return [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
-
-
-def cpus_per_worker(cpus: Sequence[int], *, num_workers: int) -> int:
-    """The most CPUs that each of `num_workers` can have at once on nodes with `cpus`; 0 where they do not fit."""
-    for share in range(max(cpus, default=0), 0, -1):
-        if sum(node // share for node in cpus) >= num_workers:
-            return share
-    return 0
 
 
 def enter(folder: str) -> None:

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from dpkd.data.settings import (
     AllLabels,
@@ -130,6 +130,11 @@ class LauncherSettings(Section):
     """`auto` is Ray inside a Ray job and local otherwise."""
     workers: int | None = Field(None, ge=1)
     """Training processes; none takes one a GPU, or one."""
+    min_workers: int | None = Field(None, ge=1)
+    """As few will do: training has as many as there is room for, from here to `workers`, with the same batches. On Ray
+    it goes on with fewer when nodes are lost, and with more when some join. None insists on `workers`."""
+    grow_after_s: float = Field(60.0, ge=0)
+    """How long there must be room for more workers before all save and start again with more."""
     pool_workers: int | None = Field(None, ge=1)
     """Processes that pack and prepare; none takes one a CPU core."""
     max_restarts: int = Field(3, ge=0)
@@ -141,6 +146,14 @@ class LauncherSettings(Section):
     """CPU threads of one training process; none shares the cores out."""
     stop_grace_s: float = Field(30.0, ge=0)
     """Time that workers have to save when the run is asked to stop; more for large networks on slow storage."""
+
+    @model_validator(mode="after")
+    def _fewest_first(self) -> "LauncherSettings":
+        if self.min_workers is not None and self.workers is None:
+            raise ValueError(f"min_workers={self.min_workers} needs the largest number too: set workers")
+        if self.min_workers is not None and self.workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers={self.min_workers} is more than workers={self.workers}")
+        return self
 
 
 class RunSettings(Section):

@@ -1,0 +1,55 @@
+"""How many workers a cluster has room for, and what each can have: decisions that the gangs act on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a node has for workers, held by them or not."""
+
+    cpus: int
+    gpus: int = 0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The numbers of workers that a session may have, and when it takes to a larger one."""
+
+    allowed: tuple[int, ...]
+    """Ascending."""
+    grow_after_s: float = 60.0
+    """How long there must be room for more, and how long the present ones must have been up."""
+
+    @property
+    def fewest(self) -> int:
+        """Without room for these the session waits."""
+        return self.allowed[0]
+
+    def above(self, size: int) -> int | None:
+        """The next larger number, if there is one."""
+        return min((each for each in self.allowed if each > size), default=None)
+
+    def choose(self, rooms: Sequence[Room], *, threads: int | None, use_gpu: bool, below: int | None = None) -> int:
+        """The most workers that the nodes have room for, fewer than `below`; the fewest where there is room for none.
+
+        Each worker takes `threads` CPUs, or one at least, and a GPU with `use_gpu`.
+        """
+        candidates = [size for size in self.allowed if below is None or size < below]
+        return max(
+            (
+                size
+                for size in candidates
+                if cpus_per_worker(rooms, num_workers=size, use_gpu=use_gpu) >= (threads or 1)
+            ),
+            default=self.fewest,
+        )
+
+
+def cpus_per_worker(rooms: Sequence[Room], *, num_workers: int, use_gpu: bool = False) -> int:
+    """The most CPUs that each of `num_workers` can have at once (with `use_gpu` beside a GPU); 0 without room for all."""
+    for share in range(max((room.cpus for room in rooms), default=0), 0, -1):
+        places = (min(room.cpus // share, room.gpus) if use_gpu else room.cpus // share for room in rooms)
+        if sum(places) >= num_workers:
+            return share
+    return 0
