@@ -47,7 +47,7 @@ class Sizes:
 
 
 def cpus_per_worker(rooms: Sequence[Room], *, num_workers: int, use_gpu: bool = False) -> int:
-    """The most CPUs that each of `num_workers` can have at once (with `use_gpu` beside a GPU); 0 without room for all."""
+    """The most CPUs that each of `num_workers` can have at once (beside a GPU with `use_gpu`), 0 without room."""
     for share in range(max((room.cpus for room in rooms), default=0), 0, -1):
         places = (min(room.cpus // share, room.gpus) if use_gpu else room.cpus // share for room in rooms)
         if sum(places) >= num_workers:

@@ -5,13 +5,16 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from tests.runs import Command, all_weights, tiny
+from dpkd.audit import audit
+from dpkd.stages.record import RunFolder
+from tests.runs import Command, all_weights, tiny, train_events
 from tools.local_ray_cluster import LocalCluster
 
 pytestmark = pytest.mark.slow
@@ -124,6 +127,45 @@ def test_a_session_shrinks_with_the_cluster_and_grows_with_it_after_a_save(tmp_p
             driver.kill()
     assert driver.returncode == 0, printed
     assert "there is room for 2 workers instead of 1; all saved and start again" in printed
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_a_run_that_loses_a_node_and_gains_one_uses_each_sample_once(sample_folder: Path, tmp_path: Path) -> None:
+    tree = tiny(tmp_path / "run", source=sample_folder)
+    tree["launcher"] |= {"kind": "ray", "workers": 2, "min_workers": 1, "grow_after_s": 0.0}
+    tree["teach"]["training"] |= {"steps": 2000, "checkpoint_every": 20, "evaluate_every": 2000, "panels_every": 2000}
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    folder = RunFolder(tmp_path / "run")
+
+    def wait_for(fact: Callable[[], bool]) -> None:
+        while not fact():
+            assert driver.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+
+    def restarts() -> list[str]:
+        lines = folder.events.read_text().splitlines() if folder.events.exists() else []
+        return [event["cause"] for event in map(json.loads, lines) if event["kind"] == "restart"]
+
+    root = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    command = [sys.executable, "-m", "dpkd.pretrain", "--config", config, "--stages", "pack,prepare,teach"]
+    with LocalCluster([1, 1], environment=root) as cluster, (tmp_path / "log").open("w") as log:
+        environment = os.environ | root | cluster.client_variables()
+        driver = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            wait_for(lambda: len(train_events(folder)) > 50)
+            cluster.kill_node(1)
+            wait_for(lambda: len(restarts()) == 1)
+            cluster.add_node(1)
+            wait_for(lambda: len(restarts()) == 2)
+            assert driver.wait(timeout=400) == 0, (tmp_path / "log").read_text()
+        finally:
+            driver.kill()
+    assert restarts()[1] == "there is room for 2 workers instead of 1"
+    started = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("starts ")]
+    assert [line.split()[1] for line in started] == ["2", "1", "2"]
+    audit(str(tmp_path / "run"))
 
 
 def test_a_cluster_refuses_who_has_no_token(ray_cluster: LocalCluster) -> None:

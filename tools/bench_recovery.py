@@ -1,10 +1,12 @@
-"""Measures the seconds from a fault in a training worker to the next logged step: a killed worker, a stopped one.
+"""Measures the seconds from a fault to the next logged step: a killed worker, a stopped one, a node lost and regained.
 
     python tools/bench_recovery.py --launcher local --fault kill
     python tools/bench_recovery.py --launcher ray --fault stop --hang-timeout-s 5
+    python tools/bench_recovery.py --launcher ray --fault node
 
 Draws a small data set into a temporary folder, trains a small teacher on it with two workers, hits the second one after
-some steps, and prints a line a fault. On Ray it starts a cluster of two nodes on this machine.
+some steps, and prints a line a fault. On Ray it starts a cluster of two nodes on this machine; the fault `node` kills
+the second one, with which the run shrinks to one worker, and starts another, with which it grows to two again.
 """
 
 import argparse
@@ -16,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +42,30 @@ def main() -> None:
     """Runs one training session and prints what each fault cost."""
     parser = argparse.ArgumentParser(description="Seconds from a fault to the next step.")
     parser.add_argument("--launcher", choices=("local", "ray"), default="local")
-    parser.add_argument("--fault", choices=tuple(SIGNALS), default="kill")
+    parser.add_argument("--fault", choices=(*SIGNALS, "node"), default="kill")
     parser.add_argument("--faults", type=int, default=3, help="how many, one after the other")
     parser.add_argument("--hang-timeout-s", type=float, default=5.0)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="dpkd-recovery-") as name, _cluster(options.launcher) as variables:
+    if options.fault == "node" and options.launcher == "local":
+        parser.error("--fault node needs --launcher ray")
+    with tempfile.TemporaryDirectory(prefix="dpkd-recovery-") as name, _cluster(options.launcher) as cluster:
         folder = Path(name)
         draw_samples(folder / "sample", settings=SAMPLES, seed=0)
         config = folder / "run.json"
         config.write_text(json.dumps(_settings(folder, options.launcher, options.hang_timeout_s)))
         command = [sys.executable, "-m", "dpkd.pretrain", "--config", str(config), "--stages", "pack,prepare,teach"]
+        variables = cluster.client_variables() if cluster is not None else {}
         environment = os.environ | variables | {"PYTHONPATH": str(ROOT)}
         log = (folder / "log").open("w")
         driver = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
-            for _ in range(options.faults):
-                print(_one_fault(folder / "run", driver, SIGNALS[options.fault]), flush=True)
+            for place in range(1, options.faults + 1):
+                if cluster is not None and options.fault == "node":
+                    print(_one_fault(folder / "run", driver, partial(cluster.kill_node, place)), flush=True)
+                    print(_one_fault(folder / "run", driver, partial(cluster.add_node, 1)), flush=True)
+                else:
+                    signal_worker = partial(_signal_second_worker, folder / "run", SIGNALS[options.fault])
+                    print(_one_fault(folder / "run", driver, signal_worker), flush=True)
         finally:
             driver.terminate()
             driver.wait()
@@ -64,7 +75,14 @@ def main() -> None:
 def _settings(folder: Path, launcher: str, hang_timeout_s: float) -> dict[str, Any]:
     return {
         "run": {"dir": str(folder / "run")},
-        "launcher": {"kind": launcher, "workers": 2, "threads": 1, "hang_timeout_s": hang_timeout_s},
+        "launcher": {
+            "kind": launcher,
+            "workers": 2,
+            "min_workers": 1 if launcher == "ray" else None,
+            "grow_after_s": 0.0,
+            "threads": 1,
+            "hang_timeout_s": hang_timeout_s,
+        },
         "data": {
             "source": str(folder / "sample"),
             "train": "base",
@@ -80,21 +98,27 @@ def _settings(folder: Path, launcher: str, hang_timeout_s: float) -> dict[str, A
     }
 
 
-def _one_fault(run: Path, driver: subprocess.Popen[bytes], number: int) -> str:
-    """Waits until training is under way, hits the second worker, and tells what went by until the next step."""
+def _one_fault(run: Path, driver: subprocess.Popen[bytes], hit: Callable[[], object]) -> str:
+    """Waits until training is under way, hits it, and tells what went by until the next step."""
     before = len(_events(run, "train"))
     _wait(lambda: len(_events(run, "train")) >= before + 40, driver)
     restarts = len(_events(run, "restart"))
+    hit()
     hit_s = time.time()
-    os.kill(_second_worker(run), number)
     _wait(lambda: len(_events(run, "restart")) > restarts, driver)
     restart = _events(run, "restart")[-1]
     _wait(lambda: _events(run, "train")[-1]["time"] > restart["time"], driver)
+    *_, last = (each for each in _events(run, "train") if each["time"] < restart["time"])
     step = next(each for each in _events(run, "train") if each["time"] > restart["time"])
     return (
         f"{step['time'] - hit_s:.1f} s: {restart['time'] - hit_s:.1f} s until the restart was decided, "
-        f"{step['time'] - restart['time']:.1f} s until the next step ({restart['cause'][:60]})"
+        f"{step['time'] - restart['time']:.1f} s until the next step, {step['time'] - last['time']:.1f} s without one, "
+        f"{last['step'] + 1 - step['step']} steps lost ({restart['cause'][:60]})"
     )
+
+
+def _signal_second_worker(run: Path, number: int) -> None:
+    os.kill(_second_worker(run), number)
 
 
 def _second_worker(run: Path) -> int:
@@ -123,12 +147,12 @@ def _wait(fact: Any, driver: subprocess.Popen[bytes]) -> None:
 
 
 @contextlib.contextmanager
-def _cluster(launcher: str) -> Iterator[dict[str, str]]:
+def _cluster(launcher: str) -> Iterator[LocalCluster | None]:
     if launcher == "local":
-        yield {}
+        yield None
         return
     with LocalCluster([1, 1], environment={"PYTHONPATH": str(ROOT)}) as cluster:
-        yield cluster.client_variables()
+        yield cluster
 
 
 if __name__ == "__main__":

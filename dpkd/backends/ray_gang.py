@@ -45,7 +45,7 @@ from dpkd.stop_signals import heeding
 from dpkd.watchdog import WatchOrder, hangs, watched
 
 POLL_S = 0.3
-CAUSE_PATIENCE_S = 5.0
+CAUSE_PATIENCE_S = 2.0
 EXIT_STOPPED = 75
 DRIVER_SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
