@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,13 @@ def settings_of(tree: dict[str, Any]) -> Settings:
 class Command:
     """`python -m dpkd.pretrain` in a process group of its own."""
 
-    def __init__(self, tree: dict[str, Any], *extra: str, largest_file: int | None = None) -> None:
+    def __init__(
+        self,
+        tree: dict[str, Any],
+        *extra: str,
+        largest_file: int | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         """Starts it; `largest_file` bytes is where the disk is full for each of its files."""
         folder = Path(tree["run"]["dir"])
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -83,6 +90,7 @@ class Command:
         config.write_text(yaml.safe_dump(tree))
         self._log = folder.with_suffix(".log")
         self.folder = RunFolder(folder)
+        root = {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONUNBUFFERED": "1"}
         with self._log.open("a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "dpkd.pretrain", "--config", str(config), *extra],
@@ -90,7 +98,9 @@ class Command:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 preexec_fn=None if largest_file is None else partial(_limit_files, largest_file),  # noqa: PLW1509
-                env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONUNBUFFERED": "1"},
+                env=os.environ
+                | {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONUNBUFFERED": "1"}
+                | dict(environment or {}),
             )
 
     @property

@@ -168,6 +168,27 @@ def test_a_run_that_loses_a_node_and_gains_one_uses_each_sample_once(sample_fold
     audit(str(tmp_path / "run"))
 
 
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_a_killed_driver_leaves_nothing_that_blocks_the_next_attempt(sample_folder: Path, tmp_path: Path) -> None:
+    """The cluster has room for the two workers of one attempt alone."""
+    tree = tiny(tmp_path / "run", source=sample_folder)
+    tree["launcher"] |= {"kind": "ray", "workers": 2}
+    tree["teach"]["training"] |= {"steps": 60, "evaluate_every": 60, "panels_every": 60}
+    folder = RunFolder(tmp_path / "run")
+    root = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    with LocalCluster([1, 1], environment=root) as cluster:
+        environment = root | cluster.client_variables()
+        for steps in (10, 20, 30):
+            command = Command(tree, "--stages", "pack,prepare,teach", environment=environment)
+            command.wait_for_step("teach", steps)
+            command.kill_all()
+        last = Command(tree, "--stages", "pack,prepare,teach", environment=environment)
+        assert last.wait() == 0, last.output
+    assert max(event["step"] for event in train_events(folder)) == 60
+    audit(str(folder.path))
+
+
 def test_a_cluster_refuses_who_has_no_token(ray_cluster: LocalCluster) -> None:
     without = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     ray = Path(sys.executable).parent / "ray"
