@@ -98,9 +98,7 @@ class Command:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 preexec_fn=None if largest_file is None else partial(_limit_files, largest_file),  # noqa: PLW1509
-                env=os.environ
-                | {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONUNBUFFERED": "1"}
-                | dict(environment or {}),
+                env=os.environ | root | dict(environment or {}),
             )
 
     @property
