@@ -10,7 +10,6 @@ because only we can tell a user's error and a stop from a death. Each generation
       …/1/stderr.log  what workers other than the first printed
 """
 
-import ctypes
 import logging
 import multiprocessing
 import os
@@ -20,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 
 from dpkd import world
+from dpkd.backends.forking import START_METHOD, end_with_driver, forking
 from dpkd.backends.loopback import LOOPBACK, LoopbackRendezvous
 from dpkd.errors import StopRequested, UserError
 from dpkd.gang import UNSUPERVISED, Failure, Supervision, supervise, with_hangs
@@ -79,13 +79,10 @@ class LocalGang:
             def run_once() -> list[Failure]:
                 generation = Path(tempfile.mkdtemp(prefix="generation-", dir=folder))
                 order = supervision.order(hang_timeout_s=self._hang_timeout_s)
-                result = self._run_agent(_Task(work, argument, generation, self._threads, order), stopper)
-                if not result.is_failed():
-                    return []
-                failures = _failures(result, generation, num_workers=self.num_workers)
+                failures = self._run_agent(_Task(work, argument, generation, self._threads, order), stopper)
                 return with_hangs(failures, hangs(order) if order is not None else [])
 
-            with heeding(stopper.on_signal):
+            with heeding(stopper.on_signal), forking(__name__, work.__module__):
                 supervise(
                     run_once,
                     max_restarts=self._max_restarts,
@@ -93,7 +90,7 @@ class LocalGang:
                     supervision=supervision,
                 )
 
-    def _run_agent(self, task: "_Task", stopper: "_Stopper") -> RunResult:
+    def _run_agent(self, task: "_Task", stopper: "_Stopper") -> list[Failure]:
         spec = WorkerSpec(
             role="dpkd",
             local_world_size=self.num_workers,
@@ -105,9 +102,11 @@ class LocalGang:
             local_addr=LOOPBACK,
         )
         others: dict[int, Std] = dict.fromkeys(range(1, self.num_workers), Std.ALL)
-        agent = LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=str(task.folder), redirects=others))
+        logs = DefaultLogsSpecs(log_dir=str(task.folder), redirects=others)
+        agent = LocalElasticAgent(spec, logs, start_method=START_METHOD)
         with stopper.watching(agent, task.folder):
-            return agent.run()
+            result = agent.run()
+        return _failures(result, task.folder, exit_codes=_exit_codes(agent)) if result.is_failed() else []
 
 
 @dataclass(frozen=True)
@@ -197,7 +196,13 @@ def _quieten_elastic() -> None:
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
 
 
-def _failures(result: RunResult, folder: Path, *, num_workers: int) -> list[Failure]:
+def _exit_codes(agent: LocalElasticAgent) -> dict[int, int | None]:
+    """How the process of each rank ended; negative codes are signals."""
+    context: Any = agent._pcontext  # noqa: SLF001
+    return {rank: process.exitcode for rank, process in enumerate(context._pc.processes)}  # noqa: SLF001
+
+
+def _failures(result: RunResult, folder: Path, *, exit_codes: Mapping[int, int | None]) -> list[Failure]:
     """What the workers wrote, the death that the agent saw, and those that it did not.
 
     The agent looks every tenth of a second and tells of one failure; when a worker is killed, that is often a peer
@@ -207,12 +212,14 @@ def _failures(result: RunResult, folder: Path, *, num_workers: int) -> list[Fail
     first_s = min((failure.time_s for failure in told), default=time.time())
     heard = {failure.rank for failure in told} | {int(path.stem) for path in folder.glob("*.done")}
     deaths = []
-    for rank in sorted(set(range(num_workers)) - heard):
-        seen = result.failures.get(rank)
+    for rank in sorted(set(exit_codes) - heard):
+        seen, exit_code = result.failures.get(rank), exit_codes[rank]
         if seen is not None:
             cause = Failure.of_exit_code(rank, seen.exitcode).cause
         elif told and time.time() - first_s < AGENT_PATIENCE_S:
             cause = "died without a word; killed, perhaps for memory"
+            if exit_code is not None and exit_code != -signal.SIGTERM:  # by which the agent ends those that are left
+                cause = Failure.of_exit_code(rank, exit_code).cause
         else:
             continue  # ended by the agent
         deaths.append(Failure(rank, cause + _last_lines(folder, rank), time_s=first_s))
@@ -226,7 +233,7 @@ def _last_lines(folder: Path, rank: int, *, num_lines: int = 20) -> str:
 
 def _enter(task: _Task) -> None:
     """The life of a worker."""
-    _die_with_parent()
+    end_with_driver()
     for number in STOP_SIGNALS:  # the parent has them too, and passes them on as one; loader workers inherit this
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _on_worker_signal)
@@ -261,10 +268,3 @@ def _leave_at_once(exit_code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
-
-
-def _die_with_parent() -> None:
-    """A killed parent takes its workers along at once: they must not write into a run that was started again."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
