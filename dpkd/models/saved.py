@@ -106,8 +106,8 @@ def _refuse_giant(spec: NetworkSpec, size_bytes: int, *, origin: Path) -> None:
         return  # a model that cannot be built so; if it cannot be built at all, `build_network` says why
     if count > size_bytes:
         raise UserError(
-            f"{origin} asks for a network of {count:,} parameters, and the weights beside it have {size_bytes:,} bytes: "
-            "it is damaged, or was not written by dpkd"
+            f"{origin} asks for a network of {count:,} parameters, and the weights beside it have {size_bytes:,} "
+            "bytes: it is damaged, or was not written by dpkd"
         )
 
 

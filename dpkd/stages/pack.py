@@ -180,8 +180,8 @@ def _take_place(destination: str, plan: Plan) -> None:
         if keys:
             differences = "; ".join(f"{key} was {before.get(key)} and is {now.get(key)}" for key in keys)
             raise UserError(
-                f"the data set at {destination} was packed from something else ({MANIFEST_NAME} says so): "
-                f"{differences}. Choose another data.shards (or run.dir), or remove that folder to pack it anew"
+                f"the data set at {destination} was packed from something else: {differences}. Choose another "
+                f"data.shards (or run.dir), or remove that folder, {MANIFEST_NAME} and all, to pack it anew"
             )
         return
     if PACKING_NAME not in names and any(name.endswith(".tar") for name in names):

@@ -199,6 +199,9 @@ def weights(run: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() if path.is_file() else b"" for path in paths}
 
 
+READ_ONLY = 0o555
+
+
 def flip(data: bytes, draws: random.Random) -> bytes:
     """One bit the other way."""
     at = draws.randrange(len(data))
@@ -234,7 +237,7 @@ def make_dangling(path: Path) -> None:
 
 def make_read_only(path: Path) -> None:
     path.chmod(0o444)
-    path.parent.chmod(0o555)
+    path.parent.chmod(READ_ONLY)
 
 
 PLACE: dict[str, Callable[[Path], None]] = {
@@ -248,26 +251,27 @@ PLACE: dict[str, Callable[[Path], None]] = {
 FAULTS = (*CONTENT, *PLACE, "swap", "stale")
 
 
-def damage(path: Path, fault: str, *, draws: random.Random, others: list[Path], stale: list[Path]) -> bool:
-    """Damages a file; False where nothing differs from it that it could be swapped with or replaced by."""
+def damage(path: Path, fault: str, *, draws: random.Random, others: list[Path], stale: list[Path]) -> list[Path]:
+    """Damages a file; the files it touched, none where nothing differs that it could be swapped with or replaced by."""
     data = path.read_bytes()
     if fault in PLACE:
         PLACE[fault](path)
     elif fault in CONTENT:
         if not data:
-            return False
+            return []
         path.write_bytes(CONTENT[fault](data, draws))
     else:
         found = [
             each for each in (others if fault == "swap" else stale) if each.is_file() and each.read_bytes() != data
         ]
         if not found:
-            return False
+            return []
         other = draws.choice(found)
         path.write_bytes(other.read_bytes())
         if fault == "swap":
             other.write_bytes(data)
-    return True
+            return [path, other]
+    return [path]
 
 
 class Trials:
@@ -340,12 +344,13 @@ class Trials:
         names = self.files(given["state"])[given["target"]]
         if not names:
             return {"outcome": "absent"}
-        name = draws.choice(names)
+        name = draws.choice(newest(names))
         path = self.run / name
         others = [self.run / each for each in names if each != name]
         earlier = ["other", *STATES[: STATES.index(given["state"])]]
         stale = [self._kept(state) / name for state in earlier]
-        if not damage(path, given["fault"], draws=draws, others=others, stale=stale):
+        touched = damage(path, given["fault"], draws=draws, others=others, stale=stale)
+        if not touched:
             return {"outcome": "absent"}
 
         def again() -> int:
@@ -354,26 +359,26 @@ class Trials:
 
         code, printed, seconds = forked(again, log=self._log)
         found = {"file": name, "seconds": round(seconds, 2), "said": printed[-3000:]}
-        outcome = self._told(code, printed, name)
-        if outcome == "refused" and not self._goes_on_once_restored(given["state"], name, others):
+        outcome = self._told(code, printed, touched)
+        if outcome == "refused" and not self._goes_on_once_restored(given["state"], touched):
             outcome = "harm"
         return {**found, "outcome": outcome}
 
-    def _told(self, code: int | None, printed: str, name: str) -> str:
+    def _told(self, code: int | None, printed: str, touched: list[Path]) -> str:
         if code is None:
             return "hang"
         if "Traceback" in printed or code not in (0, 2):
             return "traceback"
-        named = names_file(printed, name)
+        named = any(names_file(printed, path) for path in touched)
         if code == 2:
             return "refused" if named else "vague"
         if weights(self.run) != self._expected:
             return "silent"
         return "mended" if named else "went on"
 
-    def _goes_on_once_restored(self, state: str, name: str, others: list[Path]) -> bool:
-        """Puts the damaged file, and what it was swapped with, back, and gives the command once more."""
-        for path in (self.run / name, *others):
+    def _goes_on_once_restored(self, state: str, touched: list[Path]) -> bool:
+        """Puts the damaged files back, and gives the command once more."""
+        for path in touched:
             kept = self._kept(state) / path.relative_to(self.run)
             path.parent.chmod(0o755)
             if path.is_dir():
@@ -417,9 +422,17 @@ class Trials:
         return {**told, "outcome": ("refused" if code == 2 else "went on") if good else "harm"}
 
 
-def names_file(printed: str, name: str) -> bool:
-    """Whether what was printed names the file: its own name, or that of the checkpoint it belongs to."""
-    path = Path(name)
+def newest(names: list[str]) -> list[str]:
+    """Without the files of older checkpoints, which are read only where the newest is damaged."""
+    step_of = {name: Path(name).parts[2] for name in names if name.startswith("checkpoints/") and "/step-" in name}
+    last = {Path(name).parts[1]: step for name, step in sorted(step_of.items(), key=lambda pair: pair[1])}
+    return [name for name in names if name not in step_of or step_of[name] == last[Path(name).parts[1]]]
+
+
+def names_file(printed: str, path: Path) -> bool:
+    """Whether what was printed names the file, the checkpoint it belongs to, or another file of its read-only folder."""
+    if path.parent.exists() and path.parent.stat().st_mode & 0o777 == READ_ONLY and f"write {path.parent}/" in printed:
+        return True
     steps = [part for part in path.parts if part.startswith("step-")]
     return path.name in printed or any(step in printed for step in steps)
 

@@ -62,36 +62,26 @@ def check(trials: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
     furthest: dict[str, float] = {}
     for trial, each in zip(trials, found, strict=True):
         same = len({(segment["size"], *segment["engines"]) for segment in trial["segments"]}) == 1
-        assert (each["steps"], each["as_ordered"], each["attempts"]) == (LAST, True, len(trial["segments"])), each
+        assert (each["as_ordered"], each["passed"], each["attempts"]) == (True, True, len(trial["segments"])), each
         assert each["equal"] if same else max(each["off"].values()) <= NEAR, (trial, each)
-        assert same or any(each["off"].values()), "the sizes were to differ"
         for kind, off in each["off"].items():
             furthest[kind] = max(furthest.get(kind, 0.0), off)
     print(f"{len(trials)} ways; furthest from the unbroken run: {furthest}")
 
 
-@pytest.mark.slow
-def test_a_run_goes_on_at_other_world_sizes_and_with_other_engines(tmp_path: Path) -> None:
-    trials = [
-        way((1, 2, 3, 1), [("zero3", "zero1")] * 4, kills=(1,)),
-        way((2, 3), [("zero2", "torch"), ("torch", "zero3")]),
-        way((3, 3), [("zero3", "zero1")] * 2, kills=(0,)),
-    ]
-    check(trials, run(tmp_path / "few", trials))
+def passes(places: list[tuple[int, str]]) -> list[dict[str, Any]]:
+    """Segments that load and save, with so many ranks and this kind of engine for both networks."""
+    return [{"size": size, "engines": (kind, kind), "end": LAST} for size, kind in places]
 
 
 @pytest.mark.slow
-def test_a_state_passes_through_every_engine_and_world_size_without_a_bit_changed(tmp_path: Path) -> None:
-    places = [(size, kind) for size in (1, 3, 2) for kind in KINDS]
-    trial = way((2,), [("zero3", "zero1")])
-    trial["segments"][0]["end"] = 7
-    trial["segments"] += [{"size": size, "engines": (kind, kind), "end": 7} for size, kind in places]
-    (found,) = run(tmp_path / "reshard", [trial | {"reshard": True}])
-    assert found["equal"], found["off"]
+def test_a_run_goes_on_at_other_world_sizes(tmp_path: Path) -> None:
+    trial = way((1, 2, 3), [("zero3", "zero1")] * 3, kills=(1,))
+    check([trial], run(tmp_path / "few", [trial | {"passes": passes([(2, "zero2")])}]))
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(3000)
+@pytest.mark.timeout(7200)
 def test_every_stage_goes_on_over_every_way(tmp_path: Path) -> None:
     trials = [way(sizes, [pair] * len(sizes), kills=(1,)) for sizes, pair in itertools.product(WAYS, PAIRS)]
     trials += [way((size,) * 3, [pair] * 3, kills=(0,)) for size, pair in itertools.product((1, 2, 3), PAIRS)]
@@ -100,4 +90,5 @@ def test_every_stage_goes_on_over_every_way(tmp_path: Path) -> None:
         for k in range(len(KINDS))
     ]
     trials += [each | {"student": "sgd"} for each in trials[:: len(PAIRS) - 1]]
+    trials[0]["passes"] = passes([(size, kind) for size in (3, 1, 2) for kind in KINDS])
     check(trials, run(tmp_path / "all", trials))
