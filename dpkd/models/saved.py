@@ -95,8 +95,8 @@ def _refuse_giant(spec: NetworkSpec, size_bytes: int, *, origin: Path) -> None:
     largest = max(numbers, default=0)
     if largest > size_bytes or spec.image_size**2 > MAX_PIXELS:
         raise UserError(
-            f"{origin} asks for a network on images of {spec.image_size:,} px, with numbers up to {largest:,}, and the "
-            f"weights beside it have {size_bytes:,} bytes: it is damaged, or was not written by dpkd"
+            f"{origin} asks for a network on images of {spec.image_size:,} px, with numbers up to {largest:,}, and "
+            f"{WEIGHTS_NAME} beside it has {size_bytes:,} bytes: it is damaged, or was not written by dpkd"
         )
     plain = _without_start(spec).model_copy(update={"classes": ()})  # logits cannot be compared without numbers
     try:
@@ -106,7 +106,7 @@ def _refuse_giant(spec: NetworkSpec, size_bytes: int, *, origin: Path) -> None:
         return  # a model that cannot be built so; if it cannot be built at all, `build_network` says why
     if count > size_bytes:
         raise UserError(
-            f"{origin} asks for a network of {count:,} parameters, and the weights beside it have {size_bytes:,} "
+            f"{origin} asks for a network of {count:,} parameters, and {WEIGHTS_NAME} beside it has {size_bytes:,} "
             "bytes: it is damaged, or was not written by dpkd"
         )
 

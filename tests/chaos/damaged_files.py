@@ -430,7 +430,7 @@ def newest(names: list[str]) -> list[str]:
 
 
 def names_file(printed: str, path: Path) -> bool:
-    """Whether what was printed names the file, the checkpoint it belongs to, or another file of its read-only folder."""
+    """Whether what was printed names the file, its checkpoint, or another file of its folder that is read-only."""
     if path.parent.exists() and path.parent.stat().st_mode & 0o777 == READ_ONLY and f"write {path.parent}/" in printed:
         return True
     steps = [part for part in path.parts if part.startswith("step-")]

@@ -141,5 +141,5 @@ def test_a_network_larger_than_its_weights_is_never_built(saved, change):
     path = saved[0] / "network.json"
     head = parse_checked(path.read_bytes())
     path.write_bytes(checked({**head, "spec": {**head["spec"], **change}}))
-    with pytest.raises(UserError, match=r"network\.json asks for a network .* the weights beside it have"):
+    with pytest.raises(UserError, match=r"network\.json asks for a network .* model\.safetensors beside it has"):
         load_network(saved[0])
