@@ -1,5 +1,6 @@
 """Proves that a run used each sample exactly as the order says, over all its attempts, net of what was rolled back."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from dpkd.data.order import SampleOrder
 from dpkd.errors import UserError
 from dpkd.objectives.settings import StudentObjective
 from dpkd.report.progress import say
@@ -70,19 +72,23 @@ def _audit_stage(run: Run, settings: Settings, stage: str) -> tuple[list[str], l
         raise UserError(f"{error}: it cannot be audited; restore it from a copy") from error
     skipped = read_skipped(run.folder.skipped(stage))
     last = _last_step(run, stage, training, num_samples=samples.num_samples)
-    faults, used = [], np.zeros(samples.split.num_samples, np.int64)
-    for step in range(last):
-        if step in skipped:
-            continue
-        fault = _fault(found, step, order.batch(step))
-        if fault is not None:
-            faults.append(f"{stage} step {step + 1}: {fault}")
-            continue
-        np.add.at(used, order.batch(step), 1)
+    steps = [step for step in range(last) if step not in skipped]
+    faults = judge(found, order, steps)
+    used = np.zeros(samples.split.num_samples, np.int64)
+    for step in steps:
+        if step not in faults:
+            np.add.at(used, order.batch(step), 1)
     drawn = np.delete(used, samples.unreadable)
     times = f"{drawn.min()} to {drawn.max()}" if last else ""
     numbers = (last, found.num_attempts, found.num_rolled_back, len(skipped), int(drawn.sum()))
-    return [*(f"{number:,}" for number in numbers), times], faults
+    cells = [*(f"{number:,}" for number in numbers), times]
+    return cells, [f"{stage} step {step + 1}: {fault}" for step, fault in faults.items()]
+
+
+def judge(found: History, order: SampleOrder, steps: Iterable[int]) -> dict[int, str]:
+    """What is wrong with those of the steps that did not use just what the order says."""
+    faults = {step: _fault(found, step, order.batch(step)) for step in steps}
+    return {step: fault for step, fault in faults.items() if fault is not None}
 
 
 def _objectives(settings: Settings, stage: str) -> list[StudentObjective]:

@@ -1,13 +1,20 @@
 """What each stage of a run is given, which stages are left to do, and the first screen that says so."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from dpkd import __version__
+from dpkd import __version__, storage
+from dpkd.data.shards import MANIFEST_NAME as DATASET_NAME
+from dpkd.errors import UserError
+from dpkd.priors.shards import MANIFEST_NAME as PRIORS_NAME
+from dpkd.priors.shards import set_url
 from dpkd.report.progress import say
+from dpkd.report.summary import EVALUATION_NAME
 from dpkd.settings import Settings
 from dpkd.stages.record import RunFolder
 from dpkd.stages.statements import learns_attributes, recorded_attributes
+from dpkd.train.checkpoint_store import CheckpointStore
 from dpkd.train.settings import TrainingSettings
 
 STAGES = ("pack", "prepare", "teach", "distill", "evaluate", "export")
@@ -15,6 +22,8 @@ POOL_STAGES = ("pack", "prepare")
 """Stages that map work over items; the others run in the training workers."""
 FIXED_STAGES = ("pack", "teach", "distill")
 """Stages that refuse to go on under other settings; the others are cheap or incremental, and simply run again."""
+
+TRAINING_STAGES = ("teach", "distill")
 
 CADENCE = frozenset(
     {"log_every", "evaluate_every", "panels_every", "checkpoint_every", "keep_checkpoints", "max_skipped_steps"}
@@ -29,7 +38,7 @@ def given(stage: str, settings: Settings) -> dict[str, Any]:
         return seed | _pick(data, "source", "splits", "group_pattern", "samples_per_shard")
     if stage == "prepare":
         return settings.prepare.sealed().model_dump(mode="json")
-    if stage in ("teach", "distill"):
+    if stage in TRAINING_STAGES:
         part = (settings.teach if stage == "teach" else settings.distill).model_dump(mode="json")
         part["training"] = {key: value for key, value in part["training"].items() if key not in CADENCE}
         results = seed | {"data": _pick(data, "image_size", "map_size", "train", "labels"), stage: part}
@@ -41,6 +50,27 @@ def given(stage: str, settings: Settings) -> dict[str, Any]:
         }
         return results | _attributes(stage, settings)
     return settings.export.model_dump(mode="json")
+
+
+def makes(stage: str, settings: Settings) -> list[str | Path]:
+    """The files that a finished stage has made, as far as other stages build on them or users take them away."""
+    folder = RunFolder(settings.run.dir)
+    shards = settings.data.shards or str(folder.path / "shards")
+    if stage == "pack":
+        return [] if settings.data.source is None else [storage.join(shards, DATASET_NAME)]
+    if stage == "prepare":
+        return [storage.join(set_url(shards, settings.prepare.name), PRIORS_NAME)]
+    if stage == "evaluate":
+        return [folder.path / EVALUATION_NAME]
+    folders = [folder.teacher]
+    if stage == "distill":
+        students = settings.distill.students.items()
+        folders = [folder.students / name for name, _ in students]
+        folders += [folder.baselines / name for name, student in students if student.baseline]
+        folders += [folder.live_teacher] if settings.distill.teacher == "live" else []
+    elif stage == "export":
+        folders = [folder.export / name for name in settings.distill.students]
+    return sorted(path for each in folders for path in each.glob("[!.]*"))
 
 
 def _attributes(stage: str, settings: Settings) -> dict[str, Any]:
@@ -60,15 +90,35 @@ def left_to_do(folder: RunFolder, settings: Settings, stages: Sequence[str]) -> 
     """The stages, in order, that are not done under these settings, and those that build on one of them.
 
     To pack or to prepare, asked for alone, is always left: files that were damaged since are found and made anew.
-    Raises `UserError` with the difference where a finished or interrupted stage began with other settings.
+    Raises `UserError` with the difference where a finished or interrupted stage began with other settings, and where a
+    network is damaged that its stage cannot make again from a checkpoint.
     """
     for stage in stages:
         if stage in FIXED_STAGES:
             folder.refuse_contradiction(stage, given(stage, settings))
+        if stage in TRAINING_STAGES:
+            _refuse_to_train_anew(folder, stage)
     again = [stage for stage in POOL_STAGES if list(stages) == [stage]]
     left = [stage for stage in stages if not folder.is_done(stage, given(stage, settings)) or stage in again]
-    trains = any(stage in ("teach", "distill") for stage in left)
+    trains = any(stage in TRAINING_STAGES for stage in left)
     return [stage for stage in stages if stage in left or (trains and stage in ("evaluate", "export"))]
+
+
+def _refuse_to_train_anew(folder: RunFolder, stage: str) -> None:
+    """Raises `UserError` where a finished stage would be trained from its start for a file that is damaged."""
+    faults = folder.faults(stage)
+    if faults and not CheckpointStore(folder.checkpoints(stage)).standing():
+        raise UserError(
+            f"{'; '.join(faults)}, and no checkpoint of the stage {stage} stands that it could be made from again: "
+            "restore it from a copy, or choose another run.dir to train anew"
+        )
+
+
+def say_faults(folder: RunFolder, stages: Sequence[str]) -> None:
+    """A line for each file that a finished stage made and that is no longer as it made it."""
+    for stage in stages:
+        for fault in folder.faults(stage):
+            say(f"{fault}: the stage {stage} makes it again")
 
 
 def say_plan(settings: Settings, folder: RunFolder, *, left: Sequence[str], stages: Sequence[str]) -> None:

@@ -11,12 +11,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import FrameType
 
 from dpkd.backends.launchers import make_accelerator, make_gang, make_pool
 from dpkd.data.shards import Dataset
 from dpkd.errors import StopRequested, UserError, WorkerFailed, printable
-from dpkd.plan import POOL_STAGES, STAGES, given, left_to_do, say_plan
+from dpkd.plan import POOL_STAGES, STAGES, given, left_to_do, makes, say_faults, say_plan
 from dpkd.pool import Pool
 from dpkd.priors.extractor import accelerated
 from dpkd.report.progress import Progress, duration, say
@@ -50,6 +51,7 @@ def run(settings: Settings, *, stages: Sequence[str] = STAGES) -> None:
     folder = RunFolder(settings.run.dir, checkpoints=settings.run.checkpoints)
     left = left_to_do(folder, settings, stages)
     say_plan(settings, folder, left=left, stages=stages)
+    say_faults(folder, stages)
     if left:
         write_settings(folder, settings.model_dump(mode="json"))
         write_versions(folder)
@@ -67,7 +69,7 @@ def run_pool_stages(settings: Settings, folder: RunFolder, stages: Sequence[str]
     pool = make_pool(settings.launcher)
     quarantine = Quarantine(folder.quarantine, limit=settings.data.bad_limit)
     for stage in stages:
-        with folder.running(stage, given(stage, settings)):
+        with folder.running(stage, given(stage, settings), makes=partial(makes, stage, settings)):
             _run_pool_stage(stage, settings, folder, pool=pool, quarantine=quarantine)
 
 

@@ -1,6 +1,7 @@
 """What a training worker does: joins its peers, then runs the stages that are left, in order."""
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ import torch
 from dpkd import world
 from dpkd.backends.engines import engine_kind, make_engine
 from dpkd.heartbeat import beat
-from dpkd.plan import given, left_to_do
+from dpkd.plan import given, left_to_do, makes
 from dpkd.report.progress import say
 from dpkd.settings import Settings, parse_settings
 from dpkd.stages.distill import distill
@@ -57,8 +58,8 @@ def _run_stages(settings: Settings, stages: list[str], peers: world.World) -> No
     refuse_small_splits(run)
     left = peers.broadcast(left_to_do(run.folder, settings, stages) if peers.rank == 0 else [])
     for stage in left:
-        recorded = run.folder.running(stage, given(stage, settings)) if peers.rank == 0 else nullcontext()
-        with recorded:
+        record = partial(run.folder.running, makes=partial(makes, stage, settings))
+        with record(stage, given(stage, settings)) if peers.rank == 0 else nullcontext():
             beat(stage)
             _run_stage(stage, run, settings)
             peers.barrier()

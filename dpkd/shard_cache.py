@@ -20,6 +20,7 @@ from pathlib import Path
 
 from dpkd import storage
 from dpkd.errors import UserError
+from dpkd.storage_errors import read_errors
 
 BLOCK_BYTES = 1 << 20
 
@@ -32,12 +33,15 @@ def open_shard(url: str | Path, *, size_bytes: int, sha256_hex: str) -> int:
     """A file descriptor for reading the shard, the caller's to close.
 
     Copies of remote shards may take half of the disk that is free without them; then those not opened for the longest
-    time go, except what a process has open. Raises `FileNotFoundError` where there is no such shard, `ChecksumDiffers`
-    where it is another than the checksum says.
+    time go, except what a process has open. Raises one of `NO_FILE` where there is no such shard, `ChecksumDiffers`
+    where it is another than the checksum says, `UserError` where it cannot be read.
     """
     path = storage.local_path(url)
     if path is not None:
-        return os.open(path, os.O_RDONLY)
+        with read_errors(path):
+            if path.is_dir():  # which would open
+                raise IsADirectoryError(path)
+            return os.open(path, os.O_RDONLY)
     copy = Path(tempfile.gettempdir()) / f"dpkd-shards-{os.getuid()}" / f"{sha256_hex}.tar"
     descriptor = _open_copy(copy, size_bytes=size_bytes)
     return _fetch(url, copy, size_bytes=size_bytes, sha256_hex=sha256_hex) if descriptor is None else descriptor

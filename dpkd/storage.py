@@ -110,6 +110,15 @@ def read_bytes(url: str | Path) -> bytes:
         return cast(bytes, filesystem.cat_file(name))
 
 
+def read_own(url: str | Path) -> bytes:
+    """The whole content of a file that dpkd itself wrote.
+
+    Raises one of `NO_FILE` where no file stands, and `UserError` or `StorageUnavailable` where it cannot be read.
+    """
+    with read_errors(url):
+        return read_bytes(url)
+
+
 def read_range(url: str | Path, offset: int, size: int) -> bytes:
     """`size` bytes from `offset`; fewer where the file ends before."""
     path = local_path(url)
@@ -264,9 +273,9 @@ def publish(folder_tmp: str | Path, folder: str | Path) -> None:
 
 
 def sha256(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file's content."""
+    """Hexadecimal SHA-256 of a file's content; raises as `read_own`."""
     digest = hashlib.sha256()
-    with open_read(path) as file:
+    with read_errors(path), open_read(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -1,7 +1,7 @@
 """What goes wrong with files, local and remote, told with the place, the cause and the way out.
 
-A failure that may pass (a busy, slow or unreachable store) is `StorageUnavailable`, any other `UserError`. That a file
-is not there is no failure yet: reading it raises `FileNotFoundError`.
+A failure that may pass (a busy, slow or unreachable store) is `StorageUnavailable`, any other `UserError`. That no file
+is there is no failure yet: reading it raises one of `NO_FILE`.
 """
 
 import errno
@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.errors import StorageUnavailable, UserError
+
+NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+"""What reading a place raises where no file stands."""
 
 _WAY_OUT = {
     errno.ENOSPC: "the disk is full: free some space or choose another folder, then run the command again",
@@ -55,11 +58,17 @@ def write_errors(url: str | Path) -> Iterator[None]:
 
 @contextmanager
 def read_errors(url: str | Path) -> Iterator[None]:
-    """Turns a refused permission to read a local place into a `UserError`."""
+    """Turns an `OSError` of reading, but for those of `NO_FILE`, into a `UserError` that names the place."""
     try:
         yield
+    except NO_FILE:
+        raise
     except PermissionError as error:
         raise UserError(f"cannot read {url}: no permission; change its permissions or choose another place") from error
+    except OSError as error:
+        kind = StorageUnavailable if may_pass(error) else UserError
+        cause = f"cannot read {url}: {error.strerror or error}"
+        raise kind(f"{cause}; see to the storage, or restore it from a copy, then run the command again") from error
 
 
 @contextmanager

@@ -146,6 +146,17 @@ def refusal(engine: Engine, folder: Path) -> str:
     return ""
 
 
+def optimizer_facts(engine: Any) -> dict[str, Any]:
+    """What the torch optimizer inside an engine holds: each group's rate and decay, each tensor's count of updates."""
+    optimizer = engine._optimizer
+    counts = [state["step"] for state in optimizer.state.values()]
+    return {
+        "groups": {(group["lr"], group["weight_decay"]) for group in optimizer.param_groups},
+        "counts": {float(count) for count in counts},
+        "counts are their own": len({count.data_ptr() for count in counts}) == len(counts),
+    }
+
+
 def run(kind: str, world: World, folder: Path) -> dict[str, Any]:
     """Everything that is asked of one kind of engine."""
     state = folder / f"state-{world.size}-{kind}"
@@ -160,6 +171,7 @@ def run(kind: str, world: World, folder: Path) -> dict[str, Any]:
         fresh = build(kind, world, seed=1 + world.rank)
         fresh.load(folder / f"state-{source}")
         found[f"from {source}"] = train(fresh, world, first=SAVED_AT, last=STEPS)
+        found[f"optimizer from {source}"] = optimizer_facts(fresh)
     sgd = build(kind, world, optimizer=SGD, ema=None)
     found["refused"] = refusal(sgd, state)
     found["sgd start"] = train(sgd, world, first=0, last=1)

@@ -158,6 +158,19 @@ def test_a_state_loads_at_another_world_size_and_into_another_engine(found: Any,
         torch.testing.assert_close(loaded.weights[name], weight, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("source", ["torch", "zero3"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_a_load_each_group_has_its_rate_and_decay_and_each_tensor_its_own_count(
+    found: Any, kind: str, source: str
+) -> None:
+    """DeepSpeed's own loading gives all groups at ZeRO-3 the values of the first, and all tensors one count."""
+    facts = found[2][0][kind][f"optimizer from 1-{source}"]
+    last = rate(STEPS - 1)
+    assert facts["groups"] == {(last, 0.1), (last, 0.0), (0.5 * last, 0.1), (0.5 * last, 0.0)}
+    assert facts["counts"] == {float(STEPS)}
+    assert facts["counts are their own"]
+
+
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_sgd_without_clipping_or_average_equals_plain_pytorch(found: Any, kind: str, size: int) -> None:

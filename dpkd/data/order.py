@@ -10,8 +10,8 @@ block: remote shards stream, and memory is one permutation of a block, not of a 
 Samples that cannot be read are in no order: `OrderWithout` numbers the others as the split does.
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache, partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -182,6 +182,15 @@ def rank_slice(batch: Indices, *, rank: int, world_size: int, micro_batch_size: 
             f"workers: make it a multiple of {step_size}, or set training.micro_batch_size or launcher.workers to suit"
         )
     return batch.reshape(-1, micro_batch_size)[rank::world_size]
+
+
+def dealt(
+    order: SampleOrder, steps: Iterable[int], *, rank: int, world_size: int, micro_batch_size: int
+) -> Iterator[tuple[Indices, Indices]]:
+    """(samples, how often each was drawn before), both [micro], of each micro-batch of a rank, step by step."""
+    deal = partial(rank_slice, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
+    for step in steps:
+        yield from zip(deal(order.batch(step)), deal(order.epochs_of(step)), strict=True)
 
 
 def _positions(step: int, global_batch_size: int) -> Indices:

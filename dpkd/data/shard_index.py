@@ -3,6 +3,7 @@
 Axes: N samples.
 """
 
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dpkd import storage
 from dpkd.errors import UserError
+from dpkd.storage_errors import NO_FILE
 
 FORMAT_VERSION = 1
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
@@ -63,15 +65,13 @@ class ShardIndex:
             "pixel_counts": self.pixel_counts,
             "checksums": None if self.checksum_N is None else self.checksum_N.tolist(),
         }
-        packed = msgpack.packb(content, unicode_errors="surrogatepass")  # file names are any bytes
-        assert isinstance(packed, bytes)
-        return packed
+        return pack_checked(content)
 
     @staticmethod
     def from_bytes(data: bytes) -> "ShardIndex":
         """Reads the file's content; raises `ValueError` where it is not one."""
         try:
-            content = msgpack.unpackb(data, use_list=False, unicode_errors="surrogatepass")
+            content = unpack_checked(data)
             members = {
                 str(ext): (np.array(offset, dtype=np.int64), np.array(size, dtype=np.int64))
                 for ext, (offset, size) in content["members"].items()
@@ -93,6 +93,31 @@ class ShardIndex:
             raise ValueError(f"not a shard index: {error!r}") from error
 
 
+def pack_checked(content: dict[str, Any]) -> bytes:
+    """The content of an index as msgpack, with a CRC-32 of all of it as its last entry, `checksum`."""
+    return _pack({**content, "checksum": zlib.crc32(_pack(content))})
+
+
+def unpack_checked(data: bytes) -> dict[str, Any]:
+    """What `pack_checked` was given, lists as tuples; raises ValueError or an error of msgpack where it is damaged.
+
+    The index of an earlier dpkd has no checksum, and is read as it is.
+    """
+    content = msgpack.unpackb(data, use_list=False, unicode_errors="surrogatepass")
+    if not isinstance(content, dict):
+        raise ValueError("it is no map")  # noqa: TRY004 (a fault of the file)
+    found = content.pop("checksum", None)
+    if found is not None and found != zlib.crc32(_pack(content)):
+        raise ValueError("its checksum is wrong: it was changed since it was written")
+    return content
+
+
+def _pack(content: dict[str, Any]) -> bytes:
+    packed = msgpack.packb(content, unicode_errors="surrogatepass")  # file names are any bytes
+    assert isinstance(packed, bytes)
+    return packed
+
+
 def index_name(shard_name: str) -> str:
     """The file name of a shard's index."""
     return shard_name.removesuffix(".tar") + ".index.msgpack"
@@ -102,8 +127,8 @@ def read_index(url: str, shard: ShardInfo) -> ShardIndex:
     """The index of a shard of the data set at `url`; raises `UserError` where it is missing or another shard's."""
     place = storage.join(url, index_name(shard.name))
     try:
-        data = storage.read_bytes(place)
-    except FileNotFoundError as error:
+        data = storage.read_own(place)
+    except NO_FILE as error:
         raise UserError(f"{place} is missing; dataset.json lists its shard: pack or copy it again") from error
     try:
         index = ShardIndex.from_bytes(data)

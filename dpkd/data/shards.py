@@ -27,19 +27,25 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dpkd import storage
+from dpkd.checked_json import checked, parse_checked
 from dpkd.data.recent import MAX_FILES, MAX_INDEXES, Recent
 from dpkd.data.shard_index import FORMAT_VERSION, IMAGE_EXTENSIONS, ShardIndex, ShardInfo, read_index
 from dpkd.errors import UserError
 from dpkd.shard_cache import ChecksumDiffers, open_shard
+from dpkd.storage_errors import NO_FILE
 from dpkd.untrusted import parse_json
 
 MANIFEST_NAME = "dataset.json"
 EXPERT_PREFIX = "expert-"
 MASK_EXTENSION = "mask.png"
 _OTHER_CHECKSUM = "its checksum differs from the one in dataset.json"
+
+
+class ManifestDamaged(UserError):
+    """A dataset.json that cannot be read, or was changed since it was written."""
 
 
 class SplitInfo(BaseModel):
@@ -75,6 +81,10 @@ class Manifest(BaseModel):
             if split.num_samples != in_shards:
                 raise ValueError(f"the split {name!r} has {split.num_samples} samples, and {in_shards} in its shards")
         return self
+
+    def to_bytes(self) -> bytes:
+        """The file's content."""
+        return checked(self.model_dump(mode="json"))
 
     @property
     def fingerprint(self) -> str:
@@ -117,14 +127,18 @@ class Dataset:
 
     @staticmethod
     def open(url: str) -> "Dataset":
-        """Reads dataset.json; raises `UserError` where there is none or it cannot be used."""
+        """Reads dataset.json; raises `UserError` where there is none, `ManifestDamaged` where it cannot be used."""
         place = storage.join(url, MANIFEST_NAME)
         try:
-            manifest = Manifest.model_validate_json(storage.read_bytes(place))
-        except (FileNotFoundError, NotADirectoryError) as error:
+            manifest = Manifest.model_validate(parse_checked(storage.read_own(place)))
+        except NO_FILE as error:
             raise UserError(f"no data set at {url}: {MANIFEST_NAME} is missing; pack one first (dpkd pack)") from error
-        except ValidationError as error:
-            raise UserError(f"{place} is not a data set's manifest: {error}; pack the data set again") from error
+        except UserError:  # the storage's, which says nothing of the file
+            raise
+        except ValueError as error:
+            raise ManifestDamaged(
+                f"{place} is not a data set's manifest: {error}; restore it from a copy, or pack the images again"
+            ) from error
         if manifest.format_version != FORMAT_VERSION:
             raise UserError(
                 f"{place} has format version {manifest.format_version}, this dpkd reads {FORMAT_VERSION}: pack it again"
@@ -256,7 +270,7 @@ class Split:
         info = self.info.shards[shard]
         try:
             return open_shard(self._place(shard), size_bytes=info.size_bytes, sha256_hex=info.sha256)
-        except FileNotFoundError as error:
+        except NO_FILE as error:
             raise UserError(f"{self._place(shard)} is missing; dataset.json lists it: pack or copy it again") from error
 
 

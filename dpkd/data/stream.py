@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from dpkd.data.augment import View, apply_image, apply_map, centre_view, random_view
 from dpkd.data.images import decode_image
-from dpkd.data.order import SampleOrder, rank_slice
+from dpkd.data.order import SampleOrder, dealt
 from dpkd.data.settings import AugmentSettings, LoaderSettings
 from dpkd.data.shards import Sample, Split
 from dpkd.errors import UserError
@@ -109,13 +109,9 @@ def training_batches(
 
     Raises `UserError` that names shard and key for a sample that cannot be read.
     """
-    deal = partial(rank_slice, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
-    work = (
-        _Work(index_B, epoch_B, label_N[index_B])
-        for step in range(start_step, stop_step)
-        if step not in skipped
-        for index_B, epoch_B in zip(deal(order.batch(step)), deal(order.epochs_of(step)), strict=True)
-    )
+    steps = (step for step in range(start_step, stop_step) if step not in skipped)
+    own = dealt(order, steps, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
+    work = (_Work(index_B, epoch_B, label_N[index_B]) for index_B, epoch_B in own)
     view = partial(random_view, augment, seed=seed)
     return _load(
         _Reader(split, maps, view, image_size, map_size), work, workers=loader.workers, prefetch=loader.prefetch

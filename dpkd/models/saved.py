@@ -1,25 +1,27 @@
 """A network on disk: a folder with its weights and what they were built from.
 
     <folder>/model.safetensors    every tensor of the network's state dict, by its name
-    <folder>/network.json         {"format_version": 1, "weights_sha256": "…", "spec": {…}}; written last
+    <folder>/network.json         {"format_version": 1, "weights_sha256": "…", "spec": {…}, "checksum": …}; written last
 
 The weights count only together with a `network.json` that names their checksum.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from dpkd import storage
+from dpkd.checked_json import checked, parse_checked
+from dpkd.data.images import MAX_PIXELS
 from dpkd.errors import UserError
 from dpkd.models.network import Network, build_network
 from dpkd.models.settings import NetworkSpec
 from dpkd.models.weights import UNREADABLE
-from dpkd.untrusted import parse_json
+from dpkd.storage_errors import NO_FILE
 
 FORMAT_VERSION = 1
 WEIGHTS_NAME = "model.safetensors"
@@ -38,7 +40,7 @@ def save_network(folder: Path, spec: NetworkSpec, state: Mapping[str, Tensor]) -
         "spec": spec.model_dump(mode="json"),
     }
     storage.write_bytes_atomic(folder / WEIGHTS_NAME, data)
-    storage.write_bytes_atomic(folder / SPEC_NAME, json.dumps(head, indent=2).encode())
+    storage.write_bytes_atomic(folder / SPEC_NAME, checked(head))
 
 
 def load_network(folder: Path) -> tuple[NetworkSpec, Network]:
@@ -48,11 +50,13 @@ def load_network(folder: Path) -> tuple[NetworkSpec, Network]:
     """
     spec, checksum = _read_head(folder / SPEC_NAME)
     weights = folder / WEIGHTS_NAME
-    if not weights.exists():
-        raise UserError(f"{weights} is missing: run the stage that makes it again")
-    data = weights.read_bytes()
+    try:
+        data = storage.read_own(weights)
+    except NO_FILE as error:
+        raise UserError(f"{weights} is missing: run the stage that makes it again") from error
     if storage.digest(data) != checksum:
         raise UserError(f"{weights} is not what {SPEC_NAME} beside it describes: damaged; run its stage again")
+    _refuse_giant(spec, len(data), origin=folder / SPEC_NAME)
     network = build_network(_without_start(spec), seed=0)
     network.spec = spec
     try:
@@ -64,16 +68,16 @@ def load_network(folder: Path) -> tuple[NetworkSpec, Network]:
 
 
 def _read_head(path: Path) -> tuple[NetworkSpec, str]:
-    if not path.exists():
-        raise UserError(f"{path} is missing: there is no finished network in this folder")
     try:
-        head = parse_json(path.read_bytes())
+        head = parse_checked(storage.read_own(path))
         if head["format_version"] != FORMAT_VERSION:
             raise UserError(
                 f"{path}: format_version is {head['format_version']}, this dpkd reads {FORMAT_VERSION}; "
                 "load it with the version that wrote it (versions.json of its run)"
             )
         return NetworkSpec.model_validate(head["spec"]), str(head["weights_sha256"])
+    except NO_FILE as error:
+        raise UserError(f"{path} is missing: there is no finished network in this folder") from error
     except UserError:
         raise
     except (KeyError, TypeError, ValueError) as error:
@@ -83,6 +87,37 @@ def _read_head(path: Path) -> tuple[NetworkSpec, str]:
 def _without_start(spec: NetworkSpec) -> NetworkSpec:
     """The spec without weights to start from: those on disk replace them all."""
     return spec.model_copy(update={"model": spec.model.model_copy(update={"weights": None, "pretrained": False})})
+
+
+def _refuse_giant(spec: NetworkSpec, size_bytes: int, *, origin: Path) -> None:
+    """Raises `UserError` where the spec asks for more than weights of so many bytes hold, before any of it is built."""
+    numbers = _whole_numbers([spec.model.arguments, spec.targets, spec.teacher_dim, spec.teacher_patch_dim])
+    largest = max(numbers, default=0)
+    if largest > size_bytes or spec.image_size**2 > MAX_PIXELS:
+        raise UserError(
+            f"{origin} asks for a network on images of {spec.image_size:,} px, with numbers up to {largest:,}, and "
+            f"{WEIGHTS_NAME} beside it has {size_bytes:,} bytes: it is damaged, or was not written by dpkd"
+        )
+    plain = _without_start(spec).model_copy(update={"classes": ()})  # logits cannot be compared without numbers
+    try:
+        with torch.device("meta"):  # shapes alone, no memory
+            count = sum(parameter.numel() for parameter in Network(plain).parameters())
+    except (UserError, RuntimeError, TypeError):
+        return  # a model that cannot be built so; if it cannot be built at all, `build_network` says why
+    if count > size_bytes:
+        raise UserError(
+            f"{origin} asks for a network of {count:,} parameters, and {WEIGHTS_NAME} beside it has {size_bytes:,} "
+            "bytes: it is damaged, or was not written by dpkd"
+        )
+
+
+def _whole_numbers(tree: Any) -> list[int]:
+    """Those in lists and dicts inside one another, without their signs."""
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    if isinstance(tree, list | tuple):
+        return [number for each in tree for number in _whole_numbers(each)]
+    return [abs(tree)] if isinstance(tree, int) else []
 
 
 def _load_state(network: Network, state: dict[str, Tensor], *, origin: Path) -> None:

@@ -18,11 +18,19 @@ from typing import Any
 import msgpack
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from dpkd import storage
+from dpkd.checked_json import checked, parse_checked
 from dpkd.data.recent import MAX_FILES, MAX_INDEXES, Recent
-from dpkd.data.shard_index import ShardInfo, index_name, refuse_no_pairs, refuse_outside
+from dpkd.data.shard_index import (
+    ShardInfo,
+    index_name,
+    pack_checked,
+    refuse_no_pairs,
+    refuse_outside,
+    unpack_checked,
+)
 from dpkd.data.shards import Dataset, Sample, read_span
 from dpkd.errors import UserError
 from dpkd.priors import Prior
@@ -32,6 +40,7 @@ from dpkd.priors.extractor import fingerprint, mirror
 from dpkd.priors.record import Record, source_hash
 from dpkd.priors.statistics import Moments
 from dpkd.shard_cache import open_shard
+from dpkd.storage_errors import NO_FILE
 
 FORMAT_VERSION = 3
 MANIFEST_NAME = "priors.json"
@@ -67,6 +76,10 @@ class PriorManifest(BaseModel):
     num_flat: int = 0
     """Samples that can be read, and whose maps are flat because they could not be computed."""
 
+    def to_bytes(self) -> bytes:
+        """The file's content."""
+        return checked(self.model_dump(mode="json"))
+
 
 @dataclass(frozen=True)
 class PriorIndex:
@@ -92,15 +105,13 @@ class PriorIndex:
         """The file's content."""
         moments = {name: astuple(each) for name, each in self.moments.items()}
         content = {"format_version": FORMAT_VERSION, **vars(self), "shard": self.shard.model_dump(), "moments": moments}
-        packed = msgpack.packb(content)
-        assert isinstance(packed, bytes)
-        return packed
+        return pack_checked(content)
 
     @staticmethod
     def from_bytes(data: bytes) -> "PriorIndex":
         """Reads the file's content; raises ValueError where it is not one."""
         try:
-            content: dict[str, Any] = msgpack.unpackb(data, use_list=False)
+            content = unpack_checked(data)
             if content.pop("format_version") != FORMAT_VERSION:
                 raise ValueError("another format version")
             moments = {name: Moments(*each) for name, each in content["moments"].items()}
@@ -190,6 +201,11 @@ class PriorSplit:
                 raise UserError(f"the prior set at {self.url} has no map {name!r}; it has: {', '.join(known)}")
         return PriorSplit(self.url, self.priors, self.shards, wanted)
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """The fingerprint of each prior whose map is read, by its name."""
+        return {name: each for name, each in self._fingerprints.items() if name in self._decoded}
+
     def read(self, i: int, sample: Sample) -> dict[str, Map]:
         """The maps of sample `i` by name, HWC; raises `PriorMismatch` unless they are whole and `sample`'s own."""
         record = self.record(i, sample)
@@ -247,10 +263,10 @@ class PriorSplit:
     def _read_index(self, shard: int) -> PriorIndex:
         place = storage.join(self.url, index_name(self.shards[shard].name))
         try:
-            index = PriorIndex.from_bytes(storage.read_bytes(place))
+            index = PriorIndex.from_bytes(storage.read_own(place))
         except UserError:  # the storage's, which says nothing of the index
             raise
-        except (FileNotFoundError, ValueError) as error:
+        except (*NO_FILE, ValueError) as error:
             raise PriorMismatch(f"{place} is missing or damaged: {error}; run the prepare stage again") from error
         if index.shard != self.shards[shard]:
             raise PriorMismatch(f"{place} is not of the shard that {MANIFEST_NAME} lists; run the prepare stage again")
@@ -261,7 +277,7 @@ class PriorSplit:
         place = storage.join(self.url, info.name)
         try:
             return open_shard(place, size_bytes=info.size_bytes, sha256_hex=info.sha256)
-        except FileNotFoundError as error:
+        except NO_FILE as error:
             raise PriorMismatch(f"{place} is missing; run the prepare stage again") from error
 
     def __getstate__(self) -> dict[str, Any]:
@@ -284,7 +300,9 @@ def fingerprints(priors: tuple[Prior, ...]) -> dict[str, str]:
 def read_manifest(url: str) -> PriorManifest | None:
     """The manifest of the set at `url`, None where there is none that this version reads."""
     try:
-        manifest = PriorManifest.model_validate_json(storage.read_bytes(storage.join(url, MANIFEST_NAME)))
-    except (FileNotFoundError, NotADirectoryError, ValidationError):
+        manifest = PriorManifest.model_validate(parse_checked(storage.read_own(storage.join(url, MANIFEST_NAME))))
+    except UserError:  # the storage's, which says nothing of the file
+        raise
+    except (*NO_FILE, ValueError):
         return None
     return manifest if manifest.format_version == FORMAT_VERSION else None

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichBar
 
 from dpkd.errors import printable, without_secrets
+from dpkd.storage_errors import write_errors
 
 INTERVAL_S = 10.0
 """Seconds between plain lines."""
@@ -154,9 +155,12 @@ class EventLog:
     def write(self, kind: str, **numbers: Any) -> None:
         """Appends one event; a line is written whole, so several processes may share the file."""
         line = without_secrets(json.dumps({"time": round(time.time(), 3), "kind": kind, **numbers})) + "\n"
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(handle, line.encode())
-        finally:
-            os.close(handle)
+        with write_errors(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                size = os.fstat(handle).st_size
+                torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"  # a kill cut the last line short
+                os.write(handle, b"\n" * torn + line.encode())
+            finally:
+                os.close(handle)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from dpkd import storage
 from dpkd.errors import UserError, without_secrets
+from dpkd.storage_errors import NO_FILE
 from dpkd.untrusted import parse_json
 
 NUM_NAMED = 3
@@ -31,7 +32,7 @@ class Quarantine:
         """Continues the report at `path`; `limit` is the largest share of bad items that is put up with."""
         self.path = Path(path)
         self.limit = limit
-        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        text = _text(self.path)
         self._torn = not text.endswith("\n") and text != ""
         self._entries = _read(text)
         self._counts = _count(self._entries)
@@ -97,6 +98,15 @@ class Quarantine:
         self._entries[stage, item] = entry
         if entry.counted:
             self._counts[stage] += 1
+
+
+def _text(path: Path) -> str:
+    try:
+        return storage.read_own(path).decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+    except NO_FILE as error:
+        raise UserError(f"{path} is no file, and holds the report of bad items: move away what stands there") from error
 
 
 def _count(entries: dict[tuple[str, str], _Entry]) -> Counter[str]:

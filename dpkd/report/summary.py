@@ -13,9 +13,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dpkd import storage
 from dpkd.errors import UserError
 from dpkd.report.progress import duration, say
 from dpkd.report.quarantine import Quarantine
+from dpkd.storage_errors import NO_FILE
 from dpkd.untrusted import parse_json
 
 EVALUATION_NAME = "evaluation.json"
@@ -35,8 +37,8 @@ def write_summary(folder: Path) -> dict[str, Any]:
     exported = {path.name: str(path) for path in sorted((folder / "export").glob("[!.]*")) if path.is_dir()}
     quarantined = Quarantine(folder / QUARANTINE_NAME, limit=1.0).counts
     summary = {"run": str(folder), **evaluation, "stages": stages, "exports": exported, "quarantine": quarantined}
-    _write(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    _write(folder / "summary.md", markdown(summary))
+    storage.write_bytes_atomic(folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+    storage.write_bytes_atomic(folder / "summary.md", markdown(summary).encode())
     return summary
 
 
@@ -178,15 +180,11 @@ def _piped(rows: Table) -> list[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = parse_json(path.read_bytes()) if path.exists() else {}
+        content: dict[str, Any] = parse_json(storage.read_own(path))
         if not isinstance(content, dict):
             raise ValueError("it is no object")  # noqa: TRY004 (a fault of the file)
-    except ValueError as error:
+    except FileNotFoundError:
+        return {}
+    except (*NO_FILE, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); run the stage that writes it again") from error
     return content
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text)
-    beside.replace(path)

@@ -4,29 +4,35 @@
 <folder>/<network>/    losses, learning rate, gradient norm, few-shot accuracy and panels of one network
 """
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from dpkd.report.panels import panel
 from dpkd.report.quarantine import Quarantine
+from dpkd.storage_errors import write_errors
 
 PER_NETWORK = frozenset({"loss", "learning_rate", "gradient_norm"})
 """Groups of tags whose second part names a network: `loss/<network>/<objective>`, `learning_rate/<network>`."""
+PANEL = "panel/image_priors_predictions_attention"
 
 
 class Board:
     """Writes the TensorBoard files of one stage, on rank 0 alone.
 
     `start_step` is the step that training goes on from: what an interrupted run had written beyond it is struck out.
+    Every verb raises `UserError` where the disk takes no more.
     """
 
     def __init__(self, folder: Path | str, *, start_step: int = 0) -> None:
+        threading.excepthook = _without_writers
         self._folder = Path(folder)
         self._start_step = start_step
         self._writers: dict[str, SummaryWriter] = {}
@@ -34,29 +40,31 @@ class Board:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes numbers by tag, `<group>/<rest>`; those of a network go to its own run."""
-        for key, value in values.items():
-            network, tag = _network_and_tag(key)
-            self._writer(network).add_scalar(tag, value, step)
-        self._flush()
+        with write_errors(self._folder):
+            for key, value in values.items():
+                network, tag = _network_and_tag(key)
+                self._writer(network).add_scalar(tag, value, step)
+            self._flush()
 
     def few_shot(self, step: int, *, network: str, split: str, scores: Mapping[str, Mapping[str, float]]) -> None:
         """Writes `{"5way_1shot": {"mean", "ci95"}}` as a chart, its 95 % interval beside it and as a band.
 
         The band stands on TensorBoard's Custom Scalars page, one chart for each number of shots.
         """
-        writer = self._writer(network)
-        charts = self._bands.setdefault(network, {})
-        known = len(charts)
-        for key, score in scores.items():
-            mean = f"few_shot/{split}_{key}"
-            low, high = (f"uncertainty/{split}_{key}_{end}" for end in ("low", "high"))
-            writer.add_scalar(mean, score["mean"], step)
-            writer.add_scalar(low, score["mean"] - score["ci95"], step)
-            writer.add_scalar(high, score["mean"] + score["ci95"], step)
-            charts[f"{split} {key}"] = ["Margin", [mean, low, high]]
-        if len(charts) > known:
-            writer.add_custom_scalars({"few-shot accuracy with 95 % interval": charts})
-        self._flush()
+        with write_errors(self._folder):
+            writer = self._writer(network)
+            charts = self._bands.setdefault(network, {})
+            known = len(charts)
+            for key, score in scores.items():
+                mean = f"few_shot/{split}_{key}"
+                low, high = (f"uncertainty/{split}_{key}_{end}" for end in ("low", "high"))
+                writer.add_scalar(mean, score["mean"], step)
+                writer.add_scalar(low, score["mean"] - score["ci95"], step)
+                writer.add_scalar(high, score["mean"] + score["ci95"], step)
+                charts[f"{split} {key}"] = ["Margin", [mean, low, high]]
+            if len(charts) > known:
+                writer.add_custom_scalars({"few-shot accuracy with 95 % interval": charts})
+            self._flush()
 
     def panel(
         self,
@@ -75,13 +83,15 @@ class Board:
             predictions={name: _array(each) for name, each in predictions.items()},
             attention_B1HW=None if attention_B1HW is None else _array(attention_B1HW),
         )
-        self._writer(network).add_image("panel/image_priors_predictions_attention", picture, step, dataformats="HWC")
-        self._flush()
+        with write_errors(self._folder):
+            self._writer(network).add_image(PANEL, picture, step, dataformats="HWC")
+            self._flush()
 
     def text(self, step: int, *, tag: str, markdown: str) -> None:
         """Shows text, such as the table of the summary."""
-        self._writer("").add_text(tag, markdown, step)
-        self._flush()
+        with write_errors(self._folder):
+            self._writer("").add_text(tag, markdown, step)
+            self._flush()
 
     def quarantine(self, step: int, quarantine: Quarantine) -> None:
         """Writes how many samples were quarantined, in all and by the stage that did it, and names the first."""
@@ -91,8 +101,9 @@ class Board:
 
     def close(self) -> None:
         """Closes the files."""
-        for writer in self._writers.values():
-            writer.close()
+        with write_errors(self._folder):
+            for writer in self._writers.values():
+                writer.close()
 
     def _writer(self, network: str) -> SummaryWriter:
         if network not in self._writers:
@@ -103,6 +114,12 @@ class Board:
     def _flush(self) -> None:
         for writer in self._writers.values():
             writer.flush()
+
+
+def _without_writers(failed: threading.ExceptHookArgs) -> None:
+    """Prints no traceback for a thread that writes event files: the writer raises its error at the next use."""
+    if not isinstance(failed.thread, _AsyncWriterThread):
+        threading.__excepthook__(failed)
 
 
 def _network_and_tag(key: str) -> tuple[str, str]:

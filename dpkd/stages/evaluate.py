@@ -41,6 +41,7 @@ from dpkd.stages.embed import Embedded, Predict, embed_networks, spread
 from dpkd.stages.record import RunFolder
 from dpkd.stages.run import Run
 from dpkd.stages.zero_shot import zero_shot
+from dpkd.storage_errors import NO_FILE
 from dpkd.untrusted import parse_json
 
 Scores = dict[str, dict[str, float]]
@@ -293,10 +294,12 @@ def device_words(device: torch.device) -> str:
 def read_evaluation(folder: RunFolder) -> dict[str, Any]:
     """What `evaluate` wrote; raises `UserError` where it has not run."""
     path = folder.path / EVALUATION_NAME
-    if not path.exists():
-        raise UserError(f"{path} is missing: run the stage evaluate first")
     try:
-        report: dict[str, Any] = parse_json(path.read_bytes())
+        report: dict[str, Any] = parse_json(storage.read_own(path))
+    except NO_FILE as error:
+        raise UserError(f"{path} is missing: run the stage evaluate first") from error
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{path} cannot be read ({error}); run the stage evaluate again") from error
     return report

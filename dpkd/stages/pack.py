@@ -19,13 +19,15 @@ from dpkd.data import sources
 from dpkd.data.records import Found, Record, keys_of, sorted_classes
 from dpkd.data.settings import FileSplits
 from dpkd.data.shard_index import ShardIndex, index_name
-from dpkd.data.shards import FORMAT_VERSION, MANIFEST_NAME, Dataset, Manifest, SplitInfo
+from dpkd.data.shards import FORMAT_VERSION, MANIFEST_NAME, Dataset, Manifest, ManifestDamaged, SplitInfo
 from dpkd.data.splits import assign, draw, groups_of
 from dpkd.data.writer import Planned, ShardJob, write_shard
 from dpkd.errors import UserError
 from dpkd.pool import Pool
+from dpkd.report.progress import say
 from dpkd.report.quarantine import Quarantine
 from dpkd.stages.settings import DataSettings
+from dpkd.storage_errors import NO_FILE
 
 STAGE = "pack"
 PACKING_NAME = "packing.json"
@@ -66,7 +68,7 @@ def pack(
     num_found = len(found.records) + len(found.bad)
     plan = plan_shards(found, data, seed=seed, destination=destination)
     _report(plan.bad, quarantine=quarantine, num_found=num_found)
-    _take_place(destination, plan.made_from)
+    _take_place(destination, plan)
     indexes: list[ShardIndex | None] = [None] * len(plan.jobs)
     num_done, num_planned = 0, sum(len(job.samples) for job in plan.jobs)
     for number, index in pool.map(write_shard, plan.jobs):
@@ -169,24 +171,50 @@ def _report(bad: Sequence[tuple[str, str]], *, quarantine: Quarantine, num_found
     quarantine.check(num_found)
 
 
-def _take_place(destination: str, made_from: dict[str, str]) -> None:
+def _take_place(destination: str, plan: Plan) -> None:
     """Makes the destination ours, or raises `UserError` where something else stands there."""
     names = storage.list_names(destination)
-    if MANIFEST_NAME in names:
-        standing = Dataset.open(destination).manifest.made_from
-        keys = [key for key in {**standing, **made_from} if standing.get(key) != made_from.get(key)]
+    if MANIFEST_NAME in names and (standing := _standing_manifest(destination)) is not None:
+        before, now = standing.made_from, plan.made_from
+        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         if keys:
-            differences = "; ".join(f"{key} was {standing.get(key)} and is {made_from.get(key)}" for key in keys)
+            differences = "; ".join(f"{key} was {before.get(key)} and is {now.get(key)}" for key in keys)
             raise UserError(
-                f"the data set at {destination} was packed from something else: {differences}. "
-                "Choose another data.shards (or run.dir), or remove that folder to pack it anew"
+                f"the data set at {destination} was packed from something else: {differences}. Choose another "
+                f"data.shards (or run.dir), or remove that folder, {MANIFEST_NAME} and all, to pack it anew"
             )
         return
     if PACKING_NAME not in names and any(name.endswith(".tar") for name in names):
-        raise UserError(
-            f"{destination} holds tars that are no data set of dpkd: choose an empty folder for data.shards"
-        )
-    storage.write_bytes_atomic(storage.join(destination, PACKING_NAME), json.dumps(made_from, indent=1).encode())
+        _refuse_foreign_tars(destination, names, plan)
+    storage.write_bytes_atomic(storage.join(destination, PACKING_NAME), json.dumps(plan.made_from, indent=1).encode())
+
+
+def _standing_manifest(destination: str) -> Manifest | None:
+    """The manifest that stands; None, and a line that says so, where it is damaged and the shards must tell."""
+    try:
+        return Dataset.open(destination).manifest
+    except ManifestDamaged as error:
+        say(f"{error}: it is written anew, once each shard is found to be as planned")
+        return None
+
+
+def _refuse_foreign_tars(destination: str, names: Sequence[str], plan: Plan) -> None:
+    """Raises `UserError` unless each tar is a shard that this very plan has made, as its index says."""
+    planned = {job.name: job.plan for job in plan.jobs}
+    for name in names:
+        if not name.endswith(".tar"):
+            continue
+        try:
+            made = ShardIndex.from_bytes(storage.read_own(storage.join(destination, index_name(name)))).plan
+        except UserError:  # the storage's
+            raise
+        except (*NO_FILE, ValueError):
+            made = None
+        if made is None or made != planned.get(name):
+            raise UserError(
+                f"{destination} holds tars that are no data set of dpkd, or one of other images, such as {name}: "
+                "choose an empty folder for data.shards"
+            )
 
 
 def _manifest(plan: Plan, indexes: Sequence[ShardIndex], *, train: str, num_quarantined: int) -> Manifest:
@@ -243,7 +271,5 @@ def _publish(destination: str, manifest: Manifest) -> None:
         left_over = name.endswith((".tar", ".index.msgpack")) or name.startswith(storage.TEMPORARY_PREFIX)
         if left_over and name not in kept:
             storage.remove(storage.join(destination, name))
-    storage.write_bytes_atomic(
-        storage.join(destination, MANIFEST_NAME), (manifest.model_dump_json(indent=1) + "\n").encode()
-    )
+    storage.write_bytes_atomic(storage.join(destination, MANIFEST_NAME), manifest.to_bytes())
     storage.remove(storage.join(destination, PACKING_NAME))

@@ -40,6 +40,7 @@ from dpkd.stages.ahead import ahead
 from dpkd.stages.prior_manifest import make_manifest, remove_unlisted, withdraw_other_manifest
 from dpkd.stages.prior_records import make_records, read_records, sound_records, with_accelerated
 from dpkd.stages.settings import PrepareSettings
+from dpkd.storage_errors import NO_FILE
 
 STAGE = "prepare"
 ACCELERATED_PREFIX = ".accelerated-"
@@ -84,7 +85,7 @@ def prepare(
             done += index.shard.num_samples
             progress(done, total)
     manifest = make_manifest(dataset, priors, [indexes[number] for number in range(len(tasks))])
-    storage.write_bytes_atomic(storage.join(url, MANIFEST_NAME), manifest.model_dump_json(indent=1).encode())
+    storage.write_bytes_atomic(storage.join(url, MANIFEST_NAME), manifest.to_bytes())
     remove_unlisted(url, manifest)
     return PriorSet.open(dataset.url, settings.name)
 
@@ -206,13 +207,13 @@ def _write_shard(task: _Task, place: str, *, before: dict[str, Record]) -> Prior
 def _standing_index(place: str, task: _Task) -> PriorIndex | None:
     """The index of the prior shard at `place` if it is whole and was made from these images."""
     try:
-        index = PriorIndex.from_bytes(storage.read_bytes(index_name(place)))
+        index = PriorIndex.from_bytes(storage.read_own(index_name(place)))
         if index.images != task.images.sha256:
             return None
         return index if storage.sha256(place) == index.shard.sha256 else None
     except UserError:  # the storage's, which says nothing of the shard
         raise
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (*NO_FILE, ValueError):
         return None
 
 

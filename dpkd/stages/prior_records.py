@@ -17,6 +17,7 @@ from dpkd.priors.codecs import Map
 from dpkd.priors.extractor import BatchExtractor, Extractor, fingerprint
 from dpkd.priors.picture import Picture
 from dpkd.priors.record import Record, StoredMap, flat, source_hash, store
+from dpkd.storage_errors import NO_FILE
 
 BLANK = Picture(np.zeros((1, 1, 3), np.uint8))
 
@@ -37,9 +38,10 @@ def make_records(
 def read_records(place: str) -> dict[str, Record]:
     """The records of the prior shard at `place` that can be read, whatever they were made from."""
     records: dict[str, Record] = {}
-    if not storage.exists(place):
+    try:
+        data = storage.read_own(place)
+    except NO_FILE:
         return records
-    data = storage.read_bytes(place)
     for member in list_members(io.BytesIO(data), size_bytes=len(data)).members:
         try:
             record = Record.from_bytes(data[member.offset : member.offset + member.size])

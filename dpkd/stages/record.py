@@ -1,17 +1,22 @@
-"""The run folder: where everything stands, and what each stage was given and whether it is done.
+"""The run folder: where everything stands, what each stage was given, whether it is done, and what it made.
 
-runs/<name>/stages.json   {"<stage>": {"status": "running" | "done", "seconds": float, "given": {key: value}}}
+runs/<name>/stages.json   {"<stage>": {"status": "running" | "done", "seconds": float, "given": {key: value},
+                                       "made": {place: sha256}}}      of a stage that is done
+
+A place is a path below the run folder, any other path, or a URL. A file that is no longer what the stage made would
+else be taken for its result, so such a stage is not done.
 """
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dpkd import storage
 from dpkd.errors import UserError, without_secrets
+from dpkd.storage_errors import NO_FILE
 from dpkd.untrusted import parse_json
 
 
@@ -54,19 +59,33 @@ class RunFolder:
 
     def stages(self) -> dict[str, dict[str, Any]]:
         """What each stage was given, its status and its seconds over all attempts; empty before the first."""
-        if not self._stages.exists():
-            return {}
         try:
-            return _read(self._stages.read_bytes())
-        except ValueError as error:
+            return _read(storage.read_own(self._stages))
+        except FileNotFoundError:
+            return {}
+        except (*NO_FILE, ValueError) as error:
             raise UserError(
                 f"{self._stages} is not the record of a run ({error}); restore it, or start anew in another run.dir"
             ) from None
 
     def is_done(self, stage: str, given: dict[str, Any]) -> bool:
-        """Whether the stage finished with just these settings."""
+        """Whether the stage finished with just these settings, and what it made still stands."""
         record = self.stages().get(stage)
-        return record is not None and record["status"] == "done" and record["given"] == _plain(given)
+        finished = record is not None and record["status"] == "done" and record["given"] == _plain(given)
+        return finished and not self.faults(stage)
+
+    def faults(self, stage: str) -> list[str]:
+        """What is wrong with the files that the stage made when it was done; nothing before. Reads them all."""
+        record = self.stages().get(stage, {})
+        made = record.get("made", {}) if record.get("status") == "done" else {}  # an earlier dpkd kept no list
+        return [fault for place, sha256 in made.items() if (fault := self._fault(place, sha256)) is not None]
+
+    def _fault(self, place: str, sha256: str) -> str | None:
+        where = self.path / place if storage.local_path(place) is not None else place
+        try:
+            return None if storage.sha256(where) == sha256 else f"{where} was changed or damaged"
+        except NO_FILE:
+            return f"{where} is missing"
 
     def refuse_contradiction(self, stage: str, given: dict[str, Any]) -> None:
         """Raises `UserError` with the difference where the stage began with other settings."""
@@ -80,13 +99,18 @@ class RunFolder:
             if before.get(key) != now.get(key)
         ]
         raise UserError(
-            f"{self.path}: the stage {stage} began with other settings:\n" + "\n".join(lines) + "\n"
+            f"{self._stages}: the stage {stage} began with other settings:\n" + "\n".join(lines) + "\n"
             "Give the old values back, choose another run.dir, or delete the run folder to start anew."
         )
 
     @contextmanager
-    def running(self, stage: str, given: dict[str, Any]) -> Iterator[None]:
-        """Records the stage as running, then as done; its seconds add up over attempts, also one that failed."""
+    def running(
+        self, stage: str, given: dict[str, Any], *, makes: Callable[[], Iterable[str | Path]] = tuple
+    ) -> Iterator[None]:
+        """Records the stage as running, then as done; its seconds add up over attempts, also one that failed.
+
+        `makes` tells, once it is done, the files that it made.
+        """
         before = self.stages().get(stage, {}).get("seconds", 0.0)
         started = time.monotonic()
         self._write(stage, "running", before, given)
@@ -95,11 +119,21 @@ class RunFolder:
         except BaseException:
             self._write(stage, "running", before + time.monotonic() - started, given)
             raise
-        self._write(stage, "done", before + time.monotonic() - started, given)
+        made = {self._place(where): storage.sha256(where) for where in makes()}
+        self._write(stage, "done", before + time.monotonic() - started, given, made=made)
 
-    def _write(self, stage: str, status: str, seconds: float, given: dict[str, Any]) -> None:
+    def _place(self, where: str | Path) -> str:
+        path = storage.local_path(where)
+        below = path is not None and path.is_relative_to(self.path)
+        return str(where) if path is None else str(path.relative_to(self.path) if below else path.absolute())
+
+    def _write(
+        self, stage: str, status: str, seconds: float, given: dict[str, Any], *, made: dict[str, str] | None = None
+    ) -> None:
         record = self.stages()
         record[stage] = {"status": status, "seconds": round(seconds, 3), "given": _plain(given)}
+        if made is not None:
+            record[stage]["made"] = made
         storage.write_bytes_atomic(str(self._stages), (json.dumps(record, indent=1) + "\n").encode())
 
 
@@ -141,4 +175,7 @@ def _read(data: bytes) -> dict[str, dict[str, Any]]:
         kinds = {"status": str, "seconds": int | float, "given": dict}
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in kinds.items()):
             raise ValueError(f"the stage {stage} has no status, seconds and settings given")
+        made = entry.get("made", {})
+        if not isinstance(made, dict) or not all(isinstance(sha256, str) for sha256 in made.values()):
+            raise ValueError(f"the files that the stage {stage} made are no names with checksums")
     return record

@@ -17,7 +17,7 @@ from dpkd.engine import Engine
 from dpkd.errors import UserError
 from dpkd.objectives.settings import VIEW_MAPS, StudentObjective, Supervised
 from dpkd.objectives.supervised import log_class_prior
-from dpkd.priors.shards import PriorSet, PriorSplit
+from dpkd.priors.shards import PriorSet, PriorSplit, fingerprints
 from dpkd.stages.record import RunFolder
 from dpkd.stages.settings import DataSettings, EvaluateSettings, PrepareSettings
 from dpkd.train.settings import EngineSettings, TrainingSettings
@@ -52,8 +52,16 @@ class Run:
 
     @cached_property
     def priors(self) -> PriorSet | None:
-        """The prior maps, none where no prior is prepared."""
-        return PriorSet.open(self.dataset.url, self.prepare.name) if self.prepare.priors else None
+        """The prior maps, none where no prior is prepared; raises `UserError` where others stand than are asked for."""
+        if not self.prepare.priors:
+            return None
+        priors = PriorSet.open(self.dataset.url, self.prepare.name)
+        if priors.manifest.fingerprints != fingerprints(self.prepare.sealed().priors):
+            raise UserError(
+                f"the prior set at {priors.url} was made with other settings than prepare.priors now has: run the "
+                "prepare stage again (dpkd prepare)"
+            )
+        return priors
 
     def maps_of(self, split: str, names: Collection[str]) -> PriorSplit | None:
         """The prior maps of a split by name, without those that training makes itself; none where none is left."""

@@ -33,10 +33,10 @@ from dpkd.stages.statements import attribute_table, learns_attributes
 from dpkd.stages.watch import EventSink, ProgressSink, Watch
 from dpkd.train.checkpoint import Checkpoints, Part
 from dpkd.train.divergence import NormGuard, Skipped, train_past_divergence
-from dpkd.train.ledger import Ledger
+from dpkd.train.ledger import Ledger, forget
 from dpkd.train.loop import Plan, train
 from dpkd.train.meter import Meter
-from dpkd.train.parts import LeftOut, RandomState
+from dpkd.train.parts import Inputs, LeftOut, RandomState
 from dpkd.train.settings import EngineSettings, OptimizerSettings, ScheduleSettings, TrainingSettings
 from dpkd.train.statements import ClassAttributes, Statements
 from dpkd.train.task import DistillTask, Learner, Supervision, TeachTask
@@ -187,6 +187,8 @@ class _Stage:
         board = Board(run.folder.tensorboard / self.stage, start_step=start_step) if shown else None
         if board is not None:
             board.quarantine(start_step, Quarantine(run.folder.quarantine, limit=1.0))
+        if shown:
+            forget(run.folder.ledger(self.stage), from_attempt=checkpoints.attempt)
         ledger = Ledger(
             run.folder.ledger(self.stage),
             attempt=checkpoints.attempt,
@@ -236,9 +238,12 @@ class _Stage:
 
 
 def _checkpoint_parts(run: Run, task: TeachTask | DistillTask, data: TrainingSet) -> dict[str, Part]:
-    """Everything that one checkpoint covers: every engine, the random state, and what the order depends on."""
+    """Everything that one checkpoint covers: engines, random state, what the order depends on, what is trained from."""
     left_out = LeftOut(tuple(data.unreadable.tolist()), run.world)
-    return {**task.engines, "random": RandomState(run.world), "samples": left_out}
+    maps = run.maps_of(data.split.name, task.maps)
+    digests = {f"map {name!r}": digest for name, digest in maps.digests.items()} if maps is not None else {}
+    inputs = Inputs({"packed images": run.dataset.manifest.fingerprint, **digests}, run.world)
+    return {**task.engines, "random": RandomState(run.world), "samples": left_out, "inputs": inputs}
 
 
 def sample_order(run: Run, training: TrainingSettings, data: TrainingSet) -> SampleOrder:

@@ -21,7 +21,7 @@ from dpkd import storage
 from dpkd.engine_state import Writer
 from dpkd.errors import UserError, portable
 from dpkd.report.progress import say
-from dpkd.storage_errors import may_pass
+from dpkd.storage_errors import NO_FILE, may_pass
 from dpkd.train.checkpoint_store import MANIFEST, CheckpointStore, FileFacts, Manifest, Mark, RankFiles, Superseded
 from dpkd.world import World
 
@@ -134,7 +134,7 @@ class Checkpoints:
             return
         files: dict[str, FileFacts] = {}
         for name in names:
-            data = _patiently(partial(storage.read_bytes, self._store.place(transaction.mark, name)))
+            data = _patiently(partial(storage.read_own, self._store.place(transaction.mark, name)))
             files |= RankFiles.model_validate_json(data).files
         _patiently(lambda: self._store.publish(transaction.mark, world_size=self.world.size, files=files))
         _patiently(lambda: self._store.sweep(attempt=transaction.mark.attempt, base=self._base, keep=self.keep))
@@ -166,7 +166,7 @@ class Checkpoints:
                 _patiently(partial(storage.copy_here, self._store.place(mark, path), copy / path))
         except UserError:  # the storage's, which says nothing of the checkpoint
             raise
-        except (FileNotFoundError, ValueError) as error:
+        except (*NO_FILE, ValueError) as error:
             return [str(error)]
         return self._faults(mark, copy, share=(0, 1))
 
@@ -325,8 +325,8 @@ def _fault(path: Path, facts: FileFacts) -> str | None:
             return f"{path.name} has {size} bytes, expected {facts.size_bytes}"
         if storage.sha256(path) != facts.sha256:
             return f"{path.name} has another sha256 than its {MANIFEST} says"
-    except (FileNotFoundError, NotADirectoryError):
+    except NO_FILE:
         return f"{path.name} is missing"
-    except OSError as error:
-        return f"{path.name} cannot be read ({error.strerror})"
+    except (OSError, UserError) as error:
+        return f"{path.name} cannot be read ({error})"
     return None

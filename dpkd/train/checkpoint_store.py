@@ -1,6 +1,6 @@
 """What stands in a folder of checkpoints, on a disk or on object storage, and which of it counts.
 
-    <folder>/attempt-0003.json       {"attempt": 3, "stood": [the checkpoints that counted when it began]}
+    <folder>/attempt-0003.json       {"attempt": 3, "stood": [what counted when it began], "checksum": …}
     <folder>/step-00000200-a0003/    made by attempt 3 after step 200:
         manifest.json                `Manifest`, written last: a checkpoint without it does not count
         files-00001-of-00002.json    `RankFiles` of rank 1, written once they are on the disk
@@ -18,7 +18,9 @@ from pathlib import PurePosixPath
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from dpkd import storage
+from dpkd.checked_json import checked, parse_checked
 from dpkd.errors import UserError
+from dpkd.storage_errors import NO_FILE
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -104,10 +106,13 @@ class CheckpointStore:
     def claim(self) -> tuple[int, list[Mark]]:
         """Begins an attempt; returns its number and the checkpoints that count, oldest first."""
         while True:
-            attempt = max(self._claims(), default=0) + 1
+            names = storage.list_names(self.url)
+            # a claim may be lost: a number that made a checkpoint is never given again
+            made = [mark.attempt for name in names if (mark := Mark.of(name)) is not None]
+            attempt = max([*self._claims(names), *made], default=0) + 1
             standing = self.standing()
             claim = Claim(attempt=attempt, stood=tuple(mark.name for mark in standing))
-            if storage.write_bytes_once(self._claim_place(attempt), claim.model_dump_json(indent=1).encode()):
+            if storage.write_bytes_once(self._claim_place(attempt), checked(claim.model_dump(mode="json"))):
                 return attempt, standing
 
     def standing(self) -> list[Mark]:
@@ -125,8 +130,8 @@ class CheckpointStore:
     def manifest(self, mark: Mark) -> Manifest:
         """The manifest of a checkpoint; raises ValueError where it is none, or of another checkpoint or format."""
         try:
-            manifest = Manifest.model_validate_json(storage.read_bytes(self.place(mark, MANIFEST)))
-        except (FileNotFoundError, NotADirectoryError) as error:
+            manifest = Manifest.model_validate_json(storage.read_own(self.place(mark, MANIFEST)))
+        except NO_FILE as error:
             raise ValueError(f"{MANIFEST} is missing") from error
         except ValidationError as error:
             raise ValueError(f"{MANIFEST} cannot be read ({error.errors()[0]['msg']})") from error
@@ -180,6 +185,8 @@ class CheckpointStore:
 
     def _claim(self, attempt: int) -> Claim | None:
         try:
-            return Claim.model_validate_json(storage.read_bytes(self._claim_place(attempt)))
-        except (FileNotFoundError, ValidationError):  # damaged: better a late checkpoint counts than that none does
+            return Claim.model_validate(parse_checked(storage.read_own(self._claim_place(attempt))))
+        except UserError:  # the storage's, which says nothing of the file
+            raise
+        except (*NO_FILE, ValueError):  # damaged: better a late checkpoint counts than that none does
             return None

@@ -1,9 +1,8 @@
 """Steps that spoil a network: noticing them, going back to the newest checkpoint, and going on without their batch.
 
-<run>/skipped/<stage>.json     {"steps": {"417": why}}: steps that are passed over, now and in later attempts
+<run>/skipped/<stage>.json     {"steps": {"417": why}, "checksum": …}: steps passed over, now and in later attempts
 """
 
-import json
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -11,10 +10,11 @@ from pathlib import Path
 from statistics import median
 
 from dpkd import storage
+from dpkd.checked_json import checked, parse_checked
 from dpkd.errors import UserError
 from dpkd.report.progress import say
+from dpkd.storage_errors import NO_FILE
 from dpkd.train.checkpoint import Checkpoints, Part
-from dpkd.untrusted import parse_json
 from dpkd.world import World
 
 NUM_NORMS, NUM_NEEDED = 64, 16
@@ -70,7 +70,7 @@ class Skipped:
         self._reasons[fault.step] = fault.reason
         if self._world.rank == 0:
             content = {"steps": {str(step): reason for step, reason in sorted(self._reasons.items())}}
-            storage.write_bytes_atomic(self._path, (json.dumps(content, indent=1) + "\n").encode())
+            storage.write_bytes_atomic(self._path, checked(content))
 
 
 def read_skipped(path: Path) -> frozenset[int]:
@@ -109,11 +109,11 @@ def train_past_divergence(
 
 
 def _read(path: Path) -> dict[int, str]:
-    if not path.exists():
-        return {}
     try:
-        return {int(step): str(reason) for step, reason in parse_json(path.read_bytes())["steps"].items()}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        return {int(step): str(reason) for step, reason in parse_checked(storage.read_own(path))["steps"].items()}
+    except FileNotFoundError:
+        return {}
+    except (*NO_FILE, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} cannot be read ({error}): restore it, or delete it to go on without skipping any step"
         ) from error

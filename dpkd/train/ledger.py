@@ -12,6 +12,7 @@ a kill cuts off at its end belongs to steps that are done again.
 
 import json
 import os
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,10 +24,12 @@ from numpy.typing import NDArray
 from dpkd import storage
 from dpkd.data.stream import Batch
 from dpkd.engine_state import Writer
+from dpkd.storage_errors import NO_FILE
 from dpkd.untrusted import parse_json
 from dpkd.world import World
 
 _HEAD = struct.Struct("<QI")
+_NAME = re.compile(r"attempt-([0-9]{4,})-rank-([0-9]{5,})\.ledger")
 _NUMBERS = ("attempt", "rank", "world_size", "micro_batch_size", "start_step")
 
 
@@ -94,27 +97,53 @@ class RankLedger:
 def read_ledgers(folder: Path) -> list[RankLedger]:
     """All ledgers of a stage, by attempt and rank; what is cut short at a file's end is left out.
 
-    Raises ValueError that names a file whose first line cannot be read.
+    Raises ValueError that names a file that cannot be the ledger of what it is named after.
     """
     paths = sorted(folder.glob("attempt-*-rank-*.ledger"))
     return [ledger for path in paths if (ledger := _read(path)) is not None]
 
 
+def forget(folder: Path, *, from_attempt: int) -> None:
+    """Removes the ledgers from an attempt on, which is about to begin: what they tell of has no checkpoint any more.
+
+    So it is where somebody deleted the checkpoints to start the stage anew. One rank calls it.
+    """
+    with storage.write_errors(folder):
+        for path in folder.glob("attempt-*-rank-*.ledger"):
+            found = _NAME.fullmatch(path.name)
+            if found is not None and int(found[1]) >= from_attempt:
+                path.unlink()
+
+
 def _read(path: Path) -> RankLedger | None:
-    first, newline, rest = path.read_bytes().partition(b"\n")
+    try:
+        first, newline, rest = storage.read_own(path).partition(b"\n")
+    except NO_FILE as error:
+        raise ValueError(f"{path} is no file") from error
     if not newline:  # killed at its first flush, before any checkpoint
         return None
     try:
         head = parse_json(first)
         numbers = {name: int(head[name]) for name in _NUMBERS}
+        if not (0 <= numbers["rank"] < numbers["world_size"] and numbers["micro_batch_size"] >= 1):
+            raise ValueError("its numbers do not fit")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: the first line is not that of a ledger") from error
-    samples_of, at = {}, 0
+    found = _NAME.fullmatch(path.name)
+    if found is None or (int(found[1]), int(found[2])) != (numbers["attempt"], numbers["rank"]):
+        raise ValueError(f"{path} is the ledger of attempt {numbers['attempt']}, rank {numbers['rank']}")
+    samples_of: dict[int, NDArray[np.int64]] = {}
+    at, least = 0, numbers["start_step"]
     while at + _HEAD.size <= len(rest):
         step, count = _HEAD.unpack_from(rest, at)
         end = at + _HEAD.size + 4 * count
         if end > len(rest):
             break
+        if step < least:
+            raise ValueError(f"{path} has step {step + 1} a second time, or before the attempt began")
+        if count % numbers["micro_batch_size"]:
+            raise ValueError(f"{path} has {count} samples at step {step + 1}, no whole number of micro-batches")
+        least = step + 1
         samples_of[step] = np.frombuffer(rest, "<u4", count, at + _HEAD.size).astype(np.int64)
         at = end
     return RankLedger(**numbers, samples_of=samples_of)
@@ -139,13 +168,18 @@ class History:
 
 
 def history(ledgers: Iterable[RankLedger]) -> History:
-    """Net of what was rolled back: a step counts as the last attempt made it that began at or before it."""
+    """Net of what was rolled back: a step counts as the last attempt made it that began at or before it.
+
+    Raises ValueError where the ranks of an attempt do not say the same of it.
+    """
     steps: dict[int, Step] = {}
     num_rolled_back = 0
     by_attempt: dict[int, list[RankLedger]] = {}
     for ledger in ledgers:
         by_attempt.setdefault(ledger.attempt, []).append(ledger)
     for attempt, ranks in sorted(by_attempt.items()):
+        if len({(rank.world_size, rank.micro_batch_size, rank.start_step) for rank in ranks}) > 1:
+            raise ValueError(f"the ledgers of the ranks of attempt {attempt} are not of one attempt")
         start = ranks[0].start_step
         num_rolled_back += sum(step >= start for step in steps)
         steps = {step: each for step, each in steps.items() if step < start}

@@ -1,6 +1,7 @@
-"""Parts of a checkpoint beside the engines: the random state, and what the order depends on."""
+"""Parts of a checkpoint beside the engines: the random state, what the order depends on, and what was trained from."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,3 +63,29 @@ class LeftOut:
 
     def _write(self, folder: Path) -> None:
         (folder / "left-out.json").write_text(json.dumps(self.samples))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a stage is trained from, as digests by name: a step on other images or maps is no part of the same run."""
+
+    digests: Mapping[str, str]
+    world: World
+
+    def snapshot(self) -> Writer:
+        """The writer of rank 0 writes `inputs.json`."""
+        return self._write if self.world.rank == 0 else lambda _: None
+
+    def load(self, folder: Path) -> None:
+        """Compares; raises `UserError`, on every rank, where the stage began with others."""
+        path = folder / "inputs.json"
+        before = json.loads(path.read_text()) if path.exists() else {}  # an earlier dpkd kept none
+        changed = [name for name, digest in before.items() if self.digests.get(name) != digest]
+        if changed:
+            raise UserError(
+                f"the stage began with other {' and '.join(changed)} than stand now: bring back what it began with, or "
+                "start the stage anew by deleting its checkpoints"
+            )
+
+    def _write(self, folder: Path) -> None:
+        (folder / "inputs.json").write_text(json.dumps(dict(self.digests)))

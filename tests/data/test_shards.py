@@ -4,11 +4,13 @@ import pickle
 from dataclasses import replace
 from pathlib import Path
 
+import msgpack
 import numpy as np
 import pytest
 import webdataset
 
 from dpkd import storage
+from dpkd.checked_json import parse_checked
 from dpkd.data.shard_index import ShardIndex
 from dpkd.data.shards import Dataset, Sample, Split, Unreadable
 from dpkd.errors import UserError
@@ -197,7 +199,7 @@ def test_a_folder_without_a_usable_manifest_is_no_data_set(dataset, tmp_path):
     with pytest.raises(UserError, match=r"no data set at .*dataset.json is missing"):
         Dataset.open(str(tmp_path))
     place = storage.join(dataset.url, "dataset.json")
-    content = json.loads(storage.read_bytes(place))
+    content = parse_checked(storage.read_bytes(place))
     storage.write_bytes_atomic(place, json.dumps({**content, "format_version": 99}).encode())
     with pytest.raises(UserError, match="format version 99"):
         Dataset.open(dataset.url)
@@ -217,3 +219,35 @@ def test_image_statistics_are_those_of_the_training_pixels(tmp_path):
     )
     np.testing.assert_allclose(manifest.image_mean, pixels.mean(0) / 255, rtol=1e-12)
     np.testing.assert_allclose(manifest.image_std, pixels.std(0) / 255, rtol=1e-12)
+
+
+def test_a_label_or_key_changed_in_an_index_is_noticed(dataset):
+    place = storage.join(dataset.url, "train-000000.index.msgpack")
+    content = msgpack.unpackb(storage.read_bytes(place))
+    for column, value in (("labels", 0), ("keys", "train/dog/009"), ("groups", "one")):
+        changed = {**content, column: [*content[column][:-1], value]}
+        assert changed != content
+        storage.write_bytes_atomic(place, msgpack.packb(changed))
+        with pytest.raises(UserError, match=r"train-000000\.index\.msgpack cannot be read: .*its checksum is wrong"):
+            dataset.split("train").index(0)
+
+
+def test_an_index_and_a_manifest_of_an_earlier_dpkd_are_read_without_a_checksum(dataset):
+    for name, load, dump in (
+        ("train-000000.index.msgpack", msgpack.unpackb, msgpack.packb),
+        ("dataset.json", json.loads, lambda content: json.dumps(content).encode()),
+    ):
+        place = storage.join(dataset.url, name)
+        content = load(storage.read_bytes(place))
+        del content["checksum"]
+        storage.write_bytes_atomic(place, dump(content))
+    assert Dataset.open(dataset.url).manifest == dataset.manifest
+    assert Dataset.open(dataset.url).split("train").keys == dataset.split("train").keys
+
+
+def test_a_number_changed_in_the_manifest_is_noticed(dataset):
+    place = storage.join(dataset.url, "dataset.json")
+    content = json.loads(storage.read_bytes(place))
+    storage.write_bytes_atomic(place, json.dumps({**content, "image_mean": [0.1, 0.2, 0.3]}).encode())
+    with pytest.raises(UserError, match=r"dataset\.json is not a data set's manifest: its checksum is wrong"):
+        Dataset.open(dataset.url)

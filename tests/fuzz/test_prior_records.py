@@ -22,7 +22,7 @@ from dpkd.priors.record import Record, StoredMap, flat, store
 from dpkd.priors.shards import PriorIndex, PriorManifest, PriorMismatch, PriorSet
 from dpkd.priors.statistics import Moments
 from dpkd.priors.superpixel import Superpixel
-from tests.fuzz.damage import any_bytes, in_child, outcome
+from tests.fuzz.damage import any_bytes, in_child, outcome, unvouched
 from tests.prior_cases import draw_images, pack_folder, prepare_all
 
 MAPS = {
@@ -143,7 +143,7 @@ def test_any_bytes_are_an_index_of_a_prior_shard_or_refused(prepared, data):
 
 @given(data=st.data())
 def test_any_content_is_an_index_of_a_prior_shard_or_refused(prepared, data):
-    content = msgpack.unpackb(index_bytes(prepared))
+    content = unvouched(msgpack.unpackb(index_bytes(prepared)))
     content[data.draw(st.sampled_from(sorted(content)))] = data.draw(PLAIN)
 
     def read() -> None:
@@ -156,7 +156,7 @@ def test_any_content_is_an_index_of_a_prior_shard_or_refused(prepared, data):
 
 @pytest.mark.parametrize(("column", "value"), [("offsets", -5), ("offsets", 2**62), ("sizes", -1), ("sizes", 2**62)])
 def test_an_index_that_points_outside_its_shard_is_refused(prepared, column, value):
-    content = msgpack.unpackb(index_bytes(prepared))
+    content = unvouched(msgpack.unpackb(index_bytes(prepared)))
     content[column][0] = value
     with pytest.raises(ValueError, match=r"outside|number"):
         PriorIndex.from_bytes(msgpack.packb(content))
@@ -174,7 +174,7 @@ def test_any_bytes_are_a_manifest_of_priors_or_refused(prepared, data):
 def test_a_prior_shard_is_never_sought_outside_its_folder(prepared, tmp_path):
     shards = Path(shutil.copytree(prepared, tmp_path / "shards"))
     place = shards / "priors/default/priors.json"
-    content = json.loads(place.read_text())
+    content = unvouched(json.loads(place.read_text()))
     content["splits"]["train"][0]["name"] = "../../../stray.tar"
     place.write_text(json.dumps(content))
     with pytest.raises(UserError, match="no whole prior set"):
@@ -185,7 +185,8 @@ def test_a_prior_shard_that_is_shorter_than_it_says_costs_no_memory(prepared, tm
     shards = Path(shutil.copytree(prepared, tmp_path / "shards"))
     place = shards / "priors/default/train-000000.index.msgpack"
     manifest = shards / "priors/default/priors.json"
-    content, listed = msgpack.unpackb(place.read_bytes()), json.loads(manifest.read_text())
+    content = unvouched(msgpack.unpackb(place.read_bytes()))
+    listed = unvouched(json.loads(manifest.read_text()))
     content["sizes"][0] = 2**50
     content["shard"]["size_bytes"] = listed["splits"]["train"][0]["size_bytes"] = 2**51
     place.write_bytes(msgpack.packb(content))

@@ -16,7 +16,7 @@ from dpkd.data.shards import Dataset
 from dpkd.errors import UserError
 from dpkd.inspection import inspect_dataset
 from tests.data.packing import make_folder, pack_at
-from tests.fuzz.damage import any_bytes, outcome
+from tests.fuzz.damage import any_bytes, outcome, unvouched
 
 PLAIN = st.recursive(
     st.none()
@@ -63,14 +63,14 @@ def test_any_bytes_are_an_index_or_refused(packed, data):
 
 @given(data=st.data())
 def test_any_content_is_an_index_or_refused(packed, data):
-    content = msgpack.unpackb((packed / INDEX).read_bytes())
+    content = unvouched(msgpack.unpackb((packed / INDEX).read_bytes()))
     content[data.draw(st.sampled_from(sorted(content)))] = data.draw(PLAIN)
     outcome(lambda: checked(msgpack.packb(content)))
 
 
 @given(data=st.data())
 def test_any_column_is_read_or_refused(packed, data):
-    content = msgpack.unpackb((packed / INDEX).read_bytes())
+    content = unvouched(msgpack.unpackb((packed / INDEX).read_bytes()))
     columns = [*content["members"].values(), [content["labels"]], [content["keys"]], [content["groups"]]]
     column = data.draw(st.sampled_from([each for pair in columns for each in pair]))
     column[data.draw(st.integers(0, len(column) - 1))] = data.draw(PLAIN)
@@ -91,7 +91,7 @@ def test_any_bytes_are_a_manifest_or_refused(packed, data, tmp_path_factory):
     "name", ["../x.tar", "/tmp/x.tar", "a/b.tar", "..tar", ".x.tar", "x", "", "x\0.tar", "x\n.tar"]
 )
 def test_a_shard_is_a_file_of_its_own_folder(own, name):
-    content = json.loads((own / MANIFEST).read_text())
+    content = unvouched(json.loads((own / MANIFEST).read_text()))
     content["splits"]["train"]["shards"][0]["name"] = name
     (own / MANIFEST).write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"dataset\.json is not a data set's manifest"):
@@ -106,7 +106,7 @@ def test_a_checksum_that_is_a_path_never_names_a_copy(own, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("count", [-1, 3, 5, 2**62])
 def test_counts_that_do_not_agree_are_refused(own, count):
-    content = json.loads((own / MANIFEST).read_text())
+    content = unvouched(json.loads((own / MANIFEST).read_text()))
     content["splits"]["train"]["num_samples"] = count
     (own / MANIFEST).write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"dataset\.json is not a data set's manifest"):
@@ -114,7 +114,8 @@ def test_counts_that_do_not_agree_are_refused(own, count):
 
 
 def test_a_shard_that_is_shorter_than_it_says_costs_no_memory(own):
-    content, index = json.loads((own / MANIFEST).read_text()), msgpack.unpackb((own / INDEX).read_bytes())
+    content = unvouched(json.loads((own / MANIFEST).read_text()))
+    index = unvouched(msgpack.unpackb((own / INDEX).read_bytes()))
     content["splits"]["train"]["shards"][0]["size_bytes"] = index["shard"]["size_bytes"] = 2**51
     index["members"]["jpg"][1][0] = 2**50
     (own / MANIFEST).write_text(json.dumps(content))
@@ -133,7 +134,7 @@ def test_any_bytes_of_a_shard_give_samples_or_a_reason(packed, data, tmp_path_fa
 
 
 def test_a_sample_whose_json_is_a_bomb_is_told(own):
-    index = msgpack.unpackb((own / INDEX).read_bytes())
+    index = unvouched(msgpack.unpackb((own / INDEX).read_bytes()))
     at, size = index["members"]["json"][0][0], index["members"]["json"][1][0]
     data = (own / TAR).read_bytes()
     (own / TAR).write_bytes(data[:at] + b"[" * size + data[at + size :])

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from dpkd.checked_json import checked, parse_checked
 from dpkd.errors import UserError
 from dpkd.models.network import build_network
 from dpkd.models.saved import load_network, save_network
@@ -42,6 +43,7 @@ def test_a_saved_network_comes_back_bit_for_bit(saved):
 def test_a_network_saved_before_there_were_statements_still_loads(saved):
     folder, _ = saved
     head = json.loads((folder / "network.json").read_text())
+    del head["checksum"]
     for key in ("attributes", "regions"):
         del head["spec"][key]
     (folder / "network.json").write_text(json.dumps(head))
@@ -98,7 +100,7 @@ def test_a_broken_description_is_refused(saved, text):
 
 def test_another_format_is_refused_with_both_versions(saved):
     path = saved[0] / "network.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 9}))
+    path.write_bytes(checked({**parse_checked(path.read_bytes()), "format_version": 9}))
     with pytest.raises(UserError, match="is 9, this dpkd reads 1"):
         load_network(saved[0])
 
@@ -114,3 +116,30 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="file"):
         save_network(tmp_path / "file" / "teacher", SPEC, build_network(SPEC, seed=0).state_dict())
+
+
+def test_a_description_changed_since_it_was_written_is_refused(saved):
+    path = saved[0] / "network.json"
+    path.write_text(path.read_text().replace("0.1", "0.4", 1))
+    with pytest.raises(UserError, match=r"network\.json is damaged .*its checksum is wrong"):
+        load_network(saved[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"name": "vit_tiny_patch16_224", "arguments": {"embed_dim": 1 << 16, "num_heads": 1}}},
+        {"model": {"name": "vit_tiny_patch16_224", "arguments": {"depth": 10**9}}},
+        {"model": {"name": "resnet18", "arguments": {"channels": [64, 64, 1 << 15, 1 << 15]}}},
+        {"model": {"name": "vit_giant_patch14_clip_224"}},
+        {"targets": {"edge": 10**12}},
+        {"teacher_dim": 10**15},
+        {"image_size": 10**6},
+    ],
+)
+def test_a_network_larger_than_its_weights_is_never_built(saved, change):
+    path = saved[0] / "network.json"
+    head = parse_checked(path.read_bytes())
+    path.write_bytes(checked({**head, "spec": {**head["spec"], **change}}))
+    with pytest.raises(UserError, match=r"network\.json asks for a network .* model\.safetensors beside it has"):
+        load_network(saved[0])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dpkd.errors import UserError
 from dpkd.report.progress import EventLog, Progress, duration, say
 
 
@@ -83,3 +84,16 @@ def test_events_are_json_lines_in_order(tmp_path: Path) -> None:
     assert second["kind"] == "checkpoint"
     assert second["step"] == 200
     assert second["time"] >= first["time"]
+
+
+def test_an_event_after_a_line_that_was_cut_short_has_a_line_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"time": 1, "kind": "tra')
+    EventLog(path).write("stage", name="pack")
+    assert json.loads(path.read_text().splitlines()[1])["name"] == "pack"
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*events\.jsonl"):
+        EventLog(tmp_path / "events.jsonl").write("stage")

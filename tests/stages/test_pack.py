@@ -323,3 +323,24 @@ def test_split_names_that_cannot_name_a_file_are_refused(tmp_path):
     (tmp_path / "t.csv").write_text("path,part\nimages/x/000.jpg,../up\n")
     with pytest.raises(UserError, match=r"split '../up' cannot name a file"):
         pack_at(TableSource(path=str(tmp_path / "t.csv"), split_column="part"), tmp_path / "set")
+
+
+def test_a_damaged_manifest_is_written_anew_from_shards_that_stand(images, tmp_path, capsys):
+    pack_at(images, tmp_path / "set", samples_per_shard=2)
+    before = files_of(tmp_path / "set")
+    place = tmp_path / "set" / "dataset.json"
+    for damage in (lambda: place.write_bytes(place.read_bytes()[:50]), place.unlink):
+        damage()
+        pack_at(images, tmp_path / "set", samples_per_shard=2)
+        assert files_of(tmp_path / "set") == before
+    assert "dataset.json is not a data set's manifest" in capsys.readouterr().out
+
+
+def test_shards_of_other_images_are_not_touched_where_their_manifest_is_damaged(images, tmp_path):
+    make_folder(tmp_path / "others", counts={"cat": 3})
+    pack_at(tmp_path / "others", tmp_path / "set")
+    (tmp_path / "set" / "dataset.json").write_text("?")
+    before = files_of(tmp_path / "set")
+    with pytest.raises(UserError, match=r"or one of other images, such as .*\.tar"):
+        pack_at(images, tmp_path / "set")
+    assert files_of(tmp_path / "set") == before

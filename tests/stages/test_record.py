@@ -46,3 +46,33 @@ def test_a_broken_record_is_named(tmp_path: Path) -> None:
     (tmp_path / "stages.json").write_text("{")
     with pytest.raises(UserError, match=r"stages\.json"):
         RunFolder(tmp_path).stages()
+
+
+def test_a_stage_is_done_only_while_what_it_made_stands(tmp_path: Path) -> None:
+    folder, outside = RunFolder(tmp_path / "run"), tmp_path / "elsewhere" / "dataset.json"
+    outside.parent.mkdir()
+    made = [folder.path / "teacher" / "model.safetensors", outside]
+    with folder.running("teach", {}, makes=lambda: made):
+        for path in made:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(b"weights")
+    assert folder.is_done("teach", {})
+    made[0].write_bytes(b"weightz")
+    outside.unlink()
+    assert not folder.is_done("teach", {})
+    assert folder.faults("teach") == [f"{made[0]} was changed or damaged", f"{outside} is missing"]
+    for path in made:
+        path.write_bytes(b"weights")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert RunFolder(tmp_path / "moved").is_done("teach", {})
+
+
+def test_the_record_of_an_earlier_dpkd_tells_of_no_files_and_counts(tmp_path: Path) -> None:
+    (tmp_path / "stages.json").write_text('{"teach": {"status": "done", "seconds": 1.0, "given": {}}}')
+    assert RunFolder(tmp_path).is_done("teach", {})
+
+
+def test_a_folder_in_the_place_of_the_record_is_named(tmp_path: Path) -> None:
+    (tmp_path / "stages.json").mkdir()
+    with pytest.raises(UserError, match=r"stages\.json is not the record of a run"):
+        RunFolder(tmp_path).stages()

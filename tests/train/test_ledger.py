@@ -8,7 +8,7 @@ import torch
 
 from dpkd.data.order import Order, rank_slice
 from dpkd.data.stream import Batch
-from dpkd.train.ledger import History, Ledger, history, read_ledgers
+from dpkd.train.ledger import History, Ledger, forget, history, read_ledgers
 from dpkd.world import World
 
 BATCH, MICRO = 8, 2
@@ -103,3 +103,47 @@ def test_a_file_that_is_no_ledger_is_named(tmp_path: Path, content: bytes) -> No
     path.write_bytes(content)
     with pytest.raises(ValueError, match=path.name):
         read_ledgers(tmp_path)
+
+
+def ledger_of(folder: Path, *, attempt: int = 1) -> Path:
+    return folder / f"attempt-{attempt:04d}-rank-00000.ledger"
+
+
+def test_a_step_that_stands_twice_in_a_ledger_is_named(tmp_path: Path) -> None:
+    use(tmp_path, attempt=1, steps=range(5))
+    with ledger_of(tmp_path).open("ab") as file:
+        file.write(ledger_of(tmp_path).read_bytes().partition(b"\n")[2][:44])
+    with pytest.raises(ValueError, match=r"attempt-0001-rank-00000\.ledger has step 1 a second time"):
+        read(tmp_path)
+
+
+def test_a_step_before_the_attempt_began_is_named(tmp_path: Path) -> None:
+    use(tmp_path, attempt=2, steps=range(3, 5))
+    path = ledger_of(tmp_path, attempt=2)
+    path.write_bytes(path.read_bytes().replace(b'"start_step": 3', b'"start_step": 4'))
+    with pytest.raises(ValueError, match=r"has step 4 .* before the attempt began"):
+        read(tmp_path)
+
+
+def test_a_ledger_under_another_name_is_named(tmp_path: Path) -> None:
+    use(tmp_path, attempt=1, steps=range(5))
+    ledger_of(tmp_path).rename(ledger_of(tmp_path, attempt=2))
+    with pytest.raises(ValueError, match=r"attempt-0002.* is the ledger of attempt 1, rank 0"):
+        read(tmp_path)
+
+
+def test_ranks_that_do_not_agree_on_their_attempt_are_refused(tmp_path: Path) -> None:
+    use(tmp_path / "two", attempt=1, steps=range(3), world_size=2)
+    use(tmp_path / "later", attempt=1, steps=range(1, 3), world_size=2)
+    other = (tmp_path / "later" / "attempt-0001-rank-00001.ledger").read_bytes()
+    (tmp_path / "two" / "attempt-0001-rank-00001.ledger").write_bytes(other)
+    with pytest.raises(ValueError, match="ranks of attempt 1 are not of one attempt"):
+        read(tmp_path / "two")
+
+
+def test_a_stage_that_begins_anew_forgets_what_has_no_checkpoint_any_more(tmp_path: Path) -> None:
+    use(tmp_path, attempt=1, steps=range(5))
+    use(tmp_path, attempt=2, steps=range(4, 6), wrong=5)
+    forget(tmp_path, from_attempt=2)
+    use(tmp_path, attempt=2, steps=range(4, 6))
+    assert as_ordered(read(tmp_path)) == list(range(6))

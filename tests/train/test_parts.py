@@ -8,7 +8,7 @@ import torch
 
 from dpkd.errors import UserError
 from dpkd.train.checkpoint import Checkpoints
-from dpkd.train.parts import LeftOut, RandomState
+from dpkd.train.parts import Inputs, LeftOut, RandomState
 from dpkd.world import World
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -44,3 +44,17 @@ def test_a_stage_goes_on_only_without_the_samples_that_it_began_without(tmp_path
 def test_a_checkpoint_that_does_not_say_what_was_left_out_loads(tmp_path: Path) -> None:
     save(tmp_path, random=RandomState(ALONE))
     assert load(tmp_path, samples=LeftOut((1,), ALONE)) == 2
+
+
+def test_a_stage_goes_on_only_with_the_images_and_maps_that_it_began_with(tmp_path: Path) -> None:
+    save(tmp_path, inputs=Inputs({"packed images": "a", "map 'edge'": "b"}, ALONE))
+    assert load(tmp_path, inputs=Inputs({"packed images": "a", "map 'edge'": "b", "map 'hog'": "c"}, ALONE)) == 2
+    with pytest.raises(UserError, match=r"other map 'edge' than stand now: .*deleting"):
+        load(tmp_path, inputs=Inputs({"packed images": "a", "map 'edge'": "c"}, ALONE))
+    with pytest.raises(UserError, match="other packed images and map 'edge' than"):
+        load(tmp_path, inputs=Inputs({}, ALONE))
+
+
+def test_a_checkpoint_that_does_not_say_what_it_was_trained_from_loads(tmp_path: Path) -> None:
+    save(tmp_path, random=RandomState(ALONE))
+    assert load(tmp_path, inputs=Inputs({"packed images": "a"}, ALONE)) == 2
