@@ -77,11 +77,11 @@ def run_training_stages(settings: Settings, folder: RunFolder, stages: Sequence[
     """Runs the named stages in the training workers."""
     if not stages:
         return
+    gang = make_gang(settings.launcher, sizes=settings.world_sizes, module="dpkd.session")
     # here, not at the top: the driver of a cluster run needs no torch
     from dpkd.session import train_stages  # noqa: PLC0415
 
     argument = (settings.model_dump(mode="json"), list(stages))
-    gang = make_gang(settings.launcher, sizes=settings.world_sizes)
     gang.run(train_stages, argument, supervision=supervision(folder))
 
 

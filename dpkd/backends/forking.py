@@ -16,20 +16,30 @@ from contextlib import contextmanager
 from multiprocessing import forkserver
 from typing import Any
 
+from dpkd.stop_signals import held
+
 START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+
+
+def load_ahead(*modules: str) -> None:
+    """Starts the process that workers are forked from, which loads these modules while this one goes on.
+
+    A signal to the whole process group does not end it: its workers, which would go with it, are to save first.
+    """
+    if START_METHOD == "forkserver":
+        forkserver.set_forkserver_preload(list(modules))
+        with held():
+            forkserver.ensure_running()
 
 
 @contextmanager
 def forking(*modules: str) -> Iterator[None]:
-    """Has the processes that start meanwhile forked from one that has loaded these modules."""
-    if START_METHOD == "spawn":
-        yield
-        return
-    multiprocessing.get_context("forkserver").set_forkserver_preload(list(modules))
-    server: Any = forkserver._forkserver
+    """Has the workers that start meanwhile forked from a process that has loaded these modules, unless one runs."""
+    load_ahead(*modules)
     try:
         yield
     finally:
+        server: Any = forkserver._forkserver
         server._stop()  # it keeps the output and the environment of the moment in which it began
 
 

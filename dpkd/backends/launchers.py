@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from dpkd.backends.forking import load_ahead
 from dpkd.gang import Gang
 from dpkd.placement import Sizes
 from dpkd.pool import Accelerator, LocalPool, Pool
@@ -55,11 +56,15 @@ def _local_gpus() -> list[str]:
     return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
 
 
-def make_gang(settings: LauncherSettings, *, sizes: Sequence[int] = ()) -> Gang:
-    """Processes for training, as many of the numbers `sizes` as there is room for; none gives one a GPU, else one."""
+def make_gang(settings: LauncherSettings, *, sizes: Sequence[int] = (), module: str) -> Gang:
+    """Processes for training, as many of the numbers `sizes` as there is room for; none gives one a GPU, else one.
+
+    `module` holds what they are to run; those of this machine load it from here on.
+    """
     options: dict[str, Any] = settings.model_dump(include={"max_restarts", "threads", "stop_grace_s", "hang_timeout_s"})
     chosen = Sizes(tuple(sizes), settings.grow_after_s) if sizes else None
     if launcher_kind(settings) == "local":
+        load_ahead("dpkd.backends.local_gang", module)
         from dpkd.backends.local_gang import LocalGang, room  # noqa: PLC0415
 
         if chosen is None:

@@ -237,6 +237,7 @@ def _enter(task: _Task) -> None:
     for number in STOP_SIGNALS:  # the parent has them too, and passes them on as one; loader workers inherit this
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _on_worker_signal)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     if (task.folder / "stop").exists():
         world.request_stop()
     if task.threads is not None:
