@@ -10,6 +10,7 @@
   <split>-000000.index.msgpack      `ShardIndex`: columns, one entry a sample; written after its tar
 
 A sample's bytes are checked against the index whenever they are read: damage inside a JPEG decodes without a word.
+Manifest and index have a checksum of their own each: so does a label with a changed bit.
 
 A key is the path of the image in its source without the extension. Axes: N samples.
 """

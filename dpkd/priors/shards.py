@@ -5,6 +5,8 @@
   <split>-000000.tar            one member a sample, <key>.priors.msgpack (`dpkd.priors.record`), in the order of the
                                 image shard of that name
   <split>-000000.index.msgpack  `PriorIndex`: written after its tar, which it vouches for
+
+Manifest and index have a checksum of their own each.
 """
 
 import os

@@ -42,6 +42,7 @@ from dpkd.stages import evaluate
 from dpkd.stages.record import RunFolder
 from dpkd.train import checkpoint
 from dpkd.train.divergence import Diverged, Skipped
+from tests.chaos.file_faults import damage, names_file, obey_permissions
 from tests.runs import CONV, FIGURE_GROUND, VIT, settings_of, train_events
 
 STATES = ("prepared", "teaching", "distilling", "finished")
@@ -77,8 +78,6 @@ LIBRARY = ctypes.CDLL(os.environ["LD_PRELOAD"]) if "LD_PRELOAD" in os.environ el
 PATIENCE_S = 120.0
 ALONE = world.World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 NETWORKS = ("teacher", "students/vit", "baselines/vit")
-CAN_OVERRIDE = (1, 2)
-"""CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, with which root reads and writes whatever the permission bits say."""
 
 
 def tree(run: Path, *, source: Path, seed: int = 0) -> dict[str, Any]:
@@ -153,19 +152,6 @@ def stop_in(stage: str, folder: RunFolder) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def obey_permissions() -> None:
-    """Takes from this process, where it is root's, the right to read and write what permissions forbid."""
-    if os.geteuid() != 0:
-        return
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
-    sets = (ctypes.c_uint32 * 6)()
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.capget(header, sets) == 0, os.strerror(ctypes.get_errno())
-    for capability in CAN_OVERRIDE:
-        sets[0] &= ~(1 << capability)
-    assert libc.capset(header, sets) == 0, os.strerror(ctypes.get_errno())
-
-
 def forked(work: Callable[[], int], *, log: Path) -> tuple[int | None, str, float]:
     """Does the work in a fork; its exit code (None where it hung), what it printed, and its seconds."""
     began = time.monotonic()
@@ -197,81 +183,6 @@ def weights(run: Path) -> dict[str, bytes]:
     paths = [run / name / "model.safetensors" for name in NETWORKS]
     paths += [run / "export/vit/model.safetensors", run / "export/vit/config.json"]
     return {str(path.relative_to(run)): path.read_bytes() if path.is_file() else b"" for path in paths}
-
-
-READ_ONLY = 0o555
-
-
-def flip(data: bytes, draws: random.Random) -> bytes:
-    """One bit the other way."""
-    at = draws.randrange(len(data))
-    return data[:at] + bytes([data[at] ^ (1 << draws.randrange(8))]) + data[at + 1 :]
-
-
-def zero(data: bytes, draws: random.Random) -> bytes:
-    """Up to 512 bytes as a disk that lost them gives them back."""
-    at = draws.randrange(len(data))
-    return data[:at] + bytes(len(data[at : at + 512])) + data[at + 512 :]
-
-
-CONTENT: dict[str, Callable[[bytes, random.Random], bytes]] = {
-    "truncate": lambda data, draws: data[: draws.randrange(len(data))],
-    "cut a byte": lambda data, _: data[:-1],
-    "empty": lambda _, __: b"",
-    "flip a bit": flip,
-    "zero a block": zero,
-    "append": lambda data, draws: data + draws.randbytes(100),
-}
-"""Faults of what a file holds."""
-
-
-def make_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def make_dangling(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("nowhere")
-
-
-def make_read_only(path: Path) -> None:
-    path.chmod(0o444)
-    path.parent.chmod(READ_ONLY)
-
-
-PLACE: dict[str, Callable[[Path], None]] = {
-    "delete": Path.unlink,
-    "folder": make_folder,
-    "dangling link": make_dangling,
-    "unreadable": lambda path: path.chmod(0),
-    "read-only": make_read_only,
-}
-"""Faults of where a file stands."""
-FAULTS = (*CONTENT, *PLACE, "swap", "stale")
-
-
-def damage(path: Path, fault: str, *, draws: random.Random, others: list[Path], stale: list[Path]) -> list[Path]:
-    """Damages a file; the files it touched, none where nothing differs that it could be swapped with or replaced by."""
-    data = path.read_bytes()
-    if fault in PLACE:
-        PLACE[fault](path)
-    elif fault in CONTENT:
-        if not data:
-            return []
-        path.write_bytes(CONTENT[fault](data, draws))
-    else:
-        found = [
-            each for each in (others if fault == "swap" else stale) if each.is_file() and each.read_bytes() != data
-        ]
-        if not found:
-            return []
-        other = draws.choice(found)
-        path.write_bytes(other.read_bytes())
-        if fault == "swap":
-            other.write_bytes(data)
-            return [path, other]
-    return [path]
 
 
 class Trials:
@@ -427,14 +338,6 @@ def newest(names: list[str]) -> list[str]:
     step_of = {name: Path(name).parts[2] for name in names if name.startswith("checkpoints/") and "/step-" in name}
     last = {Path(name).parts[1]: step for name, step in sorted(step_of.items(), key=lambda pair: pair[1])}
     return [name for name in names if name not in step_of or step_of[name] == last[Path(name).parts[1]]]
-
-
-def names_file(printed: str, path: Path) -> bool:
-    """Whether what was printed names the file, its checkpoint, or another file of its folder that is read-only."""
-    if path.parent.exists() and path.parent.stat().st_mode & 0o777 == READ_ONLY and f"write {path.parent}/" in printed:
-        return True
-    steps = [part for part in path.parts if part.startswith("step-")]
-    return path.name in printed or any(step in printed for step in steps)
 
 
 def skip_first_steps(run: Path) -> None:

@@ -20,7 +20,8 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from tests.chaos.damaged_files import CALLS, FAULTS, STATES, TARGETS
+from tests.chaos.damaged_files import CALLS, STATES, TARGETS
+from tests.chaos.file_faults import FAULTS
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = int(os.environ.get("DPKD_CHAOS_SEED") or 20261125)
