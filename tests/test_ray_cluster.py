@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import yaml
 
 from dpkd.audit import audit
 from dpkd.stages.record import RunFolder
+from dpkd.train.checkpoint_store import CheckpointStore
 from tests.runs import Command, all_weights, tiny, train_events
 from tools.local_ray_cluster import LocalCluster
 
@@ -186,6 +188,37 @@ def test_a_killed_driver_leaves_nothing_that_blocks_the_next_attempt(sample_fold
         last = Command(tree, "--stages", "pack,prepare,teach", environment=environment)
         assert last.wait() == 0, last.output
     assert max(event["step"] for event in train_events(folder)) == 60
+    audit(str(folder.path))
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_a_job_that_is_stopped_saves_and_goes_on_when_submitted_again(sample_folder: Path, tmp_path: Path) -> None:
+    tree = tiny(tmp_path / "run", source=sample_folder)
+    tree["launcher"] |= {"kind": "auto", "workers": 2}
+    tree["teach"]["training"] |= {"steps": 400, "checkpoint_every": 400, "evaluate_every": 400, "panels_every": 400}
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    folder = RunFolder(tmp_path / "run")
+    root = {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "RAY_JOB_STOP_WAIT_TIME_S": "100"}
+    command = [sys.executable, "-m", "dpkd.pretrain", "--config", str(config), "--stages", "pack,prepare,teach"]
+    with LocalCluster([1, 1], environment=root) as cluster:
+        submitted = cluster.submit(command, wait=False)
+        job = re.search(r"raysubmit_\w+", submitted.stdout)
+        assert job is not None, submitted.stdout + submitted.stderr
+        while len(train_events(folder)) < 20:
+            time.sleep(0.1)
+        ray = Path(sys.executable).parent / "ray"
+        stop = [ray, "job", "stop", "--address", cluster.dashboard, job[0]]
+        stopped = subprocess.run(
+            stop, env=os.environ | cluster.client_variables(), capture_output=True, text=True, check=False
+        )
+        assert "was stopped" in stopped.stdout, stopped.stdout + stopped.stderr
+        (saved,) = CheckpointStore(folder.checkpoints("teach")).standing()
+        assert saved.step == max(event["step"] for event in train_events(folder))
+        again = cluster.submit(command)
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert f"continues after step {saved.step} of 400" in again.stdout
     audit(str(folder.path))
 
 
