@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import FrameType
 
@@ -24,7 +25,7 @@ from dpkd.report.progress import Progress, duration, say
 from dpkd.report.quarantine import Quarantine
 from dpkd.report.summary import say_summary
 from dpkd.settings import Settings, load_settings
-from dpkd.stages.attempts import supervision
+from dpkd.stages.attempts import Attempt, attempt_at, supervision
 from dpkd.stages.pack import pack
 from dpkd.stages.prepare import prepare
 from dpkd.stages.record import RunFolder
@@ -56,24 +57,32 @@ def run(settings: Settings, *, stages: Sequence[str] = STAGES) -> None:
         write_settings(folder, settings.model_dump(mode="json"))
         write_versions(folder)
         shield_resource_tracker()
-        run_pool_stages(settings, folder, [stage for stage in left if stage in POOL_STAGES])
-        run_training_stages(settings, folder, [stage for stage in left if stage not in POOL_STAGES])
+        with attempt_at(folder, left) as attempt:
+            run_pool_stages(settings, folder, [each for each in left if each in POOL_STAGES], told=attempt.stage)
+            run_training_stages(settings, folder, [each for each in left if each not in POOL_STAGES], attempt=attempt)
     say_summary(folder.path)
     say(f"{'done' if left else 'all was done before; nothing to do'}, {duration(time.monotonic() - began)}")
 
 
-def run_pool_stages(settings: Settings, folder: RunFolder, stages: Sequence[str]) -> None:
-    """Packs and prepares, as far as named."""
+def run_pool_stages(
+    settings: Settings,
+    folder: RunFolder,
+    stages: Sequence[str],
+    *,
+    told: Callable[[str], AbstractContextManager[object]] = nullcontext,
+) -> None:
+    """Packs and prepares, as far as named, each inside what `told` gives for its name."""
     if not stages:
         return
     pool = make_pool(settings.launcher)
     quarantine = Quarantine(folder.quarantine, limit=settings.data.bad_limit)
     for stage in stages:
-        with folder.running(stage, given(stage, settings), makes=partial(makes, stage, settings)):
+        recorded = folder.running(stage, given(stage, settings), makes=partial(makes, stage, settings))
+        with told(stage), recorded:
             _run_pool_stage(stage, settings, folder, pool=pool, quarantine=quarantine)
 
 
-def run_training_stages(settings: Settings, folder: RunFolder, stages: Sequence[str]) -> None:
+def run_training_stages(settings: Settings, folder: RunFolder, stages: Sequence[str], *, attempt: Attempt) -> None:
     """Runs the named stages in the training workers."""
     if not stages:
         return
@@ -81,8 +90,8 @@ def run_training_stages(settings: Settings, folder: RunFolder, stages: Sequence[
     # here, not at the top: the driver of a cluster run needs no torch
     from dpkd.session import train_stages  # noqa: PLC0415
 
-    argument = (settings.model_dump(mode="json"), list(stages))
-    gang.run(train_stages, argument, supervision=supervision(folder))
+    argument = (settings.model_dump(mode="json"), list(stages), attempt.token)
+    gang.run(train_stages, argument, supervision=supervision(folder, attempt))
 
 
 def _run_pool_stage(stage: str, settings: Settings, folder: RunFolder, *, pool: Pool, quarantine: Quarantine) -> None:

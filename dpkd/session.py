@@ -1,6 +1,7 @@
 """What a training worker does: joins its peers, then runs the stages that are left, in order."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,16 +22,16 @@ from dpkd.stages.statements import refuse_unknown_classes
 from dpkd.stages.teach import teach
 
 
-def train_stages(argument: tuple[dict[str, Any], list[str]]) -> None:
-    """Runs the training stages in this worker: `argument` holds the settings as plain values, and the stages.
+def train_stages(argument: tuple[dict[str, Any], list[str], str | None]) -> None:
+    """Runs the training stages in this worker: `argument` holds the settings as plain values, stages, and the attempt.
 
     Also the way back after a fault: what the earlier attempt finished is done, what it began goes on.
     """
-    tree, stages = argument
+    tree, stages, attempt = argument
     settings = parse_settings(tree, origin="settings of the run")
     peers = world.join()
     try:
-        _run_stages(settings, stages, peers)
+        _run_stages(open_run(settings, peers, attempt=attempt), settings, stages)
     except Exception:
         if peers.size == 1:  # peers would fail at the closed connection before this error is told
             peers.leave()
@@ -38,7 +39,7 @@ def train_stages(argument: tuple[dict[str, Any], list[str]]) -> None:
     peers.leave()
 
 
-def open_run(settings: Settings, peers: world.World) -> Run:
+def open_run(settings: Settings, peers: world.World, *, attempt: str | None = None) -> Run:
     """The run of these settings as this worker sees it."""
     return Run(
         folder=RunFolder(settings.run.dir, checkpoints=settings.run.checkpoints),
@@ -48,21 +49,29 @@ def open_run(settings: Settings, peers: world.World) -> Run:
         prepare=settings.prepare,
         evaluate=settings.evaluate,
         make_engine=make_engine,
+        attempt=attempt,
     )
 
 
-def _run_stages(settings: Settings, stages: list[str], peers: world.World) -> None:
+def _run_stages(run: Run, settings: Settings, stages: list[str]) -> None:
+    peers = run.world
     _share_cores(settings, peers)
-    run = open_run(settings, peers)
     refuse_unknown_classes(run.dataset, settings.data, settings.objectives)
     refuse_small_splits(run)
     left = peers.broadcast(left_to_do(run.folder, settings, stages) if peers.rank == 0 else [])
     for stage in left:
-        record = partial(run.folder.running, makes=partial(makes, stage, settings))
-        with record(stage, given(stage, settings)) if peers.rank == 0 else nullcontext():
+        with _recorded(stage, run, settings) if peers.rank == 0 else nullcontext():
             beat(stage)
             _run_stage(stage, run, settings)
             peers.barrier()
+
+
+@contextmanager
+def _recorded(stage: str, run: Run, settings: Settings) -> Iterator[None]:
+    run.events.write("stage_began", stage=stage)
+    with run.folder.running(stage, given(stage, settings), makes=partial(makes, stage, settings)):
+        yield
+    run.events.write("stage_ended", stage=stage)
 
 
 def _run_stage(stage: str, run: Run, settings: Settings) -> None:

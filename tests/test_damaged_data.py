@@ -114,7 +114,7 @@ def test_without_prior_maps_a_damaged_sample_stops_training_by_name(
     tree["distill"]["students"] = {"conv": {"model": CONV, "losses": [{"kind": "supervised"}, {"kind": "logits"}]}}
     assert pretrain.exit_code(lambda: pretrain.run(settings_of(tree), stages=["prepare"])) == 0
     plain = settings_of(tree).model_dump(mode="json")
-    assert pretrain.exit_code(lambda: train_stages((plain, ["teach"]))) == 2
+    assert pretrain.exit_code(lambda: train_stages((plain, ["teach"], None))) == 2
     shard, _, key = damaged.flipped.partition("/")
     assert f"{shard}, sample '{key}': its bytes are not those that were packed" in capfd.readouterr().err
 

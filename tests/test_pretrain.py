@@ -1,5 +1,6 @@
 """Whole runs: every stage in order, continued exactly after kills and stops, the same on one worker and on two."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dpkd import cli, pretrain
 from dpkd.audit import audit
 from dpkd.errors import UserError
+from dpkd.report.progress import EventReader
 from dpkd.session import train_stages
 from dpkd.stages.record import RunFolder
 from tests.object_store import BUCKET, ObjectStore
@@ -74,6 +77,73 @@ def test_a_run_ends_with_its_summary_and_exports(whole: RunFolder) -> None:
         assert (whole.path / name).stat().st_size > 0
 
 
+def assert_accounted(folder: RunFolder, *, attempts: int, restarts: int = 0) -> dict[str, Any]:
+    """The account of the run's time, which must cover it from its first event to its last."""
+    events = [event for event in EventReader(folder.events).new() if "attempt" in event]
+    goodput: dict[str, Any] = json.loads((folder.path / "goodput.json").read_text())
+    length_ms = round(1000 * (events[-1]["time"] - events[0]["time"]))
+    assert sum(round(1000 * seconds) for seconds in goodput["seconds"].values()) == length_ms
+    assert (goodput["attempts"], goodput["restarts"]) == (attempts, restarts)
+    assert {event["attempt"] for event in events if event["kind"] == "train"} <= {
+        event["attempt"] for event in events if event["kind"] == "attempt_began"
+    }
+    return goodput
+
+
+def test_the_time_of_a_run_is_accounted_and_shown(whole: RunFolder) -> None:
+    goodput = assert_accounted(whole, attempts=1)
+    stages, spent = whole.stages(), goodput["seconds"]
+    prepared = stages["pack"]["seconds"] + stages["prepare"]["seconds"]
+    trained = stages["teach"]["seconds"] + stages["distill"]["seconds"]
+    assert spent["preparation"] == pytest.approx(prepared, abs=0.1)
+    assert 0 < spent["training"] + spent["data_wait"] + spent["checkpoint"] < trained
+    assert spent["evaluation"] > stages["evaluate"]["seconds"]
+    assert spent["recovery"] == spent["lost_work"] == spent["idle"] == 0
+    assert (goodput["steps"], goodput["lost_steps"]) == (12, 0)
+    table = (whole.path / "summary.md").read_text().split("## Where the time went")[1]
+    assert f"| {100 * goodput['shares']['training']:.1f} % | steps that count |" in table
+    for stage in ("teach", "distill"):
+        shown = EventAccumulator(str(whole.tensorboard / stage)).Reload().Scalars("goodput/training")
+        assert [event.step for event in shown] == [1, 2, 3, 4, 5, 6]
+        assert all(0 < event.value < 1 for event in shown)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_recovery_and_the_steps_since_the_last_save(whole: RunFolder, tmp_path: Path) -> None:
+    tree = tiny(tmp_path / "restarted", source=None, shards=shards_of(whole))
+    tree["teach"]["training"] |= {"steps": 40, "checkpoint_every": 10, "evaluate_every": 40, "panels_every": 40}
+    command = Command(tree, "--stages", "teach")
+    command.wait_for_step("teach", 15)
+    kill_worker(command)
+    assert command.wait() == 0, command.output
+    goodput = assert_accounted(command.folder, attempts=1, restarts=1)
+    (loop,) = [event for event in EventReader(command.folder.events).new() if event["kind"] == "loop_began"][1:]
+    assert goodput["steps"] == 40
+    assert 0 < goodput["lost_steps"] == reached(command.folder) - loop["step"]
+    assert goodput["seconds"]["recovery"] > 1  # the wait before the restart alone
+    assert goodput["seconds"]["lost_work"] > 0
+    assert goodput["seconds"]["idle"] == 0
+
+
+def kill_worker(command: Command) -> None:
+    """SIGKILL to the one training process."""
+    beats = command.folder.hangs
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().decode().split("\0")
+            if "dpkd.watchdog" in words and str(beats) in words:
+                os.kill(int(words[words.index("dpkd.watchdog") + 5]), signal.SIGKILL)
+                return
+    raise AssertionError("no watchdog of a worker is running")
+
+
+def reached(folder: RunFolder) -> int:
+    """The last step that the first generation told of."""
+    events = EventReader(folder.events).new()
+    restart = next(place for place, event in enumerate(events) if event["kind"] == "restart")
+    return max(event["step"] for event in events[:restart] if event["kind"] == "spent")
+
+
 def test_every_objective_of_every_network_is_logged(whole: RunFolder) -> None:
     distilled = losses(whole, "distill")[6]
     for student in ("conv", "vit"):
@@ -125,6 +195,9 @@ def test_a_run_killed_at_a_step_ends_bit_equal(whole: RunFolder, tmp_path: Path,
     assert f"{stage}: continues after step" in again.output
     assert_same_weights(whole, again.folder)
     audit(str(again.folder.path))
+    goodput = assert_accounted(again.folder, attempts=2)
+    assert goodput["steps"] == 12
+    assert min(goodput["seconds"][name] for name in ("idle", "recovery", "lost_work")) > 0
 
 
 @pytest.mark.slow
@@ -169,6 +242,9 @@ def test_a_stopped_run_says_so_and_goes_on(whole: RunFolder, tmp_path: Path, num
     again = Command(tree, "--stages", "teach,distill")
     assert again.wait() == 0, again.output
     assert_same_weights(whole, again.folder)
+    goodput = assert_accounted(again.folder, attempts=2)
+    assert (goodput["steps"], goodput["lost_steps"]) == (12, 0)
+    assert min(goodput["seconds"][name] for name in ("idle", "recovery", "checkpoint")) > 0
 
 
 def assert_same_losses(one: RunFolder, other: RunFolder) -> None:
@@ -288,7 +364,7 @@ def test_what_cannot_be_trained_stops_before_training(
 ) -> None:
     tree = _merged(tiny(tmp_path / "bad", source=None, shards=shards_of(whole)), change)
     plain = settings_of(tree).model_dump(mode="json")
-    assert pretrain.exit_code(lambda: train_stages((plain, ["teach"]))) == 2
+    assert pretrain.exit_code(lambda: train_stages((plain, ["teach"], None))) == 2
     message = capfd.readouterr().err
     assert all(words in message for words in named), message
     assert "Traceback" not in message
@@ -325,6 +401,6 @@ def test_one_class_alone_is_named(sample_folder: Path, tmp_path: Path, capfd: py
         shutil.copytree(sample_folder / split, source / split)
     settings = settings_of(tiny(tmp_path / "one", source=source))
     pretrain.run_pool_stages(settings, RunFolder(tmp_path / "one"), ["pack", "prepare"])
-    assert pretrain.exit_code(lambda: train_stages((settings.model_dump(mode="json"), ["teach"]))) == 2
+    assert pretrain.exit_code(lambda: train_stages((settings.model_dump(mode="json"), ["teach"], None))) == 2
     message = capfd.readouterr().err
     assert f"'base' holds 1 labelled class ({one.name})" in message, message

@@ -117,7 +117,7 @@ def stopped(tree: dict[str, Any], stage: str, capfd: pytest.CaptureFixture[str])
     settings = settings_of(tree)
     if stage == "teach":
         plain = settings.model_dump(mode="json")
-        assert pretrain.exit_code(lambda: train_stages((plain, [stage]))) == 2
+        assert pretrain.exit_code(lambda: train_stages((plain, [stage], None))) == 2
     else:
         assert pretrain.exit_code(lambda: pretrain.run(settings, stages=[stage])) == 2
     return capfd.readouterr().err

@@ -20,6 +20,7 @@ from rich.progress import Progress as RichBar
 
 from dpkd.errors import printable, without_secrets
 from dpkd.storage_errors import write_errors
+from dpkd.untrusted import parse_json
 
 INTERVAL_S = 10.0
 """Seconds between plain lines."""
@@ -147,14 +148,16 @@ def _terminal_bar(unit: str) -> RichBar:
 
 
 class EventLog:
-    """Appends the events of a run to a JSON-lines file."""
+    """Appends the events of a run to a JSON-lines file, each with the attempt that wrote it."""
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, *, attempt: str | None = None) -> None:
         self._path = Path(path)
+        self._always = {} if attempt is None else {"attempt": attempt}
 
     def write(self, kind: str, **numbers: Any) -> None:
         """Appends one event; a line is written whole, so several processes may share the file."""
-        line = without_secrets(json.dumps({"time": round(time.time(), 3), "kind": kind, **numbers})) + "\n"
+        event = {"time": round(time.time(), 3), "kind": kind, **self._always, **numbers}
+        line = without_secrets(json.dumps(event)) + "\n"
         with write_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -164,3 +167,32 @@ class EventLog:
                 os.write(handle, b"\n" * torn + line.encode())
             finally:
                 os.close(handle)
+
+
+class EventReader:
+    """Reads the events of a run as they come; a line that a kill has torn is left out and counted."""
+
+    def __init__(self, path: Path | str) -> None:
+        self._path = Path(path)
+        self._offset = 0
+        self.num_torn = 0
+
+    def new(self) -> list[dict[str, Any]]:
+        """The events since the last call, in the order in which they were written."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._offset += len(whole) + len(newline)
+        events = [_event(line) for line in whole.split(b"\n") if line.strip()]
+        self.num_torn += events.count(None)
+        return [event for event in events if event is not None]
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = parse_json(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) else None

@@ -2,11 +2,12 @@
 
     summary.json   {"run": folder, "protocol", "splits", "device",
                     "teacher": network, "students": {name: network}, "baselines": {name: network},
-                    "stages": {stage: {"status", "seconds"}}, "exports": {student: folder},
+                    "stages": {stage: {"status", "seconds"}}, "goodput": as goodput.json, "exports": {student: folder},
                     "quarantine": {stage: number of samples}}
     network        {"parameters", "images_per_s", "few_shot": {split: {"5way_1shot": {"mean", "ci95"}}}, …}
 
-It is put together from `evaluation.json`, `stages.json` and `quarantine.jsonl`; accuracies are fractions.
+It is put together from `evaluation.json`, `stages.json`, `events.jsonl` and `quarantine.jsonl`; accuracies are
+fractions.
 """
 
 import json
@@ -15,7 +16,8 @@ from typing import Any
 
 from dpkd import storage
 from dpkd.errors import UserError
-from dpkd.report.progress import duration, say
+from dpkd.report.goodput import MEANINGS, WORDS, account
+from dpkd.report.progress import EventReader, duration, say
 from dpkd.report.quarantine import Quarantine
 from dpkd.storage_errors import NO_FILE
 from dpkd.untrusted import parse_json
@@ -23,6 +25,7 @@ from dpkd.untrusted import parse_json
 EVALUATION_NAME = "evaluation.json"
 STAGES_NAME = "stages.json"
 QUARANTINE_NAME = "quarantine.jsonl"
+EVENTS_NAME = "events.jsonl"
 
 Table = list[list[str]]
 
@@ -37,6 +40,9 @@ def write_summary(folder: Path) -> dict[str, Any]:
     exported = {path.name: str(path) for path in sorted((folder / "export").glob("[!.]*")) if path.is_dir()}
     quarantined = Quarantine(folder / QUARANTINE_NAME, limit=1.0).counts
     summary = {"run": str(folder), **evaluation, "stages": stages, "exports": exported, "quarantine": quarantined}
+    where_time_went = account(EventReader(folder / EVENTS_NAME).new())
+    if where_time_went.attempts:
+        summary["goodput"] = where_time_went.table()
     storage.write_bytes_atomic(folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     storage.write_bytes_atomic(folder / "summary.md", markdown(summary).encode())
     return summary
@@ -70,11 +76,25 @@ def markdown(summary: dict[str, Any]) -> str:
         [["stage", "status", "time"]]
         + [[name, stage["status"], duration(stage["seconds"])] for name, stage in summary["stages"].items()]
     )
+    if "goodput" in summary:
+        lines += ["", "## Where the time went", "", *_piped(_time_table(summary["goodput"]))]
     if summary["quarantine"]:
         lines += ["", "## Quarantined", "", _quarantined(summary)]
     if summary["exports"]:
         lines += ["", "## Exported students", "", *(f"- {name}: `{path}`" for name, path in summary["exports"].items())]
     return "\n".join(lines) + "\n"
+
+
+def _time_table(goodput: dict[str, Any]) -> Table:
+    """The account of `goodput.json`, largest first, what took no time left out."""
+    rows = [["", "time", "share", "what it is"]]
+    for name, seconds in sorted(goodput["seconds"].items(), key=lambda item: -item[1]):
+        if seconds:
+            rows.append([WORDS[name], duration(seconds), f"{100 * goodput['shares'][name]:.1f} %", MEANINGS[name]])
+    attempts, restarts = goodput["attempts"], goodput["restarts"]
+    counted = f"{attempts} attempt{'' if attempts == 1 else 's'}, {restarts} restart{'' if restarts == 1 else 's'}"
+    steps = f"{goodput['steps']:,} steps that count, {goodput['lost_steps']:,} lost"
+    return [*rows, ["all", duration(goodput["total_s"]), "100 %", f"{counted}, {steps}"]]
 
 
 def _quarantined(summary: dict[str, Any]) -> str:

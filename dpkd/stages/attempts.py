@@ -1,19 +1,97 @@
-"""What the driver of a run knows of its attempts: how far they got, who hung, every restart as an event."""
+"""What the driver of a run knows of its attempts: how far they got, who hung, every restart, where the time went."""
 
+import json
+import secrets
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 
+from dpkd import storage
+from dpkd.errors import StopRequested, UserError
 from dpkd.gang import Restart, Supervision
-from dpkd.report.progress import EventLog
+from dpkd.report.goodput import Books
+from dpkd.report.progress import EventLog, EventReader, say
 from dpkd.stages.record import RunFolder
 from dpkd.train.checkpoint_store import CheckpointStore
 
+ALIVE_S = 30.0
+"""Seconds between two signs of life of a driver: what a kill of all leaves unaccounted, at most."""
 
-def supervision(folder: RunFolder) -> Supervision:
+
+class Attempt:
+    """One submission of a run, told in `events.jsonl` with a number of its own; `goodput.json` is kept up to date."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.token = secrets.token_hex(4)
+        self.events = EventLog(folder.events, attempt=self.token)
+        self._place = folder.goodput
+        self._reader, self._books = EventReader(folder.events), Books()
+        self._over = threading.Event()
+        self._writing = threading.Lock()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """A stage of the driver's own."""
+        self.events.write("stage_began", stage=name)
+        yield
+        self.events.write("stage_ended", stage=name)
+
+    def write_account(self) -> None:
+        """Writes where the time of the run went until now."""
+        with self._writing:
+            for event in self._reader.new():
+                self._books.add(event)
+            table = self._books.account().table() | {"torn_events": self._reader.num_torn}
+            storage.write_bytes_atomic(self._place, (json.dumps(table, indent=1) + "\n").encode())
+
+    def keep_alive(self) -> None:
+        """Says now and then that the driver lives, until `end`."""
+        while not self._over.wait(ALIVE_S):
+            with self._best_effort():
+                self.events.write("alive")
+                self.write_account()
+
+    def end(self, status: str) -> None:
+        """The last word."""
+        self._over.set()
+        with self._best_effort():
+            self.events.write("attempt_ended", status=status)
+            self.write_account()
+
+    @contextmanager
+    def _best_effort(self) -> Iterator[None]:
+        """An account that cannot be written neither ends a run nor hides the error that did."""
+        try:
+            yield
+        except (OSError, UserError) as error:
+            say(f"where the time went could not be written: {error}")
+
+
+@contextmanager
+def attempt_at(folder: RunFolder, stages: Sequence[str]) -> Iterator[Attempt]:
+    """An attempt at these stages, until the block ends; the account of the run is written then."""
+    attempt = Attempt(folder)
+    attempt.events.write("attempt_began", stages=list(stages))
+    pulse = threading.Thread(target=attempt.keep_alive, name="dpkd-alive", daemon=True)
+    pulse.start()
+    status = "failed"
+    try:
+        yield attempt
+        status = "done"
+    except (StopRequested, KeyboardInterrupt):
+        status = "stopped"
+        raise
+    finally:
+        attempt.end(status)
+
+
+def supervision(folder: RunFolder, attempt: Attempt) -> Supervision:
     """Reports of hangs go to `<run>/hangs`, restarts to `events.jsonl`; a later checkpoint is progress."""
-    events, generations = EventLog(folder.events), count()
+    generations = count()
 
     def on_restart(restart: Restart) -> None:
-        events.write(
+        attempt.events.write(
             "restart",
             generation=next(generations),
             rank=restart.rank,

@@ -34,6 +34,7 @@ class RunFolder:
         self.tensorboard = self.path / "tb"
         self.quarantine = self.path / "quarantine.jsonl"
         self.events = self.path / "events.jsonl"
+        self.goodput = self.path / "goodput.json"
         self.hangs = self.path / "hangs"
         self._stages = self.path / "stages.json"
 

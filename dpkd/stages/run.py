@@ -18,6 +18,7 @@ from dpkd.errors import UserError
 from dpkd.objectives.settings import VIEW_MAPS, StudentObjective, Supervised
 from dpkd.objectives.supervised import log_class_prior
 from dpkd.priors.shards import PriorSet, PriorSplit, fingerprints
+from dpkd.report.progress import EventLog
 from dpkd.stages.record import RunFolder
 from dpkd.stages.settings import DataSettings, EvaluateSettings, PrepareSettings
 from dpkd.train.settings import EngineSettings, TrainingSettings
@@ -44,6 +45,13 @@ class Run:
     prepare: PrepareSettings
     evaluate: EvaluateSettings
     make_engine: EngineFactory
+    attempt: str | None = None
+    """The submission that this worker belongs to; its events carry it."""
+
+    @cached_property
+    def events(self) -> EventLog:
+        """Where what happens is written down; rank 0 alone does so."""
+        return EventLog(self.folder.events, attempt=self.attempt)
 
     @cached_property
     def dataset(self) -> Dataset:

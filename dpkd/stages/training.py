@@ -25,14 +25,15 @@ from dpkd.objectives.settings import (
     RegionBounds,
     StudentObjective,
 )
-from dpkd.report.progress import EventLog, Progress, say
+from dpkd.report.progress import Progress, say
 from dpkd.report.quarantine import Quarantine
 from dpkd.report.tensorboard import Board
 from dpkd.stages.run import Run, TrainingSet
 from dpkd.stages.statements import attribute_table, learns_attributes
-from dpkd.stages.watch import EventSink, ProgressSink, Watch
+from dpkd.stages.watch import EventSink, ProgressSink, TimeSink, Watch
 from dpkd.train.checkpoint import Checkpoints, Part
 from dpkd.train.divergence import NormGuard, Skipped, train_past_divergence
+from dpkd.train.goodput import Spending
 from dpkd.train.ledger import Ledger, forget
 from dpkd.train.loop import Plan, train
 from dpkd.train.meter import Meter
@@ -201,8 +202,9 @@ class _Stage:
             Progress(self.stage, plan.total_steps, unit="steps", start=start_step, shown=shown) as progress,
             closing(self._batches(start_step, plan)) as batches,
         ):
-            log = EventSink(EventLog(run.folder.events), stage=self.stage)
+            log = EventSink(run.events, stage=self.stage)
             sinks = (board, log, ProgressSink(progress, start_step=start_step)) if board is not None else ()
+            time_sink = TimeSink(run, board, stage=self.stage) if board is not None else None
             train(
                 self.task,
                 ledger.recorded(batches, steps=plan.steps_from(start_step), micro_batches=plan.micro_batches),
@@ -210,7 +212,12 @@ class _Stage:
                 start_step=start_step,
                 checkpoints=checkpoints,
                 parts={**parts, "ledger": ledger},
-                meter=Meter(sinks=sinks, world=run.world, images_per_step=training.batch_size),
+                meter=Meter(
+                    sinks=sinks,
+                    world=run.world,
+                    images_per_step=training.batch_size,
+                    spending=Spending() if time_sink is None else Spending(time_sink.tell),
+                ),
                 guard=NormGuard(spike=training.spike),
                 hooks=Watch(run, self.task, board).hooks(),
                 world=run.world,

@@ -10,7 +10,8 @@ from dpkd.data.stream import Batch
 from dpkd.evaluation.few_shot import Episodes, draw_episodes, few_shot_accuracy, score
 from dpkd.evaluation.settings import EpisodeSettings
 from dpkd.models.attention import with_attention
-from dpkd.report.progress import EventLog, Progress
+from dpkd.report.goodput import Books
+from dpkd.report.progress import EventLog, EventReader, Progress
 from dpkd.report.tensorboard import Board
 from dpkd.stages.embed import embed_networks
 from dpkd.stages.run import Run
@@ -64,7 +65,7 @@ class Watch:
             scores = {key: score(accuracy_E).table() for key, accuracy_E in accuracy.items()}
             self._board.few_shot(step, network=name, split=run.data.val, scores=scores)
             numbers = {key: round(each["mean"], 4) for key, each in scores.items()}
-            EventLog(run.folder.events).write("few_shot", network=name, step=step, split=run.data.val, **numbers)
+            run.events.write("few_shot", network=name, step=step, split=run.data.val, **numbers)
 
     def panels(self, step: int, batch: Batch) -> None:
         """Image, priors, the network's predictions of them and its attention, side by side."""
@@ -99,6 +100,24 @@ class EventSink:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one line."""
         self._events.write("train", stage=self._stage, step=step, **values)
+
+
+class TimeSink:
+    """What the loop spends its time on, as events; TensorBoard shows the shares of the whole run so far."""
+
+    def __init__(self, run: Run, board: Board, *, stage: str) -> None:
+        self._events, self._board, self._stage = run.events, board, stage
+        self._reader, self._books = EventReader(run.folder.events), Books()
+
+    def tell(self, kind: str, *, step: int, **numbers: float | bool) -> None:
+        """Writes one event, and draws where time was spent."""
+        self._events.write(kind, stage=self._stage, step=step, **numbers)
+        for event in self._reader.new():
+            self._books.add(event)
+        if kind == "spent":
+            account = self._books.account()
+            shares = {f"goodput/{name}": share for name, share in account.shares.items()}
+            self._board.scalars(step, shares | {"goodput/of_steps": account.step_goodput})
 
 
 class ProgressSink:

@@ -86,36 +86,47 @@ def train(
     `UserError` when a checkpoint cannot be written.
     """
     batch: Batch | None = None
-    for step in range(start_step, plan.total_steps):
-        beat(STEADY, step=step)
-        if step not in plan.skipped:
-            batch = _train_step(task, batches, step=step, micro_batches=plan.micro_batches, meter=meter, guard=guard)
-        done = step + 1
-        if plan.due(plan.log_every, done):
-            meter.write(done)
-        stop, unsaved = world.any_of(stop_requested(), checkpoints.failed())
-        with meter.paused():
-            if batch is not None and plan.due(plan.panels_every, done):
-                beat("panels", step=done)
-                hooks.panels(done, batch)
-            if plan.due(plan.evaluate_every, done):
-                beat("evaluate", step=done)
-                hooks.evaluate(done)
-            if stop or unsaved or plan.due(plan.checkpoint_every, done):
+    with meter.spending.loop(start_step):
+        for step in range(start_step, plan.total_steps):
+            beat(STEADY, step=step)
+            if step not in plan.skipped:
+                batch = _train_step(task, batches, step=step, plan=plan, meter=meter, guard=guard)
+            done = step + 1
+            if plan.due(plan.log_every, done):
+                meter.write(done)
+            stop, unsaved = world.any_of(stop_requested(), checkpoints.failed())
+            save_due = stop or unsaved or plan.due(plan.checkpoint_every, done)
+            _look(done, batch, plan=plan, hooks=hooks, meter=meter)
+            if save_due:
                 beat("save", step=done)
-                checkpoints.save(done, parts)
-        if stop and done < plan.total_steps:
+                with meter.paused("checkpoint"):
+                    checkpoints.save(done, parts)
+            meter.spending.after_step(done, due=save_due or plan.due(plan.log_every, done))
+            if stop and done < plan.total_steps:
+                with meter.paused("checkpoint"):
+                    checkpoints.finish()
+                raise StopRequested(f"stopped after step {done} of {plan.total_steps}, saved")
+        beat("save", step=plan.total_steps)
+        with meter.paused("checkpoint"):
             checkpoints.finish()
-            raise StopRequested(f"stopped after step {done} of {plan.total_steps}, saved")
-    beat("save", step=plan.total_steps)
-    checkpoints.finish()
+
+
+def _look(done: int, batch: Batch | None, *, plan: Plan, hooks: Hooks, meter: Meter) -> None:
+    """Panels and evaluation, where they are due after the step; every rank takes part."""
+    with meter.paused("evaluation"):
+        if batch is not None and plan.due(plan.panels_every, done):
+            beat("panels", step=done)
+            hooks.panels(done, batch)
+        if plan.due(plan.evaluate_every, done):
+            beat("evaluate", step=done)
+            hooks.evaluate(done)
 
 
 def _train_step(
-    task: Task, batches: Iterator[Batch], *, step: int, micro_batches: int, meter: Meter, guard: NormGuard
+    task: Task, batches: Iterator[Batch], *, step: int, plan: Plan, meter: Meter, guard: NormGuard
 ) -> Batch:
     """One step of every engine; returns its last micro-batch."""
-    for _ in range(micro_batches):
+    for _ in range(plan.micro_batches):
         batch = meter.wait_for(batches)
         losses = task.losses(batch, step=step)
         for name, engine in task.engines.items():

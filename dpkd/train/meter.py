@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from dpkd.data.stream import Batch
+from dpkd.train.goodput import Interruption, Spending
 from dpkd.world import World
 
 
@@ -22,7 +23,10 @@ class Sink(Protocol):
 class Meter:
     """Sums on the device, reads it only when a line is due, and averages over ranks."""
 
-    def __init__(self, *, sinks: tuple[Sink, ...], world: World, images_per_step: int) -> None:
+    def __init__(
+        self, *, sinks: tuple[Sink, ...], world: World, images_per_step: int, spending: Spending | None = None
+    ) -> None:
+        self.spending = spending or Spending()
         self._sinks = sinks
         self._world = world
         self._images_per_step = images_per_step
@@ -31,7 +35,8 @@ class Meter:
     def wait_for(self, batches: Iterator[Batch]) -> Batch:
         """The next batch on this rank's device; the wait is counted."""
         began = time.perf_counter()
-        batch = next(batches).to(self._world.device)
+        with self.spending.on("data_wait"):
+            batch = next(batches).to(self._world.device)
         self._wait_s += time.perf_counter() - began
         return batch
 
@@ -70,10 +75,11 @@ class Meter:
         self._reset()
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves what happens inside (evaluation, saves) out of images/s."""
+    def paused(self, why: Interruption) -> Iterator[None]:
+        """Leaves what happens inside out of images/s."""
         began = time.perf_counter()
-        yield
+        with self.spending.on(why):
+            yield
         self._began += time.perf_counter() - began
 
     def _reset(self) -> None:
