@@ -32,13 +32,10 @@ GOOD = ("went on", "mended", "refused")
 NUM_CALLS = 4
 """Failing calls of each kind and state, each from another one on."""
 FEW = (
-    ("teaching", "checkpoint part", "flip a bit"), ("distilling", "checkpoint part", "swap"),
-    ("teaching", "checkpoint manifest", "folder"), ("distilling", "claim", "flip a bit"),
-    ("distilling", "skipped", "flip a bit"), ("distilling", "stage records", "truncate"),
-    ("distilling", "data set manifest", "flip a bit"), ("teaching", "shard index", "flip a bit"),
-    ("teaching", "prior index", "stale"), ("distilling", "network weights", "truncate"),
-    ("finished", "network description", "flip a bit"), ("finished", "export", "delete"),
-    ("teaching", "events", "folder"),
+    ("distilling", "checkpoint part", "swap"), ("teaching", "checkpoint manifest", "folder"),
+    ("distilling", "skipped", "flip a bit"), ("teaching", "shard index", "flip a bit"),
+    ("distilling", "data set manifest", "flip a bit"), ("distilling", "network weights", "truncate"),
+    ("finished", "export", "delete"),
 )  # fmt: skip
 
 
