@@ -168,7 +168,9 @@ def _result(case: Case) -> dict[str, Any]:
     saves = [[rank["saves"][number] for rank in ranks] for number in range(case.saves)]
     stalls_s = [max(each["stall_s"] for each in save) for save in saves]
     copies_s = [max(each["snapshot_s"] for each in save) for save in saves]
-    quiet_s, busy_s, between_s = [], [], []
+    quiet_s: list[float] = []
+    busy_s: list[float] = []
+    between_s = []
     for number in range(1, case.saves):
         done_s = published_s[number - 1]
         for began_s, took_s in ranks[0]["steps"][number]:
