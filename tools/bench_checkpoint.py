@@ -170,7 +170,7 @@ def _result(case: Case) -> dict[str, Any]:
     copies_s = [max(each["snapshot_s"] for each in save) for save in saves]
     quiet_s: list[float] = []
     busy_s: list[float] = []
-    between_s = []
+    between_s: list[float] = []
     for number in range(1, case.saves):
         done_s = published_s[number - 1]
         for began_s, took_s in ranks[0]["steps"][number]:
