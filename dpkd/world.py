@@ -84,6 +84,17 @@ class World:
         dist.all_gather_into_tensor(whole, tensor.contiguous())
         return whole
 
+    def concatenate_on(self, tensor: torch.Tensor, *, rank: int) -> torch.Tensor | None:
+        """As `concatenate`, on one rank alone: half the traffic, or less. None on the others."""
+        if self.size == 1:
+            return tensor
+        mine, whole, pieces = tensor.contiguous(), None, None
+        if self.rank == rank:
+            whole = torch.empty(self.size * tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+            pieces = list(whole.split(tensor.numel()))
+        dist.gather(mine, pieces, dst=rank)
+        return whole
+
     def leave(self) -> None:
         """Shuts down what `join` started."""
         if self.release is not None:

@@ -186,7 +186,7 @@ def _result(case: Case) -> dict[str, Any]:
     return {
         "engine": case.engine,
         "workers": case.workers,
-        "parameters_mb": round(size / 1e6 / 3, 1),
+        "weights_mb": round(size / 1e6 / 3, 1),
         "state_mb": round(size / 1e6, 1),
         "stall_s": round(stall_s, 3),
         "worst_stall_s": round(max(stalls_s[1:]), 3),

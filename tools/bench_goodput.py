@@ -189,7 +189,7 @@ def _settings(folder: Path, options: argparse.Namespace, *, every: int) -> dict[
             "val": "val",
             "test": "novel",
             "image_size": 48,
-            "loader": {"workers": 1},
+            "loader": {"workers": options.loader_workers},
         },
         "prepare": {"priors": []},
         "teach": {
@@ -222,13 +222,14 @@ def _line(result: dict[str, Any]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Goodput of a run that is preempted.")
-    parser.add_argument("--ways", default="stop:400,kill:20", help="stop or kill, with the steps between two saves")
+    parser.add_argument("--ways", default="stop:400,kill:10", help="stop or kill, with the steps between two saves")
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--preemptions", type=int, default=4)
     parser.add_argument("--checkpoint-every", type=int, default=400, help="where a way does not say")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="of one worker")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--loader-workers", type=int, default=0, help="of one worker; 0 reads in the worker itself")
+    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0, help="of the steps at which it is preempted")
     parser.add_argument("--json", action="store_true")
     return parser

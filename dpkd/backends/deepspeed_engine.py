@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpkd.backends.deepspeed_state import NetworkState, zero_state
+from dpkd.backends.deepspeed_state import NetworkState, share, whole_on, zero_state
 from dpkd.engine import Statistics, in_fp32, use_activation_checkpointing
-from dpkd.engine_state import Counts, Staging, StateReader, Writer, part_of, write_part
+from dpkd.engine_state import Counts, Staging, StateReader, Writer, write_part
 from dpkd.errors import UserError
 from dpkd.optimizer import build_optimizer, by_name, quantities, set_learning_rates, trainable
 from dpkd.train.settings import EngineSettings, OptimizerSettings
@@ -81,6 +81,7 @@ class DeepSpeedEngine:
         self._state = NetworkState(module, trained=by_name(groups), zero=zero, decay=settings.ema)
         self._staging = Staging()
         self._set_num_updates(0)
+        self._owners = whole_on(self._state.slots(quantities(optimizer)), world=world)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See `Engine`."""
@@ -136,10 +137,7 @@ class DeepSpeedEngine:
         """See `Engine`."""
         rank, size = self._world.rank, self._world.size
         slots = self._state.slots(quantities(self._settings))
-        mine = set(part_of(slots, rank=rank, size=size))
-        # every rank reads every slot, in one order: reading gathers what is sharded
-        whole = ((name, slots[name].read()) for name in sorted(slots))
-        held = self._staging.hold((name, tensor) for name, tensor in whole if name in mine)
+        held = self._staging.hold(share(slots, owners=self._owners, world=self._world))
         averaged = self._state.averaged
         counts = Counts(self._num_updates, 0 if averaged is None else averaged.num_updates)
         return lambda folder: write_part(folder, held, counts=counts, rank=rank, size=size)

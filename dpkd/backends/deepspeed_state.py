@@ -29,6 +29,9 @@ class Slot(Protocol):
     def read(self) -> torch.Tensor:
         """The whole tensor, on every rank."""
 
+    def read_on(self, rank: int) -> torch.Tensor | None:
+        """The whole tensor on this rank; what the others get is of no use. All call it."""
+
     def write(self, whole: torch.Tensor) -> None:
         """Takes over `whole`, or this rank's share of it."""
 
@@ -47,6 +50,10 @@ class Whole:
     def read(self) -> torch.Tensor:
         """See `Slot`."""
         return self.tensor.detach()
+
+    def read_on(self, rank: int) -> torch.Tensor:  # noqa: ARG002 (every rank holds it)
+        """See `Slot`."""
+        return self.read()
 
     def write(self, whole: torch.Tensor) -> None:
         """See `Slot`."""
@@ -68,6 +75,10 @@ class Master:
         """See `Slot`."""
         whole: torch.Tensor = self.parameter.detach()
         return whole
+
+    def read_on(self, rank: int) -> torch.Tensor:  # noqa: ARG002 (every rank holds it)
+        """See `Slot`."""
+        return self.read()
 
     def write(self, whole: torch.Tensor) -> None:
         """See `Slot`."""
@@ -91,6 +102,21 @@ class OptimizerPart:
         """See `Slot`."""
         whole: torch.Tensor = self.parameter.get_full_hp_param(self.quantity)
         return whole
+
+    def read_on(self, rank: int) -> torch.Tensor:  # noqa: ARG002 (DeepSpeed gathers on all ranks)
+        """See `Slot`."""
+        return self.read()
+
+    @property
+    def is_whole_here(self) -> bool:
+        """Whether this rank updates all of the parameter, as one does but for those at the edges of its part."""
+        mapping = self.parameter._hp_mapping  # noqa: SLF001
+        return mapping is not None and mapping.lp_fragment_address.numel == self.parameter.numel()
+
+    def read_here(self) -> torch.Tensor:
+        """The tensor where it is whole on this rank, which asks no other."""
+        fragment: torch.Tensor = self.parameter._hp_mapping.get_optim_state_fragment(self.quantity)  # noqa: SLF001
+        return fragment.detach().view(self.shape)
 
     def write(self, whole: torch.Tensor) -> None:
         """See `Slot`."""
@@ -116,6 +142,11 @@ class Shard:
         """See `Slot`."""
         whole = self.world.concatenate(self.tensor.detach().flatten())
         return whole[: self.parameter.ds_numel].view(self.shape)
+
+    def read_on(self, rank: int) -> torch.Tensor | None:
+        """See `Slot`."""
+        whole = self.world.concatenate_on(self.tensor.detach().flatten(), rank=rank)
+        return None if whole is None else whole[: self.parameter.ds_numel].view(self.shape)
 
     def write(self, whole: torch.Tensor) -> None:
         """See `Slot`."""
@@ -255,6 +286,27 @@ def zero_state(zero: Any, *, stage: int, world: World) -> ZeroState:
     if stage == 0:
         return Replicated(zero)
     return PartedOptimizer(zero) if stage < 3 else Sharded(zero, world=world)
+
+
+def whole_on(slots: Mapping[str, Slot], *, world: World) -> dict[str, int]:
+    """The rank of each slot that lies whole on one rank alone, which so can copy it without the others."""
+    here = {name for name, slot in slots.items() if isinstance(slot, OptimizerPart) and slot.is_whole_here}
+    return {name: rank for rank, names in enumerate(world.gather(here)) for name in names}
+
+
+def share(slots: Mapping[str, Slot], *, owners: Mapping[str, int], world: World) -> Iterator[tuple[str, torch.Tensor]]:
+    """What this rank writes, whole: its own of `owners`, and its turns of the rest. All ranks iterate to the end."""
+    for place, (name, slot) in enumerate(sorted(slots.items())):
+        if name in owners:
+            if owners[name] == world.rank:
+                assert isinstance(slot, OptimizerPart)
+                yield name, slot.read_here()
+            continue
+        writer = place % world.size
+        whole = slot.read_on(writer)
+        if writer == world.rank:
+            assert whole is not None
+            yield name, whole
 
 
 class NetworkState:
