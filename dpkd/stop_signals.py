@@ -37,6 +37,21 @@ def shield_resource_tracker() -> None:
         resource_tracker.ensure_running()
 
 
+@contextmanager
+def held() -> Iterator[None]:
+    """Keeps the stop signals waiting until the end of the body, and for good in processes that start in it.
+
+    For those that serve a process which is to answer the signals itself, and which a signal to the whole process group
+    would end before they could say how they take it.
+    """
+    resource_tracker.ensure_running()  # started in the body, it would let SIGINT and SIGTERM through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # a new process inherits what is blocked
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def heed(handler: Handler) -> None:
     """Gives the stop signals to `handler` from here on, but for those that are ignored, as `nohup` ignores SIGHUP."""
     for number in STOP_SIGNALS:
