@@ -75,7 +75,13 @@ def settings_of(tree: dict[str, Any]) -> Settings:
 class Command:
     """`python -m dpkd.pretrain` in a process group of its own."""
 
-    def __init__(self, tree: dict[str, Any], *extra: str, largest_file: int | None = None) -> None:
+    def __init__(
+        self,
+        tree: dict[str, Any],
+        *extra: str,
+        largest_file: int | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:
         """Starts it; `largest_file` bytes is where the disk is full for each of its files."""
         folder = Path(tree["run"]["dir"])
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +96,9 @@ class Command:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 preexec_fn=None if largest_file is None else partial(_limit_files, largest_file),  # noqa: PLW1509
-                env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONUNBUFFERED": "1"},
+                env=os.environ
+                | {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONUNBUFFERED": "1"}
+                | (environment or {}),
             )
 
     @property
