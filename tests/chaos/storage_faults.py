@@ -9,8 +9,8 @@ rank, which costs milliseconds.
 
 An attempt goes on from the newest checkpoint (step 2 stands at first), and saves after steps 3 and 4; where a rank is
 asked to stop, all do after the next save. The next attempt, without faults, must find no earlier step than the last
-that was said to be saved, end after step 6 with the same weights as an unbroken run (to the last bit where the number
-of ranks is the same), and leave nothing of the earlier one but whole checkpoints.
+that was said to be saved, and end after step 6 with the same weights as an unbroken run, to the last bit where the
+number of ranks is the same.
 """
 
 import ctypes
@@ -33,7 +33,6 @@ import torch.distributed as dist
 from dpkd.errors import UserError
 from dpkd.train import checkpoint
 from dpkd.train.checkpoint import Checkpoints
-from dpkd.train.checkpoint_store import CheckpointStore
 from dpkd.train.parts import RandomState
 from dpkd.world import World, request_stop, stop_requested
 from tests.engine_cases import build, train
@@ -190,7 +189,7 @@ class Trials:
         off = max(float((weights[name].double() - end[name].double()).abs().max()) for name in end)
         same = given["next_size"] == given["size"]
         good = found >= max([FIRST_SAVED, *saved]) and (off == 0 if same else off < 1e-5)
-        told = {"ended": ended, "found": found, "off": off, "good": good, "left": _left_over(place)}
+        told = {"ended": ended, "found": found, "off": off, "good": good}
         return {**given, **told, "lost_steps": max([found, *trained]) - found}
 
     def _said(self, name: str, what: str) -> list[int]:
@@ -203,15 +202,6 @@ class Trials:
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(self._base, place)
         return place
-
-
-def _left_over(place: Path) -> list[str]:
-    """What stands in a folder of checkpoints beside the two last, whole ones and the attempts."""
-    store = CheckpointStore(str(place))
-    standing = {mark.name for mark in store.standing()}
-    strange = [path.name for path in place.iterdir() if not path.name.startswith("attempt-")]
-    half = [str(path.relative_to(place)) for path in place.rglob(".*")]
-    return [name for name in strange if name not in standing] + half + [f"{len(standing)} stand"] * (len(standing) > 2)
 
 
 def main() -> None:
