@@ -1,5 +1,7 @@
 # make quickstart   installs, draws a sample data set, and runs every stage on it
 # make test         installs what tests need, and runs them
+# make chaos        processes killed, stopped and cut off from one another, over and over, with a table of it at the end: two
+#                   hours; SEED=n repeats a run, ALL=1 takes every storage call of a save where else some are drawn
 # make fuzz         the tests of untrusted input with many more examples, for as long as it takes; SEED=n repeats a run
 # make lint         formatting, lint and types;  make format mends the first two
 # make lock         resolves pyproject.toml anew into requirements.lock
@@ -29,8 +31,15 @@ $(INSTALLED): requirements.lock pyproject.toml
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
-chaos benchmark: $(INSTALLED)
-	$(BIN)/python -m pytest -m $@
+chaos: SEED := $(or $(SEED),20261125)
+chaos: REPORT := $(or $(REPORT),build/chaos-$(shell date +%Y%m%d-%H%M%S).jsonl)
+chaos: $(INSTALLED)
+	@echo "seed $(SEED): make chaos SEED=$(SEED) repeats this run; its faults go to $(REPORT)"
+	DPKD_CHAOS_SEED=$(SEED) DPKD_CHAOS_ALL=$(ALL) DPKD_CHAOS_REPORT=$(REPORT) $(BIN)/python -m pytest -m chaos; \
+	    status=$$?; $(BIN)/python tools/chaos_report.py $(REPORT) && exit $$status
+
+benchmark: $(INSTALLED)
+	$(BIN)/python -m pytest -m benchmark
 
 fuzz: SEED := $(or $(SEED),$(shell date +%s))
 fuzz: $(INSTALLED)

@@ -14,6 +14,7 @@ from dpkd.report.progress import say
 from dpkd.watchdog import COLLECTIVES, Hang, WatchOrder
 
 LONGEST_WAIT_S = 60.0
+FOR_MEMORY = " (out of memory?)"
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Failure:
         """The failure of a worker that died without a word; negative codes are signals."""
         if exit_code < 0:
             name = signal.Signals(-exit_code).name if -exit_code in set(signal.Signals) else f"signal {-exit_code}"
-            hint = " (out of memory?)" if exit_code == -signal.SIGKILL else ""
+            hint = FOR_MEMORY if exit_code == -signal.SIGKILL else ""
             return cls(rank, f"killed by {name}{hint}")
         return cls(rank, f"exited with code {exit_code}")
 
@@ -141,7 +142,11 @@ def verdict(attempts: Sequence[Sequence[Failure]], *, stop_requested: bool, max_
             if isinstance(failure.error, kind):
                 return failure.error
     if stop_requested:
-        return StopRequested("the workers ended before they had saved; the last checkpoint stands")
+        first = by_cause(attempts[-1])[0]
+        why = first.line.removesuffix(FOR_MEMORY)  # most likely it took too long, and was ended for it
+        return StopRequested(
+            f"the workers ended before they had saved (worker {first.rank}: {why}); the last checkpoint stands"
+        )
     if len(attempts) <= max_restarts:
         return None
     return WorkerFailed(_account(attempts))

@@ -15,7 +15,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+from dpkd.stages.record import RunFolder
 from tests.object_store import ObjectStore, forget_connections
+from tests.runs import Command, tiny
 from tools.local_ray_cluster import LocalCluster
 from tools.make_sample_data import SampleSettings, draw_samples
 
@@ -43,6 +45,14 @@ def sample_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     draw_samples(folder, settings=settings, seed=0)
     return folder
+
+
+@pytest.fixture(scope="session")
+def whole(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run from images to exported students that nothing interrupted; read only."""
+    command = Command(tiny(tmp_path_factory.mktemp("runs") / "whole", source=sample_folder))
+    assert command.wait() == 0, command.output
+    return command.folder
 
 
 @pytest.fixture(scope="session")

@@ -179,3 +179,26 @@ def save_until_the_end(folder):
         if stop:
             raise StopRequested("saved")
     peers.leave()
+
+
+class HangsOnceOnItsWay:
+    """An argument that holds up the first worker that receives it, before it is at work."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return _hang_once, (self.folder,)
+
+
+def _hang_once(folder):
+    mark = Path(folder) / "hung"
+    if not mark.exists():
+        mark.touch()
+        time.sleep(600)
+    return HangsOnceOnItsWay(folder)
+
+
+def touch(argument):
+    """Touches `done` in the folder of the argument."""
+    (Path(argument.folder) / "done").touch()

@@ -32,6 +32,7 @@ from dpkd.watchdog import Hang
 from tests.gang_work import (
     FEW_WAYS_TO_HANG,
     WAYS_TO_HANG,
+    HangsOnceOnItsWay,
     fail_in_second_worker,
     fail_late_in_second_worker,
     hang_in_a_few_ways,
@@ -40,6 +41,7 @@ from tests.gang_work import (
     meet_once_one_was_killed,
     refuse_in_second_worker,
     save_when_asked_to_stop,
+    touch,
 )
 
 MakeGang = Callable[..., Gang]
@@ -92,6 +94,15 @@ def test_a_hanging_worker_is_ended_its_stacks_are_saved_and_all_start_again(make
         else:
             assert f"in {way}\n" in report
     assert "waiting for its peers" in restarts[-1].cause
+
+
+@pytest.mark.chaos
+def test_a_worker_that_hangs_before_it_is_at_work_is_ended_too(tmp_path):
+    restarts: list[Restart] = []
+    supervision = Supervision(hangs=tmp_path / "hangs", on_restart=restarts.append)
+    LocalGang(1, max_restarts=1, hang_timeout_s=4).run(touch, HangsOnceOnItsWay(str(tmp_path)), supervision=supervision)
+    assert (tmp_path / "done").exists()
+    assert [restart.cause for restart in restarts] == ["hung: not at work 24 s after it was started"]
 
 
 def test_the_cause_comes_out_where_peers_fail_before_it_is_told(make_gang, tmp_path):

@@ -24,15 +24,6 @@ from tests.object_store import BUCKET, ObjectStore
 from tests.runs import Command, all_weights, settings_of, tiny, train_events
 
 
-@pytest.fixture(scope="module")
-def whole(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A run from images to exported students that nothing interrupted."""
-    tree = tiny(tmp_path_factory.mktemp("runs") / "whole", source=sample_folder)
-    command = Command(tree)
-    assert command.wait() == 0, command.output
-    return command.folder
-
-
 def shards_of(whole: RunFolder) -> Path:
     return whole.path / "shards"
 

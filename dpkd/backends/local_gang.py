@@ -5,6 +5,8 @@ because only we can tell a user's error and a stop from a death. Each generation
 
     generation-0/
       stop            exists once this process was asked to stop: for workers not yet listening to signals
+      1.up            that a worker has come so far as to be watched
+      1.late          why one that has not was ended
       rank-1.pickle   the `Failure` of a worker that raised
       0.done          that a worker has done its work
       …/1/stderr.log  what workers other than the first printed
@@ -20,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -36,6 +38,7 @@ from dpkd.backends.forking import START_METHOD, end_with_driver, forking
 from dpkd.backends.loopback import LOOPBACK, LoopbackRendezvous
 from dpkd.errors import StopRequested, UserError
 from dpkd.gang import UNSUPERVISED, Failure, Supervision, supervise, with_hangs
+from dpkd.heartbeat import SLOW
 from dpkd.placement import Room
 from dpkd.stop_signals import STOP_SIGNALS, heeding
 from dpkd.watchdog import WatchOrder, hangs, watched
@@ -104,7 +107,7 @@ class LocalGang:
         others: dict[int, Std] = dict.fromkeys(range(1, self.num_workers), Std.ALL)
         logs = DefaultLogsSpecs(log_dir=str(task.folder), redirects=others)
         agent = LocalElasticAgent(spec, logs, start_method=START_METHOD)
-        with stopper.watching(agent, task.folder):
+        with stopper.watching(agent, task.folder), _watching_starts(agent, task):
             result = agent.run()
         return _failures(result, task.folder, exit_codes=_exit_codes(agent)) if result.is_failed() else []
 
@@ -166,10 +169,37 @@ class _Stopper:
     def _signal_workers(self, number: signal.Signals) -> None:
         for worker in self._agent.get_worker_group().workers if self._agent is not None else ():
             if worker.id is not None:
-                try:
+                with suppress(ProcessLookupError):  # it ended already
                     os.kill(worker.id, number)
-                except ProcessLookupError:
-                    pass  # it ended already
+
+
+@contextmanager
+def _watching_starts(agent: LocalElasticAgent, task: _Task) -> Iterator[None]:
+    """Ends workers that hang before they come to their own watchdog, which begins with their work."""
+    if task.order is None:
+        yield
+        return
+    over = threading.Event()
+    watch = threading.Thread(target=_end_late_starters, args=(agent, task.folder, task.order, over), daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watch.join()
+
+
+def _end_late_starters(agent: LocalElasticAgent, folder: Path, order: WatchOrder, over: threading.Event) -> None:
+    allowance_s = SLOW * order.hang_timeout_s
+    for _ in range(100):  # in pieces, so that a pause of the whole machine counts little
+        if over.wait(allowance_s / 100):
+            return
+    for worker in agent.get_worker_group().workers:
+        rank = worker.local_rank
+        if worker.id is not None and not (folder / f"{rank}.up").exists():
+            (folder / f"{rank}.late").write_text(f"hung: not at work {allowance_s:.0f} s after it was started")
+            with suppress(ProcessLookupError):
+                os.kill(worker.id, signal.SIGKILL)
 
 
 def room() -> Room:
@@ -213,8 +243,10 @@ def _failures(result: RunResult, folder: Path, *, exit_codes: Mapping[int, int |
     heard = {failure.rank for failure in told} | {int(path.stem) for path in folder.glob("*.done")}
     deaths = []
     for rank in sorted(set(exit_codes) - heard):
-        seen, exit_code = result.failures.get(rank), exit_codes[rank]
-        if seen is not None:
+        seen, exit_code, late = result.failures.get(rank), exit_codes[rank], folder / f"{rank}.late"
+        if late.exists():
+            cause = late.read_text()
+        elif seen is not None:
             cause = Failure.of_exit_code(rank, seen.exitcode).cause
         elif told and time.time() - first_s < AGENT_PATIENCE_S:
             cause = "died without a word; killed, perhaps for memory"
@@ -248,6 +280,7 @@ def _enter(task: _Task) -> None:
     rank = int(os.environ["RANK"])
     try:
         with watched(task.order, rank=rank):
+            (task.folder / f"{rank}.up").touch()
             task.work(task.argument)
     except Exception as error:  # noqa: BLE001  crosses to the parent, which raises it
         part = task.folder / f"rank-{rank}.part"

@@ -9,7 +9,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Collection, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import connection
@@ -27,6 +28,7 @@ from dpkd.data.order import SampleOrder, dealt
 from dpkd.data.settings import AugmentSettings, LoaderSettings
 from dpkd.data.shards import Sample, Split
 from dpkd.errors import UserError
+from dpkd.stop_signals import held
 
 _GRACE_S = 60
 """How long a worker outlives a request to stop that the whole process group got: training may need its batches."""
@@ -226,10 +228,16 @@ def _load(reader: _Reader, work: Iterable[_Work], *, workers: int, prefetch: int
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own: a loader must not move the random state of training
     )
-    for batch in batches:
+    for batch in _begun(batches):
         if isinstance(batch, _Failure):
             raise UserError(batch.message)
         yield batch
+
+
+def _begun(batches: DataLoader[Batch | _Failure]) -> Iterator[Batch | _Failure]:
+    """The loader at work; whoever keeps it (a traceback, say) keeps its workers."""
+    with held() if batches.num_workers else nullcontext():  # until they are up, and say how they take a signal
+        return iter(batches)
 
 
 def _processes() -> multiprocessing.context.BaseContext:
@@ -245,6 +253,7 @@ def _start_worker(worker: int) -> None:  # noqa: ARG001 (the face torch asks for
     cv2.setNumThreads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the others stay held, as it was started
     threading.Thread(target=_leave_with_trainer, daemon=True).start()
 
 

@@ -1,10 +1,15 @@
-/* Makes one storage call of a process fail, by preloading: the N-th that touches a path below a folder.
+/* Strikes a process at one of its storage calls, by preloading: the N-th that touches a path below a folder.
 
    cc -shared -fPIC -O1 -o faults.so faults.c -ldl
    LD_PRELOAD=faults.so python ...; then through ctypes: arm("/folder", n, kind), and later calls() and disarm().
 
    kind   0 count only; 1 SIGKILL; 2 SIGSTOP; 3 SIGSEGV; 4 _exit; 5 hang for ever; 6 half of the data, then SIGKILL;
+          7 hold Python's interpreter lock for ever; 8 SIGTERM; 9 wait until the file <plan>.go stands;
           100 + e: every call from the N-th on fails with errno e; 1000 + e: this one alone does
+
+   Processes that cannot be told so are told by a file. FAULTS_BELOW names the folder, FAULTS_PLAN the file: once it
+   stands, "serial rank n kind", the process whose RANK that is counts from there, and at its n-th call renames the file
+   to <plan>.struck and is struck. Such a process is also hit by signals: SIGRTMIN + 5 is 4, SIGRTMIN + 6 is 7.
 */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -21,7 +26,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-static char folder[PATH_MAX];
+static char folder[PATH_MAX], plan[PATH_MAX - 16], read_plan[128];
 static long target = -1, seen = 0;
 static int kind = 0;
 
@@ -49,12 +54,54 @@ static int fd_below(int fd) {
 
 static int at_below(int fd, const char *path) { return path && path[0] == '/' ? below(path) : fd_below(fd); }
 
+/* Holds the interpreter lock, which Python gives up around most storage calls, and never returns. */
+static int hold(void *unused) {
+    (void)unused;
+    int (*ensure)(void) = (int (*)(void))dlsym(RTLD_DEFAULT, "PyGILState_Ensure");
+    if (ensure) ensure();
+    for (;;) pause();
+    return 0;
+}
+
+static void beside_plan(char *path, size_t size, const char *ending) { snprintf(path, size, "%s.%s", plan, ending); }
+
+static void wait_for_go(void) {
+    char go[PATH_MAX];
+    beside_plan(go, sizeof go, "go");
+    while (access(go, F_OK) != 0) usleep(10000);
+}
+
+/* Arms this process by the plan that stands, once a plan; returns whether one stands for it. */
+static int planned(void) {
+    char text[sizeof read_plan] = "";
+    int file = REAL(open)(plan, O_RDONLY);
+    if (file < 0) return 0;
+    ssize_t size = read(file, text, sizeof text - 1);
+    close(file);
+    long serial, rank, number;
+    int what;
+    const char *own = getenv("RANK");
+    if (size <= 0 || sscanf(text, "%ld %ld %ld %d", &serial, &rank, &number, &what) != 4) return 0;
+    if (!own || atol(own) != rank) return 0;
+    if (strcmp(text, read_plan) != 0) {
+        strcpy(read_plan, text);
+        target = number, kind = what;
+        __atomic_store_n(&seen, 0, __ATOMIC_SEQ_CST);
+    }
+    return 1;
+}
+
 /* Counts a call; returns 1 where it must fail (errno is set), 2 where half of its data must be written first. */
 static int strike(int touches) {
-    if (!touches) return 0;
+    if (!touches || (plan[0] && !planned())) return 0;
     long number = __atomic_fetch_add(&seen, 1, __ATOMIC_SEQ_CST);
     if (kind >= 100 && kind < 1000 && number >= target) { errno = kind - 100; return 1; }
     if (number != target) return 0;
+    if (plan[0]) {
+        char struck[PATH_MAX];
+        beside_plan(struck, sizeof struck, "struck");
+        REAL(rename)(plan, struck);
+    }
     switch (kind) {
         case 1: raise(SIGKILL); break;
         case 2: raise(SIGSTOP); break;
@@ -62,9 +109,28 @@ static int strike(int touches) {
         case 4: _exit(9);
         case 5: for (;;) pause();
         case 6: return 2;
+        case 7: hold(NULL);
+        case 8: kill(getpid(), SIGTERM); break;
+        case 9: wait_for_go(); break;
     }
     if (kind >= 1000) { errno = kind - 1000; return 1; }
     return 0;
+}
+
+static void leave(int number) { (void)number; _exit(9); }
+static void hold_soon(int number) {
+    (void)number;
+    int (*add)(int (*)(void *), void *) = (int (*)(int (*)(void *), void *))dlsym(RTLD_DEFAULT, "Py_AddPendingCall");
+    if (add) add(hold, NULL);
+}
+
+__attribute__((constructor)) static void heed_environment(void) {
+    const char *below_here = getenv("FAULTS_BELOW"), *file = getenv("FAULTS_PLAN");
+    if (!below_here || !file) return;
+    snprintf(folder, sizeof folder, "%s", below_here);
+    snprintf(plan, sizeof plan, "%s", file);
+    signal(SIGRTMIN + 5, leave);
+    signal(SIGRTMIN + 6, hold_soon);
 }
 
 ssize_t write(int fd, const void *data, size_t size) {

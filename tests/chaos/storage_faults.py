@@ -7,9 +7,10 @@ attempt's first below the folder of checkpoints) that fails, how (faults.c), the
 and the number of the next attempt. A line of JSON a trial comes out. One process imports torch and forks for every
 rank, which costs milliseconds.
 
-An attempt goes on from the newest checkpoint (step 2 stands at first), and saves after steps 3 and 4. The next attempt,
-without faults, must find no earlier step than the last that was said to be saved, and end after step 6 with the same
-weights as an unbroken run, to the last bit where the number of ranks is the same.
+An attempt goes on from the newest checkpoint (step 2 stands at first), and saves after steps 3 and 4; where a rank is
+asked to stop, all do after the next save. The next attempt, without faults, must find no earlier step than the last
+that was said to be saved, and end after step 6 with the same weights as an unbroken run, to the last bit where the
+number of ranks is the same.
 """
 
 import ctypes
@@ -33,29 +34,35 @@ from dpkd.errors import UserError
 from dpkd.train import checkpoint
 from dpkd.train.checkpoint import Checkpoints
 from dpkd.train.parts import RandomState
-from dpkd.world import World
+from dpkd.world import World, request_stop, stop_requested
 from tests.engine_cases import build, train
 
 FIRST_SAVED, SAVES, LAST = 2, (3, 4), 6
 PATIENCE_S, HANG_PATIENCE_S = 60.0, 1.5
-HANG = 5
+HANGS = (5, 7)
 EXIT_REFUSED = 2
 FAULTS = ctypes.CDLL(os.environ["LD_PRELOAD"]) if "LD_PRELOAD" in os.environ else None
 
 
-def attempt(world: World, folder: Path, *, saves: tuple[int, ...], last: int, said: Callable[[int], None]) -> Any:
-    """Goes on from the newest checkpoint to step `last`; `said` hears of each step that is saved. Returns the trace."""
+def attempt(world: World, folder: Path, *, saves: tuple[int, ...], last: int, said: Callable[[str, int], None]) -> Any:
+    """Goes on from the newest checkpoint to step `last`, and returns the trace.
+
+    `said` hears of the step that was found, and of each that is trained before a save, and saved.
+    """
     engine = build("torch", world)
     parts: dict[str, Any] = {"net": engine, "random": RandomState(world)}
     checkpoints = Checkpoints(folder, world=world, keep=2)
     step = checkpoints.load_newest(parts)
-    said(-step)
+    said("found", step)
     for target in (save for save in saves if save > step):
         train(engine, world, first=step, last=target)
         step = target
+        said("trained", step)
         checkpoints.save(step, parts)
         checkpoints.finish()
-        said(step)
+        said("saved", step)
+        if world.any_of(stop_requested())[0]:
+            break
     return train(engine, world, first=step, last=last)
 
 
@@ -72,6 +79,7 @@ def fork_ranks(size: int, meeting: Path, work: Callable[[World], None]) -> list[
 
 def _live(rank: int, size: int, meeting: Path, work: Callable[[World], None]) -> int:
     os.dup2(2, 1)  # standard output is for the outcomes
+    signal.signal(signal.SIGTERM, lambda *_: request_stop())
     try:
         if size > 1:
             dist.init_process_group(
@@ -143,10 +151,10 @@ class Trials:
                 assert FAULTS is not None
                 FAULTS.arm(str(place).encode(), ctypes.c_long(fault["call"]), fault["kind"])
 
-            def say(step: int) -> None:
+            def say(what: str, step: int) -> None:
                 if world.rank == 0:
                     with said.open("a") as file:
-                        file.write(f"{step}\n")
+                        file.write(f"{what} {step}\n")
 
             trace = attempt(world, place, saves=saves, last=last or saves[-1], said=say)
             if fault is not None and world.rank == fault["rank"]:
@@ -158,7 +166,7 @@ class Trials:
         meeting = self._folder / "meeting"
         with suppress(FileNotFoundError):
             meeting.unlink()
-        hangs = fault is not None and fault["kind"] == HANG
+        hangs = fault is not None and fault["kind"] in HANGS
         ended = wait_for(fork_ranks(size, meeting, work), patience_s=HANG_PATIENCE_S if hangs else PATIENCE_S)
         assert fault is not None or ended == ["exit 0"] * size, ended
         return ended
@@ -173,16 +181,21 @@ class Trials:
         """One fault, and what came of it."""
         place = self._fresh()
         ended = self._run(given["size"], place, saves=SAVES, name="broken", fault=given)
-        said = [int(line) for line in (self._folder / "broken.said").read_text().split()]
         self._run(given["next_size"], place, saves=SAVES, last=LAST, name="again")
-        found = -int((self._folder / "again.said").read_text().split()[0])
+        trained, saved = self._said("broken", "trained"), self._said("broken", "saved")
+        found = self._said("again", "found")[0]
         weights, end = torch.load(self._folder / "again", weights_only=True), self._ends[given["size"]]
         # a state that two ranks made part of the way and one the rest is near both unbroken ends
         off = max(float((weights[name].double() - end[name].double()).abs().max()) for name in end)
         same = given["next_size"] == given["size"]
-        saved = max([FIRST_SAVED, *said])
-        good = found >= saved and (off == 0 if same else off < 1e-5)
-        return {**given, "ended": ended, "saved": saved, "found": found, "off": off, "good": good}
+        good = found >= max([FIRST_SAVED, *saved]) and (off == 0 if same else off < 1e-5)
+        told = {"ended": ended, "found": found, "off": off, "good": good}
+        return {**given, **told, "lost_steps": max([found, *trained]) - found}
+
+    def _said(self, name: str, what: str) -> list[int]:
+        """The steps of which an attempt said this."""
+        lines = [line.split() for line in (self._folder / f"{name}.said").read_text().splitlines()]
+        return [int(step) for word, step in lines if word == what]
 
     def _fresh(self) -> Path:
         place = self._folder / "place"

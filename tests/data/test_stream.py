@@ -293,3 +293,38 @@ def test_workers_outlive_a_request_to_stop_but_not_their_trainer(trainer):
         assert trainer.stdout.readline() == f"{number}\n"
     trainer.kill()
     assert not psutil.wait_procs(helpers, timeout=20)[1]
+
+
+_RESTARTER = """
+import signal, sys
+signal.signal(signal.SIGTERM, lambda *_: None)
+import numpy as np
+from dpkd.data.settings import LoaderSettings
+from dpkd.data.shards import Dataset
+from dpkd.data.stream import evaluation_batches
+
+if __name__ == "__main__":
+    print("up", flush=True)
+    split = Dataset.open(sys.argv[1]).split("train")
+    for _ in range(4):
+        batches = evaluation_batches(
+            split, indices=np.arange(16), maps=None, image_size=16, map_size=4, batch_size=2,
+            loader=LoaderSettings(workers=2),
+        )
+        assert len(list(batches)) == 8
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python itself ends its handlers with the script
+"""
+
+
+def test_loaders_start_and_work_while_the_whole_group_is_asked_to_stop(split, tmp_path):
+    script = tmp_path / "restarter.py"
+    script.write_text(_RESTARTER)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, script, split.url]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    while process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        time.sleep(0.01)
+    assert process.returncode == 0

@@ -1,0 +1,122 @@
+"""Whole runs that are struck again and again, and end as a run that nothing struck.
+
+`make chaos` strikes 20 times in a row, on the same number of workers throughout and on another after every death of the
+driver; DPKD_CHAOS_SEED draws other faults. A few strike in every test run.
+"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dpkd import storage
+from dpkd.audit import audit
+from dpkd.stages.record import RunFolder
+from dpkd.train.checkpoint_store import MANIFEST, CheckpointStore
+from tests.chaos import report
+from tests.chaos.campaign import DEADLY, Campaign, Fault, draw
+from tests.runs import Command, all_weights, tiny
+
+STEPS = 60
+BOUND = 1e-4
+"""How far weights may be from those of another number of workers, which adds gradients up in another order."""
+
+
+def batches_for_six(folder: Path, *, source: Path) -> dict[str, Any]:
+    """Settings of a run whose batches one, two and three workers share evenly, and whose dropout no rank draws."""
+    tree = tiny(folder, source=source)
+    for stage in ("teach", "distill"):
+        tree[stage]["training"] |= {"steps": STEPS, "batch_size": 12, "micro_batch_size": 2, "checkpoint_every": 3}
+        tree[stage]["training"] |= {"evaluate_every": STEPS // 2, "panels_every": STEPS}
+    model = tree["distill"]["students"]["vit"]["model"]
+    tree["distill"]["students"]["vit"]["model"] = model | {"arguments": model["arguments"] | {"pos_drop_rate": 0.0}}
+    tree["launcher"] |= {"workers": 2, "hang_timeout_s": 5, "max_restarts": 20}
+    return tree
+
+
+@pytest.fixture(scope="module")
+def unbroken(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    command = Command(batches_for_six(tmp_path_factory.mktemp("unbroken") / "run", source=sample_folder))
+    assert command.wait() == 0, command.output
+    return command.folder
+
+
+def differences(one: RunFolder, other: RunFolder) -> dict[str, float]:
+    """The largest difference of each tensor of all networks that is not the same to the last bit."""
+    first, second = all_weights(one), all_weights(other)
+    assert first.keys() == second.keys()
+    return {
+        name: float((first[name].double() - second[name].double()).abs().max())
+        for name in first
+        if not torch.equal(first[name], second[name])
+    }
+
+
+def assert_tidy(campaign: Campaign, shared_memory_before: set[str]) -> None:
+    """Nothing is left but what a run leaves: whole checkpoints, no half files, no processes, no shared memory."""
+    folder = campaign.folder
+    half = [path for path in folder.path.rglob("*") if path.name.startswith((storage.TEMPORARY_PREFIX, ".rank-"))]
+    assert not half, half
+    for stage in ("teach", "distill"):
+        store = CheckpointStore(folder.checkpoints(stage))
+        standing = store.standing()
+        there = {name for name in storage.list_names(store.url) if not name.startswith("attempt-")}
+        assert there == {mark.name for mark in standing}
+        assert len(standing) == 2
+        for mark in standing:
+            files = {name for name, _ in storage.walk(store.place(mark))}
+            lists = {name for name in files if name.startswith("files-")}
+            assert files == {MANIFEST, *lists, *store.manifest(mark).files}
+    assert not campaign.processes()
+    left = {path.name for path in Path("/dev/shm").iterdir()} - shared_memory_before
+    assert not [name for name in left if any(str(process) in name for process in campaign.seen)]
+    strange = [each.name for each in campaign.temporary.iterdir() if not each.name.startswith(("dpkd-gang-", "pymp-"))]
+    assert not strange, strange  # those two are of processes that were killed
+
+
+def record(campaign: Campaign, suite: str, *, outcome: str) -> None:
+    """Puts every fault of the campaign into the report."""
+    for cost in campaign.costs():
+        fault = f"{cost.fault.kind}, {cost.fault.moment}"
+        costs = {"recovery_s": cost.recovery_s, "lost_steps": cost.lost_steps}
+        report.record(suite, fault=fault, target=cost.target, outcome=outcome, **costs)
+
+
+def test_after_a_few_faults_a_run_ends_as_unbroken(whole: RunFolder, library: Path, tmp_path: Path) -> None:
+    tree = tiny(tmp_path / "run", source=None, shards=whole.path / "shards")
+    draws = random.Random(report.seed())
+    faults = [
+        Fault(draws.choice(DEADLY), "rank", "save", call=draws.randrange(25)),
+        Fault("SIGKILL", "all", "start", wait_s=draws.uniform(0, 2)),
+    ]
+    campaign = Campaign(tree, sizes=[1], stages="teach", library=library, seed=report.seed())
+    campaign.run(faults)
+    record(campaign, "runs, a few", outcome=report.SURVIVED)
+    name = "teacher/model.safetensors"
+    assert (campaign.folder.path / name).read_bytes() == (whole.path / name).read_bytes()
+    audit(str(campaign.folder.path))
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("sizes", [[2], [1, 2, 3]], ids=["two workers", "one two three workers"])
+def test_after_20_faults_in_a_row_a_run_ends_as_unbroken(
+    unbroken: RunFolder, sample_folder: Path, library: Path, tmp_path: Path, sizes: list[int]
+) -> None:
+    seed = report.seed() + len(sizes)
+    faults = draw(20, steps=2 * STEPS, seed=seed)
+    shared_memory_before = {path.name for path in Path("/dev/shm").iterdir()}
+    tree = batches_for_six(tmp_path / "run", source=sample_folder)
+    tree["data"]["loader"] = {"workers": len(sizes) % 2}
+    campaign = Campaign(tree, sizes=sizes, library=library, seed=seed)
+    campaign.run(faults)
+    apart = max(differences(unbroken, campaign.folder).values(), default=0.0)
+    print(f"seed {seed}, workers {sizes}: largest difference {apart:.2g}")
+    same = apart == 0 if sizes == [2] else apart < BOUND
+    suite = "runs, same number of workers" if sizes == [2] else "runs, 1, 2, 3 workers"
+    record(campaign, suite, outcome=report.SURVIVED if same else "the weights are others")
+    assert same, apart
+    audit(str(campaign.folder.path))
+    assert_tidy(campaign, shared_memory_before)
