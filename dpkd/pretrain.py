@@ -57,6 +57,7 @@ def run(settings: Settings, *, stages: Sequence[str] = STAGES) -> None:
         write_settings(folder, settings.model_dump(mode="json"))
         write_versions(folder)
         shield_resource_tracker()
+        folder = folder.claimed()
         with attempt_at(folder, left) as attempt:
             run_pool_stages(settings, folder, [each for each in left if each in POOL_STAGES], told=attempt.stage)
             run_training_stages(settings, folder, [each for each in left if each not in POOL_STAGES], attempt=attempt)
@@ -90,7 +91,7 @@ def run_training_stages(settings: Settings, folder: RunFolder, stages: Sequence[
     # here, not at the top: the driver of a cluster run needs no torch
     from dpkd.session import train_stages  # noqa: PLC0415
 
-    argument = (settings.model_dump(mode="json"), list(stages), attempt.token)
+    argument = (settings.model_dump(mode="json"), list(stages), folder.attempt)
     gang.run(train_stages, argument, supervision=supervision(folder, attempt))
 
 

@@ -22,7 +22,7 @@ from dpkd.stages.statements import refuse_unknown_classes
 from dpkd.stages.teach import teach
 
 
-def train_stages(argument: tuple[dict[str, Any], list[str], str | None]) -> None:
+def train_stages(argument: tuple[dict[str, Any], list[str], int | None]) -> None:
     """Runs the training stages in this worker: `argument` holds the settings as plain values, stages, and the attempt.
 
     Also the way back after a fault: what the earlier attempt finished is done, what it began goes on.
@@ -39,17 +39,16 @@ def train_stages(argument: tuple[dict[str, Any], list[str], str | None]) -> None
     peers.leave()
 
 
-def open_run(settings: Settings, peers: world.World, *, attempt: str | None = None) -> Run:
+def open_run(settings: Settings, peers: world.World, *, attempt: int | None = None) -> Run:
     """The run of these settings as this worker sees it."""
     return Run(
-        folder=RunFolder(settings.run.dir, checkpoints=settings.run.checkpoints),
+        folder=RunFolder(settings.run.dir, checkpoints=settings.run.checkpoints, attempt=attempt),
         world=peers,
         seed=settings.run.seed,
         data=settings.data,
         prepare=settings.prepare,
         evaluate=settings.evaluate,
         make_engine=make_engine,
-        attempt=attempt,
     )
 
 

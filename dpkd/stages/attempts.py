@@ -1,7 +1,6 @@
 """What the driver of a run knows of its attempts: how far they got, who hung, every restart, where the time went."""
 
 import json
-import secrets
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from dpkd import storage
 from dpkd.errors import StopRequested, UserError
 from dpkd.gang import Restart, Supervision
 from dpkd.report.goodput import Books
-from dpkd.report.progress import EventLog, EventReader, say
+from dpkd.report.progress import EventReader, say
 from dpkd.stages.record import RunFolder
 from dpkd.train.checkpoint_store import CheckpointStore
 
@@ -23,8 +22,7 @@ class Attempt:
     """One submission of a run, told in `events.jsonl` with a number of its own; `goodput.json` is kept up to date."""
 
     def __init__(self, folder: RunFolder) -> None:
-        self.token = secrets.token_hex(4)
-        self.events = EventLog(folder.events, attempt=self.token)
+        self.events = folder.event_log()
         self._place = folder.goodput
         self._reader, self._books = EventReader(folder.events), Books()
         self._over = threading.Event()

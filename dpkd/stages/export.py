@@ -60,6 +60,7 @@ def export(run: Run, settings: ExportSettings) -> None:
             name, table, evaluation=evaluation, spec=spec.model_dump(mode="json"), onnx_difference=difference
         )
         (made / "README.md").write_text(card)
+        run.folder.refuse_superseded()
         _replace(run.folder.export / name, made)
         say(f"export: {run.folder.export / name}")
 

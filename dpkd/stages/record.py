@@ -3,8 +3,14 @@
 runs/<name>/stages.json   {"<stage>": {"status": "running" | "done", "seconds": float, "given": {key: value},
                                        "made": {place: sha256}}}      of a stage that is done
 
+runs/<name>/attempts/0003   empty; the third attempt at the run has begun
+
 A place is a path below the run folder, any other path, or a URL. A file that is no longer what the stage made would
 else be taken for its result, so such a stage is not done.
+
+Two attempts may overlap, as when a cluster takes a driver for dead that was only cut off. Each claims a number, and one
+that finds a newer number neither begins a stage, nor ends one, nor writes a result. Checkpoints are claimed stage by
+stage (`train.checkpoint_store`), because they may stand in another place.
 """
 
 import json
@@ -16,15 +22,19 @@ from typing import Any
 
 from dpkd import storage
 from dpkd.errors import UserError, without_secrets
+from dpkd.report.progress import EventLog
 from dpkd.storage_errors import NO_FILE
+from dpkd.train.checkpoint_store import Superseded
 from dpkd.untrusted import parse_json
 
 
 class RunFolder:
     """Paths of one run, and its record of stages; `checkpoints` is a path or URL, none takes a folder of the run's."""
 
-    def __init__(self, path: str | Path, *, checkpoints: str | None = None) -> None:
+    def __init__(self, path: str | Path, *, checkpoints: str | None = None, attempt: int | None = None) -> None:
+        """`attempt` is the number of the one that writes here; none reads alone, or is no run."""
         self.path = Path(path)
+        self.attempt = attempt
         self._checkpoints = checkpoints or str(self.path / "checkpoints")
         self.teacher = self.path / "teacher"
         self.live_teacher = self.path / "teacher-live"
@@ -37,6 +47,31 @@ class RunFolder:
         self.goodput = self.path / "goodput.json"
         self.hangs = self.path / "hangs"
         self._stages = self.path / "stages.json"
+        self._attempts = self.path / "attempts"
+
+    def claimed(self) -> "RunFolder":
+        """The same folder for a new attempt: from here on older ones write no result."""
+        while True:
+            attempt = self._newest() + 1
+            if storage.write_bytes_once(self._attempts / f"{attempt:04d}", b""):
+                return RunFolder(self.path, checkpoints=self._checkpoints, attempt=attempt)
+
+    def refuse_superseded(self) -> None:
+        """Raises `Superseded` where a newer attempt than this one has begun."""
+        newest = self._newest()
+        if self.attempt is not None and newest > self.attempt:
+            place = self._attempts / f"{newest:04d}"
+            raise Superseded(
+                f"attempt {newest} at this run has begun ({place}), so attempt {self.attempt} stops here and has "
+                "written no result since; let one of them run, or choose another run.dir"
+            )
+
+    def _newest(self) -> int:
+        return max((int(path.name) for path in self._attempts.glob("*") if path.name.isdecimal()), default=0)
+
+    def event_log(self) -> EventLog:
+        """Where what happens is written down, as of this attempt."""
+        return EventLog(self.events, attempt=None if self.attempt is None else str(self.attempt))
 
     def network(self, name: str) -> Path:
         """Folder of a trained network by its name in the loop: `teacher`, `student-<name>`, `baseline-<name>`.
@@ -110,7 +145,7 @@ class RunFolder:
     ) -> Iterator[None]:
         """Records the stage as running, then as done; its seconds add up over attempts, also one that failed.
 
-        `makes` tells, once it is done, the files that it made.
+        `makes` tells, once it is done, the files that it made. Raises `Superseded` where a newer attempt has begun.
         """
         before = self.stages().get(stage, {}).get("seconds", 0.0)
         started = time.monotonic()
@@ -131,6 +166,7 @@ class RunFolder:
     def _write(
         self, stage: str, status: str, seconds: float, given: dict[str, Any], *, made: dict[str, str] | None = None
     ) -> None:
+        self.refuse_superseded()
         record = self.stages()
         record[stage] = {"status": status, "seconds": round(seconds, 3), "given": _plain(given)}
         if made is not None:

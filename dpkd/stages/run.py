@@ -45,13 +45,11 @@ class Run:
     prepare: PrepareSettings
     evaluate: EvaluateSettings
     make_engine: EngineFactory
-    attempt: str | None = None
-    """The submission that this worker belongs to; its events carry it."""
 
     @cached_property
     def events(self) -> EventLog:
         """Where what happens is written down; rank 0 alone does so."""
-        return EventLog(self.folder.events, attempt=self.attempt)
+        return self.folder.event_log()
 
     @cached_property
     def dataset(self) -> Dataset:

@@ -6,6 +6,7 @@ import pytest
 
 from dpkd.errors import UserError
 from dpkd.stages.record import RunFolder
+from dpkd.train.checkpoint_store import Superseded
 
 
 def test_a_finished_stage_is_done_under_the_same_settings_alone(tmp_path: Path) -> None:
@@ -76,3 +77,32 @@ def test_a_folder_in_the_place_of_the_record_is_named(tmp_path: Path) -> None:
     (tmp_path / "stages.json").mkdir()
     with pytest.raises(UserError, match=r"stages\.json is not the record of a run"):
         RunFolder(tmp_path).stages()
+
+
+def _follow(path: Path) -> None:
+    """A newer attempt at the run does the whole stage."""
+    with RunFolder(path).claimed().running("teach", {}):
+        pass
+
+
+def test_an_attempt_that_a_newer_one_followed_neither_begins_nor_ends_a_stage(tmp_path: Path) -> None:
+    older = RunFolder(tmp_path).claimed()
+    with pytest.raises(Superseded, match="attempt 2 at this run has begun"), older.running("teach", {}):
+        _follow(tmp_path)
+    with pytest.raises(Superseded), older.running("distill", {}):
+        raise AssertionError("it has begun")
+    assert {stage: record["status"] for stage, record in older.stages().items()} == {"teach": "done"}
+    assert RunFolder(tmp_path).claimed().attempt == 3
+
+
+def test_an_error_of_an_attempt_that_a_newer_one_followed_leaves_the_record_alone(tmp_path: Path) -> None:
+    older = RunFolder(tmp_path).claimed()
+
+    def fail() -> None:
+        with older.running("teach", {}):
+            _follow(tmp_path)
+            raise RuntimeError("its peers are gone")
+
+    with pytest.raises(Superseded):
+        fail()
+    assert older.is_done("teach", {})
