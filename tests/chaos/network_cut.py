@@ -147,7 +147,7 @@ def live() -> None:
     tree = json.loads(Path(sys.argv[1]).read_text())
     order = WatchOrder(Path(tree["run"]["dir"]) / "hangs", f"start-{sys.argv[2]}", HANG_TIMEOUT_S)
     with watched(order, rank=int(os.environ["RANK"])):
-        train_stages((settings_of(tree).model_dump(mode="json"), ["teach"]))
+        train_stages((settings_of(tree).model_dump(mode="json"), ["teach"], None))
 
 
 def _until(fact: Callable[[], bool]) -> None:
