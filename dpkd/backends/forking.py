@@ -18,29 +18,34 @@ from typing import Any
 
 from dpkd.stop_signals import held
 
-START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
-
-def load_ahead(*modules: str) -> None:
+def load_ahead(*modules: str) -> str:
     """Starts the process that workers are forked from, which loads these modules while this one goes on.
 
     A signal to the whole process group does not end it: its workers, which would go with it, are to save first.
+    Returns how workers are to start, as `multiprocessing` names it: where there can be no such process, or one of
+    somebody else's runs, with other modules and another output, they are spawned.
     """
-    if START_METHOD == "forkserver":
-        forkserver.set_forkserver_preload(list(modules))
-        with held():
-            forkserver.ensure_running()
+    server: Any = forkserver._forkserver
+    foreign = server._forkserver_pid is not None and server._preload_modules != list(modules)
+    if foreign or "forkserver" not in multiprocessing.get_all_start_methods():
+        return "spawn"
+    forkserver.set_forkserver_preload(list(modules))
+    with held():
+        forkserver.ensure_running()
+    return "forkserver"
 
 
 @contextmanager
-def forking(*modules: str) -> Iterator[None]:
-    """Has the workers that start meanwhile forked from a process that has loaded these modules, unless one runs."""
-    load_ahead(*modules)
+def forking(*modules: str) -> Iterator[str]:
+    """Has workers that start meanwhile forked from a process that has loaded these modules; gives what it returns."""
+    start_method = load_ahead(*modules)
     try:
-        yield
+        yield start_method
     finally:
         server: Any = forkserver._forkserver
-        server._stop()  # it keeps the output and the environment of the moment in which it began
+        if start_method == "forkserver":
+            server._stop()  # it keeps the output and the environment of the moment in which it began
 
 
 def end_with_driver() -> None:

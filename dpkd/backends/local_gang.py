@@ -34,7 +34,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 
 from dpkd import world
-from dpkd.backends.forking import START_METHOD, end_with_driver, forking
+from dpkd.backends.forking import end_with_driver, forking
 from dpkd.backends.loopback import LOOPBACK, LoopbackRendezvous
 from dpkd.errors import StopRequested, UserError
 from dpkd.gang import UNSUPERVISED, Failure, Supervision, supervise, with_hangs
@@ -82,10 +82,11 @@ class LocalGang:
             def run_once() -> list[Failure]:
                 generation = Path(tempfile.mkdtemp(prefix="generation-", dir=folder))
                 order = supervision.order(hang_timeout_s=self._hang_timeout_s)
-                failures = self._run_agent(_Task(work, argument, generation, self._threads, order), stopper)
+                task = _Task(work, argument, generation, self._threads, order)
+                failures = self._run_agent(task, stopper, start_method=start_method)
                 return with_hangs(failures, hangs(order) if order is not None else [])
 
-            with heeding(stopper.on_signal), forking(__name__, work.__module__):
+            with heeding(stopper.on_signal), forking(__name__, work.__module__) as start_method:
                 supervise(
                     run_once,
                     max_restarts=self._max_restarts,
@@ -93,7 +94,7 @@ class LocalGang:
                     supervision=supervision,
                 )
 
-    def _run_agent(self, task: "_Task", stopper: "_Stopper") -> list[Failure]:
+    def _run_agent(self, task: "_Task", stopper: "_Stopper", *, start_method: str) -> list[Failure]:
         spec = WorkerSpec(
             role="dpkd",
             local_world_size=self.num_workers,
@@ -106,7 +107,7 @@ class LocalGang:
         )
         others: dict[int, Std] = dict.fromkeys(range(1, self.num_workers), Std.ALL)
         logs = DefaultLogsSpecs(log_dir=str(task.folder), redirects=others)
-        agent = LocalElasticAgent(spec, logs, start_method=START_METHOD)
+        agent = LocalElasticAgent(spec, logs, start_method=start_method)
         with stopper.watching(agent, task.folder), _watching_starts(agent, task):
             result = agent.run()
         return _failures(result, task.folder, exit_codes=_exit_codes(agent)) if result.is_failed() else []

@@ -14,7 +14,9 @@ def test_the_benchmark_measures_every_default_prior_and_its_ratios_follow_from_i
     assert result["kernels_ms"] == pytest.approx(sum(result["kernel_ms"].values()), abs=0.02)
     one, two = (result[f"workers_{n}"]["images_per_s"] for n in (1, 2))
     assert result["two_workers_over_one"] == pytest.approx(two / one, abs=2e-3)
-    assert (1 + result["overhead"]) * result["kernels_ms"] == pytest.approx(1e3 / one, rel=1e-3)
+    low, high = result["overhead_quartiles"]
+    assert low <= result["overhead"] <= high
+    assert low > -1
 
 
 def test_a_folder_without_images_is_named(tmp_path):
