@@ -230,11 +230,14 @@ class Campaign:
         return f"rank {rank} of {self._size}", time.time()
 
     def _workers(self) -> list[psutil.Process]:
-        """The training or pool workers that run now."""
+        """The training or pool workers that run now: the former are forked from a server, the latter spawned."""
         assert self._command is not None
         try:
-            children = psutil.Process(self._command.process.pid).children()
-            return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+            children = [
+                (" ".join(each.cmdline()), each) for each in psutil.Process(self._command.process.pid).children()
+            ]
+            forked = [worker for line, each in children if "forkserver" in line for worker in each.children()]
+            return forked + [each for line, each in children if "spawn_main" in line]
         except psutil.Error:  # one of them is gone by now
             return []
 
