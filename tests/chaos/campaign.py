@@ -93,7 +93,7 @@ def draw(num_faults: int, *, steps: int, seed: int) -> list[Fault]:
 
 
 _MOMENTS = {True: ["start", "step", "save", "save"], False: ["start", "step", "step"]}
-_WAITS_S = {"start": 8.0, "step": 0.2, "save": 0.0, "evaluate": 1.5}
+_WAITS_S = {"start": 8.0, "step": 0.2, "save": 0.0, "evaluate": 0.2}
 
 
 class Campaign:

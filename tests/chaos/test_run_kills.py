@@ -33,6 +33,7 @@ def batches_for_six(folder: Path, *, source: Path) -> dict[str, Any]:
     model = tree["distill"]["students"]["vit"]["model"]
     tree["distill"]["students"]["vit"]["model"] = model | {"arguments": model["arguments"] | {"pos_drop_rate": 0.0}}
     tree["launcher"] |= {"workers": 2, "hang_timeout_s": 5, "max_restarts": 20}
+    tree["evaluate"]["episodes"]["episodes"] = 2000  # it takes long enough to be struck
     return tree
 
 
