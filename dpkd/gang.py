@@ -122,8 +122,9 @@ def supervise(
         if error is not None:
             raise error
         first, wait_s = by_cause(failures)[0], waiting_time_s(len(attempts))
+        when = f"in {wait_s:.0f} s" if wait_s else "at once"
         say(
-            f"worker {first.rank} failed: {first.line}; all start again in {wait_s:.0f} s, "
+            f"worker {first.rank} failed: {first.line}; all start again {when}, "
             f"{max_restarts - len(attempts)} restarts left until there is progress"
         )
         supervision.on_restart(Restart(first.rank, first.line, time.time() - first.time_s))
@@ -170,8 +171,8 @@ def with_hangs(failures: Sequence[Failure], hangs: Sequence[Hang]) -> list[Failu
 
 
 def waiting_time_s(num_attempts: int) -> float:
-    """Seconds to wait before the next attempt: 1, 2, 4 … and a minute at most."""
-    return min(LONGEST_WAIT_S, 2.0 ** (num_attempts - 1))
+    """Seconds to wait before the next attempt: none after the first failure, then 1, 2, 4 … and a minute at most."""
+    return min(LONGEST_WAIT_S, 2.0 ** (num_attempts - 2)) if num_attempts > 1 else 0.0
 
 
 def _account(attempts: Sequence[Sequence[Failure]]) -> str:
@@ -190,7 +191,8 @@ def _account(attempts: Sequence[Sequence[Failure]]) -> str:
 
 def _wait(wait_s: float, stop_requested: Callable[[], bool]) -> None:
     deadline_s = time.monotonic() + wait_s
-    while time.monotonic() < deadline_s:
-        if stop_requested():
-            raise StopRequested("stopped between two attempts; the last checkpoint stands")
+    while not stop_requested():
+        if time.monotonic() >= deadline_s:
+            return
         time.sleep(0.05)
+    raise StopRequested("stopped between two attempts; the last checkpoint stands")

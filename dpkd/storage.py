@@ -217,7 +217,8 @@ def write_bytes_once(url: str | Path, data: bytes) -> bool:
         except FileExistsError:
             return False
         finally:
-            beside.unlink(missing_ok=True)
+            with suppress(OSError):  # the first error is the one to tell
+                beside.unlink(missing_ok=True)
         sync_folder(path.parent)
     return True
 
@@ -246,12 +247,14 @@ def copy_here(url: str | Path, file: Path) -> None:
 
 
 def remove_tree(url: str | Path) -> None:
-    """Deletes a folder and all below it; nothing happens where there is none."""
+    """Deletes a folder and all below it, or a file; nothing happens where there is none."""
     path = local_path(url)
     with write_errors(url):
         if path is not None:
-            if path.exists():
+            if path.is_dir():
                 shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
             return
         with _remote(url) as (filesystem, name), suppress(FileNotFoundError):
             filesystem.rm(name, recursive=True)

@@ -29,6 +29,18 @@ def meet_once_one_was_killed(folder):
     peers.leave()
 
 
+def die_before_joining_once(folder):
+    """The first worker dies before it joins the others, once; the second says so where it is left waiting."""
+    rank, mark = int(os.environ["RANK"]), Path(folder) / "died"
+    if not mark.exists():
+        if rank == 0:
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(25)
+        (Path(folder) / "waited in vain").touch()
+    (Path(folder) / f"done-{rank}").touch()
+
+
 def fail_in_second_worker(folder):
     peers = world.join()
     if peers.rank == 1:

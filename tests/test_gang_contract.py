@@ -33,6 +33,7 @@ from tests.gang_work import (
     FEW_WAYS_TO_HANG,
     WAYS_TO_HANG,
     HangsOnceOnItsWay,
+    die_before_joining_once,
     fail_in_second_worker,
     fail_late_in_second_worker,
     hang_in_a_few_ways,
@@ -105,6 +106,11 @@ def test_a_worker_that_hangs_before_it_is_at_work_is_ended_too(tmp_path):
     assert [restart.cause for restart in restarts] == ["hung: not at work 24 s after it was started"]
 
 
+def test_a_worker_that_waits_in_vain_for_a_dead_one_to_join_is_ended(tmp_path):
+    LocalGang(2, max_restarts=1).run(die_before_joining_once, str(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"died", "done-0", "done-1"}
+
+
 def test_the_cause_comes_out_where_peers_fail_before_it_is_told(make_gang, tmp_path):
     with pytest.raises(WorkerFailed, match="worker 1: Traceback") as caught:
         make_gang(2, max_restarts=0).run(fail_late_in_second_worker, str(tmp_path))
@@ -175,7 +181,7 @@ def test_a_death_is_answered_by_a_restart_while_one_is_left():
 
 
 def test_waits_between_attempts_grow_to_a_minute():
-    assert [waiting_time_s(attempts) for attempts in (1, 2, 3, 6, 7, 100)] == [1, 2, 4, 32, 60, 60]
+    assert [waiting_time_s(attempts) for attempts in (1, 2, 3, 4, 7, 8, 100)] == [0, 1, 2, 4, 32, 60, 60]
 
 
 def test_a_crash_loop_ends_with_its_first_cause():

@@ -4,9 +4,10 @@ The agent starts, watches and ends one generation of workers; whether another fo
 because only we can tell a user's error and a stop from a death. Each generation has a folder:
 
     generation-0/
-      stop            exists once this process was asked to stop: for workers not yet listening to signals
+      stop            exists once this process or a worker was asked to stop: for workers not yet listening to signals
       1.up            that a worker has come so far as to be watched
       1.late          why one that has not was ended
+      0.ended         that a worker was ended because another had died
       rank-1.pickle   the `Failure` of a worker that raised
       0.done          that a worker has done its work
       …/1/stderr.log  what workers other than the first printed
@@ -43,8 +44,11 @@ from dpkd.placement import Room
 from dpkd.stop_signals import STOP_SIGNALS, heeding
 from dpkd.watchdog import WatchOrder, hangs, watched
 
+LOOK_S = 0.1
+PEERS_PATIENCE_S = 5.0
+"""What workers have to end by themselves once one has died, which those that wait for it to join do not."""
 AGENT_PATIENCE_S = 20.0
-"""Less than the 30 s that the agent gives the others once one has failed."""
+"""Less than the 30 s that the agent gives the others once one was stopped."""
 EXIT_CODES: dict[type[Exception], int] = {UserError: 2, StopRequested: 75}
 
 
@@ -108,7 +112,7 @@ class LocalGang:
         others: dict[int, Std] = dict.fromkeys(range(1, self.num_workers), Std.ALL)
         logs = DefaultLogsSpecs(log_dir=str(task.folder), redirects=others)
         agent = LocalElasticAgent(spec, logs, start_method=start_method)
-        with stopper.watching(agent, task.folder), _watching_starts(agent, task):
+        with stopper.watching(agent, task.folder), _ending_the_stuck(agent, task):
             result = agent.run()
         return _failures(result, task.folder, exit_codes=_exit_codes(agent)) if result.is_failed() else []
 
@@ -175,13 +179,9 @@ class _Stopper:
 
 
 @contextmanager
-def _watching_starts(agent: LocalElasticAgent, task: _Task) -> Iterator[None]:
-    """Ends workers that hang before they come to their own watchdog, which begins with their work."""
-    if task.order is None:
-        yield
-        return
+def _ending_the_stuck(agent: LocalElasticAgent, task: "_Task") -> Iterator[None]:
     over = threading.Event()
-    watch = threading.Thread(target=_end_late_starters, args=(agent, task.folder, task.order, over), daemon=True)
+    watch = threading.Thread(target=_end_the_stuck, args=(agent, task.folder, task.order, over), daemon=True)
     watch.start()
     try:
         yield
@@ -190,17 +190,36 @@ def _watching_starts(agent: LocalElasticAgent, task: _Task) -> Iterator[None]:
         watch.join()
 
 
-def _end_late_starters(agent: LocalElasticAgent, folder: Path, order: WatchOrder, over: threading.Event) -> None:
-    allowance_s = SLOW * order.hang_timeout_s
-    for _ in range(100):  # in pieces, so that a pause of the whole machine counts little
-        if over.wait(allowance_s / 100):
-            return
-    for worker in agent.get_worker_group().workers:
-        rank = worker.local_rank
-        if worker.id is not None and not (folder / f"{rank}.up").exists():
-            (folder / f"{rank}.late").write_text(f"hung: not at work {allowance_s:.0f} s after it was started")
-            with suppress(ProcessLookupError):
-                os.kill(worker.id, signal.SIGKILL)
+def _end_the_stuck(agent: LocalElasticAgent, folder: Path, order: WatchOrder | None, over: threading.Event) -> None:
+    """Ends workers that hang before they come to their own watchdog, and those that wait for a dead one in vain."""
+    allowance_s = SLOW * order.hang_timeout_s if order is not None else float("inf")
+    waited_s = since_death_s = 0.0  # counted in pieces, so that a pause of the whole machine counts little
+    while not over.wait(LOOK_S):
+        waited_s += LOOK_S
+        started = {each.local_rank: each.id for each in agent.get_worker_group().workers if each.id is not None}
+        living = {rank: process for rank, process in started.items() if _lives(process)}
+        died = any(not (folder / f"{rank}.done").exists() for rank in started.keys() - living.keys())
+        if died and not (folder / "stop").exists():
+            since_death_s += LOOK_S
+        for rank, process in living.items():
+            if since_death_s > PEERS_PATIENCE_S:
+                _end(process, folder / f"{rank}.ended", "waited for one that had died")
+            elif waited_s > allowance_s and not (folder / f"{rank}.up").exists():
+                _end(process, folder / f"{rank}.late", f"hung: not at work {allowance_s:.0f} s after it was started")
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _end(process: int, mark: Path, why: str) -> None:
+    mark.write_text(why)
+    with suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
 
 
 def room() -> Room:
@@ -242,6 +261,7 @@ def _failures(result: RunResult, folder: Path, *, exit_codes: Mapping[int, int |
     told: list[Failure] = [pickle.loads(path.read_bytes()) for path in sorted(folder.glob("rank-*.pickle"))]
     first_s = min((failure.time_s for failure in told), default=time.time())
     heard = {failure.rank for failure in told} | {int(path.stem) for path in folder.glob("*.done")}
+    heard |= {int(path.stem) for path in folder.glob("*.ended")}
     deaths = []
     for rank in sorted(set(exit_codes) - heard):
         seen, exit_code, late = result.failures.get(rank), exit_codes[rank], folder / f"{rank}.late"
@@ -284,6 +304,8 @@ def _enter(task: _Task) -> None:
             (task.folder / f"{rank}.up").touch()
             task.work(task.argument)
     except Exception as error:  # noqa: BLE001  crosses to the parent, which raises it
+        if isinstance(error, StopRequested):
+            (task.folder / "stop").touch()
         part = task.folder / f"rank-{rank}.part"
         part.write_bytes(pickle.dumps(Failure.of_error(rank, error)))
         part.rename(part.with_suffix(".pickle"))

@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,15 +76,17 @@ class Checkpoints:
                     for name, part in parts.items():
                         part.load(folder / name)
                     self._base = mark
-                    return mark.step
+                    break
             if self.world.rank == 0:
                 say(f"checkpoint {mark.name} is damaged and not used: {'; '.join(faults)}")
-        if marks:
+        if marks and self._base is None:
             raise UserError(
                 f"{self._store.url}: all {len(marks)} checkpoints are damaged; restore one from a copy, "
                 "or delete the folder to start the stage anew"
             )
-        return 0
+        if self.world.rank == 0 and self._base == max(marks, default=None):  # a damaged one may yet be restored
+            self._sweep()
+        return self._base.step if self._base else 0
 
     def save(self, step: int, parts: Mapping[str, Part]) -> None:
         """Copies every part's state and begins to write it, once the save before has ended; raises as `finish`.
@@ -111,33 +113,53 @@ class Checkpoints:
         errors = [error for error in self.world.gather(saving.wait_for_writing()) if error is not None]
         if errors:
             saving.cancel()
-        else:
-            errors = [error for error in [self.world.broadcast(saving.wait_for_publishing())] if error is not None]
-        if not errors:
+        published, error = self.world.broadcast(saving.wait_for_publishing())
+        if published:  # whatever a rank met once its files stood; from here on a newer attempt may load it
             return
-        if self.world.rank == 0:
-            with suppress(UserError, OSError):  # the first error is the one to tell
-                self._store.abandon(saving.mark)
-        if isinstance(errors[0], Superseded):
-            raise errors[0]
+        if error is not None:
+            errors.append(error)
+        self._by_first(lambda: self._abandon(saving.mark))
         raise UserError(
             f"checkpoint at step {saving.mark.step} could not be written to {self._store.url} "
             f"({'; '.join(map(str, errors))}); the earlier ones stand. "
             "Free space or mend the storage, then give the same command again"
         )
 
-    def _publish(self, transaction: "_Transaction", cancelled: threading.Event) -> None:
-        """Rank 0, once it has written its own files: waits for those of the others, and makes the checkpoint count."""
-        while not (names := transaction.rank_files()) and not cancelled.wait(POLL_S):
-            pass
-        if cancelled.is_set():
-            return
+    def _abandon(self, mark: Mark) -> bool:
+        """Removes a save that failed; raises `Superseded` where the cause may be that a newer attempt has begun."""
+        try:
+            self._store.refuse_superseded(mark.attempt)
+            self._store.abandon(mark)
+        except Superseded:
+            raise
+        except (OSError, UserError):
+            pass  # the first error is the one to tell, and the next attempt removes it
+        return True
+
+    def _publish(self, transaction: "_Transaction", cancelled: threading.Event) -> bool:
+        """Rank 0, once it has written its own files: waits for those of the others, and makes the checkpoint count.
+
+        Returns False where it was cancelled before.
+        """
+        while not (names := transaction.rank_files()):
+            if cancelled.wait(POLL_S):
+                return False
         files: dict[str, FileFacts] = {}
         for name in names:
             data = _patiently(partial(storage.read_own, self._store.place(transaction.mark, name)))
             files |= RankFiles.model_validate_json(data).files
         _patiently(lambda: self._store.publish(transaction.mark, world_size=self.world.size, files=files))
-        _patiently(lambda: self._store.sweep(attempt=transaction.mark.attempt, base=self._base, keep=self.keep))
+        self._sweep()
+        return True
+
+    def _sweep(self) -> None:
+        """Removes what nobody needs any more; what cannot be removed now is left to the next save."""
+        try:
+            _patiently(lambda: self._store.sweep(attempt=self.attempt, base=self._base, keep=self.keep))
+        except Superseded:
+            pass  # which the next save says
+        except (OSError, UserError) as error:
+            say(f"{self._store.url}: older checkpoints cannot be removed ({error}); the next save tries again")
 
     @contextmanager
     def _at_hand(self, mark: Mark) -> Iterator[tuple[Path, Callable[[], list[str]]]]:
@@ -255,11 +277,12 @@ class _Saving:
     """A transaction in a thread of its own."""
 
     def __init__(
-        self, transaction: _Transaction, *, publish: Callable[[_Transaction, threading.Event], None] | None
+        self, transaction: _Transaction, *, publish: Callable[[_Transaction, threading.Event], bool] | None
     ) -> None:
         self.mark = transaction.mark
         self._transaction, self._publish = transaction, publish
         self._error: Exception | None = None
+        self._published = False
         self._written, self._cancelled = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="dpkd-checkpoint", daemon=True)
         self._thread.start()
@@ -274,10 +297,10 @@ class _Saving:
         self._written.wait()
         return self._error
 
-    def wait_for_publishing(self) -> Exception | None:
-        """Waits for the end of it all; returns the error."""
+    def wait_for_publishing(self) -> tuple[bool, Exception | None]:
+        """Waits for the end of it all; returns whether it counts now, and the error where it does not."""
         self._thread.join()
-        return self._error
+        return self._published, self._error
 
     def cancel(self) -> None:
         """Ends it without publishing: another rank's files are missing."""
@@ -289,7 +312,7 @@ class _Saving:
             _patiently(self._transaction.write)
             self._written.set()
             if self._publish is not None:
-                self._publish(self._transaction, self._cancelled)
+                self._published = self._publish(self._transaction, self._cancelled)
         except Exception as error:  # noqa: BLE001  it is raised where `finish` is called
             self._error = portable(error)
         finally:

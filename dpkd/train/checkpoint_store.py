@@ -160,21 +160,32 @@ class CheckpointStore:
         """Removes what this attempt and older ones left, but for the newest `keep` checkpoints on its line.
 
         The line of an attempt is what it made itself and what led to `base`, the checkpoint that it loaded: a later
-        one of an older attempt, passed over because it was damaged, must not push out a good one. Raises `Superseded`,
-        and removes nothing, where a newer attempt has begun.
+        one of an older attempt, passed over because it was damaged, must not push out a good one. Half-written files
+        go too. Raises `Superseded`, and removes nothing, where a newer attempt has begun.
         """
         self.refuse_superseded(attempt)
         line = [mark for mark in self.standing() if mark.attempt == attempt or (base is not None and mark <= base)]
         kept = line[-keep:]
         for name in storage.list_names(self.url):
             mark = Mark.of(name)
-            if mark is not None and mark.attempt <= attempt and mark not in kept:
+            claiming = re.fullmatch(re.escape(storage.TEMPORARY_PREFIX) + r".*attempt-([0-9]{4,})\.json", name)
+            if mark in kept:
+                self._tidy(mark)
+            elif mark is not None and mark.attempt <= attempt:
                 self.abandon(mark)
+            elif claiming and int(claiming[1]) <= attempt:  # a newer one may be about to claim
+                storage.remove(storage.join(self.url, name))
 
     def abandon(self, mark: Mark) -> None:
         """Removes a checkpoint, or what there is of it."""
         storage.remove(self.place(mark, MANIFEST))  # first: what is half removed must not count
         storage.remove_tree(self.place(mark))
+
+    def _tidy(self, mark: Mark) -> None:
+        """Removes the hidden files and folders that writes with an error left in a checkpoint that counts."""
+        for name in storage.list_names(self.place(mark)):
+            if name.startswith("."):
+                storage.remove_tree(self.place(mark, name))
 
     def _claims(self, names: list[str] | None = None) -> list[int]:
         names = storage.list_names(self.url) if names is None else names

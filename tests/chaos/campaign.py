@@ -126,9 +126,10 @@ class Campaign:
 
     def run(self, faults: list[Fault]) -> None:
         """Strikes with every fault at its moment, then lets the run end."""
-        for fault in faults:
+        for place, fault in enumerate(faults, 1):
             self._ensure_running()
             self._wait_for(fault)
+            print(f"{place} of {len(faults)} after step {self._position()}: {fault}", flush=True)
             self._struck.append(self._strike(fault))
         for _ in range(3):
             self._ensure_running()

@@ -10,7 +10,7 @@ rank, which costs milliseconds.
 An attempt goes on from the newest checkpoint (step 2 stands at first), and saves after steps 3 and 4; where a rank is
 asked to stop, all do after the next save. The next attempt, without faults, must find no earlier step than the last
 that was said to be saved, and end after step 6 with the same weights as an unbroken run, to the last bit where the
-number of ranks is the same.
+number of ranks is the same; it leaves two whole checkpoints, and no half ones.
 """
 
 import ctypes
@@ -33,6 +33,7 @@ import torch.distributed as dist
 from dpkd.errors import UserError
 from dpkd.train import checkpoint
 from dpkd.train.checkpoint import Checkpoints
+from dpkd.train.checkpoint_store import CheckpointStore
 from dpkd.train.parts import RandomState
 from dpkd.world import World, request_stop, stop_requested
 from tests.engine_cases import build, train
@@ -189,7 +190,7 @@ class Trials:
         off = max(float((weights[name].double() - end[name].double()).abs().max()) for name in end)
         same = given["next_size"] == given["size"]
         good = found >= max([FIRST_SAVED, *saved]) and (off == 0 if same else off < 1e-5)
-        told = {"ended": ended, "found": found, "off": off, "good": good}
+        told = {"ended": ended, "found": found, "off": off, "good": good, "left": _left_over(place)}
         return {**given, **told, "lost_steps": max([found, *trained]) - found}
 
     def _said(self, name: str, what: str) -> list[int]:
@@ -202,6 +203,14 @@ class Trials:
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(self._base, place)
         return place
+
+
+def _left_over(place: Path) -> list[str]:
+    """What stands in a folder of checkpoints beside the two last, whole ones and the claims."""
+    standing = [mark.name for mark in CheckpointStore(str(place)).standing()]
+    names = [path.name for path in place.iterdir() if not path.name.startswith("attempt-")]
+    hidden = [str(path.relative_to(place)) for path in place.rglob(".*")]
+    return [name for name in names if name not in standing[-2:]] + hidden
 
 
 def main() -> None:

@@ -78,6 +78,8 @@ def check(found: Iterator[dict[str, Any]]) -> int:
 def _outcome(each: dict[str, Any]) -> str:
     if not each["good"]:
         return "what was saved was lost"
+    if each["left"]:
+        return "half-written files stayed"
     if NAMES[each["kind"]] in ("SIGTERM", *PASSING.values()) and each["ended"] != ["exit 0"] * each["size"]:
         return "a run that should have gone on, or saved and stopped, died"
     if each["kind"] in LASTING and "exit 1" in each["ended"][:1]:

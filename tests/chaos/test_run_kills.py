@@ -19,7 +19,7 @@ from tests.chaos import report
 from tests.chaos.campaign import DEADLY, Campaign, Fault, draw
 from tests.runs import Command, all_weights, tiny
 
-STEPS = 60
+STEPS = 240
 BOUND = 1e-4
 """How far weights may be from those of another number of workers, which adds gradients up in another order."""
 

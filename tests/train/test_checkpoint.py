@@ -12,7 +12,7 @@ from dpkd import storage
 from dpkd.errors import UserError
 from dpkd.train import checkpoint
 from dpkd.train.checkpoint import Checkpoints
-from dpkd.train.checkpoint_store import CheckpointStore, Superseded
+from dpkd.train.checkpoint_store import CheckpointStore, Mark, Superseded
 from dpkd.world import World
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -149,8 +149,68 @@ def test_what_was_left_of_a_broken_save_neither_loads_nor_stays(place: str) -> N
     saved(place, [1])
     storage.write_bytes_atomic(storage.join(place, "step-00000002-a0001", "a/value.txt"), b"2")
     assert loaded(place) == (1, 1)
-    saved(place, [3])
-    assert names(place) == {"step-00000001-a0001", "step-00000003-a0003"}
+    assert names(place) == {"step-00000001-a0001"}
+
+
+def test_what_was_left_of_a_first_save_does_not_stay(place: str) -> None:
+    begun(place)
+    storage.write_bytes_atomic(storage.join(place, "step-00000002-a0001", "a/value.txt"), b"2")
+    assert loaded(place) == (0, -1)
+    assert names(place) == set()
+
+
+def test_half_written_files_do_not_stay_but_for_the_claim_of_a_newer_attempt(tmp_path: Path) -> None:
+    saved(str(tmp_path), [1, 2])
+    (tmp_path / "step-00000002-a0001/.rank-abc").mkdir()
+    (tmp_path / "step-00000002-a0001/.rank-abc/value.txt").write_text("2")
+    (tmp_path / "step-00000001-a0001/.tmp-abc-manifest.json").write_text("{")
+    for attempt in (1, 2, 3):
+        (tmp_path / f".tmp-abc-attempt-000{attempt}.json").write_text("{")
+    assert loaded(str(tmp_path)) == (2, 2)
+    hidden = {path.name for path in tmp_path.rglob(".*")}
+    assert hidden == {".tmp-abc-attempt-0003.json"}
+
+
+def test_a_damaged_one_stays_until_the_next_save(place: str) -> None:
+    saved(place, [1, 2])
+    value = storage.join(place, "step-00000002-a0001", "a/value.txt")
+    storage.write_bytes_atomic(value, b"3")
+    assert loaded(place) == (1, 1)
+    storage.write_bytes_atomic(value, b"2")  # restored
+    assert loaded(place) == (2, 2)
+
+
+def test_an_old_one_that_cannot_be_removed_takes_no_newer_one_with_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = saved(str(tmp_path), [1], keep=1)
+    manifest = tmp_path / "step-00000001-a0001/manifest.json"
+    manifest.unlink()
+    manifest.mkdir()
+    checkpoints.save(2, {"a": Value(2)})
+    checkpoints.finish()
+    assert "older checkpoints cannot be removed" in capsys.readouterr().out
+    assert loaded(str(tmp_path)) == (2, 2)
+
+
+def test_an_attempt_that_is_superseded_just_after_it_published_removes_nothing(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = saved(place, [1])
+    sweep, newer = CheckpointStore.sweep, Checkpoints(place, world=ALONE, keep=3)
+
+    def sweep_later(self: CheckpointStore, *, attempt: int, base: Mark | None, keep: int) -> None:
+        if attempt == 1:
+            assert newer.load_newest({"a": Value(-1)}) == 2
+        sweep(self, attempt=attempt, base=base, keep=keep)
+
+    monkeypatch.setattr(CheckpointStore, "sweep", sweep_later)
+    older.save(2, {"a": Value(2)})
+    older.finish()
+    older.save(3, {"a": Value(3)})
+    with pytest.raises(Superseded):
+        older.finish()
+    assert loaded(place) == (2, 2)
 
 
 def test_only_the_newest_are_kept(place: str) -> None:
