@@ -9,6 +9,7 @@ import torch
 
 from dpkd import world
 from dpkd.backends.engines import engine_kind, make_engine
+from dpkd.data.stream import load_ahead
 from dpkd.heartbeat import beat
 from dpkd.plan import given, left_to_do, makes
 from dpkd.report.progress import say
@@ -29,6 +30,8 @@ def train_stages(argument: tuple[dict[str, Any], list[str], int | None]) -> None
     """
     tree, stages, attempt = argument
     settings = parse_settings(tree, origin="settings of the run")
+    if settings.data.loader.workers:
+        load_ahead()
     peers = world.join()
     try:
         _run_stages(open_run(settings, peers, attempt=attempt), settings, stages)

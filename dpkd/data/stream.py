@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from typing import Any, NamedTuple, Protocol
 
 import cv2
@@ -238,6 +238,13 @@ def _begun(batches: DataLoader[Batch | _Failure]) -> Iterator[Batch | _Failure]:
     """The loader at work; whoever keeps it (a traceback, say) keeps its workers."""
     with held() if batches.num_workers else nullcontext():  # until they are up, and say how they take a signal
         return iter(batches)
+
+
+def load_ahead() -> None:
+    """Starts the process that workers are forked from, which loads what they need while this one goes on."""
+    if _processes().get_start_method() == "forkserver":
+        with held():
+            forkserver.ensure_running()
 
 
 def _processes() -> multiprocessing.context.BaseContext:

@@ -5,6 +5,7 @@ driver; DPKD_CHAOS_SEED draws other faults. A few strike in every test run.
 """
 
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ from tests.chaos.campaign import DEADLY, Campaign, Fault, draw
 from tests.runs import Command, all_weights, tiny
 
 STEPS = 240
-BOUND = 1e-4
-"""How far weights may be from those of another number of workers, which adds gradients up in another order."""
+CALM = {"kind": "adamw", "learning_rate": 1e-5}
+"""At rates that learn more, rounding grows a millionfold in 100 steps, and runs of one and two workers part."""
+BOUND = 5e-6
+"""How far weights may be from those of another number of workers, which adds gradients up in another order; unbroken
+runs are 2e-6 apart, and a step of training moves weights by 1e-5."""
 
 
 def batches_for_six(folder: Path, *, source: Path) -> dict[str, Any]:
@@ -30,6 +34,8 @@ def batches_for_six(folder: Path, *, source: Path) -> dict[str, Any]:
     for stage in ("teach", "distill"):
         tree[stage]["training"] |= {"steps": STEPS, "batch_size": 12, "micro_batch_size": 2, "checkpoint_every": 3}
         tree[stage]["training"] |= {"evaluate_every": STEPS // 2, "panels_every": STEPS}
+    for network in (tree["teach"], *tree["distill"]["students"].values()):
+        network["optimizer"] = CALM
     model = tree["distill"]["students"]["vit"]["model"]
     tree["distill"]["students"]["vit"]["model"] = model | {"arguments": model["arguments"] | {"pos_drop_rate": 0.0}}
     tree["launcher"] |= {"workers": 2, "hang_timeout_s": 5, "max_restarts": 20}
@@ -70,11 +76,16 @@ def assert_tidy(campaign: Campaign, shared_memory_before: set[str]) -> None:
             files = {name for name, _ in storage.walk(store.place(mark))}
             lists = {name for name in files if name.startswith("files-")}
             assert files == {MANIFEST, *lists, *store.manifest(mark).files}
-    assert not campaign.processes()
+    deadline_s = time.monotonic() + 20
+    while campaign.processes():  # the last ones end a little after their driver
+        assert time.monotonic() < deadline_s, campaign.processes()
+        time.sleep(0.1)
     left = {path.name for path in Path("/dev/shm").iterdir()} - shared_memory_before
     assert not [name for name in left if any(str(process) in name for process in campaign.seen)]
-    strange = [each.name for each in campaign.temporary.iterdir() if not each.name.startswith(("dpkd-gang-", "pymp-"))]
-    assert not strange, strange  # those two are of processes that were killed
+    strange = [
+        each.name for each in campaign.temporary.iterdir() if not each.name.startswith(("dpkd-gang-", "pymp-", ".ses"))
+    ]
+    assert not strange, strange  # the first two are of processes that were killed, the last is onnxruntime's
 
 
 def record(campaign: Campaign, suite: str, *, outcome: str) -> None:
