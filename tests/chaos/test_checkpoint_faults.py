@@ -4,11 +4,7 @@ A short seeded part runs always; `make chaos` runs faults of every kind at calls
 """
 
 import errno
-import json
-import os
 import random
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +13,11 @@ from typing import Any
 import pytest
 
 from tests.chaos import report
+from tests.chaos.trials import run
 
-ROOT = Path(__file__).resolve().parents[2]
 KINDS = {1: "SIGKILL", 2: "SIGSTOP", 3: "SIGSEGV", 4: "exit", 5: "hang", 6: "half a write, SIGKILL"}
 KINDS |= {7: "interpreter lock", 8: "SIGTERM"}
-HANGS = (5, 7)
+HANGS, DEATHS = (5, 7), (1, 2, 3, 4, 6)
 LASTING = {100 + number: errno.errorcode[number] for number in (errno.ENOSPC, errno.EROFS, errno.EACCES)}
 PASSING = {1000 + errno.EIO: "EIO once"}
 NAMES = KINDS | LASTING | PASSING
@@ -29,28 +25,12 @@ NUM_DRAWN, NUM_HANGS = 80, 20
 """Faults of each kind where not all are tried; a hang has to be waited for."""
 
 
-def run(library: Path, folder: Path, trials: list[dict[str, int]]) -> Iterator[dict[str, Any]]:
-    """The outcome of each trial as it comes; what the processes said stands in `<folder>.log`."""
-    folder.mkdir()
-    plan = folder.with_suffix(".json")
-    plan.write_text(json.dumps(trials))
-    environment = os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.chaos.storage_faults", str(folder), str(plan)]
-    with (
-        folder.with_suffix(".log").open("w") as log,
-        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True) as process,
-    ):
-        assert process.stdout is not None
-        yield from map(json.loads, process.stdout)
-    assert process.returncode == 0, folder.with_suffix(".log").read_text()[-3000:]
-
-
 @pytest.fixture(scope="module")
 def num_calls(library: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], int]:
     """Storage calls of an attempt, by the number of ranks and the rank."""
     places = [(1, 0), (2, 0), (2, 1)]
     trials = [{"count": 1, "size": size, "rank": rank} for size, rank in places]
-    found = run(library, tmp_path_factory.mktemp("calls") / "count", trials)
+    found = run("tests.chaos.storage_faults", library, tmp_path_factory.mktemp("calls") / "count", trials)
     return {place: each["calls"] for place, each in zip(places, found, strict=True)}
 
 
@@ -76,6 +56,8 @@ def check(found: Iterator[dict[str, Any]]) -> int:
 
 
 def _outcome(each: dict[str, Any]) -> str:
+    if each["kind"] in DEATHS and each["ended"] == ["exit 0"] * each["size"]:
+        return "nothing was struck"
     if not each["good"]:
         return "what was saved was lost"
     if each["left"]:
@@ -94,7 +76,7 @@ def test_a_few_faults_lose_nothing_that_was_saved(library, num_calls, tmp_path):
         size, rank = draws.choice(list(num_calls))
         call = draws.randrange(num_calls[size, rank])
         trials.append({"call": call, "kind": kind, "size": size, "rank": rank, "next_size": draws.choice([size, 1, 2])})
-    assert check(run(library, tmp_path / "few", trials)) == len(trials)
+    assert check(run("tests.chaos.storage_faults", library, tmp_path / "few", trials)) == len(trials)
 
 
 @pytest.mark.chaos
@@ -108,4 +90,4 @@ def test_a_fault_at_any_call_of_a_save_loses_nothing(library, num_calls, tmp_pat
     ]
     if not report.all_wanted():
         trials = random.Random(report.seed() + kind).sample(trials, NUM_HANGS if kind in HANGS else NUM_DRAWN)
-    assert check(run(library, tmp_path / "faults", trials)) == len(trials)
+    assert check(run("tests.chaos.storage_faults", library, tmp_path / "faults", trials)) == len(trials)
