@@ -14,7 +14,7 @@ from dpkd.errors import StopRequested, UserError
 from dpkd.heartbeat import STEADY, beat, pulse
 
 WAYS_TO_HANG = ("is_stopped", "holds_the_lock", "loops", "sleeps", "waits_in_vain")
-FEW_WAYS_TO_HANG = ("is_stopped", "waits_in_vain")
+ONE_WAY_TO_HANG = ("waits_in_vain",)
 
 
 def meet_once_one_was_killed(folder):
@@ -103,9 +103,9 @@ def hang_in_every_way(folder):
     _hang(folder, WAYS_TO_HANG)
 
 
-def hang_in_a_few_ways(folder):
-    """The same in the ways of `FEW_WAYS_TO_HANG`."""
-    _hang(folder, FEW_WAYS_TO_HANG)
+def hang_in_one_way(folder):
+    """The same in `ONE_WAY_TO_HANG`."""
+    _hang(folder, ONE_WAY_TO_HANG)
 
 
 def _hang(folder, ways):

@@ -30,14 +30,14 @@ from dpkd.gang import (
 )
 from dpkd.watchdog import Hang
 from tests.gang_work import (
-    FEW_WAYS_TO_HANG,
+    ONE_WAY_TO_HANG,
     WAYS_TO_HANG,
     HangsOnceOnItsWay,
     die_before_joining_once,
     fail_in_second_worker,
     fail_late_in_second_worker,
-    hang_in_a_few_ways,
     hang_in_every_way,
+    hang_in_one_way,
     heed_nothing,
     meet_once_one_was_killed,
     refuse_in_second_worker,
@@ -74,10 +74,10 @@ def test_the_first_traceback_comes_out_when_no_restart_is_left(make_gang, tmp_pa
 @pytest.mark.parametrize(
     ("work", "ways"),
     [
-        (hang_in_a_few_ways, FEW_WAYS_TO_HANG),
+        (hang_in_one_way, ONE_WAY_TO_HANG),
         pytest.param(hang_in_every_way, WAYS_TO_HANG, marks=pytest.mark.chaos),
     ],
-    ids=["few ways", "every way"],
+    ids=["one way", "every way"],
 )
 def test_a_hanging_worker_is_ended_its_stacks_are_saved_and_all_start_again(make_gang, tmp_path, work, ways):
     restarts: list[Restart] = []

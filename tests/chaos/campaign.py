@@ -257,10 +257,10 @@ class _Struck:
 
 
 def _cost(struck: _Struck, events: list[dict[str, Any]]) -> Cost:
-    if struck.end is None:
-        return Cost(struck.fault, struck.target, None, None)
-    before = next((each for each in reversed(events[: struck.end]) if each["kind"] == "train"), None)
-    after = next((each for each in events[struck.end :] if each["kind"] == "train"), None)
+    place = len(events) if struck.end is None else struck.end
+    again_at = next((k for k in range(place, len(events)) if events[k]["kind"] == "loop_began"), len(events))
+    before = next((each for each in reversed(events[:again_at]) if each["kind"] == "train"), None)
+    after = next((each for each in events[again_at:] if each["kind"] == "train"), None)
     if after is None or before is None:
         return Cost(struck.fault, struck.target, None, None)
     again = before["step"] - after["step"] + 1 if before["stage"] == after["stage"] else 0
