@@ -23,9 +23,10 @@ from tests.runs import Command, all_weights, tiny
 STEPS = 240
 CALM = {"kind": "adamw", "learning_rate": 1e-5}
 """At rates that learn more, rounding grows a millionfold in 100 steps, and runs of one and two workers part."""
-BOUND = 5e-6
-"""How far weights may be from those of another number of workers, which adds gradients up in another order; unbroken
-runs are 2e-6 apart, and a step of training moves weights by 1e-5."""
+BOUND, STATISTICS_BOUND = 2e-6, 1e-4
+"""How far weights, and running means and variances, may be from those of another number of workers, which adds
+gradients up in another order. Seen were 5e-7 and 3.4e-5 (a sum over 72 weights); a step moves weights by 1e-5.
+"""
 
 
 def batches_for_six(folder: Path, *, source: Path) -> dict[str, Any]:
@@ -124,11 +125,13 @@ def test_after_20_faults_in_a_row_a_run_ends_as_unbroken(
     tree["data"]["loader"] = {"workers": len(sizes) % 2}
     campaign = Campaign(tree, sizes=sizes, library=library, seed=seed)
     campaign.run(faults)
-    apart = max(differences(unbroken, campaign.folder).values(), default=0.0)
-    print(f"seed {seed}, workers {sizes}: largest difference {apart:.2g}")
-    same = apart == 0 if sizes == [2] else apart < BOUND
+    apart = differences(unbroken, campaign.folder)
+    furthest = sorted(apart.items(), key=lambda each: -each[1])[:3]
+    print(f"seed {seed}, workers {sizes}: largest differences {furthest}")
+    far = [name for name, by in apart.items() if by > (STATISTICS_BOUND if "running_" in name else BOUND)]
+    same = not apart if sizes == [2] else not far
     suite = "runs, same number of workers" if sizes == [2] else "runs, 1, 2, 3 workers"
     record(campaign, suite, outcome=report.SURVIVED if same else "the weights are others")
-    assert same, apart
+    assert same, furthest
     audit(str(campaign.folder.path))
     assert_tidy(campaign, shared_memory_before)
