@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.chaos import report
 from tests.engine_cases import STAGE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,6 +65,9 @@ def check(trials: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
         same = len({(segment["size"], *segment["engines"]) for segment in trial["segments"]}) == 1
         assert (each["as_ordered"], each["passed"], each["attempts"]) == (True, True, len(trial["segments"])), each
         assert each["equal"] if same else max(each["off"].values()) <= NEAR, (trial, each)
+        for before, after in itertools.pairwise(trial["segments"]):
+            where = f"{before['size']} to {after['size']} workers, {' and '.join(after['engines'])}"
+            report.record("world sizes", fault="killed" if before["kill"] else "stopped", target=where)
         for kind, off in each["off"].items():
             furthest[kind] = max(furthest.get(kind, 0.0), off)
     print(f"{len(trials)} ways; furthest from the unbroken run: {furthest}")
