@@ -232,6 +232,10 @@ class Books:
     def _begin_loop(self, stage: str, start: int) -> None:
         self._leave(self._time)
         self._roll_back(stage, start)
+        last = self._stretches[-1] if self._stretches else None
+        reached = last.end if last is not None and last.stage == stage else 0
+        if start > reached:  # saved, and the worker died before it wrote of them; their time is booked as lost
+            self._stretches.append(_Stretch(stage, reached, start, {}))
         self._loop, self._first = (stage, start), True
 
     def _close(self, until: int, category: Category) -> None:

@@ -96,6 +96,13 @@ def test_a_fall_back_into_the_middle_of_what_one_event_tells_keeps_its_part() ->
     assert (found.steps, found.lost_steps) == (14, 6)
 
 
+def test_steps_that_were_saved_count_where_the_worker_died_before_it_wrote_of_them() -> None:
+    log = started().at(22, "restart", since_failure_s=1).loop(24, 13).spent(26, 14, data_wait_s=1.0)
+    found = account(log.events)
+    assert seconds(found) == {"start_up": 8.0, "training": 1 + 9 + 1, "lost_work": 3.0, "recovery": 1 + 2 + 1}
+    assert (found.steps, found.lost_steps) == (14, 0)
+
+
 def test_between_two_attempts_nothing_runs_and_the_next_one_recovers() -> None:
     log = started().at(19, "loop_ended", stage="teach", step=10, finished=False, checkpoint_s=1.0)
     log.at(20, "attempt_ended", status="stopped").at(50, "attempt_began", attempt="b")
