@@ -87,7 +87,9 @@ def test_a_run_goes_on_at_other_world_sizes(tmp_path: Path) -> None:
 @pytest.mark.chaos
 @pytest.mark.timeout(7200)
 def test_every_stage_goes_on_over_every_way(tmp_path: Path) -> None:
-    trials = [way(sizes, [pair] * len(sizes), kills=(1,)) for sizes, pair in itertools.product(WAYS, PAIRS)]
+    trials = [
+        way(sizes, [pair] * len(sizes), kills=(len(sizes) - 2,)) for sizes, pair in itertools.product(WAYS, PAIRS)
+    ]
     trials += [way((size,) * 3, [pair] * 3, kills=(0,)) for size, pair in itertools.product((1, 2, 3), PAIRS)]
     trials += [
         way((1, 2, 3), [(KINDS[k], KINDS[k - 1]), (KINDS[k - 2], KINDS[k]), (KINDS[k - 1], KINDS[k - 3])])
