@@ -128,8 +128,9 @@ class Checkpoints:
     def _abandon(self, mark: Mark) -> bool:
         """Removes a save that failed; raises `Superseded` where the cause may be that a newer attempt has begun."""
         try:
+            if mark not in self._store.standing():  # else its manifest stands, and a newer attempt may have loaded it
+                self._store.abandon(mark)
             self._store.refuse_superseded(mark.attempt)
-            self._store.abandon(mark)
         except Superseded:
             raise
         except (OSError, UserError):

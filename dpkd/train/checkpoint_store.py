@@ -161,17 +161,19 @@ class CheckpointStore:
 
         The line of an attempt is what it made itself and what led to `base`, the checkpoint that it loaded: a later
         one of an older attempt, passed over because it was damaged, must not push out a good one. Half-written files
-        go too. Raises `Superseded`, and removes nothing, where a newer attempt has begun.
+        go too, but for this attempt's own next checkpoint, which other ranks may have begun. Raises `Superseded`, and
+        removes nothing, where a newer attempt has begun.
         """
         self.refuse_superseded(attempt)
         line = [mark for mark in self.standing() if mark.attempt == attempt or (base is not None and mark <= base)]
         kept = line[-keep:]
+        newest = max(kept, default=Mark(0, 0))
         for name in storage.list_names(self.url):
             mark = Mark.of(name)
             claiming = re.fullmatch(re.escape(storage.TEMPORARY_PREFIX) + r".*attempt-([0-9]{4,})\.json", name)
             if mark in kept:
                 self._tidy(mark)
-            elif mark is not None and mark.attempt <= attempt:
+            elif mark is not None and (mark.attempt < attempt or (mark.attempt == attempt and mark < newest)):
                 self.abandon(mark)
             elif claiming and int(claiming[1]) <= attempt:  # a newer one may be about to claim
                 storage.remove(storage.join(self.url, name))

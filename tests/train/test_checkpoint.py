@@ -171,6 +171,22 @@ def test_half_written_files_do_not_stay_but_for_the_claim_of_a_newer_attempt(tmp
     assert hidden == {".tmp-abc-attempt-0003.json"}
 
 
+@pytest.mark.parametrize("before", [[], [1, 2]])
+def test_what_other_ranks_have_begun_to_save_is_not_swept_away(place: str, before: list[int]) -> None:
+    saved(place, before)
+    store = CheckpointStore(place)
+    attempt, standing = store.claim()
+    base = standing[-1] if standing else None
+    begun_by_others = Mark(3, attempt)
+    storage.write_bytes_atomic(store.place(begun_by_others, "a/value.txt"), b"3")
+    kept = {mark.name for mark in standing[-1:]}
+    store.sweep(attempt=attempt, base=base, keep=1)
+    assert names(place) == kept | {begun_by_others.name}
+    newer, _ = store.claim()
+    store.sweep(attempt=newer, base=base, keep=1)
+    assert names(place) == kept
+
+
 def test_a_damaged_one_stays_until_the_next_save(place: str) -> None:
     saved(place, [1, 2])
     value = storage.join(place, "step-00000002-a0001", "a/value.txt")
@@ -342,6 +358,7 @@ def test_an_older_attempt_publishes_nothing_once_a_newer_one_has_begun(place: st
     with pytest.raises(Superseded, match="attempt 2 at this run has begun"):
         older.finish()
     assert steps(place) == [(1, 1)]
+    assert names(place) == {"step-00000001-a0001"}
     newer.save(3, {"a": Value(3)})
     newer.finish()
     assert steps(place) == [(1, 1), (3, 2)]
