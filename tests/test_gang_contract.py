@@ -29,6 +29,7 @@ from dpkd.gang import (
     with_hangs,
 )
 from dpkd.watchdog import Hang
+from tests.chaos import report
 from tests.gang_work import (
     ONE_WAY_TO_HANG,
     WAYS_TO_HANG,
@@ -95,6 +96,8 @@ def test_a_hanging_worker_is_ended_its_stacks_are_saved_and_all_start_again(make
         else:
             assert f"in {way}\n" in report
     assert "waiting for its peers" in restarts[-1].cause
+    for way in ways:
+        report.record("hanging workers", fault=way.replace("_", " "), target="worker 1 of 2")
 
 
 @pytest.mark.chaos

@@ -16,10 +16,17 @@ import yaml
 from dpkd.audit import audit
 from dpkd.stages.record import RunFolder
 from dpkd.train.checkpoint_store import CheckpointStore
+from tests.chaos import report
 from tests.runs import Command, all_weights, tiny, train_events
 from tools.local_ray_cluster import LocalCluster
 
 pytestmark = pytest.mark.slow
+
+
+def record(*faults: str, target: str) -> None:
+    """Puts faults that were survived into the chaos report."""
+    for fault in faults:
+        report.record("ray", fault=fault, target=target)
 
 
 @pytest.mark.timeout(900)
@@ -89,6 +96,7 @@ def test_workers_leave_a_node_that_drains_and_go_on_elsewhere(tmp_path: Path) ->
     assert {path.name for path in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}
     after = [(tmp_path / f"node-1-{rank}").read_text() for rank in range(2)]
     assert leaving not in after
+    record("a node drains", target="the node of a worker")
 
 
 @pytest.mark.chaos
@@ -129,6 +137,7 @@ def test_a_session_shrinks_with_the_cluster_and_grows_with_it_after_a_save(tmp_p
             driver.kill()
     assert driver.returncode == 0, printed
     assert "there is room for 2 workers instead of 1; all saved and start again" in printed
+    record("a node is killed", "a node joins", target="a session of 2 workers")
 
 
 @pytest.mark.chaos
@@ -168,6 +177,7 @@ def test_a_run_that_loses_a_node_and_gains_one_uses_each_sample_once(sample_fold
     started = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("starts ")]
     assert [line.split()[1] for line in started] == ["2", "1", "2"]
     audit(str(tmp_path / "run"))
+    record("a node is killed", "a node joins", target="a run of 2 workers")
 
 
 @pytest.mark.chaos
@@ -189,6 +199,7 @@ def test_a_killed_driver_leaves_nothing_that_blocks_the_next_attempt(sample_fold
         assert last.wait() == 0, last.output
     assert max(event["step"] for event in train_events(folder)) == 60
     audit(str(folder.path))
+    record(*["SIGKILL"] * 3, target="a driver")
 
 
 @pytest.mark.chaos
@@ -220,6 +231,7 @@ def test_a_job_that_is_stopped_saves_and_goes_on_when_submitted_again(sample_fol
         assert again.returncode == 0, again.stdout + again.stderr
         assert f"continues after step {saved.step} of 400" in again.stdout
     audit(str(folder.path))
+    record("ray job stop", target="a job")
 
 
 def test_a_cluster_refuses_who_has_no_token(ray_cluster: LocalCluster) -> None:
