@@ -90,11 +90,11 @@ def test_a_hanging_worker_is_ended_its_stacks_are_saved_and_all_start_again(make
     assert [restart.rank for restart in restarts] == [1] * len(ways)
     for way, restart in zip(ways, restarts, strict=True):
         assert restart.cause.startswith("hung: no sign of life for")
-        report = Path(restart.cause.partition("its stacks are in ")[2]).read_text()
+        told = Path(restart.cause.partition("its stacks are in ")[2]).read_text()
         if way == "is_stopped":
-            assert "\nstate: T\n" in report
+            assert "\nstate: T\n" in told
         else:
-            assert f"in {way}\n" in report
+            assert f"in {way}\n" in told
     assert "waiting for its peers" in restarts[-1].cause
     for way in ways:
         report.record("hanging workers", fault=way.replace("_", " "), target="worker 1 of 2")
