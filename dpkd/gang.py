@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from dpkd.errors import StopRequested, UserError, WorkerFailed, portable
+from dpkd.errors import StopRequested, StorageUnavailable, UserError, WorkerFailed, portable
 from dpkd.report.progress import say
 from dpkd.watchdog import COLLECTIVES, Hang, WatchOrder
 
@@ -114,7 +114,7 @@ def supervise(
         failures = run_once()
         if not failures:
             return
-        reached = supervision.progress()
+        reached = _reached(supervision, furthest)
         if reached > furthest:
             furthest, attempts = reached, []
         attempts.append(failures)
@@ -136,11 +136,11 @@ def verdict(attempts: Sequence[Sequence[Failure]], *, stop_requested: bool, max_
 
     `attempts` are the generations since the session last got further, each with the failures that were seen, in no
     order. A user's error or a stop counts whoever raised it: ranks agree before they stop, and an error of the user's
-    would come again.
+    would come again, but for storage that fails for a while.
     """
     for kind in (UserError, StopRequested):
         for failure in attempts[-1]:
-            if isinstance(failure.error, kind):
+            if isinstance(failure.error, kind) and not isinstance(failure.error, StorageUnavailable):
                 return failure.error
     if stop_requested:
         first = by_cause(attempts[-1])[0]
@@ -151,6 +151,14 @@ def verdict(attempts: Sequence[Sequence[Failure]], *, stop_requested: bool, max_
     if len(attempts) <= max_restarts:
         return None
     return WorkerFailed(_account(attempts))
+
+
+def _reached(supervision: Supervision, furthest: tuple[int, ...]) -> tuple[int, ...]:
+    """How far the session is, or was when storage last said."""
+    try:
+        return supervision.progress()
+    except (StorageUnavailable, OSError):
+        return furthest
 
 
 def by_cause(failures: Sequence[Failure]) -> list[Failure]:

@@ -6,6 +6,7 @@ target, are flushed to the disk and renamed; object stores publish a whole objec
 tried again, with growing pauses, by the store's own library (for S3 botocore and s3fs); whole items by the pool.
 """
 
+import errno
 import hashlib
 import os
 import shutil
@@ -213,7 +214,7 @@ def write_bytes_once(url: str | Path, data: bytes) -> bool:
         try:
             beside.write_bytes(data)
             sync_file(beside)
-            os.link(beside, path)
+            _link(beside, path)
         except FileExistsError:
             return False
         finally:
@@ -221,6 +222,19 @@ def write_bytes_once(url: str | Path, data: bytes) -> bool:
                 beside.unlink(missing_ok=True)
         sync_folder(path.parent)
     return True
+
+
+def _link(beside: Path, path: Path) -> None:
+    """Gives a file a second name that must be free; a copy of it where the file system knows no second names."""
+    try:
+        os.link(beside, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        with path.open("xb") as file:
+            file.write(beside.read_bytes())
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def deliver(file: Path, url: str | Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from dpkd.backends.local_gang import LocalGang
 from dpkd.backends.ray_gang import RayGang
-from dpkd.errors import StopRequested, UserError, WorkerFailed
+from dpkd.errors import StopRequested, StorageUnavailable, UserError, WorkerFailed
 from dpkd.gang import (
     UNSUPERVISED,
     Failure,
@@ -212,6 +212,23 @@ def test_restarts_are_counted_anew_once_there_is_progress():
     with pytest.raises(WorkerFailed, match="worker 0: attempt 1\n2 attempts failed"):
         supervise(run_once, max_restarts=1, stop_requested=lambda: False, supervision=supervision)
     assert [restart.cause for restart in restarts] == ["attempt 0", "attempt 1"]
+
+
+def test_storage_that_fails_for_a_while_costs_a_restart_and_not_the_session() -> None:
+    attempts = count()
+
+    def run_once() -> list[Failure]:
+        return [Failure.of_error(0, StorageUnavailable("cannot write: stale"))] if next(attempts) == 0 else []
+
+    asked = count()
+
+    def progress() -> tuple[int, ...]:
+        if next(asked) == 1:
+            raise StorageUnavailable("cannot read: stale")
+        return (0,)
+
+    supervise(run_once, max_restarts=1, stop_requested=lambda: False, supervision=Supervision(progress=progress))
+    assert next(attempts) == 2
 
 
 def test_a_stop_ends_the_wait_between_two_attempts():

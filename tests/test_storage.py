@@ -1,3 +1,4 @@
+import errno
 import os
 import resource
 from collections.abc import Iterator
@@ -116,3 +117,14 @@ def test_a_link_back_to_a_folder_above_ends_the_walk(tmp_path):
     (tmp_path / "a" / "x").write_bytes(b"1")
     (tmp_path / "a" / "up").symlink_to(tmp_path)
     assert [name for name, _ in storage.walk(tmp_path)] == ["a/x"]
+
+
+def test_a_file_is_written_once_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert storage.write_bytes_once(tmp_path / "claim", b"first")
+    assert not storage.write_bytes_once(tmp_path / "claim", b"second")
+    assert (tmp_path / "claim").read_bytes() == b"first"
+    assert [path.name for path in tmp_path.iterdir()] == ["claim"]

@@ -159,6 +159,8 @@ class Books:
             self._now = self._open = time_ms
         self._now = max(time_ms, self._now)
         if attempt not in self._attempts:
+            if self._attempt is not None and _is_older(attempt, self._attempt):
+                return  # it was superseded before it wrote its first
             self._begin(attempt)
         elif attempt != self._attempt:
             return  # superseded, or ended
@@ -218,7 +220,7 @@ class Books:
 
     def _restart(self, event: Mapping[str, Any]) -> None:
         since_s = event.get("since_failure_s")
-        self._leave(self._time - (round(since_s * 1000) if _is_number(since_s) else 0))
+        self._leave(self._time - (max(0, round(since_s * 1000)) if _is_number(since_s) else 0))
         self._doing = "recovery"
         self._restarts += 1
 
@@ -232,8 +234,7 @@ class Books:
     def _begin_loop(self, stage: str, start: int) -> None:
         self._leave(self._time)
         self._roll_back(stage, start)
-        last = self._stretches[-1] if self._stretches else None
-        reached = last.end if last is not None and last.stage == stage else 0
+        reached = max((stretch.end for stretch in self._stretches if stretch.stage == stage), default=0)
         if start > reached:  # saved, and the worker died before it wrote of them; their time is booked as lost
             self._stretches.append(_Stretch(stage, reached, start, {}))
         self._loop, self._first = (stage, start), True
@@ -270,8 +271,11 @@ class Books:
 
     def _roll_back(self, stage: str, start: int) -> None:
         """The stage goes on after step `start`: what was done beyond it is lost."""
-        while self._stretches and self._stretches[-1].stage == stage and self._stretches[-1].end > start:
-            stretch = self._stretches.pop()
+        before, self._stretches = self._stretches, []
+        for stretch in before:
+            if stretch.stage != stage or stretch.end <= start:
+                self._stretches.append(stretch)
+                continue
             kept = max(0, start - stretch.start)
             length = stretch.end - stretch.start
             if kept:
@@ -282,6 +286,10 @@ class Books:
             for name, ms in stretch.spent.items():
                 # what its start took was lost already to the failure before
                 self._spent[name if name in ("start_up", "recovery") else "lost_work"] += ms
+
+
+def _is_older(attempt: str, other: str) -> bool:
+    return attempt.isdecimal() and other.isdecimal() and int(attempt) < int(other)
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

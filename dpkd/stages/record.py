@@ -67,7 +67,7 @@ class RunFolder:
             )
 
     def _newest(self) -> int:
-        return max((int(path.name) for path in self._attempts.glob("*") if path.name.isdecimal()), default=0)
+        return max((int(name) for name in storage.list_names(self._attempts) if name.isdecimal()), default=0)
 
     def event_log(self) -> EventLog:
         """Where what happens is written down, as of this attempt."""

@@ -189,6 +189,7 @@ class _Stage:
         if board is not None:
             board.quarantine(start_step, Quarantine(run.folder.quarantine, limit=1.0))
         if shown:
+            run.folder.refuse_superseded()  # the ledgers of a newer attempt are not to be forgotten
             forget(run.folder.ledger(self.stage), from_attempt=checkpoints.attempt)
         ledger = Ledger(
             run.folder.ledger(self.stage),

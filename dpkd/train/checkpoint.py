@@ -19,7 +19,7 @@ from typing import Protocol, TypeVar
 
 from dpkd import storage
 from dpkd.engine_state import Writer
-from dpkd.errors import UserError, portable
+from dpkd.errors import StorageUnavailable, UserError, portable
 from dpkd.report.progress import say
 from dpkd.storage_errors import NO_FILE, may_pass
 from dpkd.train.checkpoint_store import MANIFEST, CheckpointStore, FileFacts, Manifest, Mark, RankFiles, Superseded
@@ -196,7 +196,9 @@ class Checkpoints:
     def _faults(self, mark: Mark, folder: Path, *, share: tuple[int, int]) -> list[str]:
         """What is wrong with a share (rank, of how many) of the files in a local folder."""
         try:
-            manifest: Manifest = self._store.manifest(mark)
+            manifest: Manifest = _patiently(lambda: self._store.manifest(mark))
+        except UserError:  # the storage's, which says nothing of the checkpoint
+            raise
         except ValueError as error:
             return [str(error)]
         rank, size = share
@@ -344,13 +346,13 @@ def _unlisted(folder: Path, manifest: Manifest) -> list[str]:
 
 def _fault(path: Path, facts: FileFacts) -> str | None:
     try:
-        size = path.stat().st_size
+        size = _patiently(path.stat).st_size
         if size != facts.size_bytes:
             return f"{path.name} has {size} bytes, expected {facts.size_bytes}"
-        if storage.sha256(path) != facts.sha256:
+        if _patiently(partial(storage.sha256, path)) != facts.sha256:
             return f"{path.name} has another sha256 than its {MANIFEST} says"
     except NO_FILE:
         return f"{path.name} is missing"
-    except (OSError, UserError) as error:
+    except (OSError, StorageUnavailable) as error:
         return f"{path.name} cannot be read ({error})"
     return None

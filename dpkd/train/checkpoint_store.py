@@ -112,14 +112,24 @@ class CheckpointStore:
             attempt = max([*self._claims(names), *made], default=0) + 1
             standing = self.standing()
             claim = Claim(attempt=attempt, stood=tuple(mark.name for mark in standing))
-            if storage.write_bytes_once(self._claim_place(attempt), checked(claim.model_dump(mode="json"))):
-                return attempt, standing
+            if not storage.write_bytes_once(self._claim_place(attempt), checked(claim.model_dump(mode="json"))):
+                continue
+            # until then an older attempt published, and swept; from here on it does neither
+            found = self.standing(before=attempt)
+            if found != standing:
+                claim = Claim(attempt=attempt, stood=tuple(mark.name for mark in found))
+                storage.write_bytes_atomic(self._claim_place(attempt), checked(claim.model_dump(mode="json")))
+            return attempt, found
 
-    def standing(self) -> list[Mark]:
-        """The checkpoints that count, oldest first: whole, and finished before any newer attempt began."""
+    def standing(self, *, before: int | None = None) -> list[Mark]:
+        """The checkpoints that count, oldest first: whole, and finished before any newer attempt began.
+
+        `before` leaves out the claims of this attempt and newer ones.
+        """
         names = storage.list_names(self.url)
         marks = sorted(mark for name in names if (mark := Mark.of(name)) is not None)
-        claims = [claim for attempt in self._claims(names) if (claim := self._claim(attempt)) is not None]
+        claimed = [attempt for attempt in self._claims(names) if before is None or attempt < before]
+        claims = [claim for attempt in claimed if (claim := self._claim(attempt)) is not None]
         return [
             mark
             for mark in marks
@@ -146,6 +156,7 @@ class CheckpointStore:
         self.refuse_superseded(mark.attempt)
         manifest = Manifest(format=FORMAT, step=mark.step, attempt=mark.attempt, world_size=world_size, files=files)
         storage.write_bytes_atomic(self.place(mark, MANIFEST), manifest.model_dump_json(indent=1).encode())
+        self.refuse_superseded(mark.attempt)  # one that began meanwhile may not count it
 
     def refuse_superseded(self, attempt: int) -> None:
         """Raises `Superseded` where a newer attempt than this one has begun."""
@@ -161,8 +172,8 @@ class CheckpointStore:
 
         The line of an attempt is what it made itself and what led to `base`, the checkpoint that it loaded: a later
         one of an older attempt, passed over because it was damaged, must not push out a good one. Half-written files
-        go too, but for this attempt's own next checkpoint, which other ranks may have begun. Raises `Superseded`, and
-        removes nothing, where a newer attempt has begun.
+        go too, but for this attempt's own next checkpoint, which other ranks may have begun. While none is on its line,
+        whole ones stay. Raises `Superseded`, and removes nothing, where a newer attempt has begun.
         """
         self.refuse_superseded(attempt)
         line = [mark for mark in self.standing() if mark.attempt == attempt or (base is not None and mark <= base)]
@@ -174,8 +185,9 @@ class CheckpointStore:
             if mark in kept:
                 self._tidy(mark)
             elif mark is not None and (mark.attempt < attempt or (mark.attempt == attempt and mark < newest)):
-                self.abandon(mark)
-            elif claiming and int(claiming[1]) <= attempt:  # a newer one may be about to claim
+                if kept or not storage.exists(self.place(mark, MANIFEST)):
+                    self.abandon(mark)
+            elif claiming and int(claiming[1]) < attempt:  # others may be about to claim
                 storage.remove(storage.join(self.url, name))
 
     def abandon(self, mark: Mark) -> None:

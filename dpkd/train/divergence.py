@@ -69,7 +69,8 @@ class Skipped:
             )
         self._reasons[fault.step] = fault.reason
         if self._world.rank == 0:
-            content = {"steps": {str(step): reason for step, reason in sorted(self._reasons.items())}}
+            reasons = {**_read(self._path), **self._reasons}  # a newer attempt may have added some
+            content = {"steps": {str(step): reason for step, reason in sorted(reasons.items())}}
             storage.write_bytes_atomic(self._path, checked(content))
 
 

@@ -103,6 +103,27 @@ def test_steps_that_were_saved_count_where_the_worker_died_before_it_wrote_of_th
     assert (found.steps, found.lost_steps) == (14, 0)
 
 
+def test_a_stage_that_is_gone_back_to_from_its_end_counts_its_steps_once() -> None:
+    log = started().at(19, "loop_ended", stage="teach", step=10, finished=True)
+    log.at(20, "loop_began", stage="distill", step=0).at(22, "spent", stage="distill", step=5)
+    log.loop(25, 10).at(26, "loop_ended", stage="teach", step=10, finished=True)
+    assert (account(log.events).steps, account(log.events).lost_steps) == (15, 0)
+    assert (account(log.loop(27, 8).events).steps, account(log.events).lost_steps) == (13, 2)
+
+
+def test_a_clock_of_a_worker_that_is_ahead_makes_no_time_negative() -> None:
+    found = account(started().at(20, "restart", since_failure_s=-30.0).loop(24, 10).spent(26, 11).events)
+    assert min(found.milliseconds.values()) >= 0
+    assert found.total_ms == 26_000
+
+
+def test_an_attempt_that_was_superseded_before_its_first_event_is_not_listened_to() -> None:
+    log = Log().at(0, "attempt_began", attempt="2").at(5, "loop_began", attempt="2", stage="teach", step=0)
+    log.at(6, "attempt_began", attempt="1")
+    found = account(log.at(9, "spent", attempt="2", stage="teach", step=3).events)
+    assert (found.steps, found.attempts) == (3, 1)
+
+
 def test_between_two_attempts_nothing_runs_and_the_next_one_recovers() -> None:
     log = started().at(19, "loop_ended", stage="teach", step=10, finished=False, checkpoint_s=1.0)
     log.at(20, "attempt_ended", status="stopped").at(50, "attempt_began", attempt="b")

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dpkd import storage
-from dpkd.errors import UserError
+from dpkd.checked_json import checked
+from dpkd.errors import StorageUnavailable, UserError
 from dpkd.train import checkpoint
 from dpkd.train.checkpoint import Checkpoints
 from dpkd.train.checkpoint_store import CheckpointStore, Mark, Superseded
@@ -168,7 +169,7 @@ def test_half_written_files_do_not_stay_but_for_the_claim_of_a_newer_attempt(tmp
         (tmp_path / f".tmp-abc-attempt-000{attempt}.json").write_text("{")
     assert loaded(str(tmp_path)) == (2, 2)
     hidden = {path.name for path in tmp_path.rglob(".*")}
-    assert hidden == {".tmp-abc-attempt-0003.json"}
+    assert hidden == {".tmp-abc-attempt-0002.json", ".tmp-abc-attempt-0003.json"}
 
 
 @pytest.mark.parametrize("before", [[], [1, 2]])
@@ -362,6 +363,59 @@ def test_an_older_attempt_publishes_nothing_once_a_newer_one_has_begun(place: st
     newer.save(3, {"a": Value(3)})
     newer.finish()
     assert steps(place) == [(1, 1), (3, 2)]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_what_an_older_attempt_publishes_while_a_newer_one_claims_counts(
+    place: str, monkeypatch: pytest.MonkeyPatch, keep: int
+) -> None:
+    older = saved(place, [1, 2], keep=keep)
+    write_once = storage.write_bytes_once
+
+    def write_late(url: str, data: bytes) -> bool:
+        monkeypatch.undo()
+        for step in (3, 4):
+            older.save(step, {"a": Value(step)})
+        older.finish()
+        return write_once(url, data)
+
+    monkeypatch.setattr(storage, "write_bytes_once", write_late)
+    assert loaded(place) == (4, 4)
+    assert loaded(place) == (4, 4)
+
+
+def test_whole_ones_that_do_not_count_stay_while_none_does(place: str) -> None:
+    saved(place, [1])
+    storage.write_bytes_atomic(storage.join(place, "attempt-0002.json"), checked({"attempt": 2, "stood": []}))
+    assert loaded(place) == (0, -1)
+    assert names(place) == {"step-00000001-a0001"}
+
+
+def test_storage_that_fails_while_it_is_verified_condemns_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(str(tmp_path), [1, 2])
+    read_own, failing = storage.read_own, iter([True, True])
+
+    def fail_twice(url: str) -> bytes:
+        if "step-00000002" in str(url) and next(failing, False):
+            raise StorageUnavailable(f"cannot read {url}: Stale file handle")
+        return read_own(url)
+
+    monkeypatch.setattr(storage, "read_own", fail_twice)
+    assert loaded(str(tmp_path)) == (2, 2)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_no_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(str(tmp_path), [1, 2])
+
+    def refuse(path: Path) -> str:
+        raise UserError(f"cannot read {path}: no permission; change its permissions or choose another place")
+
+    monkeypatch.setattr(storage, "sha256", refuse)
+    with pytest.raises(UserError, match="no permission"):
+        loaded(str(tmp_path))
+    assert steps(str(tmp_path)) == [(1, 1), (2, 1)]
 
 
 def test_what_an_older_attempt_finished_too_late_does_not_count(place: str) -> None:
