@@ -1,7 +1,8 @@
 # make quickstart   installs, draws a sample data set, and runs every stage on it
 # make test         installs what tests need, and runs them
-# make chaos        processes killed, stopped and cut off from one another, over and over, with a table of it at the end: some
-#                   hours (not timed whole yet); SEED=n repeats a run, ALL=1 takes every storage call of a save where else some are drawn
+# make chaos        processes killed, stopped and cut off from one another, over and over, with a table of it at the end: about
+#                   90 minutes on 2 cores (the sum of its parts); SEED=n repeats a run, ALL=1 takes every storage call of a
+#                   save where else some are drawn, and every damage of a file: some hours more
 # make fuzz         the tests of untrusted input with many more examples, for as long as it takes; SEED=n repeats a run
 # make lint         formatting, lint and types;  make format mends the first two
 # make lock         resolves pyproject.toml anew into requirements.lock
