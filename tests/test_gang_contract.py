@@ -73,12 +73,14 @@ def test_the_first_traceback_comes_out_when_no_restart_is_left(make_gang, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("work", "ways"),
+    ("make_gang", "work", "ways"),
     [
-        (hang_in_one_way, ONE_WAY_TO_HANG),
-        pytest.param(hang_in_every_way, WAYS_TO_HANG, marks=pytest.mark.chaos),
+        ("local", hang_in_one_way, ONE_WAY_TO_HANG),
+        pytest.param("local", hang_in_every_way, WAYS_TO_HANG, marks=pytest.mark.chaos),
+        pytest.param("ray", hang_in_every_way, WAYS_TO_HANG, marks=pytest.mark.chaos),
     ],
-    ids=["one way", "every way"],
+    ids=["local, one way", "local, every way", "ray, every way"],
+    indirect=["make_gang"],
 )
 def test_a_hanging_worker_is_ended_its_stacks_are_saved_and_all_start_again(make_gang, tmp_path, work, ways):
     restarts: list[Restart] = []

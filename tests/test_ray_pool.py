@@ -132,7 +132,7 @@ def test_workers_compute_with_one_thread_whatever_the_node_says(cluster, tmp_pat
     assert {count for each in driver.results for count in each["result"]} == {1}
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_prepare_survives_a_lost_node_and_a_killed_driver(cluster, tmp_path):
     images = draw(tmp_path / "images", num_images=400)
     broken, unbroken = (pack_folder(images, tmp_path / name, samples_per_shard=10) for name in ("broken", "unbroken"))
