@@ -3,14 +3,16 @@
 runs/<name>/stages.json   {"<stage>": {"status": "running" | "done", "seconds": float, "given": {key: value},
                                        "made": {place: sha256}}}      of a stage that is done
 
-runs/<name>/attempts/0003   empty; the third attempt at the run has begun
+runs/<name>/attempts/0003       empty; the third attempt at the run has begun
+runs/<name>/attempts/0003.tmp/  where it writes stages.json before it puts it in its place
 
 A place is a path below the run folder, any other path, or a URL. A file that is no longer what the stage made would
 else be taken for its result, so such a stage is not done.
 
 Two attempts may overlap, as when a cluster takes a driver for dead that was only cut off. Each claims a number, and one
-that finds a newer number neither begins a stage, nor ends one, nor writes a result. Checkpoints are claimed stage by
-stage (`train.checkpoint_store`), because they may stand in another place.
+that finds a newer number neither begins a stage, nor ends one, nor writes a result. One that was stopped between
+looking and writing finds its temporary folder gone, which the newer one removed before it read anything. Checkpoints
+are claimed stage by stage (`train.checkpoint_store`), because they may stand in another place.
 """
 
 import json
@@ -23,9 +25,11 @@ from typing import Any
 from dpkd import storage
 from dpkd.errors import UserError, without_secrets
 from dpkd.report.progress import EventLog
-from dpkd.storage_errors import NO_FILE
+from dpkd.storage_errors import NO_FILE, write_errors
 from dpkd.train.checkpoint_store import Superseded
 from dpkd.untrusted import parse_json
+
+_TEMPORARY = ".tmp"
 
 
 class RunFolder:
@@ -54,6 +58,11 @@ class RunFolder:
         while True:
             attempt = self._newest() + 1
             if storage.write_bytes_once(self._attempts / f"{attempt:04d}", b""):
+                for name in storage.list_names(self._attempts):
+                    if name.endswith(_TEMPORARY):
+                        storage.remove_tree(self._attempts / name)
+                with write_errors(self._attempts):
+                    (self._attempts / f"{attempt:04d}{_TEMPORARY}").mkdir()
                 return RunFolder(self.path, checkpoints=self._checkpoints, attempt=attempt)
 
     def refuse_superseded(self) -> None:
@@ -171,7 +180,18 @@ class RunFolder:
         record[stage] = {"status": status, "seconds": round(seconds, 3), "given": _plain(given)}
         if made is not None:
             record[stage]["made"] = made
-        storage.write_bytes_atomic(str(self._stages), (json.dumps(record, indent=1) + "\n").encode())
+        data = (json.dumps(record, indent=1) + "\n").encode()
+        if self.attempt is None:
+            storage.write_bytes_atomic(self._stages, data)
+            return
+        beside = self._attempts / f"{self.attempt:04d}{_TEMPORARY}" / self._stages.name
+        try:
+            with write_errors(self._stages):
+                beside.write_bytes(data)
+                storage.deliver(beside, self._stages)
+        except UserError:
+            self.refuse_superseded()
+            raise
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from dpkd import storage
 from dpkd.errors import UserError
 from dpkd.stages.record import RunFolder
 from dpkd.train.checkpoint_store import Superseded
@@ -93,6 +94,22 @@ def test_an_attempt_that_a_newer_one_followed_neither_begins_nor_ends_a_stage(tm
         raise AssertionError("it has begun")
     assert {stage: record["status"] for stage, record in older.stages().items()} == {"teach": "done"}
     assert RunFolder(tmp_path).claimed().attempt == 3
+
+
+def test_an_attempt_that_was_stopped_just_before_it_writes_changes_no_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older, deliver = RunFolder(tmp_path).claimed(), storage.deliver
+
+    def deliver_late(file: Path, url: Path) -> None:
+        monkeypatch.undo()
+        _follow(tmp_path)
+        deliver(file, url)
+
+    monkeypatch.setattr(storage, "deliver", deliver_late)
+    with pytest.raises(Superseded), older.running("distill", {}):
+        raise AssertionError("it has begun")
+    assert {stage: record["status"] for stage, record in older.stages().items()} == {"teach": "done"}
 
 
 def test_an_error_of_an_attempt_that_a_newer_one_followed_leaves_the_record_alone(tmp_path: Path) -> None:
