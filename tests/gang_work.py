@@ -41,6 +41,22 @@ def die_before_joining_once(folder):
     (Path(folder) / f"done-{rank}").touch()
 
 
+def die_with_one_that_is_done_once(folder):
+    """The second worker is done at once; the first kills it, and itself before it is done, once."""
+    rank, place = int(os.environ["RANK"]), Path(folder)
+    if rank == 1:
+        (place / "second").write_text(str(os.getpid()))
+        return
+    if not (place / "died").exists():
+        while not (place / "second").exists():
+            time.sleep(0.05)
+        time.sleep(1.0)  # until it has said that it is done
+        (place / "died").touch()
+        os.kill(int((place / "second").read_text()), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+    (place / "done").touch()
+
+
 def fail_in_second_worker(folder):
     peers = world.join()
     if peers.rank == 1:

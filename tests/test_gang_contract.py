@@ -35,6 +35,7 @@ from tests.gang_work import (
     WAYS_TO_HANG,
     HangsOnceOnItsWay,
     die_before_joining_once,
+    die_with_one_that_is_done_once,
     fail_in_second_worker,
     fail_late_in_second_worker,
     hang_in_every_way,
@@ -114,6 +115,11 @@ def test_a_worker_that_hangs_before_it_is_at_work_is_ended_too(tmp_path):
 def test_a_worker_that_waits_in_vain_for_a_dead_one_to_join_is_ended(tmp_path):
     LocalGang(2, max_restarts=1).run(die_before_joining_once, str(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"died", "done-0", "done-1"}
+
+
+def test_a_worker_killed_beside_one_that_is_done_is_no_success(tmp_path):
+    LocalGang(2, max_restarts=1).run(die_with_one_that_is_done_once, str(tmp_path))
+    assert (tmp_path / "done").exists()
 
 
 def test_the_cause_comes_out_where_peers_fail_before_it_is_told(make_gang, tmp_path):

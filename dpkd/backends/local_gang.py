@@ -217,7 +217,8 @@ def _lives(process: int) -> bool:
 
 
 def _end(process: int, mark: Path, why: str) -> None:
-    mark.write_text(why)
+    with suppress(OSError):  # a full disk; the worker is ended all the same
+        mark.write_text(why)
     with suppress(ProcessLookupError):
         os.kill(process, signal.SIGKILL)
 
@@ -276,6 +277,9 @@ def _failures(result: RunResult, folder: Path, *, exit_codes: Mapping[int, int |
         else:
             continue  # ended by the agent
         deaths.append(Failure(rank, cause + _last_lines(folder, rank), time_s=first_s))
+    if not deaths + told:  # ended by the agent, or killed with it, and none of them told of it
+        unfinished = [rank for rank in sorted(exit_codes) if not (folder / f"{rank}.done").exists()]
+        deaths = [Failure.of_exit_code(rank, exit_codes[rank] or 0) for rank in unfinished]
     return deaths + told
 
 
