@@ -35,7 +35,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 
 from dpkd import world
-from dpkd.backends.forking import end_with_driver, forking
+from dpkd.backends.forking import end_with_driver, forking, load_ahead
 from dpkd.backends.loopback import LOOPBACK, LoopbackRendezvous
 from dpkd.errors import StopRequested, UserError
 from dpkd.gang import UNSUPERVISED, Failure, Supervision, supervise, with_hangs
@@ -86,6 +86,7 @@ class LocalGang:
             def run_once() -> list[Failure]:
                 generation = Path(tempfile.mkdtemp(prefix="generation-", dir=folder))
                 order = supervision.order(hang_timeout_s=self._hang_timeout_s)
+                load_ahead(__name__, work.__module__)  # anew, where the process that workers are forked from has died
                 task = _Task(work, argument, generation, self._threads, order)
                 failures = self._run_agent(task, stopper, start_method=start_method)
                 return with_hangs(failures, hangs(order) if order is not None else [])
