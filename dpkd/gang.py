@@ -7,8 +7,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
+from dpkd import world
 from dpkd.errors import StopRequested, StorageUnavailable, UserError, WorkerFailed, portable
 from dpkd.report.progress import say
 from dpkd.watchdog import COLLECTIVES, Hang, WatchOrder
@@ -46,6 +48,18 @@ class Supervision:
 
 
 UNSUPERVISED = Supervision()
+
+
+class StopRequests:
+    """How often this process was asked to stop; `on_signal` is to get the stop signals."""
+
+    def __init__(self) -> None:
+        self.count = int(world.stop_requested())
+
+    def on_signal(self, number: int, _frame: FrameType | None) -> None:
+        """Counts a SIGTERM once, a Ctrl-C as often as it comes."""
+        if self.count == 0 or number == signal.SIGINT:
+            self.count += 1
 
 
 class Gang(Protocol):

@@ -1,8 +1,10 @@
 """What workers do in the tests of gangs; apart from the tests, so that a worker imports little."""
 
+import io
 import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -42,7 +44,7 @@ def die_before_joining_once(folder):
 
 
 def die_with_one_that_is_done_once(folder):
-    """The second worker is done at once; the first kills it, and itself before it is done, once."""
+    """The second worker is done at once; the first is killed before it is done, once."""
     rank, place = int(os.environ["RANK"]), Path(folder)
     if rank == 1:
         (place / "second").write_text(str(os.getpid()))
@@ -50,11 +52,35 @@ def die_with_one_that_is_done_once(folder):
     if not (place / "died").exists():
         while not (place / "second").exists():
             time.sleep(0.05)
-        time.sleep(1.0)  # until it has said that it is done
+        time.sleep(1.0)  # until it has said that it is done, and is gone
         (place / "died").touch()
-        os.kill(int((place / "second").read_text()), signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
     (place / "done").touch()
+
+
+class _StopsWhenFlushed(io.StringIO):
+    def flush(self):
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def stop_after_the_work(folder):
+    """The second worker is stopped once its work is done, on its way out; the first is done later."""
+    rank = int(os.environ["RANK"])
+    (Path(folder) / f"done-{rank}").touch()
+    if rank == 1:
+        sys.stdout = _StopsWhenFlushed()
+    else:
+        time.sleep(1.0)
+
+
+def save_alone_when_asked_to_stop(folder):
+    """The same as `save_when_asked_to_stop`, without a word among the workers."""
+    rank = os.environ["RANK"]
+    (Path(folder) / f"up-{rank}-{time.time_ns()}").touch()
+    while not world.stop_requested():
+        time.sleep(0.05)
+    (Path(folder) / f"saved-{rank}").touch()
+    raise StopRequested("saved at step 7")
 
 
 def fail_in_second_worker(folder):
@@ -230,3 +256,8 @@ def _hang_once(folder):
 def touch(argument):
     """Touches `done` in the folder of the argument."""
     (Path(argument.folder) / "done").touch()
+
+
+def touch_for_rank(folder):
+    """Touches `done-` and the rank in the folder."""
+    (Path(folder) / f"done-{os.environ['RANK']}").touch()

@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
+from multiprocessing import forkserver
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dpkd.backends.local_gang import LocalGang
@@ -44,7 +46,9 @@ from tests.gang_work import (
     meet_once_one_was_killed,
     refuse_in_second_worker,
     save_when_asked_to_stop,
+    stop_after_the_work,
     touch,
+    touch_for_rank,
 )
 
 MakeGang = Callable[..., Gang]
@@ -120,6 +124,52 @@ def test_a_worker_that_waits_in_vain_for_a_dead_one_to_join_is_ended(tmp_path):
 def test_a_worker_killed_beside_one_that_is_done_is_no_success(tmp_path):
     LocalGang(2, max_restarts=1).run(die_with_one_that_is_done_once, str(tmp_path))
     assert (tmp_path / "done").exists()
+
+
+def test_a_worker_stopped_after_its_work_does_not_hold_up_the_end(tmp_path):
+    LocalGang(2, max_restarts=0).run(stop_after_the_work, str(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"done-0", "done-1"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.chaos)])
+def test_the_process_that_workers_are_forked_from_may_fail_while_they_start(tmp_path, number):
+    server = forkserver._forkserver
+
+    def strike() -> None:
+        _wait_until(lambda: server._forkserver_pid is not None)
+        time.sleep(0.5)  # it loads torch
+        os.kill(server._forkserver_pid, number)
+
+    threading.Thread(target=strike, daemon=True).start()
+    restarts: list[Restart] = []
+    supervision = Supervision(hangs=tmp_path / "hangs", on_restart=restarts.append)
+    LocalGang(2, max_restarts=1, hang_timeout_s=1).run(touch_for_rank, str(tmp_path), supervision=supervision)
+    assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
+    assert [each.cause for each in restarts] == ["not started: the process to fork it from was ended, or hung"]
+    report.record("the process that workers are forked from", fault=number.name, target="while they start")
+
+
+def test_the_process_that_workers_are_forked_from_may_fail_while_they_work(tmp_path):
+    """The next ones are started as the first were: a signal to the whole group lets them save."""
+    script = (
+        "from dpkd.backends.local_gang import LocalGang\n"
+        "from tests.gang_work import save_alone_when_asked_to_stop as work\n"
+        f"if __name__ == '__main__': LocalGang(2, max_restarts=1).run(work, {str(tmp_path)!r})\n"
+    )
+    (tmp_path / "driver.py").write_text(script)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    driver = subprocess.Popen(
+        [sys.executable, tmp_path / "driver.py"], env=environment, start_new_session=True, stderr=subprocess.PIPE
+    )
+    _wait_until(lambda: len(list(tmp_path.glob("up-*"))) == 2)
+    (server,) = (each for each in psutil.Process(driver.pid).children() if "forkserver" in " ".join(each.cmdline()))
+    server.kill()
+    _wait_until(lambda: len(list(tmp_path.glob("up-*"))) == 4)
+    os.killpg(driver.pid, signal.SIGTERM)
+    _, told = driver.communicate(timeout=60)
+    assert "StopRequested: saved at step 7" in told.decode()
+    assert {path.name for path in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}
+    report.record("the process that workers are forked from", fault="SIGKILL", target="while they work")
 
 
 def test_the_cause_comes_out_where_peers_fail_before_it_is_told(make_gang, tmp_path):

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from dpkd.backends.forking import load_ahead
+from dpkd.forking import load_ahead
 from dpkd.gang import Gang
 from dpkd.placement import Sizes
 from dpkd.pool import Accelerator, LocalPool, Pool

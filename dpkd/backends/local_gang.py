@@ -1,55 +1,43 @@
-"""Workers on this machine, under torch's elastic agent.
+"""Workers on this machine: processes that this one starts, watches and ends.
 
-The agent starts, watches and ends one generation of workers; whether another follows is decided here (`gang.verdict`),
-because only we can tell a user's error and a stop from a death. Each generation has a folder:
-
-    generation-0/
-      stop            exists once this process or a worker was asked to stop: for workers not yet listening to signals
-      1.up            that a worker has come so far as to be watched
-      1.late          why one that has not was ended
-      0.ended         that a worker was ended because another had died
-      rank-1.pickle   the `Failure` of a worker that raised
-      0.done          that a worker has done its work
-      …/1/stderr.log  what workers other than the first printed
+Not torch's elastic agent, which waits for a worker that is stopped after its work is done, or while it starts, for
+ever; which tells of one failure where several workers failed, and takes the signals that ask a run to stop.
 """
 
-import logging
 import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
-from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+import torch.distributed as dist
 
-from dpkd import world
-from dpkd.backends.forking import end_with_driver, forking, load_ahead
-from dpkd.backends.loopback import LOOPBACK, LoopbackRendezvous
-from dpkd.errors import StopRequested, UserError
-from dpkd.gang import UNSUPERVISED, Failure, Supervision, supervise, with_hangs
+from dpkd.backends.local_worker import LOOPBACK, Task, enter
+from dpkd.errors import StopRequested
+from dpkd.forking import end_server, forking, load_ahead
+from dpkd.gang import FOR_MEMORY, UNSUPERVISED, Failure, StopRequests, Supervision, supervise, with_hangs
 from dpkd.heartbeat import SLOW
 from dpkd.placement import Room
-from dpkd.stop_signals import STOP_SIGNALS, heeding
-from dpkd.watchdog import WatchOrder, hangs, watched
+from dpkd.stop_signals import heeding, held
+from dpkd.watchdog import hangs
 
 LOOK_S = 0.1
-PEERS_PATIENCE_S = 5.0
-"""What workers have to end by themselves once one has died, which those that wait for it to join do not."""
-AGENT_PATIENCE_S = 20.0
-"""Less than the 30 s that the agent gives the others once one was stopped."""
-EXIT_CODES: dict[type[Exception], int] = {UserError: 2, StopRequested: 75}
+PATIENCE_S = 5.0
+"""What workers have to end by themselves once one has failed, or all are done."""
+FOR_A_PEER = "another had failed"
+EXIT_UNSEEN = 255
+"""What `multiprocessing` says of a process whose fork server ended before it could tell."""
 
 
 class LocalGang:
@@ -77,151 +65,24 @@ class LocalGang:
 
     def run(self, work: Callable[[Any], None], argument: Any, *, supervision: Supervision = UNSUPERVISED) -> None:
         """See `Gang.run`."""
-        _quieten_elastic()
-        # the threads of a worker spin while they wait, unless told not to: six times slower where anything else runs
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        modules = (__name__, work.__module__)
         with tempfile.TemporaryDirectory(prefix="dpkd-gang-") as folder:
-            stopper = _Stopper(grace_s=self._stop_grace_s)
+            stop = StopRequests()
 
             def run_once() -> list[Failure]:
                 generation = Path(tempfile.mkdtemp(prefix="generation-", dir=folder))
                 order = supervision.order(hang_timeout_s=self._hang_timeout_s)
-                load_ahead(__name__, work.__module__)  # anew, where the process that workers are forked from has died
-                task = _Task(work, argument, generation, self._threads, order)
-                failures = self._run_agent(task, stopper, start_method=start_method)
+                task = Task(work, argument, generation, self.num_workers, self._threads, order)
+                failures = _Generation(task, stop, grace_s=self._stop_grace_s).run(start_method=load_ahead(*modules))
                 return with_hangs(failures, hangs(order) if order is not None else [])
 
-            with heeding(stopper.on_signal), forking(__name__, work.__module__) as start_method:
+            with heeding(stop.on_signal), forking(*modules):
                 supervise(
                     run_once,
                     max_restarts=self._max_restarts,
-                    stop_requested=lambda: stopper.requested,
+                    stop_requested=lambda: stop.count > 0,
                     supervision=supervision,
                 )
-
-    def _run_agent(self, task: "_Task", stopper: "_Stopper", *, start_method: str) -> list[Failure]:
-        spec = WorkerSpec(
-            role="dpkd",
-            local_world_size=self.num_workers,
-            entrypoint=_enter,
-            args=(task,),
-            rdzv_handler=LoopbackRendezvous(),
-            max_restarts=0,
-            monitor_interval=0.1,
-            local_addr=LOOPBACK,
-        )
-        others: dict[int, Std] = dict.fromkeys(range(1, self.num_workers), Std.ALL)
-        logs = DefaultLogsSpecs(log_dir=str(task.folder), redirects=others)
-        agent = LocalElasticAgent(spec, logs, start_method=start_method)
-        with stopper.watching(agent, task.folder), _ending_the_stuck(agent, task):
-            result = agent.run()
-        return _failures(result, task.folder, exit_codes=_exit_codes(agent)) if result.is_failed() else []
-
-
-@dataclass(frozen=True)
-class _Task:
-    work: Callable[[Any], None]
-    argument: Any
-    folder: Path
-    threads: int | None
-    order: WatchOrder | None
-
-
-class _Stopper:
-    """Turns signals to this process into a request to its workers, and into their end when they take too long."""
-
-    def __init__(self, *, grace_s: float) -> None:
-        self.requested = world.stop_requested()
-        self._grace_s = grace_s
-        self._agent: LocalElasticAgent | None = None
-        self._folder = Path()
-
-    @contextmanager
-    def watching(self, agent: LocalElasticAgent, folder: Path) -> Iterator[None]:
-        """Passes requests on to the workers of this agent, whose generation has the folder."""
-        # The agent would answer the first signal itself, and a second one by leaving its workers behind.
-        handled_by_agent = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE")
-        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
-        at_quit = signal.getsignal(signal.SIGQUIT)
-        self._agent, self._folder = agent, folder
-        if self.requested:  # before there was an agent
-            self._ask()
-        try:
-            yield
-        finally:
-            self._agent = None
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGQUIT, at_quit)
-            os.environ.pop("TORCHELASTIC_SIGNALS_TO_HANDLE")
-            if handled_by_agent is not None:
-                os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = handled_by_agent
-
-    def on_signal(self, number: int, _frame: FrameType | None) -> None:
-        """Asks once, however often the signals come; a second Ctrl-C ends the workers."""
-        if not self.requested:
-            self.requested = True
-            self._ask()
-        elif number == signal.SIGINT:
-            self._signal_workers(signal.SIGKILL)
-
-    def _ask(self) -> None:
-        if self._agent is not None:
-            (self._folder / "stop").touch()
-            self._signal_workers(signal.SIGTERM)
-            timer = threading.Timer(self._grace_s, self._signal_workers, (signal.SIGKILL,))
-            timer.daemon = True
-            timer.start()
-
-    def _signal_workers(self, number: signal.Signals) -> None:
-        for worker in self._agent.get_worker_group().workers if self._agent is not None else ():
-            if worker.id is not None:
-                with suppress(ProcessLookupError):  # it ended already
-                    os.kill(worker.id, number)
-
-
-@contextmanager
-def _ending_the_stuck(agent: LocalElasticAgent, task: "_Task") -> Iterator[None]:
-    over = threading.Event()
-    watch = threading.Thread(target=_end_the_stuck, args=(agent, task.folder, task.order, over), daemon=True)
-    watch.start()
-    try:
-        yield
-    finally:
-        over.set()
-        watch.join()
-
-
-def _end_the_stuck(agent: LocalElasticAgent, folder: Path, order: WatchOrder | None, over: threading.Event) -> None:
-    """Ends workers that hang before they come to their own watchdog, and those that wait for a dead one in vain."""
-    allowance_s = SLOW * order.hang_timeout_s if order is not None else float("inf")
-    waited_s = since_death_s = 0.0  # counted in pieces, so that a pause of the whole machine counts little
-    while not over.wait(LOOK_S):
-        waited_s += LOOK_S
-        started = {each.local_rank: each.id for each in agent.get_worker_group().workers if each.id is not None}
-        living = {rank: process for rank, process in started.items() if _lives(process)}
-        died = any(not (folder / f"{rank}.done").exists() for rank in started.keys() - living.keys())
-        if died and not (folder / "stop").exists():
-            since_death_s += LOOK_S
-        for rank, process in living.items():
-            if since_death_s > PEERS_PATIENCE_S:
-                _end(process, folder / f"{rank}.ended", "waited for one that had died")
-            elif waited_s > allowance_s and not (folder / f"{rank}.up").exists():
-                _end(process, folder / f"{rank}.late", f"hung: not at work {allowance_s:.0f} s after it was started")
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def _end(process: int, mark: Path, why: str) -> None:
-    with suppress(OSError):  # a full disk; the worker is ended all the same
-        mark.write_text(why)
-    with suppress(ProcessLookupError):
-        os.kill(process, signal.SIGKILL)
 
 
 def room() -> Room:
@@ -239,94 +100,175 @@ def _default_threads(num_workers: int) -> int | None:
     return max(1, _num_cores() // num_workers)
 
 
-def _quieten_elastic() -> None:
-    """Keeps the agent's own account of failures off the screen; ours follows."""
-    logger = logging.getLogger("torch.distributed.elastic")
-    logger.propagate = False
-    if not logger.handlers:
-        logger.addHandler(logging.NullHandler())
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+class _Worker:
+    """A process of a rank, and what is known of it."""
+
+    def __init__(self, process: BaseProcess) -> None:
+        assert process.pid is not None, "it has been started"
+        self.process, self._pid = process, process.pid
+        self.asked = False
+        self.ended_for = ""
+        """Why it was killed; empty where it was not."""
+        self._pidfd: int | None = None
+        if sys.platform == "linux":
+            with suppress(OSError):  # it has ended, or the kernel is older than 5.3
+                self._pidfd = os.pidfd_open(process.pid)
+
+    @property
+    def handle(self) -> int:
+        """Becomes readable when it has ended; a stopped fork server tells nobody that it has."""
+        return self._pidfd if self._pidfd is not None else self.process.sentinel
+
+    def lives(self) -> bool:
+        """Whether it has not ended."""
+        return not connection.wait([self.handle], timeout=0)
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends it a signal, unless it has ended."""
+        if self.lives():
+            with suppress(ProcessLookupError):
+                os.kill(self._pid, number)
+
+    def exit_code(self) -> int:
+        """How it ended; negative codes are signals."""
+        self.process.join(PATIENCE_S)
+        if self.process.exitcode is None:
+            end_server()  # which is stopped, and would tell nobody
+            self.process.join()
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+        assert self.process.exitcode is not None, "it has been waited for"
+        return self.process.exitcode
 
 
-def _exit_codes(agent: LocalElasticAgent) -> dict[int, int | None]:
-    """How the process of each rank ended; negative codes are signals."""
-    context: Any = agent._pcontext  # noqa: SLF001
-    return {rank: process.exitcode for rank, process in enumerate(context._pc.processes)}  # noqa: SLF001
+class _Generation:
+    """The workers of a task from their start until all have ended, which `run` waits for."""
+
+    def __init__(self, task: Task, stop: StopRequests, *, grace_s: float) -> None:
+        self._task, self._stop, self._grace_s = task, stop, grace_s
+        self._allowance_s = SLOW * task.order.hang_timeout_s if task.order is not None else float("inf")
+        self._workers: dict[int, _Worker] = {}
+        self._not_started: list[Failure] = []
+        self._started, self._over = threading.Event(), threading.Event()
+        # seconds since the start, since there was a failure, a request to stop, nothing left to do
+        self._waited_s = self._failed_s = self._stopping_s = self._done_s = 0.0
+
+    def run(self, *, start_method: str) -> list[Failure]:
+        """Runs them; returns how they failed, if they did."""
+        port, _store = _listening_store()
+        # a thread, because a start waits for the process to fork from, which may be stuck
+        starter = threading.Thread(target=self._start, args=(start_method, port), daemon=True)
+        starter.start()
+        looked_s = time.monotonic()
+        try:
+            while (living := self._living()) or not self._started.is_set():
+                connection.wait([worker.handle for worker in living.values()], timeout=LOOK_S)
+                before_s, looked_s = looked_s, time.monotonic()
+                self._look(min(looked_s - before_s, 2 * LOOK_S))  # a pause of the whole machine counts little
+        finally:
+            self._end(self._living(), "")  # none, but for an error of ours
+            self._over.set()
+        starter.join()
+        return self._failures()
+
+    def _start(self, start_method: str, port: int) -> None:
+        """Starts the workers, one after the other, as far as that succeeds."""
+        rank = 0
+        try:
+            for rank in range(self._task.num_workers):
+                self._workers[rank] = _Worker(_started(self._task, rank, port, start_method))
+        except EOFError:
+            self._not_started.append(Failure(rank, "not started: the process to fork it from was ended, or hung"))
+        except Exception as error:  # noqa: BLE001  comes out as a failure
+            self._not_started.append(Failure.of_error(rank, error))
+        self._started.set()
+        self._over.wait()  # spawned workers are killed with the thread that has started them
+
+    def _look(self, passed_s: float) -> None:
+        """Passes requests to stop on, and ends workers that have had their time."""
+        living, told = self._living(), self._told()
+        ended = self._workers.keys() - living.keys()
+        for worker in living.values():
+            if self._stop.count and not worker.asked:
+                worker.asked = True
+                worker.send(signal.SIGTERM)
+        self._waited_s += passed_s
+        if self._stop.count or any(isinstance(failure.error, StopRequested) for failure in told.values()):
+            self._stopping_s += passed_s
+        elif told or self._not_started or not all(self._said(rank, "done") for rank in ended):
+            self._failed_s += passed_s
+        elif self._started.is_set() and all(self._said(rank, "done") for rank in living):
+            self._done_s += passed_s
+        if self._stop.count > 1:
+            self._end(living, "ended at a second Ctrl-C")
+        elif self._stopping_s > self._grace_s:
+            self._end(living, f"not done {self._grace_s:.0f} s after it was asked to stop")
+        elif max(self._failed_s, self._done_s) > PATIENCE_S:
+            self._end(living, FOR_A_PEER)
+        elif self._waited_s > self._allowance_s:
+            late = {rank: worker for rank, worker in living.items() if not self._said(rank, "up")}
+            self._end(late, f"hung: not at work {self._allowance_s:.0f} s after it was started")
+
+    def _end(self, workers: dict[int, _Worker], why: str) -> None:
+        """Kills workers, and what keeps others from being started."""
+        for worker in workers.values():
+            worker.ended_for = why
+            worker.send(signal.SIGKILL)
+        if not self._started.is_set():
+            end_server()
+
+    def _living(self) -> dict[int, _Worker]:
+        return {rank: worker for rank, worker in list(self._workers.items()) if worker.lives()}
+
+    def _said(self, rank: int, word: str) -> bool:
+        return (self._task.folder / f"{rank}.{word}").exists()
+
+    def _told(self) -> dict[int, Failure]:
+        """The failures that workers wrote down."""
+        return {int(path.stem): pickle.loads(path.read_bytes()) for path in sorted(self._task.folder.glob("*.pickle"))}
+
+    def _failures(self) -> list[Failure]:
+        """What workers told, and the deaths of those that left no word, which count as before what others told.
+
+        When a worker is killed, the first to tell of a failure is often a peer whose connection broke.
+        """
+        told = self._told()
+        first_s = min((failure.time_s for failure in told.values()), default=time.time())
+        deaths = []
+        for rank, worker in sorted(self._workers.items()):
+            exit_code = worker.exit_code()
+            if rank in told or self._said(rank, "done") or worker.ended_for == FOR_A_PEER:
+                continue
+            cause = worker.ended_for or _death(rank, exit_code)
+            deaths.append(Failure(rank, cause + self._last_lines(rank), time_s=first_s))
+        return [*self._not_started, *deaths, *told.values()]
+
+    def _last_lines(self, rank: int, *, num_lines: int = 20) -> str:
+        path = self._task.folder / f"{rank}.log"
+        lines = path.read_text(errors="replace").splitlines()[-num_lines:] if path.exists() else []
+        return "\n".join(["", *lines])
 
 
-def _failures(result: RunResult, folder: Path, *, exit_codes: Mapping[int, int | None]) -> list[Failure]:
-    """What the workers wrote, the death that the agent saw, and those that it did not.
-
-    The agent looks every tenth of a second and tells of one failure; when a worker is killed, that is often a peer
-    whose connection broke. So a worker that left no word counts as dead before them, unless the agent had to wait.
-    """
-    told: list[Failure] = [pickle.loads(path.read_bytes()) for path in sorted(folder.glob("rank-*.pickle"))]
-    first_s = min((failure.time_s for failure in told), default=time.time())
-    heard = {failure.rank for failure in told} | {int(path.stem) for path in folder.glob("*.done")}
-    heard |= {int(path.stem) for path in folder.glob("*.ended")}
-    deaths = []
-    for rank in sorted(set(exit_codes) - heard):
-        seen, exit_code, late = result.failures.get(rank), exit_codes[rank], folder / f"{rank}.late"
-        if late.exists():
-            cause = late.read_text()
-        elif seen is not None:
-            cause = Failure.of_exit_code(rank, seen.exitcode).cause
-        elif told and time.time() - first_s < AGENT_PATIENCE_S:
-            cause = "died without a word; killed, perhaps for memory"
-            if exit_code is not None and exit_code != -signal.SIGTERM:  # by which the agent ends those that are left
-                cause = Failure.of_exit_code(rank, exit_code).cause
-        else:
-            continue  # ended by the agent
-        deaths.append(Failure(rank, cause + _last_lines(folder, rank), time_s=first_s))
-    if not deaths + told:  # ended by the agent, or killed with it, and none of them told of it
-        unfinished = [rank for rank in sorted(exit_codes) if not (folder / f"{rank}.done").exists()]
-        deaths = [Failure.of_exit_code(rank, exit_codes[rank] or 0) for rank in unfinished]
-    return deaths + told
+def _started(task: Task, rank: int, port: int, start_method: str) -> BaseProcess:
+    context: Any = multiprocessing.get_context(start_method)
+    process: BaseProcess = context.Process(target=enter, args=(task, rank, port), name=f"dpkd-worker-{rank}")
+    with held():  # until it can answer
+        process.start()
+    return process
 
 
-def _last_lines(folder: Path, rank: int, *, num_lines: int = 20) -> str:
-    lines = [line for path in folder.glob(f"*/attempt_0/{rank}/stderr.log") for line in path.open(errors="replace")]
-    return "\n" + "".join(lines[-num_lines:]) if lines else ""
+def _death(rank: int, exit_code: int) -> str:
+    if exit_code == EXIT_UNSEEN:
+        return f"died, and with it the process that it was forked from{FOR_MEMORY}"
+    return Failure.of_exit_code(rank, exit_code).cause
 
 
-def _enter(task: _Task) -> None:
-    """The life of a worker."""
-    end_with_driver()
-    for number in STOP_SIGNALS:  # the parent has them too, and passes them on as one; loader workers inherit this
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _on_worker_signal)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    if (task.folder / "stop").exists():
-        world.request_stop()
-    if task.threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(task.threads)
-        torch.set_num_threads(task.threads)
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a laptop's host name often resolves to nowhere
-    rank = int(os.environ["RANK"])
-    try:
-        with watched(task.order, rank=rank):
-            (task.folder / f"{rank}.up").touch()
-            task.work(task.argument)
-    except Exception as error:  # noqa: BLE001  crosses to the parent, which raises it
-        if isinstance(error, StopRequested):
-            (task.folder / "stop").touch()
-        part = task.folder / f"rank-{rank}.part"
-        part.write_bytes(pickle.dumps(Failure.of_error(rank, error)))
-        part.rename(part.with_suffix(".pickle"))
-        _leave_at_once(EXIT_CODES.get(type(error), 1))
-    (task.folder / f"{rank}.done").touch()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what waits for its peers from here on need not be waited for
-
-
-def _on_worker_signal(_number: int, _frame: FrameType | None) -> None:
-    world.request_stop()
-
-
-def _leave_at_once(exit_code: int) -> NoReturn:
-    """Ends this process without unwinding it: what torch has open aborts or hangs when its peers are gone."""
-    for child in multiprocessing.active_children():
-        child.kill()  # loader workers hold copies of our connections, which peers must see closed
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
+def _listening_store() -> tuple[int, Any]:
+    """A store of torch's on a free port of loopback, in which workers meet; it ends with this object."""
+    listener = socket.create_server((LOOPBACK, 0))
+    port: int = listener.getsockname()[1]
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+    return port, store

@@ -15,7 +15,6 @@ since the last save.
 import contextlib
 import os
 import re
-import signal
 import sys
 import tempfile
 import threading
@@ -24,7 +23,6 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import ray
@@ -38,7 +36,7 @@ from dpkd.backends.ray_post import Output, Post
 from dpkd.backends.ray_room import Move, wait_for_room
 from dpkd.backends.ray_session import connect, enter, node_gpus, on_this_node, rooms
 from dpkd.errors import StopRequested
-from dpkd.gang import UNSUPERVISED, Failure, Restart, Supervision, supervise, with_hangs
+from dpkd.gang import UNSUPERVISED, Failure, Restart, StopRequests, Supervision, supervise, with_hangs
 from dpkd.placement import Sizes, cpus_per_worker
 from dpkd.report.progress import say
 from dpkd.stop_signals import heeding
@@ -87,7 +85,7 @@ class RayGang:
         """See `Gang.run`."""
         for name, value in DRIVER_SETTINGS.items():
             os.environ.setdefault(name, value)
-        post, stop = on_this_node(Post, max_concurrency=100_000), _Stop()
+        post, stop = on_this_node(Post, max_concurrency=100_000), StopRequests()
 
         def run_once() -> list[Failure]:
             no_room_for: int | None = None
@@ -115,7 +113,7 @@ class RayGang:
                 supervision=supervision,
             )
 
-    def _run_generation(self, task: "_Task", stop: "_Stop", *, size: int) -> tuple["_Session", Move]:
+    def _run_generation(self, task: "_Task", stop: StopRequests, *, size: int) -> tuple["_Session", Move]:
         """Runs so many workers until they have ended."""
         if len(self._sizes.allowed) > 1:
             say(f"starts {size} workers ({self._sizes.fewest} to {self._sizes.allowed[-1]} will do)")
@@ -211,19 +209,7 @@ def _gist(error: Exception) -> str:
     return ", ".join([*words, detail[1] if detail else text.splitlines()[0]])
 
 
-class _Stop:
-    """How often this process was asked to stop."""
-
-    def __init__(self) -> None:
-        self.count = int(world.stop_requested())
-
-    def on_signal(self, number: int, _frame: FrameType | None) -> None:
-        """Counts a SIGTERM once, a Ctrl-C as often as it comes."""
-        if self.count == 0 or number == signal.SIGINT:
-            self.count += 1
-
-
-def _watch(session: _Session, post: Any, stop: _Stop, move: Move, *, grace_s: float) -> None:
+def _watch(session: _Session, post: Any, stop: StopRequests, move: Move, *, grace_s: float) -> None:
     """Shows the workers' output and passes requests to stop on to them, until they are done."""
     passed_on = 0
     while session.running():

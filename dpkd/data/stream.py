@@ -6,14 +6,12 @@ Axes: B images of a micro-batch, C channels, H and W pixels, N samples of the sp
 """
 
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import connection, forkserver
+from multiprocessing import forkserver
 from typing import Any, NamedTuple, Protocol
 
 import cv2
@@ -28,6 +26,7 @@ from dpkd.data.order import SampleOrder, dealt
 from dpkd.data.settings import AugmentSettings, LoaderSettings
 from dpkd.data.shards import Sample, Split
 from dpkd.errors import UserError
+from dpkd.forking import end_with_parent
 from dpkd.stop_signals import held
 
 _GRACE_S = 60
@@ -261,12 +260,4 @@ def _start_worker(worker: int) -> None:  # noqa: ARG001 (the face torch asks for
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the others stay held, as it was started
-    threading.Thread(target=_leave_with_trainer, daemon=True).start()
-
-
-def _leave_with_trainer() -> None:
-    """Ends this process when the training process dies: torch's own watch looks at the fork server, which stays."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "a loader worker is started by a training process"
-    connection.wait([parent.sentinel])
-    os._exit(1)
+    end_with_parent()  # torch's own watch looks at the fork server, which stays

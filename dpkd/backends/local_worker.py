@@ -1,0 +1,108 @@
+"""The life of a worker of a local gang, and what it leaves in the folder of its generation for the driver.
+
+1.up        it has come so far as to be watched
+1.pickle    the `Failure` with which it ended
+1.done      it has done its work
+1.log       what a worker other than the first printed
+"""
+
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+
+from dpkd import world
+from dpkd.errors import StopRequested, UserError
+from dpkd.forking import end_with_parent
+from dpkd.gang import Failure
+from dpkd.stop_signals import STOP_SIGNALS
+from dpkd.watchdog import WatchOrder, watched
+
+LOOPBACK = "127.0.0.1"
+EXIT_CODES: dict[type[Exception], int] = {UserError: 2, StopRequested: 75}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the workers of a generation are to do."""
+
+    work: Callable[[Any], None]
+    argument: Any
+    folder: Path
+    """Of the generation."""
+    num_workers: int
+    threads: int | None
+    order: WatchOrder | None
+
+
+def enter(task: Task, rank: int, port: int) -> None:
+    """Runs the task as this rank, then leaves; the workers meet in the store that listens on the port of loopback."""
+    end_with_parent()
+    # held until here; the driver gets them too, and passes them on as one; loader workers inherit this
+    signal.signal(signal.SIGTERM, _on_stop)
+    for number in set(STOP_SIGNALS) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    if rank > 0:
+        _print_to(task.folder / f"{rank}.log")
+    os.environ.update(_place(rank, task.num_workers, port))
+    if sys.platform == "linux":  # a laptop's host name often resolves to nowhere, and nobody else is to connect
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    if task.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(task.threads)
+        torch.set_num_threads(task.threads)
+    try:
+        with watched(task.order, rank=rank):
+            (task.folder / f"{rank}.up").touch()
+            task.work(task.argument)
+            (task.folder / f"{rank}.done").touch()
+    except Exception as error:  # noqa: BLE001  crosses to the driver, which raises it
+        part = task.folder / f"{rank}.part"
+        part.write_bytes(pickle.dumps(Failure.of_error(rank, error)))
+        part.rename(part.with_suffix(".pickle"))
+        _leave(EXIT_CODES.get(type(error), 1))
+    _leave(0)
+
+
+def _on_stop(_number: int, _frame: FrameType | None) -> None:
+    world.request_stop()
+
+
+def _place(rank: int, num_workers: int, port: int) -> dict[str, str]:
+    """The variables by which torch and DeepSpeed learn of their place; those of its agent stand for the driver."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_workers),
+        "LOCAL_WORLD_SIZE": str(num_workers),
+        "MASTER_ADDR": LOOPBACK,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+
+
+def _print_to(path: Path) -> None:
+    with path.open("wb") as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
+def _leave(exit_code: int) -> NoReturn:
+    """Ends this process without unwinding it: what torch has open aborts or hangs when its peers are gone."""
+    for child in multiprocessing.active_children():
+        child.kill()  # loader workers hold copies of our connections, which peers must see closed
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
