@@ -234,11 +234,11 @@ class Campaign:
         """The training or pool workers that run now: the former are forked from a server, the latter spawned."""
         assert self._command is not None
         try:
-            children = [
-                (" ".join(each.cmdline()), each) for each in psutil.Process(self._command.process.pid).children()
-            ]
-            forked = [worker for line, each in children if "forkserver" in line for worker in each.children()]
-            return forked + [each for line, each in children if "spawn_main" in line]
+            children = psutil.Process(self._command.process.pid).children()
+            forked = [worker for each in children if _runs(each, "forkserver") for worker in each.children()]
+            # the process that workers are forked from starts others too, as it loads what they need
+            workers = [each for each in forked if _runs(each, "forkserver")]
+            return workers + [each for each in children if _runs(each, "spawn_main")]
         except psutil.Error:  # one of them is gone by now
             return []
 
@@ -265,6 +265,10 @@ def _cost(struck: _Struck, events: list[dict[str, Any]]) -> Cost:
         return Cost(struck.fault, struck.target, None, None)
     again = before["step"] - after["step"] + 1 if before["stage"] == after["stage"] else 0
     return Cost(struck.fault, struck.target, after["time"] - struck.time_s, max(0, again))
+
+
+def _runs(process: psutil.Process, word: str) -> bool:
+    return word in " ".join(process.cmdline())
 
 
 def _environment(path: Path) -> list[bytes]:
