@@ -30,20 +30,14 @@ class Sizes:
         """The next larger number, if there is one."""
         return min((each for each in self.allowed if each > size), default=None)
 
-    def choose(self, rooms: Sequence[Room], *, threads: int | None, use_gpu: bool, below: int | None = None) -> int:
-        """The most workers that the nodes have room for, fewer than `below`; the fewest where there is room for none.
+    def choose(self, rooms: Sequence[Room], *, threads: int | None, use_gpu: bool) -> int:
+        """The most workers that the nodes have room for; the fewest where there is room for none.
 
         Each worker takes `threads` CPUs, or one at least, and a GPU with `use_gpu`.
         """
-        candidates = [size for size in self.allowed if below is None or size < below]
-        return max(
-            (
-                size
-                for size in candidates
-                if cpus_per_worker(rooms, num_workers=size, use_gpu=use_gpu) >= (threads or 1)
-            ),
-            default=self.fewest,
-        )
+        least = threads or 1
+        fitting = (size for size in self.allowed if cpus_per_worker(rooms, num_workers=size, use_gpu=use_gpu) >= least)
+        return max(fitting, default=self.fewest)
 
 
 def cpus_per_worker(rooms: Sequence[Room], *, num_workers: int, use_gpu: bool = False) -> int:

@@ -236,7 +236,7 @@ def save_until_the_end(folder):
 
 
 class HangsOnceOnItsWay:
-    """An argument that holds up the first worker that receives it, before it is at work."""
+    """An argument that stops the first worker that receives it, before it is at work."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -249,7 +249,7 @@ def _hang_once(folder):
     mark = Path(folder) / "hung"
     if not mark.exists():
         mark.touch()
-        time.sleep(600)
+        os.kill(os.getpid(), signal.SIGSTOP)
     return HangsOnceOnItsWay(folder)
 
 
@@ -261,3 +261,18 @@ def touch(argument):
 def touch_for_rank(folder):
     """Touches `done-` and the rank in the folder."""
     (Path(folder) / f"done-{os.environ['RANK']}").touch()
+
+
+def wait_for_go(folder):
+    """Says that it is up, and is done once `go` is there."""
+    place, rank = Path(folder), os.environ["RANK"]
+    (place / f"up-{rank}").touch()
+    while not (place / "go").exists():
+        time.sleep(0.05)
+    time.sleep(2.0)
+    (place / f"done-{rank}").touch()
+
+
+def say_cpus(folder):
+    """Writes down how many CPUs it was given."""
+    (Path(folder) / "cpus").write_text(str(ray.get_runtime_context().get_assigned_resources()["CPU"]))

@@ -108,12 +108,12 @@ def test_a_hanging_worker_is_ended_its_stacks_are_saved_and_all_start_again(make
 
 
 @pytest.mark.chaos
-def test_a_worker_that_hangs_before_it_is_at_work_is_ended_too(tmp_path):
+def test_a_worker_that_hangs_before_it_is_at_work_is_ended_too(make_gang, tmp_path):
     restarts: list[Restart] = []
     supervision = Supervision(hangs=tmp_path / "hangs", on_restart=restarts.append)
-    LocalGang(1, max_restarts=1, hang_timeout_s=4).run(touch, HangsOnceOnItsWay(str(tmp_path)), supervision=supervision)
+    make_gang(1, max_restarts=1, hang_timeout_s=6).run(touch, HangsOnceOnItsWay(str(tmp_path)), supervision=supervision)
     assert (tmp_path / "done").exists()
-    assert [restart.cause for restart in restarts] == ["hung: not at work 24 s after it was started"]
+    assert [restart.cause for restart in restarts] == ["hung: not at work 36 s after it was started"]
 
 
 def test_a_worker_that_waits_in_vain_for_a_dead_one_to_join_is_ended(tmp_path):

@@ -31,7 +31,6 @@ def test_a_session_has_as_many_workers_as_there_is_room_for():
     assert sizes.choose(cpu_nodes(4, 4), threads=None, use_gpu=False) == 8
     assert sizes.choose(cpu_nodes(4, 3), threads=None, use_gpu=False) == 4
     assert sizes.choose(cpu_nodes(4, 4), threads=2, use_gpu=False) == 4
-    assert sizes.choose(cpu_nodes(4, 4), threads=None, use_gpu=False, below=8) == 4
     assert sizes.choose(cpu_nodes(1), threads=None, use_gpu=False) == 2
     assert [sizes.above(size) for size in (2, 4, 8)] == [4, 8, None]
 

@@ -17,7 +17,7 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryError, RayActorError, RayError
 
-from dpkd.backends.ray_session import connect, enter
+from dpkd.backends.ray_session import connect, enter_folder
 from dpkd.errors import WorkerFailed
 from dpkd.pool import NUM_RETRIES, ONE_THREAD, Deaths, answer_to, result_of
 from dpkd.report.progress import say
@@ -251,7 +251,7 @@ class _Worker:
     """The actor's own side: unpickles the function once, then answers for items."""
 
     def __init__(self, function: bytes, folder: str) -> None:
-        enter(folder)
+        enter_folder(folder)
         self._load = lru_cache(maxsize=1)(lambda: pickle.loads(function))
 
     def node(self) -> str:

@@ -13,41 +13,48 @@ from dpkd.gang import Failure
 
 
 class Post:
-    """An actor that the driver and the workers meet at."""
+    """An actor that the driver and the workers of one generation meet at."""
 
     def __init__(self) -> None:
         self._failures: list[Failure] = []
         self._output: list[str] = []
-        self._nodes: set[str] = set()
-        self._stop_by_s: float | None = None
+        self._node_of: dict[int, str] = {}
+        self._grace_s: float | None = None
+        self._at_once = False
         self._changed = asyncio.Condition()
 
-    async def begin(self) -> None:
-        """Forgets the generation before: its failures, its nodes, what it was asked."""
-        self._failures.clear()
-        self._nodes.clear()
-        self._stop_by_s = None
-
-    async def enter(self, node: str) -> None:
+    async def enter(self, rank: int, node: str) -> None:
         """Takes the node that a worker runs on."""
-        self._nodes.add(node)
+        self._node_of[rank] = node
 
-    async def nodes(self) -> set[str]:
-        """The nodes that have a worker."""
-        return self._nodes
+    async def entered(self) -> dict[int, str]:
+        """The node of each worker that is at work, by rank."""
+        return self._node_of
 
     async def stop(self, grace_s: float) -> None:
-        """Asks the workers to stop within a time."""
+        """Asks the workers to stop within a time; once asked, they keep the time that they were given."""
         async with self._changed:
-            self._stop_by_s = grace_s
+            if self._grace_s is None:
+                self._grace_s = grace_s
             self._changed.notify_all()
 
-    async def until_stop(self, known: float | None) -> float:
-        """Waits for a request to stop other than `known`; returns its time of grace in seconds."""
+    async def end(self) -> None:
+        """Asks the workers to end at once."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._stop_by_s not in {None, known})
-        assert self._stop_by_s is not None
-        return self._stop_by_s
+            self._grace_s, self._at_once = self._grace_s or 0.0, True
+            self._changed.notify_all()
+
+    async def until_stop(self) -> float:
+        """Waits for a request to stop; returns its time of grace in seconds."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._grace_s is not None)
+        assert self._grace_s is not None
+        return self._grace_s
+
+    async def until_end(self) -> None:
+        """Waits for a request to end at once."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._at_once)
 
     async def fail(self, failure: Failure) -> None:
         """Takes a worker's failure, at the time by this clock: those of the nodes differ."""

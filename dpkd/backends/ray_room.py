@@ -21,6 +21,8 @@ LOOK_S = 3.0
 POLL_S = 0.2
 PATIENCE_S = 10.0
 """Seconds of waiting before a word on it."""
+SHORTEST_GRACE_S = 5.0
+"""For a node that should have left by now, and is there all the same."""
 LEAVES = "a node is about to leave the cluster"
 
 
@@ -29,9 +31,12 @@ def wait_for_room(num_workers: int, worker: dict[str, float], *, stop_requested:
     group = placement_group([worker] * num_workers)
     speaks_s = time.monotonic() + PATIENCE_S
     try:
-        while not group.wait(timeout_seconds=POLL_S):
+        while True:
+            there = group.wait(timeout_seconds=POLL_S)
             if stop_requested():
-                raise StopRequested("stopped while it waited for room in the cluster; the last checkpoint stands")
+                raise StopRequested("stopped before its workers were started; the last checkpoint stands")
+            if there:
+                return
             if time.monotonic() >= speaks_s:
                 speaks_s = float("inf")
                 say(f"waiting for the Ray cluster: {_shortage(num_workers, worker)} (see `ray status`)")
@@ -77,13 +82,13 @@ class Move:
         if self.cause or time.monotonic() < self._looked_s + LOOK_S:
             return
         self._looked_s = time.monotonic()
-        nodes = ray.get(self._post.nodes.remote())
+        nodes = set(ray.get(self._post.entered.remote()).values())
         if not nodes:
             return
         draining = draining_nodes()
         left_s = [draining[node] for node in nodes if node in draining]
         if left_s:
-            self._ask(LEAVES, grace_s=max(0.0, min(self._grace_s, *left_s)))
+            self._ask(LEAVES, grace_s=min(self._grace_s, max(SHORTEST_GRACE_S, min(left_s))))
         elif self._room_for_more():
             self._ask(self._cause_of_growth, grace_s=self._grace_s)
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
+from ray._private.state import actors, available_resources_per_node
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpkd.errors import UserError
@@ -43,13 +44,23 @@ def on_this_node(actor: type, *, max_concurrency: int) -> Any:
     return ray.remote(**options)(actor).remote()
 
 
-def rooms() -> list[Room]:
-    """What each node has that answers and stays: Ray takes its time to notice that one is gone."""
+def kill_actors(class_name: str) -> None:
+    """Kills the actors of this class that this job has, and with them those that they own."""
+    core: Any = ray._private.worker.global_worker  # noqa: SLF001  as `ray.kill` does, for actors without a handle
+    for actor, told in actors(job_id=ray.JobID.from_hex(ray.get_runtime_context().get_job_id())).items():
+        if told["ActorClassName"] == class_name and told["State"] != "DEAD":
+            core.core_worker.kill_actor(ray.ActorID.from_hex(actor), True)
+
+
+def rooms(*, free: bool = False) -> list[Room]:
+    """What each node has that answers and stays, or has free: Ray takes its time to notice that one is gone."""
     draining = draining_nodes()
     nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
     with ThreadPoolExecutor(max_workers=32) as threads:
         answering = list(threads.map(_answers, nodes))
-    resources = [node["Resources"] for node, answers in zip(nodes, answering, strict=True) if answers]
+    staying = [node for node, answers in zip(nodes, answering, strict=True) if answers]
+    left = available_resources_per_node() if free else {node["NodeID"]: node["Resources"] for node in staying}
+    resources = [left.get(node["NodeID"], {}) for node in staying]
     return [Room(cpus=int(each.get("CPU", 0)), gpus=int(each.get("GPU", 0))) for each in resources]
 
 
@@ -74,7 +85,7 @@ def node_gpus() -> list[int]:
     return [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
 
 
-def enter(folder: str) -> None:
+def enter_folder(folder: str) -> None:
     """Goes to the driver's working folder where this node has it, so that relative paths mean the same."""
     with contextlib.suppress(OSError):
         os.chdir(folder)

@@ -1,0 +1,89 @@
+"""What the Ray gang alone has to bear: its post, a hung or lost actor of Ray's own, a cluster that others use too."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import ray
+
+from dpkd.backends.ray_gang import RayGang
+from dpkd.backends.ray_post import Post
+from dpkd.backends.ray_session import kill_actors
+from dpkd.errors import StopRequested
+from dpkd.gang import Restart, Supervision
+from tests.chaos import report
+from tests.gang_work import save_alone_when_asked_to_stop, wait_for_go
+from tools.local_ray_cluster import LocalCluster
+
+
+def test_workers_that_save_keep_the_time_that_they_were_given():
+    async def asked_twice() -> tuple[float, bool, bool]:
+        post = Post()
+        await post.stop(12.0)  # a node is about to leave
+        at_once = asyncio.create_task(post.until_end())
+        await post.stop(30.0)  # a signal to the driver
+        await asyncio.sleep(0.05)
+        before = at_once.done()
+        await post.end()  # a second Ctrl-C
+        await asyncio.wait_for(at_once, timeout=5)
+        return await post.until_stop(), before, at_once.done()
+
+    assert asyncio.run(asked_twice()) == (12.0, False, True)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("actor", ["Post", "TrainController"])
+@pytest.mark.usefixtures("ray_connection")
+def test_an_actor_that_is_lost_costs_a_restart(tmp_path, actor):
+    def strike() -> None:
+        while len(list(tmp_path.glob("up-*"))) < 2:
+            time.sleep(0.1)
+        kill_actors(actor)
+        (tmp_path / "go").touch()
+
+    threading.Thread(target=strike, daemon=True).start()
+    restarts: list[Restart] = []
+    RayGang(2, max_restarts=1).run(wait_for_go, str(tmp_path), supervision=Supervision(on_restart=restarts.append))
+    assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
+    assert len(restarts) == 1
+    report.record("ray", fault="an actor is killed", target={"Post": "the post"}.get(actor, "Ray Train's controller"))
+
+
+@pytest.mark.chaos
+def test_workers_start_with_what_another_job_leaves_them(tmp_path):
+    script = tmp_path / "driver.py"
+    script.write_text(
+        "import ray\n"
+        "from dpkd.backends.ray_gang import RayGang\n"
+        "from dpkd.backends.ray_post import Post\n"
+        "from tests.gang_work import say_cpus\n"
+        "gang = RayGang(1, max_restarts=0)\n"
+        "other = ray.remote(num_cpus=2)(Post).remote()\n"
+        "ray.get(other.entered.remote())\n"
+        f"gang.run(say_cpus, {str(tmp_path)!r})\n"
+    )
+    root = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    with LocalCluster([4], environment=root) as cluster:
+        environment = os.environ | root | cluster.client_variables()
+        command = [sys.executable, script]
+        driver = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert driver.returncode == 0, driver.stderr
+    assert (tmp_path / "cpus").read_text() == "2.0"
+    assert "no room came free for 1 workers with 4 CPUs each" in driver.stdout
+
+
+@pytest.mark.chaos
+@pytest.mark.usefixtures("ray_connection")
+def test_a_session_that_finds_no_room_may_be_stopped(tmp_path):
+    other = ray.remote(num_cpus=1)(Post).remote()
+    ray.get(other.entered.remote())
+    threading.Timer(5.0, os.kill, (os.getpid(), 15)).start()
+    with pytest.raises(StopRequested, match="before its workers were started"):
+        RayGang(2, max_restarts=0).run(save_alone_when_asked_to_stop, str(tmp_path))
+    ray.kill(other)
+    assert not list(tmp_path.iterdir())
