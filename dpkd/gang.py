@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from dpkd import world
 from dpkd.errors import StopRequested, StorageUnavailable, UserError, WorkerFailed, portable
 from dpkd.report.progress import say
-from dpkd.watchdog import COLLECTIVES, Hang, WatchOrder
+from dpkd.watchdog import COLLECTIVES, Hang, WatchOrder, hangs
 
 LONGEST_WAIT_S = 60.0
 FOR_MEMORY = " (out of memory?)"
@@ -81,6 +81,7 @@ class Failure:
     """How one worker ended: by an error of its own, or, without one, by a signal, an exit or its watchdog."""
 
     rank: int
+    """-1 where it was none of them, as when an actor of Ray's was lost."""
     cause: str
     """The traceback, or what is known of the death."""
     error: Exception | None = None
@@ -103,6 +104,11 @@ class Failure:
             hint = FOR_MEMORY if exit_code == -signal.SIGKILL else ""
             return cls(rank, f"killed by {name}{hint}")
         return cls(rank, f"exited with code {exit_code}")
+
+    @property
+    def who(self) -> str:
+        """The worker, or the generation where it was none of them."""
+        return f"worker {self.rank}" if self.rank >= 0 else "the session"
 
     @property
     def line(self) -> str:
@@ -138,7 +144,7 @@ def supervise(
         first, wait_s = by_cause(failures)[0], waiting_time_s(len(attempts))
         when = f"in {wait_s:.0f} s" if wait_s else "at once"
         say(
-            f"worker {first.rank} failed: {first.line}; all start again {when}, "
+            f"{first.who} failed: {first.line}; all start again {when}, "
             f"{max_restarts - len(attempts)} restarts left until there is progress"
         )
         supervision.on_restart(Restart(first.rank, first.line, time.time() - first.time_s))
@@ -160,7 +166,7 @@ def verdict(attempts: Sequence[Sequence[Failure]], *, stop_requested: bool, max_
         first = by_cause(attempts[-1])[0]
         why = first.line.removesuffix(FOR_MEMORY)  # most likely it took too long, and was ended for it
         return StopRequested(
-            f"the workers ended before they had saved (worker {first.rank}: {why}); the last checkpoint stands"
+            f"the workers ended before they had saved ({first.who}: {why}); the last checkpoint stands"
         )
     if len(attempts) <= max_restarts:
         return None
@@ -180,13 +186,22 @@ def by_cause(failures: Sequence[Failure]) -> list[Failure]:
     return sorted(failures, key=lambda failure: (failure.symptom, failure.time_s))
 
 
-def with_hangs(failures: Sequence[Failure], hangs: Sequence[Hang]) -> list[Failure]:
-    """The failures, with the hangs that the watchdogs reported in place of the deaths that they caused."""
-    if not hangs:
+def explained(failures: Sequence[Failure], order: WatchOrder | None) -> list[Failure]:
+    """The failures of a generation, by what its watchdogs reported, as far as that can be read."""
+    try:
+        return with_hangs(failures, hangs(order))
+    except OSError as error:
+        say(f"the reports of hung workers cannot be read: {error}")
         return list(failures)
-    began_s = min(hang.time_s for hang in hangs)
-    ranks = {hang.rank for hang in hangs}
-    hung = [Failure(hang.rank, str(hang), time_s=began_s, symptom=hang.waits) for hang in hangs]
+
+
+def with_hangs(failures: Sequence[Failure], reported: Sequence[Hang]) -> list[Failure]:
+    """The failures, with the hangs that the watchdogs reported in place of the deaths that they caused."""
+    if not reported:
+        return list(failures)
+    began_s = min(hang.time_s for hang in reported)
+    ranks = {hang.rank for hang in reported}
+    hung = [Failure(hang.rank, str(hang), time_s=began_s, symptom=hang.waits) for hang in reported]
     others = [each for each in failures if each.rank not in ranks or not (each.error is None or each.symptom)]
     # a death earlier than the hang would have ended the generation before it
     return hung + [replace(each, time_s=max(each.time_s, began_s)) if each.error is None else each for each in others]
@@ -200,13 +215,13 @@ def waiting_time_s(num_attempts: int) -> float:
 def _account(attempts: Sequence[Sequence[Failure]]) -> str:
     """The first failure's own words, and in a line each what followed it."""
     first, *others = by_cause(attempts[0])
-    lines = [f"worker {first.rank}: {first.cause.rstrip()}"]
-    lines += [f"after it worker {each.rank}: {each.line}" for each in others[:1]]
+    lines = [f"{first.who}: {first.cause.rstrip()}"]
+    lines += [f"after it {each.who}: {each.line}" for each in others[:1]]
     if len(attempts) > 1:
         last = by_cause(attempts[-1])[0]
         lines.append(
             f"{len(attempts)} attempts failed without getting further; this was the first, "
-            f"the last: worker {last.rank}: {last.line}"
+            f"the last: {last.who}: {last.line}"
         )
     return "\n".join(lines)
 

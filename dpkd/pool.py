@@ -220,7 +220,7 @@ def _answer_at_last(function: Callable[[Any], Any], item: Any, *, attempt: int =
     """The function's result; where storage fails in a way that may pass, it is called again after a pause."""
     try:
         return function(item)
-    except Exception as error:
+    except Exception as error:  # passed on, but for storage that fails
         if not may_pass(error):
             raise
         if attempt == NUM_RETRIES:

@@ -7,6 +7,7 @@ Exit codes: 0 done, 2 the user's settings or data, 75 stopped on request and res
 
 import argparse
 import difflib
+import signal
 import sys
 import time
 import traceback
@@ -31,7 +32,7 @@ from dpkd.stages.prepare import prepare
 from dpkd.stages.record import RunFolder
 from dpkd.stages.statements import refuse_unknown_classes, say_unused_rows
 from dpkd.stages.versions import write_settings, write_versions
-from dpkd.stop_signals import heed, shield_resource_tracker
+from dpkd.stop_signals import heed, heeding, shield_resource_tracker
 
 EXIT_USER, EXIT_STOPPED = 2, 75
 
@@ -131,11 +132,9 @@ def exit_code(work: Callable[[], None]) -> int:
     except UserError as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         return EXIT_USER
-    except StopRequested as stop:
-        say(f"{stop}; the same command goes on from there")
-        return EXIT_STOPPED
-    except KeyboardInterrupt:
-        say("interrupted; the same command goes on from there")
+    except (StopRequested, KeyboardInterrupt) as stop:
+        with heeding(signal.SIG_IGN):  # it stops already
+            say(f"{str(stop) or 'interrupted'}; the same command goes on from there")
         return EXIT_STOPPED
     except WorkerFailed as error:
         print(printable(f"error: a worker failed and no restart was left\n{error}"), file=sys.stderr)

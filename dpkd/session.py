@@ -10,7 +10,7 @@ import torch
 from dpkd import world
 from dpkd.backends.engines import engine_kind, make_engine
 from dpkd.data.stream import load_ahead
-from dpkd.heartbeat import beat
+from dpkd.heartbeat import SLOW, beat
 from dpkd.plan import given, left_to_do, makes
 from dpkd.report.progress import say
 from dpkd.settings import Settings, parse_settings
@@ -22,6 +22,9 @@ from dpkd.stages.run import Run
 from dpkd.stages.statements import refuse_unknown_classes
 from dpkd.stages.teach import teach
 
+PATIENCE_S = 1800.0
+"""How long a rank waits for its peers at least; the watchdog, which ends those that are behind, comes first."""
+
 
 def train_stages(argument: tuple[dict[str, Any], list[str], int | None]) -> None:
     """Runs the training stages in this worker: `argument` holds the settings as plain values, stages, and the attempt.
@@ -32,10 +35,10 @@ def train_stages(argument: tuple[dict[str, Any], list[str], int | None]) -> None
     settings = parse_settings(tree, origin="settings of the run")
     if settings.data.loader.workers:
         load_ahead()
-    peers = world.join()
+    peers = world.join(timeout_s=max(PATIENCE_S, 2 * SLOW * (settings.launcher.hang_timeout_s or 0.0)))
     try:
         _run_stages(open_run(settings, peers, attempt=attempt), settings, stages)
-    except Exception:
+    except Exception:  # passed on
         if peers.size == 1:  # peers would fail at the closed connection before this error is told
             peers.leave()
         raise

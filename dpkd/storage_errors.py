@@ -85,7 +85,7 @@ def remote_errors(url: str | Path) -> Iterator[None]:
         if _code(error) == "NoSuchBucket":
             raise UserError(f"{url}: there is no such bucket; create it, or correct the URL") from error
         raise
-    except Exception as error:
+    except Exception as error:  # each file system of fsspec has its own
         if type(error).__module__ == "builtins" and not isinstance(error, OSError):
             raise  # a mistake of ours
         raise _told(url, error) from error

@@ -20,6 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -30,6 +31,7 @@ from dpkd import heartbeat
 from dpkd.heartbeat import Beat
 
 DUMP_TIMEOUT_S = 10.0
+REPORT_TIMEOUT_S = 20.0
 PEERS_FIRST_S = 5.0
 """A worker that waits for its peers is ended so much later, so that the one that is behind is seen to hang too."""
 COLLECTIVES = "torch/distributed/distributed_c10d.py"
@@ -74,8 +76,10 @@ class Hang:
         )
 
 
-def hangs(order: WatchOrder) -> list[Hang]:
-    """The hangs that were reported, the rank that was behind first."""
+def hangs(order: WatchOrder | None) -> list[Hang]:
+    """The hangs that were reported, the rank that was behind first; none without an order. Raises `OSError`."""
+    if order is None:
+        return []
     found = [_read_report(path) for path in sorted(order.folder.glob(f"{order.session}-rank-*.txt"))]
     return sorted(found, key=lambda hang: (hang.beats, hang.waits, hang.time_s))
 
@@ -172,10 +176,13 @@ class _Watchdog:
             "process": f"{self.process} on {socket.gethostname()}",
         }
         lines = "".join(f"{key}: {value}\n" for key, value in head.items())
+        late = threading.Timer(REPORT_TIMEOUT_S, _end_without_a_report, (self.process,))
+        late.start()
         try:
             _write_report(self.order, self.rank, f"{lines}\n{threads}\n{stacks}")
         except OSError as error:  # a full disk must not keep a hung worker alive
             sys.stderr.write(f"worker {self.rank} hung, and the report of it could not be written: {error}\n")
+        late.cancel()
         if waits:
             time.sleep(PEERS_FIRST_S)
         _kill(self.process)
@@ -202,6 +209,12 @@ def _kill(parent: int) -> None:
         for child in children:
             with suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
+
+
+def _end_without_a_report(parent: int) -> None:
+    """Ends the worker and this process, where the storage of the report hangs too."""
+    _kill(parent)
+    os._exit(1)
 
 
 def _place(stacks: str, *, thread: int) -> tuple[str, bool]:

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 HEAD = """
 import sys, time
 from pathlib import Path
@@ -35,6 +37,16 @@ def test_a_step_that_never_ends_is_a_hang(tmp_path: Path) -> None:
     report = (tmp_path / "session-rank-0.txt").read_text()
     assert report.startswith("rank: 0\nphase: train\nstep: 1\n")
     assert 'File "<string>", line ' in report
+
+
+@pytest.mark.chaos
+def test_storage_that_hangs_under_the_report_keeps_no_hung_worker_alive(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".session-rank-0.part")  # nobody reads it
+    assert start(tmp_path, "steps(2, 0); time.sleep(600)").wait(90) == -signal.SIGKILL
+    deadline_s = time.monotonic() + 20
+    while _watchdog_of(tmp_path) is not None:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
 
 
 def test_other_phases_may_take_longer_and_so_may_the_step_after(tmp_path: Path) -> None:

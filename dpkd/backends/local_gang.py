@@ -26,11 +26,10 @@ import torch.distributed as dist
 from dpkd.backends.local_worker import LOOPBACK, Task, enter
 from dpkd.errors import StopRequested
 from dpkd.forking import end_server, forking, load_ahead
-from dpkd.gang import FOR_MEMORY, UNSUPERVISED, Failure, StopRequests, Supervision, supervise, with_hangs
+from dpkd.gang import FOR_MEMORY, UNSUPERVISED, Failure, StopRequests, Supervision, explained, supervise
 from dpkd.heartbeat import SLOW
 from dpkd.placement import Room
 from dpkd.stop_signals import heeding, held
-from dpkd.watchdog import hangs
 
 LOOK_S = 0.1
 PATIENCE_S = 5.0
@@ -74,7 +73,7 @@ class LocalGang:
                 order = supervision.order(hang_timeout_s=self._hang_timeout_s)
                 task = Task(work, argument, generation, self.num_workers, self._threads, order)
                 failures = _Generation(task, stop, grace_s=self._stop_grace_s).run(start_method=load_ahead(*modules))
-                return with_hangs(failures, hangs(order) if order is not None else [])
+                return explained(failures, order)
 
             with heeding(stop.on_signal), forking(*modules):
                 supervise(

@@ -21,11 +21,10 @@ from dpkd.backends.ray_room import Move, wait_for_room
 from dpkd.backends.ray_session import connect, node_gpus, on_this_node, rooms
 from dpkd.backends.ray_worker import Task
 from dpkd.errors import StopRequested
-from dpkd.gang import UNSUPERVISED, Failure, Restart, StopRequests, Supervision, supervise, with_hangs
+from dpkd.gang import UNSUPERVISED, Failure, Restart, StopRequests, Supervision, explained, supervise
 from dpkd.placement import Sizes, cpus_per_worker
 from dpkd.report.progress import say
 from dpkd.stop_signals import heeding
-from dpkd.watchdog import hangs
 
 
 class RayGang:
@@ -73,7 +72,7 @@ class RayGang:
                 if crowded:
                     say(f"no room came free for {size} workers with {cpus} CPUs each; they start with what is free now")
                     continue
-                failures = with_hangs(failures, hangs(order) if order is not None else [])
+                failures = explained(failures, order)
                 saved = any(isinstance(failure.error, StopRequested) for failure in failures)
                 if stop.count or not (saved and move.cause):
                     return failures

@@ -47,7 +47,7 @@ def enter(config: dict[str, Any]) -> None:
         try:
             with watched(task.order, rank=rank):
                 task.work(task.argument)
-        except Exception as error:
+        except Exception as error:  # crosses to the driver too
             ray.get(task.post.fail.remote(Failure.of_error(rank, error)))
             # Ray Train ends all once one has raised: the peer that caused this shall tell of it first
             ray.wait([task.post.until_cause.remote()], timeout=CAUSE_PATIENCE_S)

@@ -41,7 +41,7 @@ def installed_priors(built_in: Sequence[type[BaseModel]]) -> list[type[BaseModel
 def _load(entry: EntryPoint) -> type[BaseModel]:
     try:
         prior: Any = entry.load()
-    except Exception as error:
+    except Exception as error:  # whatever somebody else's module raises
         raise UserError(
             f"{_place(entry)} cannot be imported ({type(error).__name__}: {error}); mend or uninstall the package"
         ) from error

@@ -162,7 +162,7 @@ def _values(prior: Learned, run: Run, batch_BCHW: Array) -> Array:
         return scaled(values_BCHW, prior.scale)
     except UserError as error:
         raise _fault(prior, str(error)) from error
-    except Exception as error:
+    except Exception as error:  # whatever a model of the user's raises
         raise _fault(
             prior,
             f"the model does not run on float32 of {batch_BCHW.shape} ({_first_line(error)}); set size, colour and "
@@ -184,7 +184,7 @@ def _loaded(prior: Learned, device: str) -> Run:
         ) from error
     except UserError as error:
         raise _fault(prior, str(error)) from error
-    except Exception as error:
+    except Exception as error:  # the same
         raise _fault(prior, f"it cannot be loaded ({_first_line(error)})") from error
     if not np.isfinite(_values(prior, run, _batch(prior, []))).all():
         raise _fault(prior, "the model gives values that are not finite for blank images; check mean, std and weights")

@@ -94,7 +94,7 @@ def _external_data(model: TimmModel | TorchModel | OnnxModel, _state: tuple[str,
     path = Path(model.file)
     try:
         graph = onnx.load_model(path, load_external_data=False).graph
-    except Exception as error:
+    except Exception as error:  # protobuf and onnx have no error in common
         raise UserError(f"it cannot be read as an ONNX model ({error})") from error
     names = {ExternalDataInfo(tensor).location for tensor in graph.initializer if uses_external_data(tensor)}
     return tuple(path.parent / name for name in sorted(names))

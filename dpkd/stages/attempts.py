@@ -46,19 +46,19 @@ class Attempt:
     def keep_alive(self) -> None:
         """Says now and then that the driver lives, until `end`."""
         while not self._over.wait(ALIVE_S):
-            with self._best_effort():
+            with self.best_effort():
                 self.events.write("alive")
                 self.write_account()
 
     def end(self, status: str) -> None:
         """The last word."""
         self._over.set()
-        with self._best_effort():
+        with self.best_effort():
             self.events.write("attempt_ended", status=status)
             self.write_account()
 
     @contextmanager
-    def _best_effort(self) -> Iterator[None]:
+    def best_effort(self) -> Iterator[None]:
         """An account that cannot be written neither ends a run nor hides the error that did."""
         try:
             yield
@@ -89,13 +89,14 @@ def supervision(folder: RunFolder, attempt: Attempt) -> Supervision:
     generations = count()
 
     def on_restart(restart: Restart) -> None:
-        attempt.events.write(
-            "restart",
-            generation=next(generations),
-            rank=restart.rank,
-            cause=restart.cause,
-            since_failure_s=round(restart.since_failure_s, 3),
-        )
+        with attempt.best_effort():
+            attempt.events.write(
+                "restart",
+                generation=next(generations),
+                rank=restart.rank,
+                cause=restart.cause,
+                since_failure_s=round(restart.since_failure_s, 3),
+            )
 
     return Supervision(hangs=folder.hangs, progress=lambda: progress(folder), on_restart=on_restart)
 
