@@ -19,8 +19,8 @@ from typing import Any, BinaryIO, cast
 
 import fsspec
 
-from dpkd.errors import UserError
-from dpkd.storage_errors import missing_library, read_errors, remote_errors, write_errors
+from dpkd.errors import StorageUnavailable, UserError
+from dpkd.storage_errors import NO_FILE, missing_library, read_errors, remote_errors, write_errors
 
 TEMPORARY_PREFIX = ".tmp-"
 
@@ -253,11 +253,20 @@ def deliver(file: Path, url: str | Path) -> None:
 
 
 def copy_here(url: str | Path, file: Path) -> None:
-    """Copies a file to a local one."""
+    """Copies a file to a local one; raises as `read_own` where it cannot be read."""
     with open_read(url) as source, write_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("wb") as target:
-            shutil.copyfileobj(source, target, 1 << 20)
+            while block := _block(source, url):
+                target.write(block)
+
+
+def _block(source: BinaryIO, url: str | Path) -> bytes:
+    try:
+        with read_errors(url):
+            return source.read(1 << 20)
+    except NO_FILE as error:
+        raise StorageUnavailable(f"{url} vanished while it was read") from error
 
 
 def remove_tree(url: str | Path) -> None:

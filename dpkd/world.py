@@ -35,10 +35,6 @@ class World:
         if self.size > 1:
             dist.barrier(group=self.control)
 
-    def all_true(self, flag: bool) -> bool:  # noqa: FBT001 (the one thing agreed on)
-        """True where `flag` is true on every rank."""
-        return min(self._gather_flags(flag)) == 1
-
     def any_of(self, *flags: bool) -> tuple[bool, ...]:
         """For each of the flags, whether it is true on at least one rank."""
         if self.size == 1:
@@ -99,14 +95,6 @@ class World:
         """Shuts down what `join` started."""
         if self.release is not None:
             self.release()
-
-    def _gather_flags(self, flag: bool) -> list[int]:  # noqa: FBT001
-        if self.size == 1:
-            return [int(flag)]
-        flags = torch.zeros(self.size, dtype=torch.int32)
-        flags[self.rank] = int(flag)
-        dist.all_reduce(flags, group=self.control)
-        return [int(number) for number in flags]
 
 
 def join(*, timeout_s: float = 1800.0) -> World:
