@@ -215,7 +215,9 @@ def write_bytes_once(url: str | Path, data: bytes) -> bool:
             beside.write_bytes(data)
             sync_file(beside)
             _link(beside, path)
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):  # the latter where who came first has swept `beside` up
+            if not path.exists():
+                raise
             return False
         finally:
             with suppress(OSError):  # the first error is the one to tell

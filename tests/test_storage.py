@@ -119,6 +119,19 @@ def test_a_link_back_to_a_folder_above_ends_the_walk(tmp_path):
     assert [name for name, _ in storage.walk(tmp_path)] == ["a/x"]
 
 
+def test_who_comes_second_may_find_its_own_file_swept_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = os.link
+
+    def swept(beside: Path, path: Path) -> None:
+        path.write_bytes(b"first")
+        beside.unlink()
+        link(beside, path)
+
+    monkeypatch.setattr(os, "link", swept)
+    assert not storage.write_bytes_once(tmp_path / "claim", b"second")
+    assert (tmp_path / "claim").read_bytes() == b"first"
+
+
 def test_a_file_is_written_once_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")

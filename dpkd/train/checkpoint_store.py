@@ -187,7 +187,7 @@ class CheckpointStore:
             elif mark is not None and (mark.attempt < attempt or (mark.attempt == attempt and mark < newest)):
                 if kept or not storage.exists(self.place(mark, MANIFEST)):
                     self.abandon(mark)
-            elif claiming and int(claiming[1]) < attempt:  # others may be about to claim
+            elif claiming and int(claiming[1]) <= attempt:  # others may be about to claim the next number
                 storage.remove(storage.join(self.url, name))
 
     def abandon(self, mark: Mark) -> None:
