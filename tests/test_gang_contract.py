@@ -62,6 +62,12 @@ def make_gang(request: pytest.FixtureRequest) -> MakeGang:
     return RayGang
 
 
+ON_RAY_IN_CHAOS = pytest.mark.parametrize(
+    "make_gang", ["local", pytest.param("ray", marks=pytest.mark.chaos)], indirect=True
+)
+"""A generation takes some 15 s there, so that CI does without those that differ little from others."""
+
+
 def test_all_start_again_when_one_is_killed_and_the_first_ones_output_is_shown(make_gang, tmp_path, capfd):
     make_gang(2, max_restarts=1).run(meet_once_one_was_killed, str(tmp_path))
     told = {path.name: path.read_text() for path in tmp_path.iterdir()}
@@ -70,6 +76,7 @@ def test_all_start_again_when_one_is_killed_and_the_first_ones_output_is_shown(m
     assert [line.split(":")[0] for line in lines if "raylet" not in line] == ["worker 1 failed", "this is worker 0"]
 
 
+@ON_RAY_IN_CHAOS
 def test_the_first_traceback_comes_out_when_no_restart_is_left(make_gang, tmp_path):
     with pytest.raises(WorkerFailed, match="divided by zero") as caught:
         make_gang(2, max_restarts=0).run(fail_in_second_worker, str(tmp_path))
@@ -172,6 +179,7 @@ def test_the_process_that_workers_are_forked_from_may_fail_while_they_work(tmp_p
     report.record("the process that workers are forked from", fault="SIGKILL", target="while they work")
 
 
+@ON_RAY_IN_CHAOS
 def test_the_cause_comes_out_where_peers_fail_before_it_is_told(make_gang, tmp_path):
     with pytest.raises(WorkerFailed, match="worker 1: Traceback") as caught:
         make_gang(2, max_restarts=0).run(fail_late_in_second_worker, str(tmp_path))
@@ -207,6 +215,7 @@ def test_a_second_ctrl_c_ends_workers_at_once(tmp_path):
         LocalGang(1, max_restarts=3, stop_grace_s=600).run(heed_nothing, str(tmp_path))
 
 
+@ON_RAY_IN_CHAOS
 def test_workers_that_do_not_heed_a_stop_are_ended(make_gang, tmp_path):
     _signal_when(tmp_path / "up-1", signal.SIGTERM)
     with pytest.raises(StopRequested, match="last checkpoint stands"):

@@ -85,7 +85,7 @@ def actors() -> list[psutil.Process]:
     return [each for each in running if "ray::_Worker" in " ".join(each.info["cmdline"] or [])]
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_items_of_a_lost_node_are_done_elsewhere_and_a_node_that_joins_is_used(cluster, tmp_path):
     lost, nodes = cluster.add_node(1), tmp_path / "nodes"
     nodes.mkdir()
