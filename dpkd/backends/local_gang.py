@@ -186,8 +186,9 @@ class _Generation:
 
     def _look(self, passed_s: float) -> None:
         """Passes requests to stop on, and ends workers that have had their time."""
-        living, told = self._living(), self._told()
-        ended = self._workers.keys() - living.keys()
+        started, told = set(self._workers), self._told()
+        living = self._living()
+        ended = started - living.keys()
         for worker in living.values():
             if self._stop.count and not worker.asked:
                 worker.asked = True
