@@ -10,9 +10,9 @@ dpkd doctor                      whether this machine has what training needs
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from dpkd import __version__, pretrain
 from dpkd.doctor import doctor
@@ -107,5 +107,10 @@ def _configured(parser: argparse.ArgumentParser, act: Callable[[argparse.Namespa
     return parser
 
 
+def entry() -> NoReturn:
+    """The command `dpkd`."""
+    pretrain.whole_process(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -50,16 +50,18 @@ def forking(*modules: str) -> Iterator[None]:
         server: Any = forkserver._forkserver
         if server._forkserver_pid is not None and server._preload_modules == list(modules):
             end_server()
-            server._stop()
+            with suppress(ChildProcessError, FileNotFoundError):  # somebody else has waited for it, or tidied up
+                server._stop()
 
 
 def end_server() -> None:
     """Kills the process that workers are forked from, which may be stopped, and its workers with it."""
     server: Any = forkserver._forkserver
-    if server._forkserver_pid is not None:
+    process: int | None = server._forkserver_pid  # once: another thread may start it meanwhile
+    if process is not None:
         with suppress(ProcessLookupError, ChildProcessError):  # it has been waited for already
-            os.kill(server._forkserver_pid, signal.SIGKILL)
-            os.waitid(os.P_PID, server._forkserver_pid, os.WEXITED | os.WNOWAIT)
+            os.kill(process, signal.SIGKILL)
+            os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
 
 
 def end_with_parent() -> None:

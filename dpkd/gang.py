@@ -10,12 +10,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from dpkd import world
 from dpkd.errors import StopRequested, StorageUnavailable, UserError, WorkerFailed, portable
 from dpkd.report.progress import say
 from dpkd.watchdog import COLLECTIVES, Hang, WatchOrder, hangs
 
 LONGEST_WAIT_S = 60.0
+TWICE_S = 1.0
 FOR_MEMORY = " (out of memory?)"
 
 
@@ -54,12 +54,15 @@ class StopRequests:
     """How often this process was asked to stop; `on_signal` is to get the stop signals."""
 
     def __init__(self) -> None:
-        self.count = int(world.stop_requested())
+        self.count = 0
+        self._counted_s = 0.0
 
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
-        """Counts a SIGTERM once, a Ctrl-C as often as it comes."""
-        if self.count == 0 or number == signal.SIGINT:
+        """Counts the first signal, and each Ctrl-C after it, but for one that comes twice, as from a wrapper too."""
+        now_s = time.monotonic()
+        if self.count == 0 or (number == signal.SIGINT and now_s > self._counted_s + TWICE_S):
             self.count += 1
+            self._counted_s = now_s
 
 
 class Gang(Protocol):
@@ -126,21 +129,27 @@ def supervise(
 ) -> None:
     """Runs generations of workers until one has done its work; `run_once` runs one and returns how workers failed.
 
-    Raises what `verdict` decides. Between generations it waits, longer each time that nothing was gained.
+    Raises what `verdict` decides. Between generations it waits, longer each time that nothing was gained. Whatever else
+    goes wrong in running one, for want of memory or a folder, say, counts as a failure of it.
     """
-    furthest = supervision.progress()
+    furthest = _reached(supervision, ())
     attempts: list[list[Failure]] = []
     while True:
-        failures = run_once()
+        try:
+            failures = run_once()
+        except StopRequested:
+            raise
+        except Exception as error:  # noqa: BLE001  comes out once no restart is left
+            failures = [Failure.of_error(-1, error)]
         if not failures:
             return
         reached = _reached(supervision, furthest)
         if reached > furthest:
             furthest, attempts = reached, []
         attempts.append(failures)
-        error = verdict(attempts, stop_requested=stop_requested(), max_restarts=max_restarts)
-        if error is not None:
-            raise error
+        end = verdict(attempts, stop_requested=stop_requested(), max_restarts=max_restarts)
+        if end is not None:
+            raise end
         first, wait_s = by_cause(failures)[0], waiting_time_s(len(attempts))
         when = f"in {wait_s:.0f} s" if wait_s else "at once"
         say(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import FrameType
+from typing import NoReturn
 
 from dpkd.backends.launchers import make_accelerator, make_gang, make_pool
 from dpkd.data.shards import Dataset
@@ -22,7 +23,7 @@ from dpkd.errors import StopRequested, UserError, WorkerFailed, printable
 from dpkd.plan import POOL_STAGES, STAGES, given, left_to_do, makes, say_faults, say_plan
 from dpkd.pool import Pool
 from dpkd.priors.extractor import accelerated
-from dpkd.report.progress import Progress, duration, say
+from dpkd.report.progress import Progress, duration, heard_or_not, say
 from dpkd.report.quarantine import Quarantine
 from dpkd.report.summary import say_summary
 from dpkd.settings import Settings, load_settings
@@ -42,6 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(arguments)
     heed(interrupt)
     return exit_code(lambda: run(load_settings(options.config, options.overrides), stages=stage_names(options.stages)))
+
+
+def whole_process(main: Callable[[], int]) -> NoReturn:
+    """Ends this process with the exit code that `main` returns, whatever signals come after."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as some parents leave it, no child could be waited for
+    code = main()
+    heed(signal.SIG_IGN)
+    with heard_or_not():
+        sys.stdout.flush()
+    sys.exit(code)
 
 
 def run(settings: Settings, *, stages: Sequence[str] = STAGES) -> None:
@@ -130,19 +141,24 @@ def exit_code(work: Callable[[], None]) -> int:
     try:
         work()
     except UserError as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
+        _complain(f"error: {error}")
         return EXIT_USER
     except (StopRequested, KeyboardInterrupt) as stop:
         with heeding(signal.SIG_IGN):  # it stops already
             say(f"{str(stop) or 'interrupted'}; the same command goes on from there")
         return EXIT_STOPPED
     except WorkerFailed as error:
-        print(printable(f"error: a worker failed and no restart was left\n{error}"), file=sys.stderr)
+        _complain(f"error: a worker failed and no restart was left\n{error}")
         return 1
     except Exception:  # noqa: BLE001 (ours: Python would print the traceback with what secrets it holds)
-        print(printable(traceback.format_exc()), file=sys.stderr)
+        _complain(traceback.format_exc())
         return 1
     return 0
+
+
+def _complain(text: str) -> None:
+    with heard_or_not():
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def stage_names(text: str | None) -> list[str]:
@@ -173,4 +189,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    whole_process(main)

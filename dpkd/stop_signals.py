@@ -1,14 +1,19 @@
 """The signals that ask a run to stop: from a person, a terminal that closes, Ray, Kubernetes, Slurm."""
 
+import os
+import select
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from types import FrameType
+from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Slurm sends SIGUSR1 or SIGUSR2 where `--signal` says so."""
+
+TRACKER_PATIENCE_S = 5.0
 
 Handler = Callable[[int, FrameType | None], None] | signal.Handlers
 
@@ -44,12 +49,23 @@ def held() -> Iterator[None]:
     For those that serve a process which is to answer the signals itself, and which a signal to the whole process group
     would end before they could say how they take it.
     """
+    _end_stuck_resource_tracker()
     resource_tracker.ensure_running()  # started in the body, it would let SIGINT and SIGTERM through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # a new process inherits what is blocked
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_stuck_resource_tracker() -> None:
+    """Ends the resource tracker, which is started anew at once, where it has not read for a while what it was told."""
+    tracker: Any = resource_tracker._resource_tracker  # noqa: SLF001
+    if tracker._fd is None or tracker._pid is None:  # noqa: SLF001  there is none, or somebody else's
+        return
+    if not select.select([], [tracker._fd], [], TRACKER_PATIENCE_S)[1]:  # noqa: SLF001
+        with suppress(ProcessLookupError):
+            os.kill(tracker._pid, signal.SIGKILL)  # noqa: SLF001
 
 
 def heed(handler: Handler) -> None:

@@ -22,9 +22,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dpkd import heartbeat
@@ -32,6 +33,7 @@ from dpkd.heartbeat import Beat
 
 DUMP_TIMEOUT_S = 10.0
 REPORT_TIMEOUT_S = 20.0
+KEEP_S = 1.0
 PEERS_FIRST_S = 5.0
 """A worker that waits for its peers is ended so much later, so that the one that is behind is seen to hang too."""
 COLLECTIVES = "torch/distributed/distributed_c10d.py"
@@ -98,14 +100,38 @@ def watched(order: WatchOrder | None, *, rank: int) -> Iterator[None]:
         memory = mmap.mmap(beat_file.fileno(), heartbeat.SIZE)
         faulthandler.register(_stacks_signal(), file=stack_file, all_threads=True)
         heartbeat.start(memory)
-        watchdog = _start(order, rank=rank, handles=(beat_file.fileno(), stack_file.fileno()))
+        kept = _Kept(partial(_start, order, rank=rank, handles=(beat_file.fileno(), stack_file.fileno())))
         try:
             yield
         finally:
-            watchdog.kill()
-            watchdog.wait()
+            kept.end()
             heartbeat.stop()
             faulthandler.unregister(_stacks_signal())
+
+
+class _Kept:
+    """A process that is started anew whenever somebody ends it, such as the kernel for want of memory."""
+
+    def __init__(self, start: Callable[[], subprocess.Popen[bytes]]) -> None:
+        self._start, self._process = start, start()
+        self._lock, self._over = threading.Lock(), False
+        threading.Thread(target=self._keep, name="dpkd-keep", daemon=True).start()
+
+    def _keep(self) -> None:
+        while True:
+            self._process.wait()
+            time.sleep(KEEP_S)
+            with self._lock, suppress(OSError):  # no memory for another one; tried again
+                if self._over:
+                    return
+                self._process = self._start()
+
+    def end(self) -> None:
+        """Ends it for good."""
+        with self._lock:
+            self._over = True
+            self._process.kill()
+        self._process.wait()
 
 
 def _stacks_signal() -> int:

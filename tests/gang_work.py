@@ -14,6 +14,7 @@ import torch.distributed as dist
 from dpkd import world
 from dpkd.errors import StopRequested, UserError
 from dpkd.heartbeat import STEADY, beat, pulse
+from dpkd.report.progress import say
 
 WAYS_TO_HANG = ("is_stopped", "holds_the_lock", "loops", "sleeps", "waits_in_vain")
 ONE_WAY_TO_HANG = ("waits_in_vain",)
@@ -59,7 +60,12 @@ def die_with_one_that_is_done_once(folder):
 
 
 class _StopsWhenFlushed(io.StringIO):
+    def __init__(self, mark):
+        super().__init__()
+        self._mark = mark
+
     def flush(self):
+        self._mark.touch()
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -68,9 +74,46 @@ def stop_after_the_work(folder):
     rank = int(os.environ["RANK"])
     (Path(folder) / f"done-{rank}").touch()
     if rank == 1:
-        sys.stdout = _StopsWhenFlushed()
+        sys.stdout = _StopsWhenFlushed(Path(folder) / "stopped")
     else:
         time.sleep(1.0)
+
+
+class StopsWhenToldOf(Exception):
+    """An error that stops the worker which is about to tell of it, once."""
+
+    def __reduce__(self):
+        mark = Path(self.args[0]) / "stopped"
+        if not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return StopsWhenToldOf, self.args
+
+
+def stop_while_failing_once(folder):
+    """Fails, and is stopped before it has told of it; the next time it is done."""
+    place = Path(folder)
+    if not (place / "stopped").exists():
+        raise StopsWhenToldOf(folder)
+    (place / "done").touch()
+
+
+def abort_after_another_failed(_folder):
+    """The second worker fails; the first aborts a second later, as NCCL does when it misses a peer."""
+    if os.environ["RANK"] == "1":
+        raise ZeroDivisionError("the second worker divided by zero")
+    time.sleep(1.5)
+    os.abort()
+
+
+def die_once(folder):
+    """Is killed, the first time."""
+    mark = Path(folder) / "died"
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    say("the work is done")
+    (Path(folder) / "done").touch()
 
 
 def save_alone_when_asked_to_stop(folder):

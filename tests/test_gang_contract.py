@@ -7,9 +7,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 import psutil
@@ -36,6 +37,7 @@ from tests.gang_work import (
     ONE_WAY_TO_HANG,
     WAYS_TO_HANG,
     HangsOnceOnItsWay,
+    abort_after_another_failed,
     die_before_joining_once,
     die_with_one_that_is_done_once,
     fail_in_second_worker,
@@ -47,6 +49,7 @@ from tests.gang_work import (
     refuse_in_second_worker,
     save_when_asked_to_stop,
     stop_after_the_work,
+    stop_while_failing_once,
     touch,
     touch_for_rank,
 )
@@ -135,7 +138,59 @@ def test_a_worker_killed_beside_one_that_is_done_is_no_success(tmp_path):
 
 def test_a_worker_stopped_after_its_work_does_not_hold_up_the_end(tmp_path):
     LocalGang(2, max_restarts=0).run(stop_after_the_work, str(tmp_path))
-    assert {path.name for path in tmp_path.iterdir()} == {"done-0", "done-1"}
+    assert {path.name for path in tmp_path.iterdir()} == {"done-0", "done-1", "stopped"}
+
+
+@ON_RAY_IN_CHAOS
+def test_a_worker_stopped_while_it_fails_is_ended(make_gang, tmp_path):
+    supervision = Supervision(hangs=tmp_path / "hangs")
+    make_gang(1, max_restarts=1, hang_timeout_s=1).run(stop_while_failing_once, str(tmp_path), supervision=supervision)
+    assert (tmp_path / "done").exists()
+
+
+def test_what_another_suffered_later_comes_after_the_cause(tmp_path):
+    with pytest.raises(WorkerFailed, match="worker 1: Traceback") as caught:
+        LocalGang(2, max_restarts=0).run(abort_after_another_failed, str(tmp_path))
+    assert "after it worker 0: killed by SIGABRT" in str(caught.value)
+
+
+def test_output_that_nobody_reads_any_more_costs_nothing(tmp_path):
+    script = (
+        "import sys\n"
+        "from dpkd.backends.local_gang import LocalGang\n"
+        "from dpkd.pretrain import exit_code, whole_process\n"
+        "from tests.gang_work import die_once\n"
+        "def run(): LocalGang(1, max_restarts=1).run(die_once, sys.argv[1])\n"
+        "if __name__ == '__main__': whole_process(lambda: exit_code(run))\n"
+    )
+    (tmp_path / "driver.py").write_text(script)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, tmp_path / "driver.py", tmp_path]
+    driver = subprocess.run(command, env=environment, stdout=write, stderr=subprocess.PIPE, check=False, timeout=120)
+    os.close(write)
+    assert (tmp_path / "done").exists()
+    assert (driver.returncode, driver.stderr) == (0, b"")
+
+
+@pytest.mark.chaos
+def test_a_stopped_resource_tracker_costs_a_restart_at_most(tmp_path):
+    """Python's own process that removes semaphores, to which every worker and loader writes."""
+    resource_tracker.ensure_running()
+    tracker = resource_tracker._resource_tracker
+    handle, process = tracker._fd, tracker._pid
+    assert process is not None
+    os.kill(process, signal.SIGSTOP)
+    os.set_blocking(handle, False)
+    with suppress(BlockingIOError):
+        while os.write(handle, b"PROBE:0:noop\n" * 100):
+            pass
+    os.set_blocking(handle, True)
+    LocalGang(1, max_restarts=1).run(touch_for_rank, str(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"done-0"}
+    assert tracker._pid != process
+    report.record("the process that workers are forked from", fault="SIGSTOP", target="the resource tracker")
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.chaos)])
@@ -202,15 +257,17 @@ def test_workers_save_when_the_driver_is_asked_to_stop(make_gang, tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_one_ctrl_c_lets_workers_save(tmp_path):
+def test_one_ctrl_c_lets_workers_save_though_it_comes_twice(tmp_path):
+    """As where a wrapper passes on what the terminal gave to all."""
     _signal_when(tmp_path / "up-0", signal.SIGINT)
+    _signal_when(tmp_path / "up-0", signal.SIGINT, delay_s=0.02)
     with pytest.raises(StopRequested, match="saved at step 7"):
         LocalGang(1, max_restarts=3).run(save_when_asked_to_stop, str(tmp_path))
 
 
 def test_a_second_ctrl_c_ends_workers_at_once(tmp_path):
     _signal_when(tmp_path / "up-0", signal.SIGINT)
-    _signal_when(tmp_path / "up-0", signal.SIGINT, delay_s=0.5)
+    _signal_when(tmp_path / "up-0", signal.SIGINT, delay_s=1.5)
     with pytest.raises(StopRequested, match="last checkpoint stands"):
         LocalGang(1, max_restarts=3, stop_grace_s=600).run(heed_nothing, str(tmp_path))
 

@@ -39,6 +39,21 @@ def test_a_step_that_never_ends_is_a_hang(tmp_path: Path) -> None:
     assert 'File "<string>", line ' in report
 
 
+def test_a_watchdog_that_is_killed_is_followed_by_another(tmp_path: Path) -> None:
+    process = start(tmp_path, f"Path({str(tmp_path / 'up')!r}).touch(); time.sleep(600)")
+    while not (tmp_path / "up").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    first = _watchdog_of(tmp_path)
+    assert first is not None
+    os.kill(first, signal.SIGKILL)
+    deadline_s = time.monotonic() + 60
+    while _watchdog_of(tmp_path) in (None, first):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    assert process.wait(60) == -signal.SIGKILL
+
+
 @pytest.mark.chaos
 def test_storage_that_hangs_under_the_report_keeps_no_hung_worker_alive(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / ".session-rank-0.part")  # nobody reads it

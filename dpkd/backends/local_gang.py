@@ -4,6 +4,7 @@ Not torch's elastic agent, which waits for a worker that is stopped after its wo
 ever; which tells of one failure where several workers failed, and takes the signals that ask a run to stop.
 """
 
+import fcntl
 import multiprocessing
 import os
 import pickle
@@ -13,8 +14,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -34,7 +35,9 @@ from dpkd.stop_signals import heeding, held
 LOOK_S = 0.1
 PATIENCE_S = 5.0
 """What workers have to end by themselves once one has failed, or all are done."""
+SAME_S = 0.5
 FOR_A_PEER = "another had failed"
+LAST_BYTES = 1 << 16
 EXIT_UNSEEN = 255
 """What `multiprocessing` says of a process whose fork server ended before it could tell."""
 
@@ -65,15 +68,15 @@ class LocalGang:
     def run(self, work: Callable[[Any], None], argument: Any, *, supervision: Supervision = UNSUPERVISED) -> None:
         """See `Gang.run`."""
         modules = (__name__, work.__module__)
-        with tempfile.TemporaryDirectory(prefix="dpkd-gang-") as folder:
-            stop = StopRequests()
+        stop = StopRequests()
+        with _lasting_folder() as folder:
 
             def run_once() -> list[Failure]:
                 generation = Path(tempfile.mkdtemp(prefix="generation-", dir=folder))
                 order = supervision.order(hang_timeout_s=self._hang_timeout_s)
                 task = Task(work, argument, generation, self.num_workers, self._threads, order)
-                failures = _Generation(task, stop, grace_s=self._stop_grace_s).run(start_method=load_ahead(*modules))
-                return explained(failures, order)
+                start_method = load_ahead(*modules)
+                return explained(_Generation(task, stop, start_method, grace_s=self._stop_grace_s).run(), order)
 
             with heeding(stop.on_signal), forking(*modules):
                 supervise(
@@ -82,6 +85,19 @@ class LocalGang:
                     stop_requested=lambda: stop.count > 0,
                     supervision=supervision,
                 )
+
+
+@contextmanager
+def _lasting_folder() -> Iterator[str]:
+    """A temporary folder that stands for as long as it is needed: what tidies up old ones heeds the lock."""
+    with tempfile.TemporaryDirectory(prefix="dpkd-gang-", ignore_cleanup_errors=True) as folder:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_SH)
+            yield folder
+        finally:
+            os.close(handle)
 
 
 def room() -> Room:
@@ -108,6 +124,8 @@ class _Worker:
         self.asked = False
         self.ended_for = ""
         """Why it was killed; empty where it was not."""
+        self.ended_s = float("inf")
+        """When it was seen to have ended."""
         self._pidfd: int | None = None
         if sys.platform == "linux":
             with suppress(OSError):  # it has ended, or the kernel is older than 5.3
@@ -120,19 +138,25 @@ class _Worker:
 
     def lives(self) -> bool:
         """Whether it has not ended."""
-        return not connection.wait([self.handle], timeout=0)
+        ended = bool(connection.wait([self.handle], timeout=0))
+        if ended:
+            self.ended_s = min(self.ended_s, time.time())
+        return not ended
 
     def send(self, number: signal.Signals) -> None:
         """Sends it a signal, unless it has ended."""
         if self.lives():
             with suppress(ProcessLookupError):
-                os.kill(self._pid, number)
+                if sys.platform == "linux" and self._pidfd is not None:
+                    signal.pidfd_send_signal(self._pidfd, number)
+                else:
+                    os.kill(self._pid, number)
 
     def exit_code(self) -> int:
         """How it ended; negative codes are signals."""
         self.process.join(PATIENCE_S)
         if self.process.exitcode is None:
-            end_server()  # which is stopped, and would tell nobody
+            end_server()  # which is stopped, and would tell nobody; spawned ones are our own children
             self.process.join()
         if self._pidfd is not None:
             os.close(self._pidfd)
@@ -144,20 +168,21 @@ class _Worker:
 class _Generation:
     """The workers of a task from their start until all have ended, which `run` waits for."""
 
-    def __init__(self, task: Task, stop: StopRequests, *, grace_s: float) -> None:
-        self._task, self._stop, self._grace_s = task, stop, grace_s
+    def __init__(self, task: Task, stop: StopRequests, start_method: str, *, grace_s: float) -> None:
+        self._task, self._stop, self._start_method, self._grace_s = task, stop, start_method, grace_s
         self._allowance_s = SLOW * task.order.hang_timeout_s if task.order is not None else float("inf")
         self._workers: dict[int, _Worker] = {}
+        self._up: set[int] = set()
         self._not_started: list[Failure] = []
         self._started, self._over = threading.Event(), threading.Event()
         # seconds since the start, since there was a failure, a request to stop, nothing left to do
         self._waited_s = self._failed_s = self._stopping_s = self._done_s = 0.0
 
-    def run(self, *, start_method: str) -> list[Failure]:
+    def run(self) -> list[Failure]:
         """Runs them; returns how they failed, if they did."""
         port, _store = _listening_store()
         # a thread, because a start waits for the process to fork from, which may be stuck
-        starter = threading.Thread(target=self._start, args=(start_method, port), daemon=True)
+        starter = threading.Thread(target=self._start, args=(port,), daemon=True)
         starter.start()
         looked_s = time.monotonic()
         try:
@@ -171,16 +196,18 @@ class _Generation:
         starter.join()
         return self._failures()
 
-    def _start(self, start_method: str, port: int) -> None:
+    def _start(self, port: int) -> None:
         """Starts the workers, one after the other, as far as that succeeds."""
         rank = 0
         try:
             for rank in range(self._task.num_workers):
-                self._workers[rank] = _Worker(_started(self._task, rank, port, start_method))
+                self._workers[rank] = _Worker(_started(self._task, rank, port, self._start_method))
         except EOFError:
             self._not_started.append(Failure(rank, "not started: the process to fork it from was ended, or hung"))
         except Exception as error:  # noqa: BLE001  comes out as a failure
             self._not_started.append(Failure.of_error(rank, error))
+        if self._not_started:
+            self._end_server()  # the next ones are forked from a new one
         self._started.set()
         self._over.wait()  # spawned workers are killed with the thread that has started them
 
@@ -207,7 +234,8 @@ class _Generation:
         elif max(self._failed_s, self._done_s) > PATIENCE_S:
             self._end(living, FOR_A_PEER)
         elif self._waited_s > self._allowance_s:
-            late = {rank: worker for rank, worker in living.items() if not self._said(rank, "up")}
+            self._up |= {rank for rank in living if self._said(rank, "up")}
+            late = {rank: worker for rank, worker in living.items() if rank not in self._up}
             self._end(late, f"hung: not at work {self._allowance_s:.0f} s after it was started")
 
     def _end(self, workers: dict[int, _Worker], why: str) -> None:
@@ -216,6 +244,10 @@ class _Generation:
             worker.ended_for = why
             worker.send(signal.SIGKILL)
         if not self._started.is_set():
+            self._end_server()
+
+    def _end_server(self) -> None:
+        if self._start_method == "forkserver":  # else it is somebody else's
             end_server()
 
     def _living(self) -> dict[int, _Worker]:
@@ -229,9 +261,10 @@ class _Generation:
         return {int(path.stem): pickle.loads(path.read_bytes()) for path in sorted(self._task.folder.glob("*.pickle"))}
 
     def _failures(self) -> list[Failure]:
-        """What workers told, and the deaths of those that left no word, which count as before what others told.
+        """What workers told, and the deaths of those that left no word.
 
-        When a worker is killed, the first to tell of a failure is often a peer whose connection broke.
+        When a worker is killed, the first to tell of a failure is often a peer whose connection broke; so a death that
+        was seen about then counts as before it.
         """
         told = self._told()
         first_s = min((failure.time_s for failure in told.values()), default=time.time())
@@ -241,13 +274,18 @@ class _Generation:
             if rank in told or self._said(rank, "done") or worker.ended_for == FOR_A_PEER:
                 continue
             cause = worker.ended_for or _death(rank, exit_code)
-            deaths.append(Failure(rank, cause + self._last_lines(rank), time_s=first_s))
+            time_s = first_s if worker.ended_s < first_s + SAME_S else worker.ended_s
+            deaths.append(Failure(rank, cause + self._last_lines(rank), time_s=time_s))
         return [*self._not_started, *deaths, *told.values()]
 
     def _last_lines(self, rank: int, *, num_lines: int = 20) -> str:
         path = self._task.folder / f"{rank}.log"
-        lines = path.read_text(errors="replace").splitlines()[-num_lines:] if path.exists() else []
-        return "\n".join(["", *lines])
+        if not path.exists():
+            return ""
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - LAST_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+        return "\n".join(["", *lines[-num_lines:]])
 
 
 def _started(task: Task, rank: int, port: int, start_method: str) -> BaseProcess:

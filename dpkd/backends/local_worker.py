@@ -6,11 +6,13 @@
 1.log       what a worker other than the first printed
 """
 
+import io
 import multiprocessing
 import os
 import pickle
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +23,9 @@ import torch
 
 from dpkd import world
 from dpkd.errors import StopRequested, UserError
-from dpkd.forking import end_with_parent
+from dpkd.forking import end_server, end_with_parent
 from dpkd.gang import Failure
+from dpkd.report.progress import heard_or_not
 from dpkd.stop_signals import STOP_SIGNALS
 from dpkd.watchdog import WatchOrder, watched
 
@@ -60,17 +63,27 @@ def enter(task: Task, rank: int, port: int) -> None:
     if task.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(task.threads)
         torch.set_num_threads(task.threads)
+    exit_code = 1
     try:
         with watched(task.order, rank=rank):
-            (task.folder / f"{rank}.up").touch()
-            task.work(task.argument)
-            (task.folder / f"{rank}.done").touch()
+            exit_code = _work(task, rank)
+    except BaseException:  # noqa: BLE001  this is a process's end
+        traceback.print_exc()
+    _leave(exit_code)
+
+
+def _work(task: Task, rank: int) -> int:
+    """Does the work, and says how it ended; returns the exit code."""
+    (task.folder / f"{rank}.up").touch()
+    try:
+        task.work(task.argument)
     except Exception as error:  # noqa: BLE001  crosses to the driver, which raises it
         part = task.folder / f"{rank}.part"
         part.write_bytes(pickle.dumps(Failure.of_error(rank, error)))
         part.rename(part.with_suffix(".pickle"))
-        _leave(EXIT_CODES.get(type(error), 1))
-    _leave(0)
+        return EXIT_CODES.get(type(error), 1)
+    (task.folder / f"{rank}.done").touch()
+    return 0
 
 
 def _on_stop(_number: int, _frame: FrameType | None) -> None:
@@ -93,16 +106,18 @@ def _place(rank: int, num_workers: int, port: int) -> dict[str, str]:
 
 def _print_to(path: Path) -> None:
     with path.open("wb") as file:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+        for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+            assert isinstance(stream, io.TextIOWrapper), stream
+            stream.reconfigure(line_buffering=True)  # what was printed before a death is to be read
+            os.dup2(file.fileno(), number)
 
 
 def _leave(exit_code: int) -> NoReturn:
     """Ends this process without unwinding it: what torch has open aborts or hangs when its peers are gone."""
     for child in multiprocessing.active_children():
         child.kill()  # loader workers hold copies of our connections, which peers must see closed
-    sys.stdout.flush()
-    sys.stderr.flush()
+    end_server()  # which may be stopped
+    with heard_or_not():
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(exit_code)

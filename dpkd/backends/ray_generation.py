@@ -12,21 +12,23 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Sequence
-from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
+from dpkd.backends.ray_post import Look, asked
 from dpkd.backends.ray_room import Move
 from dpkd.backends.ray_session import kill_actors
 from dpkd.backends.ray_worker import Task, enter
 from dpkd.gang import Failure, StopRequests
 from dpkd.heartbeat import SLOW
+from dpkd.report.progress import heard_or_not
 
+CONTROLLER = "TrainController"
+"""The actor that leads a generation, of which Ray Train gives no handle."""
 POLL_S = 0.3
 END_PATIENCE_S = 20.0
 """What Ray Train has to end workers beyond their time of grace."""
@@ -49,22 +51,25 @@ class Generation:
         self._error: Exception | None = None
         self._ended: Failure | None = None
         """Why it was ended from here."""
+        self._told: list[Failure] = []
+        self._done: set[int] = set()
 
     def run(self, stop: StopRequests, move: Move) -> list[Failure]:
         """Runs them until they have ended; returns how they failed, if they did: as they told, or were seen to die."""
         for name, value in DRIVER_SETTINGS.items():
             os.environ.setdefault(name, value)
-        told: list[Failure] = []
         with tempfile.TemporaryDirectory(prefix="dpkd-gang-") as folder:
             fit = threading.Thread(target=self._fit, args=(folder,), name="dpkd-ray-train", daemon=True)
             fit.start()  # so that this thread stays free for signals and output
             try:
                 self._watch(fit, stop, move)
-                told = ray.get(self._task.post.failures.remote())
-            except RayActorError as error:
-                self._end(f"the actor in which driver and workers meet was lost: {error}", rank=-1)
-            fit.join()
-        return self._deaths(told) + told
+            except (RayActorError, GetTimeoutError) as error:
+                self._ended = Failure(-1, f"the actor in which driver and workers meet was lost: {error}")
+                ray.kill(self._task.post)
+            while fit.is_alive():
+                kill_actors(CONTROLLER)  # the workers go with it
+                fit.join(POLL_S)
+        return self._deaths() + self._told
 
     @property
     def found_no_room(self) -> bool:
@@ -96,43 +101,50 @@ class Generation:
     def _watch(self, fit: threading.Thread, stop: StopRequests, move: Move) -> None:
         """Shows the workers' output and passes requests to stop on to them, until they are done.
 
-        Ends the generation where they do not come to their own watchdogs, or do not end.
+        Returns early where they do not come to their own watchdogs, or do not end.
         """
-        post, passed_on, waited_s, stopping_s = self._task.post, 0, 0.0, 0.0
-        while fit.is_alive():
+        post, passed_on, looked_s = self._task.post, 0, time.monotonic()
+        waited_s = stopping_s = ending_s = 0.0
+        while True:
+            over = not fit.is_alive()
+            look: Look = asked(post.look.remote())
+            _show(look.output)
+            self._done, self._told = look.done, look.failures
+            if over:
+                return
             if stop.count > passed_on:
                 passed_on = stop.count
-                ray.get(post.stop.remote(self._grace_s) if passed_on == 1 else post.end.remote())
+                asked(post.stop.remote(self._grace_s) if passed_on == 1 else post.end.remote())
             elif not passed_on:
-                move.look()
-            _show_output(post)
+                move.look(set(look.node_of.values()))
             fit.join(POLL_S)
-            waited_s += POLL_S
-            stopping_s += POLL_S if passed_on or move.cause else 0.0
-            if waited_s > self._allowance_s:
-                late = set(range(self._num_workers)) - set(ray.get(post.entered.remote()))
-                if late:
-                    self._end(f"hung: not at work {self._allowance_s:.0f} s after it was started", rank=min(late))
-            if stopping_s > self._grace_s + END_PATIENCE_S:
-                self._end(f"not done {stopping_s:.0f} s after they were asked to stop", rank=-1)
-        _show_output(post)
+            before_s, looked_s = looked_s, time.monotonic()
+            passed_s = min(looked_s - before_s, 1.0)  # a pause of the whole machine counts little
+            waited_s += passed_s
+            stopping_s += passed_s if passed_on or move.cause else 0.0
+            ending_s += passed_s if look.failures or len(look.done) == self._num_workers else 0.0
+            late = set(range(self._num_workers)) - set(look.node_of)
+            if late and waited_s > self._allowance_s:
+                self._ended = Failure(min(late), f"hung: not at work {self._allowance_s:.0f} s after it was started")
+            elif stopping_s > self._grace_s + END_PATIENCE_S:
+                self._ended = Failure(-1, f"not done {stopping_s:.0f} s after they were asked to stop")
+            elif ending_s > END_PATIENCE_S:
+                self._ended = Failure(-1, f"not at its end {ending_s:.0f} s after all were done, or one had failed")
+            if self._ended is not None:
+                return
 
-    def _end(self, why: str, *, rank: int) -> None:
-        """Ends the generation with all that it has started; `rank` was to blame, if any was."""
-        if self._ended is None:
-            self._ended = Failure(rank, why)
-            kill_actors("TrainController")  # of which Ray Train gives no handle; the workers go with it
-
-    def _deaths(self, told: Sequence[Failure]) -> list[Failure]:
+    def _deaths(self) -> list[Failure]:
         """The failures of workers that did not tell of theirs: they died before the others."""
+        if len(self._done) == self._num_workers:
+            return []
         if self._ended is not None:
-            return [self._ended]
+            return [] if self._told else [self._ended]
         if self._error is None:
             return []
         if not isinstance(self._error, WorkerGroupError):
             return [Failure(-1, f"Ray Train failed: {self._error}")]
-        first_s = min((failure.time_s for failure in told), default=time.time())
-        heard = {failure.rank for failure in told}
+        first_s = min((failure.time_s for failure in self._told), default=time.time())
+        heard = {failure.rank for failure in self._told}
         deaths = {rank: error for rank, error in self._error.worker_failures.items() if rank not in heard}
         return [Failure(rank, f"died ({_gist(error)})", time_s=first_s) for rank, error in deaths.items()]
 
@@ -151,6 +163,7 @@ def _gist(error: Exception) -> str:
     return ", ".join([*words, detail[1] if detail else text.splitlines()[0]])
 
 
-def _show_output(post: Any) -> None:
-    sys.stdout.write(ray.get(post.take_output.remote()))
-    sys.stdout.flush()
+def _show(output: str) -> None:
+    with heard_or_not():
+        sys.stdout.write(output)
+        sys.stdout.flush()

@@ -4,12 +4,31 @@ import asyncio
 import io
 import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 
 from dpkd.gang import Failure
+
+ANSWER_TIMEOUT_S = 30.0
+"""How long the post may take to answer; later it counts as lost."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the post knows of the workers."""
+
+    output: str
+    node_of: dict[int, str]
+    """By rank, of those that are at work."""
+    done: set[int]
+    failures: list[Failure]
+
+
+def asked(answer: Any) -> Any:
+    """An answer of the post; raises `GetTimeoutError` or `RayActorError` where it is lost."""
+    return ray.get(answer, timeout=ANSWER_TIMEOUT_S)
 
 
 class Post:
@@ -19,6 +38,7 @@ class Post:
         self._failures: list[Failure] = []
         self._output: list[str] = []
         self._node_of: dict[int, str] = {}
+        self._done: set[int] = set()
         self._grace_s: float | None = None
         self._at_once = False
         self._changed = asyncio.Condition()
@@ -27,9 +47,15 @@ class Post:
         """Takes the node that a worker runs on."""
         self._node_of[rank] = node
 
-    async def entered(self) -> dict[int, str]:
-        """The node of each worker that is at work, by rank."""
-        return self._node_of
+    async def done(self, rank: int) -> None:
+        """Takes that a worker has done its work."""
+        self._done.add(rank)
+
+    async def look(self) -> Look:
+        """How far the workers are, and the first one's output since the last look."""
+        output = "".join(self._output)
+        self._output.clear()
+        return Look(output, dict(self._node_of), set(self._done), list(self._failures))
 
     async def stop(self, grace_s: float) -> None:
         """Asks the workers to stop within a time; once asked, they keep the time that they were given."""
@@ -67,19 +93,9 @@ class Post:
         async with self._changed:
             await self._changed.wait_for(lambda: any(not failure.symptom for failure in self._failures))
 
-    async def failures(self) -> list[Failure]:
-        """The failures of this generation."""
-        return self._failures
-
     async def write(self, text: str) -> None:
         """Takes output of the first worker."""
         self._output.append(text)
-
-    async def take_output(self) -> str:
-        """The output since the last call."""
-        text = "".join(self._output)
-        self._output.clear()
-        return text
 
 
 class Output(io.TextIOBase):
@@ -101,5 +117,5 @@ class Output(io.TextIOBase):
     def close(self) -> None:
         """Sends what is left, and waits until it has arrived."""
         with self._lock:
-            ray.get(self._post.write.remote(self._part))
+            asked(self._post.write.remote(self._part))
             self._part = ""

@@ -5,13 +5,14 @@ what is wanted.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from dpkd.backends.ray_post import asked
 from dpkd.backends.ray_session import draining_nodes
 from dpkd.errors import StopRequested
 from dpkd.placement import Sizes
@@ -77,12 +78,11 @@ class Move:
         if self._group is not None:
             remove_placement_group(self._group)
 
-    def look(self) -> None:
-        """Looks every few seconds at most, once the workers are up."""
+    def look(self, nodes: Collection[str]) -> None:
+        """Looks every few seconds at most, once the workers are up, on these nodes."""
         if self.cause or time.monotonic() < self._looked_s + LOOK_S:
             return
         self._looked_s = time.monotonic()
-        nodes = set(ray.get(self._post.entered.remote()).values())
         if not nodes:
             return
         draining = draining_nodes()
@@ -107,4 +107,4 @@ class Move:
 
     def _ask(self, cause: str, *, grace_s: float) -> None:
         self.cause, self.began_s = cause, time.time()
-        ray.get(self._post.stop.remote(grace_s))
+        asked(self._post.stop.remote(grace_s))

@@ -11,7 +11,7 @@ import ray
 import torch
 
 from dpkd import world
-from dpkd.backends.ray_post import Output
+from dpkd.backends.ray_post import Output, asked
 from dpkd.backends.ray_session import enter_folder
 from dpkd.gang import Failure
 from dpkd.watchdog import WatchOrder, watched
@@ -40,20 +40,27 @@ def enter(config: dict[str, Any]) -> None:
     if task.threads is not None:
         torch.set_num_threads(task.threads)
     rank = int(os.environ["RANK"])
-    ray.get(task.post.enter.remote(rank, ray.get_runtime_context().get_node_id()))
+    asked(task.post.enter.remote(rank, ray.get_runtime_context().get_node_id()))
     threading.Thread(target=_heed_stop, args=(task.post,), daemon=True).start()
     output = Output(task.post)
     with contextlib.redirect_stdout(output) if rank == 0 else contextlib.nullcontext():
         try:
             with watched(task.order, rank=rank):
-                task.work(task.argument)
-        except Exception as error:  # crosses to the driver too
-            ray.get(task.post.fail.remote(Failure.of_error(rank, error)))
-            # Ray Train ends all once one has raised: the peer that caused this shall tell of it first
-            ray.wait([task.post.until_cause.remote()], timeout=CAUSE_PATIENCE_S)
-            raise
+                _work(task, rank)
         finally:
             output.close()
+
+
+def _work(task: Task, rank: int) -> None:
+    """Does the work, and says how it ended."""
+    try:
+        task.work(task.argument)
+    except Exception as error:  # crosses to the driver too
+        asked(task.post.fail.remote(Failure.of_error(rank, error)))
+        # Ray Train ends all once one has raised: the peer that caused this shall tell of it first
+        ray.wait([task.post.until_cause.remote()], timeout=CAUSE_PATIENCE_S)
+        raise
+    asked(task.post.done.remote(rank))
 
 
 def _heed_stop(post: Any) -> None:

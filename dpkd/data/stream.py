@@ -29,7 +29,7 @@ from dpkd.errors import UserError
 from dpkd.forking import end_with_parent
 from dpkd.stop_signals import held
 
-_GRACE_S = 60
+_GRACE_S = 600
 """How long a worker outlives a request to stop that the whole process group got: training may need its batches."""
 
 

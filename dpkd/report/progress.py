@@ -4,11 +4,14 @@ Lines and bars go to standard output, also from the first training process. `eve
 `{"time": seconds since 1970, "kind": name, ...numbers}`.
 """
 
+import errno
 import json
 import os
+import select
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,16 +28,40 @@ from dpkd.untrusted import parse_json
 INTERVAL_S = 10.0
 """Seconds between plain lines."""
 
+GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
+"""What writing fails with where the terminal was closed, or the command at the other end of the pipe has ended."""
+
 _bars: list[RichBar] = []
 
 
 def say(line: str) -> None:
     """Prints one line, above the bar where one is shown; see `printable` for what is not printed as it is."""
     line = printable(line)
-    if _bars:
-        _bars[-1].console.print(line, markup=False, highlight=False, soft_wrap=True)
-    else:
-        print(line, flush=True)
+    with heard_or_not():
+        if _bars:
+            _bars[-1].console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(line, flush=True)
+
+
+@contextmanager
+def heard_or_not() -> Iterator[None]:
+    """Lets work go on where its output cannot be written; where nobody is left to read it, the rest goes nowhere."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in GONE:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for number in (1, 2):
+                if _hung_up(number):
+                    os.dup2(nowhere, number)
+            os.close(nowhere)
+
+
+def _hung_up(number: int) -> bool:
+    look = select.poll()
+    look.register(number, 0)
+    return bool(look.poll(0))
 
 
 def duration(seconds: float) -> str:
@@ -78,7 +105,8 @@ class Progress:
             self._task = self._bar.add_task(
                 escape(self._title), total=self._total, completed=self._done, note="", rate=""
             )
-            self._bar.start()
+            with heard_or_not():
+                self._bar.start()
             _bars.append(self._bar)
         return self
 
@@ -86,8 +114,9 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()
             _bars.remove(self._bar)
+            with heard_or_not():
+                self._bar.stop()
         if self._shown and kind is None:
             say(self._last_line())
 
