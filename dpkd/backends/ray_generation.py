@@ -21,7 +21,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from dpkd.backends.ray_post import Look, asked
 from dpkd.backends.ray_room import Move
-from dpkd.backends.ray_session import kill_actors
+from dpkd.backends.ray_session import free_placement_groups, kill_actors
 from dpkd.backends.ray_worker import Task, enter
 from dpkd.gang import Failure, StopRequests
 from dpkd.heartbeat import SLOW
@@ -69,6 +69,8 @@ class Generation:
             while fit.is_alive():
                 kill_actors(CONTROLLER)  # the workers go with it
                 fit.join(POLL_S)
+        if self._error is not None:
+            free_placement_groups()  # Ray Train's actor for that asks the dashboard, and waits where it does not answer
         return self._deaths() + self._told
 
     @property

@@ -11,6 +11,8 @@ from typing import Any
 
 import ray
 from ray._private.state import actors, available_resources_per_node
+from ray._raylet import PlacementGroupID
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpkd.errors import UserError
@@ -45,11 +47,19 @@ def on_this_node(actor: type, *, max_concurrency: int) -> Any:
 
 
 def kill_actors(class_name: str) -> None:
-    """Kills the actors of this class that this job has, and with them those that they own."""
+    """Kills the actors of this class that this process has made, and with them those that they own."""
     core: Any = ray._private.worker.global_worker  # noqa: SLF001  as `ray.kill` does, for actors without a handle
     for actor, told in actors(job_id=ray.JobID.from_hex(ray.get_runtime_context().get_job_id())).items():
         if told["ActorClassName"] == class_name and told["State"] != "DEAD":
             core.core_worker.kill_actor(ray.ActorID.from_hex(actor), True)
+
+
+def free_placement_groups() -> None:
+    """Gives back the room that this job holds in placement groups, whoever asked for it."""
+    job: str = ray.get_runtime_context().get_job_id()
+    for group, told in placement_group_table().items():
+        if group.endswith(job) and told["state"] != "REMOVED":  # an id ends with that of its job
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
 
 
 def rooms(*, free: bool = False) -> list[Room]:
