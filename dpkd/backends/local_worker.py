@@ -69,7 +69,8 @@ def enter(task: Task, rank: int, port: int) -> None:
             exit_code = _work(task, rank)
     except BaseException:  # noqa: BLE001  this is a process's end
         traceback.print_exc()
-    _leave(exit_code)
+    if exit_code:
+        _leave(exit_code)
 
 
 def _work(task: Task, rank: int) -> int:
