@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import connection, forkserver
@@ -67,15 +68,21 @@ def end_server() -> None:
 def end_with_parent() -> None:
     """Has this process killed with the one that started it, at once: it must not write into a run that goes on.
 
-    The fork server ends with the last process that holds this end of its pipe, which is then that one alone.
+    The kernel kills it with the process that it was forked from. That is the fork server, which ends with the last one
+    that holds this end of its pipe, the driver then; but for one that is stopped, so the driver itself is watched too.
     """
     if sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     parent = multiprocessing.parent_process()
-    if parent is not None and connection.wait([parent.sentinel], timeout=0):
-        os._exit(1)  # it died before
+    if parent is not None:
+        threading.Thread(target=_end_after, args=(parent.sentinel,), name="dpkd-parent", daemon=True).start()
     server: Any = forkserver._forkserver
     if server._forkserver_alive_fd is not None:
         os.close(server._forkserver_alive_fd)
         server._forkserver_alive_fd = None
+
+
+def _end_after(parent: int) -> None:
+    connection.wait([parent])
+    os._exit(1)

@@ -1,6 +1,5 @@
 """The gang protocol: N processes that train as one; and what becomes of a session when some of them fail."""
 
-import secrets
 import signal
 import time
 import traceback
@@ -38,13 +37,6 @@ class Supervision:
     progress: Callable[[], tuple[int, ...]] = tuple
     """How far the session is; restarts are counted anew once it has grown."""
     on_restart: Callable[[Restart], None] = lambda _: None
-
-    def order(self, *, hang_timeout_s: float | None) -> WatchOrder | None:
-        """The order to the watchdogs of one generation."""
-        if self.hangs is None or hang_timeout_s is None:
-            return None
-        session = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
-        return WatchOrder(self.hangs, session, hang_timeout_s)
 
 
 UNSUPERVISED = Supervision()

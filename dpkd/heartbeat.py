@@ -9,6 +9,8 @@ from dataclasses import dataclass
 STEADY = "train"
 """The phase that beats once a step. Every other one may take `SLOW` times as long."""
 SLOW = 6
+RESTING = "rest"
+"""The phase that may take as long as it likes, unless the process is stopped."""
 
 _LAYOUT = struct.Struct("=QQQQQ16s")
 SIZE = _LAYOUT.size
@@ -71,6 +73,11 @@ def pulse() -> None:
     """Says that this worker lives, inside a phase; ranks may differ in how often they call it."""
     if _heart is not None:
         _heart.pulse()
+
+
+def rest() -> None:
+    """Says that this worker waits to be given work."""
+    beat(RESTING)
 
 
 def start(memory: mmap.mmap) -> None:

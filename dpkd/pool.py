@@ -16,14 +16,18 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, Protocol, TypeVar
 
 from dpkd.errors import StorageUnavailable, WorkerFailed, portable, without_secrets
+from dpkd.heartbeat import beat, rest
 from dpkd.storage_errors import may_pass
+from dpkd.watchdog import WatchOrder, hangs, watched
 
 _log = logging.getLogger(__name__)
 
@@ -57,12 +61,13 @@ class Pool(Protocol):
 class Deaths(Generic[Item]):
     """Counts the workers that each item has cost, and gives an item up."""
 
-    def __init__(self, items: Sequence[Item]) -> None:
-        self._items = items
+    def __init__(self, items: Sequence[Item], *, order: WatchOrder | None = None) -> None:
+        self._items, self._order = items, order
         self._num_deaths: dict[int, int] = {}
 
-    def add(self, index: int, *, reason: str) -> None:
-        """Notes a worker that died on item `index`; raises `WorkerFailed` once it has cost too many."""
+    def add(self, index: int, *, number: int, reason: str) -> None:
+        """Notes that worker `number` died on item `index`; raises `WorkerFailed` once that has cost too many."""
+        reason = self._hang_of(number) or reason
         num_deaths = self._num_deaths[index] = self._num_deaths.get(index, 0) + 1
         if num_deaths > NUM_RETRIES:
             raise WorkerFailed(
@@ -70,6 +75,14 @@ class Deaths(Generic[Item]):
                 f"({reason}). "
                 "Out of memory? Run with fewer launcher.pool_workers, or take the item out."
             )
+        _log.warning("a worker died (%s), and another does its item: %s", reason, _named(self._items[index]))
+
+    def _hang_of(self, number: int) -> str:
+        """What its watchdog reported of a worker; empty where it did not."""
+        try:
+            return next((str(hang) for hang in hangs(self._order) if hang.rank == number), "")
+        except OSError as error:
+            return f"its hang report cannot be read: {error}"
 
 
 def _named(item: object) -> str:
@@ -90,6 +103,7 @@ class Accelerator:
 class _Worker:
     """A process, our end of its pipe, its own environment variables, and the item that it works on."""
 
+    number: int
     process: BaseProcess
     connection: Connection
     environment: Mapping[str, str]
@@ -99,25 +113,33 @@ class _Worker:
 class LocalPool:
     """Spawned processes on this machine, started by each `map` and gone with it.
 
-    Each has the variables of one of the `environments` in its environment, which no other has at the same time.
+    Each has the variables of one of the `environments` in its environment, which no other has at the same time. One
+    that gives no sign of life, on an item or while it is stopped, is ended as the `order` says.
     """
 
-    def __init__(self, num_workers: int, *, environments: Sequence[Mapping[str, str]] | None = None) -> None:
+    def __init__(
+        self,
+        num_workers: int,
+        *,
+        environments: Sequence[Mapping[str, str]] | None = None,
+        order: WatchOrder | None = None,
+    ) -> None:
         assert num_workers >= 1, num_workers
         assert environments is None or len(environments) == num_workers, "one environment a worker"
         self.num_workers = num_workers
         self._environments = environments or [{}] * num_workers
+        self._order, self._numbers = order, count()
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
         """See `Pool.map`."""
-        deaths = Deaths(items)
+        deaths = Deaths(items, order=self._order)
         waiting = deque(range(len(items)))
         free = list(self._environments)
         workers: list[_Worker] = []
         try:
             while waiting or any(worker.index is not None for worker in workers):
                 while waiting and free:
-                    workers.append(_start_worker(function, free.pop(0)))
+                    workers.append(self._start_worker(function, free.pop(0)))
                 for worker in workers:
                     if worker.index is None and waiting:
                         worker.index = waiting.popleft()
@@ -133,20 +155,20 @@ class LocalPool:
                     worker.process.join()
                     free.append(worker.environment)
                     waiting.appendleft(index)
-                    deaths.add(index, reason=f"exit code {worker.process.exitcode}")
+                    deaths.add(index, number=worker.number, reason=f"exit code {worker.process.exitcode}")
         finally:
             _stop(workers)
 
-
-def _start_worker(function: Callable[[Any], Any], environment: Mapping[str, str]) -> _Worker:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, environment), name="dpkd-pool", daemon=True)
-    process.start()
-    theirs.close()  # so that its death reads as the end of the pipe
-    worker = _Worker(process, ours, environment)
-    _give(worker, function)
-    return worker
+    def _start_worker(self, function: Callable[[Any], Any], environment: Mapping[str, str]) -> _Worker:
+        context, number = multiprocessing.get_context("spawn"), next(self._numbers)
+        ours, theirs = context.Pipe()
+        arguments = (theirs, environment, self._order, number)
+        process = context.Process(target=_serve, args=arguments, name="dpkd-pool", daemon=True)
+        process.start()
+        theirs.close()  # so that its death reads as the end of the pipe
+        worker = _Worker(number, process, ours, environment)
+        _give(worker, function)
+        return worker
 
 
 def _give(worker: _Worker, message: Any) -> None:
@@ -192,28 +214,30 @@ def _stop(workers: list[_Worker]) -> None:
             worker.process.join()
 
 
-def _serve(connection: Connection, environment: Mapping[str, str]) -> None:
+def _serve(connection: Connection, environment: Mapping[str, str], order: WatchOrder | None, number: int) -> None:
     """The life of a worker: receives the function, then items, until the pipe ends."""
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the parent decides
+    for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(ignored, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the parent decides
     os.environ.update({**ONE_THREAD, **environment})  # before the function brings in numpy
-    try:
+    with watched(order, rank=number), suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        rest()
         pickled = connection.recv_bytes()
         load = lru_cache(maxsize=1)(lambda: pickle.loads(pickled))
         while True:
             connection.send_bytes(answer_to(load, connection.recv_bytes()))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return
 
 
 def answer_to(load: Callable[[], Callable[[Any], Any]], item: bytes) -> bytes:
     """The pickled answer of a worker to a pickled item: (result, error, its traceback)."""
+    beat("item")
     try:
         result = _answer_at_last(load(), pickle.loads(item))
         return pickle.dumps((result, None, ""), pickle.HIGHEST_PROTOCOL)
     except Exception as error:  # noqa: BLE001  crosses to the parent, which raises it
         trace = traceback.format_exc()
         return pickle.dumps((None, portable(error), trace), pickle.HIGHEST_PROTOCOL)
+    finally:
+        rest()
 
 
 def _answer_at_last(function: Callable[[Any], Any], item: Any, *, attempt: int = 0) -> Any:

@@ -87,7 +87,7 @@ def run_pool_stages(
     """Packs and prepares, as far as named, each inside what `told` gives for its name."""
     if not stages:
         return
-    pool = make_pool(settings.launcher)
+    pool = make_pool(settings.launcher, hangs=folder.hangs)
     quarantine = Quarantine(folder.quarantine, limit=settings.data.bad_limit)
     for stage in stages:
         recorded = folder.running(stage, given(stage, settings), makes=partial(makes, stage, settings))
@@ -113,7 +113,7 @@ def _run_pool_stage(stage: str, settings: Settings, folder: RunFolder, *, pool: 
     url = settings.data.shards or str(folder.path / "shards")
     accelerator = None
     if stage == "prepare" and accelerated(settings.prepare.priors):  # else the driver needs no torch to look for GPUs
-        accelerator = make_accelerator(settings.launcher)
+        accelerator = make_accelerator(settings.launcher, hangs=folder.hangs)
     with Progress(stage, 0) as progress:
         if stage == "pack":
             pack(settings.data, url, seed=settings.run.seed, pool=pool, quarantine=quarantine, progress=progress.reach)

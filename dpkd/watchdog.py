@@ -16,6 +16,7 @@ import faulthandler
 import mmap
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -43,12 +44,20 @@ NOT_FOR_US = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, sign
 
 @dataclass(frozen=True)
 class WatchOrder:
-    """What a gang asks a watchdog to do: where reports go, what begins their names, and how long a step may take."""
+    """What a gang or a pool asks of a watchdog: where reports go, what begins their names, how long a step may take."""
 
     folder: Path
     """Seen by the driver too."""
     session: str
     hang_timeout_s: float
+
+    @classmethod
+    def begin(cls, folder: Path | None, *, hang_timeout_s: float | None) -> "WatchOrder | None":
+        """An order for a session that begins now; none where nobody is to be watched."""
+        if folder is None or hang_timeout_s is None:
+            return None
+        session = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
+        return cls(folder, session, hang_timeout_s)
 
 
 @dataclass(frozen=True)
@@ -172,7 +181,9 @@ class _Watchdog:
             now_s = time.monotonic()
             beat = self._beat()
             # no more than a little for each look: the rest was a pause of the whole machine, or of this process too
-            quiet_s = 0.0 if beat.pulses != last.pulses else quiet_s + min(now_s - looked_s, 2 * tick_s)
+            quiet_s += min(now_s - looked_s, 2 * tick_s)
+            if beat.pulses != last.pulses or (beat.phase == heartbeat.RESTING and _state(self.process) != "T"):
+                quiet_s = 0.0
             last, looked_s = beat, now_s
             if quiet_s > beat.allowance * self.order.hang_timeout_s and not _is_debugged(self.process):
                 if self._end_worker(beat, quiet_s):

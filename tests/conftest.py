@@ -1,6 +1,7 @@
 """What the tests share: one thread a process, and a small sample folder drawn once a session."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,16 @@ def one_thread() -> None:
     """Keeps torch and OpenCV to one thread in this process."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hang_ups() -> None:
+    """Has SIGHUP reach the commands under test where `nohup` started this process, which goes on all the same.
+
+    A program that is started inherits what is ignored, and not what is handled.
+    """
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda _number, _frame: None)
 
 
 @pytest.fixture(scope="session")

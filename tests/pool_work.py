@@ -35,6 +35,22 @@ def kill_worker(number):
     return number
 
 
+def hang_first_worker(item):
+    """The first worker of the item 3 never answers."""
+    number, folder, how = item
+    mark = Path(folder) / str(number)
+    if number == 3 and not mark.exists():
+        mark.touch()
+        if how == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(600)
+    return number
+
+
+def name_process(_item):
+    return os.getpid()
+
+
 def fail_at_first(item):
     """Fails as storage does, `num_failures` times for each item."""
     number, folder, num_failures = item

@@ -284,7 +284,8 @@ def test_workers_that_do_not_heed_a_stop_are_ended(make_gang, tmp_path):
         make_gang(2, max_restarts=3, stop_grace_s=1.0).run(heed_nothing, str(tmp_path))
 
 
-def test_a_killed_driver_takes_its_workers_along(tmp_path):
+@pytest.mark.parametrize("is_server_stopped", [False, True])
+def test_a_killed_driver_takes_its_workers_along(tmp_path, is_server_stopped):
     script = (
         "from dpkd.backends.local_gang import LocalGang\n"
         "from tests.gang_work import wait_alone\n"
@@ -296,11 +297,17 @@ def test_a_killed_driver_takes_its_workers_along(tmp_path):
     )
     up = tmp_path / "up-0"
     _wait_until(lambda: up.exists() and up.read_text() != "")
+    (server,) = (each for each in psutil.Process(driver.pid).children() if "forkserver" in " ".join(each.cmdline()))
+    if is_server_stopped:
+        server.suspend()
     driver.kill()
     driver.wait()
     worker = int(up.read_text())
     _wait_until(lambda: not _runs(worker), timeout_s=5)
+    server.resume()
     assert not _runs(worker)
+    _wait_until(lambda: not _runs(server.pid), timeout_s=5)
+    assert not _runs(server.pid)
 
 
 DIED = Failure(1, "killed by SIGKILL", time_s=1.0)

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dpkd"
 # Low to high. A module imports from its own room and the lines below it; rooms on one line do not import each other.
 LAYERS = (
     ("section", "errors", "settings_errors", "strict_yaml", "untrusted", "heartbeat", "stop_signals"),
-    ("storage_errors", "watchdog", "checked_json", "forking"),
+    ("storage_errors", "watchdog", "checked_json", "forking", "lasting_folder"),
     ("storage",),
     ("shard_cache",),
     ("world",),

@@ -1,5 +1,7 @@
 """What every pool keeps: one set of tests over the local pool and the Ray pool."""
 
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -9,11 +11,14 @@ import pytest
 from dpkd.backends.ray_pool import RayPool
 from dpkd.errors import StorageUnavailable, UserError, WorkerFailed
 from dpkd.pool import NUM_RETRIES, LocalPool, Pool
+from dpkd.watchdog import WatchOrder
 from tests.pool_work import (
     fail_at_first,
+    hang_first_worker,
     kill_first_worker,
     kill_worker,
     name_folder,
+    name_process,
     note_and_wait,
     num_threads,
     refuse_file,
@@ -24,11 +29,12 @@ from tests.pool_work import (
 
 
 @pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.slow)])
-def pool(request: pytest.FixtureRequest) -> Pool:
+def pool(request: pytest.FixtureRequest, tmp_path: Path) -> Pool:
+    order = WatchOrder.begin(tmp_path / "hangs", hang_timeout_s=1.0)
     if request.param == "local":
-        return LocalPool(2)
+        return LocalPool(2, order=order)
     request.getfixturevalue("ray_connection")
-    return RayPool(2)
+    return RayPool(2, order=order)
 
 
 def test_every_item_is_answered_once_under_its_index(pool):
@@ -60,6 +66,33 @@ def test_an_item_whose_worker_was_killed_is_done_by_another(pool, tmp_path):
     answers = sorted(pool.map(kill_first_worker, [(number, str(tmp_path)) for number in range(10)]))
     assert answers == [(number, number) for number in range(10)]
     assert (tmp_path / "3").exists()
+
+
+@pytest.mark.parametrize("how", ["stopped", "waiting"])
+def test_an_item_whose_worker_hangs_is_done_by_another(pool, tmp_path, caplog, how):
+    answers = sorted(pool.map(hang_first_worker, [(number, str(tmp_path), how) for number in range(5)]))
+    assert answers == [(number, number) for number in range(5)]
+    told = "stopped by a signal" if how == "stopped" else "pool_work.py:"
+    assert f"hung: no sign of life for 6 s in item, step 0, {told}" in caplog.text.replace("at tests/", "")
+    (report,) = (tmp_path / "hangs").iterdir()
+    assert ("in hang_first_worker" in report.read_text()) == (how == "waiting")
+
+
+def test_a_worker_that_is_stopped_between_two_items_is_followed_by_another(pool):
+    answers = pool.map(name_process, range(6))
+    _, process = next(answers)
+    os.kill(process, signal.SIGSTOP)
+    others = {other for _, other in answers if other != process}
+    assert others
+    assert not Path(f"/proc/{process}").exists()
+
+
+def test_a_worker_may_wait_for_its_next_item_as_long_as_it_likes(pool, tmp_path):
+    answers = pool.map(name_process, range(5))
+    _, process = next(answers)
+    time.sleep(8)
+    assert process in {other for _, other in answers}
+    assert not (tmp_path / "hangs").exists()
 
 
 def test_an_item_that_kills_every_worker_is_named(pool):

@@ -5,6 +5,7 @@ Imports stand inside the functions: pool workers load the driver's modules too, 
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from dpkd.forking import load_ahead
@@ -12,6 +13,7 @@ from dpkd.gang import Gang
 from dpkd.placement import Sizes
 from dpkd.pool import Accelerator, LocalPool, Pool
 from dpkd.stages.settings import LauncherSettings
+from dpkd.watchdog import WatchOrder
 
 
 def launcher_kind(settings: LauncherSettings) -> str:
@@ -21,29 +23,33 @@ def launcher_kind(settings: LauncherSettings) -> str:
     return "ray" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else "local"
 
 
-def make_pool(settings: LauncherSettings) -> Pool:
-    """Processes for packing and preparing: `launcher.pool_workers`, else one a core."""
+def make_pool(settings: LauncherSettings, *, hangs: Path) -> Pool:
+    """Processes for packing and preparing: `launcher.pool_workers`, else one a core; reports of hangs go to `hangs`."""
+    order = WatchOrder.begin(hangs, hang_timeout_s=settings.hang_timeout_s)
     if launcher_kind(settings) == "local":
-        return LocalPool(settings.pool_workers or os.cpu_count() or 1)
+        return LocalPool(settings.pool_workers or os.cpu_count() or 1, order=order)
     from dpkd.backends.ray_pool import RayPool  # noqa: PLC0415
 
-    return RayPool(settings.pool_workers)
+    return RayPool(settings.pool_workers, order=order)
 
 
-def make_accelerator(settings: LauncherSettings) -> Accelerator | None:
+def make_accelerator(settings: LauncherSettings, *, hangs: Path) -> Accelerator | None:
     """Processes for priors that run on a GPU, one a GPU of this machine or of the Ray cluster; none without a GPU.
 
     On Ray a worker takes a GPU and no CPU, so that it comes up however many CPUs the other pool holds.
     """
+    order = WatchOrder.begin(hangs, hang_timeout_s=settings.hang_timeout_s)
     if launcher_kind(settings) == "local":
         devices = _local_gpus()
+        if not devices:
+            return None
         environments = [{"CUDA_VISIBLE_DEVICES": device} for device in devices]
-        return Accelerator(LocalPool(len(devices), environments=environments), device="cuda") if devices else None
+        return Accelerator(LocalPool(len(devices), environments=environments, order=order), device="cuda")
     from dpkd.backends.ray_pool import RayPool  # noqa: PLC0415
     from dpkd.backends.ray_session import connect, node_gpus  # noqa: PLC0415
 
     connect()
-    return Accelerator(RayPool(gpus_per_worker=1), device="cuda") if any(node_gpus()) else None
+    return Accelerator(RayPool(gpus_per_worker=1, order=order), device="cuda") if any(node_gpus()) else None
 
 
 def _local_gpus() -> list[str]:

@@ -4,18 +4,18 @@ Not torch's elastic agent, which waits for a worker that is stopped after its wo
 ever; which tells of one failure where several workers failed, and takes the signals that ask a run to stop.
 """
 
-import fcntl
 import multiprocessing
 import os
 import pickle
+import secrets
 import signal
 import socket
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -29,8 +29,10 @@ from dpkd.errors import StopRequested
 from dpkd.forking import end_server, forking, load_ahead
 from dpkd.gang import FOR_MEMORY, UNSUPERVISED, Failure, StopRequests, Supervision, explained, supervise
 from dpkd.heartbeat import SLOW
+from dpkd.lasting_folder import lasting_folder
 from dpkd.placement import Room
 from dpkd.stop_signals import heeding, held
+from dpkd.watchdog import WatchOrder
 
 LOOK_S = 0.1
 PATIENCE_S = 5.0
@@ -69,11 +71,11 @@ class LocalGang:
         """See `Gang.run`."""
         modules = (__name__, work.__module__)
         stop = StopRequests()
-        with _lasting_folder() as folder:
+        with lasting_folder("gang", secrets.token_hex(4)) as folder:
 
             def run_once() -> list[Failure]:
                 generation = Path(tempfile.mkdtemp(prefix="generation-", dir=folder))
-                order = supervision.order(hang_timeout_s=self._hang_timeout_s)
+                order = WatchOrder.begin(supervision.hangs, hang_timeout_s=self._hang_timeout_s)
                 task = Task(work, argument, generation, self.num_workers, self._threads, order)
                 start_method = load_ahead(*modules)
                 return explained(_Generation(task, stop, start_method, grace_s=self._stop_grace_s).run(), order)
@@ -85,19 +87,6 @@ class LocalGang:
                     stop_requested=lambda: stop.count > 0,
                     supervision=supervision,
                 )
-
-
-@contextmanager
-def _lasting_folder() -> Iterator[str]:
-    """A temporary folder that stands for as long as it is needed: what tidies up old ones heeds the lock."""
-    with tempfile.TemporaryDirectory(prefix="dpkd-gang-", ignore_cleanup_errors=True) as folder:
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(handle, fcntl.LOCK_SH)
-            yield folder
-        finally:
-            os.close(handle)
 
 
 def room() -> Room:

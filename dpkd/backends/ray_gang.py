@@ -25,6 +25,7 @@ from dpkd.gang import UNSUPERVISED, Failure, Restart, StopRequests, Supervision,
 from dpkd.placement import Sizes, cpus_per_worker
 from dpkd.report.progress import say
 from dpkd.stop_signals import heeding
+from dpkd.watchdog import WatchOrder
 
 
 class RayGang:
@@ -61,7 +62,7 @@ class RayGang:
             crowded = False
             while True:
                 size, cpus = self._wait_for_room(least, stop, crowded=crowded)
-                order = supervision.order(hang_timeout_s=self._hang_timeout_s)
+                order = WatchOrder.begin(supervision.hangs, hang_timeout_s=self._hang_timeout_s)
                 post = on_this_node(Post, max_concurrency=100_000)
                 task = Task(work, argument, post, str(Path.cwd()), self._threads, order)
                 resources, grace_s = {"CPU": float(cpus)} | self._gpu, self._stop_grace_s

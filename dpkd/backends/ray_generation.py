@@ -7,8 +7,8 @@ actor, that hangs before the workers are at work; here it does not.
 
 import os
 import re
+import secrets
 import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -25,6 +25,7 @@ from dpkd.backends.ray_session import free_placement_groups, kill_actors
 from dpkd.backends.ray_worker import Task, enter
 from dpkd.gang import Failure, StopRequests
 from dpkd.heartbeat import SLOW
+from dpkd.lasting_folder import lasting_folder
 from dpkd.report.progress import heard_or_not
 
 CONTROLLER = "TrainController"
@@ -58,8 +59,8 @@ class Generation:
         """Runs them until they have ended; returns how they failed, if they did: as they told, or were seen to die."""
         for name, value in DRIVER_SETTINGS.items():
             os.environ.setdefault(name, value)
-        with tempfile.TemporaryDirectory(prefix="dpkd-gang-") as folder:
-            fit = threading.Thread(target=self._fit, args=(folder,), name="dpkd-ray-train", daemon=True)
+        with lasting_folder("gang", secrets.token_hex(4)) as folder:
+            fit = threading.Thread(target=self._fit, args=(str(folder),), name="dpkd-ray-train", daemon=True)
             fit.start()  # so that this thread stays free for signals and output
             try:
                 self._watch(fit, stop, move)

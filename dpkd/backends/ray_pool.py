@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,8 +20,10 @@ from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryEr
 
 from dpkd.backends.ray_session import connect, enter_folder
 from dpkd.errors import WorkerFailed
+from dpkd.heartbeat import rest
 from dpkd.pool import NUM_RETRIES, ONE_THREAD, Deaths, answer_to, result_of
 from dpkd.report.progress import say
+from dpkd.watchdog import WatchOrder, watched
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -38,19 +41,22 @@ class RayPool:
     says how many that was at the start. `gpus_per_worker` is a fraction up to 1, or a whole number.
     """
 
-    def __init__(self, num_workers: int | None = None, *, gpus_per_worker: float = 0.0) -> None:
+    def __init__(
+        self, num_workers: int | None = None, *, gpus_per_worker: float = 0.0, order: WatchOrder | None = None
+    ) -> None:
         assert num_workers is None or num_workers >= 1, num_workers
         assert 0 <= gpus_per_worker <= 1 or gpus_per_worker == int(gpus_per_worker), gpus_per_worker
         connect()
         self._ceiling = num_workers
+        self._order, self._numbers = order, count()
         # a GPU worker takes no CPU, so that it comes up however many of them the pool for CPUs holds
         self._needs = {"GPU": float(gpus_per_worker)} if gpus_per_worker else {"CPU": 1.0}
         self.num_workers = num_workers or max(1, room(nodes(), needs=self._needs))
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
         """See `Pool.map`."""
-        crew = _Crew(function, needs=self._needs)
-        deaths = Deaths(items)
+        crew = _Crew(function, needs=self._needs, order=self._order, numbers=self._numbers)
+        deaths = Deaths(items, order=self._order)
         waiting = deque(range(len(items)))
         try:
             while waiting or crew.num_working:
@@ -86,7 +92,7 @@ class RayPool:
         elif event.index is None:
             crew.count_failed_start(reason)
         else:
-            deaths.add(event.index, reason=reason)
+            deaths.add(event.index, number=event.member.number, reason=reason)
 
 
 def nodes() -> list[dict[str, float]]:
@@ -113,9 +119,10 @@ def shortage(nodes: Sequence[dict[str, float]], *, needs: dict[str, float], free
 
 @dataclass(eq=False)
 class _Member:
-    """An actor, and the node that it runs on, once it does."""
+    """An actor, its number, and the node that it runs on, once it does."""
 
     actor: Any
+    number: int
     node_id: str | None = None
 
 
@@ -144,9 +151,16 @@ class _Asked:
 class _Crew:
     """The actors and what they were asked."""
 
-    def __init__(self, function: Callable[[Any], Any], *, needs: dict[str, float]) -> None:
+    def __init__(
+        self,
+        function: Callable[[Any], Any],
+        *,
+        needs: dict[str, float],
+        order: WatchOrder | None,
+        numbers: Iterator[int],
+    ) -> None:
         self._function = ray.put(cloudpickle.dumps(function))
-        self._needs = needs
+        self._needs, self._order, self._numbers = needs, order, numbers
         options: dict[str, Any] = {"num_cpus": needs.get("CPU", 0), "num_gpus": needs.get("GPU", 0), "max_restarts": 0}
         # not set in the actor: Ray may have brought in numpy by then, and a node's own OMP_NUM_THREADS wins over Ray's
         options["runtime_env"] = {"env_vars": ONE_THREAD}
@@ -169,7 +183,8 @@ class _Crew:
 
     def start_worker(self) -> None:
         """Asks for one more; its first event comes when the cluster has found room for it."""
-        member = _Member(self._actor.remote(self._function, str(Path.cwd())))
+        number = next(self._numbers)
+        member = _Member(self._actor.remote(self._function, str(Path.cwd()), self._order, number), number)
         self._all.append(member)
         self._asked[member.actor.node.remote()] = _Asked(member, None)
 
@@ -250,8 +265,11 @@ def _gist(death: RayError | None) -> str:
 class _Worker:
     """The actor's own side: unpickles the function once, then answers for items."""
 
-    def __init__(self, function: bytes, folder: str) -> None:
+    def __init__(self, function: bytes, folder: str, order: WatchOrder | None, number: int) -> None:
         enter_folder(folder)
+        self._watch = watched(order, rank=number)
+        self._watch.__enter__()  # until this process ends
+        rest()
         self._load = lru_cache(maxsize=1)(lambda: pickle.loads(function))
 
     def node(self) -> str:

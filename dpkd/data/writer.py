@@ -15,6 +15,7 @@ from dpkd.data.shard_index import ShardIndex, ShardInfo, index_name
 from dpkd.data.shards import EXPERT_PREFIX, FORMAT_VERSION, checksum
 from dpkd.data.tars import Member, TarWriter
 from dpkd.errors import UserError
+from dpkd.heartbeat import pulse
 from dpkd.storage_errors import NO_FILE
 
 Row = tuple[str, int, str | None, int, dict[str, Member]]
@@ -84,6 +85,7 @@ def write_shard(job: ShardJob) -> ShardIndex:
     with storage.open_atomic(place) as file:
         writer = TarWriter(file)
         for sample in job.samples:
+            pulse()
             try:
                 members, image_HWC = _members(sample)
             except BrokenImage as error:

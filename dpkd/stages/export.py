@@ -48,25 +48,24 @@ def export(run: Run, settings: ExportSettings) -> None:
     evaluation = read_evaluation(run.folder)
     for name, table in evaluation["students"].items():
         spec, network = load_network(run.folder.students / name)
-        made = run.folder.export / f".{name}.tmp"
-        if made.exists():
-            shutil.rmtree(made)  # an earlier attempt was cut short
-        made.mkdir(parents=True)
-        write_timm_folder(made, network)
-        difference = None
-        if settings.onnx:
-            difference = write_onnx(made / "model.onnx", network, map_size=run.map_size, tolerance=settings.tolerance)
-        card = model_card(
-            name, table, evaluation=evaluation, spec=spec.model_dump(mode="json"), onnx_difference=difference
-        )
-        (made / "README.md").write_text(card)
-        run.folder.refuse_superseded()
-        _replace(run.folder.export / name, made)
+        with run.folder.scratch(f"export-{name}") as made:
+            write_timm_folder(made, network)
+            difference = None
+            if settings.onnx:
+                path = made / "model.onnx"
+                difference = write_onnx(path, network, map_size=run.map_size, tolerance=settings.tolerance)
+            card = model_card(
+                name, table, evaluation=evaluation, spec=spec.model_dump(mode="json"), onnx_difference=difference
+            )
+            (made / "README.md").write_text(card)
+            run.folder.refuse_superseded()
+            _replace(run.folder.export / name, made)
         say(f"export: {run.folder.export / name}")
 
 
 def _replace(folder: Path, made: Path) -> None:
     """Puts the folder `made` in the place of an earlier export, which stays whole until then."""
+    folder.parent.mkdir(exist_ok=True)
     earlier = folder.with_name(f".{folder.name}.old")
     if earlier.exists():
         shutil.rmtree(earlier)

@@ -12,6 +12,7 @@ from dpkd import storage
 from dpkd.data.images import BrokenImage, decode_image
 from dpkd.data.shards import Sample, Split, Unreadable
 from dpkd.data.tars import list_members
+from dpkd.heartbeat import pulse
 from dpkd.priors import Prior
 from dpkd.priors.codecs import Map
 from dpkd.priors.extractor import BatchExtractor, Extractor, fingerprint
@@ -32,6 +33,7 @@ def make_records(
     """
     records = _with_batches(split, priors, before=before, device=device)
     for sample in split.read_shard(0):
+        pulse()
         yield _record(sample, priors, before=records.get(sample.key))
 
 
@@ -80,6 +82,7 @@ def _with_batches(
         if isinstance(prior, BatchExtractor):
             samples = split.read_shard(0)
             while batch := list(islice(samples, prior.batch_size)):
+                pulse()
                 records.update(_batch_records(batch, prior, before=records, device=device))
     return records
 

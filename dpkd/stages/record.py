@@ -4,7 +4,7 @@ runs/<name>/stages.json   {"<stage>": {"status": "running" | "done", "seconds": 
                                        "made": {place: sha256}}}      of a stage that is done
 
 runs/<name>/attempts/0003       empty; the third attempt at the run has begun
-runs/<name>/attempts/0003.tmp/  where it writes stages.json before it puts it in its place
+runs/<name>/attempts/0003.tmp/  where it writes stages.json and exports before it puts them in their place
 
 A place is a path below the run folder, any other path, or a URL. A file that is no longer what the stage made would
 else be taken for its result, so such a stage is not done.
@@ -16,6 +16,7 @@ are claimed stage by stage (`train.checkpoint_store`), because they may stand in
 """
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -59,7 +60,8 @@ class RunFolder:
             attempt = self._newest() + 1
             if storage.write_bytes_once(self._attempts / f"{attempt:04d}", b""):
                 for name in storage.list_names(self._attempts):
-                    if name.endswith(_TEMPORARY):
+                    number, dot, rest = name.partition(".")
+                    if dot + rest == _TEMPORARY and int(number) <= attempt:  # a newer one may have begun meanwhile
                         storage.remove_tree(self._attempts / name)
                 with write_errors(self._attempts):
                     (self._attempts / f"{attempt:04d}{_TEMPORARY}").mkdir()
@@ -74,6 +76,27 @@ class RunFolder:
                 f"attempt {newest} at this run has begun ({place}), so attempt {self.attempt} stops here and has "
                 "written no result since; let one of them run, or choose another run.dir"
             )
+
+    @contextmanager
+    def scratch(self, name: str) -> Iterator[Path]:
+        """An empty folder of this attempt's own in the body, for what is put in its place once it is whole.
+
+        A newer attempt removes it as it begins; whatever error that leads to, `Superseded` is raised.
+        """
+        folder = self._own_folder / name
+        shutil.rmtree(folder, ignore_errors=True)  # a worker that was killed left it
+        try:
+            folder.mkdir(parents=self.attempt is None)
+            yield folder
+        except Exception:
+            self.refuse_superseded()
+            raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @property
+    def _own_folder(self) -> Path:
+        return self._attempts / f"{self.attempt or 0:04d}{_TEMPORARY}"
 
     def _newest(self) -> int:
         return max((int(name) for name in storage.list_names(self._attempts) if name.isdecimal()), default=0)
@@ -184,7 +207,7 @@ class RunFolder:
         if self.attempt is None:
             storage.write_bytes_atomic(self._stages, data)
             return
-        beside = self._attempts / f"{self.attempt:04d}{_TEMPORARY}" / self._stages.name
+        beside = self._own_folder / self._stages.name
         try:
             with write_errors(self._stages):
                 beside.write_bytes(data)

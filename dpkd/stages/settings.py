@@ -141,7 +141,7 @@ class LauncherSettings(Section):
     """How often workers start again after a failure; counted anew whenever a later checkpoint stands."""
     hang_timeout_s: float | None = Field(600.0, gt=0)
     """A worker whose step takes longer is ended, and all start again; six times as long for anything else, such as
-    starting, evaluating and saving. None watches nothing."""
+    starting, evaluating and saving, or an image in packing and preparing. None watches nothing."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of one training process; none shares the cores out."""
     stop_grace_s: float = Field(30.0, ge=0)

@@ -6,7 +6,7 @@ what stands). The next save waits for the one before, so that slow storage holds
 memory. Before any rank loads, all have verified the files, and they fall back together.
 """
 
-import shutil
+import secrets
 import tempfile
 import threading
 import time
@@ -20,6 +20,7 @@ from typing import Protocol, TypeVar
 from dpkd import storage
 from dpkd.engine_state import Writer
 from dpkd.errors import StorageUnavailable, UserError, portable
+from dpkd.lasting_folder import lasting_folder, place
 from dpkd.report.progress import say
 from dpkd.storage_errors import NO_FILE, may_pass
 from dpkd.train.checkpoint_store import MANIFEST, CheckpointStore, FileFacts, Manifest, Mark, RankFiles, Superseded
@@ -175,14 +176,14 @@ class Checkpoints:
         if path is not None:
             yield path, partial(self._faults, mark, path, share=(self.world.rank, self.world.size))
             return
-        token = self.world.broadcast(f"{time.time_ns():x}")
-        copy = Path(tempfile.gettempdir()) / f"dpkd-checkpoint-{token}"
-        try:
-            yield copy, partial(self._fetch, mark, copy) if self.world.local_rank == 0 else list
+        named = ("checkpoint", self.world.broadcast(secrets.token_hex(8)))
+        if self.world.local_rank > 0:
+            yield place(*named), list
+            self.world.barrier()
+            return
+        with lasting_folder(*named) as copy:
+            yield copy, partial(self._fetch, mark, copy)
             self.world.barrier()  # nobody removes what another still loads
-        finally:
-            if self.world.local_rank == 0:
-                shutil.rmtree(copy, ignore_errors=True)
 
     def _fetch(self, mark: Mark, copy: Path) -> list[str]:
         """Copies a remote checkpoint to this machine; returns what is wrong with it."""
@@ -270,12 +271,15 @@ class _Transaction:
     def _scratch(self) -> Iterator[Path]:
         """An empty folder on the disk where the files will stand, or on any where that is remote."""
         beside = storage.local_path(self.store.place(self.mark))
-        if beside is not None:
-            with storage.write_errors(beside):
-                beside.mkdir(parents=True, exist_ok=True)
-                storage.sync_folder(beside.parent)
-        with tempfile.TemporaryDirectory(prefix=".rank-", dir=beside) as folder:
-            yield Path(folder)
+        if beside is None:
+            with lasting_folder("saving", secrets.token_hex(8)) as folder:
+                yield folder
+            return
+        with storage.write_errors(beside):
+            beside.mkdir(parents=True, exist_ok=True)
+            storage.sync_folder(beside.parent)
+        with tempfile.TemporaryDirectory(prefix=".rank-", dir=beside) as scratch:
+            yield Path(scratch)
 
 
 class _Saving:

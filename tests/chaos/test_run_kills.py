@@ -83,10 +83,8 @@ def assert_tidy(campaign: Campaign, shared_memory_before: set[str]) -> None:
         time.sleep(0.1)
     left = {path.name for path in Path("/dev/shm").iterdir()} - shared_memory_before
     assert not [name for name in left if any(str(process) in name for process in campaign.seen)]
-    strange = [
-        each.name for each in campaign.temporary.iterdir() if not each.name.startswith(("dpkd-gang-", "pymp-", ".ses"))
-    ]
-    assert not strange, strange  # the first two are of processes that were killed, the last is onnxruntime's
+    strange = [each.name for each in campaign.temporary.iterdir() if not each.name.startswith(("pymp-", ".ses"))]
+    assert not strange, strange  # `multiprocessing`'s, of processes that were killed, and onnxruntime's
 
 
 def record(campaign: Campaign, suite: str, *, outcome: str) -> None:

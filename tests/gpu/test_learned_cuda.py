@@ -63,7 +63,7 @@ def device_of(_item: int) -> tuple[str, int]:
 
 
 def test_each_gpu_has_a_worker_that_sees_it_alone(tmp_path):
-    accelerator = make_accelerator(LauncherSettings(kind="local"))
+    accelerator = make_accelerator(LauncherSettings(kind="local"), hangs=tmp_path / "hangs")
     assert accelerator.pool.num_workers == torch.cuda.device_count()
     assert {count for _, (_, count) in accelerator.pool.map(device_of, range(8))} == {1}
 
@@ -73,7 +73,7 @@ def test_a_set_prepared_with_a_gpu_holds_the_maps_of_the_cpu(tmp_path):
     images = draw_images(tmp_path / "images")
     here, there = (pack_folder(images, tmp_path / name) for name in ("here", "there"))
     prepare_all(here, priors=priors)
-    accelerator = make_accelerator(LauncherSettings(kind="local"))
+    accelerator = make_accelerator(LauncherSettings(kind="local"), hangs=tmp_path / "hangs")
     prepare_all(there, priors=priors, pool=LocalPool(2), accelerator=accelerator)
     for mine, other in zip(all_maps(here), all_maps(there), strict=True):
         for name, map_HWC in mine.items():

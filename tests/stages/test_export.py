@@ -125,7 +125,6 @@ def test_exporting_again_replaces_the_folder_whole(exported_run: Run, tmp_path: 
     shutil.copytree(exported_run.folder.path, tmp_path / "run", ignore=shutil.ignore_patterns("shards"))
     run = dataclasses.replace(exported_run, folder=RunFolder(tmp_path / "run"))
     (run.folder.export / "conv" / "stray").write_text("of an earlier export")
-    (run.folder.export / ".conv.tmp").mkdir()  # of an export that was cut short
     export(run, ExportSettings(onnx=False))
     assert sorted(path.name for path in run.folder.export.iterdir()) == ["conv", "vit"]
     assert {path.name for path in (run.folder.export / "conv").iterdir()} == {

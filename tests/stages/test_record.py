@@ -112,6 +112,36 @@ def test_an_attempt_that_was_stopped_just_before_it_writes_changes_no_record(
     assert {stage: record["status"] for stage, record in older.stages().items()} == {"teach": "done"}
 
 
+def test_what_an_attempt_makes_beside_is_its_own_and_goes_with_the_next_attempt(tmp_path: Path) -> None:
+    older = RunFolder(tmp_path).claimed()
+    with older.scratch("export") as made:
+        assert made.is_dir()
+    assert not made.exists()
+
+    def write_late() -> None:
+        with older.scratch("export") as made, RunFolder(tmp_path).claimed().scratch("export") as other:
+            assert other != made
+            (made / "file").touch()
+
+    with pytest.raises(Superseded, match="attempt 2 at this run has begun"):
+        write_late()
+
+
+def test_a_claim_that_was_slow_leaves_the_newer_one_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    list_names, folders = storage.list_names, []
+
+    def claim_meanwhile(url: Path) -> list[str]:
+        if (tmp_path / "attempts" / "0001").exists() and not folders:
+            folders.append(None)
+            folders.append(RunFolder(tmp_path).claimed())
+        return list_names(url)
+
+    monkeypatch.setattr(storage, "list_names", claim_meanwhile)
+    RunFolder(tmp_path).claimed()
+    with folders[1].scratch("export") as made:
+        assert made.is_dir()
+
+
 def test_an_error_of_an_attempt_that_a_newer_one_followed_leaves_the_record_alone(tmp_path: Path) -> None:
     older = RunFolder(tmp_path).claimed()
 
