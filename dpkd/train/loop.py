@@ -132,9 +132,10 @@ def _train_step(
         for name, engine in task.engines.items():
             engine.backward(torch.stack(list(losses[name].values())).sum())
         meter.add_losses(losses)
-    for name, engine in task.engines.items():
-        rate = task.learning_rate(name, step=step)
-        norm = engine.step(learning_rate=rate)
-        guard.check(name, norm, step=step, learning_rate=rate)
-        meter.add_step(name, learning_rate=rate, gradient_norm=norm)
+    rates = {name: task.learning_rate(name, step=step) for name in task.engines}
+    # every engine first: one that holds gradients when a step is undone would add them to the next
+    norms = {name: engine.step(learning_rate=rates[name]) for name, engine in task.engines.items()}
+    for name, norm in norms.items():
+        guard.check(name, norm, step=step, learning_rate=rates[name])
+        meter.add_step(name, learning_rate=rates[name], gradient_norm=norm)
     return batch

@@ -73,6 +73,20 @@ def check(trials: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
     print(f"{len(trials)} ways; furthest from the unbroken run: {furthest}")
 
 
+def poisoned(pair: tuple[str, str], network: str, *, size: int = 2) -> dict[str, Any]:
+    """A trial in which one rank's loss of one network is no number at one step."""
+    segment = {"size": size, "engines": pair, "end": LAST}
+    poison = {"step": 8, "rank": size - 1, "network": network}
+    return {"segments": [segment | {"poison": poison}], "unbroken": {"size": size, "engines": pair, "skipped": [8]}}
+
+
+def check_poisoned(trials: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
+    """All ranks went back and passed over the step, and all is as if it had never been."""
+    for trial, each in zip(trials, found, strict=True):
+        assert (each["skipped"], each["attempts"], each["as_ordered"], each["equal"]) == ([8], 2, True, True), trial
+        report.record("poisoned steps", fault="loss is no number", target=" and ".join(trial["unbroken"]["engines"]))
+
+
 def passes(places: list[tuple[int, str]]) -> list[dict[str, Any]]:
     """Segments that load and save, with so many ranks and this kind of engine for both networks."""
     return [{"size": size, "engines": (kind, kind), "end": LAST} for size, kind in places]
@@ -82,6 +96,18 @@ def passes(places: list[tuple[int, str]]) -> list[dict[str, Any]]:
 def test_a_run_goes_on_at_other_world_sizes(tmp_path: Path) -> None:
     trial = way((1, 2, 3), [("zero3", "zero1")] * 3, kills=(1,))
     check([trial], run(tmp_path / "few", [trial | {"passes": passes([(2, "zero2")])}]))
+
+
+@pytest.mark.slow
+def test_all_ranks_pass_over_a_step_that_is_spoilt_on_one(tmp_path: Path) -> None:
+    trials = [poisoned(("torch", "torch"), "teacher"), poisoned(("zero3", "zero1"), "student")]
+    check_poisoned(trials, run(tmp_path / "few", trials))
+
+
+@pytest.mark.chaos
+def test_a_spoilt_step_is_passed_over_with_every_engine(tmp_path: Path) -> None:
+    trials = [poisoned((kind, kind), network) for kind in KINDS for network in ("teacher", "student")]
+    check_poisoned(trials, run(tmp_path / "all", trials))
 
 
 @pytest.mark.chaos

@@ -5,8 +5,9 @@
 runs the trials of the list in the file and prints a line of JSON for each. A trial is
 {"segments": [{"size": 2, "engines": ["zero3", "zero1"], "end": 9, "kill": false}, …], "student": "adamw"}: each
 segment goes on from the newest checkpoint with so many ranks, over gloo, and these engines. It is stopped after step
-`end`, and saves, or is killed in the step after it; the last one ends with the run. What the last checkpoint holds is
-compared with that of the unbroken run that the trial's "unbroken" names, {"size", "engines"}.
+`end`, and saves, or is killed in the step after it; the last one ends with the run. With "poison", {"step", "rank",
+"network"}, that network's loss is no number there. What the last checkpoint holds is compared with that of the unbroken
+run that the trial's "unbroken" names, {"size", "engines", "skipped"}, which passes over the last from the start.
 
 The segments of its "passes" come after that and do not train: each loads the newest checkpoint and saves it again,
 which must change no bit.
@@ -20,6 +21,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,7 @@ from dpkd.errors import StopRequested
 from dpkd.models.batch_norm import StepStatistics
 from dpkd.train.checkpoint import Checkpoints
 from dpkd.train.checkpoint_store import CheckpointStore
-from dpkd.train.divergence import NormGuard
+from dpkd.train.divergence import Diverged, NormGuard, Skipped, read_skipped, train_past_divergence
 from dpkd.train.ledger import Ledger, history, read_ledgers
 from dpkd.train.loop import Hooks, Losses, Plan, train
 from dpkd.train.meter import Meter
@@ -58,6 +60,7 @@ OPTIMIZERS = {
 }
 LEARNING_RATE = {"adamw": 1e-3, "sgd": 1e-2}
 NAMES = ("teacher", "student")
+SKIPPED = "skipped.json"
 
 
 def groups(module: nn.Module) -> list[dict[str, Any]]:
@@ -92,6 +95,7 @@ class Distilling:
 
     def __init__(self, segment: Mapping[str, Any], world: World, *, student: str) -> None:
         self._end, self._kill, self._rank = segment["end"], segment.get("kill", False), world.rank
+        self._poison = segment.get("poison", {"step": -1})
         teacher, other = segment["engines"]
         self._optimizer = {"teacher": "adamw", "student": student}
         self.engines: dict[str, Engine] = {
@@ -106,18 +110,22 @@ class Distilling:
             peers.request_stop()
         target = self.engines["teacher"].forward(batch.image_BCHW)["logits"]
         found = self.engines["student"].forward(batch.image_BCHW)["logits"]
-        return {
+        losses = {
             "teacher": {"labels": nn.functional.cross_entropy(target, batch.label_B)},
             "student": {"logits": nn.functional.mse_loss(found, target.detach())},
         }
+        if (step, self._rank) == (self._poison["step"], self._poison.get("rank")):
+            spoilt = losses[self._poison["network"]]
+            spoilt |= {name: loss * torch.nan for name, loss in spoilt.items()}
+        return losses
 
     def learning_rate(self, name: str, *, step: int) -> float:
         return LEARNING_RATE[self._optimizer[name]] * (1 - step / (2 * LAST))
 
 
-def batches(world: World, *, start: int) -> Iterator[Batch]:
-    """This rank's micro-batches from a step on: images and labels are functions of the sample's number."""
-    for step in range(start, LAST):
+def batches(world: World, *, steps: list[int]) -> Iterator[Batch]:
+    """This rank's micro-batches of these steps: images and labels are functions of the sample's number."""
+    for step in steps:
         for index_B in rank_slice(ORDER.batch(step), rank=world.rank, world_size=world.size, micro_batch_size=MICRO):
             drawn = [np.random.default_rng(int(index)) for index in index_B]
             image_BCHW = np.stack([draws.standard_normal((3, 8, 8), np.float32) for draws in drawn])
@@ -132,32 +140,48 @@ def live(world: World, *, folder: Path, segment: Mapping[str, Any], student: str
     task = Distilling(segment, world, student=student)
     checkpoints = Checkpoints(folder / "checkpoints", world=world, keep=2)
     parts: dict[str, Any] = {**task.engines, "random": RandomState(world)}
-    start = checkpoints.load_newest(parts)
     if not trains:
-        checkpoints.save(start, parts)
+        checkpoints.save(checkpoints.load_newest(parts), parts)
         checkpoints.finish()
         return
+    skipped = Skipped(folder / SKIPPED, limit=1, world=world)
+    for step in set(segment.get("skipped", ())) - skipped.steps:
+        skipped.add(Diverged(step, "passed over from the start"))
+    attempt = partial(_train, task, checkpoints, parts, folder=folder, world=world)
+    with suppress(StopRequested):
+        train_past_divergence(attempt, checkpoints=checkpoints, parts=parts, skipped=skipped, world=world)
+    world.barrier()
+
+
+def _train(
+    task: Distilling,
+    checkpoints: Checkpoints,
+    parts: Mapping[str, Any],
+    start: int,
+    skipped: frozenset[int],
+    *,
+    folder: Path,
+    world: World,
+) -> None:
+    """One attempt from step `start` on, without the steps `skipped`."""
     ledger = Ledger(
         folder / "ledger", attempt=checkpoints.attempt, world=world, micro_batch_size=MICRO, start_step=start
     )
     micro_batches = BATCH // MICRO // world.size
-    plan = Plan(LAST, micro_batches, LAST, SAVED_EVERY, None, None)
-    try:
-        train(
-            task,
-            ledger.recorded(batches(world, start=start), steps=plan.steps_from(start), micro_batches=micro_batches),
-            plan=plan,
-            start_step=start,
-            checkpoints=checkpoints,
-            parts={**parts, "ledger": ledger},
-            meter=Meter(sinks=(), world=world, images_per_step=BATCH),
-            guard=NormGuard(spike=None),
-            hooks=Hooks(evaluate=lambda _: None, panels=lambda *_: None),
-            world=world,
-        )
-    except StopRequested:
-        pass
-    world.barrier()
+    plan = Plan(LAST, micro_batches, LAST, SAVED_EVERY, None, None, skipped=skipped)
+    steps = plan.steps_from(start)
+    train(
+        task,
+        ledger.recorded(batches(world, steps=steps), steps=steps, micro_batches=micro_batches),
+        plan=plan,
+        start_step=start,
+        checkpoints=checkpoints,
+        parts={**parts, "ledger": ledger},
+        meter=Meter(sinks=(), world=world, images_per_step=BATCH),
+        guard=NormGuard(spike=None),
+        hooks=Hooks(evaluate=lambda _: None, panels=lambda *_: None),
+        world=world,
+    )
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
@@ -198,12 +222,12 @@ class Trials:
         killed = segment.get("kill", False)
         assert all(how == "SIGKILL" for how in ended) if killed else set(ended) == {"exit 0"}, (segment, ended)
 
-    def unbroken(self, *, size: int, engines: list[str], student: str) -> Path:
+    def unbroken(self, *, size: int, engines: list[str], student: str, skipped: tuple[int, ...] = ()) -> Path:
         """The folder of a run at one world size that nothing interrupted."""
-        key = f"{size}-{'-'.join(engines)}-{student}"
+        key = f"{size}-{'-'.join(engines)}-{student}-{'-'.join(map(str, skipped))}"
         if key not in self._unbroken:
             self._unbroken[key] = self._folder / key
-            whole = {"size": size, "engines": engines, "end": LAST}
+            whole = {"size": size, "engines": engines, "end": LAST, "skipped": skipped}
             self._segment(self._unbroken[key], whole, student=student)
         return self._unbroken[key]
 
@@ -215,7 +239,7 @@ class Trials:
         for segment in given["segments"]:
             self._segment(folder, segment, student=student)
         found, expected = state(folder), state(self.unbroken(**given["unbroken"], student=student))
-        used = history(read_ledgers(folder / "ledger"))
+        used, passed_over = history(read_ledgers(folder / "ledger")), read_skipped(folder / SKIPPED)
         for segment in given.get("passes", []):
             self._segment(folder, segment, student=student, trains=False)
         passed = state(folder)
@@ -225,7 +249,8 @@ class Trials:
             "passed": all(torch.equal(found[name], passed[name]) for name in found),
             "off": differences(found, expected),
             "attempts": used.num_attempts,
-            "as_ordered": not judge(used, ORDER, range(LAST)),
+            "as_ordered": not judge(used, ORDER, sorted(set(range(LAST)) - passed_over)),
+            "skipped": sorted(passed_over),
         }
 
 
