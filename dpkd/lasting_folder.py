@@ -7,6 +7,7 @@ kind removes what a process that was killed left behind.
 import fcntl
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +16,7 @@ from pathlib import Path
 
 @contextmanager
 def lasting_folder(kind: str, token: str) -> Iterator[Path]:
-    """A new folder `dpkd-<kind>-<token>` for the body in the system's temporary folder.
+    """A new folder `dpkd-<kind>-<host>-<token>` for the body in the system's temporary folder.
 
     Raises `FileExistsError` where it stands already.
     """
@@ -30,8 +31,8 @@ def lasting_folder(kind: str, token: str) -> Iterator[Path]:
 
 
 def place(kind: str, token: str) -> Path:
-    """Where the folder of that name stands."""
-    return Path(tempfile.gettempdir()) / f"dpkd-{kind}-{token}"
+    """Where the folder of that name stands; other machines may share the temporary folder, and not its locks."""
+    return Path(tempfile.gettempdir()) / f"dpkd-{kind}-{socket.gethostname()}-{token}"
 
 
 def _made(folder: Path) -> int:
@@ -42,8 +43,9 @@ def _made(folder: Path) -> int:
             handle = os.open(folder, os.O_RDONLY)
             with suppress(OSError):  # a file system without locks, where nothing is removed either
                 fcntl.flock(handle, fcntl.LOCK_SH)
-            if folder.exists():
-                return handle
+            with suppress(FileNotFoundError):
+                if _is(handle, folder):
+                    return handle
             os.close(handle)
 
 
@@ -53,6 +55,12 @@ def _remove_dead(kind: str) -> None:
             handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
+                if _is(handle, folder):
+                    shutil.rmtree(folder)
             finally:
                 os.close(handle)
+
+
+def _is(handle: int, folder: Path) -> bool:
+    """Whether the folder is still the one that was opened; raises `FileNotFoundError` where it is gone."""
+    return os.path.samestat(os.fstat(handle), folder.stat())

@@ -25,7 +25,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Generic, Protocol, TypeVar
 
 from dpkd.errors import StorageUnavailable, WorkerFailed, portable, without_secrets
-from dpkd.heartbeat import beat, rest
+from dpkd.heartbeat import SLOW, beat, rest
 from dpkd.storage_errors import may_pass
 from dpkd.watchdog import WatchOrder, hangs, watched
 
@@ -39,8 +39,16 @@ NUM_RETRIES = 3
 FIRST_PAUSE_S, PAUSE_GROWTH = 0.5, 3.0
 """Before an item whose storage failed is tried again: 0.5, 1.5 and 4.5 s."""
 
+LOOK_S = 1.0
+"""Seconds between two looks at workers that say nothing."""
+
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 """The environment that keeps a worker's numpy and torch to one thread: workers share the cores already."""
+
+
+def never() -> bool:
+    """The end of work that nobody cuts short."""
+    return False
 
 
 class Pool(Protocol):
@@ -48,13 +56,16 @@ class Pool(Protocol):
 
     num_workers: int
 
-    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
+    def map(
+        self, function: Callable[[Item], Result], items: Sequence[Item], *, until: Callable[[], bool] = never
+    ) -> Iterator[tuple[int, Result]]:
         """Yields (index of the item, result) as they finish; an item whose worker died is tried again elsewhere.
 
-        Function, items and results must pickle; a worker unpickles the function once and keeps it. An exception of
-        `function` itself is raised here unchanged, and the rest of the work is cancelled, as it is when the iterator is
-        closed. Raises `WorkerFailed`, naming the item, when it has cost `NUM_RETRIES` + 1 workers, and
-        `StorageUnavailable`, naming it too, when its storage has failed as often.
+        Ends early, and its workers with it, once `until` is true, which it asks every second or so. Function, items and
+        results must pickle; a worker unpickles the function once and keeps it. An exception of `function` itself is
+        raised here unchanged, and the rest of the work is cancelled, as it is when the iterator is closed. Raises
+        `WorkerFailed` when `NUM_RETRIES` + 1 workers died of an item, which it names, or one after the other before
+        they came up; and `StorageUnavailable`, naming the item, when its storage has failed as often.
         """
 
 
@@ -64,10 +75,18 @@ class Deaths(Generic[Item]):
     def __init__(self, items: Sequence[Item], *, order: WatchOrder | None = None) -> None:
         self._items, self._order = items, order
         self._num_deaths: dict[int, int] = {}
+        self.num_failed_starts = 0
+        """One after the other."""
 
-    def add(self, index: int, *, number: int, reason: str) -> None:
-        """Notes that worker `number` died on item `index`; raises `WorkerFailed` once that has cost too many."""
+    def add(self, index: int | None, *, number: int, reason: str) -> None:
+        """Notes that worker `number` died on item `index`, or came not up; raises `WorkerFailed` once too many did."""
         reason = self._hang_of(number) or reason
+        if index is None:
+            self.num_failed_starts += 1
+            if self.num_failed_starts > NUM_RETRIES:
+                raise WorkerFailed(f"{self.num_failed_starts} workers did not come up, one after the other: {reason}")
+            _log.warning("a worker did not come up, another is started: %s", reason)
+            return
         num_deaths = self._num_deaths[index] = self._num_deaths.get(index, 0) + 1
         if num_deaths > NUM_RETRIES:
             raise WorkerFailed(
@@ -108,6 +127,9 @@ class _Worker:
     connection: Connection
     environment: Mapping[str, str]
     index: int | None = None
+    is_up: bool = False
+    coming_s: float = 0.0
+    """How long it has taken to come up."""
 
 
 class LocalPool:
@@ -130,45 +152,64 @@ class LocalPool:
         self._environments = environments or [{}] * num_workers
         self._order, self._numbers = order, count()
 
-    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
+    def map(
+        self,
+        function: Callable[[Item], Result],
+        items: Sequence[Item],
+        *,
+        until: Callable[[], bool] = never,
+    ) -> Iterator[tuple[int, Result]]:
         """See `Pool.map`."""
         deaths = Deaths(items, order=self._order)
         waiting = deque(range(len(items)))
         free = list(self._environments)
         workers: list[_Worker] = []
         try:
-            while waiting or any(worker.index is not None for worker in workers):
-                while waiting and free:
-                    workers.append(self._start_worker(function, free.pop(0)))
+            while (waiting or any(worker.index is not None for worker in workers)) and not until():
+                while free and sum(worker.index is None for worker in workers) < len(waiting):
+                    workers.append(self._start_worker(free.pop(0)))
                 for worker in workers:
-                    if worker.index is None and waiting:
+                    if worker.is_up and worker.index is None and waiting:
                         worker.index = waiting.popleft()
                         _give(worker, items[worker.index])
-                for worker in _ready(workers):
-                    answer = _answer(worker)
-                    index, worker.index = worker.index, None
-                    assert index is not None
-                    if answer is not None:
-                        yield index, result_of(answer)
-                        continue
-                    workers.remove(worker)
-                    worker.process.join()
-                    free.append(worker.environment)
-                    waiting.appendleft(index)
-                    deaths.add(index, number=worker.number, reason=f"exit code {worker.process.exitcode}")
+                for worker in self._ready(workers):
+                    message = _message(worker)
+                    if message is None:
+                        workers.remove(worker)
+                        free.append(worker.environment)
+                        if worker.index is not None:
+                            waiting.appendleft(worker.index)
+                        deaths.add(worker.index, number=worker.number, reason=_end(worker))
+                    elif worker.index is None:
+                        worker.is_up = True
+                        deaths.num_failed_starts = 0
+                        _give(worker, function)
+                    else:
+                        index, worker.index = worker.index, None
+                        yield index, result_of(message)
         finally:
             _stop(workers)
 
-    def _start_worker(self, function: Callable[[Any], Any], environment: Mapping[str, str]) -> _Worker:
+    def _start_worker(self, environment: Mapping[str, str]) -> _Worker:
         context, number = multiprocessing.get_context("spawn"), next(self._numbers)
         ours, theirs = context.Pipe()
         arguments = (theirs, environment, self._order, number)
         process = context.Process(target=_serve, args=arguments, name="dpkd-pool", daemon=True)
         process.start()
         theirs.close()  # so that its death reads as the end of the pipe
-        worker = _Worker(number, process, ours, environment)
-        _give(worker, function)
-        return worker
+        return _Worker(number, process, ours, environment)
+
+    def _ready(self, workers: list[_Worker]) -> list[_Worker]:
+        """Waits a little for workers that have come up, answered or died; ends those that do not come up."""
+        expected = {worker.connection: worker for worker in workers if worker.index is not None or not worker.is_up}
+        began_s = time.monotonic()
+        ready = wait(list(expected), timeout=LOOK_S)
+        passed_s = min(time.monotonic() - began_s, 2 * LOOK_S)  # a pause of the whole machine counts little
+        for worker in expected.values():
+            worker.coming_s += 0.0 if worker.is_up else passed_s
+            if self._order is not None and worker.coming_s > SLOW * self._order.hang_timeout_s and not worker.is_up:
+                worker.process.kill()
+        return [expected[connection] for connection in ready if isinstance(connection, Connection)]
 
 
 def _give(worker: _Worker, message: Any) -> None:
@@ -179,24 +220,25 @@ def _give(worker: _Worker, message: Any) -> None:
         pass
 
 
-def _ready(workers: list[_Worker]) -> list[_Worker]:
-    """Waits until some working process has answered or died."""
-    working = {worker.connection: worker for worker in workers if worker.index is not None}
-    return [working[connection] for connection in wait(list(working)) if isinstance(connection, Connection)]
-
-
-def _answer(worker: _Worker) -> tuple[Any, Exception | None, str] | None:
-    """The worker's answer (result, error, its traceback), or none when it died."""
+def _message(worker: _Worker) -> bytes | None:
+    """What the worker sent, or none when it died, also where that was in the middle of a message."""
     try:
-        answer: tuple[Any, Exception | None, str] = worker.connection.recv()
-    except (EOFError, ConnectionResetError):
+        return worker.connection.recv_bytes()
+    except (EOFError, OSError):
         return None
-    return answer
 
 
-def result_of(answer: tuple[Any, Exception | None, str]) -> Any:
-    """The result in a worker's answer; raises its error."""
-    result, error, trace = answer
+def _end(worker: _Worker) -> str:
+    """Waits for a worker that has died; returns how."""
+    worker.process.join()
+    return f"exit code {worker.process.exitcode}" + (
+        "" if worker.is_up else f", {worker.coming_s:.0f} s after its start"
+    )
+
+
+def result_of(answer: bytes) -> Any:
+    """The result in a worker's pickled answer (result, error, its traceback); raises the error."""
+    result, error, trace = pickle.loads(answer)
     if error is not None:
         raise error from RuntimeError(f"in a pool worker:\n{trace}")
     return result
@@ -205,7 +247,7 @@ def result_of(answer: tuple[Any, Exception | None, str]) -> Any:
 def _stop(workers: list[_Worker]) -> None:
     for worker in workers:
         worker.connection.close()
-        if worker.index is not None:
+        if worker.index is not None or not worker.is_up:
             worker.process.terminate()
     for worker in workers:
         worker.process.join(5)
@@ -221,6 +263,7 @@ def _serve(connection: Connection, environment: Mapping[str, str], order: WatchO
     os.environ.update({**ONE_THREAD, **environment})  # before the function brings in numpy
     with watched(order, rank=number), suppress(EOFError, BrokenPipeError, ConnectionResetError):
         rest()
+        connection.send_bytes(b"up")
         pickled = connection.recv_bytes()
         load = lru_cache(maxsize=1)(lambda: pickle.loads(pickled))
         while True:

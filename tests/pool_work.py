@@ -51,6 +51,15 @@ def name_process(_item):
     return os.getpid()
 
 
+def answer_at_length(item):
+    """Says, before it answers with more than a pipe holds, which process does."""
+    number, folder = item
+    if number == 0:
+        return b""
+    (Path(folder) / str(os.getpid())).touch()
+    return bytes(50_000_000)
+
+
 def fail_at_first(item):
     """Fails as storage does, `num_failures` times for each item."""
     number, folder, num_failures = item
@@ -79,7 +88,7 @@ def num_threads(_item):
 def note_and_wait(item):
     number, folder = item
     (Path(folder) / str(os.getpid())).touch()
-    time.sleep(0 if number == 0 else 60)
+    time.sleep(0 if number == 0 else 600)
     return number
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from dpkd.data.settings import FolderSource
 from dpkd.data.shards import Dataset
+from dpkd.pool import never
 from dpkd.priors.edge import Edge
 from dpkd.priors.hog import Hog
 from dpkd.priors.saliency import Saliency
@@ -30,8 +31,12 @@ class SerialPool:
 
     num_workers = 1
 
-    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
+    def map(
+        self, function: Callable[[Item], Result], items: Sequence[Item], *, until: Callable[[], bool] = never
+    ) -> Iterator[tuple[int, Result]]:
         for index, item in enumerate(items):
+            if until():
+                return
             yield index, function(item)
 
 

@@ -19,9 +19,8 @@ from ray import cloudpickle
 from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryError, RayActorError, RayError
 
 from dpkd.backends.ray_session import connect, enter_folder
-from dpkd.errors import WorkerFailed
 from dpkd.heartbeat import rest
-from dpkd.pool import NUM_RETRIES, ONE_THREAD, Deaths, answer_to, result_of
+from dpkd.pool import ONE_THREAD, Deaths, answer_to, never, result_of
 from dpkd.report.progress import say
 from dpkd.watchdog import WatchOrder, watched
 
@@ -53,13 +52,15 @@ class RayPool:
         self._needs = {"GPU": float(gpus_per_worker)} if gpus_per_worker else {"CPU": 1.0}
         self.num_workers = num_workers or max(1, room(nodes(), needs=self._needs))
 
-    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
+    def map(
+        self, function: Callable[[Item], Result], items: Sequence[Item], *, until: Callable[[], bool] = never
+    ) -> Iterator[tuple[int, Result]]:
         """See `Pool.map`."""
         crew = _Crew(function, needs=self._needs, order=self._order, numbers=self._numbers)
         deaths = Deaths(items, order=self._order)
         waiting = deque(range(len(items)))
         try:
-            while waiting or crew.num_working:
+            while (waiting or crew.num_working) and not until():
                 for _ in range(crew.size, min(self._limit(), len(waiting) + crew.num_working)):
                     crew.start_worker()
                 event = crew.next_event()
@@ -68,15 +69,16 @@ class RayPool:
                 if event.death is not None:
                     if event.index is not None:
                         waiting.appendleft(event.index)
-                    self._judge(event, crew=crew, deaths=deaths)
+                    self._judge(event, deaths=deaths)
                     continue
+                deaths.num_failed_starts = 0
                 if waiting:
                     following = waiting.popleft()
                     crew.give(event.member, following, items[following])
                 else:
                     crew.let_go(event.member)
                 if event.index is not None:
-                    yield event.index, result_of(pickle.loads(event.answer))
+                    yield event.index, result_of(event.answer)
         finally:
             crew.dismiss()
 
@@ -84,13 +86,11 @@ class RayPool:
         return self._ceiling or max(1, room(nodes(), needs=self._needs))  # one that waits shows an autoscaler the need
 
     @staticmethod
-    def _judge(event: "_Event", *, crew: "_Crew", deaths: Deaths[Any]) -> None:
+    def _judge(event: "_Event", *, deaths: Deaths[Any]) -> None:
         """Counts a death against its item, or against the cluster where the worker never came up."""
         reason = _gist(event.death)
         if event.lost:
             say(f"lost a worker with its node, its work goes to others: {reason}")
-        elif event.index is None:
-            crew.count_failed_start(reason)
         else:
             deaths.add(event.index, number=event.member.number, reason=reason)
 
@@ -167,7 +167,6 @@ class _Crew:
         self._actor: Any = ray.remote(**options, max_task_retries=0)(_Worker)
         self._asked: dict[Any, _Asked] = {}
         self._all: list[_Member] = []
-        self._num_failed_starts = 0
         self._spoke_s: float | None = None
         self._busy_s = time.monotonic()
 
@@ -222,15 +221,8 @@ class _Crew:
             return _Event(asked.member, asked.index, death=asked.doubt, lost=True)
         if asked.index is None:
             asked.member.node_id = answer
-            self._num_failed_starts = 0
             return _Event(asked.member, None)
         return _Event(asked.member, asked.index, answer=answer)
-
-    def count_failed_start(self, reason: str) -> None:
-        """Notes a worker that never came up; raises `WorkerFailed` when that goes on."""
-        self._num_failed_starts += 1
-        if self._num_failed_starts > NUM_RETRIES:
-            raise WorkerFailed(f"{self._num_failed_starts} workers did not come up on the Ray cluster: {reason}")
 
     def dismiss(self) -> None:
         """Ends all workers, whatever they are at."""
@@ -266,9 +258,9 @@ class _Worker:
     """The actor's own side: unpickles the function once, then answers for items."""
 
     def __init__(self, function: bytes, folder: str, order: WatchOrder | None, number: int) -> None:
-        enter_folder(folder)
         self._watch = watched(order, rank=number)
         self._watch.__enter__()  # until this process ends
+        enter_folder(folder)
         rest()
         self._load = lru_cache(maxsize=1)(lambda: pickle.loads(function))
 

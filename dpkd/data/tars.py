@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
+from dpkd.heartbeat import pulse
+
 BLOCK = 512
 
 
@@ -76,6 +78,7 @@ def list_members(file: BinaryIO, *, size_bytes: int) -> Listing:
     refused: list[tuple[str, str]] = []
     at, given = 0, _Given()
     while True:
+        pulse()  # a read each, where it is remote
         block = _read(file, at, BLOCK)
         if len(block) < BLOCK:
             return Listing(members, refused, f"the tar is cut short: it ends at byte {size_bytes} without an end mark")

@@ -56,21 +56,19 @@ class _Behind(Sequence[Item]):
     def follow(self, pool: Pool, function: Callable[[Earlier], Any], earlier: Sequence[Earlier]) -> None:
         """Does the earlier work, and lets go what it is done with."""
         try:
-            results: Any = pool.map(function, earlier)
+            results: Any = pool.map(function, earlier, until=lambda: self._stopped)
             with closing(results):
                 for index, _ in results:
                     with self._changed:
                         self._done.add(index)
                         self._changed.notify_all()
-                    if self._stopped:
-                        return
         except BaseException as error:  # noqa: BLE001  raised in the thread that waits
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
 
     def stop(self) -> None:
-        """Lets the earlier work end after the item it is at."""
+        """Ends the earlier work."""
         self._stopped = True
 
     def _wait_for(self, reached: Callable[[], bool]) -> None:

@@ -33,6 +33,7 @@ from dpkd.report.progress import say
 from dpkd.stages.evaluate import read_evaluation
 from dpkd.stages.run import Run
 from dpkd.stages.settings import ExportSettings
+from dpkd.storage_errors import write_errors
 
 ONNX_OPSET = 18
 TIMM_TOLERANCE = 1e-5
@@ -64,16 +65,25 @@ def export(run: Run, settings: ExportSettings) -> None:
 
 
 def _replace(folder: Path, made: Path) -> None:
-    """Puts the folder `made` in the place of an earlier export, which stays whole until then."""
-    folder.parent.mkdir(exist_ok=True)
-    earlier = folder.with_name(f".{folder.name}.old")
-    if earlier.exists():
-        shutil.rmtree(earlier)
-    if folder.exists():
-        folder.rename(earlier)
-    storage.publish(made, folder)
-    if earlier.exists():
-        shutil.rmtree(earlier)
+    """Puts the folder `made` in the place of an earlier export, which stays whole until then.
+
+    Where `made` is gone, which a newer attempt took away, nothing is changed.
+    """
+    new, earlier = (folder.with_name(f".{folder.name}.{age}") for age in ("new", "old"))
+    for left in (new, earlier):
+        shutil.rmtree(left, ignore_errors=True)
+    storage.publish(made, new)
+    with write_errors(folder):
+        if folder.exists():
+            folder.rename(earlier)
+        try:
+            new.rename(folder)
+        except OSError:
+            if earlier.exists():
+                earlier.rename(folder)
+            raise
+    storage.sync_folder(folder.parent)
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def write_timm_folder(folder: Path, network: Network) -> None:

@@ -18,8 +18,9 @@ are claimed stage by stage (`train.checkpoint_store`), because they may stand in
 import json
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,17 @@ class RunFolder:
                 for name in storage.list_names(self._attempts):
                     number, dot, rest = name.partition(".")
                     if dot + rest == _TEMPORARY and int(number) <= attempt:  # a newer one may have begun meanwhile
-                        storage.remove_tree(self._attempts / name)
+                        self._take_away(name)
                 with write_errors(self._attempts):
                     (self._attempts / f"{attempt:04d}{_TEMPORARY}").mkdir()
                 return RunFolder(self.path, checkpoints=self._checkpoints, attempt=attempt)
+
+    def _take_away(self, name: str) -> None:
+        """Removes an older attempt's folder, in which that one may still be at work."""
+        aside = self._attempts / f"{storage.TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        with write_errors(self._attempts), suppress(FileNotFoundError):
+            (self._attempts / name).rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
     def refuse_superseded(self) -> None:
         """Raises `Superseded` where a newer attempt than this one has begun."""

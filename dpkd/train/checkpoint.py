@@ -147,6 +147,7 @@ class Checkpoints:
         while not (names := transaction.rank_files()):
             if cancelled.wait(wait_s):
                 return False
+            _patiently(lambda: self._store.refuse_superseded(transaction.mark.attempt))  # it may have swept this up
             wait_s = min(LONGEST_POLL_S, 2 * wait_s)  # each look is a request where storage is remote
         files: dict[str, FileFacts] = {}
         for name in names:

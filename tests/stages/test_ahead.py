@@ -1,12 +1,13 @@
 """Two pools at once: what one hands to the other, and how both end."""
 
 import threading
+from pathlib import Path
 
 import pytest
 
 from dpkd.pool import LocalPool
 from dpkd.stages.ahead import ahead
-from tests.pool_work import square
+from tests.pool_work import note_and_wait, square
 from tests.prior_cases import SerialPool
 
 
@@ -67,6 +68,19 @@ def test_an_error_of_the_block_ends_the_earlier_work_after_the_item_it_is_at():
         fail()
     assert done == [0, 1]
     assert not [thread for thread in threading.enumerate() if thread.name == "dpkd-ahead"]
+
+
+def test_an_error_of_the_block_ends_earlier_work_that_hangs(tmp_path):
+    def fail():
+        items = [(number, str(tmp_path)) for number in range(3)]
+        with ahead("abc", pool=LocalPool(1), function=note_and_wait, earlier=items) as ahead_items:
+            assert ahead_items[0] == "a"
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not [thread for thread in threading.enumerate() if thread.name == "dpkd-ahead"]
+    assert not [path for path in tmp_path.iterdir() if Path(f"/proc/{path.name}").exists()]
 
 
 def test_two_pools_of_processes_work_at_once():

@@ -81,8 +81,8 @@ class CountingPool(SerialPool):
         self.num_done = 0
         self._dies_after = dies_after
 
-    def map(self, function, items):
-        for result in super().map(function, items):
+    def map(self, function, items, **options):
+        for result in super().map(function, items, **options):
             if self.num_done == self._dies_after:
                 raise KeyboardInterrupt
             self.num_done += 1
@@ -122,8 +122,8 @@ def test_the_second_pool_runs_no_model(dataset, priors, tmp_path):
     class LeavingPool(SerialPool):
         """Takes the models away once it is through with all items."""
 
-        def map(self, function, items):
-            results = list(super().map(function, items))
+        def map(self, function, items, **options):
+            results = list(super().map(function, items, **options))
             for name in ("vit.safetensors", "edges.pt2"):
                 (tmp_path / name).rename(tmp_path / f"{name}.gone")
             learned._loaded.cache_clear()
