@@ -3,6 +3,7 @@
 # make chaos        processes killed, stopped and cut off from one another, over and over, with a table of it at the end: about
 #                   90 minutes on 2 cores (the sum of its parts); SEED=n repeats a run, ALL=1 takes every storage call of a
 #                   save where else some are drawn, and every damage of a file: some hours more
+# make benchmark    what a save, a restart and preemptions cost on this machine: half an hour; tools/bench_*.py has the others
 # make fuzz         the tests of untrusted input with many more examples, for as long as it takes; SEED=n repeats a run
 # make lint         formatting, lint and types;  make format mends the first two
 # make lock         resolves pyproject.toml anew into requirements.lock
@@ -40,7 +41,9 @@ chaos: $(INSTALLED)
 	    status=$$?; $(BIN)/python tools/chaos_report.py $(REPORT) && exit $$status
 
 benchmark: $(INSTALLED)
-	$(BIN)/python -m pytest -m benchmark
+	$(BIN)/python tools/bench_checkpoint.py
+	$(BIN)/python tools/bench_recovery.py --launcher local --fault kill
+	$(BIN)/python tools/bench_goodput.py
 
 fuzz: SEED := $(or $(SEED),$(shell date +%s))
 fuzz: $(INSTALLED)

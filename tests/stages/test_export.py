@@ -21,7 +21,7 @@ from dpkd.data.images import decode_image
 from dpkd.errors import UserError
 from dpkd.models.network import Network
 from dpkd.models.saved import load_network
-from dpkd.stages.export import export, write_onnx
+from dpkd.stages.export import _replace, export, write_onnx
 from dpkd.stages.record import RunFolder
 from dpkd.stages.run import Run
 from dpkd.stages.settings import ExportSettings
@@ -132,6 +132,16 @@ def test_exporting_again_replaces_the_folder_whole(exported_run: Run, tmp_path: 
         "config.json",
         "model.safetensors",
     }
+
+
+def test_an_export_that_was_taken_away_leaves_the_one_that_stands(tmp_path: Path) -> None:
+    standing = tmp_path / "conv"
+    standing.mkdir()
+    (standing / "config.json").write_text("whole")
+    with pytest.raises((OSError, UserError)):
+        _replace(standing, tmp_path / "taken-away")
+    assert (standing / "config.json").read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["conv"]
 
 
 def test_onnx_beyond_the_tolerance_is_refused(exported_run: Run, tmp_path: Path) -> None:
