@@ -56,17 +56,28 @@ def check(found: Iterator[dict[str, Any]]) -> int:
 
 
 def _outcome(each: dict[str, Any]) -> str:
-    if each["kind"] in DEATHS and each["ended"] == ["exit 0"] * each["size"]:
-        return "nothing was struck"
+    wrong = _wrong_ending(each["kind"], each["ended"], size=each["size"])
+    if wrong:
+        return wrong
     if not each["good"]:
         return "what was saved was lost"
-    if each["left"]:
-        return "half-written files stayed"
-    if NAMES[each["kind"]] in ("SIGTERM", *PASSING.values()) and each["ended"] != ["exit 0"] * each["size"]:
-        return "a run that should have gone on, or saved and stopped, died"
-    if each["kind"] in LASTING and "exit 1" in each["ended"][:1]:
-        return "a fault of the storage was no error of the user's"
-    return report.SURVIVED
+    return "half-written files stayed" if each["left"] else report.SURVIVED
+
+
+def _wrong_ending(kind: int, ended: list[str], *, size: int) -> str | None:
+    """What is wrong with how the ranks ended, none where it is what the fault must bring about."""
+    whole = ended == ["exit 0"] * size
+    if kind in HANGS:
+        return None if ended == ["hung"] else "nothing was struck"
+    if ended == ["hung"] or (len(ended) < size and set(ended) == {"exit 0"}):
+        return "a rank hung"
+    if kind in DEATHS:
+        return "nothing was struck" if whole else None
+    if kind not in LASTING:
+        return None if whole else "a run that should have gone on, or saved and stopped, died"
+    # a rank that loses the one that refuses ends with 1, and may be seen first
+    refused = "exit 2" in ended and set(ended) <= {"exit 0", "exit 1", "exit 2"}
+    return None if whole or refused else "a fault of the storage was no error of the user's"
 
 
 def test_a_few_faults_lose_nothing_that_was_saved(library, num_calls, tmp_path):
