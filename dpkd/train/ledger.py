@@ -6,8 +6,8 @@
         count      uint32, little-endian
         samples    count x uint32, in the order of this rank's micro-batches
 
-It is flushed to the disk before a checkpoint is written, so that it covers every step that any checkpoint covers; what
-a kill cuts off at its end belongs to steps that are done again.
+It is flushed to the disk before a checkpoint counts, so that it covers every step that any checkpoint covers; what a
+kill cuts off at its end belongs to steps that are done again.
 """
 
 import json
@@ -41,6 +41,7 @@ class Ledger:
         head = {"attempt": attempt, "rank": world.rank, "world_size": world.size}
         head |= {"micro_batch_size": micro_batch_size, "start_step": start_step}
         self._unwritten = [json.dumps(head).encode() + b"\n"]
+        self._size_bytes = 0
 
     def recorded(self, batches: Iterable[Batch], *, steps: Iterable[int], micro_batches: int) -> Iterator[Batch]:
         """The batches, each step's samples noted as the last of its `micro_batches` is given out.
@@ -62,23 +63,32 @@ class Ledger:
         self._unwritten.append(_HEAD.pack(step, len(samples)) + samples.astype("<u4").tobytes())
 
     def snapshot(self) -> Writer:
-        """Flushes the ledger, which so covers the checkpoint that is about to be written; there is nothing to copy."""
-        self.flush()
-        return lambda _: None
+        """Takes what was noted; what it returns puts that onto the disk, as a part of the checkpoint that it covers.
+
+        So all ranks learn of a disk that takes no more, and what a disk failed to take is written again after a while.
+        """
+        data, at = b"".join(self._unwritten), self._size_bytes
+        self._unwritten = []
+        self._size_bytes += len(data)
+        return lambda _: self._write(data, at)
 
     def load(self, folder: Path) -> None:
         """Does nothing: an attempt begins a ledger of its own."""
 
     def flush(self) -> None:
-        """Puts all that was noted onto the disk; raises `UserError` where it takes no more."""
+        """Puts all that was noted onto the disk at once; raises `UserError` where it takes no more."""
+        self.snapshot()(self._path.parent)
+
+    def _write(self, data: bytes, at: int) -> None:
+        """Puts bytes at their place at the end; raises `UserError` where the disk does not take them."""
         with storage.write_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("ab") as file:
-                file.write(b"".join(self._unwritten))
+                file.truncate(at)  # a try before this one may have left some of them
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             storage.sync_folder(self._path.parent)
-        self._unwritten = []
 
 
 @dataclass(frozen=True)
