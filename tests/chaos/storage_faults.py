@@ -1,16 +1,17 @@
-"""Trains and saves in forked processes while storage calls fail, and checks what the next attempt finds.
+"""Trains, saves and keeps its ledger in forked processes while storage calls fail; checks what the next attempt finds.
 
     LD_PRELOAD=faults.so python -m tests.chaos.storage_faults FOLDER FILE.json
 
 runs the trials of the list in the file, each {"call", "kind", "size", "rank", "next_size"}: the call (counted from the
-attempt's first below the folder of checkpoints) that fails, how (faults.c), the number of ranks, the one that it hits,
-and the number of the next attempt. A line of JSON a trial comes out. One process imports torch and forks for every
-rank, which costs milliseconds.
+attempt's first in the run's folder, or in the one there that "below" names) that fails, how (faults.c), the number of
+ranks, the one that it hits, and the number of the next attempt. A line of JSON a trial comes out. One process imports
+torch and forks for every rank, which costs milliseconds.
 
 An attempt goes on from the newest checkpoint (step 2 stands at first), and saves after steps 3 and 4; where a rank is
 asked to stop, all do after the next save. The next attempt, without faults, must find no earlier step than the last
-that was said to be saved, and end after step 6 with the same weights as an unbroken run, to the last bit where the
-number of ranks is the same; it leaves two whole checkpoints, and no half ones.
+that was said to be saved, and end after step 6, which it saves, with the same weights as an unbroken run, to the last
+bit where the number of ranks is the same; it leaves two whole checkpoints, and no half ones. By the ledgers of all
+attempts each of the six steps used just the samples that the order gives it.
 """
 
 import ctypes
@@ -30,32 +31,43 @@ import torch
 import torch._dynamo  # optimizers load it at their first step: better once here than in every fork
 import torch.distributed as dist
 
+from dpkd.audit import judge
+from dpkd.data.order import Order, rank_slice
 from dpkd.errors import UserError
 from dpkd.train import checkpoint
 from dpkd.train.checkpoint import Checkpoints
 from dpkd.train.checkpoint_store import CheckpointStore
+from dpkd.train.ledger import Ledger, forget, history, read_ledgers
 from dpkd.train.parts import RandomState
 from dpkd.world import World, request_stop, stop_requested
-from tests.engine_cases import build, train
+from tests.engine_cases import MICRO, NUM_MICROS, build, train
 
 FIRST_SAVED, SAVES, LAST = 2, (3, 4), 6
+ENDING = (*SAVES, LAST)
 PATIENCE_S, HANG_PATIENCE_S = 60.0, 1.5
 HANGS = (5, 7)
+CHECKPOINTS, LEDGER = "checkpoints", "ledger"
+ORDER = Order([13, 9], seed=3, global_batch_size=NUM_MICROS * MICRO, block_shards=1)
 EXIT_REFUSED = 2
 FAULTS = ctypes.CDLL(os.environ["LD_PRELOAD"]) if "LD_PRELOAD" in os.environ else None
 
 
-def attempt(world: World, folder: Path, *, saves: tuple[int, ...], last: int, said: Callable[[str, int], None]) -> Any:
-    """Goes on from the newest checkpoint to step `last`, and returns the trace.
+def attempt(world: World, folder: Path, *, saves: tuple[int, ...], said: Callable[[str, int], None]) -> Any:
+    """Goes on from the newest checkpoint to the last of the steps to save, and returns the trace of its end.
 
     `said` hears of the step that was found, and of each that is trained before a save, and saved.
     """
     engine = build("torch", world)
     parts: dict[str, Any] = {"net": engine, "random": RandomState(world)}
-    checkpoints = Checkpoints(folder, world=world, keep=2)
+    checkpoints = Checkpoints(folder / CHECKPOINTS, world=world, keep=2)
     step = checkpoints.load_newest(parts)
     said("found", step)
+    if world.rank == 0:
+        forget(folder / LEDGER, from_attempt=checkpoints.attempt)
+    ledger = Ledger(folder / LEDGER, attempt=checkpoints.attempt, world=world, micro_batch_size=MICRO, start_step=step)
+    parts["ledger"] = ledger
     for target in (save for save in saves if save > step):
+        note(ledger, world, steps=range(step, target))
         train(engine, world, first=step, last=target)
         step = target
         said("trained", step)
@@ -64,7 +76,14 @@ def attempt(world: World, folder: Path, *, saves: tuple[int, ...], last: int, sa
         said("saved", step)
         if world.any_of(stop_requested())[0]:
             break
-    return train(engine, world, first=step, last=last)
+    return train(engine, world, first=step, last=step)
+
+
+def note(ledger: Ledger, world: World, *, steps: range) -> None:
+    """Puts a rank's samples of these steps into its ledger."""
+    for step in steps:
+        dealt = rank_slice(ORDER.batch(step), rank=world.rank, world_size=world.size, micro_batch_size=MICRO)
+        ledger.add(step, dealt.reshape(-1))
 
 
 def fork_ranks(size: int, meeting: Path, work: Callable[[World], None]) -> list[int]:
@@ -136,12 +155,10 @@ class Trials:
         for size in (1, 2):
             place = folder / f"whole-{size}"
             shutil.copytree(self._base, place)
-            self._run(size, place, saves=SAVES, last=LAST, name=f"end-{size}")
+            self._run(size, place, saves=ENDING, name=f"end-{size}")
             self._ends[size] = torch.load(folder / f"end-{size}", weights_only=True)
 
-    def _run(
-        self, size: int, place: Path, *, saves: tuple[int, ...], name: str, last: int | None = None, fault: Any = None
-    ) -> list[str]:
+    def _run(self, size: int, place: Path, *, saves: tuple[int, ...], name: str, fault: Any = None) -> list[str]:
         """An attempt of `size` ranks; leaves what was said in `<name>.said`, and the weights under `name`."""
         said = self._folder / f"{name}.said"
         said.write_text("")
@@ -150,14 +167,14 @@ class Trials:
             checkpoint.WAITS_S = (0.01, 0.01, 0.01)
             if fault is not None and world.rank == fault["rank"]:
                 assert FAULTS is not None
-                FAULTS.arm(str(place).encode(), ctypes.c_long(fault["call"]), fault["kind"])
+                FAULTS.arm(str(place / fault.get("below", "")).encode(), ctypes.c_long(fault["call"]), fault["kind"])
 
             def say(what: str, step: int) -> None:
                 if world.rank == 0:
                     with said.open("a") as file:
                         file.write(f"{what} {step}\n")
 
-            trace = attempt(world, place, saves=saves, last=last or saves[-1], said=say)
+            trace = attempt(world, place, saves=saves, said=say)
             if fault is not None and world.rank == fault["rank"]:
                 (self._folder / f"{name}.calls").write_text(str(FAULTS.calls()))
                 FAULTS.disarm()
@@ -172,17 +189,18 @@ class Trials:
         assert fault is not None or ended == ["exit 0"] * size, ended
         return ended
 
-    def calls(self, *, size: int, rank: int) -> int:
-        """Storage calls of one rank in an attempt."""
+    def calls(self, *, size: int, rank: int, below: str) -> int:
+        """Storage calls of one rank in an attempt, below a folder of the run."""
         place = self._fresh()
-        self._run(size, place, saves=SAVES, name="count", fault={"rank": rank, "call": -1, "kind": 0})
+        fault = {"rank": rank, "call": -1, "kind": 0, "below": below}
+        self._run(size, place, saves=SAVES, name="count", fault=fault)
         return int((self._folder / "count.calls").read_text())
 
-    def trial(self, given: dict[str, int]) -> dict[str, Any]:
+    def trial(self, given: dict[str, Any]) -> dict[str, Any]:
         """One fault, and what came of it."""
         place = self._fresh()
         ended = self._run(given["size"], place, saves=SAVES, name="broken", fault=given)
-        self._run(given["next_size"], place, saves=SAVES, last=LAST, name="again")
+        self._run(given["next_size"], place, saves=ENDING, name="again")
         trained, saved = self._said("broken", "trained"), self._said("broken", "saved")
         found = self._said("again", "found")[0]
         weights, end = torch.load(self._folder / "again", weights_only=True), self._ends[given["size"]]
@@ -190,7 +208,8 @@ class Trials:
         off = max(float((weights[name].double() - end[name].double()).abs().max()) for name in end)
         same = given["next_size"] == given["size"]
         good = found >= max([FIRST_SAVED, *saved]) and (off == 0 if same else off < 1e-5)
-        told = {"ended": ended, "found": found, "off": off, "good": good, "left": _left_over(place)}
+        told = {"ended": ended, "found": found, "off": off, "good": good, "left": _left_over(place / CHECKPOINTS)}
+        told["misused"] = judge(history(read_ledgers(place / LEDGER)), ORDER, range(LAST))
         return {**given, **told, "lost_steps": max([found, *trained]) - found}
 
     def _said(self, name: str, what: str) -> list[int]:
@@ -218,7 +237,8 @@ def main() -> None:
     trials = Trials(Path(sys.argv[1]))
     for given in json.loads(Path(sys.argv[2]).read_text()):
         if "count" in given:
-            print(json.dumps({"calls": trials.calls(size=given["size"], rank=given["rank"])}), flush=True)
+            del given["count"]
+            print(json.dumps({"calls": trials.calls(**given)}), flush=True)
         else:
             print(json.dumps(trials.trial(given)), flush=True)
 

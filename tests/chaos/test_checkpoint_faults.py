@@ -1,9 +1,10 @@
-"""Faults at the storage calls of a save: every next attempt finds what was saved, and ends as an unbroken run.
+"""Faults at the storage calls of saves and ledgers: every next attempt finds what was saved, and ends as unbroken.
 
 A short seeded part runs always; `make chaos` runs faults of every kind at calls that are drawn, with ALL=1 at all.
 """
 
 import errno
+import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 from tests.chaos import report
 from tests.chaos.trials import run
 
+LEDGER = "ledger"
 KINDS = {1: "SIGKILL", 2: "SIGSTOP", 3: "SIGSEGV", 4: "exit", 5: "hang", 6: "half a write, SIGKILL"}
 KINDS |= {7: "interpreter lock", 8: "SIGTERM"}
 HANGS, DEATHS = (5, 7), (1, 2, 3, 4, 6)
@@ -26,10 +28,10 @@ NUM_DRAWN, NUM_HANGS = 80, 20
 
 
 @pytest.fixture(scope="module")
-def num_calls(library: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], int]:
-    """Storage calls of an attempt, by the number of ranks and the rank."""
-    places = [(1, 0), (2, 0), (2, 1)]
-    trials = [{"count": 1, "size": size, "rank": rank} for size, rank in places]
+def num_calls(library: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, str], int]:
+    """Storage calls of an attempt, by the number of ranks, the rank, and the folder of the run, "" for all of it."""
+    places = [(size, rank, below) for below in ("", LEDGER) for size, rank in ((1, 0), (2, 0), (2, 1))]
+    trials = [{"count": 1, "size": size, "rank": rank, "below": below} for size, rank, below in places]
     found = run("tests.chaos.storage_faults", library, tmp_path_factory.mktemp("calls") / "count", trials)
     return {place: each["calls"] for place, each in zip(places, found, strict=True)}
 
@@ -42,7 +44,7 @@ def check(found: Iterator[dict[str, Any]]) -> int:
         report.record(
             "storage calls of a save",
             fault=name,
-            target=f"rank {each['rank']} of {each['size']}, call {each['call']}",
+            target=f"rank {each['rank']} of {each['size']}, call {each['call']} of {each.get('below') or 'all'}",
             outcome=outcome,
             lost_steps=each["lost_steps"],
         )
@@ -61,6 +63,8 @@ def _outcome(each: dict[str, Any]) -> str:
         return wrong
     if not each["good"]:
         return "what was saved was lost"
+    if each["misused"]:
+        return "the ledgers do not say what each step used"
     return "half-written files stayed" if each["left"] else report.SURVIVED
 
 
@@ -83,10 +87,11 @@ def _wrong_ending(kind: int, ended: list[str], *, size: int) -> str | None:
 def test_a_few_faults_lose_nothing_that_was_saved(library, num_calls, tmp_path):
     draws = random.Random(report.seed())
     trials = []
-    for kind in [*NAMES] * 2:
-        size, rank = draws.choice(list(num_calls))
-        call = draws.randrange(num_calls[size, rank])
-        trials.append({"call": call, "kind": kind, "size": size, "rank": rank, "next_size": draws.choice([size, 1, 2])})
+    for kind, below in itertools.product(NAMES, ("", LEDGER)):
+        size, rank, _ = draws.choice(list(num_calls))
+        call = draws.randrange(num_calls[size, rank, below])
+        place = {"call": call, "below": below, "size": size, "rank": rank}
+        trials.append({"kind": kind, **place, "next_size": draws.choice([size, 1, 2])})
     assert check(run("tests.chaos.storage_faults", library, tmp_path / "few", trials)) == len(trials)
 
 
@@ -96,8 +101,9 @@ def test_a_few_faults_lose_nothing_that_was_saved(library, num_calls, tmp_path):
 def test_a_fault_at_any_call_of_a_save_loses_nothing(library, num_calls, tmp_path, kind):
     trials = [
         {"call": call, "kind": kind, "size": size, "rank": rank, "next_size": size if call % 3 else 3 - size}
-        for (size, rank), count in num_calls.items()
+        for (size, rank, below), count in num_calls.items()
         for call in range(count)
+        if not below
     ]
     if not report.all_wanted():
         trials = random.Random(report.seed() + kind).sample(trials, NUM_HANGS if kind in HANGS else NUM_DRAWN)
