@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 # before torch and numpy are imported: two cores carry several processes, and a thread pool in each would fight
@@ -17,6 +17,7 @@ import torch
 from hypothesis import settings
 
 from dpkd.stages.record import RunFolder
+from tests.chaos import report
 from tests.object_store import ObjectStore, forget_connections
 from tests.runs import Command, tiny
 from tools.local_ray_cluster import LocalCluster
@@ -28,6 +29,19 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 settings.register_profile("quick", derandomize=True, deadline=None, max_examples=60)
 settings.register_profile("fuzz", deadline=None, max_examples=3_000, print_blob=True)
 settings.load_profile("quick")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Has every test that fails stand in the chaos report, where one is kept."""
+    told = yield
+    if call.when == "setup":
+        report.begin_test()
+    if told.failed:
+        report.record_failed_test(item.name, phase=call.when)
+    return told
 
 
 @pytest.fixture(scope="session", autouse=True)

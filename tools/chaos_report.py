@@ -3,7 +3,8 @@
     python tools/chaos_report.py build/chaos.jsonl
 
 A row a suite and kind of fault: how many were injected and survived, the seconds until the run was at work again, and
-the steps that were done again. Exits with 1 where a fault was not survived, and names those.
+the steps that were done again; a test that failed has a row too, as one fault that was not survived. Exits with 1 where
+there are such, and names them.
 """
 
 import argparse
