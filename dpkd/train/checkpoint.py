@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -190,10 +190,11 @@ class Checkpoints:
         """Copies a remote checkpoint to this machine; returns what is wrong with it."""
         try:
             for path in _patiently(lambda: self._store.manifest(mark)).files:
-                _patiently(partial(storage.copy_here, self._store.place(mark, path), copy / path))
+                with suppress(*NO_FILE):  # `_faults` tells that it is missing
+                    _patiently(partial(storage.copy_here, self._store.place(mark, path), copy / path))
         except UserError:  # the storage's, which says nothing of the checkpoint
             raise
-        except (*NO_FILE, ValueError) as error:
+        except ValueError as error:
             return [str(error)]
         return self._faults(mark, copy, share=(0, 1))
 

@@ -1,6 +1,8 @@
 """A checkpoint is whole or absent, and only a whole one loads: on a disk, and on object storage."""
 
+import errno
 import json
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -89,8 +91,30 @@ def test_the_newest_loads_and_nothing_is_step_zero(place: str) -> None:
     assert loaded(place) == (10, 10)
 
 
-@pytest.mark.parametrize("path", ["a/value.txt", "a/more.bin", "manifest.json"])
-@pytest.mark.parametrize("damage", ["delete", "truncate", "flip", "empty"])
+REASONS = {
+    ("a/value.txt", "delete"): "value.txt is missing",
+    ("a/value.txt", "truncate"): "value.txt has 0 bytes, expected 1",
+    ("a/value.txt", "flip"): "value.txt has another sha256 than its manifest.json says",
+    ("a/value.txt", "empty"): "value.txt has 0 bytes, expected 1",
+    ("a/more.bin", "delete"): "more.bin is missing",
+    ("a/more.bin", "truncate"): "more.bin has 500 bytes, expected 1000",
+    ("a/more.bin", "flip"): "more.bin has another sha256 than its manifest.json says",
+    ("a/more.bin", "empty"): "more.bin has 0 bytes, expected 1000",
+    ("manifest.json", "delete"): None,  # without it, it does not count at all
+    ("manifest.json", "truncate"): "manifest.json cannot be read (Invalid JSON: EOF while parsing a string at line ",
+    ("manifest.json", "flip"): "manifest.json cannot be read (Invalid JSON: expected value at line 1 column 1)",
+    ("manifest.json", "empty"): "manifest.json cannot be read (Invalid JSON: EOF while parsing a value at line 1 ",
+}
+"""What is told of each damage of a file."""
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What was said of step 2, where it was said to be damaged."""
+    start = "checkpoint step-00000002-a0001 is damaged and not used: "
+    return [line.removeprefix(start) for line in capsys.readouterr().out.splitlines() if line.startswith(start)]
+
+
+@pytest.mark.parametrize(("path", "damage"), REASONS)
 def test_a_damaged_one_is_passed_over_for_the_one_before(
     place: str, path: str, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,37 +129,75 @@ def test_a_damaged_one_is_passed_over_for_the_one_before(
     else:
         storage.write_bytes_atomic(file, bytes(content[: len(content) // 2]) if damage == "truncate" else b"")
     assert loaded(place) == (1, 1)
-    if (path, damage) != ("manifest.json", "delete"):  # without it, it does not count at all
-        assert "step-00000002-a0001 is damaged" in capsys.readouterr().out
+    reason, found = REASONS[path, damage], told(capsys)
+    assert len(found) == (0 if reason is None else 1)
+    assert reason is None or found[0].startswith(reason)
 
 
-def test_swapped_files_are_noticed(place: str) -> None:
+def test_every_damaged_file_is_told(place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(place, [1, 2])
+    storage.remove(storage.join(place, "step-00000002-a0001", "a/value.txt"))
+    storage.write_bytes_atomic(storage.join(place, "step-00000002-a0001", "a/more.bin"), b"short")
+    assert loaded(place) == (1, 1)
+    assert told(capsys) == ["more.bin has 5 bytes, expected 1000; value.txt is missing"]
+
+
+def test_a_file_that_no_disk_gives_back_is_told_with_the_cause(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(str(tmp_path), [1, 2])
+    file = tmp_path / "step-00000002-a0001" / "a" / "value.txt"
+    file.unlink()
+    file.symlink_to(file.name)
+    assert loaded(str(tmp_path)) == (1, 1)
+    (reason,) = told(capsys)
+    assert reason.startswith("value.txt cannot be read (")
+    assert os.strerror(errno.ELOOP) in reason
+
+
+def test_swapped_files_are_noticed(place: str, capsys: pytest.CaptureFixture[str]) -> None:
     saved(place, [1, 2])
     for name in ("a/value.txt", "manifest.json"):
         other = storage.read_bytes(storage.join(place, "step-00000001-a0001", name))
         storage.write_bytes_atomic(storage.join(place, "step-00000002-a0001", name), other)
     assert loaded(place) == (1, 1)
+    assert told(capsys) == ["manifest.json is that of step 1, attempt 1"]
 
 
-def test_a_manifest_that_names_files_outside_is_not_followed(place: str, tmp_path: Path) -> None:
+def test_a_manifest_of_another_format_is_told_with_the_one_that_is_read(
+    place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(place, [1, 2])
+    file = storage.join(place, "step-00000002-a0001", "manifest.json")
+    storage.write_bytes_atomic(file, json.dumps(json.loads(storage.read_bytes(file)) | {"format": 99}).encode())
+    assert loaded(place) == (1, 1)
+    assert told(capsys) == ["manifest.json has format 99, this version reads 2"]
+
+
+def test_a_manifest_that_names_files_outside_is_not_followed(place: str, capsys: pytest.CaptureFixture[str]) -> None:
     saved(place, [1, 2])
     file = storage.join(place, "step-00000002-a0001", "manifest.json")
     manifest = json.loads(storage.read_bytes(file))
     manifest["files"]["../../stolen"] = next(iter(manifest["files"].values()))
     storage.write_bytes_atomic(file, json.dumps(manifest).encode())
     assert loaded(place) == (1, 1)
+    assert "'../../stolen' is no path below a checkpoint's folder" in told(capsys)[0]
 
 
-def test_a_file_that_the_manifest_does_not_vouch_for_is_not_read(tmp_path: Path) -> None:
+def test_a_file_that_the_manifest_does_not_vouch_for_is_not_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     saved(str(tmp_path), [1, 2])
     file = tmp_path / "step-00000002-a0001" / "manifest.json"
     manifest = json.loads(file.read_text())
     file.write_text(json.dumps(manifest | {"files": {}}))
     assert loaded(str(tmp_path)) == (1, 1)
+    assert told(capsys) == ["a/more.bin is not in its manifest.json; a/value.txt is not in its manifest.json"]
     file.write_text(json.dumps(manifest))
     assert loaded(str(tmp_path)) == (2, 2)
     (file.parent / "a" / "part-00001-of-00002.safetensors").write_bytes(b"foreign")
     assert loaded(str(tmp_path)) == (1, 1)
+    assert told(capsys) == ["a/part-00001-of-00002.safetensors is not in its manifest.json"]
 
 
 def test_all_damaged_is_an_error_that_names_the_folder(place: str) -> None:
