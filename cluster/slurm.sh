@@ -1,8 +1,9 @@
 #!/bin/bash
 # sbatch cluster/slurm.sh configs/miniimagenet_gpu.yaml run.dir=/data/runs/miniimagenet
 # Starts a Ray node on every machine of the allocation and the run on the first. Three minutes before the time is up the
-# run is asked to stop; it saves, ends with code 75, and the job queues again and goes on from there. `scancel` saves too,
-# and stays cancelled. The `B:` matters: without it the signal goes to Ray's own processes, which it ends.
+# run is asked to stop; it saves, ends with code 75, and the job queues again and goes on from there. With
+# `scancel --batch --signal=TERM JOB` it saves too, and the job stays ended. `--batch` and the `B:` matter: without them
+# the signal goes to Ray's own processes, which it ends.
 #SBATCH --job-name=dpkd
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -42,13 +43,12 @@ done
 python -m dpkd.pretrain --config "$config" launcher.kind=ray "$@" &
 driver=$!
 time_is_up=no
-trap 'time_is_up=yes; kill -USR1 $driver' USR1
-trap 'kill -TERM $driver' TERM
+trap 'time_is_up=yes; kill -USR1 $driver 2> /dev/null || true' USR1 USR2   # or the run has just ended
+trap 'kill -TERM $driver 2> /dev/null || true' TERM
+while kill -0 $driver 2> /dev/null; do   # in `wait` a signal that comes as the run ends could lose its status
+    sleep 1 || true
+done
 status=0
 wait $driver || status=$?
-while kill -0 $driver 2> /dev/null; do   # the signal ended the first wait; the run still saves
-    status=0
-    wait $driver || status=$?
-done
 [ $status -eq 75 ] && [ $time_is_up = yes ] && scontrol requeue "$SLURM_JOB_ID"
 exit $status
