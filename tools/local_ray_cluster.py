@@ -1,4 +1,6 @@
-"""Starts a Ray cluster of several nodes on this machine, apart from any other: free ports, loopback, its own token.
+"""Starts a Ray cluster of several nodes on this machine, apart from any other: free ports, a token of its own.
+
+The dashboard listens on loopback; Ray's other ports, as on any node, on every address of the machine.
 
     python tools/local_ray_cluster.py --cpus 2 2
 
