@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -45,7 +47,7 @@ def test_an_actor_that_is_lost_costs_a_restart_at_most(tmp_path, actor, number):
     def strike() -> None:
         while len(list(tmp_path.glob("up-*"))) < 2:
             time.sleep(0.1)
-        (process,) = (each["Pid"] for each in actors().values() if each["ActorClassName"] == actor and _alive(each))
+        (process,) = _processes(actor)
         os.kill(process, number)
         (tmp_path / "go").touch()
 
@@ -58,8 +60,68 @@ def test_an_actor_that_is_lost_costs_a_restart_at_most(tmp_path, actor, number):
     report.record("ray", fault=number.name, target={"Post": "the post"}.get(actor, "Ray Train's controller"))
 
 
-def _alive(actor: dict[str, object]) -> bool:
-    return actor["State"] == "ALIVE"
+def _processes(actor: str) -> list[int]:
+    """Those of the actors of this class that are alive."""
+    there = [each for each in actors().values() if each["ActorClassName"] == actor]
+    return [each["Pid"] for each in there if each["State"] == "ALIVE"]
+
+
+@pytest.mark.chaos
+@pytest.mark.usefixtures("ray_connection")
+def test_what_ray_keeps_of_a_generation_is_of_no_use_to_the_next(tmp_path, monkeypatch):
+    """It is torn and removed while the first one works, which then loses a worker."""
+    kept = tmp_path / "t"
+    kept.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(kept))
+    over = threading.Event()
+
+    def wait_until_up() -> Path:
+        while len(list(tmp_path.glob("up-*"))) < 2 and not over.is_set():
+            time.sleep(0.1)
+        (storage,) = kept.glob("dpkd-gang-*")
+        (run,) = storage.iterdir()
+        return run
+
+    def strike() -> tuple[Path, Path]:
+        first = wait_until_up()
+        _damage(first)
+        for mark in tmp_path.glob("up-*"):
+            mark.unlink()
+        os.kill(_processes("RayTrainWorker")[0], signal.SIGKILL)
+        second = wait_until_up()
+        (tmp_path / "go").touch()
+        return first, second
+
+    restarts: list[Restart] = []
+    with ThreadPoolExecutor(1) as threads:
+        struck = threads.submit(strike)
+        struck.add_done_callback(lambda _: (tmp_path / "go").touch())
+        try:
+            RayGang(2, max_restarts=1).run(
+                wait_for_go, str(tmp_path), supervision=Supervision(on_restart=restarts.append)
+            )
+        finally:
+            over.set()
+        first, second = struck.result()
+    assert len(restarts) == 1
+    assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
+    assert first.parent != second.parent
+    assert first.name != second.name
+    assert not list(kept.iterdir())
+    report.record("ray", fault="files truncated and removed, SIGKILL", target="Ray Train's own state, a worker")
+
+
+def _damage(run: Path) -> None:
+    """Cuts every other file below the folder in half and removes the rest; leaves a torn list of checkpoints too."""
+    snapshot = run / "checkpoint_manager_snapshot.json"  # which Ray Train writes once it was given a checkpoint
+    files = sorted(path for path in run.rglob("*") if path.is_file() and path != snapshot)
+    snapshot.write_text('{"ray_version": "2.')
+    assert files
+    for place, path in enumerate(files):
+        if place % 2:
+            os.truncate(path, path.stat().st_size // 2)
+        else:
+            path.unlink()
 
 
 @pytest.mark.chaos
