@@ -6,8 +6,9 @@ runs the trials of the list in the file and prints a line of JSON for each. A tr
 {"segments": [{"size": 2, "engines": ["zero3", "zero1"], "end": 9, "kill": false}, …], "student": "adamw"}: each
 segment goes on from the newest checkpoint with so many ranks, over gloo, and these engines. It is stopped after step
 `end`, and saves, or is killed in the step after it; the last one ends with the run. With "poison", {"step", "rank",
-"network"}, that network's loss is no number there. What the last checkpoint holds is compared with that of the unbroken
-run that the trial's "unbroken" names, {"size", "engines", "skipped"}, which passes over the last from the start.
+"network", "factor"}, that network's loss is so many times itself there. What the last checkpoint holds is compared with
+that of the unbroken run that the trial's "unbroken" names, {"size", "engines", "skipped"}, which passes over the last
+from the start.
 
 The segments of its "passes" come after that and do not train: each loads the newest checkpoint and saves it again,
 which must change no bit.
@@ -61,6 +62,7 @@ OPTIMIZERS = {
 LEARNING_RATE = {"adamw": 1e-3, "sgd": 1e-2}
 NAMES = ("teacher", "student")
 SKIPPED = "skipped.json"
+SPIKE = 1_000.0
 
 
 def groups(module: nn.Module) -> list[dict[str, Any]]:
@@ -116,7 +118,7 @@ class Distilling:
         }
         if (step, self._rank) == (self._poison["step"], self._poison.get("rank")):
             spoilt = losses[self._poison["network"]]
-            spoilt |= {name: loss * torch.nan for name, loss in spoilt.items()}
+            spoilt |= {name: loss * float(self._poison["factor"]) for name, loss in spoilt.items()}
         return losses
 
     def learning_rate(self, name: str, *, step: int) -> float:
@@ -178,7 +180,7 @@ def _train(
         checkpoints=checkpoints,
         parts={**parts, "ledger": ledger},
         meter=Meter(sinks=(), world=world, images_per_step=BATCH),
-        guard=NormGuard(spike=None),
+        guard=NormGuard(spike=SPIKE),
         hooks=Hooks(evaluate=lambda _: None, panels=lambda *_: None),
         world=world,
     )
