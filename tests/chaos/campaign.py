@@ -31,7 +31,9 @@ SIGNALS = {
 }
 HANGS = ("SIGSTOP", "interpreter lock")
 DEADLY = [kind for kind in SIGNALS if kind not in HANGS]
-KINDS_AT_A_CALL = {"SIGKILL": 1, "SIGSTOP": 2, "SIGSEGV": 3, "exit": 4, "interpreter lock": 7, "SIGTERM": 8}
+KINDS_AT_A_CALL = {"SIGKILL": 1, "SIGSTOP": 2, "SIGSEGV": 3, "exit": 4, "hang": 5, "interpreter lock": 7, "SIGTERM": 8}
+AT_CALLS_ONLY = ("hang", "rank")
+"""A storage call that never returns, which no signal brings about."""
 CALLS_OF_A_SAVE = 60
 """Storage calls of one rank between two saves, about."""
 PATIENCE_S = 400.0
@@ -70,13 +72,15 @@ def draw(num_faults: int, *, steps: int, seed: int) -> list[Fault]:
     A driver that hangs is not among them, nor a pool worker that does: nobody watches those.
     """
     draws = random.Random(seed)
-    pairs = [(kind, "rank") for kind in SIGNALS]
+    pairs = [(kind, "rank") for kind in SIGNALS] + [AT_CALLS_ONLY]
     pairs += [(kind, target) for target in ("driver", "all") for kind in DEADLY]
     late = [pair for _ in range(-(-num_faults // len(pairs))) for pair in draws.sample(pairs, len(pairs))][:num_faults]
     early = [pair for pair in late if pair[0] in DEADLY][: num_faults // 6]
     for pair in early:
         late.remove(pair)
-    moments = [draws.choice(_MOMENTS[target == "rank"]) for _, target in late]
+    while AT_CALLS_ONLY in (late[0], late[-1]):
+        draws.shuffle(late)
+    moments = ["save" if pair == AT_CALLS_ONLY else draws.choice(_MOMENTS[pair[1] == "rank"]) for pair in late]
     moments[0], moments[-1] = "step", "evaluate"
     whole = zip([*early, *late], ["start"] * len(early) + moments, strict=True)
     return [

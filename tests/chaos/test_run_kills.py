@@ -16,6 +16,7 @@ from dpkd import storage
 from dpkd.audit import audit
 from dpkd.stages.record import RunFolder
 from dpkd.train.checkpoint_store import MANIFEST, CheckpointStore
+from dpkd.train.ledger import read_ledgers
 from tests.chaos import report
 from tests.chaos.campaign import DEADLY, Campaign, Fault, draw
 from tests.runs import Command, all_weights, tiny
@@ -60,6 +61,12 @@ def differences(one: RunFolder, other: RunFolder) -> dict[str, float]:
         for name in first
         if not torch.equal(first[name], second[name])
     }
+
+
+def sizes_of(folder: RunFolder) -> set[int]:
+    """Numbers of workers that made steps of this run, and saved them, by its ledgers."""
+    ledgers = [each for stage in ("teach", "distill") for each in read_ledgers(folder.ledger(stage))]
+    return {each.world_size for each in ledgers if each.samples_of}
 
 
 def assert_tidy(campaign: Campaign, shared_memory_before: set[str]) -> None:
@@ -132,6 +139,7 @@ def test_after_20_faults_in_a_row_a_run_ends_as_unbroken(
     if not same:
         record(campaign, suite, outcome="the weights are others")
     assert same, furthest
+    assert sizes_of(campaign.folder) == set(sizes)
     audit(str(campaign.folder.path))
     assert_tidy(campaign, shared_memory_before)
     record(campaign, suite, outcome=report.SURVIVED)
