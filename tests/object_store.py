@@ -21,6 +21,8 @@ class ObjectStore:
 
     def __init__(self) -> None:
         self.fault: Fault | None = None
+        self.served: Callable[[str, str], object] | None = None
+        """Hears of (method, path) of each request that was served, before the answer goes out."""
         self.num_failed = 0
         self._serve = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True, request_handler=_Quiet)
@@ -54,7 +56,10 @@ class ObjectStore:
     def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         status = self.fault(environ["REQUEST_METHOD"], environ["PATH_INFO"]) if self.fault else None
         if status is None:
-            return self._serve(environ, start_response)
+            answer = self._serve(environ, start_response)
+            if self.served:
+                self.served(environ["REQUEST_METHOD"], environ["PATH_INFO"])
+            return answer
         self.num_failed += 1
         environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         start_response(f"{status} Failed", [("Content-Type", "application/xml")])
