@@ -2,9 +2,11 @@
 
 import pickle
 import re
+from typing import Any
 
-_AUTHORITY = re.compile(r"(?<=://)[^/\s'\"]{1,4096}@")
-_QUERY = re.compile(r"(?<=://)([^\s'\"?]{1,4096})\?[^\s'\"]*=[^\s'\"]*")
+# one slash is what a path makes of two
+_AUTHORITY = re.compile(r"(?<=:/)(/?)[^/\s'\"]{1,4096}@")
+_QUERY = re.compile(r"(?<=:/)([^\s'\"?]{1,4096})\?[^\s'\"]*=[^\s'\"]*")
 
 
 class UserError(ValueError):
@@ -46,9 +48,18 @@ def portable(error: Exception) -> Exception:
 
 def without_secrets(text: str) -> str:
     """The text with *** for the user, password and query (which may be a signature) of each URL in it."""
-    if "://" not in text:
+    if ":/" not in text:
         return text
-    return _QUERY.sub(r"\1?***", _AUTHORITY.sub("***@", text))
+    return _QUERY.sub(r"\1?***", _AUTHORITY.sub(r"\1***@", text))
+
+
+def masked(tree: Any) -> Any:
+    """The tree with the secrets of each URL in it masked."""
+    if isinstance(tree, str):
+        return without_secrets(tree)
+    if isinstance(tree, dict):
+        return {key: masked(value) for key, value in tree.items()}
+    return [masked(each) for each in tree] if isinstance(tree, list | tuple) else tree
 
 
 def printable(text: str) -> str:

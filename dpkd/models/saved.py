@@ -17,7 +17,7 @@ from torch import Tensor
 from dpkd import storage
 from dpkd.checked_json import checked, parse_checked
 from dpkd.data.images import MAX_PIXELS
-from dpkd.errors import UserError
+from dpkd.errors import UserError, masked
 from dpkd.models.network import Network, build_network
 from dpkd.models.settings import NetworkSpec
 from dpkd.models.weights import UNREADABLE
@@ -31,14 +31,13 @@ SPEC_NAME = "network.json"
 def save_network(folder: Path, spec: NetworkSpec, state: Mapping[str, Tensor]) -> None:
     """Writes a network's state dict and spec into a folder; a write cut short leaves no network that loads.
 
+    Secrets of URLs in the arguments of its model are masked: they say where weights came from, which are here now.
     Raises `UserError` where the folder cannot be written.
     """
     data = safetensors.torch.save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()})
-    head = {
-        "format_version": FORMAT_VERSION,
-        "weights_sha256": storage.digest(data),
-        "spec": spec.model_dump(mode="json"),
-    }
+    tree = spec.model_dump(mode="json")
+    tree["model"] = masked(tree["model"])
+    head = {"format_version": FORMAT_VERSION, "weights_sha256": storage.digest(data), "spec": tree}
     storage.write_bytes_atomic(folder / WEIGHTS_NAME, data)
     storage.write_bytes_atomic(folder / SPEC_NAME, checked(head))
 

@@ -37,6 +37,8 @@ from dpkd.storage_errors import write_errors
 
 ONNX_OPSET = 18
 TIMM_TOLERANCE = 1e-5
+OF_DOWNLOADS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+"""Arguments of `timm.create_model` that say where weights come from: timm sets its own for a folder."""
 CHECK_BATCHES = (1, 3)
 """Batch sizes at which ONNX is compared: the exported file must take any."""
 
@@ -159,7 +161,7 @@ def _possible_arguments(spec: NetworkSpec) -> list[dict[str, Any]]:
     The image size, where the model takes one. A transformer that reads its class token must pool its patches instead
     where it was trained under figure-ground pooling, and keep its norm before the pooling (`fc_norm`).
     """
-    arguments = spec.model.arguments
+    arguments = {key: value for key, value in spec.model.arguments.items() if key not in OF_DOWNLOADS}
     try:
         with_size = {"img_size": spec.image_size, **arguments}
         timm.create_model(spec.model.name, num_classes=0, **with_size)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dpkd import storage
-from dpkd.errors import UserError, without_secrets
+from dpkd.errors import UserError, masked
 from dpkd.report.progress import EventLog
 from dpkd.storage_errors import NO_FILE, write_errors
 from dpkd.train.checkpoint_store import Superseded
@@ -244,15 +244,6 @@ def _plain(given: dict[str, Any]) -> dict[str, Any]:
     """As JSON holds it, without secrets: a signature that was renewed is no other setting."""
     plain: dict[str, Any] = json.loads(json.dumps(masked(given)))
     return plain
-
-
-def masked(tree: Any) -> Any:
-    """The tree with the secrets of each URL in it masked."""
-    if isinstance(tree, str):
-        return without_secrets(tree)
-    if isinstance(tree, dict):
-        return {key: masked(value) for key, value in tree.items()}
-    return [masked(each) for each in tree] if isinstance(tree, list | tuple) else tree
 
 
 def _read(data: bytes) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from dpkd import storage
-from dpkd.stages.record import RunFolder, masked
+from dpkd.errors import masked
+from dpkd.stages.record import RunFolder
 
 PACKAGES = (
     "dpkd",
