@@ -3,24 +3,140 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
 from dpkd.audit import audit
+from dpkd.report.progress import EventReader
 from dpkd.stages.record import RunFolder
 from dpkd.train.checkpoint_store import CheckpointStore
 from tests.chaos import report
-from tests.runs import Command, all_weights, tiny, train_events
+from tests.chaos.test_run_kills import CALM, differences
+from tests.runs import Command, all_weights, tiny
 from tools.local_ray_cluster import LocalCluster
 
 pytestmark = pytest.mark.slow
+
+
+RAY = str(Path(sys.executable).parent / "ray")
+ROOT = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+TEACH = ("--stages", "teach")
+STEPS, MANY_STEPS = 400, 2000
+"""The many take as long as it takes a node to join, and some."""
+CHECKPOINT_EVERY = 20
+Unbroken = Callable[[int], RunFolder]
+
+
+def teacher(folder: Path, *, shards: Path, steps: int) -> dict[str, Any]:
+    """Settings of a run whose teacher two workers train."""
+    tree = tiny(folder, source=None, shards=shards)
+    tree["launcher"]["workers"] = 2
+    tree["teach"]["optimizer"] = CALM
+    tree["teach"]["training"] |= {"steps": steps, "checkpoint_every": CHECKPOINT_EVERY}
+    tree["teach"]["training"] |= {"evaluate_every": steps, "panels_every": steps}
+    return tree
+
+
+@pytest.fixture(scope="module")
+def shards(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Packed images with prior maps; read only."""
+    tree = tiny(tmp_path_factory.mktemp("packed") / "run", source=sample_folder)
+    command = Command(tree, "--stages", "pack,prepare")
+    assert command.wait() == 0, command.output
+    return command.folder.path / "shards"
+
+
+@pytest.fixture(scope="module")
+def unbroken(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
+    """Gives the run of so many steps that two workers of this machine made, and nothing interrupted; read only."""
+    folder = tmp_path_factory.mktemp("unbroken")
+
+    @cache
+    def run(steps: int) -> RunFolder:
+        command = Command(teacher(folder / str(steps), shards=shards, steps=steps), *TEACH)
+        assert command.wait() == 0, command.output
+        return command.folder
+
+    return run
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass through the training loop: the step after which it began, and the last that it logged."""
+
+    began: int
+    ended: int
+
+
+def passes(folder: RunFolder) -> list[Pass]:
+    """All passes of the teacher, in the order in which they began."""
+    made: list[Pass] = []
+    for event in EventReader(folder.events).new():
+        if event["kind"] == "loop_began":
+            made.append(Pass(event["step"], event["step"]))
+        elif event["kind"] == "train":
+            made[-1] = replace(made[-1], ended=event["step"])
+    return made
+
+
+def reached(folder: RunFolder) -> int:
+    """The last step that the newest pass logged."""
+    return passes(folder)[-1].ended if passes(folder) else 0
+
+
+def restarts(folder: RunFolder) -> list[str]:
+    """The causes of all restarts."""
+    return [event["cause"] for event in EventReader(folder.events).new() if event["kind"] == "restart"]
+
+
+def newest(folder: RunFolder) -> int:
+    """The step of the newest published checkpoint, 0 without one."""
+    return max((mark.step for mark in CheckpointStore(folder.checkpoints("teach")).standing()), default=0)
+
+
+def has_saved(folder: RunFolder, number: int) -> bool:
+    """Whether the pass of this number is the newest, and has saved something."""
+    made = passes(folder)
+    return len(made) == number and newest(folder) > made[-1].began
+
+
+def wait_for(fact: Callable[[], bool], *, driver: "subprocess.Popen[Any]", folder: RunFolder) -> None:
+    """Returns once it is so, while the driver of the run must not end."""
+    while not fact():
+        assert driver.poll() is None, output(folder)
+        time.sleep(0.1)
+
+
+def output(folder: RunFolder) -> str:
+    """All that the run has printed."""
+    return folder.path.with_suffix(".log").read_text()
+
+
+def drain(cluster: LocalCluster, *, node: str) -> None:
+    """Runs `ray drain-node`, as for a spot machine that will be gone in 10 minutes."""
+    command = [RAY, "drain-node", "--address", cluster.address, "--node-id", node]
+    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+    environment = os.environ | cluster.client_variables()
+    subprocess.run([*command, "--deadline-remaining-seconds", "600"], env=environment, check=True)
+
+
+def ray_job(cluster: LocalCluster, verb: str, job: str) -> str:
+    """What `ray job` with this verb prints."""
+    command = [RAY, "job", verb, "--address", cluster.dashboard, job]
+    environment = os.environ | cluster.client_variables()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
 
 
 def record(*faults: str, target: str) -> None:
@@ -68,9 +184,8 @@ def test_workers_leave_a_node_that_drains_and_go_on_elsewhere(tmp_path: Path) ->
         f"pathlib.Path({str(tmp_path)!r}, 'driver').write_text(ray.get_runtime_context().get_node_id())\n"
         f"gang.run(save_and_move, {str(tmp_path)!r})\n"
     )
-    root = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    with LocalCluster([1, 1, 1], environment=root) as cluster:
-        environment = os.environ | root | cluster.client_variables()
+    with LocalCluster([1, 1, 1], environment=ROOT) as cluster:
+        environment = os.environ | ROOT | cluster.client_variables()
         driver = subprocess.Popen([sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True)
         try:
             while len(list(tmp_path.glob("node-0-*"))) < 2:
@@ -78,16 +193,7 @@ def test_workers_leave_a_node_that_drains_and_go_on_elsewhere(tmp_path: Path) ->
                 time.sleep(0.1)
             before = [(tmp_path / f"node-0-{rank}").read_text() for rank in range(2)]
             leaving = next(node for node in before if node != (tmp_path / "driver").read_text())
-            drain = [
-                Path(sys.executable).parent / "ray",
-                "drain-node",
-                "--address",
-                cluster.address,
-                "--node-id",
-                leaving,
-            ]
-            drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
-            subprocess.run([*drain, "--deadline-remaining-seconds", "600"], env=environment, check=True)
+            drain(cluster, node=leaving)
             printed, _ = driver.communicate(timeout=400)
         finally:
             driver.kill()
@@ -118,9 +224,8 @@ def test_a_session_shrinks_with_the_cluster_and_grows_with_it_after_a_save(tmp_p
             time.sleep(0.1)
         return generations.read_text().splitlines()
 
-    root = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    with LocalCluster([1, 1], environment=root) as cluster:
-        environment = os.environ | root | cluster.client_variables()
+    with LocalCluster([1, 1], environment=ROOT) as cluster:
+        environment = os.environ | ROOT | cluster.client_variables()
         driver = subprocess.Popen([sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True)
         try:
             assert wait_for(1) == ["2 from 0"]
@@ -142,103 +247,139 @@ def test_a_session_shrinks_with_the_cluster_and_grows_with_it_after_a_save(tmp_p
 
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
-def test_a_run_that_loses_a_node_and_gains_one_uses_each_sample_once(sample_folder: Path, tmp_path: Path) -> None:
-    tree = tiny(tmp_path / "run", source=sample_folder)
-    tree["launcher"] |= {"kind": "ray", "workers": 2, "min_workers": 1, "grow_after_s": 0.0}
-    tree["teach"]["training"] |= {"steps": 2000, "checkpoint_every": 20, "evaluate_every": 2000, "panels_every": 2000}
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(tree))
+def test_a_run_that_loses_a_node_and_gains_one_ends_as_unbroken(
+    unbroken: Unbroken, shards: Path, tmp_path: Path
+) -> None:
+    tree = teacher(tmp_path / "run", shards=shards, steps=MANY_STEPS)
+    tree["launcher"] |= {"kind": "ray", "min_workers": 1, "grow_after_s": 0.0}
     folder = RunFolder(tmp_path / "run")
-
-    def wait_for(fact: Callable[[], bool]) -> None:
-        while not fact():
-            assert driver.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.1)
-
-    def restarts() -> list[str]:
-        lines = folder.events.read_text().splitlines() if folder.events.exists() else []
-        return [event["cause"] for event in map(json.loads, lines) if event["kind"] == "restart"]
-
-    root = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    command = [sys.executable, "-m", "dpkd.pretrain", "--config", config, "--stages", "pack,prepare,teach"]
-    with LocalCluster([1, 1], environment=root) as cluster, (tmp_path / "log").open("w") as log:
-        environment = os.environ | root | cluster.client_variables()
-        driver = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    with LocalCluster([1, 1], environment=ROOT) as cluster:
+        command = Command(tree, *TEACH, environment=ROOT | cluster.client_variables())
         try:
-            wait_for(lambda: len(train_events(folder)) > 50)
+            wait_for(lambda: reached(folder) > 50, driver=command.process, folder=folder)
             cluster.kill_node(1)
-            wait_for(lambda: len(restarts()) == 1)
+            wait_for(lambda: len(restarts(folder)) == 1, driver=command.process, folder=folder)
+            published = newest(folder)
             cluster.add_node(1)
-            wait_for(lambda: len(restarts()) == 2)
-            assert driver.wait(timeout=400) == 0, (tmp_path / "log").read_text()
+            wait_for(lambda: len(restarts(folder)) == 2, driver=command.process, folder=folder)
+            assert command.process.wait(timeout=400) == 0, command.output
         finally:
-            driver.kill()
-    assert restarts()[1] == "there is room for 2 workers instead of 1"
-    started = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("starts ")]
-    assert [line.split()[1] for line in started] == ["2", "1", "2"]
-    audit(str(tmp_path / "run"))
+            command.process.kill()
+    assert restarts(folder)[1] == "there is room for 2 workers instead of 1"
+    assert re.findall(r"^starts (\d) workers", command.output, re.MULTILINE) == ["2", "1", "2"]
+    with_two, with_one, with_two_again = passes(folder)
+    assert 0 < published <= with_one.began
+    assert with_two.ended - with_one.began <= 2 * CHECKPOINT_EVERY  # a save may still be under way when it is lost
+    assert with_one.ended > with_one.began
+    assert (with_two_again.began, with_two_again.ended) == (with_one.ended, MANY_STEPS)
+    audit(str(folder.path))
+    # one worker or two: a step adds up two micro-batches, whose sum has no order
+    assert not differences(unbroken(MANY_STEPS), folder)
     record("a node is killed", "a node joins", target="a run of 2 workers")
 
 
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
-def test_a_killed_driver_leaves_nothing_that_blocks_the_next_attempt(sample_folder: Path, tmp_path: Path) -> None:
-    """The cluster has room for the two workers of one attempt alone."""
-    tree = tiny(tmp_path / "run", source=sample_folder)
-    tree["launcher"] |= {"kind": "ray", "workers": 2}
-    tree["teach"]["training"] |= {"steps": 60, "evaluate_every": 60, "panels_every": 60}
-    folder = RunFolder(tmp_path / "run")
-    root = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    with LocalCluster([1, 1], environment=root) as cluster:
-        environment = root | cluster.client_variables()
-        for steps in (10, 20, 30):
-            command = Command(tree, "--stages", "pack,prepare,teach", environment=environment)
-            command.wait_for_step("teach", steps)
-            command.kill_all()
-        last = Command(tree, "--stages", "pack,prepare,teach", environment=environment)
-        assert last.wait() == 0, last.output
-    assert max(event["step"] for event in train_events(folder)) == 60
+def test_a_run_that_leaves_a_draining_node_loses_no_step(unbroken: Unbroken, shards: Path, tmp_path: Path) -> None:
+    """Both nodes have a worker, and a third one joins before the one that has no driver drains."""
+    tree = teacher(tmp_path / "run", shards=shards, steps=MANY_STEPS)
+    tree["launcher"]["kind"] = "ray"
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    folder, script = RunFolder(tmp_path / "run"), tmp_path / "driver.py"
+    script.write_text(
+        "import pathlib, sys, ray\n"
+        "from dpkd import pretrain\n"
+        "from dpkd.backends.ray_session import connect\n"
+        "connect()\n"
+        "nodes = {node['NodeID'] for node in ray.nodes()} - {ray.get_runtime_context().get_node_id()}\n"
+        f"pathlib.Path({str(tmp_path)!r}, 'other').write_text(*nodes)\n"
+        "pretrain.whole_process(pretrain.main)\n"
+    )
+    command = [sys.executable, script, "--config", tmp_path / "run.yaml", *TEACH]
+    with LocalCluster([1, 1], environment=ROOT) as cluster, (tmp_path / "run.log").open("w") as log:
+        environment = os.environ | ROOT | cluster.client_variables()
+        driver = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            wait_for(lambda: reached(folder) > 50, driver=driver, folder=folder)
+            cluster.add_node(1)
+            drain(cluster, node=(tmp_path / "other").read_text())
+            assert driver.wait(timeout=400) == 0, output(folder)
+        finally:
+            driver.kill()
+    assert restarts(folder) == ["a node is about to leave the cluster"]
+    before, after = passes(folder)
+    assert (after.began, after.ended) == (before.ended, MANY_STEPS)
     audit(str(folder.path))
+    assert not differences(unbroken(MANY_STEPS), folder)
+    record("a node drains", target="a run of 2 workers")
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_a_killed_driver_leaves_nothing_that_blocks_the_next_attempt(
+    unbroken: Unbroken, shards: Path, tmp_path: Path
+) -> None:
+    """The cluster has room for the two workers of one attempt alone."""
+    tree = teacher(tmp_path / "run", shards=shards, steps=STEPS)
+    tree["launcher"]["kind"] = "ray"
+    folder = RunFolder(tmp_path / "run")
+    stood = [0]
+    with LocalCluster([1, 1], environment=ROOT) as cluster:
+        environment = ROOT | cluster.client_variables()
+        for attempt in range(1, 4):
+            command = Command(tree, *TEACH, environment=environment)
+            wait_for(partial(has_saved, folder, attempt), driver=command.process, folder=folder)
+            stood.append(newest(folder))
+            command.kill_all()
+        last = Command(tree, *TEACH, environment=environment)
+        assert last.wait() == 0, last.output
+    made = passes(folder)
+    assert len(made) == 4
+    assert all(each.began >= step for each, step in zip(made, stood, strict=True))
+    assert made[-1].ended == STEPS
+    audit(str(folder.path))
+    assert not differences(unbroken(STEPS), folder)
     record(*["SIGKILL"] * 3, target="a driver")
 
 
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
-def test_a_job_that_is_stopped_saves_and_goes_on_when_submitted_again(sample_folder: Path, tmp_path: Path) -> None:
-    tree = tiny(tmp_path / "run", source=sample_folder)
-    tree["launcher"] |= {"kind": "auto", "workers": 2}
-    tree["teach"]["training"] |= {"steps": 400, "checkpoint_every": 400, "evaluate_every": 400, "panels_every": 400}
+def test_a_job_that_is_stopped_saves_and_goes_on_when_submitted_again(
+    unbroken: Unbroken, shards: Path, tmp_path: Path
+) -> None:
+    tree = teacher(tmp_path / "run", shards=shards, steps=STEPS)
+    tree["launcher"]["kind"] = "auto"
+    tree["teach"]["training"]["checkpoint_every"] = STEPS
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(tree))
     folder = RunFolder(tmp_path / "run")
-    root = {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "RAY_JOB_STOP_WAIT_TIME_S": "100"}
-    command = [sys.executable, "-m", "dpkd.pretrain", "--config", str(config), "--stages", "pack,prepare,teach"]
-    with LocalCluster([1, 1], environment=root) as cluster:
-        submitted = cluster.submit(command, wait=False)
+    # Ray keeps no exit code of a job that it has stopped
+    command = shlex.join([sys.executable, "-m", "dpkd.pretrain", "--config", str(config), *TEACH])
+    script = tmp_path / "job.sh"
+    script.write_text(f'trap : TERM\n{command}\ncode=$?\necho "left with code $code"\nexit $code\n')
+    with LocalCluster([1, 1], environment=ROOT | {"RAY_JOB_STOP_WAIT_TIME_S": "100"}) as cluster:
+        submitted = cluster.submit(["sh", str(script)], wait=False)
         job = re.search(r"raysubmit_\w+", submitted.stdout)
         assert job is not None, submitted.stdout + submitted.stderr
-        while len(train_events(folder)) < 20:
+        while reached(folder) < 20:
             time.sleep(0.1)
-        ray = Path(sys.executable).parent / "ray"
-        stop = [ray, "job", "stop", "--address", cluster.dashboard, job[0]]
-        stopped = subprocess.run(
-            stop, env=os.environ | cluster.client_variables(), capture_output=True, text=True, check=False
-        )
-        assert "was stopped" in stopped.stdout, stopped.stdout + stopped.stderr
+        assert "was stopped" in ray_job(cluster, "stop", job[0])
+        assert "left with code 75" in ray_job(cluster, "logs", job[0])
         (saved,) = CheckpointStore(folder.checkpoints("teach")).standing()
-        assert saved.step == max(event["step"] for event in train_events(folder))
-        again = cluster.submit(command)
+        again = cluster.submit(["sh", str(script)])
         assert again.returncode == 0, again.stdout + again.stderr
-        assert f"continues after step {saved.step} of 400" in again.stdout
+        assert f"continues after step {saved.step} of {STEPS}" in again.stdout
+    first, second = passes(folder)
+    assert first.ended == saved.step == second.began < second.ended == STEPS
     audit(str(folder.path))
+    assert not differences(unbroken(STEPS), folder)
     record("ray job stop", target="a job")
 
 
 def test_a_cluster_refuses_who_has_no_token(ray_cluster: LocalCluster) -> None:
     without = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    ray = Path(sys.executable).parent / "ray"
     job = subprocess.run(
-        [ray, "job", "submit", "--address", ray_cluster.dashboard, "--", "true"],
+        [RAY, "job", "submit", "--address", ray_cluster.dashboard, "--", "true"],
         env=without | {"HOME": "/nonexistent"},
         capture_output=True,
         text=True,
