@@ -5,7 +5,8 @@
 The two machines are network namespaces with a pair of virtual cards between them; each holds one rank, with its
 watchdog, and both see the same disk. A cut takes the link down at a step or in the middle of a save of one rank, for
 some seconds or until both ranks have ended; then both start again, over a whole link. A line of JSON a cut comes out,
-and one once the run has ended.
+with the steps that had been made since the last published save and those that were made again, and one once the run has
+ended.
 """
 
 import json
@@ -19,6 +20,7 @@ from typing import Any
 
 from dpkd.session import train_stages
 from dpkd.stages.record import RunFolder
+from dpkd.train.checkpoint_store import CheckpointStore
 from dpkd.watchdog import WatchOrder, watched
 from tests.runs import settings_of, train_events
 
@@ -128,11 +130,13 @@ def main() -> None:
         for number, given in enumerate(cuts, start=1):
             began_s = time.monotonic()
             codes = cut(pair, link, given)
-            told = {**given, "codes": codes, "seconds": time.monotonic() - began_s, "lost_steps": 0}
+            told = {**given, "codes": codes, "seconds": time.monotonic() - began_s, "lost_steps": 0, "unsaved_steps": 0}
             if codes != [None, None]:
-                events = train_events(folder)
+                events, standing = train_events(folder), CheckpointStore(folder.checkpoints("teach")).standing()
+                last = events[-1]["step"]
+                told["unsaved_steps"] = last - max((mark.step for mark in standing), default=0)
                 pair = Pair(config, folder, link, start=number)
-                told["lost_steps"] = events[-1]["step"] - pair.back(since=len(events)) + 1
+                told["lost_steps"] = last - pair.back(since=len(events)) + 1
                 told["recovery_s"] = time.monotonic() - began_s
             print(json.dumps(told), flush=True)
         print(json.dumps({"codes": pair.ended()}), flush=True)

@@ -18,6 +18,9 @@ from tests.runs import Command, all_weights, settings_of, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, CALLS_OF_A_SAVE = 120, 60
+SAVED_EVERY = 5
+MOST_UNSAVED = 2 * SAVED_EVERY
+"""Steps since the last published save, at most: a save is waited for when the next one is due."""
 
 
 def _refused() -> str | None:
@@ -31,7 +34,8 @@ def _refused() -> str | None:
 
 def tree_of(folder: Path, *, source: Path | None, shards: Path | None = None) -> dict[str, Any]:
     tree = tiny(folder, source=source, shards=shards)
-    tree["teach"]["training"] |= {"steps": STEPS, "checkpoint_every": 5, "evaluate_every": STEPS, "panels_every": STEPS}
+    tree["teach"]["training"] |= {"steps": STEPS, "evaluate_every": STEPS, "panels_every": STEPS}
+    tree["teach"]["training"]["checkpoint_every"] = SAVED_EVERY
     tree["launcher"]["workers"] = 2
     return tree
 
@@ -80,22 +84,24 @@ def test_a_cut_network_is_noticed_and_the_run_goes_on_bit_equal(
     log = config.with_suffix(".log")
     assert done.returncode == 0, done.stderr[-3000:] + (log.read_text()[-3000:] if log.exists() else "")
     *told, end = map(json.loads, done.stdout.splitlines())
-    for each in told:
-        lasting = each["for_s"] is None
-        noticed = each["codes"] == [None, None] if not lasting else None not in each["codes"]
-        report.record(
-            "network of two machines",
-            fault=f"{'cut' if lasting else 'cut for 1.5 s'} in a {'save' if each['in_save'] else 'step'}",
-            target=f"rank {each['rank']} of 2" if each["in_save"] else "both",
-            outcome=report.SURVIVED if noticed and end["codes"] == [0, 0] else "it was not survived",
-            recovery_s=each.get("recovery_s", each["seconds"]),
-            lost_steps=each["lost_steps"],
-        )
-        assert noticed, each
-        assert each["seconds"] < 120, each
     assert end["codes"] == [0, 0]
     audit(str(folder.path))
     one, other = all_weights(unbroken), all_weights(folder)
     teacher = {name: weight for name, weight in one.items() if name.startswith("teacher:")}
     assert teacher.keys() == other.keys()
     assert all(teacher[name].equal(other[name]) for name in teacher)
+    for each in told:
+        lasting = each["for_s"] is None
+        noticed = each["codes"] == [None, None] if not lasting else None not in each["codes"]
+        bounded = each["lost_steps"] <= each["unsaved_steps"] <= MOST_UNSAVED
+        report.record(
+            "network of two machines",
+            fault=f"{'cut' if lasting else 'cut for 1.5 s'} in a {'save' if each['in_save'] else 'step'}",
+            target=f"rank {each['rank']} of 2" if each["in_save"] else "both",
+            outcome=report.SURVIVED if noticed and bounded else "not noticed, or more lost than was unsaved",
+            recovery_s=each.get("recovery_s", each["seconds"]),
+            lost_steps=each["lost_steps"],
+        )
+        assert noticed, each
+        assert bounded, each
+        assert each["seconds"] < 120, each
