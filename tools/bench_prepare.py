@@ -36,7 +36,7 @@ from dpkd.data.images import decode_image
 from dpkd.data.settings import FolderSource
 from dpkd.data.shards import Dataset, Sample, Split
 from dpkd.errors import UserError
-from dpkd.pool import LocalPool
+from dpkd.pool import LocalPool, never
 from dpkd.priors import DEFAULT_PRIORS
 from dpkd.priors.memory import keep_freed_memory
 from dpkd.priors.picture import Picture
@@ -227,9 +227,11 @@ class _Paced:
     times: Path
     num_workers: int = 1
 
-    def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    def map(
+        self, function: Callable[[Any], Any], items: Sequence[Any], *, until: Callable[[], bool] = never
+    ) -> Iterator[tuple[int, Any]]:
         """See `dpkd.pool.Pool.map`; the items are the shards, in order."""
-        yield from LocalPool(1).map(_BesideKernels(function, self), list(enumerate(items)))
+        yield from LocalPool(1).map(_BesideKernels(function, self), list(enumerate(items)), until=until)
 
 
 @dataclass(frozen=True)

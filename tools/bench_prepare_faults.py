@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from dpkd.data.settings import FolderSource
 from dpkd.data.shards import Dataset
-from dpkd.pool import LocalPool, Pool
+from dpkd.pool import LocalPool, Pool, never
 from dpkd.report.quarantine import Quarantine
 from dpkd.stages.pack import pack
 from dpkd.stages.prepare import prepare
@@ -68,9 +68,11 @@ class _MarkingPool:
         self._folder = folder
         self.num_workers = pool.num_workers
 
-    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
+    def map(
+        self, function: Callable[[Item], Result], items: Sequence[Item], *, until: Callable[[], bool] = never
+    ) -> Iterator[tuple[int, Result]]:
         """See `Pool.map`."""
-        return self._pool.map(partial(_marked, function, str(self._folder)), list(enumerate(items)))
+        return self._pool.map(partial(_marked, function, str(self._folder)), list(enumerate(items)), until=until)
 
 
 def _marked(function: Callable[[Item], Result], folder: str, item: tuple[int, Item]) -> Result:

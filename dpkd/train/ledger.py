@@ -75,10 +75,6 @@ class Ledger:
     def load(self, folder: Path) -> None:
         """Does nothing: an attempt begins a ledger of its own."""
 
-    def flush(self) -> None:
-        """Puts all that was noted onto the disk at once; raises `UserError` where it takes no more."""
-        self.snapshot()(self._path.parent)
-
     def _write(self, data: bytes, at: int) -> None:
         """Puts bytes at their place at the end; raises `UserError` where the disk does not take them."""
         with storage.write_errors(self._path):

@@ -88,7 +88,7 @@ def perform(folder: Path, order: SampleOrder, attempt: Attempt, *, number: int, 
         for _ in range(per_rank * (end - start)):
             next(seen)
         if rank < attempt.flushes:
-            ledger.flush()
+            ledger.snapshot()(folder)
     if attempt.flushes == attempt.world_size and attempt.publishes:
         return end
     for path in folder.glob(f"attempt-{number:04d}-*"):  # no checkpoint covers it: any of it may be lost

@@ -36,7 +36,7 @@ def use(folder: Path, *, attempt: int, steps: range, world_size: int = 1, wrong:
         seen = ledger.recorded(batches, steps=steps, micro_batches=micro_batches)
         for _ in batches:  # as training, which asks for no batch after the last
             next(seen)
-        ledger.flush()
+        ledger.snapshot()(folder)
 
 
 def read(folder: Path) -> History:
