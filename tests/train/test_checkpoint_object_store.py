@@ -50,12 +50,13 @@ class Process:
             self._store.fault = kill
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(self._line)
-        self._process.stdin.flush()
-        pid.set_result(int(self._process.stdout.readline()))
-        code = int(self._process.stdout.readline())
-        self._store.fault = self._store.served = None
-        return code
+        try:
+            self._process.stdin.write(self._line)
+            self._process.stdin.flush()
+            pid.set_result(int(self._process.stdout.readline()))
+            return int(self._process.stdout.readline())
+        finally:
+            self._store.fault = self._store.served = None
 
     def end(self) -> None:
         self._process.communicate(timeout=20)
@@ -126,6 +127,7 @@ def check_the_next_attempt(url: str, step: int) -> None:
     assert standing[-1].startswith(f"step-{step:08d}-")
 
 
+@pytest.mark.slow
 def test_every_fourth_request_may_fail(url: str, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_MAX_ATTEMPTS")
     forget_connections()
