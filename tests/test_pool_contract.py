@@ -37,6 +37,12 @@ def pool(request: pytest.FixtureRequest, tmp_path: Path) -> Pool:
     return RayPool(2, order=order)
 
 
+ON_RAY_IN_CHAOS = pytest.mark.parametrize(
+    "pool", ["local", pytest.param("ray", marks=pytest.mark.chaos)], indirect=True
+)
+"""CI does without those that take long there and differ little from others."""
+
+
 def test_every_item_is_answered_once_under_its_index(pool):
     assert sorted(pool.map(square, range(7, 17))) == [(index, (index + 7) ** 2) for index in range(10)]
 
@@ -68,6 +74,7 @@ def test_an_item_whose_worker_was_killed_is_done_by_another(pool, tmp_path):
     assert (tmp_path / "3").exists()
 
 
+@ON_RAY_IN_CHAOS
 @pytest.mark.parametrize("how", ["stopped", "waiting"])
 def test_an_item_whose_worker_hangs_is_done_by_another(pool, tmp_path, caplog, how):
     answers = sorted(pool.map(hang_first_worker, [(number, str(tmp_path), how) for number in range(5)]))
@@ -87,6 +94,7 @@ def test_a_worker_that_is_stopped_between_two_items_is_followed_by_another(pool)
     assert not Path(f"/proc/{process}").exists()
 
 
+@ON_RAY_IN_CHAOS
 def test_a_worker_may_wait_for_its_next_item_as_long_as_it_likes(pool, tmp_path):
     answers = pool.map(name_process, range(5))
     _, process = next(answers)

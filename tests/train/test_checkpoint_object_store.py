@@ -157,7 +157,7 @@ def check_all_changes_were_tried(outcomes: list[bool], *, num_lost: int) -> None
     assert outcomes == [False] * num_lost + [True] * (len(outcomes) - num_lost)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.parametrize("served", [True, False])
 def test_a_kill_at_any_change_of_a_save_leaves_the_step_before_or_the_new_one(
     served: bool, url: str, process: Process, object_store: ObjectStore
@@ -172,7 +172,7 @@ def test_a_kill_at_any_change_of_a_save_leaves_the_step_before_or_the_new_one(
     check_all_changes_were_tried(outcomes, num_lost=4 if served else 5)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_store_that_refuses_all_from_any_change_of_a_save_on_leaves_the_step_before_or_the_new_one(
     url: str, object_store: ObjectStore
 ) -> None:
