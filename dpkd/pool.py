@@ -39,6 +39,8 @@ NUM_RETRIES = 3
 FIRST_PAUSE_S, PAUSE_GROWTH = 0.5, 3.0
 """Before an item whose storage failed is tried again: 0.5, 1.5 and 4.5 s."""
 
+PATIENCE_S = 5.0
+"""What a worker has to end by itself."""
 LOOK_S = 1.0
 """Seconds between two looks at workers that say nothing."""
 
@@ -229,11 +231,13 @@ def _message(worker: _Worker) -> bytes | None:
 
 
 def _end(worker: _Worker) -> str:
-    """Waits for a worker that has died; returns how."""
-    worker.process.join()
-    return f"exit code {worker.process.exitcode}" + (
-        "" if worker.is_up else f", {worker.coming_s:.0f} s after its start"
-    )
+    """Waits until a worker that says nothing any more has ended; returns how."""
+    worker.process.join(PATIENCE_S)
+    if worker.process.is_alive():
+        worker.process.kill()
+        worker.process.join()
+    late = "" if worker.is_up else f", {worker.coming_s:.0f} s after its start"
+    return f"exit code {worker.process.exitcode}{late}"
 
 
 def result_of(answer: bytes) -> Any:
@@ -250,10 +254,7 @@ def _stop(workers: list[_Worker]) -> None:
         if worker.index is not None or not worker.is_up:
             worker.process.terminate()
     for worker in workers:
-        worker.process.join(5)
-        if worker.process.is_alive():
-            worker.process.kill()
-            worker.process.join()
+        _end(worker)
 
 
 def _serve(connection: Connection, environment: Mapping[str, str], order: WatchOrder | None, number: int) -> None:
