@@ -52,9 +52,11 @@ def name_process(_item):
 
 
 def answer_at_length(item):
-    """Says, before it answers with more than a pipe holds, which process does."""
+    """Says which process it is, before it answers with more than a pipe holds; the item 0 waits for that."""
     number, folder = item
     if number == 0:
+        while not list(Path(folder).iterdir()):
+            time.sleep(0.02)
         return b""
     (Path(folder) / str(os.getpid())).touch()
     return bytes(50_000_000)
