@@ -125,7 +125,7 @@ class Here:
     def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         """See `Pool.map`."""
         for index, item in enumerate(items):
-            yield index, result_of(pickle.loads(answer_to(lambda: function, pickle.dumps(item))))
+            yield index, result_of(answer_to(lambda: function, pickle.dumps(item)))
 
     def run(self, work: Callable[[Any], None], argument: Any, *, supervision: Supervision = UNSUPERVISED) -> None:
         """See `Gang.run`."""
