@@ -52,13 +52,14 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def hang_ups() -> None:
-    """Has SIGHUP reach the commands under test where `nohup` started this process, which goes on all the same.
+def signals_of_a_terminal() -> None:
+    """Has Ctrl-C and SIGHUP reach the commands under test where a script's `&` or `nohup` took them from this process.
 
     A program that is started inherits what is ignored, and not what is handled.
     """
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, lambda _number, _frame: None)
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
