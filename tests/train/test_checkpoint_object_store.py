@@ -127,7 +127,7 @@ def check_the_next_attempt(url: str, step: int) -> None:
     assert standing[-1].startswith(f"step-{step:08d}-")
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_every_fourth_request_may_fail(url: str, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_MAX_ATTEMPTS")
     forget_connections()

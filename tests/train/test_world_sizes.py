@@ -102,7 +102,7 @@ def test_a_run_goes_on_at_other_world_sizes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_all_ranks_pass_over_a_step_that_is_spoilt_on_one(tmp_path: Path) -> None:
-    trials = [poisoned(("torch", "torch"), "teacher"), poisoned(("zero3", "zero1"), "student")]
+    trials = [poisoned(("torch", "zero3"), "teacher")]
     check_poisoned(trials, run(tmp_path / "few", trials))
 
 
