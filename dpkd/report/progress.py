@@ -21,8 +21,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichBar
 
-from dpkd.errors import printable, without_secrets
-from dpkd.storage_errors import write_errors
+from dpkd.errors import UserError, printable, without_secrets
+from dpkd.storage_errors import NO_FILE, read_errors, write_errors
 from dpkd.untrusted import parse_json
 
 INTERVAL_S = 10.0
@@ -207,12 +207,15 @@ class EventReader:
         self.num_torn = 0
 
     def new(self) -> list[dict[str, Any]]:
-        """The events since the last call, in the order in which they were written."""
-        if not self._path.exists():
+        """The events since the last call, in the order written; raises `UserError` where no file stands there."""
+        try:
+            with read_errors(self._path), self._path.open("rb") as file:
+                file.seek(self._offset)
+                whole, newline, _ = file.read().rpartition(b"\n")
+        except FileNotFoundError:
             return []
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            whole, newline, _ = file.read().rpartition(b"\n")
+        except NO_FILE as error:
+            raise UserError(f"{self._path} is no file: restore it from a copy, or move it away") from error
         self._offset += len(whole) + len(newline)
         events = [_event(line) for line in whole.split(b"\n") if line.strip()]
         self.num_torn += events.count(None)

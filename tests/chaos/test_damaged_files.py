@@ -29,7 +29,7 @@ FEW = (
     ("distilling", "checkpoint part", "swap"), ("teaching", "checkpoint manifest", "folder"),
     ("distilling", "skipped", "flip a bit"), ("teaching", "shard index", "flip a bit"),
     ("distilling", "data set manifest", "flip a bit"), ("distilling", "network weights", "truncate"),
-    ("finished", "export", "delete"),
+    ("finished", "export", "delete"), ("finished", "events", "folder"),
 )  # fmt: skip
 
 
