@@ -145,7 +145,9 @@ def test_a_worker_stopped_after_its_work_does_not_hold_up_the_end(tmp_path):
 @ON_RAY_IN_CHAOS
 def test_a_worker_stopped_while_it_fails_is_ended(make_gang, tmp_path):
     supervision = Supervision(hangs=tmp_path / "hangs")
-    make_gang(1, max_restarts=1, hang_timeout_s=1).run(stop_while_failing_once, str(tmp_path), supervision=supervision)
+    timeout_s = 1 if make_gang is LocalGang else 5  # six times as long to be at work, which takes Ray some seconds
+    gang = make_gang(1, max_restarts=1, hang_timeout_s=timeout_s)
+    gang.run(stop_while_failing_once, str(tmp_path), supervision=supervision)
     assert (tmp_path / "done").exists()
 
 

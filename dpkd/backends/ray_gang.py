@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from dpkd.backends.ray_generation import Generation
 from dpkd.backends.ray_post import Post
 from dpkd.backends.ray_room import Move, wait_for_room
@@ -67,8 +69,11 @@ class RayGang:
                 task = Task(work, argument, post, str(Path.cwd()), self._threads, order)
                 resources, grace_s = {"CPU": float(cpus)} | self._gpu, self._stop_grace_s
                 generation = Generation(task, num_workers=size, resources=resources, grace_s=grace_s)
-                with Move(post, self._sizes, size=size, worker=least, grace_s=grace_s) as move:
-                    failures = generation.run(stop, move)
+                try:
+                    with Move(post, self._sizes, size=size, worker=least, grace_s=grace_s) as move:
+                        failures = generation.run(stop, move)
+                finally:
+                    ray.kill(post)  # which lives on as long as a traceback that holds it
                 crowded = generation.found_no_room
                 if crowded:
                     say(f"no room came free for {size} workers with {cpus} CPUs each; they start with what is free now")
