@@ -185,6 +185,7 @@ def test_a_stopped_resource_tracker_costs_a_restart_at_most(tmp_path):
     handle, process = tracker._fd, tracker._pid
     assert process is not None
     os.kill(process, signal.SIGSTOP)
+    _wait_until(lambda: psutil.Process(process).status() == psutil.STATUS_STOPPED)  # else it may read once more
     os.set_blocking(handle, False)
     for lines in (100, 1):  # until not one more goes in
         with suppress(BlockingIOError):
