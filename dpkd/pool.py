@@ -273,7 +273,7 @@ def _serve(connection: Connection, environment: Mapping[str, str], order: WatchO
 
 def answer_to(load: Callable[[], Callable[[Any], Any]], item: bytes) -> bytes:
     """The pickled answer of a worker to a pickled item: (result, error, its traceback)."""
-    beat("item")
+    beat("load")
     try:
         result = _answer_at_last(load(), pickle.loads(item))
         return pickle.dumps((result, None, ""), pickle.HIGHEST_PROTOCOL)
@@ -286,6 +286,7 @@ def answer_to(load: Callable[[], Callable[[Any], Any]], item: bytes) -> bytes:
 
 def _answer_at_last(function: Callable[[Any], Any], item: Any, *, attempt: int = 0) -> Any:
     """The function's result; where storage fails in a way that may pass, it is called again after a pause."""
+    beat("item")
     try:
         return function(item)
     except Exception as error:  # passed on, but for storage that fails
@@ -296,5 +297,6 @@ def _answer_at_last(function: Callable[[Any], Any], item: Any, *, attempt: int =
             raise StorageUnavailable(message) from error
         pause_s = FIRST_PAUSE_S * PAUSE_GROWTH**attempt
         _log.warning("%s: storage failed, trying again in %.1f s: %s", _named(item), pause_s, error)
+    rest()
     time.sleep(pause_s)
     return _answer_at_last(function, item, attempt=attempt + 1)
