@@ -142,7 +142,7 @@ def test_a_worker_stopped_after_its_work_does_not_hold_up_the_end(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"done-0", "done-1", "stopped"}
 
 
-@ON_RAY_IN_CHAOS
+@pytest.mark.chaos
 def test_a_worker_stopped_while_it_fails_is_ended(make_gang, tmp_path):
     supervision = Supervision(hangs=tmp_path / "hangs")
     timeout_s = 1 if make_gang is LocalGang else 5  # six times as long to be at work, which takes Ray some seconds
@@ -250,6 +250,7 @@ def test_the_cause_comes_out_where_peers_fail_before_it_is_told(make_gang, tmp_p
     assert "in fail_late_in_second_worker" in str(caught.value)
 
 
+@ON_RAY_IN_CHAOS
 def test_a_users_error_comes_out_without_a_restart(make_gang, tmp_path):
     with pytest.raises(UserError, match=r"^teach\.model: no such model$"):
         make_gang(2, max_restarts=3).run(refuse_in_second_worker, str(tmp_path))

@@ -85,6 +85,7 @@ def test_an_item_whose_worker_hangs_is_done_by_another(pool, tmp_path, caplog, h
     assert ("in hang_first_worker" in report.read_text()) == (how == "waiting")
 
 
+@ON_RAY_IN_CHAOS
 def test_a_worker_that_is_stopped_between_two_items_is_followed_by_another(pool):
     answers = pool.map(name_process, range(6))
     _, process = next(answers)
@@ -129,6 +130,7 @@ def test_an_item_whose_storage_fails_is_done_once_more(pool, tmp_path):
     assert len(list((tmp_path / "2").iterdir())) == 1
 
 
+@ON_RAY_IN_CHAOS
 def test_an_item_whose_storage_always_fails_is_named_with_the_last_error(pool, tmp_path):
     with pytest.raises(StorageUnavailable, match=rf"\(3, .*: storage failed {NUM_RETRIES + 1} times, .*s3://bucket: b"):
         list(pool.map(fail_at_first, [(number, str(tmp_path), 99) for number in range(5)]))

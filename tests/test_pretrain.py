@@ -175,7 +175,7 @@ def test_cadence_may_change_under_way(whole: RunFolder, capsys: pytest.CaptureFi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "step"), [("teach", 3), ("distill", 4)])
+@pytest.mark.parametrize(("stage", "step"), [pytest.param("teach", 3, marks=pytest.mark.chaos), ("distill", 4)])
 def test_a_run_killed_at_a_step_ends_bit_equal(whole: RunFolder, tmp_path: Path, stage: str, step: int) -> None:
     tree = tiny(tmp_path / "killed", source=None, shards=shards_of(whole))
     first = Command(tree, "--stages", "teach,distill")

@@ -108,7 +108,7 @@ def test_a_worker_s_own_death_counts_against_its_item(cluster, tmp_path):
     assert "1 workers died, one after the other, on item 0: 0 (The actor is dead because its worker" in driver.output
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_gpu_pool_waits_for_a_node_with_a_gpu_and_says_what_is_missing(cluster, tmp_path):
     driver = Driver(cluster, "gpu", log=tmp_path / "waiting")
     driver.wait_until(lambda: "no node has 1 GPU" in driver.output)

@@ -26,10 +26,8 @@ GOOD = ("went on", "mended", "refused")
 NUM_CALLS = 4
 """Failing calls of each kind and state, each from another one on."""
 FEW = (
-    ("distilling", "checkpoint part", "swap"), ("teaching", "checkpoint manifest", "folder"),
-    ("distilling", "skipped", "flip a bit"), ("teaching", "shard index", "flip a bit"),
-    ("distilling", "data set manifest", "flip a bit"), ("distilling", "network weights", "truncate"),
-    ("finished", "export", "delete"), ("finished", "events", "folder"),
+    ("distilling", "checkpoint part", "swap"), ("distilling", "skipped", "flip a bit"),
+    ("distilling", "network weights", "truncate"), ("distilling", "events", "folder"),
 )  # fmt: skip
 
 

@@ -166,7 +166,7 @@ def _prepare_on_processes(url, priors):
     prepare_all(Dataset.open(url), priors=priors, pool=LocalPool(1), accelerator=accelerator)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_kill_9_of_the_driver_of_two_pools_leaves_what_the_next_run_ends_with_the_same_bytes(dataset, again, priors):
     prepare_all(again, priors=priors)
     process = multiprocessing.get_context("spawn").Process(target=_prepare_on_processes, args=(dataset.url, priors))
