@@ -27,7 +27,7 @@ NUM_CALLS = 4
 """Failing calls of each kind and state, each from another one on."""
 FEW = (
     ("distilling", "checkpoint part", "swap"), ("distilling", "skipped", "flip a bit"),
-    ("distilling", "network weights", "truncate"), ("distilling", "events", "folder"),
+    ("distilling", "network weights", "truncate"), ("finished", "events", "folder"),
 )  # fmt: skip
 
 
