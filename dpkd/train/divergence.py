@@ -19,6 +19,8 @@ from dpkd.world import World
 
 NUM_NORMS, NUM_NEEDED = 64, 16
 """Norms that a spike is measured by, and how many of them it takes to call anything one."""
+SMALL_NORM = 1.0
+"""What a norm counts as at least: those of a network that knows its images by heart are next to nothing."""
 
 
 class Diverged(Exception):
@@ -30,7 +32,10 @@ class Diverged(Exception):
 
 
 class NormGuard:
-    """Looks at the norm of every gradient: it must be finite, and no more than `spike` times the median of the last."""
+    """Looks at the norm of every gradient: it must be finite, and no more than `spike` times the median of the last.
+
+    A median below `SMALL_NORM` counts as that.
+    """
 
     def __init__(self, *, spike: float | None) -> None:
         self._spike = spike
@@ -42,8 +47,12 @@ class NormGuard:
             raise Diverged(step, f"{name}: the gradient is {norm} (learning rate {learning_rate:.2g})")
         norms = self._norms.setdefault(name, deque(maxlen=NUM_NORMS))
         usual = median(norms) if len(norms) >= NUM_NEEDED else math.inf
-        if self._spike is not None and norm > self._spike * usual:
-            raise Diverged(step, f"{name}: the gradient's norm is {norm:.3g}, and was {usual:.3g} in the median")
+        if self._spike is not None and norm > self._spike * max(usual, SMALL_NORM):
+            raise Diverged(
+                step,
+                f"{name}: the gradient's norm is {norm:.3g}, and was {usual:.3g} in the median "
+                f"(training.spike: {self._spike:g})",
+            )
         norms.append(norm)
 
 

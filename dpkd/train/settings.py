@@ -63,8 +63,11 @@ class TrainingSettings(Section):
     checkpoint_every: int = Field(200, ge=1)
     max_skipped_steps: int = Field(3, ge=0)
     """Steps of a stage that may be passed over because they spoilt a network: it goes back to the last checkpoint."""
-    spike: float | None = Field(None, gt=1)
-    """A gradient this many times the median of the last ones counts as spoiling; none looks for nan and inf alone."""
+    spike: float | None = Field(1000.0, gt=1)
+    """A gradient whose norm is this many times the median of the last ones, and this many times 1, counts as spoiling.
+
+    None looks for nan and inf alone.
+    """
     keep_checkpoints: int = Field(2, ge=1)
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ from dpkd.train.checkpoint import Checkpoints
 from dpkd.train.divergence import Diverged, NormGuard, Skipped, read_skipped, train_past_divergence
 from dpkd.train.loop import Hooks, Losses, Plan, train
 from dpkd.train.meter import Meter
-from dpkd.train.settings import EngineSettings, OptimizerSettings
+from dpkd.train.settings import EngineSettings, OptimizerSettings, TrainingSettings
 from dpkd.world import World
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -141,6 +141,14 @@ def test_the_first_norms_are_no_spikes_and_without_a_limit_none_is() -> None:
         early.check("net", norm, step=step, learning_rate=0.1)
     for step, norm in enumerate([1.0] * 30 + [1e6]):
         free.check("net", norm, step=step, learning_rate=0.1)
+
+
+def test_a_hard_image_is_no_spike_for_a_network_that_knows_all_others_by_heart() -> None:
+    guard = NormGuard(spike=TrainingSettings(steps=1).spike)
+    for step, norm in enumerate([1e-6] * 30 + [900.0]):
+        guard.check("net", norm, step=step, learning_rate=0.1)
+    with pytest.raises(Diverged, match="norm is 2e"):
+        guard.check("net", 2000.0, step=31, learning_rate=0.1)
 
 
 @pytest.mark.parametrize("norm", [math.nan, math.inf])

@@ -48,7 +48,7 @@ from dpkd.train.ledger import Ledger, history, read_ledgers
 from dpkd.train.loop import Hooks, Losses, Plan, train
 from dpkd.train.meter import Meter
 from dpkd.train.parts import RandomState
-from dpkd.train.settings import EngineSettings, OptimizerSettings
+from dpkd.train.settings import EngineSettings, OptimizerSettings, TrainingSettings
 from dpkd.world import World
 from tests.chaos.storage_faults import fork_ranks, wait_for
 from tests.engine_cases import STAGE, Net
@@ -62,7 +62,7 @@ OPTIMIZERS = {
 LEARNING_RATE = {"adamw": 1e-3, "sgd": 1e-2}
 NAMES = ("teacher", "student")
 SKIPPED = "skipped.json"
-SPIKE = 1_000.0
+SPIKE = TrainingSettings(steps=LAST).spike
 
 
 def groups(module: nn.Module) -> list[dict[str, Any]]:
