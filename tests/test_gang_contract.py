@@ -103,7 +103,8 @@ def test_a_hanging_worker_is_ended_its_stacks_are_saved_and_all_start_again(make
     supervision = Supervision(
         hangs=tmp_path / "hangs", progress=lambda: (len(list(tmp_path.glob("hung-*"))),), on_restart=restarts.append
     )
-    make_gang(2, max_restarts=1, hang_timeout_s=3).run(work, str(tmp_path), supervision=supervision)
+    timeout_s = 3 if make_gang is LocalGang else 8  # six times as long to be at work, which takes Ray some 15 s
+    make_gang(2, max_restarts=1, hang_timeout_s=timeout_s).run(work, str(tmp_path), supervision=supervision)
     assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
     assert [restart.rank for restart in restarts] == [1] * len(ways)
     for way, restart in zip(ways, restarts, strict=True):
@@ -145,7 +146,7 @@ def test_a_worker_stopped_after_its_work_does_not_hold_up_the_end(tmp_path):
 @pytest.mark.chaos
 def test_a_worker_stopped_while_it_fails_is_ended(make_gang, tmp_path):
     supervision = Supervision(hangs=tmp_path / "hangs")
-    timeout_s = 1 if make_gang is LocalGang else 5  # six times as long to be at work, which takes Ray some seconds
+    timeout_s = 1 if make_gang is LocalGang else 8  # six times as long to be at work, which takes Ray some 15 s
     gang = make_gang(1, max_restarts=1, hang_timeout_s=timeout_s)
     gang.run(stop_while_failing_once, str(tmp_path), supervision=supervision)
     assert (tmp_path / "done").exists()
