@@ -20,7 +20,7 @@ from dpkd.world import World
 NUM_NORMS, NUM_NEEDED = 64, 16
 """Norms that a spike is measured by, and how many of them it takes to call anything one."""
 SMALL_NORM = 1.0
-"""What a norm counts as at least: those of a network that knows its images by heart are next to nothing."""
+"""What a median counts as at least: norms of a network that knows its images by heart are next to nothing."""
 
 
 class Diverged(Exception):

@@ -83,15 +83,25 @@ def _wrong_ending(kind: int, ended: list[str], *, size: int) -> str | None:
     return None if whole or refused else "a fault of the storage was no error of the user's"
 
 
+def drawn(kind: int, place: tuple[int, int, str], *, num_calls: dict[tuple[int, int, str], int], draws: random.Random):
+    """A fault of this kind at one of the calls of a place, and an attempt after it."""
+    size, rank, below = place
+    where = {"call": draws.randrange(num_calls[place]), "below": below, "size": size, "rank": rank}
+    return {"kind": kind, **where, "next_size": draws.choice([size, 1, 2])}
+
+
 def test_a_few_faults_lose_nothing_that_was_saved(library, num_calls, tmp_path):
     draws = random.Random(report.seed())
-    trials = []
-    for kind in NAMES:
-        size, rank, below = draws.choice(list(num_calls))
-        call = draws.randrange(num_calls[size, rank, below])
-        place = {"call": call, "below": below, "size": size, "rank": rank}
-        trials.append({"kind": kind, **place, "next_size": draws.choice([size, 1, 2])})
+    trials = [drawn(kind, draws.choice(list(num_calls)), num_calls=num_calls, draws=draws) for kind in NAMES]
     assert check(run("tests.chaos.storage_faults", library, tmp_path / "few", trials)) == len(trials)
+
+
+@pytest.mark.chaos
+def test_a_fault_at_a_call_of_the_ledger_loses_nothing(library, num_calls, tmp_path):
+    draws = random.Random(report.seed())
+    places = [place for place in num_calls if place[2] == LEDGER]
+    trials = [drawn(kind, place, num_calls=num_calls, draws=draws) for kind in NAMES for place in places]
+    assert check(run("tests.chaos.storage_faults", library, tmp_path / "ledger", trials)) == len(trials)
 
 
 @pytest.mark.chaos
