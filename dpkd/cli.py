@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from dpkd import __version__, pretrain
-from dpkd.doctor import doctor
-from dpkd.inspection import draw_samples, inspect_dataset
-from dpkd.plan import STAGES, left_to_do, say_plan
+from dpkd.launch.signals import heed
+from dpkd.run.folder import RunFolder
 from dpkd.settings import Settings, load_settings
-from dpkd.stages.record import RunFolder
-from dpkd.stop_signals import heed
+from dpkd.stages.plan import STAGES, left_to_do, say_plan
+from dpkd.verbs.doctor import doctor
+from dpkd.verbs.inspect import draw_samples, inspect_dataset
 
 ONE_STAGE = {
     "pack": "turn images into shards",
@@ -65,7 +65,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _audit(options: argparse.Namespace) -> None:
     # here, not at the top: no other verb needs torch in this process
-    from dpkd.audit import audit  # noqa: PLC0415
+    from dpkd.verbs.audit import audit  # noqa: PLC0415
 
     audit(options.run)
 

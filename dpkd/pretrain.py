@@ -17,23 +17,23 @@ from functools import partial
 from types import FrameType
 from typing import NoReturn
 
-from dpkd.backends.launchers import make_accelerator, make_gang, make_pool
+from dpkd.backends.factory import make_accelerator, make_gang, make_pool
 from dpkd.data.shards import Dataset
 from dpkd.errors import StopRequested, UserError, WorkerFailed, printable
-from dpkd.plan import POOL_STAGES, STAGES, given, left_to_do, makes, say_faults, say_plan
-from dpkd.pool import Pool
-from dpkd.priors.extractor import accelerated
-from dpkd.report.progress import Progress, duration, heard_or_not, say
+from dpkd.launch.pool import Pool
+from dpkd.launch.signals import heed, heeding, shield_resource_tracker
+from dpkd.log import Progress, duration, heard_or_not, logger
+from dpkd.priors.base import accelerated
 from dpkd.report.quarantine import Quarantine
 from dpkd.report.summary import say_summary
+from dpkd.run.attempt import Attempt, attempt_at, supervision
+from dpkd.run.folder import RunFolder
+from dpkd.run.provenance import write_settings, write_versions
 from dpkd.settings import Settings, load_settings
-from dpkd.stages.attempts import Attempt, attempt_at, supervision
 from dpkd.stages.pack import pack
+from dpkd.stages.plan import POOL_STAGES, STAGES, given, left_to_do, makes, say_faults, say_plan
 from dpkd.stages.prepare import prepare
-from dpkd.stages.record import RunFolder
 from dpkd.stages.statements import refuse_unknown_classes, say_unused_rows
-from dpkd.stages.versions import write_settings, write_versions
-from dpkd.stop_signals import heed, heeding, shield_resource_tracker
 
 EXIT_USER, EXIT_STOPPED = 2, 75
 
@@ -74,7 +74,7 @@ def run(settings: Settings, *, stages: Sequence[str] = STAGES) -> None:
             run_pool_stages(settings, folder, [each for each in left if each in POOL_STAGES], told=attempt.stage)
             run_training_stages(settings, folder, [each for each in left if each not in POOL_STAGES], attempt=attempt)
     say_summary(folder.path)
-    say(f"{'done' if left else 'all was done before; nothing to do'}, {duration(time.monotonic() - began)}")
+    logger.info(f"{'done' if left else 'all was done before; nothing to do'}, {duration(time.monotonic() - began)}")
 
 
 def run_pool_stages(
@@ -99,9 +99,9 @@ def run_training_stages(settings: Settings, folder: RunFolder, stages: Sequence[
     """Runs the named stages in the training workers."""
     if not stages:
         return
-    gang = make_gang(settings.launcher, sizes=settings.world_sizes, module="dpkd.session")
+    gang = make_gang(settings.launcher, sizes=settings.world_sizes, module="dpkd.stages.worker")
     # here, not at the top: the driver of a cluster run needs no torch
-    from dpkd.session import train_stages  # noqa: PLC0415
+    from dpkd.stages.worker import train_stages  # noqa: PLC0415
 
     argument = (settings.model_dump(mode="json"), list(stages), folder.attempt)
     gang.run(train_stages, argument, supervision=supervision(folder, attempt))
@@ -145,7 +145,7 @@ def exit_code(work: Callable[[], None]) -> int:
         return EXIT_USER
     except (StopRequested, KeyboardInterrupt) as stop:
         with heeding(signal.SIG_IGN):  # it stops already
-            say(f"{str(stop) or 'interrupted'}; the same command goes on from there")
+            logger.info(f"{str(stop) or 'interrupted'}; the same command goes on from there")
         return EXIT_STOPPED
     except WorkerFailed as error:
         _complain(f"error: a worker failed and no restart was left\n{error}")

@@ -1,42 +1,169 @@
-"""The settings of a run: composed of the parts, checked across them before work starts. Loads no heavy package."""
+"""The settings of a run: its sections, and the checks across them before work starts. Loads no heavy package."""
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from dpkd.data.settings import ClassSplits, FractionSplits, GivenSplits
+from dpkd.config import Config
+from dpkd.data.settings import (
+    AllLabels,
+    AugmentSettings,
+    ClassSplits,
+    FractionSplits,
+    GivenSplits,
+    LoaderSettings,
+    Source,
+    Splits,
+    VisibleLabels,
+)
+from dpkd.engine.settings import EngineSettings, OptimizerSettings, ScheduleSettings, TrainingSettings
 from dpkd.errors import UserError
+from dpkd.evaluation.settings import EpisodeSettings, ProbeSettings
+from dpkd.launch.settings import LauncherSettings
 from dpkd.models.settings import FigureGroundPooling, ModelSettings
 from dpkd.objectives.settings import (
     COLOUR_STATISTICS,
     VIEW_MAPS,
     Attributes,
+    LogitDistillation,
     RegionBounds,
     StudentObjective,
+    Supervised,
     TeacherObjective,
     maps_taken,
 )
+from dpkd.priors import DEFAULT_PRIORS, Prior
+from dpkd.priors.base import sealed
 from dpkd.priors.derived import DERIVED, derivable
-from dpkd.section import Section
 from dpkd.settings_errors import explain
-from dpkd.stages.settings import (
-    DataSettings,
-    DistillSettings,
-    EvaluateSettings,
-    ExportSettings,
-    LauncherSettings,
-    PrepareSettings,
-    RunSettings,
-    TeachSettings,
-)
 from dpkd.strict_yaml import read_yaml
-from dpkd.train.settings import TrainingSettings
 
 
-class Settings(Section):
+class DataSettings(Config):
+    """The images: where they come from, how they are split and packed, and at what size networks see them."""
+
+    source: Source | None = None
+    """None uses the shards that stand at `shards` already."""
+    shards: str | None = None
+    """Where the packed data set stands, local or any fsspec URL; none puts it into the run folder."""
+    splits: Splits = GivenSplits()
+    group_pattern: str | None = None
+    """Regular expression whose first group, found in a sample's path, names its group (patient, sign, tile)."""
+    samples_per_shard: int = Field(1024, ge=1)
+    bad_limit: float = Field(0.01, ge=0, le=1)
+    """Largest share of samples that may be quarantined before the run stops."""
+    image_size: int = Field(64, ge=16)
+    map_size: int | None = Field(None, ge=4)
+    """Side of the prior maps in a batch; none takes a quarter of the image size."""
+    train: str = "train"
+    """Split that networks are trained on."""
+    val: str = "val"
+    """Split for choices, evaluated during training."""
+    test: str = "test"
+    """Split for the report, evaluated at the end."""
+    labels: VisibleLabels = AllLabels()
+    attributes: str | None = None
+    """Table of what experts say of the classes, `.yaml` or `.csv` (`dpkd/data/attributes.py` draws it)."""
+    loader: LoaderSettings = LoaderSettings()
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _source_from_path(cls, value: object) -> object:
+        """A plain path or URL stands for the source that its ending shows."""
+        if not isinstance(value, str):
+            return value
+        if re.search(r"\.(csv|tsv|jsonl|parquet)(\?.*)?$", value):
+            return {"kind": "table", "path": value}
+        return {"kind": "shards" if value.endswith(".tar") else "folder", "path": value}
+
+
+class PrepareSettings(Config):
+    """The prior maps computed once for every sample."""
+
+    name: str = Field("default", pattern=r"^\w[\w.-]*$")
+    """Name of the prior set: `<shards>/priors/<name>`."""
+    priors: tuple[Prior, ...] = DEFAULT_PRIORS
+
+    def sealed(self) -> "PrepareSettings":
+        """The same, with the priors bound to the weights they name; raises `UserError` that names weights missing."""
+        return self.model_copy(update={"priors": sealed(self.priors)})
+
+
+class TeachSettings(Config):
+    """The teacher and how it is trained."""
+
+    model: ModelSettings
+    objectives: tuple[TeacherObjective, ...] = (Supervised(),)
+    augment: AugmentSettings = AugmentSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    engine: EngineSettings = EngineSettings()
+    training: TrainingSettings = TrainingSettings(epochs=100)
+
+
+class StudentSettings(Config):
+    """One student: its network, losses, optimizer, schedule and engine."""
+
+    model: ModelSettings
+    losses: tuple[StudentObjective, ...] = (Supervised(), LogitDistillation())
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    engine: EngineSettings = EngineSettings()
+    baseline: bool = False
+    """Also train the same network on labels alone: same images and steps, mean pooling; see `baselines`."""
+
+
+class DistillSettings(Config):
+    """Online distillation: one forward of the teacher serves every student."""
+
+    teacher: Literal["frozen", "live"] = "frozen"
+    """`live` goes on learning the teacher's own objectives in the same steps."""
+    students: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")], StudentSettings] = Field(min_length=1)
+    augment: AugmentSettings = AugmentSettings()
+    training: TrainingSettings = TrainingSettings(epochs=100)
+
+
+class EvaluateSettings(Config):
+    """What is measured on the validation and test splits, for teacher, students and baselines alike."""
+
+    episodes: EpisodeSettings = EpisodeSettings()
+    episodes_while_training: int = Field(400, ge=2)
+    probes: ProbeSettings | None = ProbeSettings()
+
+
+class ExportSettings(Config):
+    """The forms in which students leave."""
+
+    onnx: bool = True
+    tolerance: float = Field(1e-3, gt=0)
+    """Largest difference between ONNX and PyTorch embeddings, relative to the largest of them."""
+
+
+class RunSettings(Config):
+    """The run folder and the seed that everything random is drawn from."""
+
+    dir: str = "runs/default"
+    """A path that every worker sees."""
+    checkpoints: str | None = None
+    """Where checkpoints stand: a path, or any fsspec URL of a place that is this run's alone; none puts them into the
+    run folder."""
+    seed: int = Field(0, ge=0)
+
+    @field_validator("dir")
+    @classmethod
+    def _is_a_path(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError(
+                f"{value!r} is a URL, and a run folder is a path: give one on a disk that all workers see; "
+                "data.source, data.shards and run.checkpoints may be URLs"
+            )
+        return value
+
+
+class Settings(Config):
     """Everything a run was asked for; `runs/<name>/settings.yaml` holds it resolved."""
 
     run: RunSettings = RunSettings()

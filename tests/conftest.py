@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from dpkd.stages.record import RunFolder
+from dpkd.run.folder import RunFolder
 from tests.chaos import report
 from tests.object_store import ObjectStore, forget_connections
 from tests.runs import Command, tiny

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dpkd import storage
 from dpkd.data.shard_index import index_name
 from dpkd.data.shards import MANIFEST_NAME, Dataset, Split, checksum
+from dpkd.io import storage
 
 Change = Callable[[bytes], bytes]
 

@@ -9,10 +9,10 @@ import torch
 
 from dpkd.data.settings import LoaderSettings
 from dpkd.data.shards import Dataset
+from dpkd.engine.world import World, join
 from dpkd.models.saved import load_network
 from dpkd.priors.shards import PriorSet
 from dpkd.stages.embed import embed_networks
-from dpkd.world import World, join
 
 
 def main() -> None:

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from dpkd.backends.deepspeed_engine import DeepSpeedEngine
-from dpkd.engine import Engine, TorchEngine
+from dpkd.engine.batch_norm import StepStatistics
+from dpkd.engine.settings import EngineSettings, OptimizerSettings
+from dpkd.engine.torch_engine import Engine, TorchEngine
+from dpkd.engine.world import World, join
 from dpkd.errors import UserError
-from dpkd.models.batch_norm import StepStatistics
-from dpkd.train.settings import EngineSettings, OptimizerSettings
-from dpkd.world import World, join
 
 STAGE: dict[str, Literal[0, 1, 2, 3] | None] = {"torch": None, "zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3}
 PAIRS = (("zero3", "zero1"), ("zero3", "zero3"), ("zero2", "zero0"))

@@ -11,10 +11,10 @@ from pathlib import Path
 import ray
 import torch.distributed as dist
 
-from dpkd import world
+from dpkd.engine import world
 from dpkd.errors import StopRequested, UserError
-from dpkd.heartbeat import STEADY, beat, pulse
-from dpkd.report.progress import say
+from dpkd.launch.heartbeat import STEADY, beat, pulse
+from dpkd.log import logger
 
 WAYS_TO_HANG = ("is_stopped", "holds_the_lock", "loops", "sleeps", "waits_in_vain")
 ONE_WAY_TO_HANG = ("waits_in_vain",)
@@ -112,7 +112,7 @@ def die_once(folder):
     if not mark.exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    say("the work is done")
+    logger.info("the work is done")
     (Path(folder) / "done").touch()
 
 

@@ -9,16 +9,16 @@ import numpy as np
 
 from dpkd.data.settings import FolderSource
 from dpkd.data.shards import Dataset
-from dpkd.pool import never
-from dpkd.priors.edge import Edge
-from dpkd.priors.hog import Hog
-from dpkd.priors.saliency import Saliency
+from dpkd.launch.pool import never
+from dpkd.priors.catalogue.edge import Edge
+from dpkd.priors.catalogue.hog import Hog
+from dpkd.priors.catalogue.saliency import Saliency
+from dpkd.priors.catalogue.superpixel import Superpixel
 from dpkd.priors.shards import PriorSet
-from dpkd.priors.superpixel import Superpixel
 from dpkd.report.quarantine import Quarantine
+from dpkd.settings import DataSettings, PrepareSettings
 from dpkd.stages.pack import pack
 from dpkd.stages.prepare import prepare
-from dpkd.stages.settings import DataSettings, PrepareSettings
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

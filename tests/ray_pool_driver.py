@@ -13,9 +13,9 @@ from pathlib import Path
 
 import ray
 
-from dpkd import pool
 from dpkd.backends.ray_pool import RayPool
 from dpkd.data.shards import Dataset
+from dpkd.launch import pool
 from dpkd.priors import DEFAULT_PRIORS
 from tests.pool_work import num_threads
 from tests.prior_cases import prepare_all

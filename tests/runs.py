@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 from safetensors.torch import load_file
 
+from dpkd.run.folder import RunFolder
 from dpkd.settings import Settings, parse_settings
-from dpkd.stages.record import RunFolder
 
 CONV = {"name": "resnet18", "arguments": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "output_stride": 16}}
 VIT = {

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dpkd.checked_json import checked, parse_checked
+from dpkd.io.record import checked, parse_checked
 
 CONTENT = {"steps": {"417": "nan"}, "mean": [0.47, 1e-7, 3], "name": "Zürich \N{BLACK STAR}", "none": None, "yes": True}
 

@@ -13,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dpkd import pretrain
 from dpkd.data.shards import Dataset
 from dpkd.priors.shards import PriorSet
-from dpkd.session import train_stages
-from dpkd.stages.record import RunFolder
+from dpkd.run.folder import RunFolder
+from dpkd.stages.worker import train_stages
 from tests.damage import change_member, cut_inside, flip_header
 from tests.runs import CONV, Command, settings_of, tiny, train_events
 

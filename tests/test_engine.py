@@ -7,14 +7,14 @@ import timm
 import torch
 from torch import nn
 
-from dpkd.average import WeightAverage
-from dpkd.engine import TorchEngine, in_fp32
+from dpkd.engine.batch_norm import StepStatistics
+from dpkd.engine.ema import WeightAverage
+from dpkd.engine.optimizer import by_name, set_learning_rates, trainable
+from dpkd.engine.settings import EngineSettings, OptimizerSettings
+from dpkd.engine.torch_engine import TorchEngine, in_fp32
+from dpkd.engine.world import World
 from dpkd.errors import UserError
-from dpkd.models.batch_norm import StepStatistics
 from dpkd.models.parameters import parameter_groups
-from dpkd.optimizer import by_name, set_learning_rates, trainable
-from dpkd.train.settings import EngineSettings, OptimizerSettings
-from dpkd.world import World
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}

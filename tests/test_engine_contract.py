@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from dpkd.backends.deepspeed_engine import import_deepspeed
+from dpkd.engine.world import World
 from dpkd.errors import UserError
-from dpkd.world import World
 from tests.engine_cases import ADAMW, EMA, NUM_MICROS, PAIRS, SAVED_AT, STAGE, STEPS, Net, Trace, micro_batch, rate
 from tests.processes import run_ranks
 

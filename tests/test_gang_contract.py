@@ -19,8 +19,9 @@ import pytest
 from dpkd.backends.local_gang import LocalGang
 from dpkd.backends.ray_gang import RayGang
 from dpkd.errors import StopRequested, StorageUnavailable, UserError, WorkerFailed
-from dpkd.forking import end_server
-from dpkd.gang import (
+from dpkd.launch.forking import end_server
+from dpkd.launch.watchdog import Hang
+from dpkd.launch.worker_group import (
     UNSUPERVISED,
     Failure,
     Gang,
@@ -32,7 +33,6 @@ from dpkd.gang import (
     waiting_time_s,
     with_hangs,
 )
-from dpkd.watchdog import Hang
 from tests.chaos import report
 from tests.gang_work import (
     ONE_WAY_TO_HANG,

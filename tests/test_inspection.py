@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from dpkd import cli
-from dpkd.checked_json import checked
 from dpkd.data.shard_index import read_index
 from dpkd.data.shards import Dataset
 from dpkd.errors import UserError
-from dpkd.inspection import draw_samples, inspect_dataset, prior_sets
-from dpkd.priors.edge import Edge
-from dpkd.priors.expert import Expert
+from dpkd.io.record import checked
+from dpkd.io.storage import digest
+from dpkd.priors.catalogue.edge import Edge
+from dpkd.priors.catalogue.expert import Expert
 from dpkd.priors.record import Record
 from dpkd.priors.shards import MANIFEST_NAME, PriorIndex
-from dpkd.storage import digest
+from dpkd.verbs.inspect import draw_samples, inspect_dataset, prior_sets
 from tests.damage import change_member, flip_header, vouch, zeros
 from tests.data.packing import make_folder, pack_at
 from tests.prior_cases import draw_images, pack_folder, prepare_all

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from dpkd.lasting_folder import lasting_folder, place
+from dpkd.io.temporary_folder import lasting_folder, place
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLD = """
 import sys, time
-from dpkd.lasting_folder import lasting_folder
+from dpkd.io.temporary_folder import lasting_folder
 with lasting_folder(*sys.argv[1:]) as folder:
     (folder / "file").write_text("whole")
     print("up", flush=True)
@@ -21,7 +21,7 @@ with lasting_folder(*sys.argv[1:]) as folder:
 """
 MANY = """
 import secrets
-from dpkd.lasting_folder import lasting_folder
+from dpkd.io.temporary_folder import lasting_folder
 for _ in range(200):
     with lasting_folder("many", secrets.token_hex(8)) as folder:
         (folder / "file").write_text("whole")

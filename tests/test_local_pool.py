@@ -9,8 +9,8 @@ import psutil
 import pytest
 
 from dpkd.errors import WorkerFailed
-from dpkd.pool import LocalPool
-from dpkd.watchdog import WatchOrder
+from dpkd.launch.pool import LocalPool
+from dpkd.launch.watchdog import WatchOrder
 from tests.pool_work import answer_at_length, name_device, square
 
 

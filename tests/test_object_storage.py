@@ -6,8 +6,8 @@ from itertools import count
 
 import pytest
 
-from dpkd import storage
 from dpkd.errors import StorageUnavailable, UserError
+from dpkd.io import storage
 from tests.object_store import BUCKET, CREDENTIALS, forget_connections
 
 PLACE = "s3://bucket/a/file"

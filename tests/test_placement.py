@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpkd.placement import Room, Sizes, cpus_per_worker
+from dpkd.launch.world_size import Room, Sizes, cpus_per_worker
 
 ROOMS = st.lists(st.builds(Room, cpus=st.integers(0, 9), gpus=st.integers(0, 3)), max_size=4)
 

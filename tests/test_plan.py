@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from dpkd.plan import POOL_STAGES, STAGES, given, left_to_do
-from dpkd.stages.record import RunFolder
+from dpkd.run.folder import RunFolder
+from dpkd.stages.plan import POOL_STAGES, STAGES, given, left_to_do
 from tests.runs import settings_of, tiny
 
 

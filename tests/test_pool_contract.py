@@ -10,8 +10,8 @@ import pytest
 
 from dpkd.backends.ray_pool import RayPool
 from dpkd.errors import StorageUnavailable, UserError, WorkerFailed
-from dpkd.pool import NUM_RETRIES, LocalPool, Pool
-from dpkd.watchdog import WatchOrder
+from dpkd.launch.pool import NUM_RETRIES, LocalPool, Pool
+from dpkd.launch.watchdog import WatchOrder
 from tests.pool_work import (
     fail_at_first,
     hang_first_worker,

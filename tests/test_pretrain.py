@@ -15,11 +15,11 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dpkd import cli, pretrain
-from dpkd.audit import audit
 from dpkd.errors import UserError
-from dpkd.report.progress import EventReader
-from dpkd.session import train_stages
-from dpkd.stages.record import RunFolder
+from dpkd.log import EventReader
+from dpkd.run.folder import RunFolder
+from dpkd.stages.worker import train_stages
+from dpkd.verbs.audit import audit
 from tests.object_store import BUCKET, ObjectStore
 from tests.runs import Command, all_weights, settings_of, tiny, train_events
 
@@ -122,8 +122,8 @@ def kill_worker(command: Command) -> None:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             words = path.read_bytes().decode().split("\0")
-            if "dpkd.watchdog" in words and str(beats) in words:
-                os.kill(int(words[words.index("dpkd.watchdog") + 5]), signal.SIGKILL)
+            if "dpkd.launch.watchdog" in words and str(beats) in words:
+                os.kill(int(words[words.index("dpkd.launch.watchdog") + 5]), signal.SIGKILL)
                 return
     raise AssertionError("no watchdog of a worker is running")
 

@@ -4,8 +4,8 @@ import pytest
 
 from dpkd.data.shards import Dataset
 from dpkd.errors import UserError
-from dpkd.plan import STAGES, left_to_do
 from dpkd.priors.shards import PriorSet
+from dpkd.stages.plan import STAGES, left_to_do
 from tests.model_cases import SIZE, Edges, save_exported, save_vit
 from tests.runs import Command, settings_of, tiny, train_events
 

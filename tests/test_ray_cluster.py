@@ -17,10 +17,10 @@ import pytest
 import torch
 import yaml
 
-from dpkd.audit import audit
-from dpkd.report.progress import EventReader
-from dpkd.stages.record import RunFolder
-from dpkd.train.checkpoint_store import CheckpointStore
+from dpkd.io.checkpoint_store import CheckpointStore
+from dpkd.log import EventReader
+from dpkd.run.folder import RunFolder
+from dpkd.verbs.audit import audit
 from tests.chaos import report
 from tests.chaos.test_run_kills import CALM, differences
 from tests.runs import Command, all_weights, tiny
@@ -211,7 +211,7 @@ def test_a_session_shrinks_with_the_cluster_and_grows_with_it_after_a_save(tmp_p
     script = tmp_path / "driver.py"
     script.write_text(
         "from dpkd.backends.ray_gang import RayGang\n"
-        "from dpkd.placement import Sizes\n"
+        "from dpkd.launch.world_size import Sizes\n"
         "from tests.gang_work import save_until_the_end\n"
         "gang = RayGang(Sizes((1, 2), grow_after_s=1.0), max_restarts=1, threads=1)\n"
         f"gang.run(save_until_the_end, {str(tmp_path)!r})\n"

@@ -18,7 +18,7 @@ from ray._private.state import actors
 from dpkd.backends.ray_gang import RayGang
 from dpkd.backends.ray_post import Post
 from dpkd.errors import StopRequested
-from dpkd.gang import Restart, Supervision
+from dpkd.launch.worker_group import Restart, Supervision
 from tests.chaos import report
 from tests.gang_work import save_alone_when_asked_to_stop, wait_for_go
 from tools.local_ray_cluster import LocalCluster

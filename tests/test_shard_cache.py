@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dpkd import shard_cache, storage
 from dpkd.errors import UserError
+from dpkd.io import shard_cache, storage
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE_BYTES = 100_000

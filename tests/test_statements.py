@@ -9,9 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dpkd import pretrain
 from dpkd.data.attributes import read_attributes
-from dpkd.plan import STAGES, left_to_do
-from dpkd.session import train_stages
-from dpkd.stages.record import RunFolder
+from dpkd.run.folder import RunFolder
+from dpkd.stages.plan import STAGES, left_to_do
+from dpkd.stages.worker import train_stages
 from tests.runs import Command, settings_of, tiny, train_events
 
 BOUNDS = [{"statistic": "area", "at_least": 0.005, "at_most": 0.01}, {"statistic": "compactness", "at_most": 0.1}]

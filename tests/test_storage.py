@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dpkd import storage
 from dpkd.errors import UserError
+from dpkd.io import storage
 
 NOBODY = 65534
 

@@ -12,8 +12,8 @@ import pytest
 HEAD = """
 import sys, time
 from pathlib import Path
-from dpkd.heartbeat import STEADY, beat, pulse
-from dpkd.watchdog import WatchOrder, hangs, watched
+from dpkd.launch.heartbeat import STEADY, beat, pulse
+from dpkd.launch.watchdog import WatchOrder, hangs, watched
 
 def steps(count, step_s):
     for step in range(count):
@@ -105,6 +105,6 @@ def _watchdog_of(folder: Path) -> int | None:
             words = path.read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue  # it ended meanwhile
-        if "dpkd.watchdog" in words and str(folder) in words:
+        if "dpkd.launch.watchdog" in words and str(folder) in words:
             return int(path.parent.name)
     return None

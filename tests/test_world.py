@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dpkd.world import World, join
+from dpkd.engine.world import World, join
 from tests.processes import run_ranks
 
 

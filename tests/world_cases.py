@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from dpkd.world import join
+from dpkd.engine.world import join
 
 
 def main() -> None:

@@ -28,12 +28,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from dpkd.data.images import decode_image
 from dpkd.evaluation.boundaries import THRESHOLDS, Counts, boundary_counts, boundary_score, region_boundary
-from dpkd.pool import LocalPool
+from dpkd.launch.pool import LocalPool
+from dpkd.log import Progress
 from dpkd.priors import Prior
-from dpkd.priors.edge import Edge
-from dpkd.priors.picture import Picture
+from dpkd.priors.catalogue.edge import Edge
+from dpkd.priors.image_views import Picture
 from dpkd.priors.record import store
-from dpkd.report.progress import Progress
 
 Image = NDArray[np.uint8]
 Map = NDArray[np.float32]

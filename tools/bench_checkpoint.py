@@ -23,15 +23,15 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from dpkd import world
 from dpkd.backends.engines import make_engine
 from dpkd.backends.local_gang import LocalGang
-from dpkd.engine import Engine
-from dpkd.engine_state import Writer
+from dpkd.engine import world
+from dpkd.engine.settings import EngineSettings, OptimizerSettings
+from dpkd.engine.state import Writer
+from dpkd.engine.torch_engine import Engine
+from dpkd.io.checkpoint_store import MANIFEST
 from dpkd.models.parameters import parameter_groups
 from dpkd.train.checkpoint import Checkpoints
-from dpkd.train.checkpoint_store import MANIFEST
-from dpkd.train.settings import EngineSettings, OptimizerSettings
 
 STAGES: dict[str, Literal[0, 1, 2, 3] | None] = {"torch": None, "zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3}
 TARGET_S, TARGET_SHARE = 0.5, 0.035

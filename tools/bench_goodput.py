@@ -28,8 +28,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dpkd.log import EventReader
 from dpkd.report.goodput import account
-from dpkd.report.progress import EventReader
 from tools.make_sample_data import SampleSettings, draw_samples
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,8 +98,8 @@ class Submission:
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
                 words = path.read_bytes().decode().split("\0")
-                if "dpkd.watchdog" in words and str(self._run / "hangs") in words:
-                    _, _, _, rank, process = words[words.index("dpkd.watchdog") + 1 :][:5]
+                if "dpkd.launch.watchdog" in words and str(self._run / "hangs") in words:
+                    _, _, _, rank, process = words[words.index("dpkd.launch.watchdog") + 1 :][:5]
                     found[int(rank)] = int(process)
         os.kill(found[max(found)], signal.SIGKILL)
 

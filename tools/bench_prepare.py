@@ -36,16 +36,16 @@ from dpkd.data.images import decode_image
 from dpkd.data.settings import FolderSource
 from dpkd.data.shards import Dataset, Sample, Split
 from dpkd.errors import UserError
-from dpkd.pool import LocalPool, never
+from dpkd.launch.pool import LocalPool, never
 from dpkd.priors import DEFAULT_PRIORS
+from dpkd.priors.image_views import Picture
 from dpkd.priors.memory import keep_freed_memory
-from dpkd.priors.picture import Picture
 from dpkd.priors.record import StoredMap, store
 from dpkd.priors.shards import PriorSet
 from dpkd.report.quarantine import Quarantine
+from dpkd.settings import DataSettings, PrepareSettings
 from dpkd.stages.pack import pack
 from dpkd.stages.prepare import prepare
-from dpkd.stages.settings import DataSettings, PrepareSettings
 
 VIEWS = ("lab_HWC", "lab8_HWC", "grey8_HW", "grey_HW")
 """The views of a picture that more than one prior takes."""
@@ -230,7 +230,7 @@ class _Paced:
     def map(
         self, function: Callable[[Any], Any], items: Sequence[Any], *, until: Callable[[], bool] = never
     ) -> Iterator[tuple[int, Any]]:
-        """See `dpkd.pool.Pool.map`; the items are the shards, in order."""
+        """See `dpkd.launch.pool.Pool.map`; the items are the shards, in order."""
         yield from LocalPool(1).map(_BesideKernels(function, self), list(enumerate(items)), until=until)
 
 

@@ -24,11 +24,11 @@ from typing import Any, TypeVar
 
 from dpkd.data.settings import FolderSource
 from dpkd.data.shards import Dataset
-from dpkd.pool import LocalPool, Pool, never
+from dpkd.launch.pool import LocalPool, Pool, never
 from dpkd.report.quarantine import Quarantine
+from dpkd.settings import DataSettings, PrepareSettings
 from dpkd.stages.pack import pack
 from dpkd.stages.prepare import prepare
-from dpkd.stages.settings import DataSettings, PrepareSettings
 from tools.local_ray_cluster import LocalCluster
 from tools.make_sample_data import SampleSettings, draw_samples
 

@@ -126,8 +126,8 @@ def _second_worker(run: Path) -> int:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             words = path.read_bytes().decode().split("\0")
-            if "dpkd.watchdog" in words and str(run / "hangs") in words:
-                _, _, _, rank, process = words[words.index("dpkd.watchdog") + 1 :][:5]
+            if "dpkd.launch.watchdog" in words and str(run / "hangs") in words:
+                _, _, _, rank, process = words[words.index("dpkd.launch.watchdog") + 1 :][:5]
                 if rank == "1":
                     return int(process)
     raise RuntimeError("no watchdog of the second worker is running")

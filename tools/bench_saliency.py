@@ -22,11 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpkd.data.images import decode_image
+from dpkd.log import Progress
+from dpkd.priors.catalogue.saliency import Saliency
+from dpkd.priors.catalogue.superpixel import Superpixel
 from dpkd.priors.derived import DERIVED
-from dpkd.priors.picture import Picture
-from dpkd.priors.saliency import Saliency
-from dpkd.priors.superpixel import Superpixel
-from dpkd.report.progress import Progress
+from dpkd.priors.image_views import Picture
 
 Map = NDArray[np.float32]
 Mask = NDArray[np.bool_]

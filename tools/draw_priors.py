@@ -16,13 +16,13 @@ from pydantic import TypeAdapter
 from skimage import data
 
 from dpkd.data.settings import FolderSource
-from dpkd.inspection import draw_samples
-from dpkd.pool import LocalPool
+from dpkd.launch.pool import LocalPool
 from dpkd.priors import Prior
 from dpkd.report.quarantine import Quarantine
+from dpkd.settings import DataSettings, PrepareSettings
 from dpkd.stages.pack import pack
 from dpkd.stages.prepare import prepare
-from dpkd.stages.settings import DataSettings, PrepareSettings
+from dpkd.verbs.inspect import draw_samples
 
 SIZE_PX = 224
 NAMES = (

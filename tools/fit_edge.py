@@ -1,4 +1,4 @@
-"""Fits the weights of the edge prior's cues to boundaries that people drew: the numbers in dpkd/priors/edge_cues.py.
+"""Fits the weights of the edge prior's cues to boundaries that people drew: see dpkd/priors/catalogue/edge_cues.py.
 
     python -m zipfile -e ../shared/data/bsds500.zip data
     python tools/fit_edge.py --data data/bsds500
@@ -19,9 +19,9 @@ from sklearn.linear_model import LogisticRegression
 
 from dpkd.data.images import decode_image
 from dpkd.evaluation.boundaries import region_boundary
-from dpkd.priors.edge_cues import FLOOR, enlarged, levels
-from dpkd.priors.edge_kernels import crests
-from dpkd.priors.picture import Picture
+from dpkd.priors.catalogue.edge_cues import FLOOR, enlarged, levels
+from dpkd.priors.catalogue.edge_kernels import crests
+from dpkd.priors.image_views import Picture
 
 Image = NDArray[np.uint8]
 Table = NDArray[np.float32]

@@ -2,7 +2,7 @@
 
 Parameters stay fp32 and lower precision is autocast, so that the parameters are the master weights at every ZeRO stage:
 replicated at stages 0 to 2, in shards (`ds_tensor`) at stage 3. State goes to disk tensor by tensor in the format of
-dpkd/engine_state.py, and not by DeepSpeed's own checkpoints, which fit one stage and one world size.
+dpkd/engine/state.py, and not by DeepSpeed's own checkpoints, which fit one stage and one world size.
 """
 
 import logging
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpkd.backends.deepspeed_state import NetworkState, share, whole_on, zero_state
-from dpkd.engine import Statistics, in_fp32, use_activation_checkpointing
-from dpkd.engine_state import Counts, Staging, StateReader, Writer, write_part
+from dpkd.backends.zero_state import NetworkState, share, whole_on, zero_state
+from dpkd.engine.optimizer import build_optimizer, by_name, quantities, set_learning_rates, trainable
+from dpkd.engine.settings import EngineSettings, OptimizerSettings
+from dpkd.engine.state import Counts, Staging, StateReader, Writer, write_part
+from dpkd.engine.torch_engine import Statistics, in_fp32, use_activation_checkpointing
+from dpkd.engine.world import World
 from dpkd.errors import UserError
-from dpkd.optimizer import build_optimizer, by_name, quantities, set_learning_rates, trainable
-from dpkd.train.settings import EngineSettings, OptimizerSettings
-from dpkd.world import World
 
 
 class InPrecision(nn.Module):

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpkd.engine import Engine, TorchEngine
-from dpkd.train.settings import EngineSettings
+from dpkd.engine.settings import EngineSettings
+from dpkd.engine.torch_engine import Engine, TorchEngine
 
 
 def engine_kind(settings: EngineSettings) -> str:
@@ -17,7 +17,7 @@ def engine_kind(settings: EngineSettings) -> str:
 
 
 def make_engine(module: nn.Module, *, settings: EngineSettings, **arguments: Any) -> Engine:
-    """The engine that the settings name around a network; see `dpkd.engine.TorchEngine` for the arguments."""
+    """The engine that the settings name around a network; `TorchEngine` documents the arguments."""
     if engine_kind(settings) == "torch":
         return TorchEngine(module, settings=settings, **arguments)
     # here, not at the top: importing DeepSpeed takes seconds and needs its tools, which plain PyTorch runs do without

@@ -26,13 +26,13 @@ import torch.distributed as dist
 
 from dpkd.backends.local_worker import LOOPBACK, Task, enter
 from dpkd.errors import StopRequested
-from dpkd.forking import end_server, forking, load_ahead
-from dpkd.gang import FOR_MEMORY, UNSUPERVISED, Failure, StopRequests, Supervision, explained, supervise
-from dpkd.heartbeat import SLOW
-from dpkd.lasting_folder import lasting_folder
-from dpkd.placement import Room
-from dpkd.stop_signals import heeding, held
-from dpkd.watchdog import WatchOrder
+from dpkd.io.temporary_folder import lasting_folder
+from dpkd.launch.forking import end_server, forking, load_ahead
+from dpkd.launch.heartbeat import SLOW
+from dpkd.launch.signals import heeding, held
+from dpkd.launch.watchdog import WatchOrder
+from dpkd.launch.worker_group import FOR_MEMORY, UNSUPERVISED, Failure, StopRequests, Supervision, explained, supervise
+from dpkd.launch.world_size import Room
 
 LOOK_S = 0.1
 PATIENCE_S = 5.0

@@ -21,13 +21,13 @@ from typing import Any, NoReturn
 
 import torch
 
-from dpkd import world
+from dpkd.engine import world
 from dpkd.errors import StopRequested, UserError
-from dpkd.forking import end_server, end_with_parent
-from dpkd.gang import Failure
-from dpkd.report.progress import heard_or_not
-from dpkd.stop_signals import STOP_SIGNALS
-from dpkd.watchdog import WatchOrder, watched
+from dpkd.launch.forking import end_server, end_with_parent
+from dpkd.launch.signals import STOP_SIGNALS
+from dpkd.launch.watchdog import WatchOrder, watched
+from dpkd.launch.worker_group import Failure
+from dpkd.log import heard_or_not
 
 LOOPBACK = "127.0.0.1"
 EXIT_CODES: dict[type[Exception], int] = {UserError: 2, StopRequested: 75}

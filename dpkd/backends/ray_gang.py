@@ -23,11 +23,11 @@ from dpkd.backends.ray_room import Move, wait_for_room
 from dpkd.backends.ray_session import connect, node_gpus, on_this_node, rooms
 from dpkd.backends.ray_worker import Task
 from dpkd.errors import StopRequested
-from dpkd.gang import UNSUPERVISED, Failure, Restart, StopRequests, Supervision, explained, supervise
-from dpkd.placement import Sizes, cpus_per_worker
-from dpkd.report.progress import say
-from dpkd.stop_signals import heeding
-from dpkd.watchdog import WatchOrder
+from dpkd.launch.signals import heeding
+from dpkd.launch.watchdog import WatchOrder
+from dpkd.launch.worker_group import UNSUPERVISED, Failure, Restart, StopRequests, Supervision, explained, supervise
+from dpkd.launch.world_size import Sizes, cpus_per_worker
+from dpkd.log import logger
 
 
 class RayGang:
@@ -76,13 +76,15 @@ class RayGang:
                     ray.kill(post)  # which lives on as long as a traceback that holds it
                 crowded = generation.found_no_room
                 if crowded:
-                    say(f"no room came free for {size} workers with {cpus} CPUs each; they start with what is free now")
+                    logger.info(
+                        f"no room came free for {size} workers with {cpus} CPUs each; they start with what is free now"
+                    )
                     continue
                 failures = explained(failures, order)
                 saved = any(isinstance(failure.error, StopRequested) for failure in failures)
                 if stop.count or not (saved and move.cause):
                     return failures
-                say(f"{move.cause}; all saved and start again")
+                logger.info(f"{move.cause}; all saved and start again")
                 supervision.on_restart(Restart(-1, move.cause, time.time() - move.began_s))
 
         with heeding(stop.on_signal):
@@ -106,6 +108,6 @@ class RayGang:
             wait_for_room(self._sizes.fewest, least, stop_requested=lambda: stop.count > 0)
             if cpus:
                 if len(self._sizes.allowed) > 1:
-                    say(f"starts {size} workers ({self._sizes.fewest} to {self._sizes.allowed[-1]} will do)")
+                    logger.info(f"starts {size} workers ({self._sizes.fewest} to {self._sizes.allowed[-1]} will do)")
                 return size, self._threads or cpus
             crowded = False  # room has come since

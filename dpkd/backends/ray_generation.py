@@ -23,10 +23,10 @@ from dpkd.backends.ray_post import Look, asked
 from dpkd.backends.ray_room import Move
 from dpkd.backends.ray_session import free_placement_groups, kill_actors
 from dpkd.backends.ray_worker import Task, enter
-from dpkd.gang import Failure, StopRequests
-from dpkd.heartbeat import SLOW
-from dpkd.lasting_folder import lasting_folder
-from dpkd.report.progress import heard_or_not
+from dpkd.io.temporary_folder import lasting_folder
+from dpkd.launch.heartbeat import SLOW
+from dpkd.launch.worker_group import Failure, StopRequests
+from dpkd.log import heard_or_not
 
 CONTROLLER = "TrainController"
 """The actor that leads a generation, of which Ray Train gives no handle."""

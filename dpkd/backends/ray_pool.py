@@ -19,10 +19,10 @@ from ray import cloudpickle
 from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryError, RayActorError, RayError
 
 from dpkd.backends.ray_session import connect, enter_folder
-from dpkd.heartbeat import rest
-from dpkd.pool import ONE_THREAD, Deaths, answer_to, never, result_of
-from dpkd.report.progress import say
-from dpkd.watchdog import WatchOrder, watched
+from dpkd.launch.heartbeat import rest
+from dpkd.launch.pool import ONE_THREAD, Deaths, answer_to, never, result_of
+from dpkd.launch.watchdog import WatchOrder, watched
+from dpkd.log import logger
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -90,7 +90,7 @@ class RayPool:
         """Counts a death against its item, or against the cluster where the worker never came up."""
         reason = _gist(event.death)
         if event.lost:
-            say(f"lost a worker with its node, its work goes to others: {reason}")
+            logger.info(f"lost a worker with its node, its work goes to others: {reason}")
         else:
             deaths.add(event.index, number=event.member.number, reason=reason)
 
@@ -236,7 +236,7 @@ class _Crew:
         if self.num_working or not (never or now_s - max(self._spoke_s or 0.0, self._busy_s) > PATIENCE_S):
             return
         self._spoke_s = now_s
-        say(shortage(standing, needs=self._needs, free=ray.available_resources()))
+        logger.info(shortage(standing, needs=self._needs, free=ray.available_resources()))
 
 
 def _lost(member: _Member, death: RayError) -> bool:

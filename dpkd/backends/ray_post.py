@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from dpkd.gang import Failure
+from dpkd.launch.worker_group import Failure
 
 ANSWER_TIMEOUT_S = 30.0
 """How long the post may take to answer; later it counts as lost."""

@@ -15,8 +15,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from dpkd.backends.ray_post import asked
 from dpkd.backends.ray_session import draining_nodes
 from dpkd.errors import StopRequested
-from dpkd.placement import Sizes
-from dpkd.report.progress import say
+from dpkd.launch.world_size import Sizes
+from dpkd.log import logger
 
 LOOK_S = 3.0
 POLL_S = 0.2
@@ -40,7 +40,7 @@ def wait_for_room(num_workers: int, worker: dict[str, float], *, stop_requested:
                 return
             if time.monotonic() >= speaks_s:
                 speaks_s = float("inf")
-                say(f"waiting for the Ray cluster: {_shortage(num_workers, worker)} (see `ray status`)")
+                logger.info(f"waiting for the Ray cluster: {_shortage(num_workers, worker)} (see `ray status`)")
     finally:
         remove_placement_group(group)
 

@@ -16,7 +16,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpkd.errors import UserError
-from dpkd.placement import Room
+from dpkd.launch.world_size import Room
 
 ANSWER_TIMEOUT_S = 2.0
 

@@ -10,11 +10,11 @@ from typing import Any
 import ray
 import torch
 
-from dpkd import world
 from dpkd.backends.ray_post import Output, asked
 from dpkd.backends.ray_session import enter_folder
-from dpkd.gang import Failure
-from dpkd.watchdog import WatchOrder, watched
+from dpkd.engine import world
+from dpkd.launch.watchdog import WatchOrder, watched
+from dpkd.launch.worker_group import Failure
 
 CAUSE_PATIENCE_S = 2.0
 EXIT_STOPPED = 75

@@ -32,9 +32,9 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from dpkd import storage
-from dpkd.data.records import nearest
+from dpkd.data.sources.records import nearest
 from dpkd.errors import UserError
+from dpkd.io import storage
 from dpkd.strict_yaml import read_yaml_text
 
 GRADED, ONE_OF = "graded", "one_of"

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dpkd.data.draws import Purpose, uniform
 from dpkd.data.settings import AugmentSettings
+from dpkd.rng import Purpose, uniform
 
 Image = NDArray[np.uint8]
 Map = NDArray[Any]

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dpkd import storage
 from dpkd.data.settings import AllLabels, LabelsPerClass, ListedLabels, VisibleLabels
 from dpkd.errors import UserError
+from dpkd.io import storage
 
 Labels = NDArray[np.int64]
 

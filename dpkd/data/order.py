@@ -17,8 +17,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dpkd.data.draws import Purpose, permutation
 from dpkd.errors import UserError
+from dpkd.rng import Purpose, permutation
 
 Indices = NDArray[np.int64]
 

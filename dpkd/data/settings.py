@@ -4,17 +4,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dpkd.section import Section
+from dpkd.config import Config
 
 
-class FolderSource(Section):
+class FolderSource(Config):
     """Images in folders: `<split>/<class>/*`, `<class>/*`, or flat without labels; the depth tells which."""
 
     kind: Literal["folder"] = "folder"
     path: str
 
 
-class TableSource(Section):
+class TableSource(Config):
     """A CSV, JSONL or Parquet file with one row a sample; paths are relative to the table."""
 
     kind: Literal["table"] = "table"
@@ -27,7 +27,7 @@ class TableSource(Section):
     attribute_columns: tuple[str, ...] = ()
 
 
-class ShardSource(Section):
+class ShardSource(Config):
     """Existing WebDataset tars: a folder of them or a pattern with braces, local or any fsspec URL."""
 
     kind: Literal["shards"] = "shards"
@@ -37,27 +37,27 @@ class ShardSource(Section):
 Source = Annotated[FolderSource | TableSource | ShardSource, Field(discriminator="kind")]
 
 
-class GivenSplits(Section):
+class GivenSplits(Config):
     """The splits that the source itself names (top folder, column, shard name)."""
 
     kind: Literal["given"] = "given"
 
 
-class FractionSplits(Section):
+class FractionSplits(Config):
     """Splits by share of the samples, drawn by group, stratified by class: `{train: 0.8, val: 0.1, test: 0.1}`."""
 
     kind: Literal["fraction"] = "fraction"
     fractions: dict[str, float]
 
 
-class ClassSplits(Section):
+class ClassSplits(Config):
     """Splits by class, for few-shot work: a number of classes or their names for each split."""
 
     kind: Literal["class"] = "class"
     classes: dict[str, int | tuple[str, ...]]
 
 
-class FileSplits(Section):
+class FileSplits(Config):
     """Splits by text files, one sample path (relative to the source) or key a line."""
 
     kind: Literal["file"] = "file"
@@ -67,27 +67,27 @@ class FileSplits(Section):
 Splits = Annotated[GivenSplits | FractionSplits | ClassSplits | FileSplits, Field(discriminator="kind")]
 
 
-class AllLabels(Section):
+class AllLabels(Config):
     """Every label on disk is visible to training."""
 
     kind: Literal["all"] = "all"
 
 
-class LabelsPerClass(Section):
+class LabelsPerClass(Config):
     """At most `count` labels of each class are visible; the other samples train without a label."""
 
     kind: Literal["per_class"] = "per_class"
     count: int = Field(ge=1)
 
 
-class LabelFraction(Section):
+class LabelFraction(Config):
     """This share of each class's labels is visible, at least one a class."""
 
     kind: Literal["fraction"] = "fraction"
     fraction: float = Field(gt=0, le=1)
 
 
-class ListedLabels(Section):
+class ListedLabels(Config):
     """Only the samples whose keys this text file lists show their label."""
 
     kind: Literal["listed"] = "listed"
@@ -97,7 +97,7 @@ class ListedLabels(Section):
 VisibleLabels = Annotated[AllLabels | LabelsPerClass | LabelFraction | ListedLabels, Field(discriminator="kind")]
 
 
-class AugmentSettings(Section):
+class AugmentSettings(Config):
     """Random views: a resized crop, a flip, and a colour change; prior maps follow the crop and the flip."""
 
     crop_scale: tuple[float, float] = (0.35, 1.0)
@@ -108,7 +108,7 @@ class AugmentSettings(Section):
     saturation: float = Field(0.4, ge=0)
 
 
-class LoaderSettings(Section):
+class LoaderSettings(Config):
     """Processes that read and decode ahead of training; 0 loads in the training process."""
 
     workers: int = Field(1, ge=0)

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from dpkd import storage
 from dpkd.errors import UserError
-from dpkd.storage_errors import NO_FILE
+from dpkd.io import storage
+from dpkd.io.errors import NO_FILE
 
 FORMAT_VERSION = 1
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")

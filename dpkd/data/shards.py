@@ -30,14 +30,14 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dpkd import storage
-from dpkd.checked_json import checked, parse_checked
-from dpkd.data.recent import MAX_FILES, MAX_INDEXES, Recent
 from dpkd.data.shard_index import FORMAT_VERSION, IMAGE_EXTENSIONS, ShardIndex, ShardInfo, read_index
 from dpkd.errors import UserError
-from dpkd.shard_cache import ChecksumDiffers, open_shard
-from dpkd.storage_errors import NO_FILE
-from dpkd.untrusted import parse_json
+from dpkd.io import storage
+from dpkd.io.errors import NO_FILE
+from dpkd.io.recent import MAX_FILES, MAX_INDEXES, Recent
+from dpkd.io.record import checked, parse_checked
+from dpkd.io.shard_cache import ChecksumDiffers, open_shard
+from dpkd.io.untrusted import parse_json
 
 MANIFEST_NAME = "dataset.json"
 EXPERT_PREFIX = "expert-"

@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dpkd.data.records import Record, keys_of, nearest
 from dpkd.data.settings import ClassSplits, FileSplits, FractionSplits, GivenSplits
+from dpkd.data.sources.records import Record, keys_of, nearest
 from dpkd.errors import UserError
 
 Splits = GivenSplits | FractionSplits | ClassSplits | FileSplits

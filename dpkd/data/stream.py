@@ -26,8 +26,8 @@ from dpkd.data.order import SampleOrder, dealt
 from dpkd.data.settings import AugmentSettings, LoaderSettings
 from dpkd.data.shards import Sample, Split
 from dpkd.errors import UserError
-from dpkd.forking import end_with_parent
-from dpkd.stop_signals import held
+from dpkd.launch.forking import end_with_parent
+from dpkd.launch.signals import held
 
 _GRACE_S = 600
 """How long a worker outlives a request to stop that the whole process group got: training may need its batches."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
-from dpkd.heartbeat import pulse
+from dpkd.launch.heartbeat import pulse
 
 BLOCK = 512
 

@@ -8,15 +8,15 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from dpkd import storage
 from dpkd.data.images import BrokenImage, check_image, check_mask
-from dpkd.data.records import Record
 from dpkd.data.shard_index import ShardIndex, ShardInfo, index_name
 from dpkd.data.shards import EXPERT_PREFIX, FORMAT_VERSION, checksum
+from dpkd.data.sources.records import Record
 from dpkd.data.tars import Member, TarWriter
 from dpkd.errors import UserError
-from dpkd.heartbeat import pulse
-from dpkd.storage_errors import NO_FILE
+from dpkd.io import storage
+from dpkd.io.errors import NO_FILE
+from dpkd.launch.heartbeat import pulse
 
 Row = tuple[str, int, str | None, int, dict[str, Member]]
 """Key, label, group, checksum, and where the members stand."""

@@ -4,10 +4,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from dpkd.section import Section
+from dpkd.config import Config
 
 
-class EpisodeSettings(Section):
+class EpisodeSettings(Config):
     """N-way K-shot episodes, the same for every model compared."""
 
     way: int = Field(5, ge=2)
@@ -19,7 +19,7 @@ class EpisodeSettings(Section):
     """What is done to an embedding before it is compared; `centred_l2` subtracts the training split's mean."""
 
 
-class ProbeSettings(Section):
+class ProbeSettings(Config):
     """kNN and linear probe (scikit-learn), within a split that both its halves come from."""
 
     neighbours: int = Field(20, ge=1)

@@ -14,16 +14,16 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dpkd import storage
-from dpkd.checked_json import checked, parse_checked
-from dpkd.data.images import MAX_PIXELS
 from dpkd.errors import UserError, masked
+from dpkd.io import storage
+from dpkd.io.errors import NO_FILE
+from dpkd.io.record import checked, parse_checked
 from dpkd.models.network import Network, build_network
 from dpkd.models.settings import NetworkSpec
 from dpkd.models.weights import UNREADABLE
-from dpkd.storage_errors import NO_FILE
 
 FORMAT_VERSION = 1
+MAX_IMAGE_SIDE = 16_384
 WEIGHTS_NAME = "model.safetensors"
 SPEC_NAME = "network.json"
 
@@ -92,7 +92,7 @@ def _refuse_giant(spec: NetworkSpec, size_bytes: int, *, origin: Path) -> None:
     """Raises `UserError` where the spec asks for more than weights of so many bytes hold, before any of it is built."""
     numbers = _whole_numbers([spec.model.arguments, spec.targets, spec.teacher_dim, spec.teacher_patch_dim])
     largest = max(numbers, default=0)
-    if largest > size_bytes or spec.image_size**2 > MAX_PIXELS:
+    if largest > size_bytes or spec.image_size > MAX_IMAGE_SIDE:
         raise UserError(
             f"{origin} asks for a network on images of {spec.image_size:,} px, with numbers up to {largest:,}, and "
             f"{WEIGHTS_NAME} beside it has {size_bytes:,} bytes: it is damaged, or was not written by dpkd"

@@ -4,16 +4,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from dpkd.section import Section
+from dpkd.config import Config
 
 
-class MeanPooling(Section):
+class MeanPooling(Config):
     """The embedding is the mean of the patch features (or what the timm model's own head pools)."""
 
     kind: Literal["mean"] = "mean"
 
 
-class FigureGroundPooling(Section):
+class FigureGroundPooling(Config):
     """The embedding is the mean of the patch features weighted by `S / (mean S + floor)`, S a prior map in [0, 1]."""
 
     kind: Literal["figure_ground"] = "figure_ground"
@@ -27,7 +27,7 @@ class FigureGroundPooling(Section):
 Pooling = Annotated[MeanPooling | FigureGroundPooling, Field(discriminator="kind")]
 
 
-class ModelSettings(Section):
+class ModelSettings(Config):
     """A timm model by name; `arguments` go to `timm.create_model` as they are."""
 
     name: str
@@ -39,7 +39,7 @@ class ModelSettings(Section):
     pooling: Pooling = MeanPooling()
 
 
-class NetworkSpec(Section):
+class NetworkSpec(Config):
     """All that a network is built from; `network.json` beside its weights holds it."""
 
     model: ModelSettings

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dpkd.section import Section
+from dpkd.config import Config
 
 Weight = Annotated[float, Field(ge=0)]
 
@@ -12,7 +12,7 @@ VIEW_MAPS = {"hog": 9}
 """Channels of the maps that training makes of the view itself where no prior set holds them."""
 
 
-class Supervised(Section):
+class Supervised(Config):
     """Cross-entropy on the visible labels; samples without one do not count."""
 
     kind: Literal["supervised"] = "supervised"
@@ -23,7 +23,7 @@ class Supervised(Section):
     tau: float = Field(1.0, ge=0)
 
 
-class MaskedPrior(Section):
+class MaskedPrior(Config):
     """Predicts prior maps from the patch features of a partly masked view (MaskFeat, Wei et al. 2022)."""
 
     kind: Literal["masked_prior"] = "masked_prior"
@@ -34,7 +34,7 @@ class MaskedPrior(Section):
     """Weight of each prior map to predict; `hog` need not be prepared."""
 
 
-class Attributes(Section):
+class Attributes(Config):
     """Predicts the attributes that `data.attributes` gives the class of each labelled sample, from the embedding."""
 
     kind: Literal["attributes"] = "attributes"
@@ -60,7 +60,7 @@ STATISTICS: dict[str, tuple[float, float]] = {
 COLOUR_STATISTICS = ("red", "green", "blue", "lightness", "a", "b")
 
 
-class Bound(Section):
+class Bound(Config):
     """What an expert says of a region: a statistic of it is at least, or at most, so much."""
 
     statistic: Literal["area", "row", "column", "compactness", "red", "green", "blue", "lightness", "a", "b"]
@@ -83,7 +83,7 @@ class Bound(Section):
         return self
 
 
-class RegionBounds(Section):
+class RegionBounds(Config):
     """Predicts a region from the patch features: like a prior map where that is known, within bounds everywhere."""
 
     kind: Literal["region_bounds"] = "region_bounds"
@@ -96,7 +96,7 @@ class RegionBounds(Section):
     bounds: tuple[Bound, ...] = Field(min_length=1)
 
 
-class LogitDistillation(Section):
+class LogitDistillation(Config):
     """`temperature² · KL(teacher ‖ student)` on softened logits (Hinton et al. 2015)."""
 
     kind: Literal["logits"] = "logits"
@@ -104,14 +104,14 @@ class LogitDistillation(Section):
     temperature: float = Field(2.0, gt=0)
 
 
-class FeatureDistillation(Section):
+class FeatureDistillation(Config):
     """`0.5 (1 - cosine) + 0.5 smooth-L1` between standardised embeddings (UNIC, Sariyildiz et al. 2024)."""
 
     kind: Literal["features"] = "features"
     weight: Weight = 1.0
 
 
-class PatchDistillation(Section):
+class PatchDistillation(Config):
     """Distance between patch features, patch i weighted by `1 + saliency · S_i + edge · E_i`."""
 
     kind: Literal["patches"] = "patches"
@@ -120,7 +120,7 @@ class PatchDistillation(Section):
     edge: float = Field(2.0, ge=0)
 
 
-def maps_taken(objective: Section) -> tuple[str, ...]:
+def maps_taken(objective: Config) -> tuple[str, ...]:
     """Names of the prior maps that an objective looks at."""
     if isinstance(objective, MaskedPrior):
         return tuple(objective.targets)

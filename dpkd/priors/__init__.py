@@ -1,6 +1,6 @@
 """Prior maps: one file a prior, a frozen settings model whose `map(picture)` does the work; `Prior` is their union.
 
-To add a prior: write its file with the verbs of `dpkd.priors.extractor.Extractor`, and name its class here. Other
+To add a prior: write its file with the verbs of `dpkd.priors.base.Extractor`, and name its class here. Other
 packages bring theirs by an entry point (`dpkd.priors.installed`).
 """
 
@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Union
 
 from pydantic import Field
 
-from dpkd.priors.colour import Colour
-from dpkd.priors.edge import Edge
-from dpkd.priors.expert import Expert
-from dpkd.priors.gabor import Gabor
-from dpkd.priors.glcm import Glcm
-from dpkd.priors.hog import Hog
-from dpkd.priors.hue import Hue
+from dpkd.priors.catalogue.colour import Colour
+from dpkd.priors.catalogue.edge import Edge
+from dpkd.priors.catalogue.expert import Expert
+from dpkd.priors.catalogue.gabor import Gabor
+from dpkd.priors.catalogue.glcm import Glcm
+from dpkd.priors.catalogue.hog import Hog
+from dpkd.priors.catalogue.hue import Hue
+from dpkd.priors.catalogue.lbp import Lbp
+from dpkd.priors.catalogue.orientation import Orientation
+from dpkd.priors.catalogue.ridge import Ridge
+from dpkd.priors.catalogue.saliency import Saliency
+from dpkd.priors.catalogue.superpixel import Superpixel
+from dpkd.priors.catalogue.symmetry import Symmetry
 from dpkd.priors.installed import installed_priors
-from dpkd.priors.lbp import Lbp
 from dpkd.priors.learned import Learned
-from dpkd.priors.orientation import Orientation
-from dpkd.priors.ridge import Ridge
-from dpkd.priors.saliency import Saliency
-from dpkd.priors.superpixel import Superpixel
-from dpkd.priors.symmetry import Symmetry
 
 BUILT_IN = (
     Edge,

@@ -3,7 +3,7 @@
     [project.entry-points."dpkd.priors"]
     depth = "my_package.depth:Depth"
 
-The class is a frozen pydantic model with a `kind` and the verbs of `dpkd.priors.extractor.Extractor`; once the package
+The class is a frozen pydantic model with a `kind` and the verbs of `dpkd.priors.base.Extractor`; once the package
 is installed, settings know it by that kind.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from dpkd.errors import UserError
-from dpkd.priors.extractor import BATCH_VERBS
+from dpkd.priors.base import BATCH_VERBS
 
 GROUP = "dpkd.priors"
 VERBS = ("name", "version", "channels", "nearest", "codec", "map", "flip")
@@ -50,7 +50,7 @@ def _load(entry: EntryPoint) -> type[BaseModel]:
     verbs = (*VERBS, *BATCH_VERBS) if hasattr(prior, "maps") else VERBS
     missing = [verb for verb in verbs if not hasattr(prior, verb) and verb not in prior.model_fields]
     if missing:
-        raise UserError(f"{_place(entry)} lacks {', '.join(missing)}; see dpkd.priors.extractor.Extractor")
+        raise UserError(f"{_place(entry)} lacks {', '.join(missing)}; see dpkd.priors.base.Extractor")
     if not prior.model_config.get("frozen"):
         raise UserError(f"{_place(entry)} is not frozen; set model_config = ConfigDict(frozen=True, extra='forbid')")
     return prior

@@ -8,17 +8,17 @@ import cv2
 import numpy as np
 from pydantic import Field, model_validator
 
+from dpkd.config import Config
 from dpkd.errors import UserError
-from dpkd.priors.cells import cell_means
+from dpkd.priors.base import grid_size, mirror
+from dpkd.priors.catalogue.cells import cell_means
 from dpkd.priors.codecs import ByteCodec, JpegCodec, Map
-from dpkd.priors.extractor import grid_size, mirror
+from dpkd.priors.image_views import Picture
 from dpkd.priors.model_output import Array, Run, Scale, scaled
 from dpkd.priors.model_settings import Model, TimmModel, checksum
-from dpkd.priors.picture import Picture
-from dpkd.section import Section
 
 
-class Learned(Section):
+class Learned(Config):
     """An output of a model, as the map `learned-<of>` in [0, 1], on the grid of the model or of `stride`.
 
     Images are stretched to `size`, and run in batches that are always filled up to `batch_size`, so that an image at

@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from dpkd.config import Config
 from dpkd.errors import UserError
-from dpkd.section import Section
 
 BLOCK_BYTES = 1 << 22
 
 
-class TimmModel(Section):
+class TimmModel(Config):
     """A timm model; `arguments` go to `timm.create_model` as they are."""
 
     kind: Literal["timm"] = "timm"
@@ -31,7 +31,7 @@ class TimmModel(Section):
         return hash(self.model_dump_json())
 
 
-class TorchModel(Section):
+class TorchModel(Config):
     """A program of `torch.export.save` (.pt2), or TorchScript."""
 
     kind: Literal["torch"] = "torch"
@@ -42,7 +42,7 @@ class TorchModel(Section):
     """Key or position of the output where there are several."""
 
 
-class OnnxModel(Section):
+class OnnxModel(Config):
     """An ONNX model with one image input."""
 
     kind: Literal["onnx"] = "onnx"

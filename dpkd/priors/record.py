@@ -25,8 +25,8 @@ import msgpack
 import numpy as np
 
 from dpkd.data.shards import Sample
+from dpkd.priors.base import Extractor, fingerprint
 from dpkd.priors.codecs import CODECS, MAX_VALUES, AbsentCodec, Codec, Map, Shape
-from dpkd.priors.extractor import Extractor, fingerprint
 
 FORMAT_VERSION = 2
 MEMBER_EXTENSION = "priors.msgpack"

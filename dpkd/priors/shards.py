@@ -22,9 +22,6 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
-from dpkd import storage
-from dpkd.checked_json import checked, parse_checked
-from dpkd.data.recent import MAX_FILES, MAX_INDEXES, Recent
 from dpkd.data.shard_index import (
     ShardInfo,
     index_name,
@@ -35,14 +32,17 @@ from dpkd.data.shard_index import (
 )
 from dpkd.data.shards import Dataset, Sample, read_span
 from dpkd.errors import UserError
+from dpkd.io import storage
+from dpkd.io.errors import NO_FILE
+from dpkd.io.recent import MAX_FILES, MAX_INDEXES, Recent
+from dpkd.io.record import checked, parse_checked
+from dpkd.io.shard_cache import open_shard
 from dpkd.priors import Prior
+from dpkd.priors.base import fingerprint, mirror
 from dpkd.priors.codecs import Map
 from dpkd.priors.derived import derivable
-from dpkd.priors.extractor import fingerprint, mirror
 from dpkd.priors.record import Record, source_hash
 from dpkd.priors.statistics import Moments
-from dpkd.shard_cache import open_shard
-from dpkd.storage_errors import NO_FILE
 
 FORMAT_VERSION = 3
 MANIFEST_NAME = "priors.json"

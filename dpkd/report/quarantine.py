@@ -9,10 +9,10 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from dpkd import storage
 from dpkd.errors import UserError, without_secrets
-from dpkd.storage_errors import NO_FILE
-from dpkd.untrusted import parse_json
+from dpkd.io import storage
+from dpkd.io.errors import NO_FILE
+from dpkd.io.untrusted import parse_json
 
 NUM_NAMED = 3
 """Items that an error names."""

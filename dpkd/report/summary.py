@@ -14,13 +14,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dpkd import storage
 from dpkd.errors import UserError
+from dpkd.io import storage
+from dpkd.io.errors import NO_FILE
+from dpkd.io.untrusted import parse_json
+from dpkd.log import EventReader, duration, logger
 from dpkd.report.goodput import MEANINGS, WORDS, account
-from dpkd.report.progress import EventReader, duration, say
 from dpkd.report.quarantine import Quarantine
-from dpkd.storage_errors import NO_FILE
-from dpkd.untrusted import parse_json
 
 EVALUATION_NAME = "evaluation.json"
 STAGES_NAME = "stages.json"
@@ -50,7 +50,7 @@ def write_summary(folder: Path) -> dict[str, Any]:
 
 def say_summary(folder: Path) -> None:
     """Writes the summary and prints what a run ends with."""
-    say(final_words(write_summary(folder)))
+    logger.info(final_words(write_summary(folder)))
 
 
 def final_words(summary: dict[str, Any]) -> str:

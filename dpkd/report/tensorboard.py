@@ -15,9 +15,9 @@ from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from dpkd.io.errors import write_errors
 from dpkd.report.panels import panel
 from dpkd.report.quarantine import Quarantine
-from dpkd.storage_errors import write_errors
 
 PER_NETWORK = frozenset({"loss", "learning_rate", "gradient_norm"})
 """Groups of tags whose second part names a network: `loss/<network>/<objective>`, `learning_rate/<network>`."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, TypeVar
 
-from dpkd.pool import Pool
+from dpkd.launch.pool import Pool
 
 Item = TypeVar("Item")
 Earlier = TypeVar("Earlier")

@@ -14,8 +14,8 @@ from dpkd.models.network import Network
 from dpkd.models.saved import load_network, save_network
 from dpkd.models.settings import MeanPooling, NetworkSpec
 from dpkd.objectives.settings import Supervised
+from dpkd.settings import DistillSettings, StudentSettings, TeachSettings
 from dpkd.stages.run import Run, TrainingSet, training_set
-from dpkd.stages.settings import DistillSettings, StudentSettings, TeachSettings
 from dpkd.stages.teach import NAME as TEACHER
 from dpkd.stages.training import make_learner, network_spec, new_network, run_training, supervision
 from dpkd.train.task import DistillTask, Learner

@@ -14,10 +14,10 @@ from torch import Tensor
 from dpkd.data.settings import LoaderSettings
 from dpkd.data.shards import Split
 from dpkd.data.stream import MapReader, evaluation_batches
-from dpkd.heartbeat import pulse
+from dpkd.engine.world import World
+from dpkd.launch.heartbeat import pulse
 from dpkd.models.settings import NetworkSpec
 from dpkd.train.task import network_input, pooling_maps, pooling_weight
-from dpkd.world import World
 
 Predict = Callable[[Tensor, Tensor | None], dict[str, Tensor]]
 """Outputs of a network for normalised images and, where its pooling needs one, a weight map; no gradients."""

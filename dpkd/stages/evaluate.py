@@ -23,26 +23,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dpkd import storage
 from dpkd.data.labels import visible_labels
 from dpkd.data.shards import Split
 from dpkd.errors import UserError
 from dpkd.evaluation.few_shot import draw_episodes, few_shot_accuracy, paired_difference, score
 from dpkd.evaluation.long_tail import long_tail
+from dpkd.io import storage
+from dpkd.io.errors import NO_FILE
+from dpkd.io.untrusted import parse_json
+from dpkd.log import Progress, logger
 from dpkd.models.counts import count_flops, count_parameters
 from dpkd.models.network import Network
 from dpkd.models.saved import load_network
 from dpkd.models.settings import FigureGroundPooling, NetworkSpec
-from dpkd.report.progress import Progress, say
 from dpkd.report.quarantine import Quarantine
 from dpkd.report.summary import EVALUATION_NAME, figures_markdown
 from dpkd.report.tensorboard import Board
+from dpkd.run.folder import RunFolder
 from dpkd.stages.embed import Embedded, Predict, embed_networks, spread
-from dpkd.stages.record import RunFolder
 from dpkd.stages.run import Run
 from dpkd.stages.zero_shot import zero_shot
-from dpkd.storage_errors import NO_FILE
-from dpkd.untrusted import parse_json
 
 Scores = dict[str, dict[str, float]]
 Accuracies = dict[str, NDArray[np.float64]]
@@ -135,7 +135,9 @@ def _measure(run: Run, networks: Mapping[str, Network], *, split: Split, tables:
     episodes = draw_episodes(label_N, settings.episodes, seed=run.seed, split=split.name)
     if episodes.left_out and run.world.rank == 0:
         names = ", ".join(run.dataset.manifest.classes[label] for label in episodes.left_out)
-        say(f"evaluate {split.name}: {len(episodes.left_out)} classes have too few samples for an episode: {names}")
+        logger.info(
+            f"evaluate {split.name}: {len(episodes.left_out)} classes have too few samples for an episode: {names}"
+        )
     lookers = _lookers(networks)
     embedded = _embed(run, lookers, split, indices=indices)
     centre = settings.episodes.transform == "centred_l2"

@@ -23,17 +23,17 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from dpkd import storage
 from dpkd.errors import UserError
+from dpkd.io import storage
+from dpkd.io.errors import write_errors
+from dpkd.log import logger
 from dpkd.models.network import Network
 from dpkd.models.saved import load_network
 from dpkd.models.settings import FigureGroundPooling, NetworkSpec
 from dpkd.report.model_card import model_card
-from dpkd.report.progress import say
+from dpkd.settings import ExportSettings
 from dpkd.stages.evaluate import read_evaluation
 from dpkd.stages.run import Run
-from dpkd.stages.settings import ExportSettings
-from dpkd.storage_errors import write_errors
 
 ONNX_OPSET = 18
 TIMM_TOLERANCE = 1e-5
@@ -63,7 +63,7 @@ def export(run: Run, settings: ExportSettings) -> None:
             (made / "README.md").write_text(card)
             run.folder.refuse_superseded()
             _replace(run.folder.export / name, made)
-        say(f"export: {run.folder.export / name}")
+        logger.info(f"export: {run.folder.export / name}")
 
 
 def _replace(folder: Path, made: Path) -> None:

@@ -14,20 +14,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpkd import storage
 from dpkd.data import sources
-from dpkd.data.records import Found, Record, keys_of, sorted_classes
 from dpkd.data.settings import FileSplits
 from dpkd.data.shard_index import ShardIndex, index_name
 from dpkd.data.shards import FORMAT_VERSION, MANIFEST_NAME, Dataset, Manifest, ManifestDamaged, SplitInfo
+from dpkd.data.sources.records import Found, Record, keys_of, sorted_classes
 from dpkd.data.splits import assign, draw, groups_of
 from dpkd.data.writer import Planned, ShardJob, write_shard
 from dpkd.errors import UserError
-from dpkd.pool import Pool
-from dpkd.report.progress import say
+from dpkd.io import storage
+from dpkd.io.errors import NO_FILE
+from dpkd.launch.pool import Pool
+from dpkd.log import logger
 from dpkd.report.quarantine import Quarantine
-from dpkd.stages.settings import DataSettings
-from dpkd.storage_errors import NO_FILE
+from dpkd.settings import DataSettings
 
 STAGE = "pack"
 PACKING_NAME = "packing.json"
@@ -194,7 +194,7 @@ def _standing_manifest(destination: str) -> Manifest | None:
     try:
         return Dataset.open(destination).manifest
     except ManifestDamaged as error:
-        say(f"{error}: it is written anew, once each shard is found to be as planned")
+        logger.info(f"{error}: it is written anew, once each shard is found to be as planned")
         return None
 
 

@@ -21,26 +21,26 @@ from dataclasses import dataclass, replace
 
 import cv2
 
-from dpkd import storage
 from dpkd.data.shard_index import ShardInfo, index_name
 from dpkd.data.shards import Dataset, Split, SplitInfo
 from dpkd.data.tars import TarWriter
 from dpkd.errors import UserError
-from dpkd.pool import Accelerator, Pool
+from dpkd.io import storage
+from dpkd.io.errors import NO_FILE
+from dpkd.launch.pool import Accelerator, Pool
+from dpkd.log import logger
 from dpkd.priors import Prior
-from dpkd.priors.expert import Expert
-from dpkd.priors.extractor import accelerated
+from dpkd.priors.base import accelerated
+from dpkd.priors.catalogue.expert import Expert
 from dpkd.priors.memory import keep_freed_memory
 from dpkd.priors.record import MEMBER_EXTENSION, Record
 from dpkd.priors.shards import MANIFEST_NAME, PriorIndex, PriorSet, fingerprints, set_url
 from dpkd.priors.statistics import Tally
-from dpkd.report.progress import say
 from dpkd.report.quarantine import Quarantine
+from dpkd.settings import PrepareSettings
 from dpkd.stages.ahead import ahead
 from dpkd.stages.prior_manifest import make_manifest, remove_unlisted, withdraw_other_manifest
 from dpkd.stages.prior_records import make_records, read_records, sound_records, with_accelerated
-from dpkd.stages.settings import PrepareSettings
-from dpkd.storage_errors import NO_FILE
 
 STAGE = "prepare"
 ACCELERATED_PREFIX = ".accelerated-"
@@ -96,7 +96,7 @@ def _report(index: PriorIndex, quarantine: Quarantine) -> None:
     if index.fault is not None:
         found = f"{index.fault}; {len(index.unreadable):,} of its {index.shard.num_samples:,} samples cannot be read"
         quarantine.note(STAGE, index.shard.name, f"{found}: copy or pack it again")
-        say(f"{STAGE}: {index.shard.name} is damaged: {found}")
+        logger.info(f"{STAGE}: {index.shard.name} is damaged: {found}")
 
 
 @dataclass(frozen=True, repr=False)

@@ -2,9 +2,9 @@
 
 from itertools import accumulate
 
-from dpkd import storage
 from dpkd.data.shard_index import index_name
 from dpkd.data.shards import Dataset
+from dpkd.io import storage
 from dpkd.priors import Prior
 from dpkd.priors.shards import (
     MANIFEST_NAME,

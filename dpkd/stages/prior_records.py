@@ -8,17 +8,17 @@ from itertools import islice
 
 import numpy as np
 
-from dpkd import storage
 from dpkd.data.images import BrokenImage, decode_image
 from dpkd.data.shards import Sample, Split, Unreadable
 from dpkd.data.tars import list_members
-from dpkd.heartbeat import pulse
+from dpkd.io import storage
+from dpkd.io.errors import NO_FILE
+from dpkd.launch.heartbeat import pulse
 from dpkd.priors import Prior
+from dpkd.priors.base import BatchExtractor, Extractor, fingerprint
 from dpkd.priors.codecs import Map
-from dpkd.priors.extractor import BatchExtractor, Extractor, fingerprint
-from dpkd.priors.picture import Picture
+from dpkd.priors.image_views import Picture
 from dpkd.priors.record import Record, StoredMap, flat, source_hash, store
-from dpkd.storage_errors import NO_FILE
 
 BLANK = Picture(np.zeros((1, 1, 3), np.uint8))
 

@@ -13,25 +13,25 @@ from torch import nn
 
 from dpkd.data.labels import visible_labels
 from dpkd.data.shards import Dataset, Split
-from dpkd.engine import Engine
+from dpkd.engine.settings import EngineSettings, TrainingSettings
+from dpkd.engine.torch_engine import Engine
+from dpkd.engine.world import World
 from dpkd.errors import UserError
+from dpkd.log import EventLog
 from dpkd.objectives.settings import VIEW_MAPS, StudentObjective, Supervised
 from dpkd.objectives.supervised import log_class_prior
 from dpkd.priors.shards import PriorSet, PriorSplit, fingerprints
-from dpkd.report.progress import EventLog
-from dpkd.stages.record import RunFolder
-from dpkd.stages.settings import DataSettings, EvaluateSettings, PrepareSettings
-from dpkd.train.settings import EngineSettings, TrainingSettings
+from dpkd.run.folder import RunFolder
+from dpkd.settings import DataSettings, EvaluateSettings, PrepareSettings
 from dpkd.train.statements import Statements
 from dpkd.train.task import Supervision
-from dpkd.world import World
 
 
 class EngineFactory(Protocol):
     """Makes the engine that the settings name around a network."""
 
     def __call__(self, module: nn.Module, *, settings: EngineSettings, **arguments: Any) -> Engine:
-        """See `dpkd.engine.TorchEngine` for the arguments."""
+        """See `dpkd.engine.torch_engine.TorchEngine` for the arguments."""
 
 
 @dataclass(frozen=True)

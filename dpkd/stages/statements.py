@@ -6,14 +6,14 @@ Loads no heavy package: the driver of a run asks it too.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from dpkd import storage
 from dpkd.data.attributes import AttributeTable, read_attributes
-from dpkd.data.records import nearest
 from dpkd.data.shards import MANIFEST_NAME, Dataset
+from dpkd.data.sources.records import nearest
 from dpkd.errors import UserError
+from dpkd.io import storage
+from dpkd.log import logger
 from dpkd.objectives.settings import Attributes, RegionBounds, StudentObjective
-from dpkd.report.progress import say
-from dpkd.stages.settings import DataSettings
+from dpkd.settings import DataSettings
 
 MAX_NAMED = 5
 """Classes that a line names; more are counted."""
@@ -61,7 +61,7 @@ def say_unused_rows(dataset: Dataset, data: DataSettings) -> None:
     if table is not None and unused:
         named = ", ".join(f"{name!r}{nearest(name, classes)}" for name in unused[:MAX_NAMED])
         more = f" and {len(unused) - MAX_NAMED} more" if len(unused) > MAX_NAMED else ""
-        say(f"data.attributes {table.path}: rows of no class of the data set train nothing: {named}{more}")
+        logger.info(f"data.attributes {table.path}: rows of no class of the data set train nothing: {named}{more}")
 
 
 def trained_classes(dataset: Dataset, data: DataSettings) -> list[str]:

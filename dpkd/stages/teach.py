@@ -1,8 +1,8 @@
 """The teacher: one network under its own objectives. Makes `teacher/` in the run folder."""
 
 from dpkd.models.saved import save_network
+from dpkd.settings import TeachSettings
 from dpkd.stages.run import Run, training_set
-from dpkd.stages.settings import TeachSettings
 from dpkd.stages.training import make_learner, network_spec, new_network, run_training, supervision
 from dpkd.train.task import TeachTask
 

@@ -12,8 +12,10 @@ from dpkd.data.attributes import score_weights
 from dpkd.data.order import ClassAwareOrder, Order, OrderWithout, SampleOrder
 from dpkd.data.settings import AugmentSettings
 from dpkd.data.stream import Batch, training_batches
+from dpkd.engine.batch_norm import StepStatistics
+from dpkd.engine.settings import EngineSettings, OptimizerSettings, ScheduleSettings, TrainingSettings
 from dpkd.errors import UserError
-from dpkd.models.batch_norm import StepStatistics
+from dpkd.log import Progress, logger
 from dpkd.models.network import Network, build_network
 from dpkd.models.parameters import parameter_groups
 from dpkd.models.settings import ModelSettings, NetworkSpec
@@ -25,20 +27,18 @@ from dpkd.objectives.settings import (
     RegionBounds,
     StudentObjective,
 )
-from dpkd.report.progress import Progress, say
 from dpkd.report.quarantine import Quarantine
+from dpkd.report.step_timer import Spending
 from dpkd.report.tensorboard import Board
+from dpkd.stages.monitor import EventSink, ProgressSink, TimeSink, Watch
 from dpkd.stages.run import Run, TrainingSet
 from dpkd.stages.statements import attribute_table, learns_attributes
-from dpkd.stages.watch import EventSink, ProgressSink, TimeSink, Watch
 from dpkd.train.checkpoint import Checkpoints, Part
 from dpkd.train.divergence import NormGuard, Skipped, train_past_divergence
-from dpkd.train.goodput import Spending
-from dpkd.train.ledger import Ledger, forget
 from dpkd.train.loop import Plan, train
 from dpkd.train.meter import Meter
 from dpkd.train.parts import Inputs, LeftOut, RandomState
-from dpkd.train.settings import EngineSettings, OptimizerSettings, ScheduleSettings, TrainingSettings
+from dpkd.train.sample_log import Ledger, forget
 from dpkd.train.statements import ClassAttributes, Statements
 from dpkd.train.task import DistillTask, Learner, Supervision, TeachTask
 
@@ -184,7 +184,7 @@ class _Stage:
         plan = _plan(run, training, total_steps=training.num_steps(self.data.num_samples), skipped=skipped)
         shown = run.world.rank == 0
         if start_step and shown:
-            say(f"{self.stage}: continues after step {start_step} of {plan.total_steps}")
+            logger.info(f"{self.stage}: continues after step {start_step} of {plan.total_steps}")
         board = Board(run.folder.tensorboard / self.stage, start_step=start_step) if shown else None
         if board is not None:
             board.quarantine(start_step, Quarantine(run.folder.quarantine, limit=1.0))

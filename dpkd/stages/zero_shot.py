@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from dpkd.errors import UserError
 from dpkd.evaluation.attributes import zero_shot_accuracy
+from dpkd.log import logger
 from dpkd.models.settings import NetworkSpec
-from dpkd.report.progress import say
 from dpkd.stages.embed import Embedded
 from dpkd.stages.run import Run
 from dpkd.stages.statements import attribute_table, trained_classes
@@ -38,7 +38,7 @@ def zero_shot(
     class_K = np.array([label for label in unseen if known.get(names[label])])
     if len(class_K) < len(unseen) and run.world.rank == 0:
         left_out = ", ".join(names[label] for label in unseen if label not in class_K)
-        say(f"evaluate {split}: data.attributes says nothing of {left_out}: left out of zero-shot accuracy")
+        logger.info(f"evaluate {split}: data.attributes says nothing of {left_out}: left out of zero-shot accuracy")
     if len(class_K) < 2:
         return
     for name, spec in learnt.items():

@@ -17,14 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from dpkd import storage
-from dpkd.engine_state import Writer
+from dpkd.engine.state import Writer
+from dpkd.engine.world import World
 from dpkd.errors import StorageUnavailable, UserError, portable
-from dpkd.lasting_folder import lasting_folder, place
-from dpkd.report.progress import say
-from dpkd.storage_errors import NO_FILE, may_pass
-from dpkd.train.checkpoint_store import MANIFEST, CheckpointStore, FileFacts, Manifest, Mark, RankFiles, Superseded
-from dpkd.world import World
+from dpkd.io import storage
+from dpkd.io.checkpoint_store import MANIFEST, CheckpointStore, FileFacts, Manifest, Mark, RankFiles, Superseded
+from dpkd.io.errors import NO_FILE, may_pass
+from dpkd.io.temporary_folder import lasting_folder, place
+from dpkd.log import logger
 
 Result = TypeVar("Result")
 
@@ -79,7 +79,7 @@ class Checkpoints:
                     self._base = mark
                     break
             if self.world.rank == 0:
-                say(f"checkpoint {mark.name} is damaged and not used: {'; '.join(faults)}")
+                logger.info(f"checkpoint {mark.name} is damaged and not used: {'; '.join(faults)}")
         if marks and self._base is None:
             raise UserError(
                 f"{self._store.url}: all {len(marks)} checkpoints are damaged; restore one from a copy, "
@@ -164,7 +164,7 @@ class Checkpoints:
         except Superseded:
             pass  # which the next save says
         except (OSError, UserError) as error:
-            say(f"{self._store.url}: older checkpoints cannot be removed ({error}); the next save tries again")
+            logger.info(f"{self._store.url}: older checkpoints cannot be removed ({error}); the next save tries again")
 
     @contextmanager
     def _at_hand(self, mark: Mark) -> Iterator[tuple[Path, Callable[[], list[str]]]]:

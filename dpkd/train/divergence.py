@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 
-from dpkd import storage
-from dpkd.checked_json import checked, parse_checked
+from dpkd.engine.world import World
 from dpkd.errors import UserError
-from dpkd.report.progress import say
-from dpkd.storage_errors import NO_FILE
+from dpkd.io import storage
+from dpkd.io.errors import NO_FILE
+from dpkd.io.record import checked, parse_checked
+from dpkd.log import logger
 from dpkd.train.checkpoint import Checkpoints, Part
-from dpkd.world import World
 
 NUM_NORMS, NUM_NEEDED = 64, 16
 """Norms that a spike is measured by, and how many of them it takes to call anything one."""
@@ -115,7 +115,9 @@ def train_past_divergence(
                     "learning_rate or optimizer.clip, or save earlier (training.checkpoint_every)"
                 ) from fault
             if world.rank == 0:
-                say(f"step {fault.step + 1} is skipped: {fault.reason}; back to the checkpoint after step {start_step}")
+                logger.info(
+                    f"step {fault.step + 1} is skipped: {fault.reason}; back to the checkpoint after step {start_step}"
+                )
 
 
 def _read(path: Path) -> dict[int, str]:

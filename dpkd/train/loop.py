@@ -11,13 +11,13 @@ from typing import Protocol
 import torch
 
 from dpkd.data.stream import Batch
-from dpkd.engine import Engine
+from dpkd.engine.torch_engine import Engine
+from dpkd.engine.world import World, stop_requested
 from dpkd.errors import StopRequested
-from dpkd.heartbeat import STEADY, beat
+from dpkd.launch.heartbeat import STEADY, beat
 from dpkd.train.checkpoint import Checkpoints, Part
 from dpkd.train.divergence import NormGuard
 from dpkd.train.meter import Meter
-from dpkd.world import World, stop_requested
 
 Losses = dict[str, dict[str, torch.Tensor]]
 """Engine -> objective -> weighted scalar."""

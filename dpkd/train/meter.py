@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 
 from dpkd.data.stream import Batch
-from dpkd.train.goodput import Interruption, Spending
-from dpkd.world import World
+from dpkd.engine.world import World
+from dpkd.report.step_timer import Interruption, Spending
 
 
 class Sink(Protocol):

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from dpkd.engine_state import Writer, write_tensors
+from dpkd.engine.state import Writer, write_tensors
+from dpkd.engine.world import World
 from dpkd.errors import UserError
-from dpkd.world import World
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from dpkd.data.augment import normalise
 from dpkd.data.stream import Batch
-from dpkd.engine import Engine
+from dpkd.engine.schedule import learning_rate
+from dpkd.engine.settings import OptimizerSettings, ScheduleSettings
+from dpkd.engine.torch_engine import Engine
 from dpkd.models.network import Network
 from dpkd.models.settings import FigureGroundPooling, NetworkSpec
 from dpkd.objectives.draws import random_share
@@ -33,8 +35,6 @@ from dpkd.objectives.settings import (
 )
 from dpkd.objectives.supervised import supervised
 from dpkd.train.loop import Losses
-from dpkd.train.schedule import learning_rate
-from dpkd.train.settings import OptimizerSettings, ScheduleSettings
 from dpkd.train.statements import Statements, statement_losses
 
 Outputs = dict[str, Tensor]

@@ -17,8 +17,8 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-from dpkd.plan import STAGES
-from dpkd.stages.record import RunFolder
+from dpkd.run.folder import RunFolder
+from dpkd.stages.plan import STAGES
 from tests.runs import Command
 
 SIGNALS = {

@@ -35,11 +35,13 @@ from typing import Any
 import torch
 import torch._dynamo  # optimizers load it at their first step: better once here than in every fork
 
-from dpkd import pretrain, session, world
-from dpkd.gang import UNSUPERVISED, Supervision
-from dpkd.pool import answer_to, result_of
+from dpkd import pretrain
+from dpkd.engine import world
+from dpkd.launch.pool import answer_to, result_of
+from dpkd.launch.worker_group import UNSUPERVISED, Supervision
+from dpkd.run.folder import RunFolder
 from dpkd.stages import evaluate
-from dpkd.stages.record import RunFolder
+from dpkd.stages import worker as session
 from dpkd.train import checkpoint
 from dpkd.train.divergence import Diverged, Skipped
 from tests.chaos.file_faults import damage, names_file, obey_permissions

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dpkd.session import train_stages
-from dpkd.stages.record import RunFolder
-from dpkd.train.checkpoint_store import CheckpointStore
-from dpkd.watchdog import WatchOrder, watched
+from dpkd.io.checkpoint_store import CheckpointStore
+from dpkd.launch.watchdog import WatchOrder, watched
+from dpkd.run.folder import RunFolder
+from dpkd.stages.worker import train_stages
 from tests.runs import settings_of, train_events
 
 HERE, THERE = "10.99.0.1", "10.99.0.2"

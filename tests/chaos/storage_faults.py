@@ -31,15 +31,15 @@ import torch
 import torch._dynamo  # optimizers load it at their first step: better once here than in every fork
 import torch.distributed as dist
 
-from dpkd.audit import judge
 from dpkd.data.order import Order, rank_slice
+from dpkd.engine.world import World, request_stop, stop_requested
 from dpkd.errors import UserError
+from dpkd.io.checkpoint_store import CheckpointStore
 from dpkd.train import checkpoint
 from dpkd.train.checkpoint import Checkpoints
-from dpkd.train.checkpoint_store import CheckpointStore
-from dpkd.train.ledger import Ledger, forget, history, read_ledgers
 from dpkd.train.parts import RandomState
-from dpkd.world import World, request_stop, stop_requested
+from dpkd.train.sample_log import Ledger, forget, history, read_ledgers
+from dpkd.verbs.audit import judge
 from tests.engine_cases import MICRO, NUM_MICROS, build, train
 
 FIRST_SAVED, SAVES, LAST = 2, (3, 4), 6

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from dpkd.audit import audit
-from dpkd.stages.record import RunFolder
-from dpkd.stages.versions import write_settings
+from dpkd.run.folder import RunFolder
+from dpkd.run.provenance import write_settings
+from dpkd.verbs.audit import audit
 from tests.chaos import report
 from tests.runs import Command, all_weights, settings_of, tiny
 

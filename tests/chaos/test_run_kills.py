@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from dpkd import storage
-from dpkd.audit import audit
-from dpkd.stages.record import RunFolder
-from dpkd.train.checkpoint_store import MANIFEST, CheckpointStore
-from dpkd.train.ledger import read_ledgers
+from dpkd.io import storage
+from dpkd.io.checkpoint_store import MANIFEST, CheckpointStore
+from dpkd.run.folder import RunFolder
+from dpkd.train.sample_log import read_ledgers
+from dpkd.verbs.audit import audit
 from tests.chaos import report
 from tests.chaos.campaign import DEADLY, Campaign, Fault, draw
 from tests.runs import Command, all_weights, tiny

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dpkd.audit import audit
-from dpkd.stages.record import RunFolder
+from dpkd.run.folder import RunFolder
+from dpkd.verbs.audit import audit
 from tests.chaos import report
 from tests.runs import Command, all_weights, tiny
 

@@ -12,10 +12,10 @@ from PIL import Image
 
 from dpkd.data.settings import FolderSource
 from dpkd.data.shards import Dataset
-from dpkd.pool import Item, Pool, Result, never
+from dpkd.launch.pool import Item, Pool, Result, never
 from dpkd.report.quarantine import Quarantine
+from dpkd.settings import DataSettings
 from dpkd.stages.pack import pack
-from dpkd.stages.settings import DataSettings
 
 
 class SerialPool:

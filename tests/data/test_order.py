@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpkd.data.draws import Purpose, bits
 from dpkd.data.order import ClassAwareOrder, Order, OrderWithout, SampleOrder, rank_slice
 from dpkd.errors import UserError
+from dpkd.rng import Purpose, bits
 
 SHARD_SIZES = st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(any)
 SEEDS = st.integers(0, 2**40)

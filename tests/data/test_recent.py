@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dpkd.data.recent import MAX_FILES, Recent
-from dpkd.priors.hog import Hog
+from dpkd.io.recent import MAX_FILES, Recent
+from dpkd.priors.catalogue.hog import Hog
 from tests.data.packing import make_folder, pack_at
 from tests.prior_cases import prepare_all
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import webdataset
 
-from dpkd import storage
-from dpkd.checked_json import parse_checked
 from dpkd.data.shard_index import ShardIndex
 from dpkd.data.shards import Dataset, Sample, Split, Unreadable
 from dpkd.errors import UserError
+from dpkd.io import storage
+from dpkd.io.record import parse_checked
 from tests.data.packing import image_bytes, make_folder, mask_bytes, pack_at
 
 

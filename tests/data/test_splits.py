@@ -5,8 +5,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dpkd.data.records import Blob, Record, keys_of, sorted_classes
 from dpkd.data.settings import ClassSplits, FileSplits, FractionSplits, GivenSplits
+from dpkd.data.sources.records import Blob, Record, keys_of, sorted_classes
 from dpkd.data.splits import assign, groups_of
 from dpkd.errors import UserError
 

@@ -15,11 +15,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dpkd.audit import judge
 from dpkd.data.order import ClassAwareOrder, Order, OrderWithout, SampleOrder, dealt
 from dpkd.data.stream import Batch
-from dpkd.train.ledger import Ledger, history, read_ledgers
-from dpkd.world import World
+from dpkd.engine.world import World
+from dpkd.train.sample_log import Ledger, history, read_ledgers
+from dpkd.verbs.audit import judge
 
 FEW = settings(max_examples=max(30, settings.default.max_examples // 3))
 EMPTY = torch.empty(0)

@@ -16,12 +16,12 @@ from pydantic import ValidationError
 
 from dpkd.data.shards import Dataset
 from dpkd.errors import UserError
+from dpkd.priors.catalogue.edge import Edge
+from dpkd.priors.catalogue.superpixel import Superpixel
 from dpkd.priors.codecs import CODECS, MAX_VALUES
-from dpkd.priors.edge import Edge
 from dpkd.priors.record import Record, StoredMap, flat, store
 from dpkd.priors.shards import PriorIndex, PriorManifest, PriorMismatch, PriorSet
 from dpkd.priors.statistics import Moments
-from dpkd.priors.superpixel import Superpixel
 from tests.fuzz.damage import any_bytes, in_child, outcome, unvouched
 from tests.prior_cases import draw_images, pack_folder, prepare_all
 

@@ -8,14 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpkd.engine_state import Writer
+from dpkd.engine.state import Writer
+from dpkd.engine.world import World
 from dpkd.errors import UserError
+from dpkd.io.untrusted import MAX_DEPTH, parse_json
 from dpkd.report.quarantine import Quarantine
 from dpkd.report.summary import write_summary
-from dpkd.stages.record import RunFolder
+from dpkd.run.folder import RunFolder
 from dpkd.train.checkpoint import Checkpoints
-from dpkd.untrusted import MAX_DEPTH, parse_json
-from dpkd.world import World
 from tests.fuzz.damage import any_bytes, outcome
 
 STAGES = json.dumps(

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from dpkd.data.images import BrokenImage
 from dpkd.errors import UserError, WorkerFailed, printable, without_secrets
+from dpkd.log import EventLog, Progress, logger
 from dpkd.models.backbone import create_timm_model
 from dpkd.models.network import build_network
 from dpkd.models.saved import load_network, save_network
 from dpkd.models.settings import ModelSettings, NetworkSpec
 from dpkd.models.weights import load_weights
-from dpkd.report.progress import EventLog, Progress, say
 from dpkd.report.quarantine import Quarantine
 from dpkd.stages.export import write_timm_folder
 from tests.data.packing import image_bytes
@@ -71,7 +71,7 @@ def test_what_is_printed_has_an_encoding_and_steers_no_terminal(text):
 def test_errors_lines_events_and_quarantine_mask_what_they_are_given(tmp_path, capsys):
     for kind in (UserError, BrokenImage, WorkerFailed):
         assert not any(secret in f"{kind(URL)!r} {kind(URL)}" for secret in SECRETS)
-    say(f"{URL} \x1b[31m \udcff")
+    logger.info(f"{URL} \x1b[31m \udcff")
     with Progress(URL, 1):
         pass
     EventLog(tmp_path / "events.jsonl").write("train", place=URL)

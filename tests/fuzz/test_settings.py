@@ -8,8 +8,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpkd.run.folder import flatten
 from dpkd.settings import load_settings
-from dpkd.stages.record import flatten
 from dpkd.strict_yaml import MAX_NODES, read_yaml
 from tests.fuzz.damage import any_bytes, in_child, outcome
 

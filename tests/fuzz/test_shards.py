@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpkd import storage
 from dpkd.data.shard_index import ShardIndex, ShardInfo
 from dpkd.data.shards import Dataset
 from dpkd.errors import UserError
-from dpkd.inspection import inspect_dataset
+from dpkd.io import storage
+from dpkd.verbs.inspect import inspect_dataset
 from tests.data.packing import make_folder, pack_at
 from tests.fuzz.damage import any_bytes, outcome, unvouched
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from dpkd.data import sources
 from dpkd.data.images import BrokenImage
-from dpkd.data.records import MAX_FILE_BYTES, Blob
 from dpkd.data.settings import FolderSource, ShardSource, TableSource
+from dpkd.data.sources.records import MAX_FILE_BYTES, Blob
 from dpkd.data.tars import BLOCK, MAX_HEADER_BYTES, list_members
 from dpkd.errors import UserError
 from tests.data.packing import SerialPool, files_of, image_bytes, make_folder, pack_at, reasons
@@ -222,7 +222,7 @@ def test_a_parquet_file_that_unpacks_to_terabytes_is_refused(tmp_path):
     code = """
 import sys
 from dpkd.data.settings import TableSource
-from dpkd.data.tables import find_in_table
+from dpkd.data.sources.tables import find_in_table
 from dpkd.errors import UserError
 try:
     find_in_table(TableSource(path=sys.argv[1]))

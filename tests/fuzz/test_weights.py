@@ -14,9 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpkd import storage
-from dpkd.engine_state import Counts, StateReader, write_part
+from dpkd.engine.state import Counts, StateReader, write_part
 from dpkd.errors import UserError
+from dpkd.io import storage
 from dpkd.models.network import build_network
 from dpkd.models.saved import load_network, save_network
 from dpkd.models.settings import ModelSettings, NetworkSpec

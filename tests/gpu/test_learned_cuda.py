@@ -8,13 +8,13 @@ import onnxruntime
 import pytest
 import torch
 
-from dpkd.backends.launchers import make_accelerator
+from dpkd.backends.factory import make_accelerator
 from dpkd.data.shards import Dataset
-from dpkd.pool import LocalPool
-from dpkd.priors.edge import Edge
-from dpkd.priors.picture import Picture
+from dpkd.launch.pool import LocalPool
+from dpkd.launch.settings import LauncherSettings
+from dpkd.priors.catalogue.edge import Edge
+from dpkd.priors.image_views import Picture
 from dpkd.priors.shards import PriorSet
-from dpkd.stages.settings import LauncherSettings
 from tests.model_cases import (
     Depth,
     Edges,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dpkd.models.batch_norm import StepStatistics
+from dpkd.engine.batch_norm import StepStatistics
 
 
 def net() -> nn.Sequential:

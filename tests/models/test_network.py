@@ -8,8 +8,8 @@ import timm
 import torch
 from torch._dynamo.testing import CompileCounter
 
+from dpkd.engine.batch_norm import StepStatistics
 from dpkd.errors import UserError
-from dpkd.models.batch_norm import StepStatistics
 from dpkd.models.network import Network, build_network, figure_ground
 from dpkd.models.settings import FigureGroundPooling, MeanPooling, ModelSettings, NetworkSpec
 

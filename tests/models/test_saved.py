@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from dpkd.checked_json import checked, parse_checked
 from dpkd.errors import UserError
+from dpkd.io.record import checked, parse_checked
 from dpkd.models.network import build_network
 from dpkd.models.saved import load_network, save_network
 from dpkd.models.settings import FigureGroundPooling, ModelSettings, NetworkSpec

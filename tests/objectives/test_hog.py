@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from dpkd.objectives.hog import hog
-from dpkd.priors.hog import Hog
-from dpkd.priors.picture import Picture
+from dpkd.priors.catalogue.hog import Hog
+from dpkd.priors.image_views import Picture
 
 
 def drawn(*, height: int, width: int, count: int = 3) -> np.ndarray:

@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from dpkd.priors.picture import Picture
+from dpkd.priors.image_views import Picture
 
 
 def picture_of(grey_HW: npt.NDArray[np.floating]) -> Picture:

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
+from dpkd.priors.catalogue.edge import Edge
 from dpkd.priors.codecs import CODECS, JpegCodec, LabelCodec, NibbleCodec
-from dpkd.priors.edge import Edge
-from dpkd.priors.picture import Picture
+from dpkd.priors.image_views import Picture
 from dpkd.priors.record import StoredMap
 
 

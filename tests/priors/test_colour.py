@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from skimage import color
 
-from dpkd.priors.colour import Colour
-from dpkd.priors.picture import Picture
+from dpkd.priors.catalogue.colour import Colour
+from dpkd.priors.image_views import Picture
 
 
 def test_means_and_deviations_agree_with_scikit_image(photograph):

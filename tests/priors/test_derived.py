@@ -3,11 +3,11 @@ import pytest
 from scipy import ndimage
 from skimage import filters
 
+from dpkd.priors.catalogue.edge import Edge
+from dpkd.priors.catalogue.saliency import Saliency
+from dpkd.priors.catalogue.superpixel import Superpixel
 from dpkd.priors.derived import DERIVED, STRONG, derivable
-from dpkd.priors.edge import Edge
-from dpkd.priors.picture import Picture
-from dpkd.priors.saliency import Saliency
-from dpkd.priors.superpixel import Superpixel
+from dpkd.priors.image_views import Picture
 
 Foreground, BoundaryDistance = DERIVED["foreground"], DERIVED["boundary_distance"]
 

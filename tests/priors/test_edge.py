@@ -4,10 +4,10 @@ import pytest
 from scipy import ndimage
 from skimage import color, measure
 
-from dpkd.priors.edge import LEAST, SURE, Edge
-from dpkd.priors.edge_cues import BIAS, FLOOR, WEIGHTS, boundary_odds, levels
-from dpkd.priors.edge_kernels import crests, gradients, line_strength, tensor
-from dpkd.priors.picture import Picture
+from dpkd.priors.catalogue.edge import LEAST, SURE, Edge
+from dpkd.priors.catalogue.edge_cues import BIAS, FLOOR, WEIGHTS, boundary_odds, levels
+from dpkd.priors.catalogue.edge_kernels import crests, gradients, line_strength, tensor
+from dpkd.priors.image_views import Picture
 
 
 def blurred(map_HW, scale):

@@ -7,9 +7,9 @@ from pydantic import ValidationError
 
 from dpkd.data.shards import Dataset
 from dpkd.errors import UserError
-from dpkd.priors.edge import Edge
-from dpkd.priors.expert import Expert
-from dpkd.priors.picture import Picture
+from dpkd.priors.catalogue.edge import Edge
+from dpkd.priors.catalogue.expert import Expert
+from dpkd.priors.image_views import Picture
 from dpkd.priors.record import store
 from dpkd.priors.shards import PriorSet
 from tests.prior_cases import draw_images, pack_folder, prepare_all

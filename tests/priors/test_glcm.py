@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from skimage import feature
 
-from dpkd.priors.glcm import Glcm
-from dpkd.priors.picture import Picture
+from dpkd.priors.catalogue.glcm import Glcm
+from dpkd.priors.image_views import Picture
 from tests.priors.gratings import picture_of
 
 ANGLES = (0, np.pi / 4, np.pi / 2, 3 * np.pi / 4)

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from skimage import feature
 
-from dpkd.priors.hog import Hog
-from dpkd.priors.picture import Picture
+from dpkd.priors.catalogue.hog import Hog
+from dpkd.priors.image_views import Picture
 
 
 def reference_hog(image_HWC, bins, cell):

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from skimage import feature
 
-from dpkd.priors.lbp import Lbp
-from dpkd.priors.local_patterns import uniform_patterns
-from dpkd.priors.picture import Picture
+from dpkd.priors.catalogue.lbp import Lbp
+from dpkd.priors.catalogue.local_patterns import uniform_patterns
+from dpkd.priors.image_views import Picture
 from tests.priors.gratings import picture_of
 
 

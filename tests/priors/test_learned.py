@@ -16,12 +16,12 @@ from torch import nn
 
 from dpkd.errors import UserError
 from dpkd.priors import Prior
+from dpkd.priors.base import BatchExtractor, fingerprint
 from dpkd.priors.codecs import ByteCodec, JpegCodec
-from dpkd.priors.extractor import BatchExtractor, fingerprint
+from dpkd.priors.image_views import Picture
 from dpkd.priors.learned import Learned
 from dpkd.priors.model_output import scaled
 from dpkd.priors.model_settings import TimmModel, TorchModel
-from dpkd.priors.picture import Picture
 from tests.model_cases import (
     MEAN,
     SIZE,

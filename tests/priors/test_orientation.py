@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from skimage import feature
 
-from dpkd.priors.orientation import NOISE, Orientation
-from dpkd.priors.picture import Picture
+from dpkd.priors.catalogue.orientation import NOISE, Orientation
+from dpkd.priors.image_views import Picture
 from tests.priors.gratings import grating, picture_of
 
 

@@ -11,12 +11,12 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from dpkd.priors import BUILT_IN, DEFAULT_PRIORS, Prior
-from dpkd.priors.edge import Edge
-from dpkd.priors.expert import Expert
-from dpkd.priors.extractor import fingerprint
-from dpkd.priors.hog import Hog
+from dpkd.priors.base import fingerprint
+from dpkd.priors.catalogue.edge import Edge
+from dpkd.priors.catalogue.expert import Expert
+from dpkd.priors.catalogue.hog import Hog
+from dpkd.priors.image_views import Picture
 from dpkd.priors.learned import Learned
-from dpkd.priors.picture import Picture
 from tests.model_cases import Edges, edge_prior, save_exported
 
 KINDS = [kind for kind in BUILT_IN if kind not in (Expert, Learned)]  # maps of experts are given: test_expert.py

@@ -3,8 +3,8 @@ import pytest
 from scipy import ndimage
 from skimage import feature
 
-from dpkd.priors.picture import Picture
-from dpkd.priors.ridge import FULL_SCALE, Ridge
+from dpkd.priors.catalogue.ridge import FULL_SCALE, Ridge
+from dpkd.priors.image_views import Picture
 from tests.priors.gratings import picture_of
 
 

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from dpkd.priors.minimum_barrier import barrier_distance
-from dpkd.priors.picture import Picture
-from dpkd.priors.saliency import Saliency
+from dpkd.priors.catalogue.minimum_barrier import barrier_distance
+from dpkd.priors.catalogue.saliency import Saliency
+from dpkd.priors.image_views import Picture
 
 
 def exact_barrier(value_HW):

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from dpkd.log import EventLog, EventReader
 from dpkd.report.goodput import MEANINGS, Account, account
-from dpkd.report.progress import EventLog, EventReader
 
 BEGAN_MS = 1_764_000_000_000
 KINDS = (

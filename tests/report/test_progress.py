@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dpkd.errors import UserError
-from dpkd.report.progress import EventLog, Progress, duration, say
+from dpkd.log import EventLog, Progress, duration, logger
 
 
 class Clock:
@@ -60,7 +60,7 @@ def test_a_terminal_gets_a_bar_and_lines_above_it(
         outer.advance(2)
         with Progress("inner", 2) as inner:
             inner.advance(2)
-        say("an event [with brackets]")
+        logger.info("an event [with brackets]")
         outer.advance(2)
     printed = capsys.readouterr().out
     assert "pack [1]" in printed

@@ -7,20 +7,20 @@ import torch
 
 from dpkd.backends.engines import make_engine
 from dpkd.data.settings import FolderSource, LoaderSettings
+from dpkd.engine.world import World
 from dpkd.evaluation.settings import EpisodeSettings, ProbeSettings
+from dpkd.launch.pool import LocalPool
 from dpkd.models.network import build_network
 from dpkd.models.saved import save_network
 from dpkd.models.settings import FigureGroundPooling, ModelSettings, NetworkSpec
-from dpkd.pool import LocalPool
 from dpkd.priors import Saliency
 from dpkd.report.quarantine import Quarantine
+from dpkd.run.folder import RunFolder
+from dpkd.settings import DataSettings, EvaluateSettings, PrepareSettings
 from dpkd.stages.evaluate import evaluate
 from dpkd.stages.pack import pack
 from dpkd.stages.prepare import prepare
-from dpkd.stages.record import RunFolder
 from dpkd.stages.run import Run
-from dpkd.stages.settings import DataSettings, EvaluateSettings, PrepareSettings
-from dpkd.world import World
 
 CONVOLUTIONAL = ModelSettings(name="resnet10t", arguments={"stem_width": 8, "channels": [16, 16, 32, 32]})
 TRANSFORMER = ModelSettings(

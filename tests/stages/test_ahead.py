@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dpkd.pool import LocalPool
+from dpkd.launch.pool import LocalPool
 from dpkd.stages.ahead import ahead
 from tests.pool_work import note_and_wait, square
 from tests.prior_cases import SerialPool

@@ -17,10 +17,10 @@ from dpkd.errors import UserError
 from dpkd.evaluation.few_shot import draw_episodes, score
 from dpkd.models.counts import count_parameters
 from dpkd.models.saved import load_network
+from dpkd.settings import EvaluateSettings
 from dpkd.stages.embed import embed_networks
 from dpkd.stages.evaluate import evaluate, load_networks, read_evaluation, refuse_small_splits
 from dpkd.stages.run import Run
-from dpkd.stages.settings import EvaluateSettings
 
 
 def embed_slowly(run: Run, student: str, split_name: str) -> NDArray[np.float32]:

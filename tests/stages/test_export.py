@@ -21,10 +21,10 @@ from dpkd.data.images import decode_image
 from dpkd.errors import UserError
 from dpkd.models.network import Network
 from dpkd.models.saved import load_network
+from dpkd.run.folder import RunFolder
+from dpkd.settings import ExportSettings
 from dpkd.stages.export import _replace, export, write_onnx
-from dpkd.stages.record import RunFolder
 from dpkd.stages.run import Run
-from dpkd.stages.settings import ExportSettings
 
 WITHOUT_DPKD = """
 import sys

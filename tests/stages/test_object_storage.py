@@ -12,14 +12,14 @@ import pytest
 from dpkd.data.settings import FolderSource, ShardSource
 from dpkd.data.shards import MANIFEST_NAME, Dataset
 from dpkd.errors import StorageUnavailable, UserError
-from dpkd.inspection import inspect_dataset
-from dpkd.pool import LocalPool
-from dpkd.priors.edge import Edge
-from dpkd.priors.hog import Hog
+from dpkd.launch.pool import LocalPool
+from dpkd.priors.catalogue.edge import Edge
+from dpkd.priors.catalogue.hog import Hog
 from dpkd.priors.shards import PriorSet
 from dpkd.report.quarantine import Quarantine
+from dpkd.settings import DataSettings
 from dpkd.stages.pack import pack
-from dpkd.stages.settings import DataSettings
+from dpkd.verbs.inspect import inspect_dataset
 from tests.object_store import BUCKET, ObjectStore
 from tests.prior_cases import SerialPool, draw_images, pack_folder
 from tests.prior_cases import prepare_all as prepare_with

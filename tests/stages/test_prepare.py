@@ -15,16 +15,16 @@ import pytest
 from dpkd.data.shards import Dataset
 from dpkd.data.tars import TarWriter
 from dpkd.errors import UserError
-from dpkd.pool import LocalPool
+from dpkd.launch.pool import LocalPool
+from dpkd.priors.catalogue.edge import Edge
+from dpkd.priors.catalogue.hog import Hog
+from dpkd.priors.catalogue.superpixel import Superpixel
 from dpkd.priors.codecs import CODECS
-from dpkd.priors.edge import Edge
-from dpkd.priors.hog import Hog
 from dpkd.priors.record import Record, StoredMap
 from dpkd.priors.shards import PriorSet
-from dpkd.priors.superpixel import Superpixel
 from dpkd.report.quarantine import Quarantine
+from dpkd.settings import PrepareSettings
 from dpkd.stages.prepare import prepare
-from dpkd.stages.settings import PrepareSettings
 from tests.prior_cases import ALL, SerialPool, draw_images, pack_folder, prepare_all
 
 NUM_SHARDS = 4

@@ -18,16 +18,16 @@ from torch import nn
 from dpkd.data.images import decode_image
 from dpkd.data.shards import Dataset
 from dpkd.errors import UserError
-from dpkd.inspection import draw_samples, inspect_dataset
-from dpkd.pool import Accelerator, LocalPool
+from dpkd.launch.pool import Accelerator, LocalPool
 from dpkd.priors import learned
-from dpkd.priors.edge import Edge
-from dpkd.priors.hog import Hog
-from dpkd.priors.picture import Picture
+from dpkd.priors.catalogue.edge import Edge
+from dpkd.priors.catalogue.hog import Hog
+from dpkd.priors.image_views import Picture
 from dpkd.priors.record import Record
 from dpkd.report.quarantine import Quarantine
+from dpkd.settings import PrepareSettings
 from dpkd.stages.prepare import prepare
-from dpkd.stages.settings import PrepareSettings
+from dpkd.verbs.inspect import draw_samples, inspect_dataset
 from tests.model_cases import Edges, attention_prior, edge_prior, save_exported, save_vit
 from tests.prior_cases import SerialPool, draw_images, pack_folder, prepare_all
 

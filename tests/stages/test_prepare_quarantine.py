@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpkd import storage
 from dpkd.data.images import decode_image
-from dpkd.data.records import Blob, Record
 from dpkd.data.shards import MANIFEST_NAME, Dataset, Manifest, SplitInfo
+from dpkd.data.sources.records import Blob, Record
 from dpkd.data.writer import Planned, ShardJob, write_shard
 from dpkd.errors import UserError
-from dpkd.priors.edge import Edge
-from dpkd.priors.expert import Expert
-from dpkd.priors.hog import Hog
+from dpkd.io import storage
+from dpkd.priors.catalogue.edge import Edge
+from dpkd.priors.catalogue.expert import Expert
+from dpkd.priors.catalogue.hog import Hog
 from dpkd.priors.shards import PriorMismatch, PriorSet
 from tests.damage import change_member, cut_inside, flip_header, vouch, zeros
 from tests.data.packing import make_folder, pack_at

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from dpkd import storage
 from dpkd.errors import UserError
-from dpkd.stages.record import RunFolder
-from dpkd.train.checkpoint_store import Superseded
+from dpkd.io import storage
+from dpkd.io.checkpoint_store import Superseded
+from dpkd.run.folder import RunFolder
 
 
 def test_a_finished_stage_is_done_under_the_same_settings_alone(tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from dpkd.data.attributes import score_weights
+from dpkd.engine.settings import TrainingSettings
 from dpkd.errors import UserError
 from dpkd.objectives.settings import Attributes
 from dpkd.stages.run import Run, training_set
 from dpkd.stages.training import supervision
-from dpkd.train.settings import TrainingSettings
 
 
 @pytest.fixture

@@ -12,16 +12,16 @@ import torch
 from dpkd.data.order import ClassAwareOrder, Order
 from dpkd.data.settings import FolderSource, LabelFraction
 from dpkd.data.shards import Dataset
+from dpkd.engine.settings import TrainingSettings
+from dpkd.launch.pool import LocalPool
 from dpkd.objectives.settings import Supervised
-from dpkd.pool import LocalPool
 from dpkd.report.quarantine import Quarantine
+from dpkd.run.folder import RunFolder
 from dpkd.stages.evaluate import evaluate, read_evaluation
 from dpkd.stages.pack import pack
 from dpkd.stages.prepare import prepare
-from dpkd.stages.record import RunFolder
 from dpkd.stages.run import Run, training_set
 from dpkd.stages.training import sample_order
-from dpkd.train.settings import TrainingSettings
 from tests.damage import change_member, zeros
 
 LOST = {"base": (5, 6, 70), "val": (0,), "novel": (17, 60)}

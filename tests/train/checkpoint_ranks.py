@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from dpkd import storage
+from dpkd.engine.world import World, join
 from dpkd.errors import UserError
+from dpkd.io import storage
+from dpkd.io.checkpoint_store import CheckpointStore, Mark
 from dpkd.train.checkpoint import Checkpoints
-from dpkd.train.checkpoint_store import CheckpointStore, Mark
-from dpkd.world import World, join
 
 NUM_WEIGHTS = 4
 FILES = [f"net/weight-{number}.bin" for number in range(NUM_WEIGHTS)]

@@ -16,9 +16,9 @@ from pathlib import Path
 import s3fs  # noqa: F401  fsspec imports it at the first use
 import torch
 
+from dpkd.engine.world import World
 from dpkd.train import checkpoint
 from dpkd.train.checkpoint import Checkpoints
-from dpkd.world import World
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 KEEP = 2

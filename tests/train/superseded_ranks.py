@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from dpkd.engine.world import join
+from dpkd.io.checkpoint_store import Superseded
 from dpkd.train.checkpoint import Checkpoints
-from dpkd.train.checkpoint_store import Superseded
-from dpkd.world import join
 
 GO = "go"
 

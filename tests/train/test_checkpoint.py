@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpkd import storage
-from dpkd.checked_json import checked
+from dpkd.engine.world import World
 from dpkd.errors import StorageUnavailable, UserError
+from dpkd.io import storage
+from dpkd.io.checkpoint_store import CheckpointStore, Mark, Superseded
+from dpkd.io.record import checked
 from dpkd.train import checkpoint
 from dpkd.train.checkpoint import Checkpoints
-from dpkd.train.checkpoint_store import CheckpointStore, Mark, Superseded
-from dpkd.world import World
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 

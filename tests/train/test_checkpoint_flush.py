@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from dpkd.engine.world import World
 from dpkd.train.checkpoint import Checkpoints
 from dpkd.train.parts import RandomState
-from dpkd.world import World
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 

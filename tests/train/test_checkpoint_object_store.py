@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from dpkd import storage
 from dpkd.errors import UserError
+from dpkd.io import storage
+from dpkd.io.checkpoint_store import CheckpointStore
 from dpkd.train import checkpoint
-from dpkd.train.checkpoint_store import CheckpointStore
 from tests.object_store import ObjectStore, forget_connections
 from tests.processes import ROOT
 from tests.train.one_more_step import KEEP, content, load, one_more_step

@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from dpkd.data.stream import Batch
-from dpkd.engine import Engine, TorchEngine
+from dpkd.engine.settings import EngineSettings, OptimizerSettings, TrainingSettings
+from dpkd.engine.torch_engine import Engine, TorchEngine
+from dpkd.engine.world import World
 from dpkd.errors import UserError
 from dpkd.models.parameters import parameter_groups
 from dpkd.train.checkpoint import Checkpoints
 from dpkd.train.divergence import Diverged, NormGuard, Skipped, read_skipped, train_past_divergence
 from dpkd.train.loop import Hooks, Losses, Plan, train
 from dpkd.train.meter import Meter
-from dpkd.train.settings import EngineSettings, OptimizerSettings, TrainingSettings
-from dpkd.world import World
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 TOTAL, SAVED_EVERY = 12, 2

@@ -8,8 +8,8 @@ import torch
 
 from dpkd.data.order import Order, rank_slice
 from dpkd.data.stream import Batch
-from dpkd.train.ledger import History, Ledger, forget, history, read_ledgers
-from dpkd.world import World
+from dpkd.engine.world import World
+from dpkd.train.sample_log import History, Ledger, forget, history, read_ledgers
 
 BATCH, MICRO = 8, 2
 ORDER = Order([13, 9], seed=3, global_batch_size=BATCH, block_shards=1)

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from dpkd.engine.world import World
 from dpkd.errors import UserError
 from dpkd.train.checkpoint import Checkpoints
 from dpkd.train.parts import Inputs, LeftOut, RandomState
-from dpkd.world import World
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 

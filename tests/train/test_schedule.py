@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dpkd.train.schedule import learning_rate
-from dpkd.train.settings import ScheduleSettings
+from dpkd.engine.schedule import learning_rate
+from dpkd.engine.settings import ScheduleSettings
 
 
 def rates(total_steps: int, settings: ScheduleSettings) -> list[float]:

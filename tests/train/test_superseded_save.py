@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from dpkd.engine.world import World
 from dpkd.train.checkpoint import Checkpoints
-from dpkd.world import World
 from tests.processes import run_ranks
 from tests.train.superseded_ranks import GO
 

@@ -32,24 +32,24 @@ import torch
 import torch._dynamo  # optimizers load it at their first step: better once here than in every fork
 from torch import nn
 
-from dpkd import world as peers
-from dpkd.audit import judge
 from dpkd.backends.deepspeed_engine import DeepSpeedEngine, import_deepspeed
 from dpkd.data.order import Order, rank_slice
 from dpkd.data.stream import Batch
-from dpkd.engine import Engine, TorchEngine
-from dpkd.engine_state import StateReader
+from dpkd.engine import world as peers
+from dpkd.engine.batch_norm import StepStatistics
+from dpkd.engine.settings import EngineSettings, OptimizerSettings, TrainingSettings
+from dpkd.engine.state import StateReader
+from dpkd.engine.torch_engine import Engine, TorchEngine
+from dpkd.engine.world import World
 from dpkd.errors import StopRequested
-from dpkd.models.batch_norm import StepStatistics
+from dpkd.io.checkpoint_store import CheckpointStore
 from dpkd.train.checkpoint import Checkpoints
-from dpkd.train.checkpoint_store import CheckpointStore
 from dpkd.train.divergence import Diverged, NormGuard, Skipped, read_skipped, train_past_divergence
-from dpkd.train.ledger import Ledger, history, read_ledgers
 from dpkd.train.loop import Hooks, Losses, Plan, train
 from dpkd.train.meter import Meter
 from dpkd.train.parts import RandomState
-from dpkd.train.settings import EngineSettings, OptimizerSettings, TrainingSettings
-from dpkd.world import World
+from dpkd.train.sample_log import Ledger, history, read_ledgers
+from dpkd.verbs.audit import judge
 from tests.chaos.storage_faults import fork_ranks, wait_for
 from tests.engine_cases import STAGE, Net
 

@@ -1,0 +1,222 @@
+"""Existing WebDataset tars as a source.
+
+Each tar is listed on its own, so the last sample of a tar that was cut never takes members of the next tar: that sample
+and the tar are reported instead, because members may be missing. A data set packed by dpkd keeps its classes and their
+order.
+
+    <key>.jpg|png|…     the image        <key>.json    {"label": 3, "class_name", "group", "attributes"}, all optional
+    <key>.mask.png      its mask         <key>.cls     the label as text, where there is no json
+    <key>.expert-<name>.png              other members stay out
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import PurePosixPath
+from typing import Any
+
+from braceexpand import braceexpand
+
+from dpkd.data.images import BrokenImage
+from dpkd.data.settings import ShardSource
+from dpkd.data.shards import EXPERT_PREFIX, MANIFEST_NAME, Dataset
+from dpkd.data.sources.records import IMAGE_SUFFIXES, Blob, Found, Record, class_of_label, refuse_no_file
+from dpkd.data.tars import Member, list_members
+from dpkd.errors import UserError
+from dpkd.io import storage
+from dpkd.io.untrusted import parse_json
+from dpkd.launch.pool import Pool
+
+MAX_TEXT_BYTES = 1 << 20
+"""Longer members that should hold a label are not read."""
+
+
+@dataclass(frozen=True)
+class _Tar:
+    """A source tar: where it stands, and its path below the source."""
+
+    url: str
+    name: str
+
+
+@dataclass
+class _Contents:
+    """The samples of one tar."""
+
+    records: list[Record] = field(default_factory=list)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+
+
+def find_in_archives(source: ShardSource, *, pool: Pool) -> Found:
+    """All samples of the tars; raises `UserError` where there are none."""
+    tars, classes = _tars(source.path)
+    contents: list[_Contents] = [_Contents()] * len(tars)
+    for number, content in pool.map(partial(_list_tar, classes=classes), tars):
+        contents[number] = content
+    keys = [record.name.rpartition(".")[0] for content in contents for record in content.records]
+    if len(set(keys)) < len(keys):  # two tars use the same key for different samples
+        contents = [_prefixed(content, tar.name) for content, tar in zip(contents, tars, strict=True)]
+    return Found(
+        records=tuple(record for content in contents for record in content.records),
+        bad=tuple(item for content in contents for item in content.bad),
+        classes=classes,
+        shuffled=True,
+    )
+
+
+def _tars(path: str) -> tuple[list[_Tar], tuple[str, ...] | None]:
+    """The tars of a folder or pattern, in order, and the classes where the folder is a data set of ours."""
+    if storage.exists(storage.join(path, MANIFEST_NAME)):
+        manifest = Dataset.open(path).manifest
+        names = [shard.name for split in manifest.splits.values() for shard in split.shards]
+        return [_Tar(storage.join(path, name), name) for name in names], manifest.classes
+    if any(sign in path for sign in "{*?["):
+        try:
+            patterns = list(braceexpand(path))
+        except ValueError as error:
+            raise UserError(f"data.source.path={path}: {error}; every brace needs its other half") from error
+        urls = [url for pattern in patterns for url in _expand(pattern)]
+        tars = [_Tar(url, PurePosixPath(url).name) for url in urls]
+    elif path.endswith((".tar", ".tar.gz", ".tgz", ".tar.zst")):
+        tars = [_Tar(path, PurePosixPath(path).name)]
+    else:
+        tars = [_Tar(storage.join(path, name), name) for name, _ in storage.walk(path)] if storage.exists(path) else []
+    packed = [tar.name for tar in tars if tar.name.endswith((".tar.gz", ".tgz", ".tar.zst"))]
+    tars = [tar for tar in tars if tar.name.endswith(".tar")]
+    if packed:
+        raise UserError(f"data.source.path={path} holds compressed tars, such as {packed[0]}: uncompress them first")
+    if not tars:
+        raise UserError(
+            f"data.source.path={path} holds no .tar: give a folder of WebDataset tars, or a pattern with braces"
+        )
+    return tars, None
+
+
+def _expand(pattern: str) -> list[str]:
+    return storage.glob(pattern) if any(sign in pattern for sign in "*?[") else [pattern]
+
+
+def _list_tar(tar: _Tar, *, classes: tuple[str, ...] | None) -> _Contents:
+    contents = _Contents()
+    try:
+        refuse_no_file(tar.url)
+        with storage.open_read(tar.url) as file:
+            listing = list_members(file, size_bytes=storage.size(tar.url))
+    except FileNotFoundError:
+        contents.bad.append((tar.name, "the tar does not exist"))
+        return contents
+    except BrokenImage as error:
+        contents.bad.append((tar.name, str(error)))
+        return contents
+    except OSError as error:
+        raise UserError(f"cannot read {tar.url}: {error}; see to the storage, then run the command again") from error
+    contents.bad.extend((f"{tar.name}/{name}", reason) for name, reason in listing.refused)
+    samples = _by_key(listing.members)
+    if listing.fault is not None:
+        contents.bad.append((tar.name, listing.fault))
+        if samples:
+            key, _ = samples.pop()
+            contents.bad.append((f"{tar.name}/{key}", "the last sample of a tar that was cut: members may be missing"))
+    counts = Counter(key for key, _ in samples)
+    for key, members in samples:
+        found = (
+            _record(tar, key, members, classes=classes)
+            if counts[key] == 1
+            else "the key stands in two places of the tar"
+        )
+        if isinstance(found, Record):
+            contents.records.append(found)
+        else:
+            contents.bad.append((f"{tar.name}/{key}", found))
+    return contents
+
+
+def _by_key(members: Iterable[Member]) -> list[tuple[str, list[tuple[str, Member]]]]:
+    """Members that follow one another and share a key, as WebDataset groups them: (key, [(extension, member)])."""
+    samples: list[tuple[str, list[tuple[str, Member]]]] = []
+    for member in members:
+        match = re.fullmatch(r"((?:.*/|)[^./]+)\.([^/]+)", member.name, re.DOTALL)
+        if match is None:
+            continue
+        key, extension = match.group(1), match.group(2).lower()
+        if not samples or samples[-1][0] != key:
+            samples.append((key, []))
+        samples[-1][1].append((extension, member))
+    return samples
+
+
+def _record(tar: _Tar, key: str, members: list[tuple[str, Member]], *, classes: tuple[str, ...] | None) -> Record | str:
+    """The sample, or the reason why it cannot be used."""
+    blob_of = {extension: Blob(tar.url, member.offset, member.size) for extension, member in members}
+    images = [extension for extension in blob_of if f".{extension}" in IMAGE_SUFFIXES]
+    if len(images) != 1 or len(blob_of) < len(members):
+        return f"one image and no member twice are needed, and the members are: {', '.join(ext for ext, _ in members)}"
+    try:
+        meta = _meta(blob_of)
+        class_name = _class(meta, classes=classes)
+    except UserError:
+        raise
+    except ValueError as error:
+        return str(error)
+    return Record(
+        name=f"{key}.{images[0]}",
+        image=blob_of[images[0]],
+        class_name=class_name,
+        split=_split(tar.name),
+        group=str(meta["group"]) if meta.get("group") is not None else None,
+        mask=blob_of.get("mask.png"),
+        experts=tuple(
+            (extension.removeprefix(EXPERT_PREFIX).removesuffix(".png"), blob)
+            for extension, blob in sorted(blob_of.items())
+            if extension.startswith(EXPERT_PREFIX) and extension.endswith(".png")
+        ),
+        attributes=meta.get("attributes") or {},
+    )
+
+
+def _meta(blob_of: dict[str, Blob]) -> dict[str, Any]:
+    if "json" in blob_of:
+        meta = parse_json(_text(blob_of["json"]))
+        if not isinstance(meta, dict) or not isinstance(meta.get("attributes") or {}, dict):
+            raise ValueError("the json member, or its attributes, is not an object")
+        return meta
+    if "cls" in blob_of:
+        return {"label": _text(blob_of["cls"]).decode().strip()}
+    return {}
+
+
+def _text(blob: Blob) -> bytes:
+    if blob.size > MAX_TEXT_BYTES:
+        raise ValueError(f"its json or cls member has {blob.size:,} bytes, more than {MAX_TEXT_BYTES:,}")
+    return blob.read()
+
+
+def _class(meta: dict[str, Any], *, classes: tuple[str, ...] | None) -> str | None:
+    """The class by name or number; raises `ValueError` where the number is out of range or contradicts the name."""
+    label, name = meta.get("label"), meta.get("class_name")
+    if name is not None and not isinstance(name, str):
+        raise ValueError("the class name is no text")
+    by_label = class_of_label(label) if label is not None else None
+    if classes is None or by_label is None:
+        return name if name is not None else by_label
+    if not by_label.isdecimal() or int(by_label) >= len(classes):
+        raise ValueError(f"label {label} is out of range: the data set has {len(classes)} classes, numbered from 0")
+    if name is not None and classes[int(by_label)] != name:
+        raise ValueError(f"label {label} means class {classes[int(by_label)]!r}, and the class name is {name!r}")
+    return classes[int(by_label)]
+
+
+def _split(tar_name: str) -> str | None:
+    """`train` of `train-000012.tar` and of `train/000012.tar`."""
+    path = PurePosixPath(tar_name)
+    match = re.fullmatch(r"(.*?)[-_.]?\d*", path.stem)
+    prefix = match.group(1) if match else ""
+    return prefix or (path.parent.name or None)
+
+
+def _prefixed(content: _Contents, tar_name: str) -> _Contents:
+    stem = tar_name.removesuffix(".tar")
+    records = [replace(record, name=f"{stem}/{record.name}") for record in content.records]
+    return _Contents(records=records, bad=content.bad)

@@ -1,0 +1,150 @@
+"""What a source holds, before it is packed: where the bytes of each sample stand and what is known of it."""
+
+import difflib
+import errno
+import hashlib
+import os
+import re
+import reprlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+from dpkd.data.images import BrokenImage
+from dpkd.errors import StorageUnavailable, UserError
+from dpkd.io import storage
+from dpkd.io.errors import may_pass
+
+MAX_FILE_BYTES = 1 << 31
+"""Larger image files are not read: no image that is small enough to be decoded takes that much."""
+MAX_LABEL_LENGTH = 1000
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """A file, or a range of one, read when it is needed; size -1 means the whole file, of unknown size."""
+
+    url: str
+    offset: int = 0
+    size: int = -1
+
+    def read(self) -> bytes:
+        """The bytes; raises `BrokenImage` where they are missing, locked or too few, `UserError` for a bad disk."""
+        refuse_no_file(self.url)
+        if self.size > MAX_FILE_BYTES:
+            raise BrokenImage(f"it has {self.size:,} bytes, more than {MAX_FILE_BYTES:,}")
+        try:
+            data = storage.read_range(self.url, self.offset, self.size) if self.offset else storage.read_bytes(self.url)
+        except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+            raise BrokenImage(f"the file cannot be read: {error.strerror or error}") from error
+        except OSError as error:
+            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL):
+                raise BrokenImage(f"the file cannot be read: {error.strerror}") from error
+            kind = StorageUnavailable if may_pass(error) else UserError
+            raise kind(f"cannot read {self.url}: {error}; see to the storage, then run the command again") from error
+        except ImportError as error:
+            raise UserError(f"cannot read {self.url}: {error}") from error
+        except UserError:  # the storage's
+            raise
+        except ValueError as error:  # a name that no file can have, or an unknown kind of URL
+            raise BrokenImage(f"the file cannot be read: {error}") from error
+        if self.size >= 0 and len(data) != self.size:
+            raise BrokenImage(f"{len(data)} of {self.size} bytes are there")
+        return data
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One sample of a source."""
+
+    name: str
+    """Path of the image in the source: it orders the samples, names them in reports and gives the key."""
+    image: Blob
+    class_name: str | None = None
+    split: str | None = None
+    """The split that the source itself names."""
+    group: str | None = None
+    mask: Blob | None = None
+    experts: tuple[tuple[str, Blob], ...] = ()
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Found:
+    """All that a source holds."""
+
+    records: tuple[Record, ...]
+    bad: tuple[tuple[str, str], ...] = ()
+    """(item, reason) of what cannot be used."""
+    classes: tuple[str, ...] | None = None
+    """The classes in the source's own order, where it has one."""
+    shuffled: bool = False
+    """True where the source's order is one to keep, because it streams."""
+
+
+def refuse_no_file(url: str) -> None:
+    """Raises `BrokenImage` for what stands there and is no file: reading a pipe might never end."""
+    path = storage.local_path(url)
+    if path is not None and os.path.lexists(path) and not storage.is_file(path):
+        raise BrokenImage("it is no file, but a folder, a pipe, a device or a link to nowhere")
+
+
+def is_image(name: str) -> bool:
+    """True for the suffixes that images have."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def sorted_classes(names: Iterable[str | None]) -> tuple[str, ...]:
+    """The distinct names in order: numbers by value, anything else by letters."""
+    distinct = {name for name in names if name is not None}
+    if all(name.isdecimal() for name in distinct):
+        return tuple(sorted(distinct, key=lambda name: (int(name), name)))
+    return tuple(sorted(distinct))
+
+
+def class_of_label(label: object) -> str | None:
+    """The class that a label names, None for -1; raises `ValueError` for a lower number and what is no name."""
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    if not isinstance(label, str | int):
+        raise ValueError(  # noqa: TRY004 (a fault of the data)
+            f"label {reprlib.repr(label)} is neither a name nor a whole number"
+        )
+    text = str(label)
+    if len(text) > MAX_LABEL_LENGTH:
+        raise ValueError(f"the label is {len(text)} characters long")
+    if re.fullmatch(r"-\d+", text):
+        if int(text) == -1:
+            return None
+        raise ValueError(f"label {text} is out of range: labels are names, numbers from 0, or -1 or empty for none")
+    return text
+
+
+def keys_of(names: Sequence[str]) -> list[str]:
+    """A WebDataset key for each distinct name: the path without extension, dots replaced, told apart where two meet."""
+    keys = [_key(name) for name in names]
+    counts = Counter(keys)
+    return [
+        key if counts[key] == 1 else f"{key}~{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+        for key, name in zip(keys, names, strict=True)
+    ]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)`, or nothing where no known name is near."""
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def _key(name: str) -> str:
+    text = name.encode("utf-8", "backslashreplace").decode("utf-8").split("://")[-1]
+    text = text.removeprefix("***@").removesuffix("?***")  # where secrets stood
+    parts = [part for part in PurePosixPath(text).parts if part not in ("/", ".")]
+    if is_image(parts[-1]):
+        parts[-1] = parts[-1].rpartition(".")[0]
+    parts = ["__" if part == ".." else part for part in parts]
+    parts[-1] = parts[-1].replace(".", "_")
+    return re.sub(r"[\x00-\x1f\x7f\\]", "_", "/".join(parts))

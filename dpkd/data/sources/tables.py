@@ -1,0 +1,203 @@
+"""A CSV, TSV, JSONL or Parquet file with one row a sample."""
+
+import csv
+import io
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dpkd.data.settings import TableSource
+from dpkd.data.sources.records import Blob, Found, Record, class_of_label, nearest
+from dpkd.errors import UserError, without_secrets
+from dpkd.io import storage
+from dpkd.io.untrusted import parse_json
+
+Row = dict[str, Any]
+
+MAX_EXPANSION = 100
+MIN_TABLE_BYTES = 1 << 26
+"""A Parquet file may unpack to so many times its size, or these bytes; one of a few kilobytes could to a terabyte."""
+ROWS_AT_ONCE = 256
+
+
+class _BadRow(ValueError):
+    """A row that cannot be used; the message says why."""
+
+
+def find_in_table(source: TableSource) -> Found:
+    """All rows of the table; raises `UserError` where it cannot be read or lacks a column that the settings name."""
+    rows = _read(source.path)
+    _require_columns(source, rows)
+    place = _without_query(source.path)
+    folder = place.rpartition("/")[0] if "/" in place else "."
+    records: dict[str, Record] = {}
+    bad: list[tuple[str, str]] = []
+    for number, row in enumerate(rows, start=1):
+        name = _text(row.get(source.path_column))
+        item = f"{source.path} row {number}" + (f" ({name})" if name else "")
+        try:
+            record = _record(row, source=source, folder=folder)
+            earlier = records.get(record.name)
+            if earlier is not None and earlier.image.url != record.image.url:  # what tells them apart is masked
+                record = replace(record, name=f"{record.name}~{storage.digest(record.image.url.encode())[:8]}")
+            if record.name in records:
+                raise _BadRow("the path stands in an earlier row already")
+            records[record.name] = record
+        except _BadRow as error:
+            bad.append((item, str(error)))
+    return Found(records=tuple(records[name] for name in sorted(records)), bad=tuple(bad))
+
+
+def _record(row: Row, *, source: TableSource, folder: str) -> Record:
+    if error := row.get(_ERROR):
+        raise _BadRow(str(error))
+    name = _text(row.get(source.path_column))
+    if name is None:
+        raise _BadRow(f"column {source.path_column!r} is empty")
+    mask = _text(row.get(source.mask_column)) if source.mask_column else None
+    split = _text(row.get(source.split_column)) if source.split_column else None
+    if source.split_column and split is None:
+        raise _BadRow(f"column {source.split_column!r} is empty")
+    return Record(
+        name=without_secrets(name),
+        image=_blob(folder, name),
+        class_name=_class(row.get(source.label_column)) if source.label_column else None,
+        split=split,
+        group=_text(row.get(source.group_column)) if source.group_column else None,
+        mask=_blob(folder, mask) if mask else None,
+        attributes={column: _value(row.get(column)) for column in source.attribute_columns},
+    )
+
+
+def _class(value: Any) -> str | None:
+    value = _text(value) if isinstance(value, str) else _value(value)
+    try:
+        return class_of_label(value) if value is not None else None
+    except ValueError as error:
+        raise _BadRow(str(error)) from error
+
+
+def _blob(folder: str, name: str) -> Blob:
+    url = name if "://" in name or name.startswith("/") else storage.join(folder, name)
+    path = storage.local_path(url)
+    return Blob(url, size=path.stat().st_size if path is not None and storage.is_file(path) else -1)
+
+
+def _without_query(url: str) -> str:
+    return url.partition("?")[0] if "://" in url else url
+
+
+def _value(value: Any) -> Any:
+    """The cell as JSON can hold it; None where it is empty."""
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        return None
+    return value if isinstance(value, str | int | float | bool | list | dict) else str(value)
+
+
+def _text(value: Any) -> str | None:
+    value = _value(value)
+    return None if value is None else str(value).strip() or None
+
+
+def _require_columns(source: TableSource, rows: list[Row]) -> None:
+    wanted = {
+        "path_column": source.path_column,
+        "label_column": source.label_column,
+        "split_column": source.split_column,
+        "group_column": source.group_column,
+        "mask_column": source.mask_column,
+        **{f"attribute_columns[{i}]": column for i, column in enumerate(source.attribute_columns)},
+    }
+    if not rows:
+        raise UserError(f"data.source.path={source.path} has no rows: give a table with one row a sample")
+    columns = {column for row in rows for column in row if column != _ERROR}
+    for key, column in wanted.items():
+        if column is not None and column not in columns:
+            raise UserError(
+                f"data.source.{key}={column!r} is no column of {source.path}{nearest(column, columns)}; "
+                f"it has: {', '.join(sorted(columns))}"
+            )
+
+
+_ERROR = "\0error"
+"""Column of rows that could not be parsed."""
+
+
+def _read(path: str) -> list[Row]:
+    suffix = _without_query(path).rpartition(".")[2].lower()
+    if suffix not in _READERS:
+        raise UserError(
+            f"data.source.path={path} is none of {', '.join('.' + s for s in _READERS)}: give one of these tables"
+        )
+    try:
+        return list(_READERS[suffix](storage.read_bytes(path)))
+    except UserError:  # the storage's
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"data.source.path={path} does not exist: give the table that lists the images") from error
+    except (ValueError, OverflowError, csv.Error, pa.ArrowException, OSError) as error:
+        raise UserError(f"data.source.path={path} cannot be read as .{suffix}: {error}") from error
+
+
+def _read_csv(data: bytes, delimiter: str = ",") -> Iterator[Row]:
+    for row in csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), delimiter=delimiter, strict=True):
+        if None in row or None in row.values():
+            yield {
+                **{column: value for column, value in row.items() if column is not None},
+                _ERROR: "cells and columns differ in number",
+            }
+        else:
+            yield dict(row)
+
+
+def _read_tsv(data: bytes) -> Iterator[Row]:
+    return _read_csv(data, delimiter="\t")
+
+
+def _read_jsonl(data: bytes) -> Iterator[Row]:
+    for line in data.decode("utf-8-sig").splitlines():
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            yield {_ERROR: f"the line is not JSON: {error}"}
+            continue
+        yield row if isinstance(row, dict) else {_ERROR: "the line is not a JSON object"}
+
+
+def _read_parquet(data: bytes) -> Iterator[Row]:
+    left_bytes = max(MIN_TABLE_BYTES, MAX_EXPANSION * len(data))
+    for batch in pq.ParquetFile(pa.BufferReader(data)).iter_batches(batch_size=ROWS_AT_ONCE):
+        left_bytes -= sum(map(_unpacked_bytes, batch.columns))
+        if left_bytes < 0:
+            raise UserError(
+                f"the table of {len(data):,} bytes holds more than {MAX_EXPANSION} times that: few values stand in it "
+                "very often, such as images; leave columns out"
+            )
+        yield from batch.to_pylist()
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return kind in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
+
+
+def _unpacked_bytes(column: pa.Array) -> int:
+    """Bytes of a column's values, each counted as often as it stands there."""
+    if not pa.types.is_dictionary(column.type) or not _is_text(column.type.value_type):
+        return int(column.nbytes)
+    length_N = pc.binary_length(column.dictionary).take(column.indices)
+    return int(column.nbytes + (pc.sum(length_N.cast(pa.int64())).as_py() or 0))
+
+
+_READERS: dict[str, Callable[[bytes], Iterator[Row]]] = {
+    "csv": _read_csv,
+    "tsv": _read_tsv,
+    "jsonl": _read_jsonl,
+    "parquet": _read_parquet,
+}

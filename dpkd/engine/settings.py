@@ -1,0 +1,84 @@
+"""Settings of training: optimizer, schedule, engine, and the length and cadence of a stage."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dpkd.config import Config
+
+
+class OptimizerSettings(Config):
+    """AdamW or SGD; biases and norms carry no weight decay; `layer_decay` shrinks the rate towards the input."""
+
+    kind: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    clip: float | None = Field(1.0, gt=0)
+    """Largest gradient norm; none does not clip."""
+
+
+class ScheduleSettings(Config):
+    """Linear warm-up over a share of the steps, then cosine to `final` times the rate."""
+
+    warmup: float = Field(0.05, ge=0, lt=1)
+    final: float = Field(0.01, ge=0, le=1)
+
+
+class EngineSettings(Config):
+    """How one network is trained; `auto` takes DeepSpeed where there is a GPU and plain PyTorch on CPU, and says so."""
+
+    kind: Literal["auto", "torch", "deepspeed"] = "auto"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    compile: bool = False
+    activation_checkpointing: bool = False
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of an exponential moving average of the weights; what is evaluated and exported where set."""
+
+    @model_validator(mode="after")
+    def _stage_has_an_engine(self) -> "EngineSettings":
+        if self.kind == "torch" and self.zero_stage > 1:
+            raise ValueError(
+                f"kind torch spreads nothing, so zero_stage {self.zero_stage} means nothing: set kind: deepspeed"
+            )
+        return self
+
+
+class TrainingSettings(Config):
+    """The length of a stage, its batch, and how often it is evaluated and saved (in steps)."""
+
+    steps: int | None = Field(None, ge=1)
+    epochs: float | None = Field(None, gt=0)
+    batch_size: int = Field(128, ge=1)
+    """Images in one step over all workers, whatever their number."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Images in one forward pass of one worker, over which batch norm works; none takes `batch_size / workers`."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    sampling: Literal["uniform", "class_aware"] = "uniform"
+    log_every: int = Field(10, ge=1)
+    evaluate_every: int | None = Field(None, ge=1)
+    panels_every: int | None = Field(None, ge=1)
+    checkpoint_every: int = Field(200, ge=1)
+    max_skipped_steps: int = Field(3, ge=0)
+    """Steps of a stage that may be passed over because they spoilt a network: it goes back to the last checkpoint."""
+    spike: float | None = Field(1000.0, gt=1)
+    """A gradient whose norm is this many times the median of the last ones, and this many times 1, counts as spoiling.
+
+    None looks for nan and inf alone.
+    """
+    keep_checkpoints: int = Field(2, ge=1)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainingSettings":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs: the length of the stage")
+        return self
+
+    def num_steps(self, num_samples: int) -> int:
+        """Steps of the whole stage over a split of `num_samples`."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, round(self.epochs * num_samples / self.batch_size))

@@ -1,0 +1,1 @@
+"""Files: storage, checkpoints, and the checks on what is read back."""

@@ -1,0 +1,383 @@
+"""Local or object storage through fsspec: atomic writes, ranges, checksums.
+
+A location is a path or any fsspec URL (`s3://…`, `gs://…`, `memory://…`). Local writes go to a hidden file beside the
+target, are flushed to the disk and renamed; object stores publish a whole object or none. A write that fails raises
+`UserError` with the path and the cause; a read of what is not there raises `FileNotFoundError`. Single requests are
+tried again, with growing pauses, by the store's own library (for S3 botocore and s3fs); whole items by the pool.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import fsspec
+
+from dpkd.errors import StorageUnavailable, UserError
+from dpkd.io.errors import NO_FILE, missing_library, read_errors, remote_errors, write_errors
+
+TEMPORARY_PREFIX = ".tmp-"
+
+
+def local_path(url: str | Path) -> Path | None:
+    """The path of a local location, or None for a remote one."""
+    text = str(url)
+    if text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    return None if "://" in text else Path(text)
+
+
+def join(url: str | Path, *parts: str) -> str:
+    """The location of `parts` below `url`."""
+    path = local_path(url)
+    if path is not None:
+        return str(path.joinpath(*parts))
+    return "/".join([str(url).rstrip("/"), *parts])
+
+
+def exists(url: str | Path) -> bool:
+    """True where a file or folder stands."""
+    path = local_path(url)
+    if path is not None:
+        with read_errors(url):
+            return path.exists()
+    with _remote(url) as (filesystem, name):
+        try:
+            filesystem.info(name)  # its `exists` takes any failure for a no
+        except FileNotFoundError:
+            return False
+        return True
+
+
+def is_file(path: str | Path) -> bool:
+    """True for a local file or a link to one; False, and never an error, for anything else and any name."""
+    return os.path.isfile(path)  # noqa: PTH113 (Path.is_file raises for long names and locked folders)
+
+
+def size(url: str | Path) -> int:
+    """Bytes of a file."""
+    path = local_path(url)
+    if path is not None:
+        return path.stat().st_size
+    with _remote(url) as (filesystem, name):
+        return int(filesystem.size(name))
+
+
+def list_names(url: str | Path) -> list[str]:
+    """Sorted names of what stands directly in a folder, hidden names included; empty where there is no folder."""
+    path = local_path(url)
+    if path is not None:
+        with read_errors(url):
+            return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    with _remote(url) as (filesystem, name):
+        try:
+            entries = [str(entry).rstrip("/") for entry in filesystem.ls(name, detail=False)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        itself = name.rstrip("/")  # the answer for a file, and for an empty object that stands for a folder
+        return sorted(entry.rsplit("/", 1)[-1] for entry in entries if entry.strip("/") != itself.strip("/"))
+
+
+def walk(url: str | Path) -> list[tuple[str, int]]:
+    """(relative path with slashes, bytes) of every file below a folder, sorted; hidden names are left out.
+
+    What is neither file nor folder (a pipe, a device, a link to nowhere) has -1 bytes.
+    """
+    path = local_path(url)
+    with read_errors(url):
+        return sorted(_walk_local(path, "", set()) if path is not None else _walk_remote(url))
+
+
+def glob(pattern: str) -> list[str]:
+    """Sorted locations that match a pattern with `*`, `?` or `[…]`, local or remote."""
+    with _remote(pattern) as (filesystem, name):
+        return sorted(
+            str(filesystem.unstrip_protocol(found)).removeprefix("file://") for found in filesystem.glob(name)
+        )
+
+
+def read_bytes(url: str | Path) -> bytes:
+    """The whole content of a file."""
+    path = local_path(url)
+    if path is not None:
+        return path.read_bytes()
+    with _remote(url) as (filesystem, name):
+        return cast(bytes, filesystem.cat_file(name))
+
+
+def read_own(url: str | Path) -> bytes:
+    """The whole content of a file that dpkd itself wrote.
+
+    Raises one of `NO_FILE` where no file stands, and `UserError` or `StorageUnavailable` where it cannot be read.
+    """
+    with read_errors(url):
+        return read_bytes(url)
+
+
+def read_range(url: str | Path, offset: int, size: int) -> bytes:
+    """`size` bytes from `offset`; fewer where the file ends before."""
+    path = local_path(url)
+    if path is not None:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+    with _remote(url) as (filesystem, name):
+        return cast(bytes, filesystem.cat_file(name, start=offset, end=offset + size))
+
+
+@contextmanager
+def open_read(url: str | Path) -> Iterator[BinaryIO]:
+    """A seekable binary file, closed at the end."""
+    path = local_path(url)
+    if path is not None:
+        with path.open("rb") as file:
+            yield file
+        return
+    with _remote(url) as (filesystem, name):
+        file = filesystem.open(name, "rb")
+    with file:
+        yield cast(BinaryIO, _RemoteFile(file, url))
+
+
+@contextmanager
+def open_atomic(url: str | Path) -> Iterator[BinaryIO]:
+    """A new binary file that appears at `url`, whole and flushed to the disk, once the block ends without an error."""
+    path = local_path(url)
+    with write_errors(url), _open_atomic_remote(url) if path is None else _open_atomic_local(path) as file:
+        yield file
+
+
+@contextmanager
+def _open_atomic_local(path: Path) -> Iterator[BinaryIO]:
+    beside = path.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        sync_folder(path.parent)
+    finally:
+        with suppress(OSError):  # the first error is the one to tell
+            beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _open_atomic_remote(url: str | Path) -> Iterator[BinaryIO]:
+    with tempfile.TemporaryFile() as file:  # has no name, so that a kill leaves nothing on the disk
+        yield cast(BinaryIO, file)
+        file.flush()
+        with _remote(url) as (filesystem, name):
+            # no makedirs: on S3 it would create a bucket that is misspelt
+            filesystem.put_file(f"/proc/self/fd/{file.fileno()}", name)
+
+
+def write_bytes_atomic(url: str | Path, data: bytes) -> None:
+    """Writes a file so that it is seen whole or not at all."""
+    with open_atomic(url) as file:
+        file.write(data)
+
+
+def remove(url: str | Path) -> None:
+    """Deletes one file; nothing happens where there is none."""
+    path = local_path(url)
+    if path is not None:
+        path.unlink(missing_ok=True)
+        return
+    with _remote(url) as (filesystem, name), suppress(FileNotFoundError):
+        filesystem.rm_file(name)
+
+
+def write_bytes_once(url: str | Path, data: bytes) -> bool:
+    """Writes a file where none stands, whole or not at all; False, and nothing is written, where one stands already.
+
+    Of several writers at the same time one gets True.
+    """
+    path = local_path(url)
+    with write_errors(url):
+        if path is None:
+            with _remote(url) as (filesystem, name):
+                try:
+                    filesystem.pipe_file(name, data, mode="create")
+                except FileExistsError:
+                    return False
+            return True
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}"
+        try:
+            beside.write_bytes(data)
+            sync_file(beside)
+            _link(beside, path)
+        except (FileExistsError, FileNotFoundError):  # the latter where who came first has swept `beside` up
+            if not path.exists():
+                raise
+            return False
+        finally:
+            with suppress(OSError):  # the first error is the one to tell
+                beside.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    return True
+
+
+def _link(beside: Path, path: Path) -> None:
+    """Gives a file a second name that must be free; a copy of it where the file system knows no second names."""
+    try:
+        os.link(beside, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        with path.open("xb") as file:
+            file.write(beside.read_bytes())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def deliver(file: Path, url: str | Path) -> None:
+    """Moves a local file, flushed to the disk, to where it belongs: a rename on the same disk, an upload elsewhere."""
+    path = local_path(url)
+    with write_errors(url):
+        if path is None:
+            with _remote(url) as (filesystem, name):
+                filesystem.put_file(str(file), name)
+            file.unlink()
+            return
+        sync_file(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(path)
+        sync_folder(path.parent)
+
+
+def copy_here(url: str | Path, file: Path) -> None:
+    """Copies a file to a local one; raises as `read_own` where it cannot be read."""
+    with open_read(url) as source, write_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("wb") as target:
+            while block := _block(source, url):
+                target.write(block)
+
+
+def _block(source: BinaryIO, url: str | Path) -> bytes:
+    try:
+        with read_errors(url):
+            return source.read(1 << 20)
+    except NO_FILE as error:
+        raise StorageUnavailable(f"{url} vanished while it was read") from error
+
+
+def remove_tree(url: str | Path) -> None:
+    """Deletes a folder and all below it, or a file; nothing happens where there is none."""
+    path = local_path(url)
+    with write_errors(url):
+        if path is not None:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+            return
+        with _remote(url) as (filesystem, name), suppress(FileNotFoundError):
+            filesystem.rm(name, recursive=True)
+
+
+def publish(folder_tmp: str | Path, folder: str | Path) -> None:
+    """Flushes every file of a local folder to the disk and renames it to where it counts, which must be free."""
+    source, target = Path(folder_tmp), Path(folder)
+    with write_errors(target):
+        for parent, _, names in os.walk(source):
+            for name in names:
+                sync_file(Path(parent) / name)
+            sync_folder(Path(parent))
+        if target.exists():
+            raise UserError(f"{target} stands already and is never overwritten: remove it or choose another folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.rename(target)
+        sync_folder(target.parent)
+
+
+def sha256(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file's content; raises as `read_own`."""
+    digest = hashlib.sha256()
+    with read_errors(path), open_read(path) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def digest(data: bytes) -> str:
+    """Hexadecimal SHA-256 of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sync_file(path: Path) -> None:
+    """Flushes a file's content to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Flushes a folder's list of names to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _RemoteFile:
+    """The verbs of a remote file that is read, whose failures are told as those of the other operations."""
+
+    def __init__(self, file: Any, url: str | Path) -> None:
+        self._file = file
+        self._url = url
+
+    def read(self, size: int = -1) -> bytes:
+        with remote_errors(self._url):
+            return cast(bytes, self._file.read(size))
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+
+@contextmanager
+def _remote(url: str | Path) -> Iterator[tuple[Any, str]]:
+    """The file system and the name in it; errors within are told by `remote_errors`."""
+    try:
+        # listings that are kept would hide what other processes write
+        filesystem, name = fsspec.core.url_to_fs(str(url), use_listings_cache=False)
+    except (ImportError, ValueError) as error:
+        raise missing_library(url, error) from error
+    with remote_errors(url):
+        yield filesystem, str(name)
+
+
+def _walk_local(folder: Path, prefix: str, seen: set[str]) -> Iterator[tuple[str, int]]:
+    real = os.path.realpath(folder)
+    if real in seen:  # a link back to a folder above
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if os.path.isdir(entry.path):  # noqa: PTH112 (Path.is_dir raises for a link to itself)
+                yield from _walk_local(Path(entry.path), f"{prefix}{entry.name}/", seen | {real})
+            else:
+                yield f"{prefix}{entry.name}", entry.stat().st_size if is_file(entry.path) else -1
+
+
+def _walk_remote(url: str | Path) -> Iterator[tuple[str, int]]:
+    with _remote(url) as (filesystem, name):
+        found = filesystem.find(name, detail=True)
+    root = name.rstrip("/") + "/"
+    for path, info in found.items():
+        relative = str(path).removeprefix(root)
+        if not any(part.startswith(".") for part in relative.split("/")):
+            yield relative, int(info["size"])

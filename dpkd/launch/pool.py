@@ -1,0 +1,302 @@
+"""The pool protocol: maps a function over items, in other processes, surviving their death; and its local twin.
+
+One process works on one item at a time, so that a death names its item: a `concurrent.futures` pool breaks as a whole
+and cannot tell which item killed it.
+
+Storage that fails in a way that may pass is met here, by doing the whole item again, because only that holds for any
+storage (a mounted disk, a read in the middle of a file); single requests are tried again by the store's own library.
+"""
+
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Generic, Protocol, TypeVar
+
+from dpkd.errors import StorageUnavailable, WorkerFailed, portable, without_secrets
+from dpkd.io.errors import may_pass
+from dpkd.launch.heartbeat import SLOW, beat, rest
+from dpkd.launch.watchdog import WatchOrder, hangs, watched
+
+_log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+NUM_RETRIES = 3
+"""Times that an item whose worker died, or whose storage failed in a way that may pass, is tried again."""
+FIRST_PAUSE_S, PAUSE_GROWTH = 0.5, 3.0
+"""Before an item whose storage failed is tried again: 0.5, 1.5 and 4.5 s."""
+
+PATIENCE_S = 5.0
+"""What a worker has to end by itself."""
+LOOK_S = 1.0
+"""Seconds between two looks at workers that say nothing."""
+
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+"""The environment that keeps a worker's numpy and torch to one thread: workers share the cores already."""
+
+
+def never() -> bool:
+    """The end of work that nobody cuts short."""
+    return False
+
+
+class Pool(Protocol):
+    """Independent work on items, in any order."""
+
+    num_workers: int
+
+    def map(
+        self, function: Callable[[Item], Result], items: Sequence[Item], *, until: Callable[[], bool] = never
+    ) -> Iterator[tuple[int, Result]]:
+        """Yields (index of the item, result) as they finish; an item whose worker died is tried again elsewhere.
+
+        Ends early, and its workers with it, once `until` is true, which it asks every second or so. Function, items and
+        results must pickle; a worker unpickles the function once and keeps it. An exception of `function` itself is
+        raised here unchanged, and the rest of the work is cancelled, as it is when the iterator is closed. Raises
+        `WorkerFailed` when `NUM_RETRIES` + 1 workers died of an item, which it names, or one after the other before
+        they came up; and `StorageUnavailable`, naming the item, when its storage has failed as often.
+        """
+
+
+class Deaths(Generic[Item]):
+    """Counts the workers that each item has cost, and gives an item up."""
+
+    def __init__(self, items: Sequence[Item], *, order: WatchOrder | None = None) -> None:
+        self._items, self._order = items, order
+        self._num_deaths: dict[int, int] = {}
+        self.num_failed_starts = 0
+        """One after the other."""
+
+    def add(self, index: int | None, *, number: int, reason: str) -> None:
+        """Notes that worker `number` died on item `index`, or came not up; raises `WorkerFailed` once too many did."""
+        reason = self._hang_of(number) or reason
+        if index is None:
+            self.num_failed_starts += 1
+            if self.num_failed_starts > NUM_RETRIES:
+                raise WorkerFailed(f"{self.num_failed_starts} workers did not come up, one after the other: {reason}")
+            _log.warning("a worker did not come up, another is started: %s", reason)
+            return
+        num_deaths = self._num_deaths[index] = self._num_deaths.get(index, 0) + 1
+        if num_deaths > NUM_RETRIES:
+            raise WorkerFailed(
+                f"{num_deaths} workers died, one after the other, on item {index}: {_named(self._items[index])} "
+                f"({reason}). "
+                "Out of memory? Run with fewer launcher.pool_workers, or take the item out."
+            )
+        _log.warning("a worker died (%s), and another does its item: %s", reason, _named(self._items[index]))
+
+    def _hang_of(self, number: int) -> str:
+        """What its watchdog reported of a worker; empty where it did not."""
+        try:
+            return next((str(hang) for hang in hangs(self._order) if hang.rank == number), "")
+        except OSError as error:
+            return f"its hang report cannot be read: {error}"
+
+
+def _named(item: object) -> str:
+    """The item as an error names it."""
+    text = without_secrets(repr(item))
+    return text if len(text) <= 200 else text[:200] + "…"
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """A pool whose workers have an accelerator each, and its name in torch."""
+
+    pool: Pool
+    device: str
+
+
+@dataclass
+class _Worker:
+    """A process, our end of its pipe, its own environment variables, and the item that it works on."""
+
+    number: int
+    process: BaseProcess
+    connection: Connection
+    environment: Mapping[str, str]
+    index: int | None = None
+    is_up: bool = False
+    coming_s: float = 0.0
+    """How long it has taken to come up."""
+
+
+class LocalPool:
+    """Spawned processes on this machine, started by each `map` and gone with it.
+
+    Each has the variables of one of the `environments` in its environment, which no other has at the same time. One
+    that gives no sign of life, on an item or while it is stopped, is ended as the `order` says.
+    """
+
+    def __init__(
+        self,
+        num_workers: int,
+        *,
+        environments: Sequence[Mapping[str, str]] | None = None,
+        order: WatchOrder | None = None,
+    ) -> None:
+        assert num_workers >= 1, num_workers
+        assert environments is None or len(environments) == num_workers, "one environment a worker"
+        self.num_workers = num_workers
+        self._environments = environments or [{}] * num_workers
+        self._order, self._numbers = order, count()
+
+    def map(
+        self,
+        function: Callable[[Item], Result],
+        items: Sequence[Item],
+        *,
+        until: Callable[[], bool] = never,
+    ) -> Iterator[tuple[int, Result]]:
+        """See `Pool.map`."""
+        deaths = Deaths(items, order=self._order)
+        waiting = deque(range(len(items)))
+        free = list(self._environments)
+        workers: list[_Worker] = []
+        try:
+            while (waiting or any(worker.index is not None for worker in workers)) and not until():
+                while free and sum(worker.index is None for worker in workers) < len(waiting):
+                    workers.append(self._start_worker(free.pop(0)))
+                for worker in workers:
+                    if worker.is_up and worker.index is None and waiting:
+                        worker.index = waiting.popleft()
+                        _give(worker, items[worker.index])
+                for worker in self._ready(workers):
+                    message = _message(worker)
+                    if message is None:
+                        workers.remove(worker)
+                        free.append(worker.environment)
+                        if worker.index is not None:
+                            waiting.appendleft(worker.index)
+                        deaths.add(worker.index, number=worker.number, reason=_end(worker))
+                    elif worker.index is None:
+                        worker.is_up = True
+                        deaths.num_failed_starts = 0
+                        _give(worker, function)
+                    else:
+                        index, worker.index = worker.index, None
+                        yield index, result_of(message)
+        finally:
+            _stop(workers)
+
+    def _start_worker(self, environment: Mapping[str, str]) -> _Worker:
+        context, number = multiprocessing.get_context("spawn"), next(self._numbers)
+        ours, theirs = context.Pipe()
+        arguments = (theirs, environment, self._order, number)
+        process = context.Process(target=_serve, args=arguments, name="dpkd-pool", daemon=True)
+        process.start()
+        theirs.close()  # so that its death reads as the end of the pipe
+        return _Worker(number, process, ours, environment)
+
+    def _ready(self, workers: list[_Worker]) -> list[_Worker]:
+        """Waits a little for workers that have come up, answered or died; ends those that do not come up."""
+        expected = {worker.connection: worker for worker in workers if worker.index is not None or not worker.is_up}
+        began_s = time.monotonic()
+        ready = wait(list(expected), timeout=LOOK_S)
+        passed_s = min(time.monotonic() - began_s, 2 * LOOK_S)  # a pause of the whole machine counts little
+        for worker in expected.values():
+            worker.coming_s += 0.0 if worker.is_up else passed_s
+            if self._order is not None and worker.coming_s > SLOW * self._order.hang_timeout_s and not worker.is_up:
+                worker.process.kill()
+        return [expected[connection] for connection in ready if isinstance(connection, Connection)]
+
+
+def _give(worker: _Worker, message: Any) -> None:
+    """Sends a message; a worker that is dead already shows when its answer is read."""
+    try:
+        worker.connection.send(message)
+    except (BrokenPipeError, ConnectionResetError):
+        pass
+
+
+def _message(worker: _Worker) -> bytes | None:
+    """What the worker sent, or none when it died, also where that was in the middle of a message."""
+    try:
+        return worker.connection.recv_bytes()
+    except (EOFError, OSError):
+        return None
+
+
+def _end(worker: _Worker) -> str:
+    """Waits until a worker that says nothing any more has ended; returns how."""
+    worker.process.join(PATIENCE_S)
+    if worker.process.is_alive():
+        worker.process.kill()
+        worker.process.join()
+    late = "" if worker.is_up else f", {worker.coming_s:.0f} s after its start"
+    return f"exit code {worker.process.exitcode}{late}"
+
+
+def result_of(answer: bytes) -> Any:
+    """The result in a worker's pickled answer (result, error, its traceback); raises the error."""
+    result, error, trace = pickle.loads(answer)
+    if error is not None:
+        raise error from RuntimeError(f"in a pool worker:\n{trace}")
+    return result
+
+
+def _stop(workers: list[_Worker]) -> None:
+    for worker in workers:
+        worker.connection.close()
+        if worker.index is not None or not worker.is_up:
+            worker.process.terminate()
+    for worker in workers:
+        _end(worker)
+
+
+def _serve(connection: Connection, environment: Mapping[str, str], order: WatchOrder | None, number: int) -> None:
+    """The life of a worker: receives the function, then items, until the pipe ends."""
+    for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(ignored, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the parent decides
+    os.environ.update({**ONE_THREAD, **environment})  # before the function brings in numpy
+    with watched(order, rank=number), suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        rest()
+        connection.send_bytes(b"up")
+        pickled = connection.recv_bytes()
+        load = lru_cache(maxsize=1)(lambda: pickle.loads(pickled))
+        while True:
+            connection.send_bytes(answer_to(load, connection.recv_bytes()))
+
+
+def answer_to(load: Callable[[], Callable[[Any], Any]], item: bytes) -> bytes:
+    """The pickled answer of a worker to a pickled item: (result, error, its traceback)."""
+    beat("load")
+    try:
+        result = _answer_at_last(load(), pickle.loads(item))
+        return pickle.dumps((result, None, ""), pickle.HIGHEST_PROTOCOL)
+    except Exception as error:  # noqa: BLE001  crosses to the parent, which raises it
+        trace = traceback.format_exc()
+        return pickle.dumps((None, portable(error), trace), pickle.HIGHEST_PROTOCOL)
+    finally:
+        rest()
+
+
+def _answer_at_last(function: Callable[[Any], Any], item: Any, *, attempt: int = 0) -> Any:
+    """The function's result; where storage fails in a way that may pass, it is called again after a pause."""
+    beat("item")
+    try:
+        return function(item)
+    except Exception as error:  # passed on, but for storage that fails
+        if not may_pass(error):
+            raise
+        if attempt == NUM_RETRIES:
+            message = f"{_named(item)}: storage failed {attempt + 1} times, at last with: {error}"
+            raise StorageUnavailable(message) from error
+        pause_s = FIRST_PAUSE_S * PAUSE_GROWTH**attempt
+        _log.warning("%s: storage failed, trying again in %.1f s: %s", _named(item), pause_s, error)
+    rest()
+    time.sleep(pause_s)
+    return _answer_at_last(function, item, attempt=attempt + 1)

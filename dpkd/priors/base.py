@@ -1,0 +1,108 @@
+"""What every prior can do, and the few things that several of them need: a fingerprint, the grid, a mirror."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Literal, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+from typing_extensions import Self
+
+from dpkd.priors.codecs import Codec, Map
+from dpkd.priors.image_views import Picture
+
+
+class Extractor(Protocol):
+    """One kind of prior knowledge with its settings: a frozen settings model with a `kind` and these verbs."""
+
+    @property
+    def kind(self) -> str:
+        """Names the class in settings."""
+
+    @property
+    def name(self) -> str:
+        """Names the map in a prior set."""
+
+    @property
+    def version(self) -> int:
+        """Version of the code, to be raised whenever the same settings come to give another map."""
+
+    @property
+    def channels(self) -> int:
+        """Channels of the map."""
+
+    @property
+    def nearest(self) -> bool:
+        """Whether values are labels, so that resampling must take the nearest one."""
+
+    @property
+    def codec(self) -> Codec:
+        """How the map is stored."""
+
+    def map(self, picture: Picture) -> Map:
+        """The map of an image of any size, on a grid that covers the whole image."""
+
+    def flip(self, map_HWC: Map) -> Map:
+        """The map of the image mirrored left to right."""
+
+    def model_dump_json(self) -> str:
+        """The settings as JSON."""
+
+    def __hash__(self) -> int: ...
+
+
+@runtime_checkable
+class BatchExtractor(Extractor, Protocol):
+    """A prior that takes several images at a time, and an accelerator where there is one: a network."""
+
+    @property
+    def device(self) -> Literal["accelerator", "cpu"]:
+        """Where it is to run; `accelerator` is the CPU where there is none."""
+
+    @property
+    def batch_size(self) -> int:
+        """The most images that `maps` takes; it is given those of one place in a shard together, every time."""
+
+    def sealed(self) -> Self:
+        """The same prior bound to what its settings point at, such as weights; raises `UserError` without them."""
+
+    def identity(self) -> str:
+        """What the maps depend on, of a sealed prior; it is named by this instead of its settings."""
+
+    def maps(self, pictures: Sequence[Picture], *, device: str) -> list[Map]:
+        """The map of each image, on a device of torch; one that is not finite marks its image as bad.
+
+        An error stops the stage: whatever is wrong with a single image must show in its map.
+        """
+
+
+BATCH_VERBS = ("device", "batch_size", "sealed", "identity", "maps")
+AnyPrior = TypeVar("AnyPrior", bound=Extractor)
+
+
+def sealed(priors: Iterable[AnyPrior]) -> tuple[AnyPrior, ...]:
+    """The priors, each bound to what its settings point at; see `BatchExtractor.sealed`."""
+    return tuple(prior.sealed() if isinstance(prior, BatchExtractor) else prior for prior in priors)
+
+
+def accelerated(priors: Iterable[AnyPrior]) -> tuple[AnyPrior, ...]:
+    """Those that are to run on an accelerator where there is one."""
+    return tuple(prior for prior in priors if isinstance(prior, BatchExtractor) and prior.device == "accelerator")
+
+
+@lru_cache(maxsize=256)
+def fingerprint(prior: Extractor) -> str:
+    """Identifies what `prior` computes, by its settings and code version; 16 hex digits."""
+    settings = prior.identity() if isinstance(prior, BatchExtractor) else prior.model_dump_json()
+    return hashlib.sha256(f"{settings} version {prior.version}".encode()).hexdigest()[:16]
+
+
+def grid_size(picture: Picture, stride: int) -> tuple[int, int]:
+    """Height and width of the grid that has a cell about every `stride` pixels, at least one."""
+    height, width = picture.size
+    return max(1, round(height / stride)), max(1, round(width / stride))
+
+
+def mirror(map_HWC: Map) -> Map:
+    """The map mirrored left to right, its values unchanged."""
+    return np.ascontiguousarray(map_HWC[:, ::-1])

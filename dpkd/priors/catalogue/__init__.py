@@ -1,0 +1,1 @@
+"""The priors that come with dpkd, one file each."""

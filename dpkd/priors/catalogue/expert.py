@@ -1,0 +1,59 @@
+"""What an expert drew: masks and maps that came with the samples."""
+
+from typing import ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from dpkd.config import Config
+from dpkd.data.images import BrokenImage, decode_mask
+from dpkd.priors.base import grid_size, mirror
+from dpkd.priors.catalogue.cells import cell_means
+from dpkd.priors.codecs import JpegCodec, Map
+from dpkd.priors.image_views import Picture
+
+
+class Expert(Config):
+    """The mask, or the expert map `of` that name, on a grid: one channel in [0, 1], the map `expert-<of>`.
+
+    A cell holds the mean of its pixels. A sample that came without it has a single cell of NaN: it is not known, and
+    whatever is trained or pooled by the map leaves that sample out.
+    """
+
+    kind: Literal["expert"] = "expert"
+    of: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    """`mask` is `<key>.mask.png`; any other name N is `<key>.expert-N.png`."""
+    values: Literal["figure", "amount"] = "figure"
+    """`figure` takes every value above 0 as 1; `amount` takes the values as shares of the largest possible one."""
+    stride: int = Field(4, ge=1)
+
+    version: ClassVar[int] = 1
+    channels: ClassVar[int] = 1
+    nearest: ClassVar[bool] = False
+    codec: ClassVar[JpegCodec] = JpegCodec()
+
+    @property
+    def name(self) -> str:
+        """Names the map in a prior set."""
+        return f"expert-{self.of}"
+
+    def map(self, picture: Picture) -> Map:
+        """The expert's map, float32 HW1; raises ValueError for a file that is no grey image of the picture's size."""
+        if self.of not in picture.given:
+            return np.full((1, 1, 1), np.nan, np.float32)
+        try:
+            image = decode_mask(picture.given[self.of])
+        except BrokenImage as error:
+            raise ValueError(f"the expert map {self.of!r} cannot be used: {error}") from error
+        if image.shape != picture.size:
+            raise ValueError(f"the expert map {self.of!r} has the shape {image.shape}, the image {picture.size}")
+        if self.values == "figure":
+            amount_HW = (image > 0).astype(np.float32)
+        else:
+            largest = 65535 if image.dtype == np.uint16 else 255
+            amount_HW = image.astype(np.float32) * np.float32(1 / largest)
+        return cell_means(amount_HW, grid_size(picture, self.stride))
+
+    def flip(self, map_HWC: Map) -> Map:
+        """The map of the mirrored image."""
+        return mirror(map_HWC)

@@ -1,0 +1,60 @@
+"""Where thin lines are, bright or dark: vessels, cracks, hairs, wires."""
+
+from typing import ClassVar, Literal
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from dpkd.config import Config
+from dpkd.priors.base import grid_size, mirror
+from dpkd.priors.catalogue.cells import cell_means
+from dpkd.priors.codecs import JpegCodec, Map
+from dpkd.priors.image_views import Picture
+
+Image = npt.NDArray[np.float32]
+
+FULL_SCALE = 48.0
+"""Ridge strength, in grey levels, that is stored as 1."""
+
+
+class Ridge(Config):
+    """Strength of bright and of dark lines in a cell every `stride` pixels: two channels in [0, 1].
+
+    With λ₁ ≤ λ₂ the eigenvalues of the Hessian of luma at scale s: bright R = max over s of s²·max(-λ₁, 0), dark
+    R = max over s of s²·max(λ₂, 0) (Lindeberg 1998, γ = 1; the larger eigenvalue alone, as in Frangi et al. 1998 for
+    long thin shapes). The map is √min(R/48, 1), R averaged over the cell. Scales from 2 are computed at half size.
+    """
+
+    kind: Literal["ridge"] = "ridge"
+    scales: tuple[float, ...] = Field((1.0, 2.0, 3.0), min_length=1)
+    """Standard deviations of the Gaussians, in pixels: about half the width of the lines."""
+    stride: int = Field(8, ge=1)
+
+    name: ClassVar[str] = "ridge"
+    version: ClassVar[int] = 1
+    channels: ClassVar[int] = 2
+    nearest: ClassVar[bool] = False
+    codec: ClassVar[JpegCodec] = JpegCodec()
+
+    def map(self, picture: Picture) -> Map:
+        """Bright and dark ridge strength, float32 HW2."""
+        from dpkd.priors.catalogue.hessian import add_ridges  # noqa: PLC0415 (numba must not load with the settings)
+
+        height, width = picture.size
+        strength_HWC = np.zeros((height, width, 2), np.float32)
+        half_HW = cv2.resize(picture.grey_HW, ((width + 1) // 2, (height + 1) // 2), interpolation=cv2.INTER_AREA)
+        coarse_HWC = np.zeros((*half_HW.shape, 2), np.float32)
+        for scale in self.scales:
+            if scale < 2:
+                add_ridges(np.asarray(cv2.GaussianBlur(picture.grey_HW, (0, 0), scale)), scale, strength_HWC)
+            else:
+                add_ridges(np.asarray(cv2.GaussianBlur(half_HW, (0, 0), scale / 2)), scale / 2, coarse_HWC)
+        coarse_HWC = np.asarray(cv2.resize(coarse_HWC, (width, height), interpolation=cv2.INTER_LINEAR))
+        mean_HWC = cell_means(np.asarray(cv2.max(strength_HWC, coarse_HWC)), grid_size(picture, self.stride))
+        return np.sqrt(np.minimum(mean_HWC * np.float32(1 / FULL_SCALE), np.float32(1)))
+
+    def flip(self, map_HWC: Map) -> Map:
+        """The map of the mirrored image."""
+        return mirror(map_HWC)

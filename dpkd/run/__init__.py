@@ -1,0 +1,1 @@
+"""A run's folder, its attempts, and what it was made with."""
