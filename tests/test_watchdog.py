@@ -29,7 +29,7 @@ def start(folder: Path, body: str) -> subprocess.Popen[bytes]:
     """A watched process whose steps may take a second, in a process group of its own."""
     root = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     command = [sys.executable, "-c", HEAD + f"    {body}\n", str(folder)]
-    return subprocess.Popen(command, env=os.environ | root, start_new_session=True)
+    return subprocess.Popen(command, env=os.environ | root, start_new_session=True, cwd=folder)
 
 
 def test_a_step_that_never_ends_is_a_hang(tmp_path: Path) -> None:

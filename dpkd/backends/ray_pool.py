@@ -19,8 +19,9 @@ from ray import cloudpickle
 from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryError, RayActorError, RayError
 
 from dpkd.backends.ray_session import connect, enter_folder
+from dpkd.launch.forking import ONE_THREAD
 from dpkd.launch.heartbeat import rest
-from dpkd.launch.pool import ONE_THREAD, Deaths, answer_to, never, result_of
+from dpkd.launch.pool import Deaths, answer_to, never, result_of
 from dpkd.launch.watchdog import WatchOrder, watched
 from dpkd.log import logger
 

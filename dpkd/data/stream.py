@@ -8,7 +8,6 @@ Axes: B images of a micro-batch, C channels, H and W pixels, N samples of the sp
 import multiprocessing
 import signal
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import forkserver
@@ -26,7 +25,7 @@ from dpkd.data.order import SampleOrder, dealt
 from dpkd.data.settings import AugmentSettings, LoaderSettings
 from dpkd.data.shards import Sample, Split
 from dpkd.errors import UserError
-from dpkd.launch.forking import end_with_parent
+from dpkd.launch.forking import end_with_parent, one_thread_each
 from dpkd.launch.signals import held
 
 _GRACE_S = 600
@@ -235,14 +234,16 @@ def _load(reader: _Reader, work: Iterable[_Work], *, workers: int, prefetch: int
 
 def _begun(batches: DataLoader[Batch | _Failure]) -> Iterator[Batch | _Failure]:
     """The loader at work; whoever keeps it (a traceback, say) keeps its workers."""
-    with held() if batches.num_workers else nullcontext():  # until they are up, and say how they take a signal
+    if not batches.num_workers:
+        return iter(batches)
+    with held(), one_thread_each():  # until they are up, and say how they take a signal
         return iter(batches)
 
 
 def load_ahead() -> None:
     """Starts the process that workers are forked from, which loads what they need while this one goes on."""
     if _processes().get_start_method() == "forkserver":
-        with held():
+        with held(), one_thread_each():  # workers inherit its environment, and the libraries that it has loaded
             forkserver.ensure_running()
 
 

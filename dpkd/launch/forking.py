@@ -20,6 +20,34 @@ from typing import Any
 from dpkd.launch.signals import held
 
 
+ONE_THREAD = dict.fromkeys(
+    (
+        "OMP_NUM_THREADS",
+        "OPENBLAS_NUM_THREADS",
+        "MKL_NUM_THREADS",
+        "NUMEXPR_NUM_THREADS",
+        "VECLIB_MAXIMUM_THREADS",
+    ),
+    "1",
+)
+"""The environment that keeps numpy, torch and their like to one thread; each reads it once, as it is loaded."""
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Gives the processes that start in the body one computing thread each; this process keeps its own."""
+    before = {name: os.environ.get(name) for name in ONE_THREAD}
+    os.environ.update(ONE_THREAD)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def load_ahead(*modules: str) -> str:
     """Starts the process that workers are forked from, which loads these modules while this one goes on.
 

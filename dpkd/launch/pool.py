@@ -26,6 +26,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from dpkd.errors import StorageUnavailable, WorkerFailed, portable, without_secrets
 from dpkd.io.errors import may_pass
+from dpkd.launch.forking import ONE_THREAD
 from dpkd.launch.heartbeat import SLOW, beat, rest
 from dpkd.launch.watchdog import WatchOrder, hangs, watched
 
@@ -43,9 +44,6 @@ PATIENCE_S = 5.0
 """What a worker has to end by itself."""
 LOOK_S = 1.0
 """Seconds between two looks at workers that say nothing."""
-
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-"""The environment that keeps a worker's numpy and torch to one thread: workers share the cores already."""
 
 
 def never() -> bool:

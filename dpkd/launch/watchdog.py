@@ -154,7 +154,7 @@ def _start(order: WatchOrder, *, rank: int, handles: tuple[int, int]) -> subproc
     try:
         return subprocess.Popen(
             [sys.executable, "-S", "-m", "dpkd.launch.watchdog", *arguments, *map(str, handles)],
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=handles,

@@ -24,6 +24,7 @@ from dpkd.data.shards import Dataset, Manifest, Sample, Split, SplitInfo
 from dpkd.data.stream import Batch, evaluation_batches, training_batches
 from dpkd.data.tars import TarWriter
 from dpkd.errors import UserError
+from dpkd.launch.forking import ONE_THREAD
 
 SHARD_SIZES = (5, 7, 4)
 NUM_SAMPLES = sum(SHARD_SIZES)
@@ -329,3 +330,44 @@ def test_loaders_start_and_work_while_the_whole_group_is_asked_to_stop(split, tm
         os.killpg(process.pid, signal.SIGTERM)
         time.sleep(0.01)
     assert process.returncode == 0
+
+
+_THREADS = """
+import os
+import numpy as np
+from dpkd.data.settings import LoaderSettings
+from dpkd.data.shards import Dataset
+from dpkd.data.stream import evaluation_batches, load_ahead
+from dpkd.launch.forking import ONE_THREAD
+from tests.pool_work import num_threads
+
+class ThreadsAsMaps:
+    def read(self, i, sample):
+        counts = [int(os.environ[name]) for name in ONE_THREAD] + num_threads(None)
+        return {"threads": np.full((1, 1, 1), max(counts), np.float32)}
+    def nearest(self, name):
+        return True
+    def flip(self, name, map_HWC):
+        return map_HWC
+
+if __name__ == "__main__":
+    import sys
+    if sys.argv[2] == "ahead":
+        load_ahead()
+    split = Dataset.open(sys.argv[1]).split("train")
+    batches = evaluation_batches(
+        split, indices=np.arange(8), maps=ThreadsAsMaps(), image_size=16, map_size=4, batch_size=2,
+        loader=LoaderSettings(workers=2),
+    )
+    print({int(batch.priors["threads"].max()) for batch in batches}, {os.environ.get(name) for name in ONE_THREAD})
+"""
+
+
+@pytest.mark.parametrize("start", ["ahead", "with the loader"])
+def test_loader_workers_compute_with_one_thread_and_leave_the_trainer_its_own(split, tmp_path, start):
+    script = tmp_path / "threads.py"
+    script.write_text(_THREADS)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])} | dict.fromkeys(ONE_THREAD, "2")
+    command = [sys.executable, script, split.url, start]
+    printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert printed == "{1} {'2'}\n"
