@@ -32,7 +32,7 @@ from dpkd.launch.pool import LocalPool
 from dpkd.log import Progress
 from dpkd.priors import Prior
 from dpkd.priors.catalogue.edge import Edge
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 from dpkd.priors.record import store
 
 Image = NDArray[np.uint8]
@@ -48,29 +48,29 @@ class Detector:
     draw: Callable[[Image], Map]
 
 
-def native(prior: Prior, image_HWC: Image) -> Map:
+def native(prior: Any, image_HWC: Image) -> Map:
     """The prior's map with a cell a pixel, not thinned: the benchmark does that."""
     whole = {"stride": 1} | ({"thin": False} if isinstance(prior, Edge) else {})
-    return np.asarray(prior.model_copy(update=whole).map(Picture(image_HWC))[:, :, 0], np.float32)
+    return np.asarray(prior.model_copy(update=whole).map(ImageViews(image_HWC))[:, :, 0], np.float32)
 
 
 def stored(prior: Prior, image_HWC: Image) -> Map:
     """The prior's map as a reader gets it for the image at 224 x 224 px, enlarged to the image's size."""
     height, width = image_HWC.shape[:2]
     small_HWC = np.asarray(cv2.resize(image_HWC, (STORED_PX, STORED_PX), interpolation=cv2.INTER_AREA), np.uint8)
-    read_HWC = store(prior, prior.map(Picture(small_HWC))).decode()
+    read_HWC = store(prior, prior.map(ImageViews(small_HWC))).decode()
     large_HW = cv2.resize(read_HWC[:, :, 0], (width, height), interpolation=cv2.INTER_CUBIC)
     return np.clip(np.asarray(large_HW, np.float32), 0, 1)
 
 
 def sobel(image_HWC: Image) -> Map:
     """Sobel's gradient of luma."""
-    return _gradient(Picture(image_HWC).grey_HW)
+    return _gradient(ImageViews(image_HWC).grey_HW)
 
 
 def gaussian(image_HWC: Image, *, sigma: float = 2.0) -> Map:
     """The gradient of smoothed luma, as Canny's detector takes it."""
-    return _gradient(np.asarray(cv2.GaussianBlur(Picture(image_HWC).grey_HW, (0, 0), sigma), np.float32))
+    return _gradient(np.asarray(cv2.GaussianBlur(ImageViews(image_HWC).grey_HW, (0, 0), sigma), np.float32))
 
 
 def _gradient(grey_HW: Map) -> Map:

@@ -38,7 +38,7 @@ from dpkd.data.shards import Dataset, Sample, Split
 from dpkd.errors import UserError
 from dpkd.launch.pool import LocalPool, never
 from dpkd.priors import DEFAULT_PRIORS
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 from dpkd.priors.memory import keep_freed_memory
 from dpkd.priors.record import StoredMap, store
 from dpkd.priors.shards import PriorSet
@@ -149,12 +149,12 @@ def _kernels(images: list[bytes]) -> dict[str, Any]:
     cv2.setNumThreads(1)
     keep_freed_memory()
     for prior in DEFAULT_PRIORS:
-        prior.map(Picture(decode_image(images[0])))  # compiles
+        prior.map(ImageViews(decode_image(images[0])))  # compiles
     time_s: dict[str, float] = defaultdict(float)
     sizes: dict[str, list[int]] = defaultdict(list)
     for image in images:
         with _timed(time_s, "decode"):
-            picture = Picture(decode_image(image))
+            picture = ImageViews(decode_image(image))
         with _timed(time_s, "views"):
             for view in VIEWS:
                 getattr(picture, view)
@@ -264,7 +264,7 @@ def _decoding(dataset: Dataset, *, num_samples: int) -> dict[str, Any]:
     samples = [split.read(i) for i in range(num_samples)]
     stored: dict[str, list[StoredMap]] = defaultdict(list)
     for sample in samples:
-        picture = Picture(decode_image(sample.image))
+        picture = ImageViews(decode_image(sample.image))
         for prior in DEFAULT_PRIORS:
             stored[prior.name].append(store(prior, prior.map(picture)))
     map_ms = {name: _mean_ms(each, StoredMap.decode) for name, each in stored.items()}

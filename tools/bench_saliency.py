@@ -26,7 +26,7 @@ from dpkd.log import Progress
 from dpkd.priors.catalogue.saliency import Saliency
 from dpkd.priors.catalogue.superpixel import Superpixel
 from dpkd.priors.derived import DERIVED
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 
 Map = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -50,27 +50,27 @@ def overlap(found: NDArray[Any], figure: NDArray[Any]) -> NDArray[np.float64]:
     return np.where(union == 0, 1.0, np.logical_and(found, figure).sum((-2, -1)) / np.maximum(union, 1))
 
 
-def centre(picture: Picture) -> Map:
+def centre(picture: ImageViews) -> Map:
     """A Gaussian in the middle, a quarter of each side wide."""
     height, width = picture.size
     y_H, x_W = (np.linspace(-2, 2, side, dtype=np.float32) for side in (height, width))
     return np.exp(np.float32(-0.5) * (y_H[:, None] ** 2 + x_W**2)).astype(np.float32)[:, :, None]
 
 
-def otsu(picture: Picture) -> Map:
+def otsu(picture: ImageViews) -> Map:
     """Luma above or below Otsu's threshold, whichever is less of the image."""
     _, bright_HW = cv2.threshold(picture.grey8_HW, 0, 1, cv2.THRESH_OTSU)
     figure_HW = bright_HW if np.mean(bright_HW) < 0.5 else 1 - bright_HW
     return np.asarray(figure_HW, np.float32)[:, :, None]
 
 
-def foreground(picture: Picture) -> Map:
+def foreground(picture: ImageViews) -> Map:
     """The derived map of the default saliency and superpixels."""
     maps = {"saliency": Saliency().map(picture), "superpixel": Superpixel().map(picture)}
     return np.asarray(DERIVED["foreground"].derive(maps), np.float32)
 
 
-METHODS: dict[str, Callable[[Picture], Any]] = {
+METHODS: dict[str, Callable[[ImageViews], Any]] = {
     "saliency": Saliency().map,
     "foreground": foreground,
     "control: centre": centre,
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
 
 
 def measure(
-    pairs: list[tuple[Path, Path]], methods: Mapping[str, Callable[[Picture], Any]], *, folder: str
+    pairs: list[tuple[Path, Path]], methods: Mapping[str, Callable[[ImageViews], Any]], *, folder: str
 ) -> list[dict[str, Any]]:
     """A row for each method: its figures over the images, each at its own size."""
     rows = []
@@ -107,7 +107,7 @@ def measure(
         images, taken_s = [], []
         with Progress(f"{folder}, {name}", len(pairs)) as progress:
             for image_path, mask_path in pairs:
-                picture = Picture(decode_image(image_path.read_bytes()))
+                picture = ImageViews(decode_image(image_path.read_bytes()))
                 start_s = time.process_time()
                 map_HW = _at_size(method(picture)[:, :, 0], picture.size)
                 taken_s.append(time.process_time() - start_s)

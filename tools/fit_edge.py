@@ -1,4 +1,4 @@
-"""Fits the weights of the edge prior's cues to boundaries that people drew: see dpkd/priors/catalogue/edge_cues.py.
+"""Fits the weights of the edge prior's cues to boundaries that people drew: see dpkd/priors/catalogue/edge.py.
 
     python -m zipfile -e ../shared/data/bsds500.zip data
     python tools/fit_edge.py --data data/bsds500
@@ -19,9 +19,8 @@ from sklearn.linear_model import LogisticRegression
 
 from dpkd.data.images import decode_image
 from dpkd.evaluation.boundaries import region_boundary
-from dpkd.priors.catalogue.edge_cues import FLOOR, enlarged, levels
-from dpkd.priors.catalogue.edge_kernels import crests
-from dpkd.priors.image_views import Picture
+from dpkd.priors.catalogue.edge import FLOOR, crests, enlarged, levels
+from dpkd.priors.image_views import ImageViews
 
 Image = NDArray[np.uint8]
 Table = NDArray[np.float32]
@@ -62,7 +61,7 @@ def _tables(path: Path, random: np.random.Generator) -> Iterator[tuple[list[tupl
     share_HW = _drawn_share(path)
     for side, num_places in SIZES:
         seen_HWC = image_HWC if side is None else cv2.resize(image_HWC, (side, side), interpolation=cv2.INTER_AREA)
-        found = levels(Picture(np.asarray(seen_HWC, np.uint8)).lab_HWC)
+        found = levels(ImageViews(np.asarray(seen_HWC, np.uint8)).lab_HWC)
         size = found[0]["line"].shape
         names = [(level, name) for level, cues in enumerate(found) for name in cues]
         said = [enlarged(np.log(found[level][name] + FLOOR), size) for level, name in names]

@@ -67,7 +67,7 @@ def thin(map_HW: Map) -> Map:
     The direction across a crest is that of the strongest downward curvature. What lies within `FRAME_PX` of the frame
     is left out, where a gradient sees no further.
     """
-    from dpkd.priors.catalogue.edge_kernels import crests  # noqa: PLC0415 (numba loads where it is used)
+    from dpkd.priors.catalogue.edge import crests  # noqa: PLC0415 (numba loads where it is used)
 
     thin_HW = crests(map_HW, direction_px=2.0, fine_px=1.0)
     inside_HW = np.zeros_like(thin_HW)

@@ -1,4 +1,4 @@
-"""Prior maps: one file a prior, a frozen settings model whose `map(picture)` does the work; `Prior` is their union.
+"""Prior maps: one file a prior, a frozen settings model whose `map(image)` does the work; `Prior` is their union.
 
 To add a prior: write its file with the verbs of `dpkd.priors.base.Extractor`, and name its class here. Other
 packages bring theirs by an entry point (`dpkd.priors.installed`).
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Union
 
 from pydantic import Field
 
+from dpkd.priors.base import Extractor
 from dpkd.priors.catalogue.colour import Colour
 from dpkd.priors.catalogue.edge import Edge
 from dpkd.priors.catalogue.expert import Expert
@@ -44,22 +45,7 @@ KINDS = (*BUILT_IN, *installed_priors(BUILT_IN))
 """The classes of all priors that settings can name."""
 
 if TYPE_CHECKING:
-    Prior = (
-        Edge
-        | Orientation
-        | Superpixel
-        | Saliency
-        | Lbp
-        | Gabor
-        | Colour
-        | Ridge
-        | Hog
-        | Hue
-        | Symmetry
-        | Glcm
-        | Expert
-        | Learned
-    )
+    Prior = Extractor
 else:
     Prior = Annotated[Union[KINDS], Field(discriminator="kind")]  # noqa: UP007 (of a tuple)
 

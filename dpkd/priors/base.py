@@ -3,13 +3,13 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Literal, Protocol, TypeVar, runtime_checkable
+from typing import ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from typing_extensions import Self
 
 from dpkd.priors.codecs import Codec, Map
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 
 
 class Extractor(Protocol):
@@ -39,7 +39,7 @@ class Extractor(Protocol):
     def codec(self) -> Codec:
         """How the map is stored."""
 
-    def map(self, picture: Picture) -> Map:
+    def map(self, image: ImageViews) -> Map:
         """The map of an image of any size, on a grid that covers the whole image."""
 
     def flip(self, map_HWC: Map) -> Map:
@@ -49,6 +49,16 @@ class Extractor(Protocol):
         """The settings as JSON."""
 
     def __hash__(self) -> int: ...
+
+
+class Mirrored:
+    """The verbs of most priors: amounts, and the mirrored image has the mirrored map."""
+
+    nearest: ClassVar[bool] = False
+
+    def flip(self, map_HWC: Map) -> Map:
+        """The map of the image mirrored left to right."""
+        return mirror(map_HWC)
 
 
 @runtime_checkable
@@ -69,7 +79,7 @@ class BatchExtractor(Extractor, Protocol):
     def identity(self) -> str:
         """What the maps depend on, of a sealed prior; it is named by this instead of its settings."""
 
-    def maps(self, pictures: Sequence[Picture], *, device: str) -> list[Map]:
+    def maps(self, images: Sequence[ImageViews], *, device: str) -> list[Map]:
         """The map of each image, on a device of torch; one that is not finite marks its image as bad.
 
         An error stops the stage: whatever is wrong with a single image must show in its map.
@@ -97,9 +107,9 @@ def fingerprint(prior: Extractor) -> str:
     return hashlib.sha256(f"{settings} version {prior.version}".encode()).hexdigest()[:16]
 
 
-def grid_size(picture: Picture, stride: int) -> tuple[int, int]:
+def grid_size(image: ImageViews, stride: int) -> tuple[int, int]:
     """Height and width of the grid that has a cell about every `stride` pixels, at least one."""
-    height, width = picture.size
+    height, width = image.size
     return max(1, round(height / stride)), max(1, round(width / stride))
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 Value = TypeVar("Value", np.uint8, np.float32)
 
 
-class Picture:
+class ImageViews:
     """An RGB image with the views of it that several priors need, each made at first use and not to be written to."""
 
     def __init__(self, rgb_HWC: npt.NDArray[np.uint8], *, given: Mapping[str, bytes] | None = None) -> None:

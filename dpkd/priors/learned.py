@@ -11,9 +11,9 @@ from pydantic import Field, model_validator
 from dpkd.config import Config
 from dpkd.errors import UserError
 from dpkd.priors.base import grid_size, mirror
-from dpkd.priors.catalogue.cells import cell_means
+from dpkd.priors.catalogue.kernels import cell_means
 from dpkd.priors.codecs import ByteCodec, JpegCodec, Map
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 from dpkd.priors.model_output import Array, Run, Scale, scaled
 from dpkd.priors.model_settings import Model, TimmModel, checksum
 
@@ -106,14 +106,14 @@ class Learned(Config):
         assert self.model.sha256 is not None, "a prior is sealed before it is named"
         return self.model_dump_json(exclude={"model": {"file"}, "batch_size": True, "device": True})
 
-    def map(self, picture: Picture) -> Map:
+    def map(self, picture: ImageViews) -> Map:
         """The map of an image, float32; raises ValueError where the model gives values that are not finite."""
         (map_HWC,) = self.maps([picture], device="cpu")
         if not np.isfinite(map_HWC).all():
             raise ValueError(f"{self.name}: the model gives values that are not finite")
         return map_HWC
 
-    def maps(self, pictures: Sequence[Picture], *, device: str) -> list[Map]:
+    def maps(self, pictures: Sequence[ImageViews], *, device: str) -> list[Map]:
         """The maps of at most `batch_size` images, float32, by the model on `device`, a device of torch.
 
         Values that are not finite pass. Raises `UserError` where the model cannot be used, before its first map.
@@ -130,7 +130,7 @@ class Learned(Config):
         return mirror(map_HWC)
 
 
-def _batch(prior: Learned, pictures: Sequence[Picture]) -> Array:
+def _batch(prior: Learned, pictures: Sequence[ImageViews]) -> Array:
     """The images as the model takes them; places that are left over are of the mean colour."""
     assert len(pictures) <= prior.batch_size, f"{len(pictures)} images in a batch of {prior.batch_size}"
     height, width = prior.input_size

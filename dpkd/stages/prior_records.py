@@ -17,10 +17,10 @@ from dpkd.launch.heartbeat import pulse
 from dpkd.priors import Prior
 from dpkd.priors.base import BatchExtractor, Extractor, fingerprint
 from dpkd.priors.codecs import Map
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 from dpkd.priors.record import Record, StoredMap, flat, source_hash, store
 
-BLANK = Picture(np.zeros((1, 1, 3), np.uint8))
+BLANK = ImageViews(np.zeros((1, 1, 3), np.uint8))
 
 
 def make_records(
@@ -106,7 +106,7 @@ def _batch_records(
     }
 
 
-def _pictures(samples: list[Sample | Unreadable], *, device: str) -> list[Picture | None]:
+def _pictures(samples: list[Sample | Unreadable], *, device: str) -> list[ImageViews | None]:
     """The images, none for those that cannot be read; by several threads where an accelerator would wait for one."""
     if device == "cpu":
         return [_picture_or_none(sample) for sample in samples]
@@ -114,7 +114,7 @@ def _pictures(samples: list[Sample | Unreadable], *, device: str) -> list[Pictur
         return list(threads.map(_picture_or_none, samples))
 
 
-def _picture_or_none(sample: Sample | Unreadable) -> Picture | None:
+def _picture_or_none(sample: Sample | Unreadable) -> ImageViews | None:
     try:
         return _picture(sample) if isinstance(sample, Sample) else None
     except BrokenImage:  # `_record` meets it again, and says why
@@ -164,5 +164,5 @@ def _holds(stored: StoredMap | None, prior: Extractor) -> bool:
     return stored is not None and stored.fingerprint == fingerprint(prior)
 
 
-def _picture(sample: Sample) -> Picture:
-    return Picture(decode_image(sample.image), given=sample.given)
+def _picture(sample: Sample) -> ImageViews:
+    return ImageViews(decode_image(sample.image), given=sample.given)

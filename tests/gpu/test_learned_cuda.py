@@ -13,7 +13,7 @@ from dpkd.data.shards import Dataset
 from dpkd.launch.pool import LocalPool
 from dpkd.launch.settings import LauncherSettings
 from dpkd.priors.catalogue.edge import Edge
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 from dpkd.priors.shards import PriorSet
 from tests.model_cases import (
     Depth,
@@ -52,7 +52,7 @@ def three_priors(folder: Path) -> dict:
 def test_maps_on_a_gpu_are_those_of_the_cpu(tmp_path, kind):
     prior = three_priors(tmp_path)[kind]
     random = np.random.default_rng(0)
-    pictures = [Picture(random.integers(0, 256, (40, 48, 3), np.uint8)) for _ in range(3)]
+    pictures = [ImageViews(random.integers(0, 256, (40, 48, 3), np.uint8)) for _ in range(3)]
     for here, there in zip(prior.maps(pictures, device="cpu"), prior.maps(pictures, device="cuda"), strict=True):
         np.testing.assert_allclose(there, here, atol=0.02)
 

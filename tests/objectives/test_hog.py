@@ -4,7 +4,7 @@ import torch
 
 from dpkd.objectives.hog import hog
 from dpkd.priors.catalogue.hog import Hog
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 
 
 def drawn(*, height: int, width: int, count: int = 3) -> np.ndarray:
@@ -15,14 +15,14 @@ def drawn(*, height: int, width: int, count: int = 3) -> np.ndarray:
 def test_maps_made_on_the_device_are_those_that_prepare_stores(height, width):
     image_BHWC = drawn(height=height, width=width)
     map_BKHW = hog(torch.from_numpy(image_BHWC).permute(0, 3, 1, 2))
-    stored = np.stack([Hog().map(Picture(image_HWC)).transpose(2, 0, 1) for image_HWC in image_BHWC])
+    stored = np.stack([Hog().map(ImageViews(image_HWC)).transpose(2, 0, 1) for image_HWC in image_BHWC])
     np.testing.assert_allclose(map_BKHW.numpy(), stored, atol=2e-3)
 
 
 def test_bins_and_cells_can_be_chosen():
     image_BHWC = drawn(height=32, width=48, count=1)
     map_BKHW = hog(torch.from_numpy(image_BHWC).permute(0, 3, 1, 2), bins=6, cell=16)
-    stored = Hog(bins=6, cell=16).map(Picture(image_BHWC[0])).transpose(2, 0, 1)
+    stored = Hog(bins=6, cell=16).map(ImageViews(image_BHWC[0])).transpose(2, 0, 1)
     np.testing.assert_allclose(map_BKHW[0].numpy(), stored, atol=2e-3)
 
 

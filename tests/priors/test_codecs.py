@@ -3,7 +3,7 @@ import pytest
 
 from dpkd.priors.catalogue.edge import Edge
 from dpkd.priors.codecs import CODECS, JpegCodec, LabelCodec, NibbleCodec
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 from dpkd.priors.record import StoredMap
 
 
@@ -17,7 +17,7 @@ def test_nibbles_are_off_by_at_most_half_a_step(shape):
 
 def test_jpeg_keeps_a_smooth_map_within_a_few_hundredths_and_channels_apart(scene):
     edge = Edge(thin=False, stride=4)
-    map_HWC = np.concatenate([edge.map(Picture(scene)), 1 - edge.map(Picture(255 - scene))], axis=2)
+    map_HWC = np.concatenate([edge.map(ImageViews(scene)), 1 - edge.map(ImageViews(255 - scene))], axis=2)
     back_HWC = JpegCodec().decode(JpegCodec().encode(map_HWC), (16, 24, 2))
     assert np.abs(back_HWC - map_HWC).mean() < 0.02
     assert np.abs(back_HWC - map_HWC).max() < 0.15

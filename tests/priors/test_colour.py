@@ -3,12 +3,12 @@ import pytest
 from skimage import color
 
 from dpkd.priors.catalogue.colour import Colour
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 
 
 def test_means_and_deviations_agree_with_scikit_image(photograph):
     lab_HWC = color.rgb2lab(photograph).reshape(12, 16, 16, 16, 3)
-    found_HWC = Colour().map(Picture(photograph))
+    found_HWC = Colour().map(ImageViews(photograph))
     mean_HWC, deviation_HWC = lab_HWC.mean((1, 3)), lab_HWC.std((1, 3))
     np.testing.assert_allclose(found_HWC[:, :, 0] * 100, mean_HWC[:, :, 0], atol=0.3)
     np.testing.assert_allclose(found_HWC[:, :, 1:3] * 256 - 128, mean_HWC[:, :, 1:], atol=0.6)
@@ -18,8 +18,8 @@ def test_means_and_deviations_agree_with_scikit_image(photograph):
 @pytest.mark.parametrize("light", [(1.0, 0.8, 0.6), (0.7, 0.9, 1.0)])
 def test_grey_world_takes_the_colour_of_the_lamp_away(photograph, light):
     under_lamp = np.rint(photograph * np.array(light)).astype(np.uint8)
-    plain, lamp = (Colour().map(Picture(image))[:, :, 1:3] for image in (photograph, under_lamp))
+    plain, lamp = (Colour().map(ImageViews(image))[:, :, 1:3] for image in (photograph, under_lamp))
     balanced, balanced_lamp = (
-        Colour(grey_world=True).map(Picture(image))[:, :, 1:3] for image in (photograph, under_lamp)
+        Colour(grey_world=True).map(ImageViews(image))[:, :, 1:3] for image in (photograph, under_lamp)
     )
     assert np.abs(balanced - balanced_lamp).mean() < 0.2 * np.abs(plain - lamp).mean()

@@ -7,7 +7,7 @@ from dpkd.priors.catalogue.edge import Edge
 from dpkd.priors.catalogue.saliency import Saliency
 from dpkd.priors.catalogue.superpixel import Superpixel
 from dpkd.priors.derived import DERIVED, STRONG, derivable
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 
 Foreground, BoundaryDistance = DERIVED["foreground"], DERIVED["boundary_distance"]
 
@@ -30,7 +30,7 @@ def test_a_region_goes_with_the_majority_of_its_cells():
 
 
 def test_foreground_of_a_drawn_object_covers_it_and_little_else(scene):
-    maps = {"saliency": Saliency().map(Picture(scene)), "superpixel": Superpixel(region_px=8).map(Picture(scene))}
+    maps = {"saliency": Saliency().map(ImageViews(scene)), "superpixel": Superpixel(region_px=8).map(ImageViews(scene))}
     found_HW = Foreground.derive(maps)[:, :, 0] > 0
     y_HW, x_HW = np.mgrid[2:64:4, 2:96:4]
     disc_HW = (x_HW - 40) ** 2 + (y_HW - 30) ** 2 < 14**2
@@ -55,7 +55,7 @@ def test_without_a_strong_edge_every_place_is_far_from_a_boundary():
 
 
 def test_distance_is_zero_on_the_rim_of_a_drawn_disc_and_grows_inwards(scene):
-    found_HW = BoundaryDistance.derive({"edge": Edge().map(Picture(scene))})[:, :, 0]
+    found_HW = BoundaryDistance.derive({"edge": Edge().map(ImageViews(scene))})[:, :, 0]
     assert found_HW[15, 12:15].min() < 0.1  # the left end of the disc: 26, 30 px
     assert found_HW[15, 20] > 0.5
 

@@ -4,10 +4,21 @@ import pytest
 from scipy import ndimage
 from skimage import color, measure
 
-from dpkd.priors.catalogue.edge import LEAST, SURE, Edge
-from dpkd.priors.catalogue.edge_cues import BIAS, FLOOR, WEIGHTS, boundary_odds, levels
-from dpkd.priors.catalogue.edge_kernels import crests, gradients, line_strength, tensor
-from dpkd.priors.image_views import Picture
+from dpkd.priors.catalogue.edge import (
+    BIAS,
+    FLOOR,
+    LEAST,
+    SURE,
+    WEIGHTS,
+    Edge,
+    boundary_odds,
+    crests,
+    gradients,
+    levels,
+    line_strength,
+    tensor,
+)
+from dpkd.priors.image_views import ImageViews
 
 
 def blurred(map_HW, scale):
@@ -55,13 +66,13 @@ def reference_cues(image_HWC):
 
 
 def test_the_cues_agree_with_scipy_and_scikit_image(photograph):
-    for found, expected in zip(levels(Picture(photograph).lab_HWC), reference_cues(photograph), strict=True):
+    for found, expected in zip(levels(ImageViews(photograph).lab_HWC), reference_cues(photograph), strict=True):
         for name, expected_HW in expected.items():
             np.testing.assert_allclose(found[name], expected_HW, atol=0.02 * expected_HW.max(), err_msg=name)
 
 
 def test_the_odds_are_the_weighed_sum_of_the_logarithms_of_the_cues(photograph):
-    lab_HWC = Picture(photograph).lab_HWC
+    lab_HWC = ImageViews(photograph).lab_HWC
     found_HW = boundary_odds(lab_HWC)
     expected_HW = np.full(found_HW.shape, BIAS)
     for cues, weights in zip(levels(lab_HWC), WEIGHTS, strict=True):
@@ -71,7 +82,7 @@ def test_the_odds_are_the_weighed_sum_of_the_logarithms_of_the_cues(photograph):
             zoom = (found_HW.shape[0] / said_HW.shape[0], found_HW.shape[1] / said_HW.shape[1])
             expected_HW += ndimage.zoom(said_HW, zoom, order=1, grid_mode=True, mode="nearest")
     assert np.abs(found_HW - expected_HW).mean() < 0.03  # interpolated level by level, not at once
-    odds_HW = np.log(1 / Edge(thin=False).map(Picture(photograph))[:, :, 0] - 1)
+    odds_HW = np.log(1 / Edge(thin=False).map(ImageViews(photograph))[:, :, 0] - 1)
     np.testing.assert_allclose(-odds_HW, found_HW, atol=1e-3)
 
 
@@ -130,7 +141,7 @@ def test_a_crest_is_no_smaller_than_what_scipy_finds_to_either_side():
 
 
 def test_a_thinned_map_keeps_whole_lines_that_have_a_sure_place(photograph):
-    picture = Picture(photograph)
+    picture = ImageViews(photograph)
     whole_HW, thin_HW = (Edge(thin=thin).map(picture)[:, :, 0] for thin in (False, True))
     crest_HW = crests(whole_HW, direction_px=1.0, fine_px=0.5, least=LEAST)
     line_HW = measure.label(crest_HW > 0, connectivity=2)
@@ -141,17 +152,17 @@ def test_a_thinned_map_keeps_whole_lines_that_have_a_sure_place(photograph):
 
 def test_an_even_image_has_no_boundary_and_a_step_in_light_or_colour_has_one_where_it_is():
     image_HWC = np.full((64, 64, 3), 90, np.uint8)
-    assert Edge(thin=False).map(Picture(image_HWC)).max() < LEAST
-    assert Edge().map(Picture(image_HWC)).max() == 0
+    assert Edge(thin=False).map(ImageViews(image_HWC)).max() < LEAST
+    assert Edge().map(ImageViews(image_HWC)).max() == 0
     for right in ((250, 250, 250), (113, 80, 60)):  # the second is about as light
         image_HWC[:, 32:] = right
-        found_HW = Edge().map(Picture(image_HWC))[4:-4, :, 0]
+        found_HW = Edge().map(ImageViews(image_HWC))[4:-4, :, 0]
         assert set(np.nonzero(found_HW)[1]) <= {15, 16}
         assert (found_HW.max(1) > 0.5).all()
 
 
 def test_the_rim_of_an_object_is_likelier_than_the_texture_of_the_ground(scene):
-    found_HW = Edge(stride=1, thin=False).map(Picture(scene))[:, :, 0]
+    found_HW = Edge(stride=1, thin=False).map(ImageViews(scene))[:, :, 0]
     y_HW, x_HW = np.mgrid[:64, :96]
     away_HW = np.hypot(x_HW - 40, y_HW - 30) - 14
     rim, ground = found_HW[abs(away_HW) < 1].mean(), found_HW[away_HW > 8].mean()
@@ -161,7 +172,7 @@ def test_the_rim_of_an_object_is_likelier_than_the_texture_of_the_ground(scene):
 def test_crests_of_a_disc_lie_on_its_rim():
     image_HWC = np.full((96, 96, 3), 60, np.uint8)
     cv2.circle(image_HWC, (48, 48), 30, (200, 180, 40), -1, cv2.LINE_AA)
-    crest_HW = Edge().map(Picture(image_HWC))[:, :, 0] > 0.5
+    crest_HW = Edge().map(ImageViews(image_HWC))[:, :, 0] > 0.5
     y_HW, x_HW = np.mgrid[:48, :48] * 2 + 0.5
     away_HW = np.abs(np.hypot(x_HW - 48, y_HW - 48) - 30)
     assert away_HW[crest_HW].max() <= 3

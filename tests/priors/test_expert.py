@@ -9,7 +9,7 @@ from dpkd.data.shards import Dataset
 from dpkd.errors import UserError
 from dpkd.priors.catalogue.edge import Edge
 from dpkd.priors.catalogue.expert import Expert
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 from dpkd.priors.record import store
 from dpkd.priors.shards import PriorSet
 from tests.prior_cases import draw_images, pack_folder, prepare_all
@@ -28,18 +28,18 @@ def disc(value: int, dtype: type = np.uint8) -> np.ndarray:
 
 @pytest.mark.parametrize("value", [1, 255])
 def test_a_mask_becomes_the_share_of_figure_in_each_cell_whatever_its_value(value):
-    map_HWC = Expert(of="mask").map(Picture(RGB_HWC, given={"mask": png(disc(value))}))
+    map_HWC = Expert(of="mask").map(ImageViews(RGB_HWC, given={"mask": png(disc(value))}))
     np.testing.assert_allclose(map_HWC[:, :, 0], disc(1).reshape(10, 4, 8, 4).mean((1, 3)), atol=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "value"), [(np.uint8, 51), (np.uint16, 13107)])
 def test_amounts_are_shares_of_the_largest_value_that_the_file_can_hold(dtype, value):
-    map_HWC = Expert(of="vessel", values="amount").map(Picture(RGB_HWC, given={"vessel": png(disc(value, dtype))}))
+    map_HWC = Expert(of="vessel", values="amount").map(ImageViews(RGB_HWC, given={"vessel": png(disc(value, dtype))}))
     assert map_HWC.max() == pytest.approx(0.2)
 
 
 def test_what_was_not_given_is_not_known_and_takes_no_bytes():
-    stored = store(Expert(of="vessel"), Expert(of="vessel").map(Picture(RGB_HWC)))
+    stored = store(Expert(of="vessel"), Expert(of="vessel").map(ImageViews(RGB_HWC)))
     assert (stored.codec, stored.data) == ("absent", b"")
     assert np.isnan(stored.decode()).all()
     assert stored.decode().shape == (1, 1, 1)
@@ -48,7 +48,7 @@ def test_what_was_not_given_is_not_known_and_takes_no_bytes():
 def test_a_map_of_another_size_in_colour_or_no_image_is_refused_with_its_name():
     for data, reason in ((png(disc(1)[:20]), r"\(20, 32\)"), (png(RGB_HWC), "3 channels"), (b"x", "is no JPEG, PNG")):
         with pytest.raises(ValueError, match=f"'vessel'.*{reason}"):
-            Expert(of="vessel").map(Picture(RGB_HWC, given={"vessel": data}))
+            Expert(of="vessel").map(ImageViews(RGB_HWC, given={"vessel": data}))
     with pytest.raises(ValidationError, match="of"):
         Expert(of="../x")
 

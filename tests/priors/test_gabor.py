@@ -4,7 +4,7 @@ from scipy import ndimage
 from skimage import filters
 
 from dpkd.priors.catalogue.gabor import FULL_SCALE, SIGMA_PX, WAVELENGTH_PX, Gabor
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 from tests.priors.gratings import grating, picture_of
 
 
@@ -20,7 +20,7 @@ def test_a_grating_lights_the_channel_of_its_direction_and_octave(direction, deg
 
 @pytest.mark.parametrize("degrees", [0, 45])
 def test_amplitudes_agree_with_the_gabor_kernels_of_scikit_image(photograph, degrees):
-    picture = Picture(photograph)
+    picture = ImageViews(photograph)
     kernel = filters.gabor_kernel(1 / WAVELENGTH_PX, np.radians(degrees), sigma_x=SIGMA_PX, sigma_y=SIGMA_PX)
     kernel = kernel - np.abs(kernel) / np.abs(kernel).sum() * kernel.sum()  # no answer to even light
     grey_HW = picture.grey_HW.astype(np.float64)

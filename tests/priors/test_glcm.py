@@ -3,7 +3,7 @@ import pytest
 from skimage import feature
 
 from dpkd.priors.catalogue.glcm import Glcm
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 from tests.priors.gratings import picture_of
 
 ANGLES = (0, np.pi / 4, np.pi / 2, 3 * np.pi / 4)
@@ -24,7 +24,7 @@ def reference(level_HW: np.ndarray) -> list[float]:
 
 
 def test_statistics_agree_with_scikit_image(photograph):
-    picture = Picture(photograph)
+    picture = ImageViews(photograph)
     found_HWC = Glcm().map(picture)
     for row, column in ((1, 6), (4, 3), (8, 9)):
         cell_HW = picture.grey8_HW[16 * row : 16 * row + 16, 16 * column : 16 * column + 16] >> 5

@@ -3,7 +3,7 @@ import pytest
 from skimage import feature
 
 from dpkd.priors.catalogue.hog import Hog
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 
 
 def reference_hog(image_HWC, bins, cell):
@@ -27,7 +27,7 @@ def reference_hog(image_HWC, bins, cell):
 @pytest.mark.parametrize(("bins", "cell"), [(9, 8), (6, 16)])
 def test_histograms_agree_with_the_definition_pixel_by_pixel(scene, bins, cell):
     np.testing.assert_allclose(
-        Hog(bins=bins, cell=cell).map(Picture(scene)), reference_hog(scene, bins, cell), atol=2e-3
+        Hog(bins=bins, cell=cell).map(ImageViews(scene)), reference_hog(scene, bins, cell), atol=2e-3
     )
 
 
@@ -41,7 +41,7 @@ def test_histograms_are_those_of_scikit_image_but_for_the_sharing_of_votes(scene
         channel_axis=2,
         feature_vector=False,
     )[:, :, 0, 0]
-    ours_HWC = Hog().map(Picture(scene))
+    ours_HWC = Hog().map(ImageViews(scene))
     assert ours_HWC.shape == other_HWC.shape
     assert np.corrcoef(ours_HWC.ravel(), other_HWC.ravel())[0, 1] > 0.9
 
@@ -49,12 +49,12 @@ def test_histograms_are_those_of_scikit_image_but_for_the_sharing_of_votes(scene
 def test_upright_edges_fall_between_the_first_and_the_last_bin_so_that_a_mirrored_image_has_the_bins_reversed():
     image_HWC = np.zeros((16, 16, 3), np.uint8)
     image_HWC[:, 4:] = 200
-    hog_HWC = Hog().map(Picture(image_HWC))
+    hog_HWC = Hog().map(ImageViews(image_HWC))
     np.testing.assert_allclose(hog_HWC[0, 0], np.array([1, 0, 0, 0, 0, 0, 0, 0, 1]) / np.sqrt(2), atol=1e-3)
-    np.testing.assert_allclose(Hog().flip(hog_HWC), Hog().map(Picture(image_HWC[:, ::-1].copy())), atol=1e-6)
+    np.testing.assert_allclose(Hog().flip(hog_HWC), Hog().map(ImageViews(image_HWC[:, ::-1].copy())), atol=1e-6)
 
 
 def test_the_grid_covers_the_whole_image_where_cells_do_not_divide_it(scene):
-    hog_HWC = Hog().map(Picture(np.ascontiguousarray(scene[:60, :84])))
+    hog_HWC = Hog().map(ImageViews(np.ascontiguousarray(scene[:60, :84])))
     assert hog_HWC.shape == (8, 10, 9)
     np.testing.assert_allclose(np.linalg.norm(hog_HWC, axis=2), 1, atol=1e-3)

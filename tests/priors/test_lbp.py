@@ -2,23 +2,22 @@ import numpy as np
 import pytest
 from skimage import feature
 
-from dpkd.priors.catalogue.lbp import Lbp
-from dpkd.priors.catalogue.local_patterns import uniform_patterns
-from dpkd.priors.image_views import Picture
+from dpkd.priors.catalogue.lbp import Lbp, uniform_patterns
+from dpkd.priors.image_views import ImageViews
 from tests.priors.gratings import picture_of
 
 
 def test_patterns_agree_with_scikit_image_but_where_neighbours_tie(photograph):
-    grey_HW = Picture(photograph).grey8_HW
+    grey_HW = ImageViews(photograph).grey8_HW
     expected_HW = feature.local_binary_pattern(grey_HW, 8, 1, method="uniform")
     inside = (slice(1, -1), slice(1, -1))
     assert (uniform_patterns(grey_HW)[inside] == expected_HW[inside]).mean() > 0.98
 
 
 def test_shares_are_those_of_the_patterns_in_each_cell(photograph):
-    pattern_HW = uniform_patterns(Picture(photograph).grey8_HW)
+    pattern_HW = uniform_patterns(ImageViews(photograph).grey8_HW)
     expected = [np.bincount(pattern_HW[16:32, x : x + 16].ravel(), minlength=10) / 256 for x in range(0, 256, 16)]
-    np.testing.assert_allclose(Lbp().map(Picture(photograph))[1] ** 2, expected, atol=1e-5)
+    np.testing.assert_allclose(Lbp().map(ImageViews(photograph))[1] ** 2, expected, atol=1e-5)
 
 
 def test_a_pixel_that_two_cells_share_counts_in_both_by_area():

@@ -18,7 +18,7 @@ from dpkd.errors import UserError
 from dpkd.priors import Prior
 from dpkd.priors.base import BatchExtractor, fingerprint
 from dpkd.priors.codecs import ByteCodec, JpegCodec
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 from dpkd.priors.learned import Learned
 from dpkd.priors.model_output import scaled
 from dpkd.priors.model_settings import TimmModel, TorchModel
@@ -38,14 +38,14 @@ from tests.model_cases import (
 )
 
 
-def pictures(count: int) -> list[Picture]:
+def pictures(count: int) -> list[ImageViews]:
     """Smooth random images of several sizes."""
     random = np.random.default_rng(0)
     drawn = [random.uniform(0, 255, (20 + 7 * i, 50 - 3 * i, 3)).astype(np.float32) for i in range(count)]
-    return [Picture(cv2.GaussianBlur(each_HWC, (0, 0), 2).astype(np.uint8)) for each_HWC in drawn]
+    return [ImageViews(cv2.GaussianBlur(each_HWC, (0, 0), 2).astype(np.uint8)) for each_HWC in drawn]
 
 
-def as_input(picture: Picture) -> torch.Tensor:
+def as_input(picture: ImageViews) -> torch.Tensor:
     """The image as the model is to see it, 1CHW, by torch alone."""
     height, width = picture.size
     method = cv2.INTER_AREA if min(height, width) >= SIZE else cv2.INTER_LINEAR
@@ -100,7 +100,7 @@ def test_an_onnx_model_gives_what_its_torch_model_gives(tmp_path):
 
 def test_the_stride_gives_the_mean_of_the_models_cells_on_the_grid_of_the_image(tmp_path):
     save_exported(tmp_path / "edges.pt2", Edges())
-    picture = Picture(np.random.default_rng(0).integers(0, 256, (64, 32, 3), np.uint8))
+    picture = ImageViews(np.random.default_rng(0).integers(0, 256, (64, 32, 3), np.uint8))
     own_HWC, coarse_HWC = (edge_prior(tmp_path / "edges.pt2", stride=stride).map(picture) for stride in (None, 8))
     assert (own_HWC.shape, coarse_HWC.shape) == ((16, 16, 1), (8, 4, 1))
     np.testing.assert_allclose(coarse_HWC, own_HWC.reshape(8, 2, 4, 4, 1).mean((1, 3)), atol=1e-6)
@@ -124,7 +124,7 @@ def test_the_map_at_a_place_of_a_batch_does_not_depend_on_the_other_images(tmp_p
 def test_colours_come_in_the_order_that_the_model_was_trained_on(tmp_path):
     save_exported(tmp_path / "edges.pt2", Edges())
     (picture,) = pictures(1)
-    swapped = Picture(np.ascontiguousarray(picture.rgb_HWC[:, :, ::-1]))
+    swapped = ImageViews(np.ascontiguousarray(picture.rgb_HWC[:, :, ::-1]))
     bgr = edge_prior(tmp_path / "edges.pt2", colour="bgr", mean=MEAN[::-1], std=STD[::-1])
     flat = {"mean": (0.5,) * 3, "std": (0.2,) * 3}
     rgb = edge_prior(tmp_path / "edges.pt2", **flat)

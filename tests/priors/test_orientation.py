@@ -3,7 +3,7 @@ import pytest
 from skimage import feature
 
 from dpkd.priors.catalogue.orientation import NOISE, Orientation
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 from tests.priors.gratings import grating, picture_of
 
 
@@ -16,7 +16,7 @@ def test_a_grating_is_coherent_and_its_direction_is_found(degrees):
 
 
 def test_cells_agree_with_the_structure_tensor_of_scikit_image(photograph):
-    picture = Picture(photograph)
+    picture = ImageViews(photograph)
     grey_HW = picture.grey8_HW.astype(np.float64)
     yy_HW, xy_HW, xx_HW = feature.structure_tensor(grey_HW, sigma=1e-3, mode="reflect", order="rc")
     # of gradients that are 8 times the slope

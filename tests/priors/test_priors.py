@@ -15,7 +15,7 @@ from dpkd.priors.base import fingerprint
 from dpkd.priors.catalogue.edge import Edge
 from dpkd.priors.catalogue.expert import Expert
 from dpkd.priors.catalogue.hog import Hog
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 from dpkd.priors.learned import Learned
 from tests.model_cases import Edges, edge_prior, save_exported
 
@@ -74,7 +74,7 @@ BLUER = {"edge": 0.1, "orientation": 0.06, "lbp": 0.12, "hog": 0.06, "gabor": 0.
 def test_images_of_any_size_have_a_map_of_the_right_type_and_range(prior, size):
     image_HWC = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     before_HWC = image_HWC.copy()
-    map_HWC = prior.map(Picture(image_HWC))
+    map_HWC = prior.map(ImageViews(image_HWC))
     assert map_HWC.ndim == 3
     assert map_HWC.shape[2] == prior.channels
     assert map_HWC.dtype == (np.int32 if prior.nearest else np.float32)
@@ -87,28 +87,28 @@ def test_images_of_any_size_have_a_map_of_the_right_type_and_range(prior, size):
 def test_grids_grow_with_the_image(prior):
     image_HWC = np.zeros((84, 224, 3), np.uint8)
     stride = STRIDE[prior.kind]
-    assert prior.map(Picture(image_HWC)).shape[:2] == (round(84 / stride), 224 // stride)
+    assert prior.map(ImageViews(image_HWC)).shape[:2] == (round(84 / stride), 224 // stride)
 
 
 @every_prior
 def test_the_same_image_has_the_same_map_every_time(prior, scene):
-    first_HWC = prior.map(Picture(scene))
-    prior.map(Picture(255 - scene))
-    np.testing.assert_array_equal(prior.map(Picture(scene)), first_HWC)
+    first_HWC = prior.map(ImageViews(scene))
+    prior.map(ImageViews(255 - scene))
+    np.testing.assert_array_equal(prior.map(ImageViews(scene)), first_HWC)
 
 
 @every_prior
 def test_the_flipped_map_is_the_map_of_the_mirrored_image(prior, scene):
     flipped_HWC, expected_HWC = (
-        prior.flip(prior.map(Picture(scene))),
-        prior.map(Picture(np.ascontiguousarray(scene[:, ::-1]))),
+        prior.flip(prior.map(ImageViews(scene))),
+        prior.map(ImageViews(np.ascontiguousarray(scene[:, ::-1]))),
     )
     if prior.nearest:  # labels mean nothing beyond their image: only the mirroring itself is defined
-        np.testing.assert_array_equal(flipped_HWC, prior.map(Picture(scene))[:, ::-1])
+        np.testing.assert_array_equal(flipped_HWC, prior.map(ImageViews(scene))[:, ::-1])
     else:
         np.testing.assert_allclose(flipped_HWC, expected_HWC, atol=0.1 if prior.kind == "saliency" else 2e-3)
         assert np.abs(flipped_HWC - expected_HWC).mean() < 0.02  # a raster scan has a direction
-    np.testing.assert_allclose(prior.flip(flipped_HWC), prior.map(Picture(scene)), atol=1e-6)
+    np.testing.assert_allclose(prior.flip(flipped_HWC), prior.map(ImageViews(scene)), atol=1e-6)
 
 
 @every_prior
@@ -116,7 +116,7 @@ def test_the_map_of_a_crop_is_the_crop_of_the_map_away_from_the_frame(prior, pho
     tolerance = CROP.get(prior.kind, 1e-3)
     if tolerance is None:
         pytest.skip("looks at the whole image")
-    whole_HWC, part_HWC = prior.map(Picture(photograph)), prior.map(Picture(photograph[32:160, 64:224].copy()))
+    whole_HWC, part_HWC = prior.map(ImageViews(photograph)), prior.map(ImageViews(photograph[32:160, 64:224].copy()))
     stride = STRIDE[prior.kind]
     margin = -(-32 // stride)
     expected_HWC = whole_HWC[32 // stride : 160 // stride, 64 // stride : 224 // stride][margin:-margin, margin:-margin]
@@ -131,15 +131,15 @@ def test_another_light_changes_the_map_no_more_than_the_prior_promises(prior, ph
     if promise.get(prior.kind) is None:
         pytest.skip("measures light or colour itself")
     lit_HWC = np.rint(photograph * np.float32(light)).astype(np.uint8)
-    difference = np.abs(prior.map(Picture(lit_HWC)) - prior.map(Picture(photograph))).mean()
-    other = np.abs(prior.map(Picture(photograph[::-1].copy())) - prior.map(Picture(photograph))).mean()
+    difference = np.abs(prior.map(ImageViews(lit_HWC)) - prior.map(ImageViews(photograph))).mean()
+    other = np.abs(prior.map(ImageViews(photograph[::-1].copy())) - prior.map(ImageViews(photograph))).mean()
     assert difference <= promise[prior.kind]
     assert difference < other
 
 
 @every_prior
 def test_the_stored_map_is_close_to_the_computed_one(prior, scene):
-    map_HWC = prior.map(Picture(scene))
+    map_HWC = prior.map(ImageViews(scene))
     back_HWC = prior.codec.decode(prior.codec.encode(map_HWC), map_HWC.shape)
     assert back_HWC.dtype == map_HWC.dtype
     assert np.abs(back_HWC - map_HWC).mean() <= (0 if prior.nearest else 0.02)
@@ -148,7 +148,7 @@ def test_the_stored_map_is_close_to_the_computed_one(prior, scene):
 @every_prior
 def test_another_map_from_the_same_settings_has_another_version(prior, scene):
     version, mean, deviation = KNOWN[prior.kind]
-    map_HWC = prior.map(Picture(scene))
+    map_HWC = prior.map(ImageViews(scene))
     assert prior.version == version
     np.testing.assert_allclose((map_HWC.mean(), map_HWC.std()), (mean, deviation), rtol=5e-3)
 

@@ -5,13 +5,13 @@ import webdataset
 
 from dpkd.priors.catalogue.edge import Edge
 from dpkd.priors.catalogue.hog import Hog
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 from dpkd.priors.record import Record, flat, store
 from tests.prior_cases import draw_images, pack_folder, prepare_all
 
 
 def test_a_record_comes_back_as_it_was(scene):
-    maps = {"edge": store(Edge(), Edge().map(Picture(scene))), "hog": flat(Hog())}
+    maps = {"edge": store(Edge(), Edge().map(ImageViews(scene))), "hog": flat(Hog())}
     record = Record(key="a/b", source=b"0123456789abcdef", maps=maps, bad="why")
     assert Record.from_bytes(record.to_bytes()) == record
 

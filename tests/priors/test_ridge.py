@@ -4,11 +4,11 @@ from scipy import ndimage
 from skimage import feature
 
 from dpkd.priors.catalogue.ridge import FULL_SCALE, Ridge
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 from tests.priors.gratings import picture_of
 
 
-def lines(width_px: int, level: float) -> Picture:
+def lines(width_px: int, level: float) -> ImageViews:
     """Upright lines 24 px apart on grey."""
     grey_HW = np.full((96, 96), 127.0)
     for left in range(12, 96, 24):
@@ -32,12 +32,12 @@ def test_a_wide_line_is_found_at_a_wide_scale():
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_strength_agrees_with_the_hessian_of_scikit_image(photograph, scale):
-    grey_HW = Picture(photograph).grey_HW.astype(np.float64)
+    grey_HW = ImageViews(photograph).grey_HW.astype(np.float64)
     smooth_HW = ndimage.gaussian_filter(grey_HW, scale, mode="mirror")
     hessian = feature.hessian_matrix(smooth_HW, sigma=1e-3, mode="reflect", order="rc", use_gaussian_derivatives=False)
     low_HW = feature.hessian_matrix_eigvals(hessian)[1] * scale**2
     expected_HW = np.maximum(-low_HW, 0).reshape(24, 8, 32, 8).mean((1, 3))
-    found_HW = Ridge(scales=(scale,)).map(Picture(photograph))[:, :, 0] ** 2 * FULL_SCALE
+    found_HW = Ridge(scales=(scale,)).map(ImageViews(photograph))[:, :, 0] ** 2 * FULL_SCALE
     unclipped = (expected_HW < 0.9 * FULL_SCALE)[1:-1, 1:-1]
     found, expected = found_HW[1:-1, 1:-1][unclipped], expected_HW[1:-1, 1:-1][unclipped]
     assert np.corrcoef(found, expected)[0, 1] > 0.97

@@ -2,9 +2,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from dpkd.priors.catalogue.minimum_barrier import barrier_distance
-from dpkd.priors.catalogue.saliency import Saliency
-from dpkd.priors.image_views import Picture
+from dpkd.priors.catalogue.saliency import Saliency, barrier_distance
+from dpkd.priors.image_views import ImageViews
 
 
 def exact_barrier(value_HW):
@@ -45,7 +44,7 @@ def test_the_barrier_distance_of_an_island_is_its_contrast_and_of_a_gentle_slope
 
 
 def test_figures_stand_out_from_the_ground(scene):
-    saliency_HW = Saliency(stride=1).map(Picture(scene))[:, :, 0]
+    saliency_HW = Saliency(stride=1).map(ImageViews(scene))[:, :, 0]
     figure_HW = np.zeros(scene.shape[:2], bool)
     figure_HW[20:41, 30:51] = True
     figure_HW[24:52, 64:71] = True
@@ -57,13 +56,13 @@ def test_figures_stand_out_from_the_ground(scene):
 
 def test_large_images_are_taken_small_and_give_nearly_the_same_map(scene):
     large_HWC = scene.repeat(4, 0).repeat(4, 1)
-    small_HW, large_HW = Saliency(stride=4).map(Picture(scene)), Saliency(stride=16).map(Picture(large_HWC))
+    small_HW, large_HW = Saliency(stride=4).map(ImageViews(scene)), Saliency(stride=16).map(ImageViews(large_HWC))
     assert small_HW.shape == large_HW.shape
     assert np.corrcoef(small_HW.ravel(), large_HW.ravel())[0, 1] > 0.97
 
 
 @pytest.mark.parametrize("value", [0, 255])
 def test_an_even_image_has_no_figure(value):
-    saliency_HWC = Saliency().map(Picture(np.full((32, 32, 3), value, np.uint8)))
+    saliency_HWC = Saliency().map(ImageViews(np.full((32, 32, 3), value, np.uint8)))
     assert np.isfinite(saliency_HWC).all()
     assert np.ptp(saliency_HWC) == 0

@@ -11,7 +11,7 @@ from dpkd.data.shards import Dataset
 from dpkd.errors import UserError
 from dpkd.priors.catalogue.edge import Edge
 from dpkd.priors.derived import DERIVED
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 from dpkd.priors.shards import PriorMismatch, PriorSet
 from tests.prior_cases import ALL, draw_images, pack_folder, prepare_all
 
@@ -42,7 +42,7 @@ def test_every_sample_has_the_maps_of_its_own_image(prepared):
             served = maps.read(i, sample)
             assert list(served) == [prior.kind for prior in ALL]
             for prior in ALL:
-                expected_HWC = prior.map(Picture(decode_image(sample.image)))
+                expected_HWC = prior.map(ImageViews(decode_image(sample.image)))
                 assert np.abs(served[prior.kind] - expected_HWC).mean() <= (0 if prior.nearest else 0.03)
 
 

@@ -2,8 +2,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dpkd.priors.catalogue.radial_votes import radial_votes
-from dpkd.priors.catalogue.symmetry import Symmetry
+from dpkd.priors.catalogue.symmetry import Symmetry, radial_votes
 from tests.priors.gratings import picture_of
 
 

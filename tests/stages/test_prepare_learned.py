@@ -22,7 +22,7 @@ from dpkd.launch.pool import Accelerator, LocalPool
 from dpkd.priors import learned
 from dpkd.priors.catalogue.edge import Edge
 from dpkd.priors.catalogue.hog import Hog
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 from dpkd.priors.record import Record
 from dpkd.report.quarantine import Quarantine
 from dpkd.settings import PrepareSettings
@@ -97,7 +97,7 @@ def test_stored_maps_are_those_of_the_model_run_by_hand(dataset, priors):
         sample = split.read(i)
         stored = maps.read(i, sample)
         for prior in (priors[0], priors[2]):
-            map_HWC = prior.map(Picture(decode_image(sample.image)))
+            map_HWC = prior.map(ImageViews(decode_image(sample.image)))
             expected_HWC = prior.codec.decode(prior.codec.encode(map_HWC), map_HWC.shape)
             np.testing.assert_allclose(stored[prior.name], expected_HWC, atol=0.03)
             assert np.abs(stored[prior.name] - map_HWC).mean() < 0.03

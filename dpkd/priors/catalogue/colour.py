@@ -7,10 +7,10 @@ import numpy as np
 from pydantic import Field
 
 from dpkd.config import Config
-from dpkd.priors.base import grid_size, mirror
-from dpkd.priors.catalogue.cells import cell_means
+from dpkd.priors.base import Mirrored, grid_size
+from dpkd.priors.catalogue.kernels import cell_means
 from dpkd.priors.codecs import ByteCodec, Map
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 
 LOWEST, SPAN = (0.0, -128.0, -128.0), (100.0, 256.0, 256.0)
 """Of L*, a* and b*: what is stored as 0, and what more is stored as 1."""
@@ -18,7 +18,7 @@ LARGEST_DEVIATION = 50.0
 """In units of Lab; stored as 1, and larger ones with it."""
 
 
-class Colour(Config):
+class Colour(Mirrored, Config):
     """Mean of L*, a* and b*, then their standard deviations, in a cell every `stride` pixels: six channels in [0, 1].
 
     Stored as L/100, (a + 128)/256, (b + 128)/256 and deviation/50. These are colours of the image as it is: a target
@@ -33,27 +33,22 @@ class Colour(Config):
     name: ClassVar[str] = "colour"
     version: ClassVar[int] = 1
     channels: ClassVar[int] = 6
-    nearest: ClassVar[bool] = False
     codec: ClassVar[ByteCodec] = ByteCodec()
 
-    def map(self, picture: Picture) -> Map:
+    def map(self, image: ImageViews) -> Map:
         """Means and deviations, float32 HW6."""
         if self.grey_world:
-            picture = _under_grey_light(picture)
-        size, lab_HWC = grid_size(picture, self.stride), picture.lab_HWC
+            image = _under_grey_light(image)
+        size, lab_HWC = grid_size(image, self.stride), image.lab_HWC
         mean_HWC = cell_means(lab_HWC, size)
         variance_HWC = cell_means(np.asarray(cv2.multiply(lab_HWC, lab_HWC), np.float32), size) - mean_HWC**2
         deviation_HWC = np.sqrt(np.maximum(variance_HWC, 0)) * np.float32(1 / LARGEST_DEVIATION)
         scaled_HWC = (mean_HWC - np.asarray(LOWEST, np.float32)) / np.asarray(SPAN, np.float32)
         return np.clip(np.concatenate([scaled_HWC, deviation_HWC], axis=2), 0, 1)
 
-    def flip(self, map_HWC: Map) -> Map:
-        """The map of the mirrored image."""
-        return mirror(map_HWC)
 
-
-def _under_grey_light(picture: Picture) -> Picture:
-    """The picture with each channel scaled to the mean of all three."""
-    mean_C = np.maximum(picture.rgb_HWC.reshape(-1, 3).mean(0), 1)
-    scaled_HWC = picture.rgb_HWC * (mean_C.mean() / mean_C).astype(np.float32)
-    return Picture(np.rint(np.minimum(scaled_HWC, 255)).astype(np.uint8))
+def _under_grey_light(image: ImageViews) -> ImageViews:
+    """The image with each channel scaled to the mean of all three."""
+    mean_C = np.maximum(image.rgb_HWC.reshape(-1, 3).mean(0), 1)
+    scaled_HWC = image.rgb_HWC * (mean_C.mean() / mean_C).astype(np.float32)
+    return ImageViews(np.rint(np.minimum(scaled_HWC, 255)).astype(np.uint8))

@@ -1,5 +1,9 @@
-"""Where boundaries are: several cues over four octaves, weighed against what people drew."""
+"""Where boundaries are: several cues over four octaves, weighed against what people drew.
 
+Level 0 has a cell every 2 px, each level above half as many a side. Lengths are in cells of the level.
+"""
+
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import cv2
@@ -8,21 +12,41 @@ import numpy.typing as npt
 from pydantic import Field
 
 from dpkd.config import Config
-from dpkd.priors.base import grid_size, mirror
-from dpkd.priors.catalogue.cells import cell_means
+from dpkd.priors.base import Mirrored, grid_size
+from dpkd.priors.catalogue.kernels import Kernel, cell_means
 from dpkd.priors.codecs import Map, NibbleCodec
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
+
+Image = npt.NDArray[np.float32]
+Cues = dict[str, Image]
 
 LEAST, SURE = 0.11, 0.22
 """A crest counts where it is at least as probable as the first, and joined to a place as probable as the second."""
+CHROMA = np.float32(3)
+"""Weight of the colour channels a and b against lightness."""
+FLOOR = np.float32(0.5)
+"""Added to a cue before the logarithm: less is no more than noise."""
+LINE_WEIGHT_K = np.exp(-0.5 * (np.arange(4) * 2 / 4) ** 2).astype(np.float32)
+"""Of every second cell along a line, up to 6 to either side: a Gaussian of 4."""
+TINY = np.float32(1e-12)
+"""Keeps the direction of nothing finite."""
+
+BIAS = -2.151
+WEIGHTS: tuple[dict[str, float], ...] = (
+    {"step": 0.335, "light": 0.268, "line": 0.708, "mean": 0.803},
+    {"cross": 0.346, "texture": 1.657, "around": -1.921},
+    {"line": 0.3},
+    {"cross": 0.212, "around": -1.485, "aligned": 1.368},
+)
+"""Of each level's cues: `tools/fit_edge.py`."""
 
 
-class Edge(Config):
+class Edge(Mirrored, Config):
     """Probability that a person draws a boundary, one channel, a cell every `stride` pixels.
 
-    logit P = b + Σ_k w_k ln(c_k + 1/2), a weighted product of cues c_k of the Lab image (`edge_cues.levels`): gradients
-    over scales, along lines and of texture speak for a boundary, as in Martin, Fowlkes & Malik 2004 (Pb), and much of
-    the same around against it. The weights are those of a logistic regression on the 100 images of BSDS500 val.
+    logit P = b + Σ_k w_k ln(c_k + 1/2), a weighted product of cues c_k of the Lab image (`levels`): gradients over
+    scales, along lines and of texture speak for a boundary, as in Martin, Fowlkes & Malik 2004 (Pb), and much of the
+    same around against it. The weights are those of a logistic regression on the 100 images of BSDS500 val.
     """
 
     kind: Literal["edge"] = "edge"
@@ -33,15 +57,11 @@ class Edge(Config):
     name: ClassVar[str] = "edge"
     version: ClassVar[int] = 2
     channels: ClassVar[int] = 1
-    nearest: ClassVar[bool] = False
     codec: ClassVar[NibbleCodec] = NibbleCodec()
 
-    def map(self, picture: Picture) -> Map:
+    def map(self, image: ImageViews) -> Map:
         """Boundary probability of an image, float32 HW1."""
-        from dpkd.priors.catalogue.edge_cues import boundary_odds, enlarged  # noqa: PLC0415 (numba must not load with settings)
-        from dpkd.priors.catalogue.edge_kernels import crests  # noqa: PLC0415
-
-        odds_HW, size = boundary_odds(picture.lab_HWC), grid_size(picture, self.stride)
+        odds_HW, size = boundary_odds(image.lab_HWC), grid_size(image, self.stride)
         if odds_HW.shape != size:
             finer = size[0] > odds_HW.shape[0] or size[1] > odds_HW.shape[1]
             odds_HW = enlarged(odds_HW, size, cubic=True) if finer else cell_means(odds_HW, size)[:, :, 0]
@@ -51,14 +71,239 @@ class Edge(Config):
             probability_HW = np.where(_joined(crest_HW), crest_HW, np.float32(0))
         return np.asarray(probability_HW[:, :, None], np.float32)
 
-    def flip(self, map_HWC: Map) -> Map:
-        """The map of the mirrored image."""
-        return mirror(map_HWC)
 
-
-def _joined(crest_HW: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+def _joined(crest_HW: Image) -> npt.NDArray[np.bool_]:
     """Where a crest is joined, over neighbours by side or corner, to a `SURE` place (hysteresis, Canny 1986)."""
     number, line_HW = cv2.connectedComponents((crest_HW > 0).astype(np.uint8), connectivity=8)
     sure_N = np.zeros(number, np.bool_)
     sure_N[line_HW[crest_HW >= SURE]] = True
     return sure_N[line_HW]
+
+
+def boundary_odds(lab_HWC: Image) -> Image:
+    """Logarithm of the odds that a person draws a boundary, HW with a cell every 2 px of a Lab image.
+
+    `BIAS` plus, for each cue c of each level, its weight times ln(c + `FLOOR`).
+    """
+    odds_HW: Image | None = None
+    for cues, weights in zip(reversed(levels(lab_HWC)), reversed(WEIGHTS), strict=True):
+        level_HW = np.float32(0)
+        for name, weight in weights.items():
+            level_HW = level_HW + np.float32(weight) * np.log(cues[name] + FLOOR)
+        odds_HW = np.asarray(level_HW if odds_HW is None else level_HW + enlarged(odds_HW, level_HW.shape), np.float32)
+    assert odds_HW is not None
+    return odds_HW + np.float32(BIAS)
+
+
+def levels(lab_HWC: Image) -> list[Cues]:
+    """The cues of each level from the finest up.
+
+    Of the planes (L, 3a, 3b), after a Gaussian of one cell (0.8 at level 0), with their structure tensor J:
+    `step` and `cross`, the roots of J's larger and smaller eigenvalue; `light`, the gradient of L alone; `mean`, the
+    root mean square of the gradient over a Gaussian of 1; `line`, the gradient along a line (`line_strength`), whose
+    direction is J's over a Gaussian of 2. `texture` is the gradient of the contrast within cells of level 0, over a
+    Gaussian of 1.5. `around` and `aligned` are means of level 0's `step` and of its coherent energy over a wide
+    Gaussian: much of the same around speaks against a boundary (surround suppression, Grigorescu et al. 2003), unless
+    it is aligned.
+    """
+    cell_HWC, light_HW = halved(lab_HWC), np.ascontiguousarray(lab_HWC[:, :, 0])
+    planes = [cell_HWC[:, :, 0].copy(), cell_HWC[:, :, 1] * CHROMA, cell_HWC[:, :, 2] * CHROMA]
+    variance_HW = halved(light_HW * light_HW) - np.square(cell_HWC[:, :, 0])
+    contrast_HW = np.sqrt(np.sqrt(np.maximum(variance_HW, 0)) + np.float32(0.25))
+
+    gradient_HWC, tensor_3HW = _smoothed(planes, 0.8)
+    step_HW, spread_3HW = strengths(tensor_3HW)[0], _spread(tensor_3HW)
+    aligned_HW = np.sqrt(cv2.magnitude(spread_3HW[0] - spread_3HW[1], 2 * spread_3HW[2]))
+    first = {
+        "step": step_HW,
+        "light": _length(gradient_HWC),
+        "line": line_strength(gradient_HWC, spread_3HW, weight_K=LINE_WEIGHT_K, step=2.0),
+        "mean": np.sqrt(_blurred(tensor_3HW[0] + tensor_3HW[1], 1)),
+    }
+    planes = [halved(plane_HW) for plane_HW in planes]
+    around_HW = halved(step_HW)
+    second = {
+        "cross": strengths(_smoothed(planes, 1.0)[1])[1],
+        "texture": _length(gradients(_blurred(halved(contrast_HW), 1.5)[None], scale=1.5)),
+        "around": _blurred(around_HW, 4),
+    }
+    planes = [halved(plane_HW) for plane_HW in planes]
+    gradient_HWC, tensor_3HW = _smoothed(planes, 1.0)
+    third = {"line": line_strength(gradient_HWC, _spread(tensor_3HW), weight_K=LINE_WEIGHT_K, step=2.0)}
+    planes = [halved(plane_HW) for plane_HW in planes]
+    fourth = {
+        "cross": strengths(_smoothed(planes, 1.0)[1])[1],
+        "around": _blurred(halved(halved(around_HW)), 4),
+        "aligned": _blurred(halved(halved(halved(aligned_HW))), 2),
+    }
+    return [first, second, third, fourth]
+
+
+def enlarged(map_HW: Image, size: tuple[int, ...], *, cubic: bool = False) -> Image:
+    """The map interpolated on a grid of height x width."""
+    interpolation = cv2.INTER_CUBIC if cubic else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(map_HW, size[::-1], interpolation=interpolation), np.float32)
+
+
+def halved(image: Image) -> Image:
+    """Means over 2 x 2 cells, HW or HWC; an odd side is rounded."""
+    height, width = image.shape[:2]
+    size = (max(1, round(width / 2)), max(1, round(height / 2)))
+    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.float32)
+
+
+def _smoothed(planes: Sequence[Image], scale: float) -> tuple[Image, Image]:
+    """Gradients of the planes at a scale, times the scale (γ-normalised, Lindeberg 1998), and their tensor."""
+    gradient_HWC = gradients(np.stack([_blurred(plane_HW, scale) for plane_HW in planes]), scale=scale)
+    return gradient_HWC, tensor(gradient_HWC)
+
+
+def _length(gradient_HWC: Image) -> Image:
+    """Length of the gradient of the first plane."""
+    return np.asarray(cv2.magnitude(gradient_HWC[:, :, 0].copy(), gradient_HWC[:, :, 1].copy()), np.float32)
+
+
+def _spread(tensor_3HW: Image) -> Image:
+    return np.stack([_blurred(part_HW, 2) for part_HW in tensor_3HW])
+
+
+def _blurred(map_HW: Image, scale: float) -> Image:
+    return np.asarray(cv2.GaussianBlur(map_HW, (0, 0), scale), np.float32)
+
+
+def crests(map_HW: Image, *, direction_px: float, fine_px: float, least: float = 0.0) -> Image:
+    """The map, smoothed by `fine_px`, where it is at least `least` and a crest, 0 elsewhere.
+
+    A pixel is on a crest if the map is no larger one pixel to either side of it. The direction across a crest is that
+    of the strongest downward curvature of the map smoothed by `direction_px`.
+    """
+    smooth_HW = cv2.GaussianBlur(map_HW, (0, 0), direction_px)
+    second, flat, first = np.array([1.0, -2.0, 1.0]), np.array([1.0]), np.array([-0.5, 0.0, 0.5])
+    xx_HW, yy_HW = cv2.sepFilter2D(smooth_HW, -1, second, flat), cv2.sepFilter2D(smooth_HW, -1, flat, second)
+    xy_HW = cv2.sepFilter2D(smooth_HW, -1, first, first)
+    fine_HW = cv2.GaussianBlur(map_HW, (0, 0), fine_px)
+    return np.asarray(_suppress(np.pad(fine_HW, 1, mode="edge"), yy_HW - xx_HW, -2 * xy_HW, np.float32(least)))
+
+
+@Kernel
+def gradients(planes_CHW, scale):  # type: ignore[no-untyped-def]
+    """`scale` times the central differences of C planes, HW2C: x and y of each plane, 0 across the frame."""
+    channels, height, width = planes_CHW.shape
+    factor = np.float32(0.5 * scale)
+    gradient_HWC = np.zeros((height, width, 2 * channels), np.float32)
+    for c in range(channels):
+        for y in range(height):
+            for x in range(1, width - 1):
+                gradient_HWC[y, x, 2 * c] = factor * (planes_CHW[c, y, x + 1] - planes_CHW[c, y, x - 1])
+        for y in range(1, height - 1):
+            for x in range(width):
+                gradient_HWC[y, x, 2 * c + 1] = factor * (planes_CHW[c, y + 1, x] - planes_CHW[c, y - 1, x])
+    return gradient_HWC
+
+
+@Kernel
+def tensor(gradient_HWC):  # type: ignore[no-untyped-def]
+    """The structure tensor (Di Zenzo 1986) of `gradients`, 3HW: xx, yy, xy, summed over the planes."""
+    height, width, channels = gradient_HWC.shape
+    tensor_3HW = np.empty((3, height, width), np.float32)
+    for y in range(height):
+        for x in range(width):
+            xx, yy, xy = np.float32(0), np.float32(0), np.float32(0)
+            for c in range(0, channels, 2):
+                dx, dy = gradient_HWC[y, x, c], gradient_HWC[y, x, c + 1]
+                xx += dx * dx
+                yy += dy * dy
+                xy += dx * dy
+            tensor_3HW[0, y, x], tensor_3HW[1, y, x], tensor_3HW[2, y, x] = xx, yy, xy
+    return tensor_3HW
+
+
+@Kernel
+def strengths(tensor_3HW):  # type: ignore[no-untyped-def]
+    """Square roots of the tensor's larger and smaller eigenvalue, HW each."""
+    larger_HW, smaller_HW = np.empty_like(tensor_3HW[0]), np.empty_like(tensor_3HW[0])
+    half = np.float32(0.5)
+    for y in range(larger_HW.shape[0]):
+        for x in range(larger_HW.shape[1]):
+            xx, yy, twice = tensor_3HW[0, y, x], tensor_3HW[1, y, x], tensor_3HW[2, y, x] + tensor_3HW[2, y, x]
+            root = np.sqrt((xx - yy) * (xx - yy) + twice * twice)
+            larger_HW[y, x] = np.sqrt(half * (xx + yy + root))
+            smaller_HW[y, x] = np.sqrt(half * max(xx + yy - root, np.float32(0)))
+    return larger_HW, smaller_HW
+
+
+@Kernel
+def line_strength(gradient_HW6, tensor_3HW, weight_K, step):  # type: ignore[no-untyped-def]
+    """The gradient along a straight line through each pixel, HW; of three planes.
+
+    The line runs along the tensor's smaller eigenvector. Of the gradients at `step` times 0, ±1, ..., ±(K - 1) pixels
+    along it the part across the line is averaged with `weight_K`, plane by plane, so that opposite steps, as texture
+    has them, cancel; the root of the sum of squares over the planes is given.
+    """
+    height, width = gradient_HW6.shape[:2]
+    strength_HW, share = np.empty((height, width), np.float32), np.float32(1 / (2 * weight_K.sum() - weight_K[0]))
+    reach = int(np.ceil(np.float32(step) * np.float32(len(weight_K) - 1))) + 1
+    for y in range(height):
+        for x in range(width):
+            twice = tensor_3HW[2, y, x] + tensor_3HW[2, y, x]
+            across_x, across_y = _unit(tensor_3HW[0, y, x] - tensor_3HW[1, y, x], twice)
+            inside = reach <= y < height - reach and reach <= x < width - reach
+            part_x, part_y = weight_K[0] * across_x, weight_K[0] * across_y
+            first = part_x * gradient_HW6[y, x, 0] + part_y * gradient_HW6[y, x, 1]
+            second = part_x * gradient_HW6[y, x, 2] + part_y * gradient_HW6[y, x, 3]
+            third = part_x * gradient_HW6[y, x, 4] + part_y * gradient_HW6[y, x, 5]
+            for k in range(1, len(weight_K)):
+                along = np.float32(step) * np.float32(k)
+                down, left = int(np.rint(along * across_x)), int(np.rint(along * across_y))
+                at_y, at_x, to_y, to_x = y + down, x - left, y - down, x + left
+                if not inside:
+                    at_y, at_x = _within(at_y, height), _within(at_x, width)
+                    to_y, to_x = _within(to_y, height), _within(to_x, width)
+                at, to = gradient_HW6[at_y, at_x], gradient_HW6[to_y, to_x]
+                part_x, part_y = weight_K[k] * across_x, weight_K[k] * across_y
+                first += part_x * (at[0] + to[0]) + part_y * (at[1] + to[1])
+                second += part_x * (at[2] + to[2]) + part_y * (at[3] + to[3])
+                third += part_x * (at[4] + to[4]) + part_y * (at[5] + to[5])
+            strength_HW[y, x] = share * np.sqrt(first * first + second * second + third * third)
+    return strength_HW
+
+
+@Kernel
+def _unit(double_x, double_y):  # type: ignore[no-untyped-def]
+    """The unit vector at half the angle of a vector."""
+    half = np.float32(0.5)
+    cosine = half * double_x / (np.sqrt(double_x * double_x + double_y * double_y) + TINY)
+    x, y = np.sqrt(max(half + cosine, np.float32(0))), np.sqrt(max(half - cosine, np.float32(0)))
+    return x, (-y if double_y < 0 else y)
+
+
+@Kernel
+def _within(place, size):  # type: ignore[no-untyped-def]
+    """A place on an axis, mirrored once at its ends, and in any case on it."""
+    mirrored = min(abs(place), 2 * (size - 1) - abs(place))
+    return min(max(mirrored, 0), size - 1)
+
+
+@Kernel
+def _suppress(padded_HW, double_x_HW, double_y_HW, least):  # type: ignore[no-untyped-def]
+    """The map within its padding, 0 below `least` and where it is larger to a side along half the angle of `double`."""
+    height, width = double_x_HW.shape
+    kept_HW = np.zeros((height, width), np.float32)
+    for y in range(height):
+        for x in range(width):
+            value = padded_HW[y + 1, x + 1]
+            if value < least:
+                continue
+            across_x, across_y = _unit(double_x_HW[y, x], double_y_HW[y, x])
+            largest = True
+            for sign in (1, -1):
+                at_x, at_y = x + 1 + sign * across_x, y + 1 + sign * across_y
+                left, top = min(int(at_x), width), min(int(at_y), height)
+                share_x, share_y = at_x - left, at_y - top
+                upper = padded_HW[top, left] * (1 - share_x) + padded_HW[top, left + 1] * share_x
+                lower = padded_HW[top + 1, left] * (1 - share_x) + padded_HW[top + 1, left + 1] * share_x
+                if upper * (1 - share_y) + lower * share_y > value:
+                    largest = False
+            if largest:
+                kept_HW[y, x] = value
+    return kept_HW

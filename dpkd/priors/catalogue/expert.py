@@ -7,13 +7,13 @@ from pydantic import Field
 
 from dpkd.config import Config
 from dpkd.data.images import BrokenImage, decode_mask
-from dpkd.priors.base import grid_size, mirror
-from dpkd.priors.catalogue.cells import cell_means
+from dpkd.priors.base import Mirrored, grid_size
+from dpkd.priors.catalogue.kernels import cell_means
 from dpkd.priors.codecs import JpegCodec, Map
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 
 
-class Expert(Config):
+class Expert(Mirrored, Config):
     """The mask, or the expert map `of` that name, on a grid: one channel in [0, 1], the map `expert-<of>`.
 
     A cell holds the mean of its pixels. A sample that came without it has a single cell of NaN: it is not known, and
@@ -29,7 +29,6 @@ class Expert(Config):
 
     version: ClassVar[int] = 1
     channels: ClassVar[int] = 1
-    nearest: ClassVar[bool] = False
     codec: ClassVar[JpegCodec] = JpegCodec()
 
     @property
@@ -37,23 +36,18 @@ class Expert(Config):
         """Names the map in a prior set."""
         return f"expert-{self.of}"
 
-    def map(self, picture: Picture) -> Map:
-        """The expert's map, float32 HW1; raises ValueError for a file that is no grey image of the picture's size."""
-        if self.of not in picture.given:
+    def map(self, image: ImageViews) -> Map:
+        """The expert's map, float32 HW1; raises ValueError for a file that is no grey image of the image's size."""
+        if self.of not in image.given:
             return np.full((1, 1, 1), np.nan, np.float32)
         try:
-            image = decode_mask(picture.given[self.of])
+            drawn_HW = decode_mask(image.given[self.of])
         except BrokenImage as error:
             raise ValueError(f"the expert map {self.of!r} cannot be used: {error}") from error
-        if image.shape != picture.size:
-            raise ValueError(f"the expert map {self.of!r} has the shape {image.shape}, the image {picture.size}")
+        if drawn_HW.shape != image.size:
+            raise ValueError(f"the expert map {self.of!r} has the shape {drawn_HW.shape}, the image {image.size}")
         if self.values == "figure":
-            amount_HW = (image > 0).astype(np.float32)
+            amount_HW = (drawn_HW > 0).astype(np.float32)
         else:
-            largest = 65535 if image.dtype == np.uint16 else 255
-            amount_HW = image.astype(np.float32) * np.float32(1 / largest)
-        return cell_means(amount_HW, grid_size(picture, self.stride))
-
-    def flip(self, map_HWC: Map) -> Map:
-        """The map of the mirrored image."""
-        return mirror(map_HWC)
+            amount_HW = drawn_HW.astype(np.float32) * np.float32(1 / np.iinfo(drawn_HW.dtype).max)
+        return cell_means(amount_HW, grid_size(image, self.stride))

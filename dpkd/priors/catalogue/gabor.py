@@ -10,9 +10,9 @@ from pydantic import Field
 
 from dpkd.config import Config
 from dpkd.priors.base import grid_size
-from dpkd.priors.catalogue.cells import cell_means
+from dpkd.priors.catalogue.kernels import cell_means
 from dpkd.priors.codecs import Map, NibbleCodec
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 
 Image = npt.NDArray[np.float32]
 
@@ -48,10 +48,10 @@ class Gabor(Config):
         """Four directions an octave."""
         return DIRECTIONS * self.octaves
 
-    def map(self, picture: Picture) -> Map:
+    def map(self, image: ImageViews) -> Map:
         """Square-rooted amplitudes, float32 HWC."""
-        size = grid_size(picture, self.stride)
-        grey_HW, planes = picture.grey_HW, []
+        size = grid_size(image, self.stride)
+        grey_HW, planes = image.grey_HW, []
         for octave in range(self.octaves):
             if octave:
                 grey_HW = _halved(grey_HW)

@@ -6,14 +6,15 @@ import numpy as np
 from pydantic import Field
 
 from dpkd.config import Config
-from dpkd.priors.base import grid_size, mirror
+from dpkd.priors.base import Mirrored, grid_size
+from dpkd.priors.catalogue.kernels import Kernel
 from dpkd.priors.codecs import ByteCodec, Map
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 
 LEVELS = 8
 
 
-class Glcm(Config):
+class Glcm(Mirrored, Config):
     """Contrast, homogeneity, energy, entropy and correlation in a cell every `stride` pixels: five channels in [0, 1].
 
     Of the cell's grey-level co-occurrence matrix P (Haralick et al. 1973) with 8 levels of luma, counted both ways over
@@ -28,15 +29,20 @@ class Glcm(Config):
     name: ClassVar[str] = "glcm"
     version: ClassVar[int] = 1
     channels: ClassVar[int] = 5
-    nearest: ClassVar[bool] = False
     codec: ClassVar[ByteCodec] = ByteCodec()
 
-    def map(self, picture: Picture) -> Map:
+    def map(self, image: ImageViews) -> Map:
         """The five statistics, float32 HW5."""
-        from dpkd.priors.catalogue.cooccurrence import cooccurrence_HWKK  # noqa: PLC0415 (numba must not load with the settings)
-
-        level_HW = np.right_shift(picture.grey8_HW, 5, dtype=np.uint8)
-        p_HWKK = cooccurrence_HWKK(level_HW, levels=LEVELS, size=grid_size(picture, self.stride))
+        level_HW = np.right_shift(image.grey8_HW, 5, dtype=np.uint8)
+        size = grid_size(image, self.stride)
+        rows, columns = (  # whole pixels: the nearest borders where the grid does not divide the image
+            np.rint(np.arange(num_cells + 1) * num_pixels / num_cells).astype(np.int64)
+            for num_pixels, num_cells in zip(level_HW.shape, size, strict=True)
+        )
+        count_HWKK = np.zeros((*size, LEVELS, LEVELS), np.float32)
+        _add_neighbours(level_HW, rows, columns, count_HWKK)
+        count_HWKK += count_HWKK.transpose(0, 1, 3, 2).copy()
+        p_HWKK = count_HWKK / count_HWKK.sum((2, 3), keepdims=True)
         i_K = np.arange(LEVELS, dtype=np.float32)
         square_KK = (i_K[:, None] - i_K) ** 2
         contrast_HW = np.sqrt(np.tensordot(p_HWKK, square_KK / (LEVELS - 1) ** 2, 2))
@@ -51,6 +57,24 @@ class Glcm(Config):
         channels = [contrast_HW, homogeneity_HW, energy_HW, entropy_HW, (1 + correlation_HW) / 2]
         return np.clip(np.stack(channels, axis=2), 0, 1).astype(np.float32)
 
-    def flip(self, map_HWC: Map) -> Map:
-        """The map of the mirrored image."""
-        return mirror(map_HWC)
+
+@Kernel
+def _add_neighbours(level_HW, rows, columns, count_HWKK):  # type: ignore[no-untyped-def]
+    """Counts the pairs of levels of neighbours within each cell, one way; `rows` and `columns` are borders of cells."""
+    for i in range(len(rows) - 1):
+        for j in range(len(columns) - 1):
+            top, bottom, left, right = rows[i], rows[i + 1], columns[j], columns[j + 1]
+            count_KK = count_HWKK[i, j]
+            if bottom - top == 1 and right - left == 1:  # a single pixel is its own neighbour
+                count_KK[level_HW[top, left], level_HW[top, left]] = 1
+            for y in range(top, bottom):
+                for x in range(left, right):
+                    here = level_HW[y, x]
+                    if x + 1 < right:
+                        count_KK[here, level_HW[y, x + 1]] += 1
+                    if y + 1 < bottom:
+                        count_KK[here, level_HW[y + 1, x]] += 1
+                        if x + 1 < right:
+                            count_KK[here, level_HW[y + 1, x + 1]] += 1
+                        if x > left:
+                            count_KK[here, level_HW[y + 1, x - 1]] += 1

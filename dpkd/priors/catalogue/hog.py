@@ -10,7 +10,7 @@ from pydantic import Field
 from dpkd.config import Config
 from dpkd.priors.base import grid_size
 from dpkd.priors.codecs import Map, NibbleCodec
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 
 
 class Hog(Config):
@@ -35,10 +35,10 @@ class Hog(Config):
         """One channel a bin; bin k is centred at (k + 0.5) · 180 / bins degrees."""
         return self.bins
 
-    def map(self, picture: Picture) -> Map:
+    def map(self, image: ImageViews) -> Map:
         """Oriented gradients of an image, float32 HWC."""
-        height, width = grid_size(picture, self.cell)
-        votes_CHW = _votes(*_gradient(picture.rgb_HWC), self.bins)
+        height, width = grid_size(image, self.cell)
+        votes_CHW = _votes(*_gradient(image.rgb_HWC), self.bins)
         planes = [cv2.resize(votes_HW, (width, height), interpolation=cv2.INTER_AREA) for votes_HW in votes_CHW]
         histogram_HWC = np.stack(planes, axis=2)
         norm_HW1 = np.sqrt(np.square(histogram_HWC).sum(2, keepdims=True) + np.float32(1e-10))

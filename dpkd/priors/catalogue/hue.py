@@ -7,12 +7,13 @@ import numpy as np
 from pydantic import Field
 
 from dpkd.config import Config
-from dpkd.priors.base import grid_size, mirror
+from dpkd.priors.base import Mirrored, grid_size
+from dpkd.priors.catalogue.kernels import cell_histogram
 from dpkd.priors.codecs import Map, NibbleCodec
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 
 
-class Hue(Config):
+class Hue(Mirrored, Config):
     """Square root of each hue's share of a cell every `stride` pixels, by saturation: `bins` channels in [0, 1].
 
     Hue and saturation are those of HSV (Smith 1978; van de Weijer et al. 2006 weigh hue so, since grey has none). Bin k
@@ -25,7 +26,6 @@ class Hue(Config):
 
     name: ClassVar[str] = "hue"
     version: ClassVar[int] = 1
-    nearest: ClassVar[bool] = False
     codec: ClassVar[NibbleCodec] = NibbleCodec()
 
     @property
@@ -33,18 +33,12 @@ class Hue(Config):
         """One channel a bin."""
         return self.bins
 
-    def map(self, picture: Picture) -> Map:
+    def map(self, image: ImageViews) -> Map:
         """Square-rooted shares of the hues, float32 HWC."""
-        from dpkd.priors.catalogue.cell_histogram import cell_histogram  # noqa: PLC0415 (numba must not load with the settings)
-
-        hue_HW, saturation_HW, _ = cv2.split(cv2.cvtColor(picture.rgb_HWC, cv2.COLOR_RGB2HSV_FULL))
+        hue_HW, saturation_HW, _ = cv2.split(cv2.cvtColor(image.rgb_HWC, cv2.COLOR_RGB2HSV_FULL))
         bin_HW = np.asarray(cv2.LUT(hue_HW, (np.arange(256) * self.bins // 256).astype(np.uint8)), np.uint8)
         weight_HW = np.asarray(saturation_HW, np.uint8)
         histogram_HWC = cell_histogram(
-            bin_HW, num_bins=self.bins, size=grid_size(picture, self.stride), weight_HW=weight_HW
+            bin_HW, num_bins=self.bins, size=grid_size(image, self.stride), weight_HW=weight_HW
         )
         return np.sqrt(histogram_HWC * np.float32(1 / 255))
-
-    def flip(self, map_HWC: Map) -> Map:
-        """The map of the mirrored image."""
-        return mirror(map_HWC)

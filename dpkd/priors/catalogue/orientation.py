@@ -8,9 +8,9 @@ from pydantic import Field
 
 from dpkd.config import Config
 from dpkd.priors.base import grid_size, mirror
-from dpkd.priors.catalogue.cells import cell_means
+from dpkd.priors.catalogue.kernels import cell_means
 from dpkd.priors.codecs import ByteCodec, Map
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 
 NOISE = 16.0
 """Squared gradient, in grey levels a pixel, up to which a cell counts as without structure."""
@@ -33,11 +33,11 @@ class Orientation(Config):
     nearest: ClassVar[bool] = False
     codec: ClassVar[ByteCodec] = ByteCodec()
 
-    def map(self, picture: Picture) -> Map:
+    def map(self, image: ImageViews) -> Map:
         """Coherence and doubled angle, float32 HW3."""
-        dx_HW, dy_HW = (each.astype(np.float32) * np.float32(1 / 8) for each in _gradient(picture))
+        dx_HW, dy_HW = (each.astype(np.float32) * np.float32(1 / 8) for each in _gradient(image))
         tensor_HWC = cv2.merge([cv2.multiply(dx_HW, dx_HW), cv2.multiply(dy_HW, dy_HW), cv2.multiply(dx_HW, dy_HW)])
-        xx_HW, yy_HW, xy_HW = np.moveaxis(cell_means(np.asarray(tensor_HWC), grid_size(picture, self.stride)), 2, 0)
+        xx_HW, yy_HW, xy_HW = np.moveaxis(cell_means(np.asarray(tensor_HWC), grid_size(image, self.stride)), 2, 0)
         cos_HW, sin_HW = xx_HW - yy_HW, 2 * xy_HW
         length_HW = np.sqrt(cos_HW**2 + sin_HW**2)
         coherence_HW = length_HW / (xx_HW + yy_HW + np.float32(NOISE))
@@ -51,10 +51,10 @@ class Orientation(Config):
         return flipped_HWC
 
 
-def _gradient(picture: Picture) -> tuple[np.ndarray, np.ndarray]:
+def _gradient(image: ImageViews) -> tuple[np.ndarray, np.ndarray]:
     """Sobel gradient of luma, int16, 8 times the slope; 0 where an image is too thin for it."""
-    if min(picture.size) < 3:
-        flat_HW = np.zeros(picture.size, np.int16)
+    if min(image.size) < 3:
+        flat_HW = np.zeros(image.size, np.int16)
         return flat_HW, flat_HW
-    dx_HW, dy_HW = cv2.spatialGradient(picture.grey8_HW)
+    dx_HW, dy_HW = cv2.spatialGradient(image.grey8_HW)
     return np.asarray(dx_HW), np.asarray(dy_HW)

@@ -8,10 +8,10 @@ import numpy.typing as npt
 from pydantic import Field
 
 from dpkd.config import Config
-from dpkd.priors.base import grid_size, mirror
-from dpkd.priors.catalogue.cells import cell_means
+from dpkd.priors.base import Mirrored, grid_size
+from dpkd.priors.catalogue.kernels import Kernel, cell_means
 from dpkd.priors.codecs import JpegCodec, Map
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 
 Image = npt.NDArray[np.float32]
 
@@ -19,7 +19,7 @@ FULL_SCALE = 48.0
 """Ridge strength, in grey levels, that is stored as 1."""
 
 
-class Ridge(Config):
+class Ridge(Mirrored, Config):
     """Strength of bright and of dark lines in a cell every `stride` pixels: two channels in [0, 1].
 
     With λ₁ ≤ λ₂ the eigenvalues of the Hessian of luma at scale s: bright R = max over s of s²·max(-λ₁, 0), dark
@@ -35,26 +35,42 @@ class Ridge(Config):
     name: ClassVar[str] = "ridge"
     version: ClassVar[int] = 1
     channels: ClassVar[int] = 2
-    nearest: ClassVar[bool] = False
     codec: ClassVar[JpegCodec] = JpegCodec()
 
-    def map(self, picture: Picture) -> Map:
+    def map(self, image: ImageViews) -> Map:
         """Bright and dark ridge strength, float32 HW2."""
-        from dpkd.priors.catalogue.hessian import add_ridges  # noqa: PLC0415 (numba must not load with the settings)
-
-        height, width = picture.size
+        height, width = image.size
         strength_HWC = np.zeros((height, width, 2), np.float32)
-        half_HW = cv2.resize(picture.grey_HW, ((width + 1) // 2, (height + 1) // 2), interpolation=cv2.INTER_AREA)
+        half_HW = cv2.resize(image.grey_HW, ((width + 1) // 2, (height + 1) // 2), interpolation=cv2.INTER_AREA)
         coarse_HWC = np.zeros((*half_HW.shape, 2), np.float32)
         for scale in self.scales:
             if scale < 2:
-                add_ridges(np.asarray(cv2.GaussianBlur(picture.grey_HW, (0, 0), scale)), scale, strength_HWC)
+                _add_ridges(np.asarray(cv2.GaussianBlur(image.grey_HW, (0, 0), scale)), scale, strength_HWC)
             else:
-                add_ridges(np.asarray(cv2.GaussianBlur(half_HW, (0, 0), scale / 2)), scale / 2, coarse_HWC)
+                _add_ridges(np.asarray(cv2.GaussianBlur(half_HW, (0, 0), scale / 2)), scale / 2, coarse_HWC)
         coarse_HWC = np.asarray(cv2.resize(coarse_HWC, (width, height), interpolation=cv2.INTER_LINEAR))
-        mean_HWC = cell_means(np.asarray(cv2.max(strength_HWC, coarse_HWC)), grid_size(picture, self.stride))
+        mean_HWC = cell_means(np.asarray(cv2.max(strength_HWC, coarse_HWC)), grid_size(image, self.stride))
         return np.sqrt(np.minimum(mean_HWC * np.float32(1 / FULL_SCALE), np.float32(1)))
 
-    def flip(self, map_HWC: Map) -> Map:
-        """The map of the mirrored image."""
-        return mirror(map_HWC)
+
+@Kernel
+def _add_ridges(smooth_HW, scale, strength_HWC):  # type: ignore[no-untyped-def]
+    """Raises bright and dark ridge strength (two channels) to that of an image smoothed at `scale`; the frame stays."""
+    scale_square = np.float32(scale * scale)
+    height, width = smooth_HW.shape
+    low_W, high_W = np.empty(width, np.float32), np.empty(width, np.float32)
+    for y in range(1, height - 1):
+        above, level, below = smooth_HW[y - 1], smooth_HW[y], smooth_HW[y + 1]
+        for x in range(1, width - 1):
+            twice = level[x] + level[x]
+            xx = level[x - 1] + level[x + 1] - twice
+            yy = above[x] + below[x] - twice
+            xy = (above[x - 1] + below[x + 1] - above[x + 1] - below[x - 1]) * np.float32(0.25)
+            middle = (xx + yy) * np.float32(0.5)
+            slant = (xx - yy) * np.float32(0.5)
+            spread = np.sqrt(slant * slant + xy * xy)
+            low_W[x] = (spread - middle) * scale_square
+            high_W[x] = (spread + middle) * scale_square
+        for x in range(1, width - 1):
+            strength_HWC[y, x, 0] = max(strength_HWC[y, x, 0], low_W[x])
+            strength_HWC[y, x, 1] = max(strength_HWC[y, x, 1], high_W[x])

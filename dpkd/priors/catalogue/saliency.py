@@ -1,5 +1,6 @@
 """What stands out as figure: minimum barrier saliency."""
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import cv2
@@ -8,16 +9,18 @@ import numpy.typing as npt
 from pydantic import Field
 
 from dpkd.config import Config
-from dpkd.priors.base import grid_size, mirror
+from dpkd.priors.base import Mirrored, grid_size
+from dpkd.priors.catalogue.kernels import Kernel
 from dpkd.priors.codecs import JpegCodec, Map
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 
 FRAME_SHARE = 0.1
 """Width of the four strips that stand for background, as a share of the image's side."""
 LOWEST_THRESHOLD = 0.1
+"""Never lower, so that noise on even ground is no figure."""
 
 
-class Saliency(Config):
+class Saliency(Mirrored, Config):
     """Saliency in [0, 1], one channel, a cell every `stride` pixels.
 
     After MB+ of Zhang et al. 2015 ("Minimum barrier salient object detection at 80 FPS"): the minimum barrier distance
@@ -41,30 +44,31 @@ class Saliency(Config):
     name: ClassVar[str] = "saliency"
     version: ClassVar[int] = 2
     channels: ClassVar[int] = 1
-    nearest: ClassVar[bool] = False
     codec: ClassVar[JpegCodec] = JpegCodec(quality=80)
 
-    def map(self, picture: Picture) -> Map:
+    def map(self, image: ImageViews) -> Map:
         """Saliency of an image, float32 HW1."""
-        from dpkd.priors.catalogue.frame_difference import mahalanobis  # noqa: PLC0415
-        from dpkd.priors.catalogue.minimum_barrier import barrier_distance  # noqa: PLC0415 (numba must not load with the settings)
-
-        lab_HWC = np.asarray(cv2.cvtColor(_shrink(picture.rgb_HWC, self.working_px), cv2.COLOR_RGB2Lab), np.uint8)
+        lab_HWC = np.asarray(cv2.cvtColor(_shrink(image.rgb_HWC, self.working_px), cv2.COLOR_RGB2Lab), np.uint8)
+        height, width = lab_HWC.shape[:2]
+        rows, columns = max(1, round(FRAME_SHARE * height)), max(1, round(FRAME_SHARE * width))
+        strips = [lab_HWC[:rows], lab_HWC[-rows:], lab_HWC[:, :columns], lab_HWC[:, -columns:]]
         distance_HW = _unit(barrier_distance(lab_HWC, self.passes).astype(np.float32))
-        from_strip_RHW = np.stack([_unit(each_HW) for each_HW in mahalanobis(lab_HWC, _frame(lab_HWC))])
+        from_strip_RHW = np.stack([_unit(strip_HW) for strip_HW in mahalanobis(lab_HWC, strips)])
         from_frame_HW = from_strip_RHW.sum(0) - from_strip_RHW.max(0)  # not from the strip that the figure touches
         distance_HW = _unit(distance_HW + _unit(from_frame_HW))
-        centre_HW = 1 - np.float32(self.centre) * (1 - _centre_weight(*lab_HWC.shape[:2]))
-        distance_HW = _unit(distance_HW * centre_HW)
-        saliency_HW = 1 / (1 + np.exp(np.float32(self.sharpness) * (_threshold(distance_HW) - distance_HW)))
-        height, width = grid_size(picture, self.stride)
-        shrinks = height < saliency_HW.shape[0]
-        method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-        return cv2.resize(saliency_HW, (width, height), interpolation=method)[:, :, None]
 
-    def flip(self, map_HWC: Map) -> Map:
-        """The map of the mirrored image."""
-        return mirror(map_HWC)
+        y_H = (np.arange(height, dtype=np.float32) + 0.5) / height - 0.5
+        x_W = (np.arange(width, dtype=np.float32) + 0.5) / width - 0.5
+        # 1 at the centre, falling in a straight line to 0 in the corners
+        central_HW = 1 - np.sqrt(y_H[:, None] ** 2 + x_W[None, :] ** 2) * np.float32(np.sqrt(2))
+        distance_HW = _unit(distance_HW * (1 - np.float32(self.centre) * (1 - central_HW)))
+
+        level, _ = cv2.threshold(np.rint(distance_HW * 255).astype(np.uint8), 0, 255, cv2.THRESH_OTSU)
+        turn = np.float32(max(level / 255, LOWEST_THRESHOLD))
+        saliency_HW = 1 / (1 + np.exp(np.float32(self.sharpness) * (turn - distance_HW)))
+        height, width = grid_size(image, self.stride)
+        method = cv2.INTER_AREA if height < saliency_HW.shape[0] else cv2.INTER_LINEAR
+        return cv2.resize(saliency_HW, (width, height), interpolation=method)[:, :, None]
 
 
 def _shrink(image_HWC: npt.NDArray[np.uint8], longer_px: int) -> npt.NDArray[np.uint8]:
@@ -77,27 +81,78 @@ def _shrink(image_HWC: npt.NDArray[np.uint8], longer_px: int) -> npt.NDArray[np.
     return np.asarray(cv2.resize(image_HWC, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
-def _frame(lab_HWC: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
-    """The strips along the four sides."""
-    height, width = lab_HWC.shape[:2]
-    rows, columns = max(1, round(FRAME_SHARE * height)), max(1, round(FRAME_SHARE * width))
-    return [lab_HWC[:rows], lab_HWC[-rows:], lab_HWC[:, :columns], lab_HWC[:, -columns:]]
-
-
-def _centre_weight(height: int, width: int) -> npt.NDArray[np.float32]:
-    """1 at the centre, falling in a straight line to 0 in the corners."""
-    y_H = (np.arange(height, dtype=np.float32) + 0.5) / height - 0.5
-    x_W = (np.arange(width, dtype=np.float32) + 0.5) / width - 0.5
-    return 1 - np.sqrt(y_H[:, None] ** 2 + x_W[None, :] ** 2) * np.float32(np.sqrt(2))
-
-
-def _threshold(values_HW: npt.NDArray[np.float32]) -> np.float32:
-    """Otsu's threshold of values in [0, 1]; never so low that noise on even ground would be figure."""
-    level, _ = cv2.threshold(np.rint(values_HW * 255).astype(np.uint8), 0, 255, cv2.THRESH_OTSU)
-    return np.float32(max(level / 255, LOWEST_THRESHOLD))
-
-
 def _unit(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """The values divided by the largest; zeros stay zeros."""
     largest = values.max()
     return values / largest if largest > 0 else values
+
+
+def barrier_distance(image_HWC: npt.NDArray[np.uint8], passes: int) -> npt.NDArray[np.int32]:
+    """Minimum barrier distance of each pixel to the frame, summed over the channels; int32 HW.
+
+    The barrier of a path is its highest less its lowest value. Raster scanning (Zhang et al. 2015, algorithm 1) never
+    gives less than the exact distance, and comes close to it in three passes.
+    """
+    distance_HW = np.zeros(image_HWC.shape[:2], np.int32)
+    for channel in range(image_HWC.shape[2]):
+        _add_barriers(np.ascontiguousarray(image_HWC[:, :, channel]), passes, distance_HW)
+    return distance_HW
+
+
+@Kernel
+def _add_barriers(value_HW, passes, total_HW):  # type: ignore[no-untyped-def]
+    """Adds one channel's distance to `total_HW`."""
+    height, width = value_HW.shape
+    highest_HW = value_HW.astype(np.int32)
+    lowest_HW = value_HW.astype(np.int32)
+    distance_HW = np.full((height, width), 1 << 20, np.int32)
+    distance_HW[0], distance_HW[-1] = 0, 0
+    distance_HW[:, 0], distance_HW[:, -1] = 0, 0
+    for scan in range(passes):
+        step = 1 if scan % 2 == 0 else -1  # down and right, then up and left, and so on
+        first_row, first_column = (1, 1) if step == 1 else (height - 2, width - 2)
+        for i in range(height - 2):
+            y = first_row + i * step
+            for j in range(width - 2):
+                x = first_column + j * step
+                value = np.int32(value_HW[y, x])
+                for from_y, from_x in ((y - step, x), (y, x - step)):
+                    highest = max(highest_HW[from_y, from_x], value)
+                    lowest = min(lowest_HW[from_y, from_x], value)
+                    if highest - lowest < distance_HW[y, x]:
+                        distance_HW[y, x] = highest - lowest
+                        highest_HW[y, x], lowest_HW[y, x] = highest, lowest
+    total_HW += distance_HW
+
+
+def mahalanobis(image_HWC: npt.NDArray[np.uint8], regions: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
+    """Distance of each pixel to the mean colour of each region (HWC), in the region's deviations; float32 RHW.
+
+    A deviation of one level is added to each region's own, as of noise.
+    """
+    means_RC, precisions_RCC = [], []
+    for region_HWC in regions:
+        colour_NC = region_HWC.reshape(-1, 3).astype(np.float64)
+        means_RC.append(colour_NC.mean(0))
+        centred_NC = colour_NC - means_RC[-1]
+        precisions_RCC.append(np.linalg.inv(centred_NC.T @ centred_NC / len(centred_NC) + np.eye(3)))
+    means, precisions = np.asarray(means_RC, np.float32), np.asarray(precisions_RCC, np.float32)
+    return np.asarray(_distances(np.ascontiguousarray(np.moveaxis(image_HWC, 2, 0)), means, precisions))
+
+
+@Kernel
+def _distances(image_CHW, mean_RC, precision_RCC):  # type: ignore[no-untyped-def]
+    _, height, width = image_CHW.shape
+    distance_RHW = np.empty((len(mean_RC), height, width), np.float32)
+    for r in range(len(mean_RC)):
+        m0, m1, m2 = mean_RC[r]
+        p = precision_RCC[r]
+        p00, p11, p22 = p[0, 0], p[1, 1], p[2, 2]
+        p01, p02, p12 = 2 * p[0, 1], 2 * p[0, 2], 2 * p[1, 2]
+        for y in range(height):
+            first, second, third, distance = image_CHW[0, y], image_CHW[1, y], image_CHW[2, y], distance_RHW[r, y]
+            for x in range(width):
+                a, b, c = np.float32(first[x]) - m0, np.float32(second[x]) - m1, np.float32(third[x]) - m2
+                square = a * (p00 * a + p01 * b + p02 * c) + b * (p11 * b + p12 * c) + c * c * p22
+                distance[x] = np.sqrt(max(square, np.float32(0)))
+    return distance_RHW

@@ -8,12 +8,12 @@ import numpy.typing as npt
 from pydantic import Field
 
 from dpkd.config import Config
-from dpkd.priors.base import grid_size, mirror
+from dpkd.priors.base import Mirrored, grid_size
 from dpkd.priors.codecs import LabelCodec, Map
-from dpkd.priors.image_views import Picture
+from dpkd.priors.image_views import ImageViews
 
 
-class Superpixel(Config):
+class Superpixel(Mirrored, Config):
     """Region labels 0, 1, ..., one channel of int32, a cell every `stride` pixels.
 
     F-DBSCAN superpixels of the Lab image (Loke et al. 2021, "Accelerated superpixel image segmentation with a
@@ -31,28 +31,24 @@ class Superpixel(Config):
     nearest: ClassVar[bool] = True
     codec: ClassVar[LabelCodec] = LabelCodec()
 
-    def map(self, picture: Picture) -> Map:
+    def map(self, image: ImageViews) -> Map:
         """Region labels of an image, int32 HW1."""
-        label_HW = _regions(picture, self.region_px)
-        height, width = grid_size(picture, self.stride)
+        label_HW = _regions(image, self.region_px)
+        height, width = grid_size(image, self.stride)
         rows = _cell_centres(height, label_HW.shape[0])
         columns = _cell_centres(width, label_HW.shape[1])
         _, compact = np.unique(label_HW[np.ix_(rows, columns)], return_inverse=True)
         return compact.reshape(height, width, 1).astype(np.int32)
 
-    def flip(self, map_HWC: Map) -> Map:
-        """The labels of the mirrored image."""
-        return mirror(map_HWC)
 
-
-def _regions(picture: Picture, region_px: int) -> npt.NDArray[np.int32]:
+def _regions(image: ImageViews, region_px: int) -> npt.NDArray[np.int32]:
     """Labels of all pixels; an image of less than two regions is one."""
-    height, width = picture.size
+    height, width = image.size
     num_regions = round(height * width / region_px**2)
     if num_regions < 2 or min(height, width) < 8:  # ScanSegment reads past its buffers where it finds no cluster
         return np.zeros((height, width), np.int32)
     segment = cv2.ximgproc.createScanSegment(width, height, num_regions, 1, True)
-    segment.iterate(picture.lab8_HWC.copy())  # a fresh array: ScanSegment blurs its input in place, locked or not
+    segment.iterate(image.lab8_HWC.copy())  # a fresh array: ScanSegment blurs its input in place, locked or not
     return np.asarray(segment.getLabels(), np.int32)
 
 

@@ -1,0 +1,103 @@
+"""What several extractors share: functions that numba compiles, means and histograms over the cells of a grid."""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+Image = npt.NDArray[np.float32]
+
+OPENCV_CHANNELS = 4
+"""Channels that OpenCV's area resampling takes at a time."""
+
+
+class Kernel:
+    """A function over pixels, compiled by numba at its first call: settings load this module, and numba takes a second.
+
+    One kernel may call another: numba asks for `_numba_type_` of a global that it does not know.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self.__doc__ = function.__doc__
+
+    @cached_property
+    def _compiled(self) -> Any:
+        from numba import njit  # noqa: PLC0415
+
+        return njit(cache=True, error_model="numpy")(self._function)
+
+    @property
+    def _numba_type_(self) -> Any:
+        return self._compiled._numba_type_
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:  # noqa: D102
+        return self._compiled(*arguments, **keywords)
+
+
+def cell_means(image_HWC: Image, size: tuple[int, int]) -> Image:
+    """The mean of each of height x width cells, by area; float32 HWC also of an image without a channel axis.
+
+    Where the grid is finer than the image, values are interpolated.
+    """
+    height, width = size
+    planes = image_HWC.reshape(*image_HWC.shape[:2], -1)
+    means = [
+        cv2.resize(planes[:, :, start : start + OPENCV_CHANNELS], (width, height), interpolation=cv2.INTER_AREA)
+        for start in range(0, planes.shape[2], OPENCV_CHANNELS)
+    ]
+    return np.concatenate([np.asarray(mean, np.float32).reshape(height, width, -1) for mean in means], axis=2)
+
+
+def cell_histogram(
+    bin_HW: npt.NDArray[np.uint8],
+    *,
+    num_bins: int,
+    size: tuple[int, int],
+    weight_HW: npt.NDArray[np.uint8] | None = None,
+) -> Image:
+    """The sum of the weights (1 without) of the pixels of each bin in each of height x width cells, HWC over bins.
+
+    A pixel on a border is shared by area. Each cell's sums are divided by its area in pixels, so that without weights
+    they add up to 1.
+    """
+    height, width = size
+    area = bin_HW.shape[0] / height * (bin_HW.shape[1] / width)
+    histogram_HWC = np.zeros((height, width, num_bins), np.float32)
+    weight = np.ones((1, 1), np.uint8) if weight_HW is None else weight_HW
+    _add_pixels(bin_HW, weight, _shares(bin_HW.shape[0], height), _shares(bin_HW.shape[1], width), histogram_HWC)
+    histogram_HWC *= np.float32(1 / area)
+    return histogram_HWC
+
+
+def _shares(num_pixels: int, num_cells: int) -> tuple[npt.NDArray[np.int32], Image]:
+    """For each pixel of an axis the cell it begins in, and the share of it in that cell; the rest is in the next."""
+    first = np.arange(num_pixels) * num_cells // num_pixels
+    end = np.minimum((first + 1) * num_pixels, (np.arange(num_pixels) + 1) * num_cells)
+    share = (end - np.arange(num_pixels) * num_cells) / num_cells
+    return first.astype(np.int32), share.astype(np.float32)
+
+
+@Kernel
+def _add_pixels(bin_HW, weight_HW, rows, columns, histogram_HWC):  # type: ignore[no-untyped-def]
+    """Adds each pixel to the one, two or four cells that it lies in."""
+    height, width = bin_HW.shape
+    (row_H, row_share_H), (column_W, column_share_W) = rows, columns
+    weighted = weight_HW.size > 1
+    for y in range(height):
+        row, row_share = row_H[y], row_share_H[y]
+        for x in range(width):
+            column, column_share, k = column_W[x], column_share_W[x], bin_HW[y, x]
+            weight = np.float32(weight_HW[y, x]) if weighted else np.float32(1)
+            upper = weight * row_share
+            histogram_HWC[row, column, k] += upper * column_share
+            if column_share < 1:
+                histogram_HWC[row, column + 1, k] += upper * (1 - column_share)
+            if row_share < 1:
+                lower = weight - upper
+                histogram_HWC[row + 1, column, k] += lower * column_share
+                if column_share < 1:
+                    histogram_HWC[row + 1, column + 1, k] += lower * (1 - column_share)
