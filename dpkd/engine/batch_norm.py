@@ -12,7 +12,7 @@ class StepStatistics:
 
     Plain batch norm moves them once a forward pass, with what its own rank saw, so a run on two ranks ends with others
     than a run on one. Call `before_micro` and `after_micro` around every training forward and `commit` once a step, on
-    all ranks. Until the commit the statistics of the last step stand, for an evaluation within the step too.
+    all ranks. Until the commit the buffers hold the statistics of the last step, for an evaluation within the step too.
     The norms' momentum is taken over: outside of those calls nothing moves the statistics.
     """
 
@@ -35,11 +35,16 @@ class StepStatistics:
 
     def after_micro(self) -> None:
         """Adds what the forward left to the step's sums, and puts the last step's statistics back."""
-        assert self._kept or not self._norms, "after_micro without before_micro"
-        seen = [buffer.clone() for buffer in self._buffers()]
-        self._sums = [total + new for total, new in zip(self._sums, seen, strict=True)] if self._num_micros else seen
+        if not self._norms:
+            return
+        assert self._kept, "after_micro without before_micro"
+        buffers = self._buffers()
+        if self._num_micros:
+            torch._foreach_add_(self._sums, buffers)
+        else:
+            self._sums = [buffer.clone() for buffer in buffers]
         self._num_micros += 1
-        _write(self._buffers(), self._kept)
+        torch._foreach_copy_(buffers, self._kept)
         self._kept = []
         self._set_momentum(0.0)
 
@@ -49,15 +54,17 @@ class StepStatistics:
             return
         assert self._num_micros, "commit without a micro-batch"
         mean = average(torch.cat(self._sums) / self._num_micros)
-        counts = [count + 1 for count in self._counts]
-        moved = []
-        for position, new in enumerate(mean.split([len(total) for total in self._sums])):
-            momentum, count = self._momenta[position // 2], counts[position // 2]
-            share = momentum if momentum is not None else 1 / count  # none: the plain mean over all steps
-            moved.append((1 - share) * self._buffers()[position] + share * new)
-        _write(self._buffers(), moved)
+        torch._foreach_add_(self._counts, 1)
+        shares = []
+        for momentum, count in zip(self._momenta, self._counts, strict=True):
+            share = float(1 / count) if momentum is None else momentum  # none: the plain mean over all steps
+            shares += [share, share]  # mean and variance
+        parts = zip(shares, mean.split([len(total) for total in self._sums]), strict=True)
+        buffers = self._buffers()
+        torch._foreach_mul_(buffers, [1 - share for share in shares])
+        torch._foreach_add_(buffers, [share * new for share, new in parts])
         # steps are what counts, and each forward counted itself
-        _write(self._counters(), counts)
+        torch._foreach_copy_(self._counters(), self._counts)
         self._num_micros = 0
 
     def _set_momentum(self, momentum: float) -> None:
@@ -66,14 +73,13 @@ class StepStatistics:
 
     def _buffers(self) -> list[Tensor]:
         """Mean and variance of each norm, in turn."""
-        pairs = [(norm.running_mean, norm.running_var) for norm in self._norms]
-        return [buffer for pair in pairs for buffer in pair if buffer is not None]
+        # .data: autograd saved the buffers for the backward that is still to come
+        return [
+            buffer.data
+            for norm in self._norms
+            for buffer in (norm.running_mean, norm.running_var)
+            if buffer is not None
+        ]
 
     def _counters(self) -> list[Tensor]:
-        return [norm.num_batches_tracked for norm in self._norms if norm.num_batches_tracked is not None]
-
-
-def _write(buffers: list[Tensor], values: list[Tensor]) -> None:
-    # through .data: autograd saved the buffers for the backward that is still to come
-    for buffer, value in zip(buffers, values, strict=True):
-        buffer.data.copy_(value)
+        return [norm.num_batches_tracked.data for norm in self._norms if norm.num_batches_tracked is not None]

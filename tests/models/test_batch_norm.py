@@ -130,3 +130,27 @@ def test_a_network_without_norms_needs_nothing_from_other_ranks():
 def test_a_commit_without_a_micro_batch_is_our_mistake():
     with pytest.raises(AssertionError, match="without a micro-batch"):
         StepStatistics(net()).commit(lambda vector: vector)
+
+
+class CountedNorm(nn.BatchNorm1d):
+    """A batch norm that counts how often its running mean is asked for."""
+
+    num_reads = 0
+
+    def __getattr__(self, name):
+        CountedNorm.num_reads += name == "running_mean"
+        return super().__getattr__(name)
+
+
+def test_a_commit_costs_as_much_for_each_norm_however_many_there_are():
+    reads = []
+    for num_norms in (10, 40):
+        module = nn.Sequential(*(CountedNorm(2) for _ in range(num_norms)))
+        statistics = StepStatistics(module)
+        statistics.before_micro()
+        module(torch.randn(3, 2))
+        statistics.after_micro()
+        before = CountedNorm.num_reads
+        statistics.commit(lambda vector: vector)
+        reads.append((CountedNorm.num_reads - before) / num_norms)
+    assert reads[0] == reads[1] > 0
