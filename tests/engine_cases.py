@@ -14,8 +14,9 @@ from torch import nn
 
 from dpkd.backends.deepspeed_engine import DeepSpeedEngine
 from dpkd.engine.batch_norm import StepStatistics
+from dpkd.engine.protocol import Engine
 from dpkd.engine.settings import EngineSettings, OptimizerSettings
-from dpkd.engine.torch_engine import Engine, TorchEngine
+from dpkd.engine.torch_engine import TorchEngine
 from dpkd.engine.world import World, join
 from dpkd.errors import UserError
 
@@ -111,7 +112,10 @@ def train(engine: Engine, world: World, *, first: int, last: int) -> Trace:
             engine.backward(loss)
             engine.predict(image_BCHW)
             total += loss.detach()
-        trace.norms.append(engine.step(learning_rate=rate(step)))
+        norm = engine.step(learning_rate=rate(step))
+        assert isinstance(norm, torch.Tensor), "the caller says when to wait for the device"
+        assert norm.ndim == 0
+        trace.norms.append(float(norm))
         trace.losses.append(float(world.mean_(total)) * world.size / NUM_MICROS)
         trace.predictions.append(engine.predict(micro_batch(step, 0)[0])["logits"])
     trace.weights = engine.weights()
@@ -131,8 +135,8 @@ def distil(kinds: tuple[str, str], world: World) -> Trace:
             teacher.backward(nn.functional.cross_entropy(target, label_B))
             student.backward(loss)
             total += loss.detach()
-        trace.norms.append(teacher.step(learning_rate=rate(step)))
-        trace.norms.append(student.step(learning_rate=rate(step)))
+        trace.norms.append(float(teacher.step(learning_rate=rate(step))))
+        trace.norms.append(float(student.step(learning_rate=rate(step))))
         trace.losses.append(float(world.mean_(total)) * world.size / NUM_MICROS)
     return trace
 

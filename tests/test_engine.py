@@ -41,7 +41,7 @@ def one_step(trained: TorchEngine) -> tuple[float, dict[str, torch.Tensor]]:
     for _ in range(2):
         image_BCHW = torch.randn(4, 3, 32, 32, generator=generator)
         trained.backward(trained.forward(image_BCHW).square().mean())
-    return trained.step(learning_rate=1e-3), trained.weights()
+    return float(trained.step(learning_rate=1e-3)), trained.weights()
 
 
 def make(name: str, **arguments: Any) -> nn.Module:

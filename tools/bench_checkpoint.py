@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from dpkd.backends.engines import make_engine
 from dpkd.backends.local_gang import LocalGang
 from dpkd.engine import world
+from dpkd.engine.protocol import Engine
 from dpkd.engine.settings import EngineSettings, OptimizerSettings
 from dpkd.engine.state import Writer
-from dpkd.engine.torch_engine import Engine
 from dpkd.io.checkpoint_store import MANIFEST
 from dpkd.models.parameters import parameter_groups
 from dpkd.train.checkpoint import Checkpoints

@@ -16,9 +16,10 @@ from torch import nn
 
 from dpkd.backends.zero_state import NetworkState, share, whole_on, zero_state
 from dpkd.engine.optimizer import build_optimizer, by_name, quantities, set_learning_rates, trainable
+from dpkd.engine.protocol import Statistics
 from dpkd.engine.settings import EngineSettings, OptimizerSettings
 from dpkd.engine.state import Counts, Staging, StateReader, Writer, write_part
-from dpkd.engine.torch_engine import Statistics, in_fp32, use_activation_checkpointing
+from dpkd.engine.torch_engine import in_fp32, use_activation_checkpointing
 from dpkd.engine.world import World
 from dpkd.errors import UserError
 
@@ -84,7 +85,6 @@ class DeepSpeedEngine:
         self._owners = whole_on(self._state.slots(quantities(optimizer)), world=world)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """See `Engine`."""
         self._engine.train()
         self._mark_boundary()
         if self._statistics is not None:
@@ -96,13 +96,11 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """See `Engine`."""
         self._engine.eval()
         with self._state.average_in_place():
             return self._engine(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """See `Engine`."""
         self._mark_boundary()
         self._engine.backward(loss)
         self._num_micros += 1
@@ -110,8 +108,7 @@ class DeepSpeedEngine:
     def _mark_boundary(self) -> None:
         self._engine.set_gradient_accumulation_boundary(self._num_micros + 1 == self._accumulation)
 
-    def step(self, *, learning_rate: float) -> float:
-        """See `Engine`."""
+    def step(self, *, learning_rate: float) -> torch.Tensor:
         assert self._num_micros == self._accumulation, (
             f"step after {self._num_micros} of {self._accumulation} backwards"
         )
@@ -124,7 +121,7 @@ class DeepSpeedEngine:
             self._statistics.commit(self._world.mean_)
         if self._state.averaged is not None:
             self._state.averaged.update()
-        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+        return torch.as_tensor(self._engine.get_global_grad_norm() if norm is None else norm)
 
     def _clip(self) -> torch.Tensor:
         return nn.utils.clip_grad_norm_(list(self._state.trained.values()), self._settings.clip or float("inf"))
@@ -134,7 +131,6 @@ class DeepSpeedEngine:
         self._state.zero.set_num_updates(self._settings, number)
 
     def snapshot(self) -> Writer:
-        """See `Engine`."""
         rank, size = self._world.rank, self._world.size
         slots = self._state.slots(quantities(self._settings))
         held = self._staging.hold(share(slots, owners=self._owners, world=self._world))
@@ -143,7 +139,6 @@ class DeepSpeedEngine:
         return lambda folder: write_part(folder, held, counts=counts, rank=rank, size=size)
 
     def load(self, folder: Path) -> None:
-        """See `Engine`."""
         reader = StateReader(folder)
         slots = self._state.slots(quantities(self._settings))
         reader.check({name: slot.shape for name, slot in slots.items()})
@@ -155,7 +150,6 @@ class DeepSpeedEngine:
             self._state.averaged.num_updates = reader.counts.num_average_updates
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """See `Engine`."""
         with self._state.average_in_place():
             return {name: in_fp32(tensor).detach().cpu().clone() for name, tensor in self._state.weights().items()}
 

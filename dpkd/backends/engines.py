@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpkd.engine.protocol import Engine
 from dpkd.engine.settings import EngineSettings
-from dpkd.engine.torch_engine import Engine, TorchEngine
+from dpkd.engine.torch_engine import TorchEngine
 
 
 def engine_kind(settings: EngineSettings) -> str:

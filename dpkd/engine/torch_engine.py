@@ -1,66 +1,20 @@
-"""The engine protocol: one network, its optimizer, how both are spread over the ranks; and the plain PyTorch engine."""
+"""The plain PyTorch engine, and what every engine does to a network and its outputs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from dpkd.engine.ema import WeightAverage
 from dpkd.engine.optimizer import build_optimizer, by_name, quantities, set_learning_rates, set_num_updates, trainable
+from dpkd.engine.protocol import Statistics
 from dpkd.engine.settings import EngineSettings, OptimizerSettings
 from dpkd.engine.state import Counts, Staging, StateReader, Writer, part_of, write_part
 from dpkd.engine.world import World
 from dpkd.errors import UserError
-
-
-class Engine(Protocol):
-    """Trains one network. Every verb is called by all ranks together, in the same order."""
-
-    module: nn.Module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the network in training mode, in the engine's precision; floating-point outputs come as fp32."""
-
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the network in evaluation mode without gradients, with the averaged weights where there are any."""
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Adds this micro-batch's gradient; `loss` is its mean, the engine divides by the accumulation."""
-
-    def step(self, *, learning_rate: float) -> float:
-        """Averages gradients over ranks, clips, updates the weights; returns the gradient norm before clipping.
-
-        Called once after `accumulation` calls of `backward`. A norm that is not finite means that the weights are
-        spoilt: stop, and go back to a checkpoint.
-        """
-
-    def snapshot(self) -> Writer:
-        """Copies this rank's share of weights, optimizer and average; what it returns writes the copy into a folder.
-
-        The copy lives until the next snapshot, which must wait for the writing. File names differ between ranks.
-        """
-
-    def load(self, folder: Path) -> None:
-        """Restores what any engine wrote at any world size, bit for bit (the format: engine_state.py)."""
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The whole fp32 state dict on CPU (the averaged weights where there are any), the same on every rank."""
-
-
-class Statistics(Protocol):
-    """Makes running batch statistics independent of how a step was cut into micro-batches and ranks."""
-
-    def before_micro(self) -> None:
-        """Called before each forward pass in training mode."""
-
-    def after_micro(self) -> None:
-        """Called after each forward pass in training mode."""
-
-    def commit(self, average: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Called once a step; `average` replaces a tensor by its mean over ranks and returns it."""
 
 
 def use_activation_checkpointing(module: nn.Module) -> None:
@@ -126,7 +80,6 @@ class TorchEngine:
         self._staging = Staging()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """See `Engine`."""
         self.module.train()
         if self._statistics is not None:
             self._statistics.before_micro()
@@ -137,7 +90,6 @@ class TorchEngine:
 
     @torch.no_grad()
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """See `Engine`."""
         self.module.eval()
         with self._average.in_place() if self._average is not None else nullcontext():
             return self._run(*args, **kwargs)
@@ -148,11 +100,9 @@ class TorchEngine:
         return in_fp32(outputs)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """See `Engine`."""
         (loss / self._accumulation).backward()
 
-    def step(self, *, learning_rate: float) -> float:
-        """See `Engine`."""
+    def step(self, *, learning_rate: float) -> torch.Tensor:
         self._average_gradients()
         norm = nn.utils.clip_grad_norm_(list(self._parameters.values()), self._settings.clip or float("inf"))
         set_learning_rates(self._optimizer, learning_rate)
@@ -163,7 +113,7 @@ class TorchEngine:
             self._statistics.commit(self._world.mean_)
         if self._average is not None:
             self._average.update()
-        return float(norm)
+        return norm
 
     def _average_gradients(self) -> None:
         gradients = []
@@ -178,7 +128,6 @@ class TorchEngine:
                 gradient.copy_(part.view_as(gradient))
 
     def snapshot(self) -> Writer:
-        """See `Engine`."""
         rank, size = self._world.rank, self._world.size
         tensors = self._tensors()
         counts = Counts(self._num_updates, 0 if self._average is None else self._average.num_updates)
@@ -186,7 +135,6 @@ class TorchEngine:
         return lambda folder: write_part(folder, held, counts=counts, rank=rank, size=size)
 
     def load(self, folder: Path) -> None:
-        """See `Engine`."""
         reader = StateReader(folder)
         tensors = self._tensors()
         reader.check({name: tensor.shape for name, tensor in tensors.items()})
@@ -211,6 +159,5 @@ class TorchEngine:
         return tensors
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """See `Engine`."""
         with self._average.in_place() if self._average is not None else nullcontext():
             return {name: in_fp32(tensor.detach()).cpu().clone() for name, tensor in self.module.state_dict().items()}

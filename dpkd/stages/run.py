@@ -13,8 +13,8 @@ from torch import nn
 
 from dpkd.data.labels import visible_labels
 from dpkd.data.shards import Dataset, Split
+from dpkd.engine.protocol import Engine
 from dpkd.engine.settings import EngineSettings, TrainingSettings
-from dpkd.engine.torch_engine import Engine
 from dpkd.engine.world import World
 from dpkd.errors import UserError
 from dpkd.log import EventLog

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from dpkd.data.stream import Batch
-from dpkd.engine.torch_engine import Engine
+from dpkd.engine.protocol import Engine
 from dpkd.engine.world import World, stop_requested
 from dpkd.errors import StopRequested
 from dpkd.launch.heartbeat import STEADY, beat
@@ -134,7 +134,7 @@ def _train_step(
         meter.add_losses(losses)
     rates = {name: task.learning_rate(name, step=step) for name in task.engines}
     # every engine first: one that holds gradients when a step is undone would add them to the next
-    norms = {name: engine.step(learning_rate=rates[name]) for name, engine in task.engines.items()}
+    norms = {name: float(engine.step(learning_rate=rates[name])) for name, engine in task.engines.items()}
     for name, norm in norms.items():
         guard.check(name, norm, step=step, learning_rate=rates[name])
         meter.add_step(name, learning_rate=rates[name], gradient_norm=norm)

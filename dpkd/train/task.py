@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dpkd.data.augment import normalise
 from dpkd.data.stream import Batch
+from dpkd.engine.protocol import Engine
 from dpkd.engine.schedule import learning_rate
 from dpkd.engine.settings import OptimizerSettings, ScheduleSettings
-from dpkd.engine.torch_engine import Engine
 from dpkd.models.network import Network
 from dpkd.models.settings import FigureGroundPooling, NetworkSpec
 from dpkd.objectives.draws import random_share

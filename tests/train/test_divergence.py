@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from dpkd.data.stream import Batch
+from dpkd.engine.protocol import Engine
 from dpkd.engine.settings import EngineSettings, OptimizerSettings, TrainingSettings
-from dpkd.engine.torch_engine import Engine, TorchEngine
+from dpkd.engine.torch_engine import TorchEngine
 from dpkd.engine.world import World
 from dpkd.errors import UserError
 from dpkd.models.parameters import parameter_groups

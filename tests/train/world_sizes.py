@@ -37,9 +37,10 @@ from dpkd.data.order import Order, rank_slice
 from dpkd.data.stream import Batch
 from dpkd.engine import world as peers
 from dpkd.engine.batch_norm import StepStatistics
+from dpkd.engine.protocol import Engine
 from dpkd.engine.settings import EngineSettings, OptimizerSettings, TrainingSettings
 from dpkd.engine.state import StateReader
-from dpkd.engine.torch_engine import Engine, TorchEngine
+from dpkd.engine.torch_engine import TorchEngine
 from dpkd.engine.world import World
 from dpkd.errors import StopRequested
 from dpkd.io.checkpoint_store import CheckpointStore

@@ -1,0 +1,58 @@
+"""The engine protocol: one network in training, its optimizer, and how both are spread over the ranks."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from dpkd.engine.state import Writer
+
+
+class Engine(Protocol):
+    """Trains one network. Every verb is called by all ranks together, in the same order."""
+
+    module: nn.Module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the network in training mode, in the engine's precision; floating-point outputs come as fp32."""
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the network in evaluation mode without gradients, with the averaged weights where there are any."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds this micro-batch's gradient; `loss` is its mean, the engine divides by the accumulation."""
+
+    def step(self, *, learning_rate: float) -> torch.Tensor:
+        """Averages gradients over ranks, clips, updates the weights; returns the gradient norm before clipping.
+
+        Called once after `accumulation` calls of `backward`. The norm is a scalar on the engine's device, the same on
+        every rank; reading it waits for the device. Not finite means that the weights are spoilt: stop, and go back to
+        a checkpoint.
+        """
+
+    def snapshot(self) -> Writer:
+        """Copies this rank's share of weights, optimizer and average; what it returns writes the copy into a folder.
+
+        The copy lives until the next snapshot, which must wait for the writing. File names differ between ranks.
+        """
+
+    def load(self, folder: Path) -> None:
+        """Restores what any engine wrote at any world size, bit for bit (the format: state.py)."""
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The whole fp32 state dict on CPU (the averaged weights where there are any), the same on every rank."""
+
+
+class Statistics(Protocol):
+    """Makes running batch statistics independent of how a step was cut into micro-batches and ranks."""
+
+    def before_micro(self) -> None:
+        """Called before each forward pass in training mode."""
+
+    def after_micro(self) -> None:
+        """Called after each forward pass in training mode."""
+
+    def commit(self, average: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Called once a step; `average` replaces a tensor by its mean over ranks and returns it."""
