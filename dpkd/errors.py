@@ -1,4 +1,4 @@
-"""The errors that end a run, each with the exit code that the command returns for it."""
+"""The errors that end a run, each with the exit code of the command, and what keeps the secrets of URLs out of text."""
 
 import pickle
 import re
@@ -7,23 +7,23 @@ from typing import Any
 # one slash is what a path makes of two
 _AUTHORITY = re.compile(r"(?<=:/)(/?)[^/\s'\"]{1,4096}@")
 _QUERY = re.compile(r"(?<=:/)([^\s'\"?]{1,4096})\?[^\s'\"]*=[^\s'\"]*")
+# a user without a password is none in abfs://container@account, and a `?` without such a key is a pattern of names
+_SECRET = re.compile(
+    r"://[^/\s]*:[^/\s]*@|https?://[^/\s]+@|://.*[?&](x-(amz|goog|oss)-[\w-]+|sig|signature|\w*token|\w*key(id)?|\w*secret|\w*password)=",
+    re.IGNORECASE,
+)
 
 
-class UserError(ValueError):
-    """The user's settings or data are at fault: the message names key or file, value and way out. Exit code 2.
-
-    Secrets in URLs are masked, wherever the message comes from.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(without_secrets(message))
-
-    def __str__(self) -> str:
-        return without_secrets(super().__str__())
+class UserError(Exception):
+    """The user's settings or data are at fault: the message names key or file, value and way out. Exit code 2."""
 
 
-class StorageUnavailable(UserError):
-    """Storage failed in a way that may pass. A pool tries the item again before it gives up."""
+class StorageError(OSError):
+    """A file or a store cannot be read or written: the message names place, cause and way out. Exit code 2."""
+
+
+class StorageUnavailable(StorageError):
+    """Storage failed in a way that may pass: `dpkd.io.errors.retry` and a pool try again before they give up."""
 
 
 class StopRequested(Exception):
@@ -33,12 +33,9 @@ class StopRequested(Exception):
 class WorkerFailed(RuntimeError):
     """A training worker died and no restart was left; carries the first failing rank's traceback. Exit code 1."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(without_secrets(message))
-
 
 def portable(error: Exception) -> Exception:
-    """The error itself where it survives its way between processes, else one that says the same."""
+    """The error itself where it survives its way between processes, else one of the same text."""
     try:
         copy = pickle.loads(pickle.dumps(error))
     except Exception:  # noqa: BLE001  whatever an exception's own pickling raises
@@ -53,16 +50,22 @@ def without_secrets(text: str) -> str:
     return _QUERY.sub(r"\1?***", _AUTHORITY.sub(r"\1***@", text))
 
 
-def masked(tree: Any) -> Any:
-    """The tree with the secrets of each URL in it masked."""
-    if isinstance(tree, str):
-        return without_secrets(tree)
-    if isinstance(tree, dict):
-        return {key: masked(value) for key, value in tree.items()}
-    return [masked(each) for each in tree] if isinstance(tree, list | tuple) else tree
+def refuse_secrets(tree: Any, *, key: str = "") -> None:
+    """Raises `UserError` for a password or a signed query in a URL of a tree of settings; it names the dotted key."""
+    if isinstance(tree, dict | list | tuple):
+        for name, child in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            refuse_secrets(child, key=f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, str) and _SECRET.search(tree):
+        raise UserError(
+            f"{key}={without_secrets(tree)} holds a user, a password or a signature, and a run writes its "
+            "settings into files: leave it out, and give it to the storage's library by environment variables or its "
+            "own configuration (for s3:// AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
+        )
 
 
 def printable(text: str) -> str:
     """The text for a terminal: secrets masked, what could steer it or has no encoding shown as escapes."""
-    masked = without_secrets(text)
-    return "".join(each if each.isprintable() or each in "\n\t\u00a0" else ascii(each)[1:-1] for each in masked)
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t\u00a0" else ascii(letter)[1:-1]
+        for letter in without_secrets(text)
+    )

@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichBar
 
-from dpkd.errors import UserError, printable, without_secrets
+from dpkd.errors import UserError, printable
 from dpkd.io.errors import NO_FILE, read_errors, write_errors
 from dpkd.io.untrusted import parse_json
 
@@ -196,7 +196,7 @@ class EventLog:
     def write(self, kind: str, **numbers: Any) -> None:
         """Appends one event; a line is written whole, so several processes may share the file."""
         event = {"time": round(time.time(), 3), "kind": kind, **self._always, **numbers}
-        line = without_secrets(json.dumps(event)) + "\n"
+        line = json.dumps(event) + "\n"
         with write_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)

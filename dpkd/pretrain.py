@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from dpkd.backends.factory import make_accelerator, make_gang, make_pool
 from dpkd.data.shards import Dataset
-from dpkd.errors import StopRequested, UserError, WorkerFailed, printable
+from dpkd.errors import StopRequested, StorageError, UserError, WorkerFailed, printable
 from dpkd.launch.pool import Pool
 from dpkd.launch.signals import heed, heeding, shield_resource_tracker
 from dpkd.log import Progress, duration, heard_or_not, logger
@@ -140,7 +140,7 @@ def exit_code(work: Callable[[], None]) -> int:
     """Runs `work` and turns the errors that users meet into a message and an exit code."""
     try:
         work()
-    except UserError as error:
+    except (UserError, StorageError) as error:
         _complain(f"error: {error}")
         return EXIT_USER
     except (StopRequested, KeyboardInterrupt) as stop:

@@ -20,7 +20,7 @@ from dpkd.data.settings import (
     VisibleLabels,
 )
 from dpkd.engine.settings import EngineSettings, OptimizerSettings, ScheduleSettings, TrainingSettings
-from dpkd.errors import UserError
+from dpkd.errors import UserError, refuse_secrets
 from dpkd.evaluation.settings import EpisodeSettings, ProbeSettings
 from dpkd.launch.settings import LauncherSettings
 from dpkd.models.settings import FigureGroundPooling, ModelSettings
@@ -226,6 +226,7 @@ def load_settings(path: str | Path, overrides: list[str]) -> Settings:
 
 def parse_settings(tree: dict[str, Any], *, origin: str) -> Settings:
     """Checks a tree of plain values and returns it as `Settings`; `origin` is named in errors."""
+    refuse_secrets(tree)
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:

@@ -9,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dpkd import pretrain
 from dpkd.data.attributes import read_attributes
+from dpkd.errors import UserError
 from dpkd.run.folder import RunFolder
 from dpkd.stages.plan import STAGES, left_to_do
 from dpkd.stages.worker import train_stages
@@ -85,7 +86,7 @@ def test_the_run_is_finished_until_a_row_changes(whole: RunFolder, table: Path, 
         assert left_to_do(whole, settings, STAGES) == ["evaluate"]
         seen = next(name for name in base if name != "unlabelled")
         table.write_text(_changed(text, seen))
-        with pytest.raises(ValueError, match=rf"attributes.classes.{seen}.solidity: .* on disk, 0.123 now"):
+        with pytest.raises(UserError, match=rf"attributes.classes.{seen}.solidity: .* on disk, 0.123 now"):
             left_to_do(whole, settings, STAGES)
     finally:
         table.write_text(text)

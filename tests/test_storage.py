@@ -1,13 +1,13 @@
-import errno
 import os
 import resource
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from dpkd.errors import UserError
+from dpkd.errors import StorageError, UserError
 from dpkd.io import storage
 
 NOBODY = 65534
@@ -50,24 +50,24 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 def test_a_full_disk_is_told_with_the_path_and_leaves_nothing(tmp_path):
-    with pytest.raises(UserError, match=r"cannot write .*file: File too large; .*ulimit"), no_file_above(1000):
+    with pytest.raises(StorageError, match=r"cannot write .*file: File too large; .*ulimit"), no_file_above(1000):
         storage.write_bytes_atomic(tmp_path / "file", bytes(5000))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_device_without_space_is_told_as_a_full_disk():
-    with pytest.raises(UserError, match=r"the disk is full: free some space"), storage.write_errors("/dev/full"):
+    with pytest.raises(StorageError, match=r"the disk is full: free some space"), storage.write_errors("/dev/full"):
         Path("/dev/full").write_bytes(b"x")
 
 
 def test_a_place_without_write_permission_is_told(tmp_path):
-    with pytest.raises(UserError, match=r"cannot write .*no permission"), no_permission(tmp_path):
+    with pytest.raises(StorageError, match=r"cannot write .*no permission"), no_permission(tmp_path):
         storage.write_bytes_atomic(tmp_path / "file", b"data")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_place_that_cannot_exist_is_told():
-    with pytest.raises(UserError, match=r"cannot write /proc/dpkd/file"):
+    with pytest.raises(StorageError, match=r"cannot write /proc/dpkd/file"):
         storage.write_bytes_atomic("/proc/dpkd/file", b"data")
 
 
@@ -119,25 +119,12 @@ def test_a_link_back_to_a_folder_above_ends_the_walk(tmp_path):
     assert [name for name, _ in storage.walk(tmp_path)] == ["a/x"]
 
 
-def test_who_comes_second_may_find_its_own_file_swept_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    link = os.link
-
-    def swept(beside: Path, path: Path) -> None:
-        path.write_bytes(b"first")
-        beside.unlink()
-        link(beside, path)
-
-    monkeypatch.setattr(os, "link", swept)
-    assert not storage.write_bytes_once(tmp_path / "claim", b"second")
-    assert (tmp_path / "claim").read_bytes() == b"first"
-
-
-def test_a_file_is_written_once_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise PermissionError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", refuse)
-    assert storage.write_bytes_once(tmp_path / "claim", b"first")
-    assert not storage.write_bytes_once(tmp_path / "claim", b"second")
-    assert (tmp_path / "claim").read_bytes() == b"first"
-    assert [path.name for path in tmp_path.iterdir()] == ["claim"]
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_of_several_that_create_a_file_one_does(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if kind == "s3":
+        request.getfixturevalue("object_store")
+    place = {"local": str(tmp_path / "claims" / "1"), "s3": f"s3://bucket/{tmp_path.name}/1"}[kind]
+    with ThreadPoolExecutor(8) as threads:
+        created = list(threads.map(lambda _: storage.create(place), range(8)))
+    assert sorted(created) == [False] * 7 + [True]
+    assert storage.read_bytes(place) == b""

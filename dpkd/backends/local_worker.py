@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import torch
 
 from dpkd.engine import world
-from dpkd.errors import StopRequested, UserError
+from dpkd.errors import StopRequested, StorageError, UserError
 from dpkd.launch.forking import end_server, end_with_parent
 from dpkd.launch.signals import STOP_SIGNALS
 from dpkd.launch.watchdog import WatchOrder, watched
@@ -30,7 +30,7 @@ from dpkd.launch.worker_group import Failure
 from dpkd.log import heard_or_not
 
 LOOPBACK = "127.0.0.1"
-EXIT_CODES: dict[type[Exception], int] = {UserError: 2, StopRequested: 75}
+EXIT_CODES: dict[type[Exception], int] = {UserError: 2, StorageError: 2, StopRequested: 75}
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from dpkd.data.sources.records import nearest
 from dpkd.errors import UserError
 from dpkd.io import storage
+from dpkd.io.errors import NO_FILE
 from dpkd.strict_yaml import read_yaml_text
 
 GRADED, ONE_OF = "graded", "one_of"
@@ -110,7 +111,7 @@ def read_attributes(path: str) -> AttributeTable:
         scales, rows = readers[suffix](storage.read_bytes(path).decode("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"data.attributes {path} does not exist: give the table of the classes' attributes") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, csv.Error) as error:
+    except (*NO_FILE, UnicodeDecodeError, yaml.YAMLError, csv.Error) as error:
         raise UserError(f"data.attributes {path} cannot be read as .{suffix}: {error}") from None
     except ValueError as error:
         raise UserError(f"data.attributes {path}: {error}") from None

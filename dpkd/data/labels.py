@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from dpkd.data.settings import AllLabels, LabelsPerClass, ListedLabels, VisibleLabels
 from dpkd.errors import UserError
 from dpkd.io import storage
+from dpkd.io.errors import NO_FILE
 
 Labels = NDArray[np.int64]
 
@@ -63,7 +64,7 @@ def _listed(label_N: Labels, path: str, *, keys: Sequence[str]) -> NDArray[np.in
     """The samples that the file lists by key, one a line."""
     try:
         lines = storage.read_bytes(path).decode().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (*NO_FILE, UnicodeDecodeError) as error:
         raise UserError(
             f"data.labels.path {path!r} cannot be read as text: {error}; name a file with a key a line"
         ) from error

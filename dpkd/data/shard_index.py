@@ -127,7 +127,7 @@ def read_index(url: str, shard: ShardInfo) -> ShardIndex:
     """The index of a shard of the data set at `url`; raises `UserError` where it is missing or another shard's."""
     place = storage.join(url, index_name(shard.name))
     try:
-        data = storage.read_own(place)
+        data = storage.read_bytes(place)
     except NO_FILE as error:
         raise UserError(f"{place} is missing; dataset.json lists its shard: pack or copy it again") from error
     try:

@@ -131,11 +131,9 @@ class Dataset:
         """Reads dataset.json; raises `UserError` where there is none, `ManifestDamaged` where it cannot be used."""
         place = storage.join(url, MANIFEST_NAME)
         try:
-            manifest = Manifest.model_validate(parse_checked(storage.read_own(place)))
+            manifest = Manifest.model_validate(parse_checked(storage.read_bytes(place)))
         except NO_FILE as error:
             raise UserError(f"no data set at {url}: {MANIFEST_NAME} is missing; pack one first (dpkd pack)") from error
-        except UserError:  # the storage's, which says nothing of the file
-            raise
         except ValueError as error:
             raise ManifestDamaged(
                 f"{place} is not a data set's manifest: {error}; restore it from a copy, or pack the images again"

@@ -24,7 +24,7 @@ from dpkd.data.images import decode_image
 from dpkd.data.order import SampleOrder, dealt
 from dpkd.data.settings import AugmentSettings, LoaderSettings
 from dpkd.data.shards import Sample, Split
-from dpkd.errors import UserError
+from dpkd.errors import StorageError, UserError
 from dpkd.launch.forking import end_with_parent, one_thread_each
 from dpkd.launch.signals import held
 
@@ -175,7 +175,7 @@ class _Reader(torch.utils.data.Dataset[Batch | _Failure]):
         for row, (index, epoch) in enumerate(zip(work.index_B.tolist(), work.epoch_B.tolist(), strict=True)):
             try:
                 seen_HWC, maps = self._sample(index, epoch)
-            except UserError as error:  # says where and what to do already
+            except (UserError, StorageError) as error:  # says where and what to do already
                 return _Failure(str(error))
             except (ValueError, OSError) as error:
                 return _Failure(f"{self._place(index)}: {error}; restore the shard, or pack the images again")

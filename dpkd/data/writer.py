@@ -13,7 +13,6 @@ from dpkd.data.shard_index import ShardIndex, ShardInfo, index_name
 from dpkd.data.shards import EXPERT_PREFIX, FORMAT_VERSION, checksum
 from dpkd.data.sources.records import Record
 from dpkd.data.tars import Member, TarWriter
-from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
 from dpkd.launch.heartbeat import pulse
@@ -106,11 +105,9 @@ def standing_shard(job: ShardJob) -> ShardIndex | None:
     """The index of a shard that stands whole, made from the same plan; None where it must be written."""
     place = storage.join(job.url, job.name)
     try:
-        index = ShardIndex.from_bytes(storage.read_own(storage.join(job.url, index_name(job.name))))
+        index = ShardIndex.from_bytes(storage.read_bytes(storage.join(job.url, index_name(job.name))))
         if index.plan != job.plan or storage.size(place) != index.shard.size_bytes:
             return None
-    except UserError:  # the storage's, which says nothing of the shard
-        raise
     except (*NO_FILE, ValueError):
         return None
     local = storage.local_path(place)

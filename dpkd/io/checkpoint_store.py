@@ -110,15 +110,12 @@ class CheckpointStore:
             # a claim may be lost: a number that made a checkpoint is never given again
             made = [mark.attempt for name in names if (mark := Mark.of(name)) is not None]
             attempt = max([*self._claims(names), *made], default=0) + 1
-            standing = self.standing()
-            claim = Claim(attempt=attempt, stood=tuple(mark.name for mark in standing))
-            if not storage.write_bytes_once(self._claim_place(attempt), checked(claim.model_dump(mode="json"))):
+            if not storage.create(self._claim_place(attempt)):
                 continue
             # until then an older attempt published, and swept; from here on it does neither
             found = self.standing(before=attempt)
-            if found != standing:
-                claim = Claim(attempt=attempt, stood=tuple(mark.name for mark in found))
-                storage.write_bytes_atomic(self._claim_place(attempt), checked(claim.model_dump(mode="json")))
+            claim = Claim(attempt=attempt, stood=tuple(mark.name for mark in found))
+            storage.write_bytes_atomic(self._claim_place(attempt), checked(claim.model_dump(mode="json")))
             return attempt, found
 
     def standing(self, *, before: int | None = None) -> list[Mark]:
@@ -140,7 +137,7 @@ class CheckpointStore:
     def manifest(self, mark: Mark) -> Manifest:
         """The manifest of a checkpoint; raises ValueError where it is none, or of another checkpoint or format."""
         try:
-            manifest = Manifest.model_validate_json(storage.read_own(self.place(mark, MANIFEST)))
+            manifest = Manifest.model_validate_json(storage.read_bytes(self.place(mark, MANIFEST)))
         except NO_FILE as error:
             raise ValueError(f"{MANIFEST} is missing") from error
         except ValidationError as error:
@@ -210,8 +207,6 @@ class CheckpointStore:
 
     def _claim(self, attempt: int) -> Claim | None:
         try:
-            return Claim.model_validate(parse_checked(storage.read_own(self._claim_place(attempt))))
-        except UserError:  # the storage's, which says nothing of the file
-            raise
+            return Claim.model_validate(parse_checked(storage.read_bytes(self._claim_place(attempt))))
         except (*NO_FILE, ValueError):  # damaged: better a late checkpoint counts than that none does
             return None

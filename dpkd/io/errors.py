@@ -1,20 +1,26 @@
-"""What goes wrong with files, local and remote, told with the place, the cause and the way out.
+"""What goes wrong with files, local and remote, as `StorageError`s with the place, the cause and the way out; a retry.
 
-A failure that may pass (a busy, slow or unreachable store) is `StorageUnavailable`, any other `UserError`. That no file
-is there is no failure yet: reading it raises one of `NO_FILE`.
+A failure that may pass (a busy, slow or unreachable store) is `StorageUnavailable`. A missing file is no failure:
+reading it raises one of `NO_FILE`.
 """
 
 import errno
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from dpkd.errors import StorageUnavailable, UserError
+from dpkd.errors import StorageError, StorageUnavailable, UserError
+
+Result = TypeVar("Result")
 
 NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 """What reading a place raises where no file stands."""
+
+WAITS_S = (0.2, 1.0, 5.0, 20.0)
+"""Waits before an operation that storage failed is tried again."""
 
 _WAY_OUT = {
     errno.ENOSPC: "the disk is full: free some space or choose another folder, then run the command again",
@@ -45,67 +51,75 @@ def may_pass(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in _MAY_PASS
 
 
+def retry(act: Callable[[], Result]) -> Result:
+    """The result of `act`, which is tried again after a while where storage fails in a way that may pass."""
+    for wait_s in WAITS_S:
+        try:
+            return act()
+        except OSError as error:  # noqa: PERF203
+            if not may_pass(error):
+                raise
+            time.sleep(wait_s)
+    return act()
+
+
+def _failure(error: Exception, message: str) -> StorageError:
+    return StorageUnavailable(message) if may_pass(error) else StorageError(message)
+
+
 @contextmanager
 def write_errors(url: str | Path) -> Iterator[None]:
-    """Turns an `OSError` of writing into a `UserError` that names the place, the cause and the way out."""
+    """Turns an `OSError` of writing into a `StorageError` that names the place, the cause and the way out."""
     try:
         yield
+    except StorageError:
+        raise
     except OSError as error:
         way_out = _WAY_OUT.get(error.errno or 0, "check that the place exists and can be written, or choose another")
-        kind = StorageUnavailable if may_pass(error) else UserError
-        raise kind(f"cannot write {url}: {error.strerror or error}; {way_out}") from error
+        raise _failure(error, f"cannot write {url}: {error.strerror or error}; {way_out}") from error
 
 
 @contextmanager
 def read_errors(url: str | Path) -> Iterator[None]:
-    """Turns an `OSError` of reading, but for those of `NO_FILE`, into a `UserError` that names the place."""
+    """Turns an `OSError` of reading, except those of `NO_FILE`, into a `StorageError` that names the place."""
     try:
         yield
-    except NO_FILE:
+    except (StorageError, *NO_FILE):
         raise
     except PermissionError as error:
-        raise UserError(f"cannot read {url}: no permission; change its permissions or choose another place") from error
+        message = f"cannot read {url}: no permission; change its permissions or choose another place"
+        raise StorageError(message) from error
     except OSError as error:
-        kind = StorageUnavailable if may_pass(error) else UserError
         cause = f"cannot read {url}: {error.strerror or error}"
-        raise kind(f"{cause}; see to the storage, or restore it from a copy, then run the command again") from error
+        way_out = "see to the storage, or restore it from a copy, then run the command again"
+        raise _failure(error, f"{cause}; {way_out}") from error
 
 
 @contextmanager
 def remote_errors(url: str | Path) -> Iterator[None]:
-    """Turns whatever the library of a remote store raises into `UserError` or `StorageUnavailable`.
+    """Turns whatever the library of a remote store raises, except those of `NO_FILE`, into a `StorageError`.
 
     The libraries share no class of errors and are not all installed, so names and numbers must do.
     """
     try:
         yield
-    except UserError:
+    except (StorageError, UserError):
         raise
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        if _code(error) == "NoSuchBucket":
-            raise UserError(f"{url}: there is no such bucket; create it, or correct the URL") from error
+    except NO_FILE as error:
+        response: dict[str, Any] = getattr(error.__cause__, "response", None) or {}
+        if response.get("Error", {}).get("Code") == "NoSuchBucket":
+            raise StorageError(f"{url}: there is no such bucket; create it, or correct the URL") from error
         raise
     except Exception as error:  # each file system of fsspec has its own
         if type(error).__module__ == "builtins" and not isinstance(error, OSError):
             raise  # a mistake of ours
-        raise _told(url, error) from error
-
-
-def _told(url: str | Path, error: Exception) -> UserError:
-    cause = f"{url}: {type(error).__name__}: {error}"
-    if isinstance(error, PermissionError) or re.search("Credential|Token|Profile|Unauthori", type(error).__name__):
-        return UserError(f"{cause}; {_CREDENTIALS}")
-    settled = isinstance(error, OSError) and error.errno is not None and not may_pass(error)
-    if settled or "Validation" in type(error).__name__:
-        return UserError(f"{cause}; correct the URL or the settings of the store")
-    return StorageUnavailable(f"{cause}; {_WAIT}")
-
-
-def _code(error: Exception) -> str | None:
-    """The code of the store's answer that the error stems from, where its library keeps it."""
-    response: dict[str, Any] = getattr(error.__cause__, "response", None) or {}
-    code = response.get("Error", {}).get("Code")
-    return None if code is None else str(code)
+        cause, kind = f"{url}: {type(error).__name__}: {error}", type(error).__name__
+        if isinstance(error, PermissionError) or re.search("Credential|Token|Profile|Unauthori", kind):
+            raise StorageError(f"{cause}; {_CREDENTIALS}") from error
+        settled = isinstance(error, OSError) and error.errno is not None and not may_pass(error)
+        if settled or "Validation" in kind:
+            raise StorageError(f"{cause}; correct the URL or the settings of the store") from error
+        raise StorageUnavailable(f"{cause}; {_WAIT}") from error
 
 
 def missing_library(url: str | Path, error: Exception) -> UserError:

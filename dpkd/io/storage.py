@@ -1,12 +1,11 @@
-"""Local or object storage through fsspec: atomic writes, ranges, checksums.
+"""Local or object storage: atomic writes, ranges, checksums.
 
 A location is a path or any fsspec URL (`s3://…`, `gs://…`, `memory://…`). Local writes go to a hidden file beside the
-target, are flushed to the disk and renamed; object stores publish a whole object or none. A write that fails raises
-`UserError` with the path and the cause; a read of what is not there raises `FileNotFoundError`. Single requests are
-tried again, with growing pauses, by the store's own library (for S3 botocore and s3fs); whole items by the pool.
+target, are flushed to the disk and renamed; object stores publish a whole object or none. An operation that fails
+raises `StorageError` with the place and the cause; a read of a missing file raises one of `NO_FILE`. Single requests
+are tried again, with growing pauses, by the store's own library (for S3 botocore and s3fs); whole items by the pool.
 """
 
-import errno
 import hashlib
 import os
 import shutil
@@ -23,6 +22,7 @@ from dpkd.errors import StorageUnavailable, UserError
 from dpkd.io.errors import NO_FILE, missing_library, read_errors, remote_errors, write_errors
 
 TEMPORARY_PREFIX = ".tmp-"
+_BLOCK_BYTES = 1 << 20
 
 
 def local_path(url: str | Path) -> Path | None:
@@ -36,9 +36,7 @@ def local_path(url: str | Path) -> Path | None:
 def join(url: str | Path, *parts: str) -> str:
     """The location of `parts` below `url`."""
     path = local_path(url)
-    if path is not None:
-        return str(path.joinpath(*parts))
-    return "/".join([str(url).rstrip("/"), *parts])
+    return "/".join([str(url).rstrip("/"), *parts]) if path is None else str(path.joinpath(*parts))
 
 
 def exists(url: str | Path) -> bool:
@@ -87,48 +85,56 @@ def list_names(url: str | Path) -> list[str]:
 def walk(url: str | Path) -> list[tuple[str, int]]:
     """(relative path with slashes, bytes) of every file below a folder, sorted; hidden names are left out.
 
-    What is neither file nor folder (a pipe, a device, a link to nowhere) has -1 bytes.
+    Linked folders are followed. What is neither file nor folder (a pipe, a device, a link to nowhere) has -1 bytes.
     """
     path = local_path(url)
     with read_errors(url):
-        return sorted(_walk_local(path, "", set()) if path is not None else _walk_remote(url))
+        if path is not None:
+            return sorted(_walk_local(path, "", set()))
+        with _remote(url) as (filesystem, name):
+            files = filesystem.find(name, detail=True)
+    root = name.rstrip("/") + "/"
+    named = {str(file).removeprefix(root): int(info["size"]) for file, info in files.items()}
+    return sorted(item for item in named.items() if not any(part.startswith(".") for part in item[0].split("/")))
+
+
+def _walk_local(folder: Path, prefix: str, seen: set[str]) -> Iterator[tuple[str, int]]:
+    real = os.path.realpath(folder)
+    if real in seen:  # a link back to a folder above
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if os.path.isdir(entry.path):  # noqa: PTH112 (Path.is_dir raises for a link to itself)
+                yield from _walk_local(Path(entry.path), f"{prefix}{entry.name}/", seen | {real})
+            else:
+                yield f"{prefix}{entry.name}", entry.stat().st_size if is_file(entry.path) else -1
 
 
 def glob(pattern: str) -> list[str]:
     """Sorted locations that match a pattern with `*`, `?` or `[…]`, local or remote."""
     with _remote(pattern) as (filesystem, name):
-        return sorted(
-            str(filesystem.unstrip_protocol(found)).removeprefix("file://") for found in filesystem.glob(name)
-        )
+        matches = [str(filesystem.unstrip_protocol(match)) for match in filesystem.glob(name)]
+    return sorted(match.removeprefix("file://") for match in matches)
 
 
-def read_bytes(url: str | Path) -> bytes:
-    """The whole content of a file."""
-    path = local_path(url)
-    if path is not None:
-        return path.read_bytes()
-    with _remote(url) as (filesystem, name):
-        return cast(bytes, filesystem.cat_file(name))
-
-
-def read_own(url: str | Path) -> bytes:
-    """The whole content of a file that dpkd itself wrote.
-
-    Raises one of `NO_FILE` where no file stands, and `UserError` or `StorageUnavailable` where it cannot be read.
-    """
-    with read_errors(url):
-        return read_bytes(url)
-
-
-def read_range(url: str | Path, offset: int, size: int) -> bytes:
-    """`size` bytes from `offset`; fewer where the file ends before."""
+def read_range(url: str | Path, offset: int = 0, size: int = -1) -> bytes:
+    """`size` bytes from `offset`, fewer where the file ends before; -1 for all of it. Local errors are raised as is."""
     path = local_path(url)
     if path is not None:
         with path.open("rb") as file:
             file.seek(offset)
             return file.read(size)
     with _remote(url) as (filesystem, name):
-        return cast(bytes, filesystem.cat_file(name, start=offset, end=offset + size))
+        span = {"start": offset, "end": offset + size} if size >= 0 else {}  # an empty object has no range
+        return cast(bytes, filesystem.cat_file(name, **span))
+
+
+def read_bytes(url: str | Path) -> bytes:
+    """The whole content of a file; raises one of `NO_FILE` where none stands, `StorageError` where it is unreadable."""
+    with read_errors(url):
+        return read_range(url)
 
 
 @contextmanager
@@ -149,34 +155,24 @@ def open_read(url: str | Path) -> Iterator[BinaryIO]:
 def open_atomic(url: str | Path) -> Iterator[BinaryIO]:
     """A new binary file that appears at `url`, whole and flushed to the disk, once the block ends without an error."""
     path = local_path(url)
-    with write_errors(url), _open_atomic_remote(url) if path is None else _open_atomic_local(path) as file:
-        yield file
-
-
-@contextmanager
-def _open_atomic_local(path: Path) -> Iterator[BinaryIO]:
-    beside = path.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("xb") as file:
-            yield file
+    if path is None:
+        with write_errors(url), tempfile.TemporaryFile() as file:  # has no name, so that a kill leaves nothing
+            yield cast(BinaryIO, file)
             file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-        sync_folder(path.parent)
-    finally:
-        with suppress(OSError):  # the first error is the one to tell
-            beside.unlink(missing_ok=True)
-
-
-@contextmanager
-def _open_atomic_remote(url: str | Path) -> Iterator[BinaryIO]:
-    with tempfile.TemporaryFile() as file:  # has no name, so that a kill leaves nothing on the disk
-        yield cast(BinaryIO, file)
-        file.flush()
-        with _remote(url) as (filesystem, name):
-            # no makedirs: on S3 it would create a bucket that is misspelt
-            filesystem.put_file(f"/proc/self/fd/{file.fileno()}", name)
+            with _remote(url) as (filesystem, name):
+                # no makedirs: on S3 it would create a bucket that is misspelt
+                filesystem.put_file(f"/proc/self/fd/{file.fileno()}", name)
+        return
+    beside = path.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}"
+    with write_errors(url):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with beside.open("xb") as file:
+                yield file
+            deliver(beside, path)
+        finally:
+            with suppress(OSError):  # the first error is the one to raise
+                beside.unlink(missing_ok=True)
 
 
 def write_bytes_atomic(url: str | Path, data: bytes) -> None:
@@ -185,62 +181,28 @@ def write_bytes_atomic(url: str | Path, data: bytes) -> None:
         file.write(data)
 
 
-def remove(url: str | Path) -> None:
-    """Deletes one file; nothing happens where there is none."""
-    path = local_path(url)
-    if path is not None:
-        path.unlink(missing_ok=True)
-        return
-    with _remote(url) as (filesystem, name), suppress(FileNotFoundError):
-        filesystem.rm_file(name)
-
-
-def write_bytes_once(url: str | Path, data: bytes) -> bool:
-    """Writes a file where none stands, whole or not at all; False, and nothing is written, where one stands already.
-
-    Of several writers at the same time one gets True.
-    """
+def create(url: str | Path) -> bool:
+    """Makes an empty file where none stands; of several writers at the same time one gets True."""
     path = local_path(url)
     with write_errors(url):
         if path is None:
             with _remote(url) as (filesystem, name):
                 try:
-                    filesystem.pipe_file(name, data, mode="create")
+                    filesystem.pipe_file(name, b"", mode="create")
                 except FileExistsError:
                     return False
             return True
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}"
         try:
-            beside.write_bytes(data)
-            sync_file(beside)
-            _link(beside, path)
-        except (FileExistsError, FileNotFoundError):  # the latter where who came first has swept `beside` up
-            if not path.exists():
-                raise
+            path.open("xb").close()
+        except FileExistsError:
             return False
-        finally:
-            with suppress(OSError):  # the first error is the one to tell
-                beside.unlink(missing_ok=True)
         sync_folder(path.parent)
-    return True
-
-
-def _link(beside: Path, path: Path) -> None:
-    """Gives a file a second name that must be free; a copy of it where the file system knows no second names."""
-    try:
-        os.link(beside, path)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
-            raise
-        with path.open("xb") as file:
-            file.write(beside.read_bytes())
-            file.flush()
-            os.fsync(file.fileno())
+        return True
 
 
 def deliver(file: Path, url: str | Path) -> None:
-    """Moves a local file, flushed to the disk, to where it belongs: a rename on the same disk, an upload elsewhere."""
+    """Moves a local file, flushed to the disk, to its place: a rename on the same disk, an upload elsewhere."""
     path = local_path(url)
     with write_errors(url):
         if path is None:
@@ -255,34 +217,35 @@ def deliver(file: Path, url: str | Path) -> None:
 
 
 def copy_here(url: str | Path, file: Path) -> None:
-    """Copies a file to a local one; raises as `read_own` where it cannot be read."""
-    with open_read(url) as source, write_errors(file):
+    """Copies a file to a local one; raises as `read_bytes` where it cannot be read."""
+    with read_errors(url), open_read(url) as source, write_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("wb") as target:
-            while block := _block(source, url):
-                target.write(block)
+            shutil.copyfileobj(source, target, _BLOCK_BYTES)
 
 
-def _block(source: BinaryIO, url: str | Path) -> bytes:
-    try:
-        with read_errors(url):
-            return source.read(1 << 20)
-    except NO_FILE as error:
-        raise StorageUnavailable(f"{url} vanished while it was read") from error
+def remove(url: str | Path) -> None:
+    """Deletes one file; nothing happens where there is none."""
+    path = local_path(url)
+    with write_errors(url):
+        if path is not None:
+            path.unlink(missing_ok=True)
+            return
+        with _remote(url) as (filesystem, name), suppress(FileNotFoundError):
+            filesystem.rm_file(name)
 
 
 def remove_tree(url: str | Path) -> None:
     """Deletes a folder and all below it, or a file; nothing happens where there is none."""
     path = local_path(url)
     with write_errors(url):
-        if path is not None:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-            return
-        with _remote(url) as (filesystem, name), suppress(FileNotFoundError):
-            filesystem.rm(name, recursive=True)
+        if path is None:
+            with _remote(url) as (filesystem, name), suppress(FileNotFoundError):
+                filesystem.rm(name, recursive=True)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def publish(folder_tmp: str | Path, folder: str | Path) -> None:
@@ -300,11 +263,11 @@ def publish(folder_tmp: str | Path, folder: str | Path) -> None:
         sync_folder(target.parent)
 
 
-def sha256(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file's content; raises as `read_own`."""
+def sha256(url: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file's content; raises as `read_bytes`."""
     digest = hashlib.sha256()
-    with read_errors(path), open_read(path) as file:
-        while block := file.read(1 << 20):
+    with read_errors(url), open_read(url) as file:
+        while block := file.read(_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
 
@@ -330,26 +293,23 @@ def sync_folder(path: Path) -> None:
 
 
 class _RemoteFile:
-    """The verbs of a remote file that is read, whose failures are told as those of the other operations."""
+    """A remote file that is read; its failures are those of the other operations."""
 
     def __init__(self, file: Any, url: str | Path) -> None:
-        self._file = file
-        self._url = url
+        self._file, self._url = file, url
+        self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int = -1) -> bytes:
-        with remote_errors(self._url):
-            return cast(bytes, self._file.read(size))
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return int(self._file.seek(offset, whence))
-
-    def tell(self) -> int:
-        return int(self._file.tell())
+        try:
+            with remote_errors(self._url):
+                return cast(bytes, self._file.read(size))
+        except NO_FILE as error:
+            raise StorageUnavailable(f"{self._url} vanished while it was read") from error
 
 
 @contextmanager
 def _remote(url: str | Path) -> Iterator[tuple[Any, str]]:
-    """The file system and the name in it; errors within are told by `remote_errors`."""
+    """The file system and the name in it; errors within become those of `remote_errors`."""
     try:
         # listings that are kept would hide what other processes write
         filesystem, name = fsspec.core.url_to_fs(str(url), use_listings_cache=False)
@@ -357,27 +317,3 @@ def _remote(url: str | Path) -> Iterator[tuple[Any, str]]:
         raise missing_library(url, error) from error
     with remote_errors(url):
         yield filesystem, str(name)
-
-
-def _walk_local(folder: Path, prefix: str, seen: set[str]) -> Iterator[tuple[str, int]]:
-    real = os.path.realpath(folder)
-    if real in seen:  # a link back to a folder above
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if os.path.isdir(entry.path):  # noqa: PTH112 (Path.is_dir raises for a link to itself)
-                yield from _walk_local(Path(entry.path), f"{prefix}{entry.name}/", seen | {real})
-            else:
-                yield f"{prefix}{entry.name}", entry.stat().st_size if is_file(entry.path) else -1
-
-
-def _walk_remote(url: str | Path) -> Iterator[tuple[str, int]]:
-    with _remote(url) as (filesystem, name):
-        found = filesystem.find(name, detail=True)
-    root = name.rstrip("/") + "/"
-    for path, info in found.items():
-        relative = str(path).removeprefix(root)
-        if not any(part.startswith(".") for part in relative.split("/")):
-            yield relative, int(info["size"])

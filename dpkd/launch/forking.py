@@ -19,7 +19,6 @@ from typing import Any
 
 from dpkd.launch.signals import held
 
-
 ONE_THREAD = dict.fromkeys(
     (
         "OMP_NUM_THREADS",

@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, Protocol, TypeVar
 
-from dpkd.errors import StorageUnavailable, WorkerFailed, portable, without_secrets
+from dpkd.errors import StorageUnavailable, WorkerFailed, portable
 from dpkd.io.errors import may_pass
 from dpkd.launch.forking import ONE_THREAD
 from dpkd.launch.heartbeat import SLOW, beat, rest
@@ -106,7 +106,7 @@ class Deaths(Generic[Item]):
 
 def _named(item: object) -> str:
     """The item as an error names it."""
-    text = without_secrets(repr(item))
+    text = repr(item)
     return text if len(text) <= 200 else text[:200] + "…"
 
 

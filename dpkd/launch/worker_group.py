@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from dpkd.errors import StopRequested, StorageUnavailable, UserError, WorkerFailed, portable
+from dpkd.errors import StopRequested, StorageError, StorageUnavailable, UserError, WorkerFailed, portable
 from dpkd.launch.watchdog import COLLECTIVES, Hang, WatchOrder, hangs
 from dpkd.log import logger
 
@@ -159,7 +159,7 @@ def verdict(attempts: Sequence[Sequence[Failure]], *, stop_requested: bool, max_
     order. A user's error or a stop counts whoever raised it: ranks agree before they stop, and an error of the user's
     would come again, but for storage that fails for a while.
     """
-    for kind in (UserError, StopRequested):
+    for kind in (UserError, StorageError, StopRequested):
         for failure in attempts[-1]:
             if isinstance(failure.error, kind) and not isinstance(failure.error, StorageUnavailable):
                 return failure.error
@@ -178,7 +178,7 @@ def _reached(supervision: Supervision, furthest: tuple[int, ...]) -> tuple[int, 
     """How far the session is, or was when storage last said."""
     try:
         return supervision.progress()
-    except (StorageUnavailable, OSError):
+    except OSError:
         return furthest
 
 

@@ -4,16 +4,13 @@ Axes: B image, C colour, H W height and width (of the image, or of the patch gri
 """
 
 import difflib
-import io
-import sys
-from contextlib import redirect_stdout
-from typing import Any, TextIO
+from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
 
-from dpkd.errors import UserError, without_secrets
+from dpkd.errors import UserError
 from dpkd.models.settings import ModelSettings
 from dpkd.models.weights import load_weights
 
@@ -150,26 +147,11 @@ def create_timm_model(settings: ModelSettings, *, num_classes: int, image_size: 
         raise _refused(settings, error) from error
 
 
-class _Masked(io.TextIOBase):
-    """A stream that masks the secrets of URLs: torch prints the one that it downloads weights from."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        self._stream.write(without_secrets(text))
-        return len(text)
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-
 def _create(settings: ModelSettings, arguments: dict[str, Any], *, num_classes: int) -> nn.Module:
     try:
-        with redirect_stdout(_Masked(sys.stdout)):
-            model: nn.Module = timm.create_model(
-                settings.name, pretrained=settings.pretrained, num_classes=num_classes, **arguments
-            )
+        model: nn.Module = timm.create_model(
+            settings.name, pretrained=settings.pretrained, num_classes=num_classes, **arguments
+        )
     except (RuntimeError, AssertionError, ValueError, KeyError, AttributeError, OSError) as error:
         raise _refused(settings, error) from error
     if settings.weights is not None:

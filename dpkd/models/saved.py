@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dpkd.errors import UserError, masked
+from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
 from dpkd.io.record import checked, parse_checked
@@ -31,13 +31,14 @@ SPEC_NAME = "network.json"
 def save_network(folder: Path, spec: NetworkSpec, state: Mapping[str, Tensor]) -> None:
     """Writes a network's state dict and spec into a folder; a write cut short leaves no network that loads.
 
-    Secrets of URLs in the arguments of its model are masked: they say where weights came from, which are here now.
     Raises `UserError` where the folder cannot be written.
     """
     data = safetensors.torch.save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()})
-    tree = spec.model_dump(mode="json")
-    tree["model"] = masked(tree["model"])
-    head = {"format_version": FORMAT_VERSION, "weights_sha256": storage.digest(data), "spec": tree}
+    head = {
+        "format_version": FORMAT_VERSION,
+        "weights_sha256": storage.digest(data),
+        "spec": spec.model_dump(mode="json"),
+    }
     storage.write_bytes_atomic(folder / WEIGHTS_NAME, data)
     storage.write_bytes_atomic(folder / SPEC_NAME, checked(head))
 
@@ -50,7 +51,7 @@ def load_network(folder: Path) -> tuple[NetworkSpec, Network]:
     spec, checksum = _read_head(folder / SPEC_NAME)
     weights = folder / WEIGHTS_NAME
     try:
-        data = storage.read_own(weights)
+        data = storage.read_bytes(weights)
     except NO_FILE as error:
         raise UserError(f"{weights} is missing: run the stage that makes it again") from error
     if storage.digest(data) != checksum:
@@ -68,7 +69,7 @@ def load_network(folder: Path) -> tuple[NetworkSpec, Network]:
 
 def _read_head(path: Path) -> tuple[NetworkSpec, str]:
     try:
-        head = parse_checked(storage.read_own(path))
+        head = parse_checked(storage.read_bytes(path))
         if head["format_version"] != FORMAT_VERSION:
             raise UserError(
                 f"{path}: format_version is {head['format_version']}, this dpkd reads {FORMAT_VERSION}; "
@@ -77,8 +78,6 @@ def _read_head(path: Path) -> tuple[NetworkSpec, str]:
         return NetworkSpec.model_validate(head["spec"]), str(head["weights_sha256"])
     except NO_FILE as error:
         raise UserError(f"{path} is missing: there is no finished network in this folder") from error
-    except UserError:
-        raise
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); run its stage again") from error
 

@@ -265,9 +265,7 @@ class PriorSplit:
     def _read_index(self, shard: int) -> PriorIndex:
         place = storage.join(self.url, index_name(self.shards[shard].name))
         try:
-            index = PriorIndex.from_bytes(storage.read_own(place))
-        except UserError:  # the storage's, which says nothing of the index
-            raise
+            index = PriorIndex.from_bytes(storage.read_bytes(place))
         except (*NO_FILE, ValueError) as error:
             raise PriorMismatch(f"{place} is missing or damaged: {error}; run the prepare stage again") from error
         if index.shard != self.shards[shard]:
@@ -302,9 +300,7 @@ def fingerprints(priors: tuple[Prior, ...]) -> dict[str, str]:
 def read_manifest(url: str) -> PriorManifest | None:
     """The manifest of the set at `url`, None where there is none that this version reads."""
     try:
-        manifest = PriorManifest.model_validate(parse_checked(storage.read_own(storage.join(url, MANIFEST_NAME))))
-    except UserError:  # the storage's, which says nothing of the file
-        raise
+        manifest = PriorManifest.model_validate(parse_checked(storage.read_bytes(storage.join(url, MANIFEST_NAME))))
     except (*NO_FILE, ValueError):
         return None
     return manifest if manifest.format_version == FORMAT_VERSION else None

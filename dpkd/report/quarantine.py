@@ -102,7 +102,7 @@ class Quarantine:
 
 def _text(path: Path) -> str:
     try:
-        return storage.read_own(path).decode(errors="replace")
+        return storage.read_bytes(path).decode(errors="replace")
     except FileNotFoundError:
         return ""
     except NO_FILE as error:

@@ -200,7 +200,7 @@ def _piped(rows: Table) -> list[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = parse_json(storage.read_own(path))
+        content: dict[str, Any] = parse_json(storage.read_bytes(path))
         if not isinstance(content, dict):
             raise ValueError("it is no object")  # noqa: TRY004 (a fault of the file)
     except FileNotFoundError:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 
-from dpkd.errors import StopRequested, UserError
+from dpkd.errors import StopRequested
 from dpkd.io import storage
 from dpkd.io.checkpoint_store import CheckpointStore
 from dpkd.launch.worker_group import Restart, Supervision
@@ -62,7 +62,7 @@ class Attempt:
         """An account that cannot be written neither ends a run nor hides the error that did."""
         try:
             yield
-        except (OSError, UserError) as error:
+        except OSError as error:
             logger.info(f"where the time went could not be written: {error}")
 
 

@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dpkd.errors import UserError, masked
+from dpkd.errors import StorageError, UserError
 from dpkd.io import storage
 from dpkd.io.checkpoint_store import Superseded
 from dpkd.io.errors import NO_FILE, write_errors
@@ -59,7 +59,7 @@ class RunFolder:
         """The same folder for a new attempt: from here on older ones write no result."""
         while True:
             attempt = self._newest() + 1
-            if storage.write_bytes_once(self._attempts / f"{attempt:04d}", b""):
+            if storage.create(self._attempts / f"{attempt:04d}"):
                 for name in storage.list_names(self._attempts):
                     number, dot, rest = name.partition(".")
                     if dot + rest == _TEMPORARY and int(number) <= attempt:  # a newer one may have begun meanwhile
@@ -136,7 +136,7 @@ class RunFolder:
     def stages(self) -> dict[str, dict[str, Any]]:
         """What each stage was given, its status and its seconds over all attempts; empty before the first."""
         try:
-            return _read(storage.read_own(self._stages))
+            return _read(storage.read_bytes(self._stages))
         except FileNotFoundError:
             return {}
         except (*NO_FILE, ValueError) as error:
@@ -220,7 +220,7 @@ class RunFolder:
             with write_errors(self._stages):
                 beside.write_bytes(data)
                 storage.deliver(beside, self._stages)
-        except UserError:
+        except StorageError:
             self.refuse_superseded()
             raise
 
@@ -241,8 +241,8 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _plain(given: dict[str, Any]) -> dict[str, Any]:
-    """As JSON holds it, without secrets: a signature that was renewed is no other setting."""
-    plain: dict[str, Any] = json.loads(json.dumps(masked(given)))
+    """As JSON holds it."""
+    plain: dict[str, Any] = json.loads(json.dumps(given))
     return plain
 
 

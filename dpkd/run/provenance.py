@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 
-from dpkd.errors import masked
 from dpkd.io import storage
 from dpkd.run.folder import RunFolder
 
@@ -27,8 +26,8 @@ PACKAGES = (
 
 
 def write_settings(folder: RunFolder, tree: dict[str, Any]) -> None:
-    """Writes the settings, every default filled in and secrets masked, as `settings.yaml`."""
-    text = yaml.safe_dump(masked(tree), sort_keys=False, allow_unicode=True)
+    """Writes the settings, every default filled in, as `settings.yaml`."""
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
     storage.write_bytes_atomic(str(folder.path / "settings.yaml"), text.encode())
 
 

@@ -298,11 +298,9 @@ def read_evaluation(folder: RunFolder) -> dict[str, Any]:
     """What `evaluate` wrote; raises `UserError` where it has not run."""
     path = folder.path / EVALUATION_NAME
     try:
-        report: dict[str, Any] = parse_json(storage.read_own(path))
+        report: dict[str, Any] = parse_json(storage.read_bytes(path))
     except NO_FILE as error:
         raise UserError(f"{path} is missing: run the stage evaluate first") from error
-    except UserError:
-        raise
     except ValueError as error:
         raise UserError(f"{path} cannot be read ({error}); run the stage evaluate again") from error
     return report

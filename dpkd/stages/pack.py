@@ -159,7 +159,7 @@ def _listed(splits: FileSplits) -> dict[str, list[str]]:
     for split, path in splits.files.items():
         try:
             lines = storage.read_bytes(path).decode().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+        except (*NO_FILE, UnicodeDecodeError) as error:
             raise UserError(f"data.splits.files.{split}={path} cannot be read: {error}") from error
         listed[split] = [line.strip() for line in lines if line.strip()]
     return listed
@@ -205,9 +205,7 @@ def _refuse_foreign_tars(destination: str, names: Sequence[str], plan: Plan) -> 
         if not name.endswith(".tar"):
             continue
         try:
-            made = ShardIndex.from_bytes(storage.read_own(storage.join(destination, index_name(name)))).plan
-        except UserError:  # the storage's
-            raise
+            made = ShardIndex.from_bytes(storage.read_bytes(storage.join(destination, index_name(name)))).plan
         except (*NO_FILE, ValueError):
             made = None
         if made is None or made != planned.get(name):

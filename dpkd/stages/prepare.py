@@ -207,12 +207,10 @@ def _write_shard(task: _Task, place: str, *, before: dict[str, Record]) -> Prior
 def _standing_index(place: str, task: _Task) -> PriorIndex | None:
     """The index of the prior shard at `place` if it is whole and was made from these images."""
     try:
-        index = PriorIndex.from_bytes(storage.read_own(index_name(place)))
+        index = PriorIndex.from_bytes(storage.read_bytes(index_name(place)))
         if index.images != task.images.sha256:
             return None
         return index if storage.sha256(place) == index.shard.sha256 else None
-    except UserError:  # the storage's, which says nothing of the shard
-        raise
     except (*NO_FILE, ValueError):
         return None
 

@@ -41,7 +41,7 @@ def read_records(place: str) -> dict[str, Record]:
     """The records of the prior shard at `place` that can be read, whatever they were made from."""
     records: dict[str, Record] = {}
     try:
-        data = storage.read_own(place)
+        data = storage.read_bytes(place)
     except NO_FILE:
         return records
     for member in list_members(io.BytesIO(data), size_bytes=len(data)).members:

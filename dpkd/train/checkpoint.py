@@ -9,7 +9,6 @@ memory. Before any rank loads, all have verified the files, and they fall back t
 import secrets
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,17 +18,15 @@ from typing import Protocol, TypeVar
 
 from dpkd.engine.state import Writer
 from dpkd.engine.world import World
-from dpkd.errors import StorageUnavailable, UserError, portable
+from dpkd.errors import StorageError, UserError, portable
 from dpkd.io import storage
 from dpkd.io.checkpoint_store import MANIFEST, CheckpointStore, FileFacts, Manifest, Mark, RankFiles, Superseded
-from dpkd.io.errors import NO_FILE, may_pass
+from dpkd.io.errors import NO_FILE, retry
 from dpkd.io.temporary_folder import lasting_folder, place
 from dpkd.log import logger
 
 Result = TypeVar("Result")
 
-WAITS_S = (0.2, 1.0, 5.0, 20.0)
-"""Waits before an operation that storage failed is tried again."""
 POLL_S, LONGEST_POLL_S = 0.05, 1.0
 
 
@@ -68,7 +65,7 @@ class Checkpoints:
         """
         self.finish()
         self._saved_steps = set()
-        self._attempt, marks = self._by_first(lambda: _patiently(self._store.claim))
+        self._attempt, marks = self._by_first(lambda: retry(self._store.claim))
         self._base = None
         for mark in reversed(marks):
             with self._at_hand(mark) as (folder, look):
@@ -107,7 +104,7 @@ class Checkpoints:
         return self._saving is not None and self._saving.failed
 
     def finish(self) -> None:
-        """Returns once the save under way is published; raises the same `UserError` on all ranks where it is not."""
+        """Returns once the save under way is published; raises the same `StorageError` on all ranks where it is not."""
         saving, self._saving = self._saving, None
         if saving is None:
             return
@@ -120,7 +117,7 @@ class Checkpoints:
         if error is not None:
             errors.append(error)
         self._by_first(lambda: self._abandon(saving.mark))
-        raise UserError(
+        raise StorageError(
             f"checkpoint at step {saving.mark.step} could not be written to {self._store.url} "
             f"({'; '.join(map(str, errors))}); the earlier ones stand. "
             "Free space or mend the storage, then give the same command again"
@@ -134,7 +131,7 @@ class Checkpoints:
             self._store.refuse_superseded(mark.attempt)
         except Superseded:
             raise
-        except (OSError, UserError):
+        except OSError:
             pass  # the first error is the one to tell, and the next attempt removes it
         return True
 
@@ -147,23 +144,23 @@ class Checkpoints:
         while not (names := transaction.rank_files()):
             if cancelled.wait(wait_s):
                 return False
-            _patiently(lambda: self._store.refuse_superseded(transaction.mark.attempt))  # it may have swept this up
+            retry(lambda: self._store.refuse_superseded(transaction.mark.attempt))  # it may have swept this up
             wait_s = min(LONGEST_POLL_S, 2 * wait_s)  # each look is a request where storage is remote
         files: dict[str, FileFacts] = {}
         for name in names:
-            data = _patiently(partial(storage.read_own, self._store.place(transaction.mark, name)))
+            data = retry(partial(storage.read_bytes, self._store.place(transaction.mark, name)))
             files |= RankFiles.model_validate_json(data).files
-        _patiently(lambda: self._store.publish(transaction.mark, world_size=self.world.size, files=files))
+        retry(lambda: self._store.publish(transaction.mark, world_size=self.world.size, files=files))
         self._sweep()
         return True
 
     def _sweep(self) -> None:
         """Removes what nobody needs any more; what cannot be removed now is left to the next save."""
         try:
-            _patiently(lambda: self._store.sweep(attempt=self.attempt, base=self._base, keep=self.keep))
+            retry(lambda: self._store.sweep(attempt=self.attempt, base=self._base, keep=self.keep))
         except Superseded:
             pass  # which the next save says
-        except (OSError, UserError) as error:
+        except OSError as error:
             logger.info(f"{self._store.url}: older checkpoints cannot be removed ({error}); the next save tries again")
 
     @contextmanager
@@ -189,11 +186,9 @@ class Checkpoints:
     def _fetch(self, mark: Mark, copy: Path) -> list[str]:
         """Copies a remote checkpoint to this machine; returns what is wrong with it."""
         try:
-            for path in _patiently(lambda: self._store.manifest(mark)).files:
+            for path in retry(lambda: self._store.manifest(mark)).files:
                 with suppress(*NO_FILE):  # `_faults` tells that it is missing
-                    _patiently(partial(storage.copy_here, self._store.place(mark, path), copy / path))
-        except UserError:  # the storage's, which says nothing of the checkpoint
-            raise
+                    retry(partial(storage.copy_here, self._store.place(mark, path), copy / path))
         except ValueError as error:
             return [str(error)]
         return self._faults(mark, copy, share=(0, 1))
@@ -201,9 +196,7 @@ class Checkpoints:
     def _faults(self, mark: Mark, folder: Path, *, share: tuple[int, int]) -> list[str]:
         """What is wrong with a share (rank, of how many) of the files in a local folder."""
         try:
-            manifest: Manifest = _patiently(lambda: self._store.manifest(mark))
-        except UserError:  # the storage's, which says nothing of the checkpoint
-            raise
+            manifest: Manifest = retry(lambda: self._store.manifest(mark))
         except ValueError as error:
             return [str(error)]
         rank, size = share
@@ -217,7 +210,7 @@ class Checkpoints:
         error = None
         try:
             faults = look()
-        except UserError as failed:
+        except (UserError, StorageError) as failed:
             error = failed
         found = self.world.gather((faults, error))
         errors = [each for _, each in found if each is not None]
@@ -231,7 +224,7 @@ class Checkpoints:
         if self.world.rank == 0:
             try:
                 result = act()
-            except UserError as fault:
+            except (UserError, StorageError) as fault:
                 error = fault
         result, error = self.world.broadcast((result, error))
         if error is not None:
@@ -266,7 +259,7 @@ class _Transaction:
     def rank_files(self) -> list[str]:
         """Names of the ranks' lists once all of them stand, none before."""
         names = [_files_name(rank, self.world.size) for rank in range(self.world.size)]
-        there = set(_patiently(lambda: storage.list_names(self.store.place(self.mark))))
+        there = set(retry(lambda: storage.list_names(self.store.place(self.mark))))
         return names if there.issuperset(names) else []
 
     @contextmanager
@@ -320,7 +313,7 @@ class _Saving:
 
     def _run(self) -> None:
         try:
-            _patiently(self._transaction.write)
+            retry(self._transaction.write)
             self._written.set()
             if self._publish is not None:
                 self._published = self._publish(self._transaction, self._cancelled)
@@ -328,18 +321,6 @@ class _Saving:
             self._error = portable(error)
         finally:
             self._written.set()
-
-
-def _patiently(act: Callable[[], Result]) -> Result:
-    """Does it again after a while where storage fails; raises at once what time does not mend."""
-    for wait_s in WAITS_S:
-        try:
-            return act()
-        except (OSError, UserError) as error:  # noqa: PERF203
-            if not may_pass(error):
-                raise
-            time.sleep(wait_s)
-    return act()
 
 
 def _files_name(rank: int, size: int) -> str:
@@ -354,13 +335,15 @@ def _unlisted(folder: Path, manifest: Manifest) -> list[str]:
 
 def _fault(path: Path, facts: FileFacts) -> str | None:
     try:
-        size = _patiently(path.stat).st_size
+        size = retry(path.stat).st_size
         if size != facts.size_bytes:
             return f"{path.name} has {size} bytes, expected {facts.size_bytes}"
-        if _patiently(partial(storage.sha256, path)) != facts.sha256:
+        if retry(partial(storage.sha256, path)) != facts.sha256:
             return f"{path.name} has another sha256 than its {MANIFEST} says"
     except NO_FILE:
         return f"{path.name} is missing"
-    except (OSError, StorageUnavailable) as error:
+    except OSError as error:
+        if type(error) is StorageError:  # it says nothing of the checkpoint
+            raise
         return f"{path.name} cannot be read ({error})"
     return None

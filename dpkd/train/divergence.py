@@ -122,7 +122,7 @@ def train_past_divergence(
 
 def _read(path: Path) -> dict[int, str]:
     try:
-        return {int(step): str(reason) for step, reason in parse_checked(storage.read_own(path))["steps"].items()}
+        return {int(step): str(reason) for step, reason in parse_checked(storage.read_bytes(path))["steps"].items()}
     except FileNotFoundError:
         return {}
     except (*NO_FILE, ValueError, LookupError, TypeError, AttributeError) as error:

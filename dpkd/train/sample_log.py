@@ -123,7 +123,7 @@ def forget(folder: Path, *, from_attempt: int) -> None:
 
 def _read(path: Path) -> RankLedger | None:
     try:
-        first, newline, rest = storage.read_own(path).partition(b"\n")
+        first, newline, rest = storage.read_bytes(path).partition(b"\n")
     except NO_FILE as error:
         raise ValueError(f"{path} is no file") from error
     if not newline:  # killed at its first flush, before any checkpoint

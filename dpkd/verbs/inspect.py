@@ -12,7 +12,7 @@ from rich.table import Table
 from dpkd.data.images import decode_image
 from dpkd.data.shard_index import ShardInfo
 from dpkd.data.shards import Dataset, Sample
-from dpkd.errors import StorageUnavailable, UserError
+from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.log import Progress, logger
 from dpkd.priors.shards import MANIFEST_NAME, PriorSet, PriorSplit, read_manifest, set_url
@@ -181,9 +181,7 @@ def _damaged_maps(maps: PriorSplit, i: int, sample: Sample, size_bytes: Counter[
         for name, stored in record.maps.items():
             size_bytes[name] += len(stored.data)
             stored.decode()
-    except StorageUnavailable:
-        raise
-    except ValueError as error:
+    except (UserError, ValueError) as error:
         return [str(error)]
     return []
 

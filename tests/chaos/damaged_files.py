@@ -37,12 +37,12 @@ import torch._dynamo  # optimizers load it at their first step: better once here
 
 from dpkd import pretrain
 from dpkd.engine import world
+from dpkd.io import errors
 from dpkd.launch.pool import answer_to, result_of
 from dpkd.launch.worker_group import UNSUPERVISED, Supervision
 from dpkd.run.folder import RunFolder
 from dpkd.stages import evaluate
 from dpkd.stages import worker as session
-from dpkd.train import checkpoint
 from dpkd.train.divergence import Diverged, Skipped
 from tests.chaos.file_faults import damage, names_file, obey_permissions
 from tests.runs import CONV, FIGURE_GROUND, VIT, settings_of, train_events
@@ -138,7 +138,7 @@ def command(settings: dict[str, Any], *, stages: Sequence[str] = pretrain.STAGES
     """The command in this process, without new processes and long waits; its exit code."""
     torch.set_num_threads(1)
     pretrain.make_pool = pretrain.make_gang = lambda *_, **__: Here()  # type: ignore[assignment,return-value]
-    checkpoint.WAITS_S = (0.01,)
+    errors.WAITS_S = (0.01,)
     evaluate.TIMING_S = 0.01
     return pretrain.exit_code(lambda: pretrain.run(settings_of(settings), stages=list(stages)))
 

@@ -33,9 +33,9 @@ import torch.distributed as dist
 
 from dpkd.data.order import Order, rank_slice
 from dpkd.engine.world import World, request_stop, stop_requested
-from dpkd.errors import UserError
+from dpkd.errors import StorageError, UserError
+from dpkd.io import errors
 from dpkd.io.checkpoint_store import CheckpointStore
-from dpkd.train import checkpoint
 from dpkd.train.checkpoint import Checkpoints
 from dpkd.train.parts import RandomState
 from dpkd.train.sample_log import Ledger, forget, history, read_ledgers
@@ -87,7 +87,7 @@ def note(ledger: Ledger, world: World, *, steps: range) -> None:
 
 
 def fork_ranks(size: int, meeting: Path, work: Callable[[World], None]) -> list[int]:
-    """Forks a process for each rank, which does the work and exits: 0, or 2 after a `UserError`."""
+    """Forks a process for each rank, which does the work and exits: 0, or 2 after a refusal."""
     ranks = []
     for rank in range(size):
         pid = os.fork()
@@ -106,7 +106,7 @@ def _live(rank: int, size: int, meeting: Path, work: Callable[[World], None]) ->
                 "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
             )
         work(World(rank=rank, size=size, local_rank=rank, device=torch.device("cpu")))
-    except UserError as error:
+    except (UserError, StorageError) as error:
         print(f"refused: {error}", file=sys.stderr, flush=True)
         return EXIT_REFUSED
     except BaseException as error:  # noqa: BLE001  this is a process's end
@@ -164,7 +164,7 @@ class Trials:
         said.write_text("")
 
         def work(world: World) -> None:
-            checkpoint.WAITS_S = (0.01, 0.01, 0.01)
+            errors.WAITS_S = (0.01, 0.01, 0.01)
             if fault is not None and world.rank == fault["rank"]:
                 assert FAULTS is not None
                 FAULTS.arm(str(place / fault.get("below", "")).encode(), ctypes.c_long(fault["call"]), fault["kind"])

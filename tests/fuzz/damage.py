@@ -13,6 +13,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from dpkd.errors import StorageError, UserError
+
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 1 << 30
 
@@ -45,10 +47,10 @@ def any_bytes(originals: list[bytes]) -> st.SearchStrategy[bytes]:
 
 
 def outcome(read: Callable[[], Any]) -> str | None:
-    """None where `read` gives a value, the message of its ValueError where it refuses; other errors pass through."""
+    """None where `read` gives a value, the message of its error where it refuses; other errors pass through."""
     try:
         read()
-    except ValueError as error:
+    except (UserError, StorageError, ValueError) as error:
         assert str(error).strip(), "refused without a reason"  # noqa: PT017 (either outcome is right)
         return str(error)
     return None

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from dpkd.errors import UserError
+from dpkd.errors import StorageError, UserError
 from dpkd.io.record import checked, parse_checked
 from dpkd.models.network import build_network
 from dpkd.models.saved import load_network, save_network
@@ -114,7 +114,7 @@ def test_weights_of_another_network_are_refused_by_name(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="file"):
+    with pytest.raises(StorageError, match="file"):
         save_network(tmp_path / "file" / "teacher", SPEC, build_network(SPEC, seed=0).state_dict())
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dpkd.errors import UserError
+from dpkd.errors import StorageError
 from dpkd.log import EventLog, Progress, duration, logger
 
 
@@ -95,5 +95,5 @@ def test_an_event_after_a_line_that_was_cut_short_has_a_line_of_its_own(tmp_path
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").mkdir()
-    with pytest.raises(UserError, match=r"cannot write .*events\.jsonl"):
+    with pytest.raises(StorageError, match=r"cannot write .*events\.jsonl"):
         EventLog(tmp_path / "events.jsonl").write("stage")

@@ -10,7 +10,7 @@ import pytest
 
 from dpkd.data.settings import ClassSplits, FileSplits, FractionSplits, ShardSource, TableSource
 from dpkd.data.shards import Dataset
-from dpkd.errors import UserError
+from dpkd.errors import StorageError, UserError
 from dpkd.launch.pool import LocalPool
 from tests.data.packing import (
     SerialPool,
@@ -193,11 +193,11 @@ def test_a_full_disk_is_told_and_the_next_run_continues(images, tmp_path):
     pack_at(images, tmp_path / "expected")
     limit = max(path.stat().st_size for path in (tmp_path / "expected").glob("*.tar")) - 1
     with (
-        pytest.raises(UserError, match=r"cannot write .*set/train-00000\d.tar: File too large") as caught,
+        pytest.raises(StorageError, match=r"cannot write .*set/train-00000\d.tar: File too large") as caught,
         no_file_above(limit),
     ):
         pack_at(images, place)
-    assert caught.type is UserError
+    assert caught.type is StorageError
     for path in place.iterdir():  # what stands is whole
         assert path.name == "packing.json" or path.read_bytes() == (tmp_path / "expected" / path.name).read_bytes()
     pack_at(images, place)
@@ -205,7 +205,7 @@ def test_a_full_disk_is_told_and_the_next_run_continues(images, tmp_path):
 
 
 def test_a_worker_process_tells_of_a_full_disk_too(images, tmp_path):
-    with no_file_above(1000), pytest.raises(UserError, match=r"cannot write .*\.tar: File too large"):
+    with no_file_above(1000), pytest.raises(StorageError, match=r"cannot write .*\.tar: File too large"):
         pack_at(images, tmp_path / "set", pool=LocalPool(1))
     assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["packing.json"]
 
@@ -216,7 +216,10 @@ def test_no_write_permission_is_told_before_any_work():
         place.mkdir()
         Path(name).chmod(0o755)
         images = make_folder(Path(name) / "images", counts=COUNTS)
-        with pytest.raises(UserError, match=r"cannot write .*set/packing.json: .*no permission"), no_permission(place):
+        with (
+            pytest.raises(StorageError, match=r"cannot write .*set/packing.json: .*no permission"),
+            no_permission(place),
+        ):
             pack_at(images, place)
         assert not list(place.iterdir())
 

@@ -14,7 +14,7 @@ import pytest
 
 from dpkd.data.shards import Dataset
 from dpkd.data.tars import TarWriter
-from dpkd.errors import UserError
+from dpkd.errors import StorageError, UserError
 from dpkd.launch.pool import LocalPool
 from dpkd.priors.catalogue.edge import Edge
 from dpkd.priors.catalogue.hog import Hog
@@ -229,7 +229,7 @@ def test_two_priors_of_one_kind_are_refused(dataset):
 
 def test_a_place_that_cannot_be_written_is_named(dataset):
     (Path(dataset.url) / "priors").write_text("a file where the folder should be")
-    with pytest.raises(UserError, match=r"cannot write .*priors/default"):
+    with pytest.raises(StorageError, match=r"cannot write .*priors/default"):
         prepare_all(dataset, report=Path(dataset.url) / "q.jsonl")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from dpkd.engine.world import World, join
-from dpkd.errors import UserError
+from dpkd.errors import StorageError, UserError
 from dpkd.io import storage
 from dpkd.io.checkpoint_store import CheckpointStore, Mark
 from dpkd.train.checkpoint import Checkpoints
@@ -78,7 +78,7 @@ class Rank:
         self._looked.clear()
         try:
             step = Checkpoints(self.url, world=self.world, keep=3).load_newest({"net": part})
-        except UserError as fault:
+        except (UserError, StorageError) as fault:
             error = f"{type(fault).__name__}: {fault}"
         given = {"step": step, "error": error, "weights": part.weights, "from": str(part.loaded_from)}
         self.found[case] = given | {"looked": list(self._looked)}
@@ -106,7 +106,7 @@ class Rank:
         def look(path: str | Path) -> str:
             self._looked.append(Path(path).name)
             if refuses:
-                raise UserError(f"rank {self.world.rank} may not read it")
+                raise StorageError(f"rank {self.world.rank} may not read it")
             return sha256(path)
 
         storage.sha256 = look

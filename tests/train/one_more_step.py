@@ -17,7 +17,7 @@ import s3fs  # noqa: F401  fsspec imports it at the first use
 import torch
 
 from dpkd.engine.world import World
-from dpkd.train import checkpoint
+from dpkd.io import errors
 from dpkd.train.checkpoint import Checkpoints
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -64,7 +64,7 @@ def one_more_step(url: str) -> None:
 
 
 def _live(url: str, scratch: str) -> int:
-    tempfile.tempdir, checkpoint.WAITS_S = scratch, (0.0,)
+    tempfile.tempdir, errors.WAITS_S = scratch, (0.0,)
     os.dup2(2, 1)  # standard output is for the answers
     try:
         one_more_step(url)

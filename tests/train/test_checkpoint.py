@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from dpkd.engine.world import World
-from dpkd.errors import StorageUnavailable, UserError
-from dpkd.io import storage
+from dpkd.errors import StorageError, StorageUnavailable, UserError
+from dpkd.io import errors, storage
 from dpkd.io.checkpoint_store import CheckpointStore, Mark, Superseded
 from dpkd.io.record import checked
-from dpkd.train import checkpoint
 from dpkd.train.checkpoint import Checkpoints
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -33,7 +32,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Does not wait long for storage that fails now and then."""
-    monkeypatch.setattr(checkpoint, "WAITS_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(errors, "WAITS_S", (0.0, 0.0, 0.0))
 
 
 class Value:
@@ -383,7 +382,7 @@ class Failing(Value):
 def test_a_save_that_fails_stops_with_the_cause_and_leaves_the_earlier_one(place: str) -> None:
     checkpoints = saved(place, [1])
     checkpoints.save(2, {"a": Failing(2, 28, times=1)})
-    with pytest.raises(UserError, match=r"step 2 could not be written to .*the disk says no.*the earlier ones stand"):
+    with pytest.raises(StorageError, match=r"step 2 could not be written to .*the disk says no.*the earlier ones"):
         checkpoints.finish()
     assert steps(place) == [(1, 1)]
     assert loaded(place) == (1, 1)
@@ -399,7 +398,7 @@ def test_a_disk_that_fails_now_and_then_is_tried_again(place: str) -> None:
 def test_a_disk_that_goes_on_failing_stops_the_run(place: str) -> None:
     checkpoints = begun(place)
     checkpoints.save(1, {"a": Failing(1, 5, times=99)})
-    with pytest.raises(UserError, match="the disk says no"):
+    with pytest.raises(StorageError, match="the disk says no"):
         checkpoints.finish()
     assert not checkpoints.failed()
 
@@ -410,7 +409,7 @@ def test_a_failure_shows_before_anybody_waits_for_it(place: str) -> None:
     deadline = threading.Event()
     while not checkpoints.failed():
         assert not deadline.wait(0.01)
-    with pytest.raises(UserError):
+    with pytest.raises(StorageError):
         checkpoints.save(2, {"a": Value(2)})
 
 
@@ -432,16 +431,16 @@ def test_what_an_older_attempt_publishes_while_a_newer_one_claims_counts(
     place: str, monkeypatch: pytest.MonkeyPatch, keep: int
 ) -> None:
     older = saved(place, [1, 2], keep=keep)
-    write_once = storage.write_bytes_once
+    create = storage.create
 
-    def write_late(url: str, data: bytes) -> bool:
+    def create_late(url: str) -> bool:
         monkeypatch.undo()
         for step in (3, 4):
             older.save(step, {"a": Value(step)})
         older.finish()
-        return write_once(url, data)
+        return create(url)
 
-    monkeypatch.setattr(storage, "write_bytes_once", write_late)
+    monkeypatch.setattr(storage, "create", create_late)
     assert loaded(place) == (4, 4)
     assert loaded(place) == (4, 4)
 
@@ -457,14 +456,14 @@ def test_storage_that_fails_while_it_is_verified_condemns_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved(str(tmp_path), [1, 2])
-    read_own, failing = storage.read_own, iter([True, True])
+    read_bytes, failing = storage.read_bytes, iter([True, True])
 
     def fail_twice(url: str) -> bytes:
         if "step-00000002" in str(url) and next(failing, False):
             raise StorageUnavailable(f"cannot read {url}: Stale file handle")
-        return read_own(url)
+        return read_bytes(url)
 
-    monkeypatch.setattr(storage, "read_own", fail_twice)
+    monkeypatch.setattr(storage, "read_bytes", fail_twice)
     assert loaded(str(tmp_path)) == (2, 2)
 
 
@@ -472,10 +471,10 @@ def test_a_checkpoint_that_may_not_be_read_is_no_damaged_one(tmp_path: Path, mon
     saved(str(tmp_path), [1, 2])
 
     def refuse(path: Path) -> str:
-        raise UserError(f"cannot read {path}: no permission; change its permissions or choose another place")
+        raise StorageError(f"cannot read {path}: no permission; change its permissions or choose another place")
 
     monkeypatch.setattr(storage, "sha256", refuse)
-    with pytest.raises(UserError, match="no permission"):
+    with pytest.raises(StorageError, match="no permission"):
         loaded(str(tmp_path))
     assert steps(str(tmp_path)) == [(1, 1), (2, 1)]
 

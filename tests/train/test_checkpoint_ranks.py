@@ -86,7 +86,7 @@ def test_where_all_are_damaged_both_ranks_say_the_same(outcome: Outcome, name: s
 def test_what_one_rank_may_not_read_stops_both(outcome: Outcome, rank: int) -> None:
     case = f"rank {rank} refuses"
     if rank in LOOKING[outcome.place]:
-        assert [each["error"] for each in outcome.of(case)] == [f"UserError: rank {rank} may not read it"] * 2
+        assert [each["error"] for each in outcome.of(case)] == [f"StorageError: rank {rank} may not read it"] * 2
     else:
         assert outcome.steps(case) == [2, 2]
 

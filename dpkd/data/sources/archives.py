@@ -26,6 +26,7 @@ from dpkd.data.sources.records import IMAGE_SUFFIXES, Blob, Found, Record, class
 from dpkd.data.tars import Member, list_members
 from dpkd.errors import UserError
 from dpkd.io import storage
+from dpkd.io.errors import NO_FILE, read_errors
 from dpkd.io.untrusted import parse_json
 from dpkd.launch.pool import Pool
 
@@ -102,16 +103,14 @@ def _list_tar(tar: _Tar, *, classes: tuple[str, ...] | None) -> _Contents:
     contents = _Contents()
     try:
         refuse_no_file(tar.url)
-        with storage.open_read(tar.url) as file:
+        with read_errors(tar.url), storage.open_read(tar.url) as file:
             listing = list_members(file, size_bytes=storage.size(tar.url))
-    except FileNotFoundError:
+    except NO_FILE:
         contents.bad.append((tar.name, "the tar does not exist"))
         return contents
     except BrokenImage as error:
         contents.bad.append((tar.name, str(error)))
         return contents
-    except OSError as error:
-        raise UserError(f"cannot read {tar.url}: {error}; see to the storage, then run the command again") from error
     contents.bad.extend((f"{tar.name}/{name}", reason) for name, reason in listing.refused)
     samples = _by_key(listing.members)
     if listing.fault is not None:
@@ -156,8 +155,6 @@ def _record(tar: _Tar, key: str, members: list[tuple[str, Member]], *, classes: 
     try:
         meta = _meta(blob_of)
         class_name = _class(meta, classes=classes)
-    except UserError:
-        raise
     except ValueError as error:
         return str(error)
     return Record(

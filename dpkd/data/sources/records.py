@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from dpkd.data.images import BrokenImage
-from dpkd.errors import StorageUnavailable, UserError
+from dpkd.errors import StorageError, StorageUnavailable, UserError
 from dpkd.io import storage
 from dpkd.io.errors import may_pass
 
@@ -32,23 +32,23 @@ class Blob:
     size: int = -1
 
     def read(self) -> bytes:
-        """The bytes; raises `BrokenImage` where they are missing, locked or too few, `UserError` for a bad disk."""
+        """The bytes; raises `BrokenImage` where they are missing, locked or too few, `StorageError` for a bad disk."""
         refuse_no_file(self.url)
         if self.size > MAX_FILE_BYTES:
             raise BrokenImage(f"it has {self.size:,} bytes, more than {MAX_FILE_BYTES:,}")
         try:
-            data = storage.read_range(self.url, self.offset, self.size) if self.offset else storage.read_bytes(self.url)
+            data = storage.read_range(self.url, self.offset, self.size if self.offset else -1)
         except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
             raise BrokenImage(f"the file cannot be read: {error.strerror or error}") from error
+        except StorageError:
+            raise
         except OSError as error:
             if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL):
                 raise BrokenImage(f"the file cannot be read: {error.strerror}") from error
-            kind = StorageUnavailable if may_pass(error) else UserError
+            kind = StorageUnavailable if may_pass(error) else StorageError
             raise kind(f"cannot read {self.url}: {error}; see to the storage, then run the command again") from error
         except ImportError as error:
             raise UserError(f"cannot read {self.url}: {error}") from error
-        except UserError:  # the storage's
-            raise
         except ValueError as error:  # a name that no file can have, or an unknown kind of URL
             raise BrokenImage(f"the file cannot be read: {error}") from error
         if self.size >= 0 and len(data) != self.size:

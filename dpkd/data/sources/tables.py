@@ -15,6 +15,7 @@ from dpkd.data.settings import TableSource
 from dpkd.data.sources.records import Blob, Found, Record, class_of_label, nearest
 from dpkd.errors import UserError, without_secrets
 from dpkd.io import storage
+from dpkd.io.errors import NO_FILE
 from dpkd.io.untrusted import parse_json
 
 Row = dict[str, Any]
@@ -135,12 +136,12 @@ def _read(path: str) -> list[Row]:
             f"data.source.path={path} is none of {', '.join('.' + s for s in _READERS)}: give one of these tables"
         )
     try:
-        return list(_READERS[suffix](storage.read_bytes(path)))
-    except UserError:  # the storage's
-        raise
-    except FileNotFoundError as error:
+        data = storage.read_bytes(path)
+    except NO_FILE as error:
         raise UserError(f"data.source.path={path} does not exist: give the table that lists the images") from error
-    except (ValueError, OverflowError, csv.Error, pa.ArrowException, OSError) as error:
+    try:
+        return list(_READERS[suffix](data))
+    except (ValueError, OverflowError, csv.Error, pa.ArrowException, OSError) as error:  # pyarrow's own are OSErrors
         raise UserError(f"data.source.path={path} cannot be read as .{suffix}: {error}") from error
 
 
