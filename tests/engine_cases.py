@@ -51,6 +51,8 @@ def groups(module: nn.Module) -> list[dict[str, Any]]:
     """Vectors without weight decay; the wide layer at half the rate."""
     found = []
     for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         decay, scale = (0.1 if parameter.ndim > 1 else 0.0), (0.5 if name.startswith("wide") else 1.0)
         found.append({"params": [parameter], "names": [name], "weight_decay": decay, "lr_scale": scale})
     return found

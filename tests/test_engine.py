@@ -9,9 +9,10 @@ from torch import nn
 
 from dpkd.engine.batch_norm import StepStatistics
 from dpkd.engine.ema import WeightAverage
-from dpkd.engine.optimizer import by_name, set_learning_rates, trainable
+from dpkd.engine.network import in_fp32
+from dpkd.engine.optimizer import set_learning_rates
 from dpkd.engine.settings import EngineSettings, OptimizerSettings
-from dpkd.engine.torch_engine import TorchEngine, in_fp32
+from dpkd.engine.torch_engine import TorchEngine
 from dpkd.engine.world import World
 from dpkd.errors import UserError
 from dpkd.models.parameters import parameter_groups
@@ -79,19 +80,6 @@ def test_an_average_in_place_leaves_the_weights_as_they_were_even_after_an_error
     assert seen == [[1.0] * 3]
     assert weight.tolist() == [5.0] * 3
     assert average.average["weight"].tolist() == [1.0] * 3
-
-
-def test_frozen_parameters_are_in_no_group() -> None:
-    free, frozen = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1), requires_grad=False)
-    groups = [
-        {"params": [frozen], "names": ["a"], "weight_decay": 0.1, "lr_scale": 1.0},
-        {"params": [frozen, free], "names": ["b", "c"], "weight_decay": 0.2, "lr_scale": 0.5},
-    ]
-    kept = trainable(groups)
-    assert list(by_name(kept)) == ["c"]
-    assert [(group["weight_decay"], group["lr_scale"]) for group in kept] == [(0.2, 0.5)]
-    with pytest.raises(UserError, match="no trainable parameter"):
-        trainable(groups[:1])
 
 
 def test_learning_rates_are_scaled_by_group() -> None:

@@ -2,7 +2,7 @@
 
 Parameters stay fp32 and lower precision is autocast, so that the parameters are the master weights at every ZeRO stage:
 replicated at stages 0 to 2, in shards (`ds_tensor`) at stage 3. State goes to disk tensor by tensor in the format of
-dpkd/engine/state.py, and not by DeepSpeed's own checkpoints, which fit one stage and one world size.
+dpkd/engine/state.py, not in DeepSpeed's own checkpoints, which fit one stage and one world size.
 """
 
 import logging
@@ -14,30 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpkd.backends.zero_state import NetworkState, share, whole_on, zero_state
-from dpkd.engine.optimizer import build_optimizer, by_name, quantities, set_learning_rates, trainable
+from dpkd.backends.zero_state import placement
+from dpkd.engine.network import InPrecision, prepare
+from dpkd.engine.optimizer import ParameterGroup, build_optimizer, by_name, set_learning_rates
 from dpkd.engine.protocol import Statistics
 from dpkd.engine.settings import EngineSettings, OptimizerSettings
-from dpkd.engine.state import Counts, Staging, StateReader, Writer, write_part
-from dpkd.engine.torch_engine import in_fp32, use_activation_checkpointing
+from dpkd.engine.slots import TrainingState
+from dpkd.engine.state import Writer
 from dpkd.engine.world import World
 from dpkd.errors import UserError
-
-
-class InPrecision(nn.Module):
-    """Runs a network under autocast, with fp32 outputs."""
-
-    def __init__(self, network: nn.Module, *, device_type: str, precision: str) -> None:
-        super().__init__()
-        self.network = network
-        self.device_type = device_type
-        self.lower = precision == "bf16"
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The network's outputs."""
-        with torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.lower):
-            outputs = self.network(*args, **kwargs)
-        return in_fp32(outputs)
 
 
 class DeepSpeedEngine:
@@ -47,7 +32,7 @@ class DeepSpeedEngine:
         self,
         module: nn.Module,
         *,
-        parameter_groups: Sequence[Any],
+        parameter_groups: Sequence[ParameterGroup],
         optimizer: OptimizerSettings,
         settings: EngineSettings,
         world: World,
@@ -57,32 +42,31 @@ class DeepSpeedEngine:
         statistics: Statistics | None = None,
     ) -> None:
         deepspeed = import_deepspeed(world)
-        self.module = module.to(world.device)
-        if settings.activation_checkpointing:
-            use_activation_checkpointing(module)
-        for tensor in module.state_dict().values():
-            world.broadcast_(tensor)
-        groups = trainable(parameter_groups)
-        self._world = world
-        self._accumulation = accumulation
-        self._statistics = statistics
-        self._settings = optimizer
+        prepare(module, settings=settings, world=world)
+        self.module = module
+        self._world, self._accumulation, self._statistics = world, accumulation, statistics
+        self._clip = optimizer.clip or float("inf")
         self._clips_itself = settings.zero_stage == 0  # DeepSpeed computes no norm there
         self._num_micros = 0
-        self._optimizer = build_optimizer(groups, optimizer, fused=world.device.type == "cuda")
+        trained = by_name(parameter_groups)
+        self._parameters = list(trained.values())
+        self._optimizer = build_optimizer(parameter_groups, optimizer, fused=world.device.type == "cuda")
         sizes = {"train_micro_batch_size_per_gpu": micro_batch_size, "gradient_accumulation_steps": accumulation}
         self._engine, *_ = deepspeed.initialize(
-            model=InPrecision(module, device_type=world.device.type, precision=precision),
+            model=InPrecision(module, device=world.device, precision=precision),
             optimizer=self._optimizer,
             config=configuration(optimizer, stage=settings.zero_stage, on_gpu=world.device.type == "cuda") | sizes,
         )
         if settings.compile:
             self._engine.compile()
-        zero = zero_state(self._engine.optimizer, stage=settings.zero_stage, world=world)
-        self._state = NetworkState(module, trained=by_name(groups), zero=zero, decay=settings.ema)
-        self._staging = Staging()
-        self._set_num_updates(0)
-        self._owners = whole_on(self._state.slots(quantities(optimizer)), world=world)
+        self._state = TrainingState(
+            module,
+            trained=trained,
+            placement=placement(self._engine.optimizer, stage=settings.zero_stage, world=world),
+            optimizer=optimizer,
+            decay=settings.ema,
+            world=world,
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._engine.train()
@@ -112,50 +96,27 @@ class DeepSpeedEngine:
         assert self._num_micros == self._accumulation, (
             f"step after {self._num_micros} of {self._accumulation} backwards"
         )
-        norm = self._clip() if self._clips_itself else None
+        norm = nn.utils.clip_grad_norm_(self._parameters, self._clip) if self._clips_itself else None
         set_learning_rates(self._optimizer, learning_rate)
         self._engine.step()
         self._num_micros = 0
-        self._num_updates += 1
         if self._statistics is not None:
             self._statistics.commit(self._world.mean_)
-        if self._state.averaged is not None:
-            self._state.averaged.update()
+        self._state.after_update()
         return torch.as_tensor(self._engine.get_global_grad_norm() if norm is None else norm)
 
-    def _clip(self) -> torch.Tensor:
-        return nn.utils.clip_grad_norm_(list(self._state.trained.values()), self._settings.clip or float("inf"))
-
-    def _set_num_updates(self, number: int) -> None:
-        self._num_updates = number
-        self._state.zero.set_num_updates(self._settings, number)
-
     def snapshot(self) -> Writer:
-        rank, size = self._world.rank, self._world.size
-        slots = self._state.slots(quantities(self._settings))
-        held = self._staging.hold(share(slots, owners=self._owners, world=self._world))
-        averaged = self._state.averaged
-        counts = Counts(self._num_updates, 0 if averaged is None else averaged.num_updates)
-        return lambda folder: write_part(folder, held, counts=counts, rank=rank, size=size)
+        return self._state.snapshot()
 
     def load(self, folder: Path) -> None:
-        reader = StateReader(folder)
-        slots = self._state.slots(quantities(self._settings))
-        reader.check({name: slot.shape for name, slot in slots.items()})
-        for name, slot in slots.items():
-            slot.write(reader.read(name))
-        self._state.zero.refresh()
-        self._set_num_updates(reader.counts.num_updates)
-        if self._state.averaged is not None:
-            self._state.averaged.num_updates = reader.counts.num_average_updates
+        self._state.load(folder)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        with self._state.average_in_place():
-            return {name: in_fp32(tensor).detach().cpu().clone() for name, tensor in self._state.weights().items()}
+        return self._state.weights()
 
 
 def configuration(optimizer: OptimizerSettings, *, stage: int, on_gpu: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration, but for the batch sizes."""
+    """DeepSpeed's configuration without the batch sizes."""
     return {
         "gradient_clipping": 0.0 if stage == 0 or optimizer.clip is None else optimizer.clip,
         "zero_optimization": {"stage": stage, "overlap_comm": on_gpu and stage > 1},

@@ -1,36 +1,22 @@
-"""Optimizers over parameter groups, as every engine uses them."""
+"""Optimizers over parameter groups, as every engine uses them, and the learning rate of a step."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, TypedDict
 
 import torch
 from torch import nn
 
-from dpkd.engine.settings import OptimizerSettings
-from dpkd.errors import UserError
+from dpkd.engine.settings import OptimizerSettings, ScheduleSettings
 
 
 class ParameterGroup(TypedDict):
-    """Parameters that share a weight decay and a factor on the learning rate."""
+    """Trainable parameters that share a weight decay and a factor on the learning rate; `names` in the same order."""
 
     params: list[nn.Parameter]
     names: list[str]
     weight_decay: float
     lr_scale: float
-
-
-def trainable(groups: Sequence[Any]) -> list[ParameterGroup]:
-    """The groups without frozen parameters; a group that this empties is left out."""
-    kept = []
-    for group in groups:
-        pairs = [pair for pair in zip(group["names"], group["params"], strict=True) if pair[1].requires_grad]
-        if pairs:
-            names, parameters = map(list, zip(*pairs, strict=True))
-            decay, scale = group["weight_decay"], group["lr_scale"]
-            kept.append(ParameterGroup(params=parameters, names=names, weight_decay=decay, lr_scale=scale))
-    if not kept:
-        raise UserError("the network has no trainable parameter: unfreeze a part of it, or do not train it")
-    return kept
 
 
 def by_name(groups: Sequence[ParameterGroup]) -> dict[str, nn.Parameter]:
@@ -42,10 +28,7 @@ def build_optimizer(
     groups: Sequence[ParameterGroup], settings: OptimizerSettings, *, fused: bool
 ) -> torch.optim.Optimizer:
     """The torch optimizer over the groups; `set_learning_rates` gives the rates at every step."""
-    options: list[dict[str, Any]] = [
-        {"params": group["params"], "weight_decay": group["weight_decay"], "lr_scale": group["lr_scale"]}
-        for group in groups
-    ]
+    options = [{key: value for key, value in group.items() if key != "names"} for group in groups]
     if settings.kind == "adamw":
         return torch.optim.AdamW(options, lr=settings.learning_rate, betas=settings.betas, fused=fused)
     return torch.optim.SGD(options, lr=settings.learning_rate, momentum=settings.momentum, fused=fused)
@@ -55,6 +38,19 @@ def set_learning_rates(optimizer: Any, learning_rate: float) -> None:
     """Gives each group `learning_rate` times its `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["lr_scale"]
+
+
+def learning_rate(step: int, *, total_steps: int, base: float, settings: ScheduleSettings) -> float:
+    """The rate of update `step` (0 is the first): up to `base` over the warm-up, `base * final` at the last step.
+
+    Linear warm-up, then a cosine (Loshchilov and Hutter 2017, eq. 5, without restarts).
+    """
+    warmup_steps = round(settings.warmup * total_steps)
+    if step < warmup_steps:
+        return base * (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return base * (settings.final + (1 - settings.final) * cosine)
 
 
 def quantities(settings: OptimizerSettings) -> tuple[str, ...]:
@@ -71,7 +67,7 @@ def set_num_updates(
     tensors: Iterable[torch.Tensor],
     num_updates: int,
 ) -> None:
-    """Sets the count of updates of each optimized tensor, making its state where there is none."""
+    """Sets the count of updates of each optimized tensor, and makes the state that it lacks."""
     fused = bool(optimizer.defaults["fused"])
     for tensor in tensors:
         state = optimizer.state[tensor]

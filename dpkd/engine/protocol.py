@@ -42,7 +42,7 @@ class Engine(Protocol):
         """Restores what any engine wrote at any world size, bit for bit (the format: state.py)."""
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The whole fp32 state dict on CPU (the averaged weights where there are any), the same on every rank."""
+        """The whole fp32 state dict, averaged where the engine averages, on the CPU of rank 0; empty on other ranks."""
 
 
 class Statistics(Protocol):

@@ -72,23 +72,15 @@ class World:
             dist.broadcast(tensor, src=0)
         return tensor
 
-    def concatenate(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The flat tensors of all ranks (on this world's device, of one length) end to end, on every rank."""
-        if self.size == 1:
-            return tensor
-        whole = torch.empty(self.size * tensor.numel(), dtype=tensor.dtype, device=tensor.device)
-        dist.all_gather_into_tensor(whole, tensor.contiguous())
-        return whole
-
     def concatenate_on(self, tensor: torch.Tensor, *, rank: int) -> torch.Tensor | None:
-        """As `concatenate`, on one rank alone: half the traffic, or less. None on the others."""
+        """The flat tensors of all ranks (on this world's device, of one length) end to end, on one rank; else none."""
         if self.size == 1:
             return tensor
-        mine, whole, pieces = tensor.contiguous(), None, None
+        whole, pieces = None, None
         if self.rank == rank:
             whole = torch.empty(self.size * tensor.numel(), dtype=tensor.dtype, device=tensor.device)
             pieces = list(whole.split(tensor.numel()))
-        dist.gather(mine, pieces, dst=rank)
+        dist.gather(tensor.contiguous(), pieces, dst=rank)
         return whole
 
     def leave(self) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dpkd.data.augment import normalise
 from dpkd.data.stream import Batch
+from dpkd.engine.optimizer import learning_rate
 from dpkd.engine.protocol import Engine
-from dpkd.engine.schedule import learning_rate
 from dpkd.engine.settings import OptimizerSettings, ScheduleSettings
 from dpkd.models.network import Network
 from dpkd.models.settings import FigureGroundPooling, NetworkSpec

@@ -7,6 +7,7 @@ import timm
 import torch
 from timm.optim._param_groups import param_groups_layer_decay
 
+from dpkd.errors import UserError
 from dpkd.models.network import build_network
 from dpkd.models.parameters import parameter_groups
 from dpkd.models.settings import ModelSettings, NetworkSpec
@@ -42,6 +43,12 @@ def test_every_trainable_parameter_stands_in_one_group(name, arguments, layer_de
         for group in groups
         for name, parameter in zip(group["names"], group["params"], strict=True)
     )
+
+
+def test_a_network_without_a_trainable_parameter_is_refused():
+    network = network_of("test_resnet", {}).requires_grad_(False)
+    with pytest.raises(UserError, match="no trainable parameter"):
+        parameter_groups(network, weight_decay=0.1)
 
 
 def test_vectors_positions_and_tokens_carry_no_decay():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dpkd.engine.schedule import learning_rate
+from dpkd.engine.optimizer import learning_rate
 from dpkd.engine.settings import ScheduleSettings
 
 

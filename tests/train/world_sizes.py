@@ -67,10 +67,12 @@ SPIKE = TrainingSettings(steps=LAST).spike
 
 
 def groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Four groups that differ in weight decay and rate, most of several parameters; the frozen stem in one of them."""
+    """Four groups that differ in weight decay and rate, most of several parameters; the frozen stem in none."""
     found: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
-        decay, scale = (0.1 if parameter.ndim > 1 else 0.0), (0.5 if name.startswith(("stem", "wide")) else 1.0)
+        if not parameter.requires_grad:
+            continue
+        decay, scale = (0.1 if parameter.ndim > 1 else 0.0), (0.5 if name.startswith("wide") else 1.0)
         group = found.setdefault((decay, scale), {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale})
         group["params"].append(parameter)
         group["names"].append(name)

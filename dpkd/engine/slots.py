@@ -1,0 +1,214 @@
+"""The state of a network in training, tensor by tensor, wherever an engine keeps it.
+
+A slot is one tensor of the state: whole on every rank, or in parts. All ranks read the same slots in the same order,
+because reading gathers the parts.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from dpkd.engine.ema import WeightAverage
+from dpkd.engine.network import in_fp32
+from dpkd.engine.optimizer import quantities, set_num_updates
+from dpkd.engine.settings import OptimizerSettings
+from dpkd.engine.state import Counts, Staging, StateReader, Writer, write_part
+from dpkd.engine.world import World
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of an engine's state: its whole shape, and what this rank holds of it."""
+
+    shape: torch.Size
+    copies: tuple[tuple[torch.Tensor, int], ...]
+    """Tensors with the number of their first element in the flattened whole; flat ones may be padded at the end.
+
+    The first is what is read; writing keeps all of them equal.
+    """
+    gather: Callable[[int], torch.Tensor | None] | None = None
+    """The whole tensor on one rank, from the parts of all; none where every rank holds it whole."""
+
+    @property
+    def is_whole_here(self) -> bool:
+        """Whether a tensor that is kept in parts lies whole on this rank."""
+        parts = self.copies[:1] if self.gather is not None else ()
+        return any(start == 0 and tensor.numel() >= self.shape.numel() for tensor, start in parts)
+
+    def read_here(self) -> torch.Tensor:
+        """The whole tensor, without the other ranks."""
+        tensor, _ = self.copies[0]
+        return tensor.detach().flatten()[: self.shape.numel()].view(self.shape)
+
+    def read_on(self, rank: int) -> torch.Tensor | None:
+        """The whole tensor on this rank; what the others get is of no use. All call it."""
+        return self.read_here() if self.gather is None else self.gather(rank)
+
+    def write(self, whole: torch.Tensor) -> None:
+        """Takes over `whole`, or this rank's part of it."""
+        for tensor, start in self.copies:
+            if tensor.shape == self.shape:  # of any memory layout
+                tensor.detach().copy_(whole)
+            else:
+                part = whole.flatten()[start : start + tensor.numel()]
+                tensor.detach().view(-1)[: part.numel()].copy_(part)
+
+
+def whole(tensor: torch.Tensor) -> Slot:
+    """The slot of a tensor that every rank holds whole."""
+    return Slot(tensor.shape, ((tensor, 0),))
+
+
+class Placement(Protocol):
+    """Where an engine keeps the state of each parameter."""
+
+    def held(self, parameter: nn.Parameter) -> torch.Tensor:
+        """The tensor that this rank holds of a parameter, which an average follows."""
+
+    def weight(self, parameter: nn.Parameter) -> Slot:
+        """The slot of a parameter."""
+
+    def quantity(self, parameter: nn.Parameter, name: str) -> Slot:
+        """The slot of what the optimizer keeps for a parameter."""
+
+    def average(self, parameter: nn.Parameter, tensor: torch.Tensor) -> Slot:
+        """The slot of a parameter's average, of which this rank holds `tensor`."""
+
+    def set_num_updates(self, settings: OptimizerSettings, number: int) -> None:
+        """Sets the optimizer's count of updates, and makes its state where it has none."""
+
+    def refresh(self) -> None:
+        """Makes the network see the weights that this rank holds now."""
+
+
+class Replicated:
+    """Everything whole on every rank."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def held(self, parameter: nn.Parameter) -> torch.Tensor:
+        return parameter
+
+    def weight(self, parameter: nn.Parameter) -> Slot:
+        return whole(parameter)
+
+    def quantity(self, parameter: nn.Parameter, name: str) -> Slot:
+        return whole(self._optimizer.state[parameter][name])
+
+    def average(self, parameter: nn.Parameter, tensor: torch.Tensor) -> Slot:  # noqa: ARG002
+        return whole(tensor)
+
+    def set_num_updates(self, settings: OptimizerSettings, number: int) -> None:
+        tensors = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        set_num_updates(self._optimizer, settings, tensors=tensors, num_updates=number)
+
+    def refresh(self) -> None:
+        pass
+
+
+class TrainingState:
+    """Weights, buffers, optimizer state and averages of a network in training, by the names of state.py."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        trained: Mapping[str, nn.Parameter],
+        placement: Placement,
+        optimizer: OptimizerSettings,
+        decay: float | None,
+        world: World,
+    ) -> None:
+        self._module, self._trained, self._placement = module, trained, placement
+        self._optimizer, self._world = optimizer, world
+        held = {name: placement.held(parameter) for name, parameter in trained.items()}
+        followed = held | dict(module.named_buffers())
+        self._average = None if decay is None else WeightAverage(followed, decay=decay)
+        self._staging = Staging()
+        self._set_num_updates(0)
+        here = {name for name, slot in self._slots().items() if slot.is_whole_here}
+        self._owners = {name: rank for rank, names in enumerate(world.gather(here)) for name in names}
+
+    def after_update(self) -> None:
+        """Counts an update of the weights, and takes them into the average."""
+        self._num_updates += 1
+        if self._average is not None:
+            self._average.update()
+
+    @contextmanager
+    def average_in_place(self) -> Iterator[None]:
+        """Puts the averaged weights, where there are any, into the network."""
+        if self._average is None:
+            yield
+            return
+        with self._average.in_place():
+            self._placement.refresh()
+            yield
+        self._placement.refresh()
+
+    def snapshot(self) -> Writer:
+        """Copies this rank's share, and returns what writes the copy into a folder."""
+        rank, size = self._world.rank, self._world.size
+        held = self._staging.hold(self._share())
+        counts = Counts(self._num_updates, 0 if self._average is None else self._average.num_updates)
+        return lambda folder: write_part(folder, held, counts=counts, rank=rank, size=size)
+
+    def _share(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What this rank writes: what it alone holds whole, and its turns of the rest. All ranks iterate to the end."""
+        for place, (name, slot) in enumerate(sorted(self._slots().items())):
+            writer = self._owners.get(name, place % self._world.size)
+            tensor: torch.Tensor | None
+            if name in self._owners:
+                tensor = slot.read_here() if writer == self._world.rank else None
+            else:
+                tensor = slot.read_on(writer)
+            if writer == self._world.rank:
+                assert tensor is not None
+                yield name, tensor
+
+    def load(self, folder: Path) -> None:
+        """Restores what was written at any world size."""
+        reader = StateReader(folder)
+        slots = self._slots()
+        reader.check({name: slot.shape for name, slot in slots.items()})
+        for name, slot in slots.items():
+            slot.write(reader.read(name))
+        self._placement.refresh()
+        self._set_num_updates(reader.counts.num_updates)
+        if self._average is not None:
+            self._average.num_updates = reader.counts.num_average_updates
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The fp32 state dict on the CPU of rank 0, tensor by tensor; empty on the other ranks."""
+        slots, weights = self._slots(), {}
+        names = {tensor: name for name, tensor in chain(self._module.named_parameters(), self._module.named_buffers())}
+        for name, tensor in self._module.state_dict(keep_vars=True).items():
+            keys = [f"{kind}/{names[tensor]}" for kind in ("average", "weight", "buffer")]
+            found = next(slots[key] for key in keys if key in slots).read_on(0)
+            if self._world.rank == 0:
+                assert found is not None
+                weights[name] = in_fp32(found).to("cpu", copy=True)
+        return weights
+
+    def _set_num_updates(self, number: int) -> None:
+        self._num_updates = number
+        self._placement.set_num_updates(self._optimizer, number)
+
+    def _slots(self) -> dict[str, Slot]:
+        slots = {f"weight/{name}": self._placement.weight(p) for name, p in self._module.named_parameters()}
+        slots |= {f"buffer/{name}": whole(buffer) for name, buffer in self._module.named_buffers()}
+        for name, parameter in self._trained.items():
+            for quantity in quantities(self._optimizer):
+                slots[f"{quantity}/{name}"] = self._placement.quantity(parameter, quantity)
+        for name, tensor in (self._average.average if self._average is not None else {}).items():
+            trained = name in self._trained
+            slot = self._placement.average(self._trained[name], tensor) if trained else whole(tensor)
+            slots[f"average/{name}"] = slot
+        return slots
