@@ -5,7 +5,7 @@
 #                   save where else some are drawn, and every damage of a file: some hours more
 # make benchmark    what a save, a restart and preemptions cost on this machine: half an hour; tools/bench_*.py has the others
 # make fuzz         the tests of untrusted input with many more examples, for as long as it takes; SEED=n repeats a run
-# make lint         formatting, lint and types;  make format mends the first two
+# make lint         formatting, lint, types, and the size and shape of the code;  make format mends the first two
 # make lock         resolves pyproject.toml anew into requirements.lock
 # VENV=path and PYTHON=python3.12 choose the environment and the interpreter it is made with.
 
@@ -23,7 +23,7 @@ quickstart: $(INSTALLED)
 install: $(INSTALLED)
 
 $(INSTALLED): requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else f"dpkd runs on Python 3.10 to 3.13, this is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 14) else f"dpkd runs on Python 3.11 to 3.14, this is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
 	@echo "installing into $(VENV): about 6 GB with the CUDA libraries of torch, some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements.lock
@@ -54,13 +54,14 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/house.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 lock:
-	uv pip compile --universal --python-version 3.10 --generate-hashes --no-emit-index-url \
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	    --custom-compile-command "make lock" --extra dev pyproject.toml --output-file requirements.lock
 
 clean:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -108,7 +108,7 @@ class Progress:
         self._bar: RichBar | None = None
         self._began_s = self._line_s = clock()
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Self:
         self._began_s = self._line_s = self._clock()
         if self._shown and sys.stdout.isatty():
             self._bar = _terminal_bar(self._unit)

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Self
 
 import boto3
 import s3fs
@@ -29,7 +29,7 @@ class ObjectStore:
         self.endpoint = f"http://127.0.0.1:{self._server.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 
-    def __enter__(self) -> "ObjectStore":
+    def __enter__(self) -> Self:
         self._thread.start()
         self.client().create_bucket(Bucket=BUCKET)
         return self

@@ -22,6 +22,7 @@ import time
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
+from typing import Self
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 5.0
@@ -57,7 +58,7 @@ class LocalCluster:
             self.stop()
             raise
 
-    def __enter__(self) -> "LocalCluster":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_error: object) -> None:

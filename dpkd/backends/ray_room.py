@@ -7,7 +7,7 @@ what is wanted.
 import time
 from collections.abc import Callable, Collection
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -71,7 +71,7 @@ class Move:
         self._looked_s = 0.0
         self._ready_since_s: float | None = None
 
-    def __enter__(self) -> "Move":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -104,7 +104,8 @@ class ClassAwareOrder:
         self.global_batch_size = global_batch_size
         self._seed = seed
         # int32 halves the memory of large splits
-        by_class = np.argsort(label_N, kind="stable").astype(np.int32 if len(label_N) < 2**31 else np.int64)
+        narrow: type[np.integer] = np.int32 if len(label_N) < 2**31 else np.int64
+        by_class = np.argsort(label_N, kind="stable").astype(narrow)
         labels, starts = np.unique(label_N[by_class], return_index=True)
         members = np.split(by_class, starts[1:])
         self._unlabelled = members.pop(0) if labels[0] < 0 else by_class[:0]

@@ -56,7 +56,7 @@ def retry(act: Callable[[], Result]) -> Result:
     for wait_s in WAITS_S:
         try:
             return act()
-        except OSError as error:  # noqa: PERF203
+        except OSError as error:
             if not may_pass(error):
                 raise
             time.sleep(wait_s)

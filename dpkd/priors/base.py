@@ -3,10 +3,9 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import ClassVar, Literal, Protocol, TypeVar, runtime_checkable
+from typing import ClassVar, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
-from typing_extensions import Self
 
 from dpkd.priors.codecs import Codec, Map
 from dpkd.priors.image_views import ImageViews

@@ -11,7 +11,7 @@ A stored map names its codec, shape (H, W, C) and scale, and so is read without 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import cv2
 import numpy as np
@@ -125,8 +125,8 @@ class LabelCodec:
         """The labels as a PNG file."""
         assert map_HWC.min() >= 0, "labels count from 0"
         assert map_HWC.max() < 65536, "labels fit into 16 bits"
-        narrow = map_HWC.astype(np.uint8 if map_HWC.max() < 256 else np.uint16)
-        return _encode_image(".png", narrow, PNG_PARAMETERS)
+        narrow: type[np.integer] = np.uint8 if map_HWC.max() < 256 else np.uint16
+        return _encode_image(".png", map_HWC.astype(narrow), PNG_PARAMETERS)
 
     def decode(self, data: bytes, shape: Shape) -> npt.NDArray[np.int32]:
         """The labels as int32."""
@@ -191,7 +191,7 @@ def _decode_image(data: bytes, shape: Shape) -> npt.NDArray[np.integer]:
     height, width, channels = shape
     if image_size(data) != (channels * width, height):  # told by the header, before anything of that size is made
         raise ValueError(f"the bytes are not an image of {height} x {channels * width}")
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    image: npt.NDArray[Any] | None = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if image is None or image.shape != (height, channels * width):
         raise ValueError(f"the bytes are not an image of {height} x {channels * width}")
     return image.reshape(height, channels, width).transpose(0, 2, 1)

@@ -45,7 +45,7 @@ def scaled(values_BCHW: Array, scale: Scale) -> Array:
     `minmax` takes the smallest to 0 and the largest to 1. Raises `UserError` where `unit` would clip much.
     """
     if scale == "sigmoid":
-        return np.float32(1) / (1 + np.exp(-np.clip(values_BCHW, -60, 60)))
+        return np.asarray(np.float32(1) / (1 + np.exp(-np.clip(values_BCHW, -60, 60))), np.float32)
     if scale == "softmax":
         share_BCHW = np.exp(values_BCHW - values_BCHW.max(1, keepdims=True))
         return share_BCHW / share_BCHW.sum(1, keepdims=True)

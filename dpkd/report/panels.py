@@ -64,7 +64,8 @@ def _row(map_BCHW: Map, *, name: str, image_BHWC: Picture) -> list[Picture]:
 def _target(map_CHW: Map, size_HW: tuple[int, ...]) -> Map:
     """The map on a coarser grid, each channel with mean 0 and deviation 1."""
     height, width = size_HW
-    channels = [cv2.resize(np.float32(each), (width, height), interpolation=cv2.INTER_AREA) for each in map_CHW]
+    full_CHW = np.asarray(map_CHW, np.float32)
+    channels = [cv2.resize(full_HW, (width, height), interpolation=cv2.INTER_AREA) for full_HW in full_CHW]
     coarse_CHW = np.stack(channels)
     deviation_C11 = coarse_CHW.std((1, 2), keepdims=True)
     return np.asarray((coarse_CHW - coarse_CHW.mean((1, 2), keepdims=True)) / (deviation_C11 + 1e-6), np.float32)

@@ -127,6 +127,6 @@ def _read(text: str) -> dict[tuple[str, str], _Entry]:
             content = parse_json(line)
             entry = _Entry(str(content["reason"]), counted=content.get("counted", True) is True)
             entries[str(content["stage"]), str(content["item"])] = entry
-        except (ValueError, LookupError, TypeError, AttributeError):  # noqa: PERF203 (cut short, or not ours: added again)
+        except (ValueError, LookupError, TypeError, AttributeError):  # cut short, or not ours: added again
             continue
     return entries

@@ -106,7 +106,7 @@ def train_past_divergence(
         try:
             attempt(start_step, skipped.steps)
             return
-        except Diverged as fault:  # noqa: PERF203
+        except Diverged as fault:
             skipped.add(fault)
             start_step = checkpoints.load_newest(parts)
             if not start_step:

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -246,7 +246,7 @@ def used_samples(run: Path) -> dict[str, int]:
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:
     """Every tensor of every trained network and of every exported model, by folder and name."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for path in sorted(run.rglob("model.safetensors")):
         network = renamed("network", str(path.parent.relative_to(run)))
         found |= {f"{network}/{renamed('tensor', name)}": tensor for name, tensor in load_file(path).items()}
@@ -297,7 +297,12 @@ def compare_shards(old: Path, new: Path) -> list[str]:
 
 def compare_runs(old: Path, new: Path, *, tolerance: float) -> dict[str, list[str]]:
     """What differs, by kind."""
-    readers = {"samples": used_samples, "losses": logged, "weights": tensors, "figures": figures}
+    readers: dict[str, Callable[[Path], Mapping[str, Any]]] = {
+        "samples": used_samples,
+        "losses": logged,
+        "weights": tensors,
+        "figures": figures,
+    }
     found = {}
     for kind, read in readers.items():
         one, other = read(old), read(new)

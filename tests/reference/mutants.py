@@ -157,7 +157,7 @@ def mutated(text: str, number: int, kind: str, *, seed: str) -> tuple[str, int, 
     before = ast.unparse(node).splitlines()[0]
     other = change(node, kind, random.Random(seed))
     if other is not None:
-        tree = Replace(node, other).visit(tree)
+        Replace(node, other).visit(tree)
     after = ast.unparse(ast.fix_missing_locations(other or node)).splitlines()[0]
     return ast.unparse(ast.fix_missing_locations(tree)), getattr(node, "lineno", 0), f"{kind}: {before} -> {after}"
 
