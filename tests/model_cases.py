@@ -1,5 +1,7 @@
 """Tiny models with random weights, as a user might bring them."""
 
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from dpkd.priors.learned import Learned
-from dpkd.priors.model_settings import OnnxModel, TimmModel, TorchModel
+from dpkd.priors.learned import Learned, OnnxModel, TimmModel
 
 SIZE = 32
 VIT: dict[str, Any] = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -57,32 +58,31 @@ def save_vit(path: Path, *, seed: int = 0) -> nn.Module:
     return model
 
 
-def save_exported(path: Path, model: nn.Module, *, batch_size: int | None = None) -> nn.Module:
-    """Saves the model as an exported program, for one batch size or for any; returns it."""
-    example = torch.zeros(batch_size or 2, 3, SIZE, SIZE)
-    shapes = None if batch_size else ({0: torch.export.Dim("batch", max=64)},)
-    torch.export.save(torch.export.export(model.eval(), (example,), dynamic_shapes=shapes), path)
-    return model
-
-
-def save_script(path: Path, model: nn.Module) -> nn.Module:
-    """Saves the model as TorchScript; returns it."""
-    torch.jit.trace(model.eval(), torch.zeros(2, 3, SIZE, SIZE)).save(str(path))
-    return model
-
-
-def save_onnx(path: Path, model: nn.Module, *, external_data: bool = False) -> nn.Module:
-    """Saves the model as ONNX for any batch size; returns it."""
+def save_onnx(path: Path, model: nn.Module, *, batch_size: int | None = None, external_data: bool = False) -> nn.Module:
+    """Saves the model as ONNX, for one batch size or for any; returns it."""
     torch.onnx.export(
         model.eval(),
-        (torch.zeros(2, 3, SIZE, SIZE),),
+        (torch.zeros(batch_size or 2, 3, SIZE, SIZE),),
         path,
         input_names=["image"],
-        dynamic_shapes=({0: torch.export.Dim("batch", max=64)},),
+        dynamic_shapes=None if batch_size else ({0: torch.export.Dim("batch", max=64)},),
         external_data=external_data,
         verbose=False,
     )
     return model
+
+
+def save_edges(path: Path, *, seed: int = 0) -> Edges:
+    """Saves the edge model as ONNX, exported once a process; returns it."""
+    path.write_bytes(_exported_edges(seed))
+    return Edges(seed=seed)
+
+
+@cache
+def _exported_edges(seed: int) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        save_onnx(Path(folder) / "edges.onnx", Edges(seed=seed))
+        return (Path(folder) / "edges.onnx").read_bytes()
 
 
 def attention_prior(path: Path, **changes: Any) -> Learned:
@@ -93,7 +93,7 @@ def attention_prior(path: Path, **changes: Any) -> Learned:
 
 def edge_prior(path: Path, **changes: Any) -> Learned:
     """The coarse side output of the edge model saved at `path`."""
-    model = TorchModel(file=str(path), **{"output": 1, **changes.pop("model", {})})
+    model = OnnxModel(file=str(path), **{"output": 1, **changes.pop("model", {})})
     given = {"of": "edges", "model": model, "size": SIZE, "scale": "sigmoid", "batch_size": 4}
     return Learned(**{**given, **changes})
 

@@ -6,15 +6,15 @@ from dpkd.data.shards import Dataset
 from dpkd.errors import UserError
 from dpkd.priors.shards import PriorSet
 from dpkd.stages.plan import STAGES, left_to_do
-from tests.model_cases import SIZE, Edges, save_exported, save_vit
+from tests.model_cases import SIZE, save_edges, save_vit
 from tests.runs import Command, settings_of, tiny, train_events
 
 
 @pytest.mark.slow
 def test_a_teacher_predicts_the_maps_of_a_model_and_other_weights_prepare_again(sample_folder, tmp_path):
-    save_exported(tmp_path / "edges.pt2", Edges())
+    save_edges(tmp_path / "edges.onnx")
     tree = tiny(tmp_path / "run", source=sample_folder)
-    model = {"kind": "torch", "file": str(tmp_path / "edges.pt2"), "output": 0}
+    model = {"kind": "onnx", "file": str(tmp_path / "edges.onnx"), "output": 0}
     learned = {"kind": "learned", "of": "edges", "model": model, "size": SIZE, "scale": "sigmoid"}
     tree["prepare"]["priors"].append(learned)
     tree["teach"]["objectives"][1]["targets"] = {"learned-edges": 1.0}
@@ -28,7 +28,7 @@ def test_a_teacher_predicts_the_maps_of_a_model_and_other_weights_prepare_again(
     assert left_to_do(command.folder, settings, stages) == []
     url = str(command.folder.path / "shards")
     before = PriorSet.open(url, "default").manifest
-    save_exported(tmp_path / "edges.pt2", Edges(seed=1))
+    save_edges(tmp_path / "edges.onnx", seed=1)
     assert left_to_do(command.folder, settings, stages) == ["prepare"]
     assert PriorSet.open(url, "default").manifest == before  # to read maps takes no weights
     again = Command(tree, "--stages", "pack,prepare")

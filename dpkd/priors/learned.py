@@ -1,34 +1,83 @@
-"""What a model of the user's says of an image: class attention of a ViT, depth, learned edges."""
+"""What a model of the user's computes of an image: class attention of a ViT, depth, learned edges.
 
-from collections.abc import Sequence
+Axes: B image, C colour or channel, H W height and width.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from dpkd.config import Config
 from dpkd.errors import UserError
-from dpkd.priors.base import grid_size, mirror
+from dpkd.priors.base import Mirrored, grid_size
 from dpkd.priors.catalogue.kernels import cell_means
 from dpkd.priors.codecs import ByteCodec, JpegCodec, Map
 from dpkd.priors.image_views import ImageViews
-from dpkd.priors.model_output import Array, Run, Scale, scaled
-from dpkd.priors.model_settings import Model, TimmModel, checksum
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Array = npt.NDArray[np.float32]
+Run = Callable[[Array], Array]
+"""A loaded model: images BCHW, float32 and normalised, to its output."""
+Scale = Literal["unit", "sigmoid", "softmax", "largest", "minmax"]
+
+SLACK = 0.1
+"""How far beyond 0 and 1 values of `scale=unit` may be: resampling inside a model overshoots."""
+BLOCK_BYTES = 1 << 22
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
-class Learned(Config):
+class TimmModel(Config):
+    """A timm model; `arguments` go to `timm.create_model` as they are."""
+
+    kind: Literal["timm"] = "timm"
+    name: str
+    arguments: dict[str, Any] = {}
+    file: str
+    """The weights: a local safetensors file or PyTorch state dict, or the network.safetensors of a run of dpkd."""
+    sha256: str | None = None
+    """SHA-256 of the file, which is refused if it differs; none takes what is there."""
+    output: Literal["attention", "energy", "features"] = "attention"
+    """`attention` is the last block's class attention (ViT), `energy` Σ f² of the patch features (any model), both in
+    shares of their largest value; `features` the patch features themselves."""
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
+
+class OnnxModel(Config):
+    """An ONNX model with one image input."""
+
+    kind: Literal["onnx"] = "onnx"
+    file: str
+    sha256: str | None = None
+    """SHA-256 of the file, followed by those that hold its external data; refused if it differs."""
+    output: str | int | None = None
+    """Name or position of the output where there are several."""
+
+
+class Learned(Mirrored, Config):
     """An output of a model, as the map `learned-<of>` in [0, 1], on the grid of the model or of `stride`.
 
     Images are stretched to `size`, and run in batches that are always filled up to `batch_size`, so that an image at
-    the same place of a batch has the same map whatever the others are. Weights and their licence are the user's.
+    the same place of a batch has the same map whatever the others are. The map of the mirrored image is the mirrored
+    map as far as the model treats left and right alike. Weights and their licence are the user's.
     """
 
     kind: Literal["learned"] = "learned"
     of: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     """What the map shows; it names the map."""
-    model: Model
+    model: Annotated[TimmModel | OnnxModel, Field(discriminator="kind")]
     size: int | tuple[int, int] = 224
     """Side of the model's input in pixels, or its height and width."""
     colour: Literal["rgb", "bgr", "grey"] = "rgb"
@@ -46,7 +95,6 @@ class Learned(Config):
     """`accelerator` is a GPU where there is one, and the CPU elsewhere."""
 
     version: ClassVar[int] = 1
-    nearest: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -85,128 +133,255 @@ class Learned(Config):
 
         Raises `UserError` that names the file where it is missing, or is another one than `sha256` says.
         """
-        try:
-            found = checksum(self.model)
-        except FileNotFoundError as error:
-            if self.model.sha256 is not None:
-                return self  # maps that stand need no model; to compute one will say that the file is missing
-            raise _fault(
-                self,
-                f"{error.filename} is missing: give the path of the weights or, where all maps stand, model.sha256 as "
-                "priors.json has it",
-            ) from error
-        except (OSError, UserError) as error:
-            raise _fault(self, str(error)) from error
-        if self.model.sha256 not in (None, found):
-            raise _fault(self, f"its sha256 is {found}, and model.sha256 says {self.model.sha256}; correct one of them")
-        return self.model_copy(update={"model": self.model.model_copy(update={"sha256": found})})
+        with _named(self, "it cannot be read"):
+            try:
+                digest = checksum(self.model)
+            except FileNotFoundError as error:
+                if self.model.sha256 is not None:
+                    return self  # stored maps need no model; computing one reports the missing file
+                raise UserError(
+                    f"{error.filename} is missing: give the path of the weights or, where all maps are prepared, "
+                    "model.sha256 as priors.json has it"
+                ) from error
+            if self.model.sha256 not in (None, digest):
+                raise UserError(f"its sha256 is {digest}, and model.sha256 says {self.model.sha256}; correct one")
+        return self.model_copy(update={"model": self.model.model_copy(update={"sha256": digest})})
 
     def identity(self) -> str:
-        """What the maps depend on, as JSON: not where the weights stand, nor how many images run at once, nor where."""
+        """What the maps depend on, as JSON: not the path of the weights, nor the batch size, nor the device."""
         assert self.model.sha256 is not None, "a prior is sealed before it is named"
         return self.model_dump_json(exclude={"model": {"file"}, "batch_size": True, "device": True})
 
-    def map(self, picture: ImageViews) -> Map:
+    def map(self, image: ImageViews) -> Map:
         """The map of an image, float32; raises ValueError where the model gives values that are not finite."""
-        (map_HWC,) = self.maps([picture], device="cpu")
+        (map_HWC,) = self.maps([image], device="cpu")
         if not np.isfinite(map_HWC).all():
             raise ValueError(f"{self.name}: the model gives values that are not finite")
         return map_HWC
 
-    def maps(self, pictures: Sequence[ImageViews], *, device: str) -> list[Map]:
+    def maps(self, images: Sequence[ImageViews], *, device: str) -> list[Map]:
         """The maps of at most `batch_size` images, float32, by the model on `device`, a device of torch.
 
         Values that are not finite pass. Raises `UserError` where the model cannot be used, before its first map.
         """
-        values_BCHW = _values(self, _loaded(self, device), _batch(self, pictures))[: len(pictures)]
-        maps = [np.ascontiguousarray(values_CHW.transpose(1, 2, 0)) for values_CHW in values_BCHW]
+        values_BCHW = _values(self, _loaded(self, device), _batch(self, images))[: len(images)]
+        maps: list[Map] = [np.ascontiguousarray(values_CHW.transpose(1, 2, 0)) for values_CHW in values_BCHW]
         if self.stride is None:
-            return list(maps)
-        grids = [grid_size(picture, self.stride) for picture in pictures]
-        return [cell_means(map_HWC, grid) for map_HWC, grid in zip(maps, grids, strict=True)]
-
-    def flip(self, map_HWC: Map) -> Map:
-        """The map of the mirrored image, as far as the model treats left and right alike."""
-        return mirror(map_HWC)
+            return maps
+        grids = [grid_size(image, self.stride) for image in images]
+        return [cell_means(np.asarray(map_HWC, np.float32), grid) for map_HWC, grid in zip(maps, grids, strict=True)]
 
 
-def _batch(prior: Learned, pictures: Sequence[ImageViews]) -> Array:
+def _batch(prior: Learned, images: Sequence[ImageViews]) -> Array:
     """The images as the model takes them; places that are left over are of the mean colour."""
-    assert len(pictures) <= prior.batch_size, f"{len(pictures)} images in a batch of {prior.batch_size}"
+    assert len(images) <= prior.batch_size, f"{len(images)} images in a batch of {prior.batch_size}"
     height, width = prior.input_size
     mean_C, std_C = np.asarray(prior.mean, np.float32), np.asarray(prior.std, np.float32)
     batch_BCHW = np.zeros((prior.batch_size, len(prior.mean), height, width), np.float32)
-    for image_CHW, picture in zip(batch_BCHW, pictures, strict=False):
-        shrinks = height <= picture.size[0] and width <= picture.size[1]
+    for input_CHW, image in zip(batch_BCHW, images, strict=False):
+        shrinks = height <= image.size[0] and width <= image.size[1]
         method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-        image_HWC = cv2.resize(picture.rgb_HWC, (width, height), interpolation=method)
+        resized_HWC = cv2.resize(image.rgb_HWC, (width, height), interpolation=method)
         if prior.colour == "bgr":
-            image_HWC = image_HWC[:, :, ::-1]
+            resized_HWC = resized_HWC[:, :, ::-1]
         elif prior.colour == "grey":
-            image_HWC = cv2.cvtColor(image_HWC, cv2.COLOR_RGB2GRAY)[:, :, None]
-        unit_HWC = image_HWC.astype(np.float32) * np.float32(1 / 255)
-        image_CHW[:] = ((unit_HWC - mean_C) / std_C).transpose(2, 0, 1)
+            resized_HWC = cv2.cvtColor(resized_HWC, cv2.COLOR_RGB2GRAY)[:, :, None]
+        unit_HWC = resized_HWC.astype(np.float32) * np.float32(1 / 255)
+        input_CHW[:] = ((unit_HWC - mean_C) / std_C).transpose(2, 0, 1)
     return batch_BCHW
-
-
-def _values(prior: Learned, run: Run, batch_BCHW: Array) -> Array:
-    """What the model says of a batch, in [0, 1]; raises `UserError` where that is no map of the prior's channels."""
-    try:
-        found = run(batch_BCHW)
-        values_BCHW = found[:, None] if found.ndim == 3 else found
-        if values_BCHW.ndim != 4 or values_BCHW.shape[:2] != (prior.batch_size, prior.channels):
-            raise UserError(
-                f"its output has the shape {found.shape}, and {prior.batch_size} images x {prior.channels} channels x "
-                "height x width belong there; set channels, or another model.output"
-            )
-        return scaled(values_BCHW, prior.scale)
-    except UserError as error:
-        raise _fault(prior, str(error)) from error
-    except Exception as error:  # whatever a model of the user's raises
-        raise _fault(
-            prior,
-            f"the model does not run on float32 of {batch_BCHW.shape} ({_first_line(error)}); set size, colour and "
-            "batch_size to what it takes and what fits into memory",
-        ) from error
 
 
 @lru_cache(maxsize=4)
 def _loaded(prior: Learned, device: str) -> Run:
     """The model on a device, loaded once a process and tried on blank images before any map is taken from it."""
-    try:
-        found = checksum(prior.model)
-        if prior.model.sha256 not in (None, found):
-            raise UserError(f"its sha256 on this machine is {found}, not {prior.model.sha256}: copy it here again")
-        run = _load(prior, device)
-    except FileNotFoundError as error:
-        raise _fault(
-            prior, f"{error.filename} is missing on this machine: put it where every worker sees it"
-        ) from error
-    except UserError as error:
-        raise _fault(prior, str(error)) from error
-    except Exception as error:  # the same
-        raise _fault(prior, f"it cannot be loaded ({_first_line(error)})") from error
+    with _named(prior, "it cannot be loaded"):
+        try:
+            digest = checksum(prior.model)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{error.filename} is missing on this machine: put it where every worker sees it"
+            ) from error
+        if prior.model.sha256 not in (None, digest):
+            raise UserError(f"its sha256 on this machine is {digest}, not {prior.model.sha256}: copy it here again")
+        if isinstance(prior.model, TimmModel):
+            run = _load_timm(prior.model, size=prior.input_size[0], device=device)
+        else:
+            run = _load_onnx(prior.model, device=device)
     if not np.isfinite(_values(prior, run, _batch(prior, []))).all():
-        raise _fault(prior, "the model gives values that are not finite for blank images; check mean, std and weights")
+        with _named(prior):
+            raise UserError("the model gives values that are not finite for blank images; check mean, std and weights")
     return run
 
 
-def _load(prior: Learned, device: str) -> Run:
-    # here, not at the top: torch and onnxruntime must not load with the settings
-    if prior.model.kind == "onnx":
-        from dpkd.priors.onnx_model import load_onnx  # noqa: PLC0415
-
-        return load_onnx(prior.model, device=device)
-    from dpkd.priors.torch_model import load_timm, load_torch  # noqa: PLC0415
-
-    if prior.model.kind == "timm":
-        return load_timm(prior.model, size=prior.input_size[0], device=device)
-    return load_torch(prior.model, device=device)
-
-
-def _fault(prior: Learned, what: str) -> UserError:
-    return UserError(f"the prior {prior.name!r}, {prior.model.file}: {what}")
+def _values(prior: Learned, run: Run, batch_BCHW: Array) -> Array:
+    """The model's output for a batch, in [0, 1]; raises `UserError` where that is no map of the prior's channels."""
+    what = f"the model does not run on float32 of {batch_BCHW.shape}: set size, colour and batch_size to what it takes"
+    with _named(prior, what):
+        output = run(batch_BCHW)
+        values_BCHW = output[:, None] if output.ndim == 3 else output
+        if values_BCHW.ndim != 4 or values_BCHW.shape[:2] != (prior.batch_size, prior.channels):
+            raise UserError(
+                f"its output has the shape {output.shape}, and {prior.batch_size} images x {prior.channels} channels x "
+                "height x width belong there; set channels, or another model.output"
+            )
+        return scaled(values_BCHW, prior.scale)
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+@contextmanager
+def _named(prior: Learned, what: str = "it fails") -> Iterator[None]:
+    """Turns every error into a `UserError` that names prior and file; `what` says what an error not of ours means."""
+    place = f"the prior {prior.name!r}, {prior.model.file}"
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
+    except Exception as error:  # whatever a model of the user's raises
+        first_line = (str(error).strip().splitlines() or ["no message"])[0]
+        raise UserError(f"{place}: {what} ({type(error).__name__}: {first_line})") from error
+
+
+def scaled(values_BCHW: Array, scale: Scale) -> Array:
+    """The values in [0, 1], each channel of each image by itself; NaN stays NaN.
+
+    `unit` clips, `sigmoid` and `softmax` (over channels) are the functions, `largest` divides by the largest value,
+    `minmax` takes the smallest to 0 and the largest to 1. Raises `UserError` where `unit` would clip much.
+    """
+    if scale == "sigmoid":
+        return np.asarray(np.float32(1) / (1 + np.exp(-np.clip(values_BCHW, -60, 60))), np.float32)
+    if scale == "softmax":
+        share_BCHW = np.exp(values_BCHW - values_BCHW.max(1, keepdims=True))
+        return share_BCHW / share_BCHW.sum(1, keepdims=True)
+    if scale == "unit":
+        lowest, highest = float(values_BCHW.min()), float(values_BCHW.max())
+        if lowest < -SLACK or highest > 1 + SLACK:
+            raise UserError(
+                f"its values go from {lowest:.3g} to {highest:.3g}, and scale=unit is for those in [0, 1]: "
+                "set scale to sigmoid, softmax, largest or minmax"
+            )
+    if scale == "minmax":
+        values_BCHW = values_BCHW - values_BCHW.min((2, 3), keepdims=True)
+    if scale in ("minmax", "largest"):
+        values_BCHW = values_BCHW / np.maximum(values_BCHW.max((2, 3), keepdims=True), np.float32(1e-12))
+    return np.clip(values_BCHW, 0, 1)
+
+
+def _load_timm(model: TimmModel, *, size: int, device: str) -> Run:
+    """The timm model as a function of images BCHW of that size; on the CPU it takes one thread.
+
+    Raises `UserError` where the weights do not fit the model, or it has no class attention and that is its output.
+    """
+    # here, not at the top: torch must not load with the settings
+    import torch  # noqa: PLC0415
+
+    from dpkd.models.attention import attends, with_attention  # noqa: PLC0415
+    from dpkd.models.backbone import Backbone  # noqa: PLC0415
+    from dpkd.models.settings import ModelSettings  # noqa: PLC0415
+
+    settings = ModelSettings(name=model.name, arguments=model.arguments, weights=model.file)
+    backbone = Backbone(settings, num_classes=0, image_size=size)
+    if model.output == "attention" and not attends(backbone):
+        raise UserError(f"the timm model {model.name!r} has no class attention that can be read; set output=energy")
+    backbone = backbone.eval().to(device)
+    if torch.device(device).type == "cpu":
+        torch.set_num_threads(1)  # the pool has a process for every core
+
+    def patches(image_BCHW: "Tensor") -> "Tensor":
+        return backbone.patches(backbone.features(image_BCHW))
+
+    @torch.no_grad()
+    def run(image_BCHW: Array) -> Array:
+        image = torch.from_numpy(image_BCHW).to(device)
+        if model.output == "attention":
+            values = with_attention(backbone, lambda: {"patch": patches(image)})["attention"]
+        else:
+            values = patches(image)
+        if model.output == "energy":
+            values = values.square().sum(1, keepdim=True)
+            values = values / values.amax((2, 3), keepdim=True).clamp(min=1e-12)
+        return np.asarray(values.float().cpu().numpy())
+
+    return run
+
+
+def _load_onnx(model: OnnxModel, *, device: str) -> Run:
+    """The ONNX model as a function of images BCHW; on the CPU it takes one thread.
+
+    Raises `UserError` where onnxruntime has no provider for the device, or the model has no single image input or not
+    the output; and what onnxruntime raises for a file that is no model.
+    """
+    import onnxruntime  # noqa: PLC0415
+
+    provider, available = PROVIDERS[device.partition(":")[0]], onnxruntime.get_available_providers()
+    if provider not in available:
+        raise UserError(
+            f"this onnxruntime runs on {', '.join(available)} alone: install onnxruntime-gpu in its place, or set "
+            "device=cpu for this prior"
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1  # the pool has a process for every core
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model.file, options, providers=[provider])
+    if provider not in session.get_providers():  # onnxruntime would go on without
+        raise UserError(f"onnxruntime could not start its {provider}; see its message above, or set device=cpu")
+    inputs, names = session.get_inputs(), [output.name for output in session.get_outputs()]
+    if len(inputs) != 1 or inputs[0].type not in FLOATS:
+        types = ", ".join(f"{value.name} {value.type}" for value in inputs)
+        raise UserError(f"it takes {types}, and a prior gives one float image batch: export it with that input alone")
+    if isinstance(model.output, int) and -len(names) <= model.output < len(names):
+        name = names[model.output]
+    elif model.output in names or (model.output is None and len(names) == 1):
+        name = str(model.output or names[0])
+    else:
+        raise UserError(f"model.output={model.output!r} names none of its {len(names)} outputs: {', '.join(names)}")
+
+    def run(image_BCHW: Array) -> Array:
+        image = image_BCHW.astype(FLOATS[inputs[0].type], copy=False)
+        return np.asarray(session.run([name], {inputs[0].name: image})[0], np.float32)
+
+    return run
+
+
+def checksum(model: TimmModel | OnnxModel) -> str:
+    """SHA-256 of the model's files as they are now, 64 hex digits; read again only where size or date have changed.
+
+    Raises `FileNotFoundError` where one is missing, and `UserError` for one that is no ONNX model.
+    """
+    path = Path(model.file)
+    if path.is_dir():
+        raise UserError("it is a folder: name the file of the weights in it")
+    external = _external_data(_state(path)) if isinstance(model, OnnxModel) else ()
+    return _digest(tuple(_state(file) for file in (path, *external)))
+
+
+FileState = tuple[str, int, int]
+
+
+def _state(path: Path) -> FileState:
+    """What changes whenever a file does: its absolute path, size, and time of change."""
+    status = path.stat()
+    return str(path.absolute()), status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=64)
+def _digest(files: tuple[FileState, ...]) -> str:
+    digest = hashlib.sha256()
+    for name, _, _ in files:
+        with Path(name).open("rb") as file:
+            while block := file.read(BLOCK_BYTES):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _external_data(state: FileState) -> tuple[Path, ...]:
+    """The files beside an ONNX model that hold its larger tensors, by name."""
+    import onnx  # noqa: PLC0415 (slow to load, and only for such models)
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data  # noqa: PLC0415
+
+    path = Path(state[0])
+    try:
+        graph = onnx.load_model(path, load_external_data=False).graph
+    except Exception as error:  # protobuf and onnx have no error in common
+        raise UserError(f"it cannot be read as an ONNX model ({error})") from error
+    names = {ExternalDataInfo(tensor).location for tensor in graph.initializer if uses_external_data(tensor)}
+    return tuple(path.parent / name for name in sorted(names))

@@ -17,38 +17,35 @@ from dpkd.priors.image_views import ImageViews
 from dpkd.priors.shards import PriorSet
 from tests.model_cases import (
     Depth,
-    Edges,
     attention_prior,
     depth_prior,
     edge_prior,
-    save_exported,
+    save_edges,
     save_onnx,
-    save_script,
     save_vit,
 )
 from tests.prior_cases import draw_images, pack_folder, prepare_all
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
-with_onnx = pytest.mark.skipif(
-    "CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="no onnxruntime-gpu"
-)
+ON_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+with_onnx = pytest.mark.skipif(not ON_CUDA, reason="no onnxruntime-gpu")
 
 
 def three_priors(folder: Path) -> dict:
     """A prior of each kind of model."""
     save_vit(folder / "vit.safetensors")
-    save_exported(folder / "edges.pt2", Edges())
-    save_script(folder / "edges.pt", Edges())
+    save_edges(folder / "edges.onnx")
     save_onnx(folder / "depth.onnx", Depth())
     return {
         "timm": attention_prior(folder / "vit.safetensors"),
-        "exported": edge_prior(folder / "edges.pt2"),
-        "script": edge_prior(folder / "edges.pt"),
+        "edges": edge_prior(folder / "edges.onnx"),
         "onnx": depth_prior(folder / "depth.onnx"),
     }
 
 
-@pytest.mark.parametrize("kind", ["timm", "exported", "script", pytest.param("onnx", marks=with_onnx)])
+@pytest.mark.parametrize(
+    "kind", ["timm", pytest.param("edges", marks=with_onnx), pytest.param("onnx", marks=with_onnx)]
+)
 def test_maps_on_a_gpu_are_those_of_the_cpu(tmp_path, kind):
     prior = three_priors(tmp_path)[kind]
     random = np.random.default_rng(0)
@@ -69,7 +66,7 @@ def test_each_gpu_has_a_worker_that_sees_it_alone(tmp_path):
 
 
 def test_a_set_prepared_with_a_gpu_holds_the_maps_of_the_cpu(tmp_path):
-    priors = (Edge(), *(prior for kind, prior in three_priors(tmp_path).items() if kind in {"timm", "exported"}))
+    priors = (Edge(), *(prior for kind, prior in three_priors(tmp_path).items() if kind == "timm" or ON_CUDA))
     images = draw_images(tmp_path / "images")
     here, there = (pack_folder(images, tmp_path / name) for name in ("here", "there"))
     prepare_all(here, priors=priors)

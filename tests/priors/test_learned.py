@@ -1,9 +1,7 @@
 """Maps by models of the user's: tiny ones, made here, beside the same models run by hand."""
 
-import json
 import pickle
 import shutil
-import zipfile
 from pathlib import Path
 
 import cv2
@@ -19,9 +17,7 @@ from dpkd.priors import Prior
 from dpkd.priors.base import BatchExtractor, fingerprint
 from dpkd.priors.codecs import ByteCodec, JpegCodec
 from dpkd.priors.image_views import ImageViews
-from dpkd.priors.learned import Learned
-from dpkd.priors.model_output import scaled
-from dpkd.priors.model_settings import TimmModel, TorchModel
+from dpkd.priors.learned import Learned, TimmModel, scaled
 from tests.model_cases import (
     MEAN,
     SIZE,
@@ -31,9 +27,8 @@ from tests.model_cases import (
     attention_prior,
     depth_prior,
     edge_prior,
-    save_exported,
+    save_edges,
     save_onnx,
-    save_script,
     save_vit,
 )
 
@@ -81,12 +76,11 @@ def test_the_energy_and_the_features_are_those_of_the_patches(tmp_path):
     np.testing.assert_allclose(features.map(picture), (patch_HWD - low_D) / (high_D - low_D), atol=1e-4)
 
 
-@pytest.mark.parametrize("save", [save_exported, save_script])
-def test_a_saved_torch_program_gives_the_output_that_is_named(tmp_path, save):
-    edges = save(tmp_path / "edges.pt2", Edges())
+def test_an_onnx_model_of_several_outputs_gives_the_one_that_is_named(tmp_path):
+    edges = save_edges(tmp_path / "edges.onnx")
     (picture,) = pictures(1)
     for position, expected in enumerate(edges(as_input(picture))):
-        prior = edge_prior(tmp_path / "edges.pt2", model={"output": position})
+        prior = edge_prior(tmp_path / "edges.onnx", model={"output": position})
         np.testing.assert_allclose(prior.map(picture)[:, :, 0], torch.sigmoid(expected)[0, 0].detach(), atol=1e-5)
 
 
@@ -99,18 +93,17 @@ def test_an_onnx_model_gives_what_its_torch_model_gives(tmp_path):
 
 
 def test_the_stride_gives_the_mean_of_the_models_cells_on_the_grid_of_the_image(tmp_path):
-    save_exported(tmp_path / "edges.pt2", Edges())
+    save_edges(tmp_path / "edges.onnx")
     picture = ImageViews(np.random.default_rng(0).integers(0, 256, (64, 32, 3), np.uint8))
-    own_HWC, coarse_HWC = (edge_prior(tmp_path / "edges.pt2", stride=stride).map(picture) for stride in (None, 8))
+    own_HWC, coarse_HWC = (edge_prior(tmp_path / "edges.onnx", stride=stride).map(picture) for stride in (None, 8))
     assert (own_HWC.shape, coarse_HWC.shape) == ((16, 16, 1), (8, 4, 1))
     np.testing.assert_allclose(coarse_HWC, own_HWC.reshape(8, 2, 4, 4, 1).mean((1, 3)), atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["timm", "torch", "onnx"])
+@pytest.mark.parametrize("kind", ["timm", "onnx"])
 def test_the_map_at_a_place_of_a_batch_does_not_depend_on_the_other_images(tmp_path, kind):
     save, make, model = {
         "timm": (save_vit, attention_prior, ()),
-        "torch": (save_exported, edge_prior, (Edges(),)),
         "onnx": (save_onnx, depth_prior, (Depth(),)),
     }[kind]
     save(tmp_path / "file.safetensors", *model)
@@ -122,16 +115,16 @@ def test_the_map_at_a_place_of_a_batch_does_not_depend_on_the_other_images(tmp_p
 
 
 def test_colours_come_in_the_order_that_the_model_was_trained_on(tmp_path):
-    save_exported(tmp_path / "edges.pt2", Edges())
+    save_edges(tmp_path / "edges.onnx")
     (picture,) = pictures(1)
     swapped = ImageViews(np.ascontiguousarray(picture.rgb_HWC[:, :, ::-1]))
-    bgr = edge_prior(tmp_path / "edges.pt2", colour="bgr", mean=MEAN[::-1], std=STD[::-1])
+    bgr = edge_prior(tmp_path / "edges.onnx", colour="bgr", mean=MEAN[::-1], std=STD[::-1])
     flat = {"mean": (0.5,) * 3, "std": (0.2,) * 3}
-    rgb = edge_prior(tmp_path / "edges.pt2", **flat)
+    rgb = edge_prior(tmp_path / "edges.onnx", **flat)
     np.testing.assert_allclose(
-        edge_prior(tmp_path / "edges.pt2", colour="bgr", **flat).map(picture), rgb.map(swapped), atol=1e-6
+        edge_prior(tmp_path / "edges.onnx", colour="bgr", **flat).map(picture), rgb.map(swapped), atol=1e-6
     )
-    assert np.abs(bgr.map(picture) - edge_prior(tmp_path / "edges.pt2").map(picture)).mean() > 0.01
+    assert np.abs(bgr.map(picture) - edge_prior(tmp_path / "edges.onnx").map(picture)).mean() > 0.01
 
 
 def test_every_scale_gives_the_values_of_its_definition():
@@ -216,26 +209,26 @@ class Broken(nn.Module):
 def wrong_models(folder: Path) -> dict[str, tuple[Learned, str]]:
     """A prior that cannot work, and what the error says of it, by name."""
     save_vit(folder / "vit.safetensors")
-    save_exported(folder / "edges.pt2", Edges())
-    save_exported(folder / "one.pt2", Edges(), batch_size=1)
-    save_exported(folder / "nan.pt2", Broken())
+    save_edges(folder / "edges.onnx")
+    save_onnx(folder / "one.onnx", Edges(), batch_size=1)
+    save_onnx(folder / "nan.onnx", Broken())
     save_onnx(folder / "depth.onnx", Depth())
-    torch.save(Edges(), folder / "pickle.pt")
-    torch.save(Edges().state_dict(), folder / "state.pt")
-    (folder / "cut.pt2").write_bytes((folder / "edges.pt2").read_bytes()[:2000])
     named = {"output": "depth"}
     return {
-        "channels": (edge_prior(folder / "edges.pt2", channels=3), r"\(4, 1, 16, 16\).*3 channels.*set channels"),
-        "size": (edge_prior(folder / "edges.pt2", size=48), r"does not run on float32 of \(4, 3, 48, 48\).*set size"),
-        "batch": (edge_prior(folder / "one.pt2"), r"does not run on float32 of \(4, .*batch_size"),
-        "position": (edge_prior(folder / "edges.pt2", model={"output": 2}), "no position among its outputs.*2: 0, 1"),
-        "unnamed": (edge_prior(folder / "edges.pt2", model={"output": None}), "says which output to take; it has 2"),
-        "name": (depth_prior(folder / "depth.onnx", model=named), "'depth' is none of its outputs; it has 1"),
-        "wide": (edge_prior(folder / "edges.pt2", scale="unit"), "go from .* scale=unit .* set scale to sigmoid"),
-        "nan": (edge_prior(folder / "nan.pt2", model={"output": None}), "not finite for blank images"),
-        "pickle": (edge_prior(folder / "pickle.pt"), "neither a program of torch.export.save nor TorchScript"),
-        "state": (edge_prior(folder / "state.pt"), "neither a program .* kind=timm"),
-        "cut": (edge_prior(folder / "cut.pt2"), "neither a program"),
+        "channels": (edge_prior(folder / "edges.onnx", channels=3), r"\(4, 1, 16, 16\).*3 channels.*set channels"),
+        "size": (edge_prior(folder / "edges.onnx", size=48), r"does not run on float32 of \(4, 3, 48, 48\).*set size"),
+        "batch": (edge_prior(folder / "one.onnx"), r"does not run on float32 of \(4, .*batch_size"),
+        "position": (
+            edge_prior(folder / "edges.onnx", model={"output": 2}),
+            "=2 names none of its 2 outputs: ",
+        ),
+        "unnamed": (
+            edge_prior(folder / "edges.onnx", model={"output": None}),
+            "=None names none of its 2",
+        ),
+        "name": (depth_prior(folder / "depth.onnx", model=named), "model.output='depth' names none of its 1 outputs"),
+        "wide": (edge_prior(folder / "edges.onnx", scale="unit"), "go from .* scale=unit .* set scale to sigmoid"),
+        "nan": (edge_prior(folder / "nan.onnx", model={"output": None}), "not finite for blank images"),
         "grey": (depth_prior(folder / "depth.onnx", colour="grey", mean=(0.5,), std=(0.2,)), "does not run on float32"),
         "weights": (
             Learned(of="x", size=SIZE, model=TimmModel(name="test_vit", file=str(folder / "vit.safetensors"))),
@@ -249,7 +242,7 @@ def wrong_models(folder: Path) -> dict[str, tuple[Learned, str]]:
 
 
 WRONG = ("channels", "size", "batch", "position", "unnamed", "name", "wide", "nan")
-WRONG += ("pickle", "state", "cut", "grey", "weights", "unknown")
+WRONG += ("grey", "weights", "unknown")
 
 
 @pytest.fixture(scope="module")
@@ -280,27 +273,6 @@ def test_other_weights_than_the_settings_name_are_refused(tmp_path):
     save_vit(tmp_path / "vit.safetensors", seed=1)
     with pytest.raises(UserError, match=r"on this machine.*copy it here again"):
         prior.maps(pictures(1), device="cpu")
-
-
-def test_a_program_that_holds_a_pickle_is_refused_before_it_is_loaded(tmp_path):
-    save_exported(tmp_path / "edges.pt2", Edges())
-    for target in ("config", "member"):
-        with zipfile.ZipFile(tmp_path / "edges.pt2") as archive:
-            content = {name: archive.read(name) for name in archive.namelist()}
-        root = next(iter(content)).partition("/")[0]
-        if target == "config":
-            place = f"{root}/data/weights/model_weights_config.json"
-            config = json.loads(content[place])
-            next(iter(config["config"].values()))["use_pickle"] = True
-            content[place] = json.dumps(config).encode()
-        else:
-            content[f"{root}/data/constants/opaque_obj_0"] = pickle.dumps(print)
-        with zipfile.ZipFile(tmp_path / f"{target}.pt2", "w") as archive:
-            for name, data in content.items():
-                archive.writestr(name, data)
-        prior = Learned(of="x", size=SIZE, scale="sigmoid", model=TorchModel(file=str(tmp_path / f"{target}.pt2")))
-        with pytest.raises(UserError, match="may run code on loading"):
-            prior.maps(pictures(1), device="cpu")
 
 
 def test_the_examples_of_the_page_are_taken():

@@ -17,7 +17,7 @@ from dpkd.priors.catalogue.expert import Expert
 from dpkd.priors.catalogue.hog import Hog
 from dpkd.priors.image_views import ImageViews
 from dpkd.priors.learned import Learned
-from tests.model_cases import Edges, edge_prior, save_exported
+from tests.model_cases import edge_prior, save_edges
 
 KINDS = [kind for kind in BUILT_IN if kind not in (Expert, Learned)]  # maps of experts are given: test_expert.py
 every_prior = pytest.mark.parametrize("prior", [*(kind().kind for kind in KINDS), "learned"], indirect=True)
@@ -25,9 +25,9 @@ every_prior = pytest.mark.parametrize("prior", [*(kind().kind for kind in KINDS)
 
 @pytest.fixture(scope="session")
 def edge_model(tmp_path_factory) -> Path:
-    """An exported program that finds edges of some sort."""
-    path = tmp_path_factory.mktemp("model") / "edges.pt2"
-    save_exported(path, Edges())
+    """An ONNX model that finds edges of some sort."""
+    path = tmp_path_factory.mktemp("model") / "edges.onnx"
+    save_edges(path)
     return path
 
 

@@ -28,7 +28,7 @@ from dpkd.report.quarantine import Quarantine
 from dpkd.settings import PrepareSettings
 from dpkd.stages.prepare import prepare
 from dpkd.verbs.inspect import draw_samples, inspect_dataset
-from tests.model_cases import Edges, attention_prior, edge_prior, save_exported, save_vit
+from tests.model_cases import attention_prior, edge_prior, save_edges, save_onnx, save_vit
 from tests.prior_cases import SerialPool, draw_images, pack_folder, prepare_all
 
 NUM_SHARDS = 4
@@ -52,11 +52,11 @@ def again(tmp_path, dataset) -> Dataset:
 def priors(tmp_path):
     """Class attention, an edge prior, and learned edges, in batches that do not divide a shard."""
     save_vit(tmp_path / "vit.safetensors")
-    save_exported(tmp_path / "edges.pt2", Edges())
+    save_edges(tmp_path / "edges.onnx")
     return (
         attention_prior(tmp_path / "vit.safetensors", batch_size=3),
         Edge(),
-        edge_prior(tmp_path / "edges.pt2", batch_size=4),
+        edge_prior(tmp_path / "edges.onnx", batch_size=4),
     )
 
 
@@ -124,7 +124,7 @@ def test_the_second_pool_runs_no_model(dataset, priors, tmp_path):
 
         def map(self, function, items, **options):
             results = list(super().map(function, items, **options))
-            for name in ("vit.safetensors", "edges.pt2"):
+            for name in ("vit.safetensors", "edges.onnx"):
                 (tmp_path / name).rename(tmp_path / f"{name}.gone")
             learned._loaded.cache_clear()
             yield from results
@@ -247,8 +247,8 @@ def spoil(dataset: Dataset, row: int) -> str:
 
 
 def test_a_bad_sample_is_named_once_with_the_same_reason_on_one_pool_and_on_two(dataset, again, priors, tmp_path):
-    save_exported(tmp_path / "choosy.pt2", Choosy())
-    priors = (edge_prior(tmp_path / "choosy.pt2", of="choosy", scale="unit", model={"output": None}), *priors)
+    save_onnx(tmp_path / "choosy.onnx", Choosy())
+    priors = (edge_prior(tmp_path / "choosy.onnx", of="choosy", scale="unit", model={"output": None}), *priors)
     reports = []
     for place, accelerator in ((dataset, None), (again, TWO_POOLS)):
         spoiled = spoil(place, row=1)
@@ -266,10 +266,10 @@ def test_a_bad_sample_is_named_once_with_the_same_reason_on_one_pool_and_on_two(
 
 
 def test_a_model_that_cannot_run_stops_the_stage_and_blames_no_sample(dataset, priors, tmp_path):
-    wrong = (Edge(), edge_prior(tmp_path / "edges.pt2", channels=3))
+    wrong = (Edge(), edge_prior(tmp_path / "edges.onnx", channels=3))
     report = tmp_path / "report.jsonl"
     for accelerator in (None, TWO_POOLS):
-        with pytest.raises(UserError, match=r"the prior 'learned-edges', .*edges\.pt2: its output has the shape"):
+        with pytest.raises(UserError, match=r"the prior 'learned-edges', .*edges\.onnx: its output has the shape"):
             prepare_all(dataset, priors=wrong, accelerator=accelerator, limit=1, report=report)
         assert not report.exists() or not report.read_text()
         assert not list(Path(dataset.url).glob("priors/default/*.tar"))
@@ -286,7 +286,7 @@ def test_missing_weights_stop_before_any_work(dataset, priors, tmp_path):
 def test_a_prepared_set_needs_no_weights_where_the_settings_name_them_by_checksum(dataset, priors, tmp_path):
     manifest = prepare_all(dataset, priors=priors).manifest
     (tmp_path / "vit.safetensors").unlink()
-    (tmp_path / "edges.pt2").unlink()
+    (tmp_path / "edges.onnx").unlink()
     learned._loaded.cache_clear()
     assert prepare_all(dataset, priors=manifest.priors).manifest == manifest
 
