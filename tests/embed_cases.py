@@ -11,7 +11,7 @@ from dpkd.data.settings import LoaderSettings
 from dpkd.data.shards import Dataset
 from dpkd.engine.world import World, join
 from dpkd.models.saved import load_network
-from dpkd.priors.shards import PriorSet
+from dpkd.priors.store import PriorSet
 from dpkd.stages.embed import embed_networks
 
 

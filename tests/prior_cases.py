@@ -14,7 +14,7 @@ from dpkd.priors.catalogue.edge import Edge
 from dpkd.priors.catalogue.hog import Hog
 from dpkd.priors.catalogue.saliency import Saliency
 from dpkd.priors.catalogue.superpixel import Superpixel
-from dpkd.priors.shards import PriorSet
+from dpkd.priors.store import PriorSet
 from dpkd.report.quarantine import Quarantine
 from dpkd.settings import DataSettings, PrepareSettings
 from dpkd.stages.pack import pack

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dpkd import pretrain
 from dpkd.data.shards import Dataset
-from dpkd.priors.shards import PriorSet
+from dpkd.priors.store import PriorSet
 from dpkd.run.folder import RunFolder
 from dpkd.stages.worker import train_stages
 from tests.damage import change_member, cut_inside, flip_header

@@ -16,7 +16,7 @@ from dpkd.io.storage import digest
 from dpkd.priors.catalogue.edge import Edge
 from dpkd.priors.catalogue.expert import Expert
 from dpkd.priors.record import Record
-from dpkd.priors.shards import MANIFEST_NAME, PriorIndex
+from dpkd.priors.store import MANIFEST_NAME, PriorIndex
 from dpkd.verbs.inspect import draw_samples, inspect_dataset, prior_sets
 from tests.damage import change_member, flip_header, vouch, zeros
 from tests.data.packing import make_folder, pack_at

@@ -4,7 +4,7 @@ import pytest
 
 from dpkd.data.shards import Dataset
 from dpkd.errors import UserError
-from dpkd.priors.shards import PriorSet
+from dpkd.priors.store import PriorSet
 from dpkd.stages.plan import STAGES, left_to_do
 from tests.model_cases import SIZE, save_edges, save_vit
 from tests.runs import Command, settings_of, tiny, train_events

@@ -33,7 +33,7 @@ from dpkd.log import Progress
 from dpkd.priors import Prior
 from dpkd.priors.catalogue.edge import Edge
 from dpkd.priors.image_views import ImageViews
-from dpkd.priors.record import store
+from dpkd.priors.record import store_map
 
 Image = NDArray[np.uint8]
 Map = NDArray[np.float32]
@@ -58,7 +58,7 @@ def stored(prior: Prior, image_HWC: Image) -> Map:
     """The prior's map as a reader gets it for the image at 224 x 224 px, enlarged to the image's size."""
     height, width = image_HWC.shape[:2]
     small_HWC = np.asarray(cv2.resize(image_HWC, (STORED_PX, STORED_PX), interpolation=cv2.INTER_AREA), np.uint8)
-    read_HWC = store(prior, prior.map(ImageViews(small_HWC))).decode()
+    read_HWC = store_map(prior, prior.map(ImageViews(small_HWC))).decode()
     large_HW = cv2.resize(read_HWC[:, :, 0], (width, height), interpolation=cv2.INTER_CUBIC)
     return np.clip(np.asarray(large_HW, np.float32), 0, 1)
 

@@ -40,8 +40,8 @@ from dpkd.launch.pool import LocalPool, never
 from dpkd.priors import DEFAULT_PRIORS
 from dpkd.priors.image_views import ImageViews
 from dpkd.priors.memory import keep_freed_memory
-from dpkd.priors.record import StoredMap, store
-from dpkd.priors.shards import PriorSet
+from dpkd.priors.record import StoredMap, store_map
+from dpkd.priors.store import PriorSet
 from dpkd.report.quarantine import Quarantine
 from dpkd.settings import DataSettings, PrepareSettings
 from dpkd.stages.pack import pack
@@ -162,7 +162,7 @@ def _kernels(images: list[bytes]) -> dict[str, Any]:
             with _timed(time_s, prior.name):
                 map_HWC = prior.map(picture)
             with _timed(time_s, "encode"):
-                stored = store(prior, map_HWC)
+                stored = store_map(prior, map_HWC)
             sizes[prior.name].append(len(stored.data))
     kernel_ms = {name: 1e3 * each / len(images) for name, each in time_s.items()}
     size_bytes = {name: round(statistics.mean(each)) for name, each in sizes.items()}
@@ -266,7 +266,7 @@ def _decoding(dataset: Dataset, *, num_samples: int) -> dict[str, Any]:
     for sample in samples:
         picture = ImageViews(decode_image(sample.image))
         for prior in DEFAULT_PRIORS:
-            stored[prior.name].append(store(prior, prior.map(picture)))
+            stored[prior.name].append(store_map(prior, prior.map(picture)))
     map_ms = {name: _mean_ms(each, StoredMap.decode) for name, each in stored.items()}
     return {
         "decode_map_ms": {name: round(each, 4) for name, each in map_ms.items()},

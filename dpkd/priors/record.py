@@ -15,8 +15,6 @@
 """
 
 import hashlib
-import operator
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +22,15 @@ import cv2
 import msgpack
 import numpy as np
 
+from dpkd.data.shard_index import pack_checked, unpack_checked
 from dpkd.data.shards import Sample
 from dpkd.priors.base import Extractor, fingerprint
 from dpkd.priors.codecs import CODECS, MAX_VALUES, AbsentCodec, Codec, Map, Shape
 
 FORMAT_VERSION = 2
 MEMBER_EXTENSION = "priors.msgpack"
+DAMAGE = (KeyError, TypeError, AttributeError, OverflowError, ValueError, msgpack.UnpackException)
+"""What reading damaged msgpack raises."""
 
 
 @dataclass(frozen=True)
@@ -43,22 +44,14 @@ class StoredMap:
     data: bytes
 
     def to_list(self) -> list[Any]:
-        """What the member holds of it."""
+        """The entry of the member."""
         return [self.codec, self.shape, self.scale, bytes.fromhex(self.fingerprint), self.data]
-
-    @staticmethod
-    def from_list(content: list[Any]) -> "StoredMap":
-        """Reads what `to_list` gives; raises ValueError or TypeError for anything else."""
-        codec, shape, scale, mark, data = content
-        height, width, channels = (operator.index(each) for each in shape)
-        if min(height, width, channels) < 1 or height * width * channels > MAX_VALUES:
-            raise ValueError(f"a map of {height} x {width} x {channels} values is none that dpkd makes")
-        if not (isinstance(codec, str) and isinstance(mark, bytes) and isinstance(data, bytes)):
-            raise TypeError("a map is a codec, a shape, a scale, a fingerprint and its bytes")
-        return StoredMap(codec, (height, width, channels), float(scale), mark.hex(), data)
 
     def decode(self) -> Map:
         """The map, HWC; raises ValueError where the bytes are not of this codec and shape."""
+        height, width, channels = self.shape
+        if min(self.shape) < 1 or height * width * channels > MAX_VALUES:
+            raise ValueError(f"a map of {height} x {width} x {channels} values is none that dpkd makes")
         if self.codec not in CODECS:
             raise ValueError(f"the codec {self.codec!r} is not one of {', '.join(CODECS)}")
         try:
@@ -90,33 +83,29 @@ class Record:
 
     def to_bytes(self) -> bytes:
         """The member's content."""
-        content = {
-            "format_version": FORMAT_VERSION,
-            "key": self.key,
-            "source": self.source,
-            "bad": self.bad,
-            "maps": {name: stored.to_list() for name, stored in self.maps.items()},
-        }
-        return _pack({**content, "checksum": zlib.crc32(_pack(content))})
+        maps = {name: stored.to_list() for name, stored in self.maps.items()}
+        content = {"key": self.key, "source": self.source, "bad": self.bad, "maps": maps}
+        return pack_checked({"format_version": FORMAT_VERSION, **content})
 
     @staticmethod
     def from_bytes(data: bytes) -> "Record":
         """Reads a member's content; raises ValueError where it is damaged or of another format."""
         try:
-            content = msgpack.unpackb(data)
-            checksum = content.pop("checksum")
-            if zlib.crc32(_pack(content)) != checksum:
-                raise ValueError("the checksum of the prior maps is wrong")
-            if content["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"prior maps of format {content['format_version']}; this dpkd reads {FORMAT_VERSION}")
-            maps = {str(name): StoredMap.from_list(stored) for name, stored in content["maps"].items()}
-            return Record(key=content["key"], source=content["source"], maps=maps, bad=content["bad"])
-        except (KeyError, TypeError, AttributeError, OverflowError, msgpack.UnpackException) as error:
+            content = unpack_checked(data)
+            version = content.pop("format_version")
+            if version != FORMAT_VERSION:
+                raise ValueError(f"format {version}; this dpkd reads {FORMAT_VERSION}")
+            maps = {
+                name: StoredMap(codec, shape, scale, mark.hex(), stored)
+                for name, (codec, shape, scale, mark, stored) in content["maps"].items()
+            }
+            return Record(**{**content, "maps": maps})
+        except DAMAGE as error:
             raise ValueError(f"the prior maps are damaged: {error!r}") from error
 
 
 def source_hash(sample: Sample) -> bytes:
-    """What binds maps to the bytes that they were made from: the image, and the masks and maps given with it."""
+    """The hash that binds maps to the bytes they were made from: the image, and the masks and maps given with it."""
     digest = hashlib.sha256(sample.image)
     for name, data in sorted(sample.given.items()):
         digest.update(f"{name} {len(data)}".encode())
@@ -124,7 +113,7 @@ def source_hash(sample: Sample) -> bytes:
     return digest.digest()[:16]
 
 
-def store(prior: Extractor, map_HWC: Map) -> StoredMap:
+def store_map(prior: Extractor, map_HWC: Map) -> StoredMap:
     """The map of `prior` as bytes; raises ValueError for one of more than `MAX_VALUES` values."""
     height, width, channels = map_HWC.shape
     if map_HWC.size > MAX_VALUES:
@@ -141,14 +130,8 @@ def store(prior: Extractor, map_HWC: Map) -> StoredMap:
     )
 
 
-def flat(prior: Extractor) -> StoredMap:
+def flat_map(prior: Extractor) -> StoredMap:
     """A map of a single cell, for a sample whose map cannot be computed: it favours no place over another."""
     if prior.nearest:
-        return store(prior, np.zeros((1, 1, prior.channels), np.int32))
-    return store(prior, np.full((1, 1, prior.channels), 0.5, np.float32))
-
-
-def _pack(content: dict[str, Any]) -> bytes:
-    packed = msgpack.packb(content)
-    assert isinstance(packed, bytes)
-    return packed
+        return store_map(prior, np.zeros((1, 1, prior.channels), np.int32))
+    return store_map(prior, np.full((1, 1, prior.channels), 0.5, np.float32))

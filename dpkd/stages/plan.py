@@ -11,8 +11,8 @@ from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.checkpoint_store import CheckpointStore
 from dpkd.log import logger
-from dpkd.priors.shards import MANIFEST_NAME as PRIORS_NAME
-from dpkd.priors.shards import set_url
+from dpkd.priors.store import MANIFEST_NAME as PRIORS_NAME
+from dpkd.priors.store import set_url
 from dpkd.report.summary import EVALUATION_NAME
 from dpkd.run.folder import RunFolder
 from dpkd.settings import Settings

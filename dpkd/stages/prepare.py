@@ -1,12 +1,11 @@
-"""Prepare: image shards in, a prior set out (`dpkd.priors.shards` draws it). Each shard is one piece of work.
+"""Prepare: image shards in, a prior set out (`dpkd.priors.store` draws it). Each shard is one piece of work.
 
-A shard that stands and was made from the same images with the same priors is kept. Any other is written anew, and the
-maps of the shard in its place that still hold, by the fingerprint of the prior and the hash of the image, are carried
-over: a changed prior is computed alone, and so is a changed image.
+A shard that was made from the same images with the same priors is kept. Any other is written anew, and the maps of the
+shard in its place that still hold, by the fingerprint of the prior and the hash of the image, are carried over: a
+changed prior is computed alone, and so is a changed image.
 
-Priors that run on an accelerator are computed by a pool of their own, ahead of the others and at the same time: it
-writes each shard with their maps alone beside the set, under a hidden name, and the pool that writes the set itself
-carries these over as it does those that stand.
+With an accelerator, a first pass computes the maps of the priors that ask for one and writes shards that hold these
+beside what was carried over; the second pass carries them over in turn and computes the rest on the CPU.
 
 A sample that cannot be read (cut off, damaged, not an image) is quarantined, has no maps, and is listed in the set, so
 that whatever follows leaves it out. A shard whose checksum differs from dataset.json loses just the samples whose own
@@ -15,36 +14,74 @@ samples that are proved sound, and to trust whatever decodes would let damage in
 """
 
 import io
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import accumulate, islice
 
 import cv2
+import numpy as np
 
+from dpkd.data.images import BrokenImage, decode_image
 from dpkd.data.shard_index import ShardInfo, index_name
-from dpkd.data.shards import Dataset, Split, SplitInfo
-from dpkd.data.tars import TarWriter
+from dpkd.data.shards import Dataset, Sample, Split, SplitInfo, Unreadable
+from dpkd.data.tars import TarWriter, list_members
 from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
+from dpkd.launch.heartbeat import pulse
 from dpkd.launch.pool import Accelerator, Pool
 from dpkd.log import logger
 from dpkd.priors import Prior
-from dpkd.priors.base import accelerated
+from dpkd.priors.base import BatchExtractor, Extractor, accelerated, fingerprint
 from dpkd.priors.catalogue.expert import Expert
+from dpkd.priors.image_views import ImageViews
 from dpkd.priors.memory import keep_freed_memory
-from dpkd.priors.record import MEMBER_EXTENSION, Record
-from dpkd.priors.shards import MANIFEST_NAME, PriorIndex, PriorSet, fingerprints, set_url
-from dpkd.priors.statistics import Tally
+from dpkd.priors.record import MEMBER_EXTENSION, Record, flat_map, source_hash, store_map
+from dpkd.priors.store import (
+    MANIFEST_NAME,
+    PriorIndex,
+    PriorManifest,
+    PriorSet,
+    RunningMoments,
+    fingerprints,
+    read_manifest,
+    set_url,
+)
 from dpkd.report.quarantine import Quarantine
 from dpkd.settings import PrepareSettings
-from dpkd.stages.ahead import ahead
-from dpkd.stages.prior_manifest import make_manifest, remove_unlisted, withdraw_other_manifest
-from dpkd.stages.prior_records import make_records, read_records, sound_records, with_accelerated
 
 STAGE = "prepare"
-ACCELERATED_PREFIX = ".accelerated-"
-"""Of shards that hold the maps of accelerated priors alone, until the set itself does."""
+BLANK = ImageViews(np.zeros((1, 1, 3), np.uint8))
+
+
+@dataclass(frozen=True, repr=False)
+class _Task:
+    """One shard to prepare: a split of that shard alone, which is little to send to a worker."""
+
+    split: Split
+    url: str
+    priors: tuple[Prior, ...]
+    """Those of the set."""
+    computed: tuple[Prior, ...]
+    """Those of this pass."""
+    device: str = "cpu"
+    """Where priors run that take images in batches, as torch names it."""
+    after_first_pass: bool = False
+    """Whether an accelerator has computed its priors before."""
+
+    @property
+    def images(self) -> ShardInfo:
+        """The image shard."""
+        return self.split.info.shards[0]
+
+    @property
+    def place(self) -> str:
+        """The location of the prior shard."""
+        return storage.join(self.url, self.images.name)
+
+    def __repr__(self) -> str:
+        return f"priors of {storage.join(self.split.url, self.images.name)}"
 
 
 def prepare(
@@ -59,85 +96,46 @@ def prepare(
     """Computes the prior maps of every sample that lacks them; returns the set.
 
     Priors that ask for an accelerator run on it, or on `pool` without one. A sample that cannot be read goes to the
-    quarantine, and so does one whose maps cannot be computed, which gets flat maps that favour no place; past the limit
-    of the quarantine the stage stops with `UserError`, and so it does where a shard or an index is missing.
-        `UserError`. `progress` is told (samples done, samples in all).
+    quarantine, and so does one whose maps cannot be computed, which gets flat maps that favour no place. `progress`
+    receives (samples done, samples in all). Raises `UserError` past the limit of the quarantine, and where a shard or
+    an index of the images is missing.
     """
     priors = settings.sealed().priors
     _refuse_duplicates(priors)
     _refuse_what_nobody_gave(dataset, priors)
     url = set_url(dataset.url, settings.name)
-    withdraw_other_manifest(url, dataset, priors)
+    made_from = (dataset.manifest.fingerprint, fingerprints(priors))
+    standing = read_manifest(url)
+    if standing is None or (standing.dataset, standing.fingerprints) != made_from:
+        _remove(storage.join(url, MANIFEST_NAME))  # before the first shard changes under it
     tasks = [
-        _Task(split=_one_shard(dataset, name, shard), url=url, priors=priors)
+        _Task(_one_shard(dataset, name, shard), url, priors, computed=priors)
         for name, info in dataset.manifest.splits.items()
         for shard in info.shards
     ]
+    passes = [(pool, tasks)]
+    first = accelerated(priors)
+    if accelerator is not None and first:
+        on_accelerator = [replace(task, computed=first, device=accelerator.device) for task in tasks]
+        passes = [(accelerator.pool, on_accelerator), (pool, [replace(task, after_first_pass=True) for task in tasks])]
     total = sum(task.split.num_samples for task in tasks)
-    indexes: dict[int, PriorIndex] = {}
     quarantine.begin(STAGE)
-    done = 0
-    with _behind(accelerator, tasks) as ready:
-        for number, index in pool.map(_prepare_shard, ready):
+    indexes: dict[int, PriorIndex] = {}
+    num_done = 0
+    for pool_of_pass, tasks_of_pass in passes:
+        for number, index in pool_of_pass.map(_prepare_shard, tasks_of_pass):
             indexes[number] = index
             _report(index, quarantine)
             quarantine.check(total)
-            done += index.shard.num_samples
-            progress(done, total)
-    manifest = make_manifest(dataset, priors, [indexes[number] for number in range(len(tasks))])
+            num_done += index.shard.num_samples
+            progress(num_done // len(passes), total)
+    manifest = _manifest(dataset, priors, [indexes[number] for number in range(len(tasks))])
     storage.write_bytes_atomic(storage.join(url, MANIFEST_NAME), manifest.to_bytes())
-    remove_unlisted(url, manifest)
+    _remove_unlisted(url, manifest)
     return PriorSet.open(dataset.url, settings.name)
 
 
-def _report(index: PriorIndex, quarantine: Quarantine) -> None:
-    for key, reason in index.bad:
-        quarantine.add(STAGE, f"{index.shard.name}/{key}", reason)
-    if index.fault is not None:
-        found = f"{index.fault}; {len(index.unreadable):,} of its {index.shard.num_samples:,} samples cannot be read"
-        quarantine.note(STAGE, index.shard.name, f"{found}: copy or pack it again")
-        logger.info(f"{STAGE}: {index.shard.name} is damaged: {found}")
-
-
-@dataclass(frozen=True, repr=False)
-class _Task:
-    """One shard to prepare: a split of that shard alone."""
-
-    split: Split
-    url: str
-    priors: tuple[Prior, ...]
-    device: str = "cpu"
-    """Where priors run that take images in batches, as torch names it."""
-
-    @property
-    def images(self) -> ShardInfo:
-        """The image shard."""
-        return self.split.info.shards[0]
-
-    @property
-    def place(self) -> str:
-        """Where the prior shard stands."""
-        return storage.join(self.url, self.images.name)
-
-    @property
-    def accelerated_place(self) -> str:
-        """Where the maps of accelerated priors stand until the prior shard holds them."""
-        return storage.join(self.url, ACCELERATED_PREFIX + self.images.name)
-
-    def __repr__(self) -> str:
-        return f"priors of {storage.join(self.split.url, self.images.name)}"
-
-
-def _behind(accelerator: Accelerator | None, tasks: list[_Task]) -> AbstractContextManager[Sequence[_Task]]:
-    """The tasks, each of which can be had once the accelerator, where there is one and work for it, is done with it."""
-    priors = accelerated(tasks[0].priors) if tasks else ()
-    if accelerator is None or not priors:
-        return nullcontext(tasks)
-    earlier = [replace(task, priors=priors, device=accelerator.device) for task in tasks]
-    return ahead(tasks, pool=accelerator.pool, function=_accelerate_shard, earlier=earlier)
-
-
-def _refuse_duplicates(priors: tuple[Prior, ...]) -> None:
+def _refuse_duplicates(priors: Sequence[Prior]) -> None:
     names = [prior.name for prior in priors]
     for name in names:
         if names.count(name) > 1:
@@ -147,7 +145,7 @@ def _refuse_duplicates(priors: tuple[Prior, ...]) -> None:
             )
 
 
-def _refuse_what_nobody_gave(dataset: Dataset, priors: tuple[Prior, ...]) -> None:
+def _refuse_what_nobody_gave(dataset: Dataset, priors: Sequence[Prior]) -> None:
     experts = [prior for prior in priors if isinstance(prior, Expert)]
     given = dataset.given() if experts else {}
     for expert in experts:
@@ -160,57 +158,89 @@ def _refuse_what_nobody_gave(dataset: Dataset, priors: tuple[Prior, ...]) -> Non
 
 
 def _one_shard(dataset: Dataset, name: str, shard: ShardInfo) -> Split:
-    """The split that consists of `shard` alone: little to send to a worker, however many shards there are."""
     info = SplitInfo(num_samples=shard.num_samples, num_unlabelled=0, class_counts=(), shards=(shard,))
     return Split(dataset.url, name, info)
 
 
+def _report(index: PriorIndex, quarantine: Quarantine) -> None:
+    for key, reason in index.bad:
+        quarantine.add(STAGE, f"{index.shard.name}/{key}", reason)
+    if index.fault is not None:
+        loss = f"{index.fault}; {len(index.unreadable):,} of its {index.shard.num_samples:,} samples cannot be read"
+        quarantine.note(STAGE, index.shard.name, f"{loss}: copy or pack it again")
+        logger.info(f"{STAGE}: {index.shard.name} is damaged: {loss}")
+
+
+def _manifest(dataset: Dataset, priors: tuple[Prior, ...], indexes: list[PriorIndex]) -> PriorManifest:
+    """The manifest of the set whose shards have these indexes, in the order of the data set's."""
+    splits, unreadable, position = {}, {}, 0
+    for name, info in dataset.manifest.splits.items():
+        of_split = indexes[position : position + len(info.shards)]
+        position += len(info.shards)
+        splits[name] = tuple(index.shard for index in of_split)
+        starts = accumulate((index.shard.num_samples for index in of_split), initial=0)
+        unreadable[name] = tuple(
+            start + row for start, index in zip(starts, of_split, strict=False) for row in index.unreadable
+        )
+    totals = {
+        prior.name: sum((index.moments[prior.name] for index in indexes), RunningMoments.zero(prior.channels))
+        for prior in priors
+        if not prior.nearest
+    }
+    return PriorManifest(
+        dataset=dataset.manifest.fingerprint,
+        priors=priors,
+        fingerprints=fingerprints(priors),
+        statistics={name: moments.statistics() for name, moments in totals.items() if moments.count},
+        splits=splits,
+        unreadable=unreadable,
+        num_flat=sum(len(index.bad) - len(index.unreadable) for index in indexes),
+    )
+
+
+def _remove_unlisted(url: str, manifest: PriorManifest) -> None:
+    """Removes shards of an earlier, larger set, which a reader of all tars in the folder would take for its own."""
+    listed = {shard.name for shards in manifest.splits.values() for shard in shards}
+    listed |= {index_name(name) for name in listed}
+    for name in storage.list_names(url):
+        if name.endswith((".tar", ".index.msgpack")) and name not in listed:
+            _remove(storage.join(url, name))
+
+
+def _remove(place: str) -> None:
+    if storage.exists(place):
+        with storage.write_errors(place):
+            storage.remove(place)
+
+
 def _prepare_shard(task: _Task) -> PriorIndex:
-    """Makes one prior shard and its index, or finds that they stand; returns the index."""
-    _settle_in()
-    index = _standing_index(task.place, task)
-    if index is not None and index.fingerprints == fingerprints(task.priors) and not _images_changed(index, task):
-        return index
-    before = sound_records(task.place)
-    priors = accelerated(task.priors)
-    index = _standing_index(task.accelerated_place, task) if priors else None
-    if index is not None and index.fingerprints == fingerprints(priors):
-        before = with_accelerated(before, read_records(task.accelerated_place))
-    return _write_shard(task, task.place, before=before)
-
-
-def _accelerate_shard(task: _Task) -> None:
-    """Makes the shard of the accelerated priors, which are all that the task has, unless their maps stand somewhere."""
-    _settle_in()
-    wanted = fingerprints(task.priors)
-    index = _standing_index(task.place, task)
-    if index is not None and not index.bad and wanted.items() <= index.fingerprints.items():
-        return
-    index = _standing_index(task.accelerated_place, task)
-    if index is None or index.fingerprints != wanted or _images_changed(index, task):
-        _write_shard(task, task.accelerated_place, before=sound_records(task.place))
-
-
-def _settle_in() -> None:
+    """Makes one prior shard and its index where they lack something; returns the index."""
     cv2.setNumThreads(1)  # the pool has a process for every core
     keep_freed_memory()
-
-
-def _write_shard(task: _Task, place: str, *, before: dict[str, Record]) -> PriorIndex:
-    """Makes the shard and its index at `place`; returns the index."""
+    index = _index(task)
+    first = fingerprints(accelerated(task.priors))
+    if index is not None:
+        if index.fingerprints == fingerprints(task.priors) and not _images_changed(index, task):
+            return index
+        lacks_none = not index.bad and fingerprints(task.computed).items() <= index.fingerprints.items()
+        if task.computed != task.priors and lacks_none:
+            return index
+    before = _read_records(task.place)
+    if not (task.after_first_pass and index is not None and index.fingerprints == first):
+        before = {key: record for key, record in before.items() if record.bad is None}  # what failed is tried again
     index, tar = _make_shard(task, before=before)
-    storage.write_bytes_atomic(place, tar)
-    storage.write_bytes_atomic(index_name(place), index.to_bytes())  # after the tar: it vouches for it
+    storage.write_bytes_atomic(task.place, tar)
+    storage.write_bytes_atomic(index_name(task.place), index.to_bytes())  # after the tar: it vouches for it
     return index
 
 
-def _standing_index(place: str, task: _Task) -> PriorIndex | None:
-    """The index of the prior shard at `place` if it is whole and was made from these images."""
+def _index(task: _Task) -> PriorIndex | None:
+    """The index of the prior shard if it is whole and was made from these images."""
     try:
-        index = PriorIndex.from_bytes(storage.read_bytes(index_name(place)))
+        index = PriorIndex.from_bytes(storage.read_bytes(index_name(task.place)))
         if index.images != task.images.sha256:
             return None
-        return index if storage.sha256(place) == index.shard.sha256 else None
+        return index if storage.sha256(task.place) == index.shard.sha256 else None
     except (*NO_FILE, ValueError):
         return None
 
@@ -225,35 +255,135 @@ def _images_changed(index: PriorIndex, task: _Task) -> bool:
     return index.fault is not None or (local and task.split.fault(0) is not None)
 
 
-def _make_shard(task: _Task, *, before: dict[str, Record]) -> tuple[PriorIndex, bytes]:
-    """The shard's index and bytes."""
+def _read_records(place: str) -> dict[str, Record]:
+    """The records of the prior shard at `place` that can be read, by key, whatever they were made from."""
+    records: dict[str, Record] = {}
+    try:
+        data = storage.read_bytes(place)
+    except NO_FILE:
+        return records
+    for member in list_members(io.BytesIO(data), size_bytes=len(data)).members:
+        try:
+            record = Record.from_bytes(data[member.offset : member.offset + member.size])
+        except ValueError:  # a damaged record is computed again
+            continue
+        records[record.key] = record
+    return records
+
+
+def _make_shard(task: _Task, *, before: Mapping[str, Record]) -> tuple[PriorIndex, bytes]:
+    """The shard's index and bytes; `before` holds the records whose maps are carried over where they still hold."""
     file = io.BytesIO()
     tar = TarWriter(file)
     members, bad, unreadable = [], [], []
-    tallies = {prior.name: Tally(prior.channels) for prior in task.priors if not prior.nearest}
-    for row, record in enumerate(make_records(task.split, task.priors, before=before, device=task.device)):
+    moments = {prior.name: RunningMoments.zero(prior.channels) for prior in task.computed if not prior.nearest}
+    for row, record in enumerate(_make_records(task, before=before)):
         if not record.readable:
             unreadable.append(row)
         members.append(tar.add(f"{record.key}.{MEMBER_EXTENSION}", record.to_bytes()))
         if record.bad is not None:
             bad.append((record.key, record.bad))
             continue
-        for name, tally in tallies.items():
-            tally.add(record.maps[name].decode())
+        for name in moments:
+            moments[name] += RunningMoments.of(record.maps[name].decode())
     tar.finish()
     data = file.getvalue()
-    shard = ShardInfo(
-        name=task.images.name, num_samples=len(members), size_bytes=len(data), sha256=storage.digest(data)
-    )
     index = PriorIndex(
-        shard=shard,
+        shard=ShardInfo(
+            name=task.images.name, num_samples=len(members), size_bytes=len(data), sha256=storage.digest(data)
+        ),
         images=task.images.sha256,
-        fingerprints=fingerprints(task.priors),
+        fingerprints=fingerprints(task.computed),
         offsets=tuple(member.offset for member in members),
         sizes=tuple(member.size for member in members),
-        moments={name: tally.moments for name, tally in tallies.items()},
+        moments=moments,
         bad=tuple(bad),
         unreadable=tuple(unreadable),
         fault=task.split.fault(0),
     )
     return index, data
+
+
+def _make_records(task: _Task, *, before: Mapping[str, Record]) -> Iterator[Record]:
+    """The record of every sample of the shard, in order: without maps where it cannot be read, flat where a map fails.
+
+    Which images share a batch depends on the shard alone, not on what is lacking or cannot be read, so that the same
+    maps come out whenever they are made. An error of a batch is not the fault of a sample, and stops the stage.
+    """
+    records = dict(before)
+    for prior in task.computed:
+        if isinstance(prior, BatchExtractor):
+            samples = task.split.read_shard(0)
+            while batch := list(islice(samples, prior.batch_size)):
+                pulse()
+                records |= _run_batch(batch, prior, before=records, device=task.device)
+    for sample in task.split.read_shard(0):
+        pulse()
+        yield _make_record(sample, task, before=records.get(sample.key))
+
+
+def _run_batch(
+    samples: list[Sample | Unreadable], prior: BatchExtractor, *, before: Mapping[str, Record], device: str
+) -> dict[str, Record]:
+    """The records, with the map of `prior`, of those samples that lack it and whose image can be read."""
+    own = {sample.key: _own_record(sample, before.get(sample.key)) for sample in samples if isinstance(sample, Sample)}
+    lacking = {key for key, record in own.items() if record.bad is None and not _holds(record, prior)}
+    if not lacking:
+        return {}
+    if device == "cpu":
+        images = [_views_or_none(sample) for sample in samples]
+    else:  # by several threads: the accelerator waits for one
+        with ThreadPoolExecutor() as threads:
+            images = list(threads.map(_views_or_none, samples))
+    maps = prior.maps([image or BLANK for image in images], device=device)
+    made = {}
+    for sample, image, map_HWC in zip(samples, images, maps, strict=True):
+        if image is None or sample.key not in lacking:
+            continue
+        record = own[sample.key]
+        try:
+            if not np.isfinite(map_HWC).all():
+                raise ValueError("has values that are not finite")
+            made[sample.key] = replace(record, maps={**record.maps, prior.name: store_map(prior, map_HWC)})
+        except ValueError as error:
+            made[sample.key] = replace(record, bad=f"the map {prior.name!r} {error}")
+    return made
+
+
+def _views_or_none(sample: Sample | Unreadable) -> ImageViews | None:
+    try:
+        return ImageViews(decode_image(sample.image), given=sample.given) if isinstance(sample, Sample) else None
+    except BrokenImage:  # `_make_record` meets it again, and gives the reason
+        return None
+
+
+def _make_record(sample: Sample | Unreadable, task: _Task, *, before: Record | None) -> Record:
+    if isinstance(sample, Unreadable):
+        return Record.unreadable(sample.key, reason=sample.reason)
+    own = _own_record(sample, before)
+    maps, bad = dict(own.maps), own.bad
+    missing = [prior for prior in task.computed if not _holds(own, prior)]
+    if missing and bad is None:  # else the image was decoded when its maps were made
+        try:
+            image = ImageViews(decode_image(sample.image), given=sample.given)
+        except BrokenImage as error:
+            return Record.unreadable(sample.key, reason=str(error))
+        try:
+            maps |= {prior.name: store_map(prior, prior.map(image)) for prior in missing}
+        except Exception as error:  # noqa: BLE001 (the one place where a failing prior is survived: named and counted)
+            bad = f"{type(error).__name__}: {error}"
+    if bad is not None:
+        return replace(own, maps={prior.name: flat_map(prior) for prior in task.computed}, bad=bad)
+    made = replace(own, maps=maps)
+    return replace(own, maps={prior.name: maps[prior.name] for prior in task.priors if _holds(made, prior)})
+
+
+def _own_record(sample: Sample, before: Record | None) -> Record:
+    """The record before, where it was made of this very sample, else one without a map."""
+    source = source_hash(sample)
+    return before if before is not None and before.source == source else Record(sample.key, source, {})
+
+
+def _holds(record: Record, prior: Extractor) -> bool:
+    """Whether the record has the map of the prior as its settings are now."""
+    return prior.name in record.maps and record.maps[prior.name].fingerprint == fingerprint(prior)

@@ -20,7 +20,7 @@ from dpkd.errors import UserError
 from dpkd.log import EventLog
 from dpkd.objectives.settings import VIEW_MAPS, StudentObjective, Supervised
 from dpkd.objectives.supervised import log_class_prior
-from dpkd.priors.shards import PriorSet, PriorSplit, fingerprints
+from dpkd.priors.store import PriorSet, PriorSplit, fingerprints
 from dpkd.run.folder import RunFolder
 from dpkd.settings import DataSettings, EvaluateSettings, PrepareSettings
 from dpkd.train.statements import Statements

@@ -15,7 +15,7 @@ from dpkd.data.shards import Dataset, Sample
 from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.log import Progress, logger
-from dpkd.priors.shards import MANIFEST_NAME, PriorSet, PriorSplit, read_manifest, set_url
+from dpkd.priors.store import MANIFEST_NAME, PriorSet, PriorSplit, read_manifest, set_url
 from dpkd.report.sheet import ShownSample, sheet
 
 NUM_NAMED = 20

@@ -14,7 +14,7 @@ from dpkd.launch.pool import LocalPool
 from dpkd.launch.settings import LauncherSettings
 from dpkd.priors.catalogue.edge import Edge
 from dpkd.priors.image_views import ImageViews
-from dpkd.priors.shards import PriorSet
+from dpkd.priors.store import PriorSet
 from tests.model_cases import (
     Depth,
     attention_prior,

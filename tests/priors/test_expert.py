@@ -10,8 +10,8 @@ from dpkd.errors import UserError
 from dpkd.priors.catalogue.edge import Edge
 from dpkd.priors.catalogue.expert import Expert
 from dpkd.priors.image_views import ImageViews
-from dpkd.priors.record import store
-from dpkd.priors.shards import PriorSet
+from dpkd.priors.record import store_map
+from dpkd.priors.store import PriorSet
 from tests.prior_cases import draw_images, pack_folder, prepare_all
 
 RGB_HWC = np.zeros((40, 32, 3), np.uint8)
@@ -39,7 +39,7 @@ def test_amounts_are_shares_of_the_largest_value_that_the_file_can_hold(dtype, v
 
 
 def test_what_was_not_given_is_not_known_and_takes_no_bytes():
-    stored = store(Expert(of="vessel"), Expert(of="vessel").map(ImageViews(RGB_HWC)))
+    stored = store_map(Expert(of="vessel"), Expert(of="vessel").map(ImageViews(RGB_HWC)))
     assert (stored.codec, stored.data) == ("absent", b"")
     assert np.isnan(stored.decode()).all()
     assert stored.decode().shape == (1, 1, 1)

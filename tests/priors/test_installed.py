@@ -40,7 +40,7 @@ class Warmth(BaseModel):
 PREPARE = """
 import sys
 from pathlib import Path
-from dpkd.priors.shards import PriorSet
+from dpkd.priors.store import PriorSet
 from dpkd.settings import parse_settings
 from tests.prior_cases import pack_folder, prepare_all
 tree = {"prepare": {"priors": [{"kind": "edge"}, {"kind": "warmth", "gain": 0.5}]}, "data": {"source": "x"},

@@ -6,18 +6,18 @@ import webdataset
 from dpkd.priors.catalogue.edge import Edge
 from dpkd.priors.catalogue.hog import Hog
 from dpkd.priors.image_views import ImageViews
-from dpkd.priors.record import Record, flat, store
+from dpkd.priors.record import Record, flat_map, store_map
 from tests.prior_cases import draw_images, pack_folder, prepare_all
 
 
 def test_a_record_comes_back_as_it_was(scene):
-    maps = {"edge": store(Edge(), Edge().map(ImageViews(scene))), "hog": flat(Hog())}
+    maps = {"edge": store_map(Edge(), Edge().map(ImageViews(scene))), "hog": flat_map(Hog())}
     record = Record(key="a/b", source=b"0123456789abcdef", maps=maps, bad="why")
     assert Record.from_bytes(record.to_bytes()) == record
 
 
 def test_no_changed_byte_goes_unseen():
-    record = Record(key="k", source=b"0123456789abcdef", maps={"hog": flat(Hog())})
+    record = Record(key="k", source=b"0123456789abcdef", maps={"hog": flat_map(Hog())})
     data = bytearray(record.to_bytes())
     for at in range(len(data)):
         for change in (0x01, 0x80, 0xFF):

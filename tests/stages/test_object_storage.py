@@ -15,7 +15,7 @@ from dpkd.errors import StorageUnavailable, UserError
 from dpkd.launch.pool import LocalPool
 from dpkd.priors.catalogue.edge import Edge
 from dpkd.priors.catalogue.hog import Hog
-from dpkd.priors.shards import PriorSet
+from dpkd.priors.store import PriorSet
 from dpkd.report.quarantine import Quarantine
 from dpkd.settings import DataSettings
 from dpkd.stages.pack import pack

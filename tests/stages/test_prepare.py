@@ -21,7 +21,7 @@ from dpkd.priors.catalogue.hog import Hog
 from dpkd.priors.catalogue.superpixel import Superpixel
 from dpkd.priors.codecs import CODECS
 from dpkd.priors.record import Record, StoredMap
-from dpkd.priors.shards import PriorSet
+from dpkd.priors.store import PriorSet
 from dpkd.report.quarantine import Quarantine
 from dpkd.settings import PrepareSettings
 from dpkd.stages.prepare import prepare

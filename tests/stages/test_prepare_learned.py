@@ -1,4 +1,4 @@
-"""Prepare with priors of models, in one pass or on two pools at once, here both on the CPU."""
+"""Prepare with priors of models, in one pass, or with a first pass on an accelerator; here all on the CPU."""
 
 import json
 import multiprocessing
@@ -146,19 +146,50 @@ def test_a_prior_that_asks_for_the_cpu_does_not_go_to_the_accelerator(dataset, p
     }
 
 
-@pytest.mark.parametrize("dying", ["accelerator", "other"])
-def test_what_was_interrupted_goes_on_and_ends_with_the_same_bytes(dataset, again, priors, dying):
+class DeadPool(SerialPool):
+    """Dies before its first item."""
+
+    def map(self, function, items, **options):
+        raise KeyboardInterrupt
+
+
+def test_a_first_pass_that_was_interrupted_goes_on_with_the_shards_that_are_missing(dataset, again, priors):
     prepare_all(again, priors=priors)
-    first, second = CountingPool(dies_after=2 if dying == "accelerator" else None), CountingPool(dies_after=1)
     with pytest.raises(KeyboardInterrupt):
-        prepare_all(dataset, priors=priors, pool=second, accelerator=Accelerator(first, device="cpu:0"))
-    assert "priors.json" not in files(dataset)
-    stood = files(dataset)
+        prepare_all(dataset, priors=priors, accelerator=Accelerator(CountingPool(dies_after=2), device="cpu:0"))
+    folder = Path(dataset.url) / "priors/default"
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert 0 < len(before) < 2 * NUM_SHARDS
+    with pytest.raises(KeyboardInterrupt):
+        prepare_all(dataset, priors=priors, pool=DeadPool(), accelerator=TWO_POOLS)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert len(files(dataset)) == 2 * NUM_SHARDS
     prepare_all(dataset, priors=priors, accelerator=TWO_POOLS)
     assert files(dataset) == files(again)
-    kept = [name for name in stood if not name.startswith(".")]
-    assert kept
-    assert all(files(dataset)[name] == stood[name] for name in kept)
+
+
+def test_a_second_pass_that_was_interrupted_keeps_the_shards_that_are_whole(dataset, again, priors):
+    prepare_all(again, priors=priors)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_all(dataset, priors=priors, pool=CountingPool(dies_after=1), accelerator=TWO_POOLS)
+    whole = {name: data for name, data in files(dataset).items() if files(again)[name] == data}
+    assert {"train-000000.tar", "train-000000.index.msgpack"} <= whole.keys()
+    assert "priors.json" not in whole
+    before = {name: (Path(dataset.url) / "priors/default" / name).stat().st_mtime_ns for name in whole}
+    prepare_all(dataset, priors=priors, accelerator=TWO_POOLS)
+    assert files(dataset) == files(again)
+    assert {name: (Path(dataset.url) / "priors/default" / name).stat().st_mtime_ns for name in whole} == before
+
+
+def test_the_maps_of_other_priors_are_carried_through_the_first_pass(dataset, priors):
+    """They are computed anew neither by it nor after it: the shards that it leaves hold all of them."""
+    prepare_all(dataset, priors=(Edge(), Hog()))
+    before = records(dataset)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_all(dataset, priors=(*priors, Hog()), pool=DeadPool(), accelerator=TWO_POOLS)
+    for key, record in records(dataset).items():
+        assert list(record.maps) == ["learned-attention", "edge", "learned-edges", "hog"]
+        assert (record.maps["edge"], record.maps["hog"]) == (before[key].maps["edge"], before[key].maps["hog"])
 
 
 def _prepare_on_processes(url, priors):
@@ -177,7 +208,6 @@ def test_kill_9_of_the_driver_of_two_pools_leaves_what_the_next_run_ends_with_th
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert "priors.json" not in files(dataset)
-    assert list(folder.glob(".accelerated-*.tar"))
     _prepare_on_processes(dataset.url, priors)
     assert {name: data for name, data in files(dataset).items() if not name.startswith(".tmp-")} == files(again)
 
@@ -291,18 +321,27 @@ def test_a_prepared_set_needs_no_weights_where_the_settings_name_them_by_checksu
     assert prepare_all(dataset, priors=manifest.priors).manifest == manifest
 
 
-def test_progress_counts_each_sample_once(dataset, priors):
-    told = []
+def test_progress_grows_over_both_passes_and_ends_with_every_sample(dataset, priors):
+    counts = []
     prepare(
         dataset,
         PrepareSettings(priors=priors),
         pool=SerialPool(),
         accelerator=TWO_POOLS,
         quarantine=Quarantine(Path(dataset.url) / "q.jsonl", limit=0),
-        progress=lambda done, total: told.append((done, total)),
+        progress=lambda done, total: counts.append((done, total)),
     )
-    assert len(told) == NUM_SHARDS
-    assert told[-1] == (15, 15)
+    assert counts == sorted(counts)
+    assert counts[NUM_SHARDS - 1 :: NUM_SHARDS] == [(7, 15), (15, 15)]
+
+
+def test_too_many_bad_samples_stop_the_first_pass_already(dataset, priors, tmp_path):
+    save_onnx(tmp_path / "choosy.onnx", Choosy())
+    choosy = edge_prior(tmp_path / "choosy.onnx", of="choosy", scale="unit", model={"output": None})
+    pool = CountingPool()
+    with pytest.raises(UserError, match=r"the map 'learned-choosy' has values that are not finite"):
+        prepare_all(dataset, priors=(choosy, *priors), pool=pool, accelerator=TWO_POOLS)
+    assert pool.num_done == 0
 
 
 def test_the_set_is_inspected_and_drawn_with_its_learned_maps(dataset, priors, tmp_path, capsys, monkeypatch):

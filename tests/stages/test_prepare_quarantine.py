@@ -16,7 +16,7 @@ from dpkd.io import storage
 from dpkd.priors.catalogue.edge import Edge
 from dpkd.priors.catalogue.expert import Expert
 from dpkd.priors.catalogue.hog import Hog
-from dpkd.priors.shards import PriorMismatch, PriorSet
+from dpkd.priors.store import PriorMismatch, PriorSet
 from tests.damage import change_member, cut_inside, flip_header, vouch, zeros
 from tests.data.packing import make_folder, pack_at
 from tests.prior_cases import ALL, draw_images, pack_folder, prepare_all

@@ -1,4 +1,4 @@
-"""A prior set: what stands on disk beside the image shards, and reading the maps of a sample.
+"""A prior set on disk: maps are bound to their image by hash, and never served to another image.
 
 <dataset>/priors/<set>/
   priors.json                   `PriorManifest`; written last, so a folder without it is not a whole set
@@ -17,19 +17,11 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-import msgpack
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
-from dpkd.data.shard_index import (
-    ShardInfo,
-    index_name,
-    pack_checked,
-    refuse_no_pairs,
-    refuse_outside,
-    unpack_checked,
-)
+from dpkd.data.shard_index import ShardInfo, index_name, pack_checked, unpack_checked
 from dpkd.data.shards import Dataset, Sample, read_span
 from dpkd.errors import UserError
 from dpkd.io import storage
@@ -41,8 +33,7 @@ from dpkd.priors import Prior
 from dpkd.priors.base import fingerprint, mirror
 from dpkd.priors.codecs import Map
 from dpkd.priors.derived import derivable
-from dpkd.priors.record import Record, source_hash
-from dpkd.priors.statistics import Moments
+from dpkd.priors.record import DAMAGE, Record, source_hash
 
 FORMAT_VERSION = 3
 MANIFEST_NAME = "priors.json"
@@ -50,6 +41,42 @@ MANIFEST_NAME = "priors.json"
 
 class PriorMismatch(UserError):
     """Maps that are damaged, or belong to another image or another prior: they are not served."""
+
+
+@dataclass(frozen=True)
+class RunningMoments:
+    """Count, sum and sum of squares of each channel of a map over cells; moments of disjoint samples add up."""
+
+    count: int
+    sum_C: tuple[float, ...]
+    square_sum_C: tuple[float, ...]
+
+    @staticmethod
+    def of(map_HWC: Map) -> "RunningMoments":
+        """The moments of one sample's map; a map that nobody gave (NaN) does not count."""
+        height, width, channels = map_HWC.shape
+        if np.isnan(map_HWC[0, 0, 0]):
+            return RunningMoments.zero(channels)
+        squares_C = np.einsum("hwc,hwc->c", map_HWC, map_HWC)
+        return RunningMoments(height * width, tuple(np.einsum("hwc->c", map_HWC).tolist()), tuple(squares_C.tolist()))
+
+    @staticmethod
+    def zero(channels: int) -> "RunningMoments":
+        """The moments of no sample."""
+        return RunningMoments(0, (0.0,) * channels, (0.0,) * channels)
+
+    def __add__(self, other: "RunningMoments") -> "RunningMoments":
+        return RunningMoments(
+            self.count + other.count,
+            tuple(np.add(self.sum_C, other.sum_C).tolist()),
+            tuple(np.add(self.square_sum_C, other.square_sum_C).tolist()),
+        )
+
+    def statistics(self) -> "ChannelStatistics":
+        """Mean and standard deviation of each channel, of at least one cell."""
+        mean_C = np.asarray(self.sum_C) / self.count
+        deviation_C = np.sqrt(np.maximum(np.asarray(self.square_sum_C) / self.count - mean_C**2, 0))
+        return ChannelStatistics(mean=tuple(mean_C.tolist()), deviation=tuple(deviation_C.tolist()))
 
 
 class ChannelStatistics(BaseModel):
@@ -91,10 +118,10 @@ class PriorIndex:
     images: str
     """SHA-256 of the image shard."""
     fingerprints: dict[str, str]
-    """name -> fingerprint of the prior, in the order of the settings."""
+    """name -> fingerprint of the prior whose map every sample has, in the order of the settings."""
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    moments: dict[str, Moments]
+    moments: dict[str, RunningMoments]
     """name -> moments of the map's channels, without region labels and the samples in `bad`."""
     bad: tuple[tuple[str, str], ...] = ()
     """(key, reason) of samples whose maps are flat, or that could not be read."""
@@ -105,7 +132,7 @@ class PriorIndex:
 
     def to_bytes(self) -> bytes:
         """The file's content."""
-        moments = {name: astuple(each) for name, each in self.moments.items()}
+        moments = {name: astuple(channels) for name, channels in self.moments.items()}
         content = {"format_version": FORMAT_VERSION, **vars(self), "shard": self.shard.model_dump(), "moments": moments}
         return pack_checked(content)
 
@@ -116,15 +143,9 @@ class PriorIndex:
             content = unpack_checked(data)
             if content.pop("format_version") != FORMAT_VERSION:
                 raise ValueError("another format version")
-            moments = {name: Moments(*each) for name, each in content["moments"].items()}
-            index = PriorIndex(**{**content, "shard": ShardInfo(**content["shard"]), "moments": moments})
-            refuse_outside(index.offsets, index.sizes, index.shard)
-            refuse_no_pairs(index.bad)
-            for each in index.moments.values():
-                if not len(each.mean_C) == len(each.deviation_C) > 0:
-                    raise ValueError("moments of no channel")
-            return index
-        except (KeyError, TypeError, AttributeError, OverflowError, msgpack.UnpackException, ValueError) as error:
+            moments = {name: RunningMoments(*values) for name, values in content["moments"].items()}
+            return PriorIndex(**{**content, "shard": ShardInfo(**content["shard"]), "moments": moments})
+        except DAMAGE as error:
             raise ValueError(f"not the index of a prior shard: {error!r}") from error
 
 
@@ -145,7 +166,7 @@ class PriorSet:
             raise UserError(f"no whole prior set at {url}: {MANIFEST_NAME} is missing or cannot be read; {again}")
         if manifest.dataset != Dataset.open(dataset_url).manifest.fingerprint:
             raise UserError(
-                f"the prior set at {url} was prepared from other images than stand at {dataset_url}; {again}"
+                f"the prior set at {url} was prepared from other images than those at {dataset_url}; {again}"
             )
         if manifest.fingerprints != fingerprints(manifest.priors):
             raise UserError(f"the prior set at {url} was prepared by another version of dpkd; {again}")
@@ -186,7 +207,8 @@ class PriorSplit:
         self._derived = derivable(self._prior_of)
         self.names = tuple(self._prior_of) if names is None else names
         """The maps that are served."""
-        self._decoded = {*self.names, *(need for name in self.names for need in self._needs(name))} - {*self._derived}
+        needs = {need for name in self.names if name in self._derived for need in self._derived[name].needs}
+        self._decoded = {*self.names, *needs} - {*self._derived}
         self._ends = list(accumulate(shard.num_samples for shard in shards))
         self._files: Recent[int] = Recent(MAX_FILES, let_go=os.close)
         self._indexes: Recent[PriorIndex] = Recent(MAX_INDEXES)
@@ -203,10 +225,14 @@ class PriorSplit:
                 raise UserError(f"the prior set at {self.url} has no map {name!r}; it has: {', '.join(known)}")
         return PriorSplit(self.url, self.priors, self.shards, wanted)
 
+    @cached_property
+    def _fingerprints(self) -> dict[str, str]:
+        return fingerprints(self.priors)
+
     @property
     def digests(self) -> dict[str, str]:
         """The fingerprint of each prior whose map is read, by its name."""
-        return {name: each for name, each in self._fingerprints.items() if name in self._decoded}
+        return {name: digest for name, digest in self._fingerprints.items() if name in self._decoded}
 
     def read(self, i: int, sample: Sample) -> dict[str, Map]:
         """The maps of sample `i` by name, HWC; raises `PriorMismatch` unless they are whole and `sample`'s own."""
@@ -227,40 +253,26 @@ class PriorSplit:
 
     def record(self, i: int, sample: Sample) -> Record:
         """The maps of sample `i` as they are stored; raises `PriorMismatch` unless they are `sample`'s own."""
-        shard, row = self._locate(i)
+        shard = bisect_right(self._ends, i)
+        row = i - (self._ends[shard] - self.shards[shard].num_samples)
         index, file = self._indexes.get(shard, self._read_index), self._files.get(shard, self._open)
         try:
             record = Record.from_bytes(read_span(file, index.offsets[row], index.sizes[row]))
-            self._refuse_foreign(record, sample)
+            if record.key != sample.key:
+                raise ValueError(f"they belong to {record.key!r}")
+            if not record.readable:
+                raise ValueError(f"there are none, because the sample could not be read ({record.bad})")
+            if record.source != source_hash(sample):
+                raise ValueError("they were made from another image of that name")
+            if {name: stored.fingerprint for name, stored in record.maps.items()} != self._fingerprints:
+                raise ValueError("they were made with other settings or another version")
         except ValueError as error:
             raise self._mismatch(i, sample, error) from error
         return record
 
-    def _needs(self, name: str) -> tuple[str, ...]:
-        return self._derived[name].needs if name in self._derived else ()
-
-    def _locate(self, i: int) -> tuple[int, int]:
-        """(shard number, position in the shard) of sample `i`."""
-        shard = bisect_right(self._ends, i)
-        return shard, i - (self._ends[shard] - self.shards[shard].num_samples)
-
     def _mismatch(self, i: int, sample: Sample, error: ValueError) -> PriorMismatch:
-        place = storage.join(self.url, self.shards[self._locate(i)[0]].name)
+        place = storage.join(self.url, self.shards[bisect_right(self._ends, i)].name)
         return PriorMismatch(f"{place}, maps of {sample.key!r}: {error}; run the prepare stage again")
-
-    def _refuse_foreign(self, record: Record, sample: Sample) -> None:
-        if record.key != sample.key:
-            raise ValueError(f"they belong to {record.key!r}")
-        if not record.readable:
-            raise ValueError(f"there are none, because the sample could not be read ({record.bad})")
-        if record.source != source_hash(sample):
-            raise ValueError("they were made from another image of that name")
-        if {name: stored.fingerprint for name, stored in record.maps.items()} != self._fingerprints:
-            raise ValueError("they were made with other settings or another version")
-
-    @cached_property
-    def _fingerprints(self) -> dict[str, str]:
-        return fingerprints(self.priors)
 
     def _read_index(self, shard: int) -> PriorIndex:
         place = storage.join(self.url, index_name(self.shards[shard].name))
@@ -288,11 +300,11 @@ class PriorSplit:
 
 
 def set_url(dataset_url: str, name: str) -> str:
-    """Where the prior set `name` of a data set stands."""
+    """The folder of the prior set `name` of a data set."""
     return storage.join(dataset_url, "priors", name)
 
 
-def fingerprints(priors: tuple[Prior, ...]) -> dict[str, str]:
+def fingerprints(priors: Iterable[Prior]) -> dict[str, str]:
     """The fingerprint of each prior, by its name."""
     return {prior.name: fingerprint(prior) for prior in priors}
 

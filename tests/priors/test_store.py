@@ -12,7 +12,7 @@ from dpkd.errors import UserError
 from dpkd.priors.catalogue.edge import Edge
 from dpkd.priors.derived import DERIVED
 from dpkd.priors.image_views import ImageViews
-from dpkd.priors.shards import PriorMismatch, PriorSet
+from dpkd.priors.store import PriorMismatch, PriorSet
 from tests.prior_cases import ALL, draw_images, pack_folder, prepare_all
 
 
