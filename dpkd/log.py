@@ -1,46 +1,57 @@
 """What a person sees of a run: one line an event, a bar or plain lines for anything long, and `events.jsonl`.
 
 Lines and bars go to standard output, also from the first training process. `events.jsonl` holds one JSON object a line:
-`{"time": seconds since 1970, "kind": name, ...numbers}`.
+`{"time": seconds since 1970, "kind": name, "attempt": number, …}`.
 """
 
 import errno
+import io
 import json
 import logging
 import os
-import select
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichBar
 
-from dpkd.errors import UserError, printable
-from dpkd.io.errors import NO_FILE, read_errors, write_errors
-from dpkd.io.untrusted import parse_json
+from dpkd.errors import printable
+from dpkd.io.errors import read_errors, write_errors
 
 INTERVAL_S = 10.0
 """Seconds between plain lines."""
 
-GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
-"""What writing fails with where the terminal was closed, or the command at the other end of the pipe has ended."""
-
 _bars: list[RichBar] = []
 
 
+@contextmanager
+def safe_output() -> Iterator[None]:
+    """The body prints. Characters that the stream lacks are replaced, and a stream that takes no more ends nothing.
+
+    Where the reader is gone (a closed terminal, `| head`), the rest of standard output goes nowhere.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.EPIPE, errno.EIO, errno.EBADF):
+            with Path(os.devnull).open("wb") as nowhere:
+                os.dup2(nowhere.fileno(), 1)
+
+
 class _Terminal(logging.Handler):
-    """Prints each line to standard output, above the bar where one is shown; `printable` says what is escaped."""
+    """Prints each line to standard output, above the bar where one is shown; `printable` escapes and masks."""
 
     def emit(self, record: logging.LogRecord) -> None:
         line = printable(record.getMessage())
-        with heard_or_not():
+        with safe_output():
             if _bars:
                 _bars[-1].console.print(line, markup=False, highlight=False, soft_wrap=True)
             else:
@@ -54,24 +65,10 @@ logger.propagate = False
 logger.addHandler(_Terminal())
 
 
-@contextmanager
-def heard_or_not() -> Iterator[None]:
-    """Lets work go on where its output cannot be written; where nobody is left to read it, the rest goes nowhere."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in GONE:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            for number in (1, 2):
-                if _hung_up(number):
-                    os.dup2(nowhere, number)
-            os.close(nowhere)
-
-
-def _hung_up(number: int) -> bool:
-    look = select.poll()
-    look.register(number, 0)
-    return bool(look.poll(0))
+def show(table: RenderableType) -> None:
+    """Prints a table of Rich."""
+    with safe_output():
+        Console().print(table)
 
 
 def duration(seconds: float) -> str:
@@ -88,7 +85,7 @@ class Progress:
     """How far a long piece of work is: a bar in a terminal, else a line every ten seconds, and a line at its end.
 
     `start` is what an earlier run had done already; it counts as done, not for the rate. `shown=False` prints nothing
-    (the other ranks). `note` adds a few words, such as the loss, to what is shown.
+    (the other ranks).
     """
 
     def __init__(
@@ -106,84 +103,65 @@ class Progress:
         self._shown, self._clock = shown, clock
         self._note = ""
         self._bar: RichBar | None = None
-        self._began_s = self._line_s = clock()
 
     def __enter__(self) -> Self:
         self._began_s = self._line_s = self._clock()
         if self._shown and sys.stdout.isatty():
-            self._bar = _terminal_bar(self._unit)
-            self._task = self._bar.add_task(
-                escape(self._title), total=self._total, completed=self._done, note="", rate=""
+            self._bar = RichBar(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}{task.fields[note]}"),
+                TimeRemainingColumn(),
+                console=_bars[-1].console if _bars else Console(file=sys.stdout),  # nested bars share a console
+                transient=True,
             )
-            with heard_or_not():
+            self._task = self._bar.add_task(
+                escape(self._title), total=self._total, completed=self._done, rate=self._unit, note=""
+            )
+            with safe_output():
                 self._bar.start()
             _bars.append(self._bar)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._bar is not None:
             _bars.remove(self._bar)
-            with heard_or_not():
+            with safe_output():
                 self._bar.stop()
         if self._shown and kind is None:
-            logger.info(self._last_line())
+            count, elapsed = self._done - self._start, duration(self._clock() - self._began_s)
+            logger.info(f"{self._title}: {count:,} {self._unit} in {elapsed}, {self._rate_text}{self._note}")
 
     def advance(self, count: int = 1) -> None:
         """Counts `count` more as done."""
-        self._done += count
+        self.reach(self._done + count)
+
+    def reach(self, done: int, total: int | None = None) -> None:
+        """Takes how much is done and, for work that finds out its own size, how much there is."""
+        self._done, self._total = done, self._total if total is None else total
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, rate=self._rate_text(), note=escape(self._note))
+            self._bar.update(
+                self._task, total=self._total, completed=done, rate=self._rate_text, note=escape(self._note)
+            )
         elif self._shown and self._clock() - self._line_s >= INTERVAL_S:
             self._line_s = self._clock()
-            logger.info(self._line())
-
-    def reach(self, done: int, total: int) -> None:
-        """Takes how much is done and how much there is, for work that finds out its own size."""
-        self._total = total
-        if self._bar is not None:
-            self._bar.update(self._task, total=total)
-        self.advance(done - self._done)
+            share = f" ({done / self._total:.0%})" if self._total else ""
+            left = f", {duration((self._total - done) / self._rate)} left" if done > self._start else ""
+            count = f"{done:,} of {self._total:,} {self._unit}{share}"
+            logger.info(f"{self._title}: {count}, {self._rate_text}{left}{self._note}")
 
     def note(self, text: str) -> None:
-        """Shows a few words, such as the loss, with the next advance."""
-        self._note = text
+        """Shows a few words, such as the loss, from the next advance on."""
+        self._note = f", {text}"
 
+    @property
     def _rate(self) -> float:
         return (self._done - self._start) / max(self._clock() - self._began_s, 1e-9)
 
+    @property
     def _rate_text(self) -> str:
-        rate = self._rate()
-        return f"{rate:,.0f} {self._unit}/s" if rate >= 10 else f"{rate:.1f} {self._unit}/s"
-
-    def _line(self) -> str:
-        share = f" ({self._done / self._total:.0%})" if self._total else ""
-        left = ""
-        if self._done > self._start:
-            left = f", {duration((self._total - self._done) / self._rate())} left"
-        note = f", {self._note}" if self._note else ""
-        return f"{self._title}: {self._done:,} of {self._total:,} {self._unit}{share}, {self._rate_text()}{left}{note}"
-
-    def _last_line(self) -> str:
-        elapsed = self._clock() - self._began_s
-        note = f", {self._note}" if self._note else ""
-        count = self._done - self._start
-        return f"{self._title}: {count:,} {self._unit} in {duration(elapsed)}, {self._rate_text()}{note}"
-
-
-def _terminal_bar(unit: str) -> RichBar:
-    return RichBar(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=_bars[-1].console if _bars else Console(file=sys.stdout),  # bars inside one another share a console
-        transient=True,
-    )
+        return f"{self._rate:,.0f} {self._unit}/s" if self._rate >= 10 else f"{self._rate:.1f} {self._unit}/s"
 
 
 class EventLog:
@@ -191,21 +169,17 @@ class EventLog:
 
     def __init__(self, path: Path | str, *, attempt: str | None = None) -> None:
         self._path = Path(path)
-        self._always = {} if attempt is None else {"attempt": attempt}
+        self._attempt = {} if attempt is None else {"attempt": attempt}
 
     def write(self, kind: str, **numbers: Any) -> None:
         """Appends one event; a line is written whole, so several processes may share the file."""
-        event = {"time": round(time.time(), 3), "kind": kind, **self._always, **numbers}
+        event = {"time": round(time.time(), 3), "kind": kind, **self._attempt, **numbers}
         line = json.dumps(event) + "\n"
         with write_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                size = os.fstat(handle).st_size
-                torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"  # a kill cut the last line short
-                os.write(handle, b"\n" * torn + line.encode())
-            finally:
-                os.close(handle)
+            with self._path.open("a+b", buffering=0) as file:
+                torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"  # by a kill
+                file.write(b"\n" * torn + line.encode())
 
 
 class EventReader:
@@ -217,24 +191,18 @@ class EventReader:
         self.num_torn = 0
 
     def new(self) -> list[dict[str, Any]]:
-        """The events since the last call, in the order written; raises `UserError` where no file stands there."""
+        """The events since the last call, in the order written."""
         try:
             with read_errors(self._path), self._path.open("rb") as file:
                 file.seek(self._offset)
                 whole, newline, _ = file.read().rpartition(b"\n")
         except FileNotFoundError:
             return []
-        except NO_FILE as error:
-            raise UserError(f"{self._path} is no file: restore it from a copy, or move it away") from error
         self._offset += len(whole) + len(newline)
-        events = [_event(line) for line in whole.split(b"\n") if line.strip()]
-        self.num_torn += events.count(None)
-        return [event for event in events if event is not None]
-
-
-def _event(line: bytes) -> dict[str, Any] | None:
-    try:
-        event = parse_json(line)
-    except ValueError:
-        return None
-    return event if isinstance(event, dict) else None
+        events = []
+        for line in whole.split(b"\n"):
+            try:
+                events.append(json.loads(line))
+            except ValueError:
+                self.num_torn += bool(line)
+        return events

@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from types import FrameType
 from typing import NoReturn
@@ -22,13 +22,13 @@ from dpkd.data.shards import Dataset
 from dpkd.errors import StopRequested, StorageError, UserError, WorkerFailed, printable
 from dpkd.launch.pool import Pool
 from dpkd.launch.signals import heed, heeding, shield_resource_tracker
-from dpkd.log import Progress, duration, heard_or_not, logger
+from dpkd.log import Progress, duration, logger, safe_output
 from dpkd.priors.base import accelerated
 from dpkd.report.quarantine import Quarantine
 from dpkd.report.summary import say_summary
 from dpkd.run.attempt import Attempt, attempt_at, supervision
 from dpkd.run.folder import RunFolder
-from dpkd.run.provenance import write_settings, write_versions
+from dpkd.run.provenance import write_provenance
 from dpkd.settings import Settings, load_settings
 from dpkd.stages.pack import pack
 from dpkd.stages.plan import POOL_STAGES, STAGES, given, left_to_do, makes, say_faults, say_plan
@@ -50,7 +50,7 @@ def whole_process(main: Callable[[], int]) -> NoReturn:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as some parents leave it, no child could be waited for
     code = main()
     heed(signal.SIG_IGN)
-    with heard_or_not():
+    with safe_output():
         sys.stdout.flush()
     sys.exit(code)
 
@@ -66,8 +66,7 @@ def run(settings: Settings, *, stages: Sequence[str] = STAGES) -> None:
     say_plan(settings, folder, left=left, stages=stages)
     say_faults(folder, stages)
     if left:
-        write_settings(folder, settings.model_dump(mode="json"))
-        write_versions(folder)
+        write_provenance(folder, settings.model_dump(mode="json"))
         shield_resource_tracker()
         folder = folder.claimed()
         with attempt_at(folder, left) as attempt:
@@ -157,7 +156,7 @@ def exit_code(work: Callable[[], None]) -> int:
 
 
 def _complain(text: str) -> None:
-    with heard_or_not():
+    with suppress(OSError):  # a closed terminal ends nothing
         print(printable(text), file=sys.stderr, flush=True)
 
 

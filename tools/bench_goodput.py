@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from dpkd.log import EventReader
-from dpkd.report.goodput import account
+from dpkd.report.goodput import TimeAccount
 from tools.make_sample_data import SampleSettings, draw_samples
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,8 +153,7 @@ def preempted_steps(steps: int, preemptions: int, *, seed: int) -> list[int]:
 def _result(
     run: Path, *, wall_s: float, steps: list[int], recoveries_s: list[float], options: argparse.Namespace
 ) -> dict[str, Any]:
-    events = EventReader(run / "events.jsonl").new()
-    found = account(events)
+    found = TimeAccount(EventReader(run / "events.jsonl").new())
     spent = {name: round(ms / 1000, 2) for name, ms in found.milliseconds.items() if ms}
     step_s = found.milliseconds["training"] / 1000 / found.steps
     recovery_s = statistics.mean(recoveries_s)

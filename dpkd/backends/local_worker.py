@@ -27,7 +27,7 @@ from dpkd.launch.forking import end_server, end_with_parent
 from dpkd.launch.signals import STOP_SIGNALS
 from dpkd.launch.watchdog import WatchOrder, watched
 from dpkd.launch.worker_group import Failure
-from dpkd.log import heard_or_not
+from dpkd.log import safe_output
 
 LOOPBACK = "127.0.0.1"
 EXIT_CODES: dict[type[Exception], int] = {UserError: 2, StorageError: 2, StopRequested: 75}
@@ -118,7 +118,7 @@ def _leave(exit_code: int) -> NoReturn:
     for child in multiprocessing.active_children():
         child.kill()  # loader workers hold copies of our connections, which peers must see closed
     end_server()  # which may be stopped
-    with heard_or_not():
+    with safe_output():
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(exit_code)

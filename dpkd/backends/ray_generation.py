@@ -26,7 +26,7 @@ from dpkd.backends.ray_worker import Task, enter
 from dpkd.io.temporary_folder import lasting_folder
 from dpkd.launch.heartbeat import SLOW
 from dpkd.launch.worker_group import Failure, StopRequests
-from dpkd.log import heard_or_not
+from dpkd.log import safe_output
 
 CONTROLLER = "TrainController"
 """The actor that leads a generation, of which Ray Train gives no handle."""
@@ -167,6 +167,6 @@ def _gist(error: Exception) -> str:
 
 
 def _show(output: str) -> None:
-    with heard_or_not():
+    with safe_output():
         sys.stdout.write(output)
         sys.stdout.flush()

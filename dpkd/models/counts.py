@@ -22,7 +22,8 @@ def count_flops(network: Network) -> int:
     was_training = network.training
     network.eval()
     # plain attention: older versions of torch do not count the fused kernels of the CPU
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    # with gradients: without them the counter fails at a module that takes a parameter, such as a class token
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, 3, size, size, device=device), torch.ones(1, 1, size, size, device=device))
     network.train(was_training)
     return int(counter.get_total_flops())

@@ -6,8 +6,7 @@
                     "quarantine": {stage: number of samples}}
     network        {"parameters", "images_per_s", "few_shot": {split: {"5way_1shot": {"mean", "ci95"}}}, …}
 
-It is put together from `evaluation.json`, `stages.json`, `events.jsonl` and `quarantine.jsonl`; accuracies are
-fractions.
+Its sources are `evaluation.json`, `stages.json`, `events.jsonl` and `quarantine.jsonl`. Accuracies are fractions.
 """
 
 import json
@@ -16,33 +15,34 @@ from typing import Any
 
 from dpkd.errors import UserError
 from dpkd.io import storage
-from dpkd.io.errors import NO_FILE
-from dpkd.io.untrusted import parse_json
 from dpkd.log import EventReader, duration, logger
-from dpkd.report.goodput import MEANINGS, WORDS, account
+from dpkd.report.figures import DASH, count_words, percent, rate_words
+from dpkd.report.goodput import MEANINGS, TimeAccount
 from dpkd.report.quarantine import Quarantine
 
 EVALUATION_NAME = "evaluation.json"
-STAGES_NAME = "stages.json"
 QUARANTINE_NAME = "quarantine.jsonl"
-EVENTS_NAME = "events.jsonl"
 
 Table = list[list[str]]
 
 
 def write_summary(folder: Path) -> dict[str, Any]:
     """Writes `summary.json` and `summary.md` from what the stages left in the run folder; returns the summary."""
-    evaluation = _read(folder / EVALUATION_NAME)
     stages = {
         name: {"status": record["status"], "seconds": record["seconds"]}
-        for name, record in _read(folder / STAGES_NAME).items()
+        for name, record in _read(folder / "stages.json").items()
     }
     exported = {path.name: str(path) for path in sorted((folder / "export").glob("[!.]*")) if path.is_dir()}
-    quarantined = Quarantine(folder / QUARANTINE_NAME, limit=1.0).counts
-    summary = {"run": str(folder), **evaluation, "stages": stages, "exports": exported, "quarantine": quarantined}
-    where_time_went = account(EventReader(folder / EVENTS_NAME).new())
-    if where_time_went.attempts:
-        summary["goodput"] = where_time_went.table()
+    summary = {
+        "run": str(folder),
+        **_read(folder / EVALUATION_NAME),
+        "stages": stages,
+        "exports": exported,
+        "quarantine": Quarantine(folder / QUARANTINE_NAME, limit=1.0).counts,
+    }
+    account = TimeAccount(EventReader(folder / "events.jsonl").new())
+    if account.attempts:
+        summary["goodput"] = account.table()
     storage.write_bytes_atomic(folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     storage.write_bytes_atomic(folder / "summary.md", markdown(summary).encode())
     return summary
@@ -57,7 +57,7 @@ def final_words(summary: dict[str, Any]) -> str:
     """What a run ends with on the screen: the table, the exported students, the TensorBoard command."""
     lines = []
     if "teacher" in summary:
-        lines += [_heading(summary), "", *_aligned(_table(summary))]
+        lines += [_heading(summary), "", *_aligned(_few_shot_table(summary))]
     if summary["exports"]:
         lines += ["", "exported students (timm folder, ONNX):", *(f"  {path}" for path in summary["exports"].values())]
     if summary["quarantine"]:
@@ -71,11 +71,8 @@ def markdown(summary: dict[str, Any]) -> str:
     lines = [f"# Run {summary['run']}", ""]
     if "teacher" in summary:
         lines += [figures_markdown(summary), ""]
-    lines += ["## Stages", ""]
-    lines += _piped(
-        [["stage", "status", "time"]]
-        + [[name, stage["status"], duration(stage["seconds"])] for name, stage in summary["stages"].items()]
-    )
+    stages = [[name, stage["status"], duration(stage["seconds"])] for name, stage in summary["stages"].items()]
+    lines += ["## Stages", "", *_piped([["stage", "status", "time"], *stages])]
     if "goodput" in summary:
         lines += ["", "## Where the time went", "", *_piped(_time_table(summary["goodput"]))]
     if summary["quarantine"]:
@@ -85,32 +82,23 @@ def markdown(summary: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _time_table(goodput: dict[str, Any]) -> Table:
-    """The account of `goodput.json`, largest first, what took no time left out."""
-    rows = [["", "time", "share", "what it is"]]
-    for name, seconds in sorted(goodput["seconds"].items(), key=lambda item: -item[1]):
-        if seconds:
-            rows.append([WORDS[name], duration(seconds), f"{100 * goodput['shares'][name]:.1f} %", MEANINGS[name]])
-    attempts, restarts = goodput["attempts"], goodput["restarts"]
-    counted = f"{attempts} attempt{'' if attempts == 1 else 's'}, {restarts} restart{'' if restarts == 1 else 's'}"
-    steps = f"{goodput['steps']:,} steps that count, {goodput['lost_steps']:,} lost"
-    return [*rows, ["all", duration(goodput["total_s"]), "100 %", f"{counted}, {steps}"]]
-
-
-def _quarantined(summary: dict[str, Any]) -> str:
-    """`3 samples (1 in pack, 2 in prepare), named with reasons in runs/a/quarantine.jsonl`."""
-    counts = summary["quarantine"]
-    total, stages = sum(counts.values()), ", ".join(f"{count:,} in {stage}" for stage, count in counts.items())
-    samples = "sample" if total == 1 else "samples"
-    return f"{total:,} {samples} ({stages}), named with reasons in {summary['run']}/{QUARANTINE_NAME}"
-
-
 def figures_markdown(evaluation: dict[str, Any]) -> str:
     """The tables of an evaluation, and how they were measured."""
-    lines = [_heading(evaluation), "", *_piped(_table(evaluation)), ""]
-    lines += _more(evaluation, title="kNN and linear probe", key="probes")
-    lines += _more(evaluation, title="Accuracy on known classes", key="classification")
-    lines += _more(evaluation, title="Zero-shot through attributes", key="zero_shot")
+    lines = [_heading(evaluation), "", *_piped(_few_shot_table(evaluation)), ""]
+    titles = {
+        "probes": "kNN and linear probe",
+        "classification": "Accuracy on known classes",
+        "zero_shot": "Zero-shot through attributes",
+    }
+    for key, title in titles.items():
+        measured = {name: network[key] for name, network in networks(evaluation).items() if network.get(key)}
+        columns = {(split, name): None for table in measured.values() for split in table for name in table[split]}
+        if measured:
+            rows = [["", *(f"{split} {name}" for split, name in columns)]]
+            rows += [
+                [name, *(_share(table, split, part) for split, part in columns)] for name, table in measured.items()
+            ]
+            lines += [f"## {title}", "", *_piped(rows), ""]
     lines += ["## Protocol", "", *(f"- {key}: {value}" for key, value in evaluation["protocol"].items())]
     return "\n".join(lines)
 
@@ -135,60 +123,53 @@ def _heading(summary: dict[str, Any]) -> str:
     )
 
 
-def _table(summary: dict[str, Any]) -> Table:
+def _few_shot_table(summary: dict[str, Any]) -> Table:
+    """A row a network with its accuracy on the test split, then the students' gains over labels alone."""
     split = summary["splits"]["test"]
     settings = list(summary["teacher"]["few_shot"][split])
-    rows = [["", "parameters", "images/s", *(_shot(key) for key in settings)]]
+    shots = [key.split("_")[1].replace("shot", "-shot") for key in settings]
+    rows = [["", "parameters", "images/s", *shots]]
     for name, network in networks(summary).items():
-        scores = network["few_shot"][split]
-        head = [name, count_words(network["parameters"]), f"{network['images_per_s']:,.0f}"]
-        rows.append([*head, *(percent(scores[key]) for key in settings)])
+        size, rate = count_words(network["parameters"]), rate_words(network["images_per_s"])
+        rows.append([name, size, rate, *(percent(network["few_shot"][split][key]) for key in settings)])
         if "plain_pooling" in network:
             plain = network["plain_pooling"][split]
             rows.append(["  without its prior map", "", "", *(percent(plain[key]) for key in settings)])
     for name, student in summary["students"].items():
         if "over_baseline" in student:
-            gain = student["over_baseline"][split]
-            rows.append(
-                [f"{name}: gain over labels alone", "", "", *(percent(gain[key], sign="+") for key in settings)]
-            )
+            gains = [percent(student["over_baseline"][split][key], sign="+") for key in settings]
+            rows.append([f"{name}: gain over labels alone", "", "", *gains])
     return rows
 
 
-def _more(summary: dict[str, Any], *, title: str, key: str) -> list[str]:
-    """A section of figures without intervals, by network and split; nothing where no network has them."""
-    found = {name: network[key] for name, network in networks(summary).items() if network.get(key)}
-    if not found:
-        return []
-    columns = [(split, name) for split, table in next(iter(found.values())).items() for name in table]
-    rows = [["", *(f"{split} {name}" for split, name in columns)]]
-    for name, splits in found.items():
-        rows.append([name, *(f"{100 * splits[split][each]:.1f} %" for split, each in columns)])
-    return [f"## {title}", "", *_piped(rows), ""]
+def _share(table: dict[str, dict[str, float]], split: str, name: str) -> str:
+    return f"{100 * table[split][name]:.1f} %" if name in table.get(split, {}) else DASH
 
 
-def percent(score: dict[str, float], *, sign: str = "") -> str:
-    """`{"mean", "ci95"}` as `56.1 ± 0.4 %`; with `sign="+"`, as a signed difference."""
-    return f"{100 * score['mean']:{sign}.1f} ± {100 * score['ci95']:.1f} %"
+def _time_table(goodput: dict[str, Any]) -> Table:
+    """The account of `goodput.json`, largest first, without what took no time."""
+    rows = [["", "time", "share", "what it is"]]
+    for name, meaning in sorted(MEANINGS.items(), key=lambda item: -goodput["seconds"][item[0]]):
+        if seconds := goodput["seconds"][name]:
+            share = f"{100 * goodput['shares'][name]:.1f} %"
+            rows.append([name.replace("_", " "), duration(seconds), share, meaning])
+    counts = [f"{goodput[kind]} {kind if goodput[kind] != 1 else kind[:-1]}" for kind in ("attempts", "restarts")]
+    steps = f"{goodput['steps']:,} steps that count, {goodput['lost_steps']:,} lost"
+    return [*rows, ["all", duration(goodput["total_s"]), "100 %", ", ".join([*counts, steps])]]
 
 
-def count_words(count: int) -> str:
-    """A number of parameters in words: `110 k`, `1.25 M`, `22 M`."""
-    if count < 1_000_000:
-        return f"{count / 1e3:.0f} k"
-    return f"{count / 1e6:.2f} M" if count < 10_000_000 else f"{count / 1e6:.0f} M"
-
-
-def _shot(key: str) -> str:
-    return key.split("_")[1].replace("shot", "-shot")
+def _quarantined(summary: dict[str, Any]) -> str:
+    """`3 samples (1 in pack, 2 in prepare), named with reasons in runs/a/quarantine.jsonl`."""
+    counts = summary["quarantine"]
+    total, stages = sum(counts.values()), ", ".join(f"{count:,} in {stage}" for stage, count in counts.items())
+    samples = "sample" if total == 1 else "samples"
+    return f"{total:,} {samples} ({stages}), named with reasons in {summary['run']}/{QUARANTINE_NAME}"
 
 
 def _aligned(rows: Table) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
     return [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
+        "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))])
         for row in rows
     ]
 
@@ -199,12 +180,11 @@ def _piped(rows: Table) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """A JSON file that a stage wrote; empty before it did."""
     try:
-        content: dict[str, Any] = parse_json(storage.read_bytes(path))
-        if not isinstance(content, dict):
-            raise ValueError("it is no object")  # noqa: TRY004 (a fault of the file)
+        content: dict[str, Any] = json.loads(storage.read_bytes(path))
     except FileNotFoundError:
         return {}
-    except (*NO_FILE, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{path} cannot be read ({error}); run the stage that writes it again") from error
     return content

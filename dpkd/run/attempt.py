@@ -1,78 +1,66 @@
-"""What the driver of a run knows of its attempts: how far they got, who hung, every restart, where the time went."""
+"""What the driver of a run writes of an attempt: that it lives, every restart, and where the time went."""
 
 import json
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
+from typing import Any
 
 from dpkd.errors import StopRequested
 from dpkd.io import storage
 from dpkd.io.checkpoint_store import CheckpointStore
 from dpkd.launch.worker_group import Restart, Supervision
 from dpkd.log import EventReader, logger
-from dpkd.report.goodput import Books
+from dpkd.report.goodput import TimeAccount
 from dpkd.run.folder import RunFolder
 
 ALIVE_S = 30.0
-"""Seconds between two signs of life of a driver: what a kill of all leaves unaccounted, at most."""
+"""Seconds between two `alive` events of a driver: a kill of everything leaves at most so much unaccounted."""
 
 
 class Attempt:
-    """One submission of a run, told in `events.jsonl` with a number of its own; `goodput.json` is kept up to date."""
+    """One submission of a run, with its own number in `events.jsonl`; `goodput.json` is kept up to date."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.events = folder.event_log()
-        self._place = folder.goodput
-        self._reader, self._books = EventReader(folder.events), Books()
-        self._over = threading.Event()
+        self._goodput = folder.goodput
+        self._reader, self._account = EventReader(folder.events), TimeAccount()
         self._writing = threading.Lock()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """A stage of the driver's own."""
+        """The body is a stage that the driver runs."""
         self.events.write("stage_began", stage=name)
         yield
         self.events.write("stage_ended", stage=name)
 
-    def write_account(self) -> None:
-        """Writes where the time of the run went until now."""
-        with self._writing:
-            for event in self._reader.new():
-                self._books.add(event)
-            table = self._books.account().table() | {"torn_events": self._reader.num_torn}
-            storage.write_bytes_atomic(self._place, (json.dumps(table, indent=1) + "\n").encode())
+    def write(self, kind: str, **facts: Any) -> None:
+        """Appends an event and writes the account until now.
 
-    def keep_alive(self) -> None:
-        """Says now and then that the driver lives, until `end`."""
-        while not self._over.wait(ALIVE_S):
-            with self.best_effort():
-                self.events.write("alive")
-                self.write_account()
-
-    def end(self, status: str) -> None:
-        """The last word."""
-        self._over.set()
-        with self.best_effort():
-            self.events.write("attempt_ended", status=status)
-            self.write_account()
-
-    @contextmanager
-    def best_effort(self) -> Iterator[None]:
-        """An account that cannot be written neither ends a run nor hides the error that did."""
+        Where neither can be written the run goes on, and an error that ended it stays the one that is shown.
+        """
         try:
-            yield
+            with self._writing:
+                self.events.write(kind, **facts)
+                self._account.add(self._reader.new())
+                table = self._account.table() | {"torn_events": self._reader.num_torn}
+                storage.write_bytes_atomic(self._goodput, (json.dumps(table, indent=1) + "\n").encode())
         except OSError as error:
             logger.info(f"where the time went could not be written: {error}")
 
 
 @contextmanager
 def attempt_at(folder: RunFolder, stages: Sequence[str]) -> Iterator[Attempt]:
-    """An attempt at these stages, until the block ends; the account of the run is written then."""
-    attempt = Attempt(folder)
+    """An attempt at these stages, until the block ends."""
+    attempt, ended = Attempt(folder), threading.Event()
     attempt.events.write("attempt_began", stages=list(stages))
-    pulse = threading.Thread(target=attempt.keep_alive, name="dpkd-alive", daemon=True)
-    pulse.start()
+
+    def keep_alive() -> None:
+        while not ended.wait(ALIVE_S):
+            attempt.write("alive")
+
+    threading.Thread(target=keep_alive, name="dpkd-alive", daemon=True).start()
     status = "failed"
     try:
         yield attempt
@@ -81,7 +69,8 @@ def attempt_at(folder: RunFolder, stages: Sequence[str]) -> Iterator[Attempt]:
         status = "stopped"
         raise
     finally:
-        attempt.end(status)
+        ended.set()
+        attempt.write("attempt_ended", status=status)
 
 
 def supervision(folder: RunFolder, attempt: Attempt) -> Supervision:
@@ -89,14 +78,8 @@ def supervision(folder: RunFolder, attempt: Attempt) -> Supervision:
     generations = count()
 
     def on_restart(restart: Restart) -> None:
-        with attempt.best_effort():
-            attempt.events.write(
-                "restart",
-                generation=next(generations),
-                rank=restart.rank,
-                cause=restart.cause,
-                since_failure_s=round(restart.since_failure_s, 3),
-            )
+        facts = {"generation": next(generations), "rank": restart.rank, "cause": restart.cause}
+        attempt.write("restart", **facts, since_failure_s=round(restart.since_failure_s, 3))
 
     return Supervision(hangs=folder.hangs, progress=lambda: progress(folder), on_restart=on_restart)
 

@@ -25,25 +25,14 @@ PACKAGES = (
 )
 
 
-def write_settings(folder: RunFolder, tree: dict[str, Any]) -> None:
-    """Writes the settings, every default filled in, as `settings.yaml`."""
-    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+def write_provenance(folder: RunFolder, settings: dict[str, Any]) -> None:
+    """Writes `settings.yaml`, every default filled in, and `versions.json`."""
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     storage.write_bytes_atomic(str(folder.path / "settings.yaml"), text.encode())
-
-
-def write_versions(folder: RunFolder) -> None:
-    """Writes `versions.json`."""
-    versions: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
-    versions |= {name: _version(name) for name in PACKAGES}
-    versions["git"] = _git_commit()
+    installed = {package.metadata["Name"].lower(): package.version for package in metadata.distributions()}
+    versions: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
+    versions |= {name: installed.get(name) for name in PACKAGES} | {"git": _git_commit()}
     storage.write_bytes_atomic(str(folder.path / "versions.json"), (json.dumps(versions, indent=1) + "\n").encode())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _git_commit() -> str | None:

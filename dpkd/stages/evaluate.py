@@ -3,7 +3,7 @@
     {"protocol": {"way", "shots", …, "seed"}, "splits": {"val": name, "test": name}, "device": words,
      "teacher": network, "live_teacher": network, "students": {name: network}, "baselines": {name: network}}
     network: {"model", "image_size", "pooling", "parameters", "flops", "images_per_s",
-              "few_shot": {split: {"5way_1shot": {"mean", "ci95"}}},
+              "few_shot": {split: {"5way_1shot": {"mean", "ci95"}}},     flops and images_per_s may be null
               "plain_pooling": {split: …}            figure-ground networks, pooled without their prior map
               "over_baseline": {split: …}            students: paired difference on the same episodes
               "probes": {split: {"knn", "linear"}}, "classification": {split: {"overall", "balanced", …}},
@@ -15,6 +15,7 @@ Samples that cannot be read take no part. Axes: N sample that can be read, D fea
 import json
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from dpkd.models.counts import count_flops, count_parameters
 from dpkd.models.network import Network
 from dpkd.models.saved import load_network
 from dpkd.models.settings import FigureGroundPooling, NetworkSpec
+from dpkd.report.figures import figure_or_none
 from dpkd.report.quarantine import Quarantine
 from dpkd.report.summary import EVALUATION_NAME, figures_markdown
 from dpkd.report.tensorboard import Board
@@ -62,7 +64,8 @@ def evaluate(run: Run) -> None:
     tables: dict[str, dict[str, Any]] = {name: describe(network) for name, network in networks.items()}
     if run.world.rank == 0:
         for name, network in networks.items():
-            tables[name]["images_per_s"] = round(images_per_s(network), 1)
+            rate = figure_or_none(f"images/s of {name}", partial(images_per_s, network))
+            tables[name]["images_per_s"] = None if rate is None else round(rate, 1)
     for split_name in dict.fromkeys([run.data.val, run.data.test]):
         _measure(run, networks, split=run.dataset.split(split_name), tables=tables)
     if run.world.rank == 0:
@@ -112,7 +115,7 @@ def describe(network: Network) -> dict[str, Any]:
         "image_size": network.spec.image_size,
         "pooling": network.spec.model.pooling.kind,
         "parameters": count_parameters(network),
-        "flops": count_flops(network),
+        "flops": figure_or_none(f"FLOPs of {network.spec.model.name}", partial(count_flops, network)),
     }
 
 

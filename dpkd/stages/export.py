@@ -13,6 +13,7 @@ import json
 import math
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from dpkd.log import logger
 from dpkd.models.network import Network
 from dpkd.models.saved import load_network
 from dpkd.models.settings import FigureGroundPooling, NetworkSpec
+from dpkd.report.figures import figure_or_none
 from dpkd.report.model_card import model_card
 from dpkd.settings import ExportSettings
 from dpkd.stages.evaluate import read_evaluation
@@ -57,10 +59,15 @@ def export(run: Run, settings: ExportSettings) -> None:
             if settings.onnx:
                 path = made / "model.onnx"
                 difference = write_onnx(path, network, map_size=run.map_size, tolerance=settings.tolerance)
-            card = model_card(
-                name, table, evaluation=evaluation, spec=spec.model_dump(mode="json"), onnx_difference=difference
+            card = partial(
+                model_card,
+                name,
+                table,
+                evaluation=evaluation,
+                spec=spec.model_dump(mode="json"),
+                onnx_difference=difference,
             )
-            (made / "README.md").write_text(card)
+            (made / "README.md").write_text(figure_or_none(f"model card of {name}", card) or f"# {name}\n")
             run.folder.refuse_superseded()
             _replace(run.folder.export / name, made)
         logger.info(f"export: {run.folder.export / name}")

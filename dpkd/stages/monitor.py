@@ -1,17 +1,24 @@
-"""What is looked at while a network trains: few-shot accuracy on the validation split, panels, and where numbers go.
+"""What a person sees of a network while it trains: few-shot accuracy, panels, losses, and where the time goes.
 
 Axes: N sample that can be read, D feature.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping
 from functools import cached_property, partial
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
 from dpkd.data.stream import Batch
 from dpkd.evaluation.few_shot import Episodes, draw_episodes, few_shot_accuracy, score
 from dpkd.evaluation.settings import EpisodeSettings
-from dpkd.log import EventLog, EventReader, Progress
+from dpkd.log import EventReader, Progress
 from dpkd.models.attention import with_attention
-from dpkd.report.goodput import Books
+from dpkd.report.figures import figure_or_none
+from dpkd.report.goodput import StepTimer, TimeAccount
+from dpkd.report.panels import panel
 from dpkd.report.tensorboard import Board
 from dpkd.stages.embed import embed_networks
 from dpkd.stages.run import Run
@@ -19,6 +26,7 @@ from dpkd.train.loop import Hooks
 from dpkd.train.task import DistillTask, TeachTask, network_input, pooling_weight, with_view_maps
 
 NUM_PANEL_IMAGES = 6
+PANEL = "panel/image_priors_predictions_attention"
 
 
 class Watch:
@@ -81,61 +89,64 @@ class Watch:
             predictions |= {
                 key.replace(".", " of "): each.sigmoid() for key, each in outputs.items() if key.startswith("region.")
             }
-            self._board.panel(
-                step,
-                network=name,
-                image_BCHW=few.image_BCHW,
-                priors=few.priors,
-                predictions=predictions,
-                attention_B1HW=outputs["attention"],
+            drawing = partial(
+                panel,
+                few.image_BCHW.cpu().numpy(),
+                priors=_arrays(few.priors),
+                predictions=_arrays(predictions),
+                attention_B1HW=_array(outputs["attention"]),
             )
+            picture = figure_or_none(f"panel of {name}", drawing)
+            if picture is not None:
+                self._board.image(step, network=name, tag=PANEL, image_HWC=picture)
+
+
+def _array(tensor: Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = tensor.detach().float().cpu().numpy()
+    return array
+
+
+def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
+    return {name: _array(tensor) for name, tensor in tensors.items()}
 
 
 class EventSink:
-    """Losses and rates as lines of `events.jsonl`."""
+    """Losses, rates and speeds as lines of `events.jsonl`."""
 
-    def __init__(self, events: EventLog, *, stage: str) -> None:
-        self._events, self._stage = events, stage
+    def __init__(self, run: Run, *, stage: str) -> None:
+        self._events, self._stage = run.events, stage
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one line."""
-        self._events.write("train", stage=self._stage, step=step, **values)
-
-
-class TimeSink:
-    """What the loop spends its time on, as events; TensorBoard shows the shares of the whole run so far."""
-
-    def __init__(self, run: Run, board: Board, *, stage: str) -> None:
-        self._events, self._board, self._stage = run.events, board, stage
-        self._reader, self._books = EventReader(run.folder.events), Books()
-
-    def tell(self, kind: str, *, step: int, **numbers: float | bool) -> None:
-        """Writes one event, and draws where time was spent."""
-        self._events.write(kind, stage=self._stage, step=step, **numbers)
-        for event in self._reader.new():
-            self._books.add(event)
-        if kind == "spent":
-            account = self._books.account()
-            shares = {f"goodput/{name}": share for name, share in account.shares.items()}
-            self._board.scalars(step, shares | {"goodput/of_steps": account.step_goodput})
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Appends one line."""
+        self._events.write("train", stage=self._stage, step=step, **numbers)
 
 
 class ProgressSink:
-    """Moves the progress line on, with the sum of each network's losses."""
+    """Moves the progress line on, with images/s and the sum of each network's losses."""
 
-    def __init__(self, progress: Progress, *, start_step: int) -> None:
-        self._progress, self._done = progress, start_step
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows the losses of this step."""
-        losses: dict[str, float] = {}
-        for key, value in values.items():
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Shows the numbers of this step."""
+        losses: dict[str, float] = defaultdict(float)
+        for key, value in numbers.items():
             if key.startswith("loss/"):
-                name = key.split("/")[1]
-                losses[name] = losses.get(name, 0.0) + value
-        rate = values["speed/images_per_s"]
-        self._progress.note(
-            f"{rate:,.0f} images/s, loss " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
-        )
-        self._progress.advance(step - self._done)
-        self._done = step
+                losses[key.split("/")[1]] += value
+        words = ", ".join(f"{network} {loss:.3f}" for network, loss in losses.items())
+        self._progress.note(f"{numbers['speed/images_per_s']:,.0f} images/s, loss {words}")
+        self._progress.reach(step)
+
+
+def step_timer(run: Run, board: Board, *, stage: str) -> StepTimer:
+    """A timer that writes to `events.jsonl`; TensorBoard shows the shares of the whole run so far."""
+    reader, account = EventReader(run.folder.events), TimeAccount()
+
+    def write(kind: str, *, step: int, **numbers: float | bool) -> None:
+        run.events.write(kind, stage=stage, step=step, **numbers)
+        account.add(reader.new())
+        if kind == "spent":
+            shares = {f"goodput/{name}": share for name, share in account.shares.items()}
+            board.write(step, shares | {"goodput/step_goodput": account.step_goodput})
+
+    return StepTimer(write)

@@ -77,7 +77,7 @@ def pack(
         num_done += len(plan.jobs[number].samples)
         progress(num_done, num_planned)
     manifest = _manifest(
-        plan, [index for index in indexes if index], train=data.train, num_quarantined=quarantine.count_of(STAGE)
+        plan, [index for index in indexes if index], train=data.train, num_quarantined=quarantine.counts.get(STAGE, 0)
     )
     _publish(destination, manifest)
     return Dataset(url=destination, manifest=manifest)

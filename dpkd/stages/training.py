@@ -27,10 +27,10 @@ from dpkd.objectives.settings import (
     RegionBounds,
     StudentObjective,
 )
+from dpkd.report.goodput import StepTimer
 from dpkd.report.quarantine import Quarantine
-from dpkd.report.step_timer import Spending
 from dpkd.report.tensorboard import Board
-from dpkd.stages.monitor import EventSink, ProgressSink, TimeSink, Watch
+from dpkd.stages.monitor import EventSink, ProgressSink, Watch, step_timer
 from dpkd.stages.run import Run, TrainingSet
 from dpkd.stages.statements import attribute_table, learns_attributes
 from dpkd.train.checkpoint import Checkpoints, Part
@@ -203,9 +203,7 @@ class _Stage:
             Progress(self.stage, plan.total_steps, unit="steps", start=start_step, shown=shown) as progress,
             closing(self._batches(start_step, plan)) as batches,
         ):
-            log = EventSink(run.events, stage=self.stage)
-            sinks = (board, log, ProgressSink(progress, start_step=start_step)) if board is not None else ()
-            time_sink = TimeSink(run, board, stage=self.stage) if board is not None else None
+            sinks = (board, EventSink(run, stage=self.stage), ProgressSink(progress)) if board is not None else ()
             train(
                 self.task,
                 ledger.recorded(batches, steps=plan.steps_from(start_step), micro_batches=plan.micro_batches),
@@ -217,7 +215,7 @@ class _Stage:
                     sinks=sinks,
                     world=run.world,
                     images_per_step=training.batch_size,
-                    spending=Spending() if time_sink is None else Spending(time_sink.tell),
+                    timer=step_timer(run, board, stage=self.stage) if board is not None else StepTimer(),
                 ),
                 guard=NormGuard(spike=training.spike),
                 hooks=Watch(run, self.task, board).hooks(),

@@ -86,7 +86,7 @@ def train(
     `UserError` when a checkpoint cannot be written.
     """
     batch: Batch | None = None
-    with meter.spending.loop(start_step):
+    with meter.timer.loop(start_step):
         for step in range(start_step, plan.total_steps):
             beat(STEADY, step=step)
             if step not in plan.skipped:
@@ -99,21 +99,21 @@ def train(
             _look(done, batch, plan=plan, hooks=hooks, meter=meter)
             if save_due:
                 beat("save", step=done)
-                with meter.paused("checkpoint"):
+                with meter.timer.interrupted("checkpoint"):
                     checkpoints.save(done, parts)
-            meter.spending.after_step(done, due=save_due or plan.due(plan.log_every, done))
+            meter.timer.after_step(done, due=save_due or plan.due(plan.log_every, done))
             if stop and done < plan.total_steps:
-                with meter.paused("checkpoint"):
+                with meter.timer.interrupted("checkpoint"):
                     checkpoints.finish()
                 raise StopRequested(f"stopped after step {done} of {plan.total_steps}, saved")
         beat("save", step=plan.total_steps)
-        with meter.paused("checkpoint"):
+        with meter.timer.interrupted("checkpoint"):
             checkpoints.finish()
 
 
 def _look(done: int, batch: Batch | None, *, plan: Plan, hooks: Hooks, meter: Meter) -> None:
     """Panels and evaluation, where they are due after the step; every rank takes part."""
-    with meter.paused("evaluation"):
+    with meter.timer.interrupted("evaluation"):
         if batch is not None and plan.due(plan.panels_every, done):
             beat("panels", step=done)
             hooks.panels(done, batch)

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 
 from dpkd.data.order import SampleOrder
@@ -14,7 +13,7 @@ from dpkd.engine.settings import TrainingSettings
 from dpkd.engine.world import World
 from dpkd.errors import UserError
 from dpkd.io.checkpoint_store import CheckpointStore
-from dpkd.log import logger
+from dpkd.log import logger, show
 from dpkd.objectives.settings import StudentObjective
 from dpkd.settings import Settings, load_settings
 from dpkd.stages.run import Run, training_set
@@ -49,7 +48,7 @@ def audit(folder: str) -> None:
             faults += found
     if not table.rows:
         raise UserError(f"{folder}: no stage of this run has a ledger yet; train first, or give another folder")
-    Console().print(table)
+    show(table)
     if faults:
         more = f"; and {len(faults) - NUM_NAMED:,} more" if len(faults) > NUM_NAMED else ""
         raise UserError(

@@ -6,22 +6,21 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from dpkd.data.images import decode_image
 from dpkd.data.shard_index import ShardInfo
-from dpkd.data.shards import Dataset, Sample
+from dpkd.data.shards import Dataset
 from dpkd.errors import UserError
 from dpkd.io import storage
-from dpkd.log import Progress, logger
-from dpkd.priors.store import MANIFEST_NAME, PriorSet, PriorSplit, read_manifest, set_url
+from dpkd.log import Progress, logger, show
+from dpkd.priors.store import MANIFEST_NAME, PriorSet, read_manifest, set_url
 from dpkd.report.sheet import ShownSample, sheet
 
 NUM_NAMED = 20
-"""Damages that an error names; more are counted."""
+"""Keys and damages that a line names; more are counted."""
 NUM_SHOWN = 4
-"""Samples in a picture for which no key is asked."""
+"""Samples in a picture without keys."""
 
 
 def inspect_dataset(url: str) -> None:
@@ -34,21 +33,25 @@ def inspect_dataset(url: str) -> None:
     logger.info(f"{url}: format {manifest.format_version}, {len(manifest.classes)} classes")
     table = Table("split", "samples", "labelled", "classes", "fewest", "most", "shards", "MB")
     for name, split in manifest.splits.items():
-        counts = [count for count in split.class_counts if count]
+        counts = [count for count in split.class_counts if count] or [0]
         size_mb = sum(shard.size_bytes for shard in split.shards) / 1e6
-        fewest, most = (min(counts), max(counts)) if counts else (0, 0)
-        cells = (split.num_samples, sum(counts), len(counts), fewest, most, len(split.shards), f"{size_mb:.1f}")
-        table.add_row(name, *(f"{cell:,}" if isinstance(cell, int) else cell for cell in cells))
-    Console().print(table)
-    if given := dataset.given():
-        logger.info(
-            "given with the images: " + ", ".join(f"{name} of {count:,} samples" for name, count in given.items())
+        numbers = (
+            split.num_samples,
+            sum(counts),
+            np.count_nonzero(counts),
+            min(counts),
+            max(counts),
+            len(split.shards),
         )
+        table.add_row(name, *(f"{number:,}" for number in numbers), f"{size_mb:.1f}")
+    show(table)
+    if given := dataset.given():
+        counted = ", ".join(f"{name} of {count:,} samples" for name, count in given.items())
+        logger.info(f"given with the images: {counted}")
     for name in prior_sets(url):
-        _say_quarantined(dataset, name)
-    shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    damaged = _damaged_shards(url, shards) + _wrong_counts(dataset)
-    _refuse(url, damaged, way_out="pack again, which makes the damaged ones anew")
+        _show_left_out(dataset, name)
+    damaged = _damaged_shards(url, [shard for split in manifest.splits.values() for shard in split.shards])
+    _refuse(url, damaged + _wrong_counts(dataset), way_out="pack again, which makes the damaged ones anew")
     logger.info("every shard is as its manifest says")
     for name in prior_sets(url):
         _inspect_priors(dataset, name)
@@ -68,10 +71,21 @@ def draw_samples(url: str, picture: Path, *, set_name: str, keys: Sequence[str] 
     if picture.suffix != ".png":
         raise UserError(f"{picture} would hold a PNG: give --picture a path that ends in .png")
     dataset, priors = Dataset.open(url), PriorSet.open(url, set_name)
+    places = {}
+    for name in dataset.manifest.splits:
+        lost = () if keys else set(priors.unreadable(name).tolist())
+        for i, key in enumerate(dataset.split(name).keys):
+            if key in keys or (not keys and i not in lost):
+                places[key] = (name, i)
+    for key in keys:
+        if key not in places:
+            raise UserError(f"{url} has no sample {key!r}; a key is an image's path without its extension")
+    count = min(NUM_SHOWN, len(places))
+    chosen = keys or [list(places)[(2 * k + 1) * len(places) // (2 * count)] for k in range(count)]
     samples = []
-    for split_name, i in _places(dataset, keys, priors=priors):
-        sample = dataset.split(split_name).read(i)
-        maps = priors.split(split_name).only(priors.channels).read(i, sample)
+    for name, i in map(places.__getitem__, chosen):
+        sample = dataset.split(name).read(i)
+        maps = priors.split(name).only(priors.channels).read(i, sample)
         samples.append(ShownSample(decode_image(sample.image), maps))
     done, png = cv2.imencode(".png", cv2.cvtColor(sheet(samples), cv2.COLOR_RGB2BGR))
     assert done, "OpenCV could not write a PNG"
@@ -79,7 +93,7 @@ def draw_samples(url: str, picture: Path, *, set_name: str, keys: Sequence[str] 
     logger.info(f"{len(samples)} samples with {len(samples[0].maps)} maps each: {picture}")
 
 
-def _say_quarantined(dataset: Dataset, name: str) -> None:
+def _show_left_out(dataset: Dataset, name: str) -> None:
     """Prints how many samples of a prior set have flat maps, and which have none because they cannot be read."""
     manifest = read_manifest(set_url(dataset.url, name))
     if manifest is None or manifest.dataset != dataset.manifest.fingerprint:
@@ -88,32 +102,7 @@ def _say_quarantined(dataset: Dataset, name: str) -> None:
     logger.info(f"prior set {name}: {manifest.num_flat:,} of {num_samples:,} samples have flat maps")
     lost = [dataset.split(split).keys[i] for split, numbers in manifest.unreadable.items() for i in numbers]
     if lost:
-        more = f" and {len(lost) - NUM_NAMED:,} more" if len(lost) > NUM_NAMED else ""
-        logger.info(
-            f"prior set {name}: {len(lost):,} could not be read and are left out: {', '.join(lost[:NUM_NAMED])}{more}"
-        )
-
-
-def _places(dataset: Dataset, keys: Sequence[str], *, priors: PriorSet) -> list[tuple[str, int]]:
-    """(split, sample number) of each key, or of `NUM_SHOWN` samples that can be read, at equal distances."""
-    if not keys:
-        places = [
-            (name, i)
-            for name, split in dataset.manifest.splits.items()
-            for i in np.delete(np.arange(split.num_samples), priors.unreadable(name)).tolist()
-        ]
-        count = min(NUM_SHOWN, len(places))
-        return [places[(2 * k + 1) * len(places) // (2 * count)] for k in range(count)]
-    place_of = {
-        key: (name, i)
-        for name in dataset.manifest.splits
-        for i, key in enumerate(dataset.split(name).keys)
-        if key in keys
-    }
-    for key in keys:
-        if key not in place_of:
-            raise UserError(f"{dataset.url} has no sample {key!r}; a key is an image's path without its extension")
-    return [place_of[key] for key in keys]
+        logger.info(f"prior set {name}: {len(lost):,} could not be read and are left out: {_first(lost, ', ')}")
 
 
 def _damaged_shards(url: str, shards: Sequence[ShardInfo]) -> list[str]:
@@ -135,62 +124,53 @@ def _wrong_counts(dataset: Dataset) -> list[str]:
     for name, info in dataset.manifest.splits.items():
         split = dataset.split(name)
         counts = np.bincount(split.label_N[split.label_N >= 0], minlength=len(dataset.manifest.classes))
-        keys = split.keys
-        if len(keys) != info.num_samples or tuple(counts.tolist()) != info.class_counts:
+        if len(split.keys) != info.num_samples or tuple(counts.tolist()) != info.class_counts:
             wrong.append(f"the split {name!r} has other samples or labels in its indexes than dataset.json counts")
-        wrong += [
-            f"the key {key!r} stands {count} times in {name!r}" for key, count in Counter(keys).items() if count > 1
-        ]
+        twice = [(key, count) for key, count in Counter(split.keys).items() if count > 1]
+        wrong += [f"the key {key!r} stands {count} times in {name!r}" for key, count in twice]
     return wrong
 
 
 def _inspect_priors(dataset: Dataset, name: str) -> None:
     """Prints what the prior set holds, and checks that each sample has its own maps and that each can be decoded."""
-    url = set_url(dataset.url, name)
-    priors = PriorSet.open(dataset.url, name)
+    url, priors = set_url(dataset.url, name), PriorSet.open(dataset.url, name)
     again = "run the prepare stage again, which makes the damaged ones anew"
-    shards = [shard for split in priors.manifest.splits.values() for shard in split]
-    _refuse(url, _damaged_shards(url, shards), way_out=again)
-    size_bytes: Counter[str] = Counter()
+    _refuse(
+        url,
+        _damaged_shards(url, [shard for split in priors.manifest.splits.values() for shard in split]),
+        way_out=again,
+    )
+    size_bytes, damaged = Counter[str](), list[str]()
     num_samples = sum(split.num_samples for split in dataset.manifest.splits.values())
-    damaged: list[str] = []
     with Progress(f"check priors/{name}", num_samples) as progress:
         for split_name in dataset.manifest.splits:
-            split, maps = dataset.split(split_name), priors.split(split_name)
-            lost = set(priors.unreadable(split_name).tolist())
-            for i in range(split.num_samples):
-                if i not in lost:
-                    damaged += _damaged_maps(maps, i, split.read(i), size_bytes)
+            split, maps, lost = dataset.split(split_name), priors.split(split_name), priors.unreadable(split_name)
+            for i in np.delete(np.arange(split.num_samples), lost).tolist():
+                try:
+                    for map_name, stored in maps.record(i, split.read(i)).maps.items():
+                        size_bytes[map_name] += len(stored.data)
+                        stored.decode()
+                except (UserError, ValueError) as error:
+                    damaged.append(str(error))
                 progress.advance()
     table = Table("map", "channels", "bytes a sample", "mean of each channel", "deviation of each channel")
     for prior in priors.manifest.priors:
         statistics = priors.manifest.statistics.get(prior.name)
-        mean, deviation = (_numbers(statistics.mean), _numbers(statistics.deviation)) if statistics else ("", "")
-        table.add_row(prior.name, str(prior.channels), f"{size_bytes[prior.name] / num_samples:,.0f}", mean, deviation)
-    Console().print(table)
+        numbers = (statistics.mean, statistics.deviation) if statistics else ((), ())
+        cells = (" ".join(f"{value:.2f}" for value in values) for values in numbers)
+        table.add_row(prior.name, str(prior.channels), f"{size_bytes[prior.name] / num_samples:,.0f}", *cells)
+    show(table)
     _refuse(url, damaged, way_out=again)
     logger.info(
         f"every sample that can be read has its {len(priors.manifest.priors)} maps, each of its own image and readable"
     )
 
 
-def _damaged_maps(maps: PriorSplit, i: int, sample: Sample, size_bytes: Counter[str]) -> list[str]:
-    """What is wrong with the maps of sample `i`; counts the bytes of each map."""
-    try:
-        record = maps.record(i, sample)
-        for name, stored in record.maps.items():
-            size_bytes[name] += len(stored.data)
-            stored.decode()
-    except (UserError, ValueError) as error:
-        return [str(error)]
-    return []
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return " ".join(f"{value:.2f}" for value in values)
-
-
 def _refuse(url: str, damaged: Sequence[str], *, way_out: str) -> None:
     if damaged:
-        more = f" and {len(damaged) - NUM_NAMED:,} more" if len(damaged) > NUM_NAMED else ""
-        raise UserError(f"{url}: {'; '.join(damaged[:NUM_NAMED])}{more}; {way_out}")
+        raise UserError(f"{url}: {_first(damaged, '; ')}; {way_out}")
+
+
+def _first(words: Sequence[str], separator: str) -> str:
+    more = f" and {len(words) - NUM_NAMED:,} more" if len(words) > NUM_NAMED else ""
+    return separator.join(words[:NUM_NAMED]) + more

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dpkd.run.folder import RunFolder
-from dpkd.run.provenance import write_settings
+from dpkd.run.provenance import write_provenance
 from dpkd.verbs.audit import audit
 from tests.chaos import report
 from tests.runs import Command, all_weights, settings_of, tiny
@@ -74,7 +74,7 @@ def test_a_cut_network_is_noticed_and_the_run_goes_on_bit_equal(
         pytest.skip(f"no network namespaces here ({reason})")
     tree = tree_of(tmp_path / "run", source=None, shards=unbroken.path / "shards")
     folder = RunFolder(tmp_path / "run")
-    write_settings(folder, settings_of(tree).model_dump(mode="json"))
+    write_provenance(folder, settings_of(tree).model_dump(mode="json"))
     config, cuts = tmp_path / "settings.json", tmp_path / "cuts.json"
     config.write_text(json.dumps(tree))
     cuts.write_text(json.dumps(draw(10)))

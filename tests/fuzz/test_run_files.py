@@ -12,7 +12,6 @@ from dpkd.engine.state import Writer
 from dpkd.engine.world import World
 from dpkd.errors import UserError
 from dpkd.io.untrusted import MAX_DEPTH, parse_json
-from dpkd.report.quarantine import Quarantine
 from dpkd.report.summary import write_summary
 from dpkd.run.folder import RunFolder
 from dpkd.train.checkpoint import Checkpoints
@@ -21,7 +20,6 @@ from tests.fuzz.damage import any_bytes, outcome
 STAGES = json.dumps(
     {"pack": {"status": "done", "seconds": 1.5, "given": {"seed": 1, "data": {"a": [1, None]}}}}
 ).encode()
-LINES = b'{"stage": "pack", "item": "a.jpg", "reason": "cut"}\n{"stage": "prepare", "item": "b", "reason": "x"}\n'
 BOMBS = st.sampled_from(
     [
         b"[" * 100_000,
@@ -53,24 +51,11 @@ def test_any_bytes_are_a_record_of_stages_or_refused(data, tmp_path_factory):
     assert told is None or "stages.json" in told
 
 
-@given(data=any_bytes([LINES]) | BOMBS)
-def test_any_bytes_are_a_quarantine_that_goes_on(data, tmp_path_factory):
-    path = tmp_path_factory.mktemp("run") / "quarantine.jsonl"
-    path.write_bytes(data)
-    quarantine = Quarantine(path, limit=0.5)
-    count = quarantine.count
-    quarantine.add("evaluate", "new", "why")
-    assert quarantine.count == Quarantine(path, limit=0.5).count == count + 1
-    quarantine.begin("pack")
-    assert Quarantine(path, limit=0.5).count_of("pack") == 0
-
-
-@given(data=BOMBS.filter(lambda data: data != b'{"pack": 1}'))
-def test_an_evaluation_that_cannot_be_read_is_refused_by_its_name(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "evaluation.json").write_bytes(data)
+@pytest.mark.parametrize("data", [b"", b'{"teacher": {"few_sh', b"\xff\xfe"])
+def test_an_evaluation_that_is_cut_short_is_refused_by_its_name(data, tmp_path):
+    (tmp_path / "evaluation.json").write_bytes(data)
     with pytest.raises(UserError, match=r"evaluation\.json cannot be read"):
-        write_summary(folder)
+        write_summary(tmp_path)
 
 
 def test_folders_and_links_with_odd_names_are_no_checkpoints(tmp_path):

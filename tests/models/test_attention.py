@@ -54,6 +54,16 @@ def test_flops_of_a_vit_are_those_counted_by_hand():
     assert count_flops(network) == 2 * (patches * 192 * width + 2 * block + patches * width)
 
 
+def test_flops_of_a_head_that_attends_are_those_counted_by_hand():
+    """Its query is a parameter, which the counter of torch takes with gradients alone."""
+    arguments = VIT | {"global_pool": "map", "class_token": False}
+    network = network_of("vit_tiny_patch16_224", arguments, classes=(), targets={"edge": 1})
+    tokens, width = 16, 48
+    block = tokens * 12 * width**2 + 2 * tokens**2 * width
+    head = (1 + 2 * tokens + 1 + 8) * width**2 + 2 * tokens * width
+    assert count_flops(network) == 2 * (tokens * 192 * width + 2 * block + head + tokens * width)
+
+
 def test_parameters_are_those_of_the_plain_timm_model():
     network = network_of("test_resnet", {}, targets={"hog": 9}, teacher_dim=30)
     plain = timm.create_model("test_resnet", num_classes=2)

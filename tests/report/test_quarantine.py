@@ -22,7 +22,7 @@ def test_a_stage_that_begins_again_forgets_only_its_own(tmp_path):
     quarantine.add("pack", "a", "x")
     quarantine.add("prepare", "b", "y")
     quarantine.begin("pack")
-    assert (quarantine.count, quarantine.count_of("prepare")) == (1, 1)
+    assert (quarantine.count, quarantine.counts) == (1, {"prepare": 1})
     assert Quarantine(tmp_path / "q.jsonl", limit=0.1).count == 1
 
 

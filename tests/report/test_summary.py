@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from dpkd.report.figures import count_words, figure_or_none, percent
 from dpkd.report.quarantine import Quarantine
-from dpkd.report.summary import count_words, final_words, percent, say_summary, write_summary
+from dpkd.report.summary import final_words, say_summary, write_summary
 
 
 def network(mean: float) -> dict[str, Any]:
@@ -116,6 +117,15 @@ def test_what_was_quarantined_is_counted_by_stage_and_not_mentioned_where_there_
     words = f"3 samples (1 in pack, 2 in prepare), named with reasons in {run}/quarantine.jsonl"
     assert f"quarantined: {words}" in final_words(summary).splitlines()
     assert words in (run / "summary.md").read_text().splitlines()
+
+
+def test_a_figure_that_cannot_be_had_is_a_dash(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["students"]["small"]["images_per_s"] = figure_or_none("images/s of small", lambda: 1 / 0)
+    assert "images/s of small: none, because of ZeroDivisionError: division by zero" in capsys.readouterr().out
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    write_summary(run)
+    assert "| student small | 110 k | – | 44.0 ± 0.4 % |" in (run / "summary.md").read_text()
 
 
 def test_numbers_are_rounded_for_people() -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -20,7 +19,7 @@ def read(folder: Path) -> EventAccumulator:
 
 def test_each_network_has_its_own_run_and_shares_its_tags_with_the_others(tmp_path: Path) -> None:
     board = Board(tmp_path)
-    board.scalars(
+    board.write(
         10,
         {
             "loss/teacher/supervised": 2.0,
@@ -47,38 +46,38 @@ def test_few_shot_accuracy_stands_with_its_interval_and_as_a_band(tmp_path: Path
     values = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert values == {
         "few_shot/val_5way_1shot": [0.5, 0.5],
-        "uncertainty/val_5way_1shot_low": [0.375, 0.375],
-        "uncertainty/val_5way_1shot_high": [0.625, 0.625],
+        "few_shot_ci95/val_5way_1shot_low": [0.375, 0.375],
+        "few_shot_ci95/val_5way_1shot_high": [0.625, 0.625],
     }
     (layout,) = events.Tensors("custom_scalars__config__")
-    assert b"uncertainty/val_5way_1shot_low" in layout.tensor_proto.string_val[0]
+    assert b"few_shot_ci95/val_5way_1shot_low" in layout.tensor_proto.string_val[0]
 
 
 def test_what_an_interrupted_run_wrote_beyond_its_checkpoint_is_struck_out(tmp_path: Path) -> None:
     first = Board(tmp_path)
     for step in (10, 20, 30):
-        first.scalars(step, {"speed/images_per_s": 1.0})
+        first.write(step, {"speed/images_per_s": 1.0})
     first.close()
     again = Board(tmp_path, start_step=10)
     for step in (20, 30, 40):
-        again.scalars(step, {"speed/images_per_s": 2.0})
+        again.write(step, {"speed/images_per_s": 2.0})
     again.close()
     events = read(tmp_path).Scalars("speed/images_per_s")
     assert [(event.step, event.value) for event in events] == [(10, 1.0), (20, 2.0), (30, 2.0), (40, 2.0)]
 
 
 def test_a_panel_has_a_column_a_sample_and_a_row_a_map(tmp_path: Path) -> None:
-    board = Board(tmp_path)
-    board.panel(
-        5,
-        network="teacher",
-        image_BCHW=torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8),
-        priors={"edge": torch.rand(3, 1, 8, 8), "superpixel": torch.randint(0, 9, (3, 1, 8, 8)).float()},
-        predictions={"edge": torch.randn(3, 1, 4, 4), "hog": torch.randn(3, 9, 4, 4)},
-        attention_B1HW=torch.rand(3, 1, 4, 4),
+    rng = np.random.default_rng(0)
+    drawn_HWC = panel(
+        rng.integers(0, 256, (3, 3, 32, 32), np.uint8),
+        priors={"edge": rng.random((3, 1, 8, 8)), "superpixel": rng.integers(0, 9, (3, 1, 8, 8)).astype(float)},
+        predictions={"edge": rng.normal(size=(3, 1, 4, 4)), "hog": rng.normal(size=(3, 9, 4, 4))},
+        attention_B1HW=rng.random((3, 1, 4, 4)),
     )
+    board = Board(tmp_path)
+    board.image(5, network="teacher", tag="panel", image_HWC=drawn_HWC)
     board.close()
-    (event,) = read(tmp_path / "teacher").Images("panel/image_priors_predictions_attention")
+    (event,) = read(tmp_path / "teacher").Images("panel")
     picture = np.asarray(Image.open(BytesIO(event.encoded_image_string)))
     rows = 7  # image, edge, superpixel, edge target, edge predicted, hog predicted, attention
     assert picture.shape == (rows * (TITLE_HEIGHT + CELL + GAP), 3 * (CELL + GAP), 3)
