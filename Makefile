@@ -1,5 +1,6 @@
 # make quickstart   installs, draws a sample data set, and runs every stage on it
-# make test         installs what tests need, and runs them
+# make test         installs what tests need, and runs them in two processes: under 8 minutes on 2 cores (JOBS=n takes n)
+# make nightly      the tests that take longer, and those of untrusted input with more examples: some 40 minutes
 # make chaos        processes killed, stopped and cut off from one another, over and over, with a table of it at the end: about
 #                   90 minutes on 2 cores (the sum of its parts); SEED=n repeats a run, ALL=1 takes every storage call of a
 #                   save where else some are drawn, and every damage of a file: some hours more
@@ -11,10 +12,11 @@
 
 VENV ?= .venv
 PYTHON ?= python3
+JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart install test chaos benchmark fuzz lint format lock clean
+.PHONY: quickstart install test nightly chaos benchmark fuzz lint format lock clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python tools/make_sample_data.py data/sample
@@ -31,7 +33,12 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@touch $@
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not chaos and not nightly and not serial" -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "serial and not chaos and not nightly"
+
+nightly: $(INSTALLED)
+	$(BIN)/python -m pytest -m nightly
+	$(BIN)/python -m pytest tests/fuzz -m "not chaos" --hypothesis-profile=nightly
 
 chaos: SEED := $(or $(SEED),20261125)
 chaos: REPORT := $(or $(REPORT),build/chaos-$(shell date +%Y%m%d-%H%M%S).jsonl)

@@ -26,9 +26,36 @@ from tools.make_sample_data import SampleSettings, draw_samples
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # the same examples each time; `make fuzz` takes the long profile and a seed of its own
-settings.register_profile("quick", derandomize=True, deadline=None, max_examples=60)
+settings.register_profile("quick", derandomize=True, deadline=None, max_examples=25)
+settings.register_profile("nightly", derandomize=True, deadline=None, max_examples=600)
 settings.register_profile("fuzz", deadline=None, max_examples=3_000, print_blob=True)
 settings.load_profile("quick")
+
+
+FIRST = ("whole run", "engines", "object store", "tests/stages/test_prepare.py")
+"""The groups that take longest: where several processes share the tests, these begin."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gives each test a group: with `pytest -n 2 --dist loadgroup` the tests of a group run in one process.
+
+    So a fixture of the session or of a module is made once, though each process has a session of its own.
+    """
+    groups = {item: _group(item) for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: FIRST.index(groups[item]) if groups[item] in FIRST else len(FIRST))
+
+
+def _group(item: pytest.Item) -> str:
+    fixtures = getattr(item, "fixturenames", ())
+    if "ray_cluster" in fixtures or "[ray" in item.name:
+        return "ray"
+    for fixture, group in (("whole", "whole run"), ("object_store", "object store"), ("found", "engines")):
+        if fixture in fixtures:
+            return group
+    return item.nodeid.partition("::")[0]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -55,6 +55,8 @@ from tests.gang_work import (
     touch_for_rank,
 )
 
+pytestmark = pytest.mark.serial
+
 MakeGang = Callable[..., Gang]
 
 

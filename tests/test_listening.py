@@ -65,6 +65,7 @@ def test_workers_of_one_machine_and_their_driver_listen_on_loopback_alone(tmp_pa
     assert found <= LOOPBACK
 
 
+@pytest.mark.serial
 @pytest.mark.slow
 def test_the_dashboard_of_a_cluster_on_this_machine_listens_on_loopback_alone(ray_cluster: LocalCluster):
     port = int(ray_cluster.dashboard.rpartition(":")[2])

@@ -13,6 +13,8 @@ from dpkd.launch.pool import LocalPool
 from dpkd.launch.watchdog import WatchOrder
 from tests.pool_work import answer_at_length, name_device, square
 
+pytestmark = pytest.mark.serial
+
 
 def test_each_worker_has_an_environment_of_its_own_which_its_replacement_takes_over(tmp_path):
     pool = LocalPool(2, environments=[{"DEVICE": "first"}, {"DEVICE": "second"}])

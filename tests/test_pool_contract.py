@@ -27,6 +27,8 @@ from tests.pool_work import (
     square,
 )
 
+pytestmark = pytest.mark.serial
+
 
 @pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.slow)])
 def pool(request: pytest.FixtureRequest, tmp_path: Path) -> Pool:

@@ -99,6 +99,7 @@ def test_the_time_of_a_run_is_accounted_and_shown(whole: RunFolder) -> None:
         assert all(0 < event.value < 1 for event in shown)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_killed_worker_costs_recovery_and_the_steps_since_the_last_save(whole: RunFolder, tmp_path: Path) -> None:
     tree = tiny(tmp_path / "restarted", source=None, shards=shards_of(whole))
@@ -191,6 +192,7 @@ def test_a_run_killed_at_a_step_ends_bit_equal(whole: RunFolder, tmp_path: Path,
     assert min(goodput["seconds"][name] for name in ("idle", "recovery", "lost_work")) > 0
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_run_with_its_checkpoints_on_an_object_store_goes_on_after_a_kill(
     whole: RunFolder, tmp_path: Path, object_store: ObjectStore
@@ -291,6 +293,7 @@ def test_an_audit_names_what_is_not_as_ordered(whole: RunFolder, tmp_path: Path,
         audit(str(folder))
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_deepspeed_on_two_workers_gives_the_losses_of_plain_pytorch(whole: RunFolder, tmp_path: Path) -> None:
     tree = tiny(tmp_path / "zero", source=None, shards=shards_of(whole))

@@ -10,6 +10,7 @@ from tests.model_cases import SIZE, save_edges, save_vit
 from tests.runs import Command, settings_of, tiny, train_events
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_teacher_predicts_the_maps_of_a_model_and_other_weights_prepare_again(sample_folder, tmp_path):
     save_edges(tmp_path / "edges.onnx")

@@ -26,7 +26,7 @@ from tests.chaos.test_run_kills import CALM, differences
 from tests.runs import Command, all_weights, tiny
 from tools.local_ray_cluster import LocalCluster
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.serial, pytest.mark.slow]
 
 
 RAY = str(Path(sys.executable).parent / "ray")
@@ -172,6 +172,7 @@ def test_a_job_on_two_nodes_ends_as_the_local_run_does(
     assert "few-shot" in job.stdout.lower() or "5way" in job.stdout, job.stdout
 
 
+@pytest.mark.nightly
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_workers_leave_a_node_that_drains_and_go_on_elsewhere(tmp_path: Path) -> None:
@@ -205,6 +206,7 @@ def test_workers_leave_a_node_that_drains_and_go_on_elsewhere(tmp_path: Path) ->
     record("a node drains", target="the node of a worker")
 
 
+@pytest.mark.nightly
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_a_session_shrinks_with_the_cluster_and_grows_with_it_after_a_save(tmp_path: Path) -> None:

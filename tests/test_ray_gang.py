@@ -23,6 +23,8 @@ from tests.chaos import report
 from tests.gang_work import save_alone_when_asked_to_stop, wait_for_go
 from tools.local_ray_cluster import LocalCluster
 
+pytestmark = pytest.mark.serial
+
 
 def test_workers_that_save_keep_the_time_that_they_were_given():
     async def asked_twice() -> tuple[float, bool, bool]:

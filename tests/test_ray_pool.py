@@ -18,6 +18,8 @@ from tests.chaos.test_prepare_kills import draw, prior_shards
 from tests.prior_cases import pack_folder, prepare_all
 from tools.local_ray_cluster import LocalCluster
 
+pytestmark = pytest.mark.serial
+
 ROOT = Path(__file__).resolve().parents[1]
 THREADS = {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}
 
@@ -101,6 +103,7 @@ def test_items_of_a_lost_node_are_done_elsewhere_and_a_node_that_joins_is_used(c
     assert sorted(each["result"].split(" on ")[0] for each in driver.results) == [str(number) for number in range(10)]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_worker_s_own_death_counts_against_its_item(cluster, tmp_path):
     driver = Driver(cluster, "death", log=tmp_path / "log")
@@ -125,6 +128,7 @@ def test_a_gpu_pool_waits_for_a_node_with_a_gpu_and_says_what_is_missing(cluster
     assert not any(each["gpu"] for each in on_cpu)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_workers_compute_with_one_thread_whatever_the_node_says(cluster, tmp_path):
     driver = Driver(cluster, "threads", log=tmp_path / "log")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.serial
+
 HEAD = """
 import sys, time
 from pathlib import Path

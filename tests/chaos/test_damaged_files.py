@@ -70,6 +70,7 @@ def trials_of(places: list[tuple[str, str, str]]) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_few_damaged_files_are_mended_or_refused_by_name(library, tmp_path):
     assert check(run("tests.chaos.damaged_files", library, tmp_path / "few", trials_of(list(FEW)))) == len(FEW)

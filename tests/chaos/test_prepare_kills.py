@@ -143,6 +143,7 @@ def assert_ends_as_unbroken(folder: Path, *, kind: str, num_images: int, num_kil
     assert same
 
 
+@pytest.mark.nightly
 def test_after_a_few_kills_every_shard_is_that_of_an_unbroken_run(tmp_path):
     assert_ends_as_unbroken(tmp_path, kind="local", num_images=240, num_kills=4)
 

@@ -102,6 +102,7 @@ def record(campaign: Campaign, suite: str, *, outcome: str) -> None:
         report.record(suite, fault=fault, target=cost.target, outcome=outcome, **costs)
 
 
+@pytest.mark.nightly
 def test_after_a_few_faults_a_run_ends_as_unbroken(whole: RunFolder, library: Path, tmp_path: Path) -> None:
     tree = tiny(tmp_path / "run", source=None, shards=whole.path / "shards")
     draws = random.Random(report.seed())

@@ -1,6 +1,6 @@
 """What the fuzz tests share: any bytes, damaged copies of real bytes, and a child process with little memory.
 
-The profiles `quick` and `fuzz` of Hypothesis stand in tests/conftest.py; `make fuzz` takes the long one.
+The profiles `quick`, `nightly` and `fuzz` of Hypothesis stand in tests/conftest.py; `make fuzz` takes the long one.
 """
 
 import os

@@ -124,6 +124,7 @@ def server(tmp_path) -> Iterator[str]:
         web.shutdown()
 
 
+@pytest.mark.nightly
 def test_a_run_on_signed_urls_leaves_no_secret_anywhere(server, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", KEY)
     splits = ["base"] * 6 + ["val"] * 3 + ["novel"] * 3

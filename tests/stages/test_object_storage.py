@@ -24,6 +24,8 @@ from tests.object_store import BUCKET, ObjectStore
 from tests.prior_cases import SerialPool, draw_images, pack_folder
 from tests.prior_cases import prepare_all as prepare_with
 
+pytestmark = pytest.mark.nightly
+
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -77,6 +77,7 @@ def test_a_pack_that_dies_is_continued_and_keeps_what_was_finished(num_items, im
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_pack_killed_with_its_workers_at_any_moment_ends_in_the_same_bytes(tmp_path):
     make_folder(tmp_path / "images", counts={"train/a": 150, "train/b": 150})

@@ -110,6 +110,7 @@ def test_two_pools_write_the_bytes_of_one(dataset, again, priors):
     assert len(files(again)) == 2 * NUM_SHARDS + 1
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_worker_processes_of_two_pools_write_the_bytes_of_one(dataset, again, priors):
     prepare_all(dataset, priors=priors)

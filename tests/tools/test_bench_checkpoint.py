@@ -5,6 +5,7 @@ import pytest
 from tools.bench_checkpoint import main
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_benchmark_of_saves_measures_a_network_whose_state_is_three_times_its_weights(capsys):
     small = ["--engines", "torch", "--workers", "1", "--model", "vit_tiny_patch16_224", "--batch-size", "2"]

@@ -6,6 +6,7 @@ from dpkd.priors import DEFAULT_PRIORS
 from tools.bench_prepare import main
 
 
+@pytest.mark.nightly
 def test_the_benchmark_measures_every_default_prior_and_its_ratios_follow_from_its_rates(capsys):
     result = main(["--images", "12", "--size", "48", "--shards", "6", "--kernel-images", "4", "--json"])
     assert json.loads(capsys.readouterr().out) == result

@@ -19,6 +19,8 @@ from tests.object_store import ObjectStore, forget_connections
 from tests.processes import ROOT
 from tests.train.one_more_step import KEEP, content, load, one_more_step
 
+pytestmark = pytest.mark.nightly
+
 Chosen = Callable[[str, str], bool]
 """(method, path) -> whether it is this request."""
 KILLED = -signal.SIGKILL

@@ -100,10 +100,18 @@ def test_a_run_goes_on_at_other_world_sizes(tmp_path: Path) -> None:
     check([trial], run(tmp_path / "few", [trial | {"passes": passes([(2, "zero2")])}]))
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_all_ranks_pass_over_a_step_that_is_spoilt_on_one(tmp_path: Path) -> None:
     trials = [poisoned(("torch", "zero3"), "teacher")]
     check_poisoned(trials, run(tmp_path / "few", trials))
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_a_run_goes_on_with_other_stages_at_other_world_sizes(tmp_path: Path) -> None:
+    trials = [way((1, 3, 2), [("zero2", "zero0")] * 3, kills=(0,)), way((2,) * 3, [("zero0", "zero2")] * 3, kills=(1,))]
+    check(trials, run(tmp_path / "few", trials))
 
 
 @pytest.mark.chaos
