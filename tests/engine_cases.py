@@ -77,6 +77,7 @@ def build(
     optimizer: OptimizerSettings = ADAMW,
     ema: float | None = EMA,
     precision: str = "fp32",
+    **options: Any,
 ) -> Engine:
     """An engine of this kind over the small network."""
     module = Net(seed=seed)
@@ -89,6 +90,7 @@ def build(
         "micro_batch_size": MICRO,
         "precision": precision,
         "statistics": StepStatistics(module),
+        **options,
     }
     return TorchEngine(module, **parts) if STAGE[kind] is None else DeepSpeedEngine(module, **parts)
 
@@ -107,9 +109,9 @@ def train(engine: Engine, world: World, *, first: int, last: int) -> Trace:
     """Trains from step `first` up to `last`, predicting between the micro-batches as well."""
     trace = Trace()
     for step in range(first, last):
-        total = torch.zeros(())
+        total = torch.zeros((), device=world.device)
         for position in range(NUM_MICROS)[world.rank :: world.size]:
-            image_BCHW, label_B = micro_batch(step, position)
+            image_BCHW, label_B = (tensor.to(world.device) for tensor in micro_batch(step, position))
             loss = nn.functional.cross_entropy(engine.forward(image_BCHW)["logits"], label_B)
             engine.backward(loss)
             engine.predict(image_BCHW)
@@ -119,7 +121,7 @@ def train(engine: Engine, world: World, *, first: int, last: int) -> Trace:
         assert norm.ndim == 0
         trace.norms.append(float(norm))
         trace.losses.append(float(world.mean_(total)) * world.size / NUM_MICROS)
-        trace.predictions.append(engine.predict(micro_batch(step, 0)[0])["logits"])
+        trace.predictions.append(engine.predict(micro_batch(step, 0)[0].to(world.device))["logits"].cpu())
     trace.weights = engine.weights()
     return trace
 

@@ -1,11 +1,14 @@
 """The plain PyTorch engine, the reference: every rank holds everything."""
 
+import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dpkd.engine.network import InPrecision, prepare
 from dpkd.engine.optimizer import ParameterGroup, build_optimizer, by_name, set_learning_rates
@@ -17,7 +20,12 @@ from dpkd.engine.world import World
 
 
 class TorchEngine:
-    """Plain PyTorch behind the verbs of `Engine`; one all-reduce averages the gradients."""
+    """Plain PyTorch behind the verbs of `Engine`.
+
+    With `overlap` (by default on GPUs) DistributedDataParallel averages the gradients while the backward goes on. Else
+    they lie in one flat tensor, which one all-reduce averages in place: DistributedDataParallel's buckets add up in
+    another order, so on gloo a run on three ranks would not go on bit for bit.
+    """
 
     def __init__(
         self,
@@ -31,6 +39,7 @@ class TorchEngine:
         micro_batch_size: int,  # noqa: ARG002 (part of what every engine is given; DeepSpeed's configuration asks for it)
         precision: str,
         statistics: Statistics | None = None,
+        overlap: bool | None = None,
     ) -> None:
         prepare(module, settings=settings, world=world)
         if settings.compile:
@@ -39,9 +48,21 @@ class TorchEngine:
         self._network = InPrecision(module, device=world.device, precision=precision)
         self._world, self._accumulation, self._statistics = world, accumulation, statistics
         self._clip = optimizer.clip or float("inf")
+        self._num_micros = 0
         trained = by_name(parameter_groups)
         self._parameters = list(trained.values())
-        self._optimizer = build_optimizer(parameter_groups, optimizer, fused=world.device.type == "cuda")
+        on_gpu = world.device.type == "cuda"
+        self._optimizer = build_optimizer(parameter_groups, optimizer, fused=on_gpu)
+        self._buckets: DistributedDataParallel | None = None
+        self._flat_gradient: torch.Tensor | None = None
+        if world.size > 1 and (on_gpu if overlap is None else overlap):
+            with warnings.catch_warnings():  # the new name of `broadcast_buffers` is too new
+                warnings.simplefilter("ignore", FutureWarning)
+                self._buckets = DistributedDataParallel(
+                    self._network, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
+                )
+        elif world.size > 1:
+            self._flat_gradient = flat_gradient(self._parameters)
         self._state = TrainingState(
             module,
             trained=trained,
@@ -55,7 +76,12 @@ class TorchEngine:
         self.module.train()
         if self._statistics is not None:
             self._statistics.before_micro()
-        outputs = self._network(*args, **kwargs)
+        if self._buckets is None:
+            outputs = self._network(*args, **kwargs)
+        else:
+            is_last = self._num_micros + 1 == self._accumulation
+            with nullcontext() if is_last else self._buckets.no_sync():
+                outputs = self._buckets(*args, **kwargs)
         if self._statistics is not None:
             self._statistics.after_micro()
         return outputs
@@ -68,29 +94,29 @@ class TorchEngine:
 
     def backward(self, loss: torch.Tensor) -> None:
         (loss / self._accumulation).backward()
+        self._num_micros += 1
 
     def step(self, *, learning_rate: float) -> torch.Tensor:
-        self._average_gradients()
+        assert self._num_micros == self._accumulation, (
+            f"step after {self._num_micros} of {self._accumulation} backwards"
+        )
+        if self._flat_gradient is not None:
+            self._world.mean_(self._flat_gradient)
+        for parameter in self._parameters:
+            if parameter.grad is None:  # no loss reached it; its weights decay all the same
+                parameter.grad = torch.zeros_like(parameter)
         norm = nn.utils.clip_grad_norm_(self._parameters, self._clip)
         set_learning_rates(self._optimizer, learning_rate)
         self._optimizer.step()
-        self._optimizer.zero_grad()
+        if self._flat_gradient is not None:
+            self._flat_gradient.zero_()
+        else:
+            self._optimizer.zero_grad()
+        self._num_micros = 0
         if self._statistics is not None:
             self._statistics.commit(self._world.mean_)
         self._state.after_update()
         return norm
-
-    def _average_gradients(self) -> None:
-        gradients = []
-        for parameter in self._parameters:
-            if parameter.grad is None:  # no loss reached it on this rank, one may have on another
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-        if self._world.size > 1:
-            mean = self._world.mean_(torch.cat([gradient.reshape(-1) for gradient in gradients]))
-            parts = mean.split([gradient.numel() for gradient in gradients])
-            for gradient, part in zip(gradients, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
 
     def snapshot(self) -> Writer:
         return self._state.snapshot()
@@ -100,3 +126,12 @@ class TorchEngine:
 
     def weights(self) -> dict[str, torch.Tensor]:
         return self._state.weights()
+
+
+def flat_gradient(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    """One flat tensor of zeros in which the gradients of all parameters lie, end to end."""
+    flat = parameters[0].new_zeros(sum(parameter.numel() for parameter in parameters))
+    parts = flat.split([parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter)
+    return flat
