@@ -25,7 +25,7 @@ from dpkd.launch.signals import heed, heeding, shield_resource_tracker
 from dpkd.log import Progress, duration, logger, safe_output
 from dpkd.priors.base import accelerated
 from dpkd.report.quarantine import Quarantine
-from dpkd.report.summary import say_summary
+from dpkd.report.summary import print_summary
 from dpkd.run.attempt import Attempt, attempt_at, supervision
 from dpkd.run.folder import RunFolder
 from dpkd.run.provenance import write_provenance
@@ -70,9 +70,9 @@ def run(settings: Settings, *, stages: Sequence[str] = STAGES) -> None:
         shield_resource_tracker()
         folder = folder.claimed()
         with attempt_at(folder, left) as attempt:
-            run_pool_stages(settings, folder, [each for each in left if each in POOL_STAGES], told=attempt.stage)
+            run_pool_stages(settings, folder, [each for each in left if each in POOL_STAGES], around=attempt.stage)
             run_training_stages(settings, folder, [each for each in left if each not in POOL_STAGES], attempt=attempt)
-    say_summary(folder.path)
+    print_summary(folder.path)
     logger.info(f"{'done' if left else 'all was done before; nothing to do'}, {duration(time.monotonic() - began)}")
 
 
@@ -81,16 +81,16 @@ def run_pool_stages(
     folder: RunFolder,
     stages: Sequence[str],
     *,
-    told: Callable[[str], AbstractContextManager[object]] = nullcontext,
+    around: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> None:
-    """Packs and prepares, as far as named, each inside what `told` gives for its name."""
+    """Packs and prepares, as far as named, each inside what `around` gives for its name."""
     if not stages:
         return
     pool = make_pool(settings.launcher, hangs=folder.hangs)
     quarantine = Quarantine(folder.quarantine, limit=settings.data.bad_limit)
     for stage in stages:
         recorded = folder.running(stage, given(stage, settings), makes=partial(makes, stage, settings))
-        with told(stage), recorded:
+        with around(stage), recorded:
             _run_pool_stage(stage, settings, folder, pool=pool, quarantine=quarantine)
 
 

@@ -1,4 +1,4 @@
-"""Zero-shot accuracy through attributes: classes never seen in training, known by what an expert says of them.
+"""Zero-shot accuracy through attributes: of classes never seen in training, known by an expert's row of attributes.
 
 Axes: N sample, K class, A attribute. Accuracies are fractions in [0, 1].
 """
@@ -15,7 +15,7 @@ Integers = NDArray[np.int64]
 
 
 def zero_shot_accuracy(logit_NA: Floats, label_N: Integers, *, class_K: Integers, value_KA: Floats) -> dict[str, float]:
-    """Accuracy `overall`, `balanced` (mean over classes) and by `chance` of telling the classes `class_K` apart.
+    """Accuracy `overall`, `balanced` (mean over classes) and by `chance` among the classes `class_K`.
 
     Each sample goes to the class whose row of attributes is most likely under its predicted attribute logits (direct
     attribute prediction, Lampert et al. 2014; `score_weights`). Samples of other classes, or without a label, do not
@@ -27,6 +27,6 @@ def zero_shot_accuracy(logit_NA: Floats, label_N: Integers, *, class_K: Integers
     right_N = prediction_N == label_N
     return {
         "overall": float(right_N[np.isin(label_N, class_K)].mean()),
-        "balanced": float(np.mean([right_N[its_N].mean() for its_N in tested if its_N.any()])),
+        "balanced": float(np.mean([right_N[tested_N].mean() for tested_N in tested if tested_N.any()])),
         "chance": 1 / len(class_K),
     }

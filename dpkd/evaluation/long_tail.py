@@ -1,4 +1,4 @@
-"""Accuracy on known classes, and how it is shared out between frequent and rare ones.
+"""Accuracy on known classes, over all of them and over the frequent and the rare ones.
 
 Axes: N sample, K class. Accuracies are fractions in [0, 1].
 """
@@ -15,7 +15,7 @@ MANY, FEW = 100, 20
 def long_tail(prediction_N: Integers, label_N: Integers, *, train_count_K: Integers) -> dict[str, float]:
     """Accuracy `overall`, `balanced` (mean over classes), of the `worst_class`, and over `many`, `medium`, `few`.
 
-    The last three are means over the classes with so many training samples, and absent where there are none. Label -1
+    The last three are means over the classes with so many training samples, and absent without such classes. Label -1
     does not count.
     """
     known_N = label_N >= 0

@@ -1,4 +1,4 @@
-"""kNN and linear probe: how well the classes of a split can be told apart in a frozen embedding.
+"""kNN and linear probe: how well a frozen embedding separates the classes of a split.
 
 Axes: N sample, D feature.
 """

@@ -48,7 +48,7 @@ def write_summary(folder: Path) -> dict[str, Any]:
     return summary
 
 
-def say_summary(folder: Path) -> None:
+def print_summary(folder: Path) -> None:
     """Writes the summary and prints what a run ends with."""
     logger.info(final_words(write_summary(folder)))
 

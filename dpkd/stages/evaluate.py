@@ -237,8 +237,11 @@ def _probe(
     if settings is None or halves is None or run.world.rank != 0:
         return
     for name, table in tables.items():
-        scores = probe(embedded[name].embedding_ND, label_N, split=halves, settings=settings)
-        table.setdefault("probes", {})[split] = scores
+        embedding_ND = embedded[name].embedding_ND
+        measure = partial(probe, embedding_ND, label_N, split=halves, settings=settings)
+        scores = figure_or_none(f"probes of {name} on {split}", measure)
+        if scores is not None:
+            table.setdefault("probes", {})[split] = scores
 
 
 def _classify(

@@ -1,5 +1,6 @@
 """The account of a run's time: its parts add up to the whole, through any log, and go where they belong."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from dpkd.errors import StopRequested
 from dpkd.log import EventLog, EventReader
-from dpkd.report.goodput import INTERRUPTIONS, MEANINGS, TimeAccount
+from dpkd.report.goodput import INTERRUPTIONS, MEANINGS, StepTimer, TimeAccount
 
 BEGAN_MS = 1_764_000_000_000
 KINDS = (
@@ -264,6 +266,30 @@ def test_every_second_of_a_played_run_goes_where_the_play_spent_it(plays: list[d
     for name in ("start_up", "recovery", "lost_work", "idle"):
         assert found.milliseconds[name] == truth[name], name
     assert found.steps == (kept[-1][0] if kept else 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "step", "finished"), [(None, 3, True), (StopRequested("asked"), 3, False), (KeyError("mid"), 4, False)]
+)
+def test_a_step_timer_writes_where_its_loop_begins_what_it_spent_and_how_it_ends(error, step, finished) -> None:
+    events: list[dict[str, Any]] = []
+    timer = StepTimer(lambda kind, **facts: events.append({"kind": kind, **facts}))
+    with pytest.raises(type(error)) if error else contextlib.nullcontext(), timer.loop(1):
+        for done in (2, 3):
+            with timer.interrupted("data_wait"):
+                pass
+            timer.after_step(done, due=False)
+        with timer.interrupted("checkpoint"):
+            if error:
+                raise error
+    assert [(event["kind"], event["step"]) for event in events] == [
+        ("loop_began", 1),
+        ("spent", 2),
+        ("loop_ended", step),
+    ]
+    assert events[2]["finished"] is finished
+    for name in INTERRUPTIONS:
+        assert sum(event.get(f"{name}_s", 0) for event in events) == pytest.approx(timer.seconds[name], abs=1e-3)
 
 
 @given(st.binary(max_size=60), st.integers(0, 30))
