@@ -18,6 +18,7 @@ from dpkd.data.settings import (
     Source,
     Splits,
     VisibleLabels,
+    Window,
 )
 from dpkd.engine.settings import EngineSettings, OptimizerSettings, ScheduleSettings, TrainingSettings
 from dpkd.errors import UserError, refuse_secrets
@@ -53,6 +54,8 @@ class DataSettings(Config):
     group_pattern: str | None = None
     """Regular expression whose first group, found in a sample's path, names its group (patient, sign, tile)."""
     samples_per_shard: int = Field(1024, ge=1)
+    window: Window | None = None
+    """How values of more than 8 bits (16-bit, signed, float) become 0 to 255; without it such images are refused."""
     bad_limit: float = Field(0.01, ge=0, le=1)
     """Largest share of samples that may be quarantined before the run stops."""
     image_size: int = Field(64, ge=16)

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpkd.data.settings import AllLabels, LabelsPerClass, ListedLabels, VisibleLabels
+from dpkd.data.sources.text import match_lines, split_lines
 from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
@@ -63,14 +64,14 @@ def _first_of_each_class(
 def _listed(label_N: Labels, path: str, *, keys: Sequence[str]) -> NDArray[np.int64]:
     """The samples that the file lists by key, one a line."""
     try:
-        lines = storage.read_bytes(path).decode().splitlines()
+        lines = split_lines(storage.read_bytes(path))
     except (*NO_FILE, UnicodeDecodeError) as error:
         raise UserError(
             f"data.labels.path {path!r} cannot be read as text: {error}; name a file with a key a line"
         ) from error
-    wanted = {line.strip() for line in lines if line.strip()}
-    shown = [i for i, key in enumerate(keys) if key in wanted]
-    _refuse(wanted - {keys[i] for i in shown}, path, "are not in the split that networks are trained on (data.train)")
+    found = match_lines(lines, {key: i for i, key in enumerate(keys)})
+    shown = sorted({number for _, number in found.numbers})
+    _refuse(set(found.unknown), path, "are not in the split that networks are trained on (data.train)")
     _refuse({keys[i] for i in shown if label_N[i] < 0}, path, "have no label")
     if not shown:
         raise UserError(f"data.labels.path {path!r} lists no key: list one a line, or leave data.labels at its default")

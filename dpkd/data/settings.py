@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dpkd.config import Config
 
@@ -65,6 +65,19 @@ class FileSplits(Config):
 
 
 Splits = Annotated[GivenSplits | FractionSplits | ClassSplits | FileSplits, Field(discriminator="kind")]
+
+
+class Window(Config):
+    """The values that become black and white in images of more than 8 bits, of signed numbers or of floats."""
+
+    low: float = Field(allow_inf_nan=False)
+    high: float = Field(allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "Window":
+        if self.low >= self.high:
+            raise ValueError(f"low={self.low:g} must lie below high={self.high:g}")
+        return self
 
 
 class AllLabels(Config):

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from dpkd.data.settings import ClassSplits, FileSplits, FractionSplits, GivenSplits
 from dpkd.data.sources.records import Record, keys_of, nearest
+from dpkd.data.sources.text import match_lines
 from dpkd.errors import UserError
+from dpkd.log import logger
 
 Splits = GivenSplits | FractionSplits | ClassSplits | FileSplits
 
@@ -138,22 +140,28 @@ def _by_class(
 
 
 def _by_file(records: Sequence[Record], listed: Mapping[str, Sequence[str]]) -> Assignment:
-    """A line is a sample's path, with or without its suffix, or its key."""
+    """A line is a sample's path, with or without its suffix, or its key, as `match_lines` finds it."""
     number_of: dict[str, int] = {}
     for i, (record, key) in enumerate(zip(records, keys_of([record.name for record in records]), strict=True)):
         for name in (record.name, record.name.rpartition(".")[0], key):
             number_of.setdefault(name, i)
     split_of: list[str | None] = [None] * len(records)
-    unknown = []
+    unknown: list[tuple[str, str]] = []
     for split, lines in listed.items():
-        for name in lines:
-            if name not in number_of:
-                unknown.append((name, f"listed for split {split!r}, and the source has no such sample"))
-                continue
-            before = split_of[number_of[name]]
+        found = match_lines(lines, number_of)
+        if lines and not found.numbers:
+            raise UserError(
+                f"data.splits.files.{split} lists {len(lines)} names, and the source has no such sample: a line such "
+                f"as {lines[0]!r} must name a sample by its path below the source, such as {records[0].name!r}"
+            )
+        if found.prefix:
+            logger.info(f"data.splits.files.{split}: {found.prefix!r} before the names is passed over")
+        for name, number in found.numbers:
+            before = split_of[number]
             if before not in (None, split):
                 raise UserError(f"data.splits.files lists {name!r} for {before!r} and for {split!r}: keep one")
-            split_of[number_of[name]] = split
+            split_of[number] = split
+        unknown += [(name, f"listed for split {split!r}, and the source has no such sample") for name in found.unknown]
     return Assignment(tuple(split_of), tuple(unknown))
 
 

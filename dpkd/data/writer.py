@@ -8,7 +8,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from dpkd.data.images import BrokenImage, check_image, check_mask
+from dpkd.data.image_headers import BrokenImage
+from dpkd.data.images import check_image, check_mask
+from dpkd.data.settings import Window
 from dpkd.data.shard_index import ShardIndex, ShardInfo, index_name
 from dpkd.data.shards import EXPERT_PREFIX, FORMAT_VERSION, checksum
 from dpkd.data.sources.records import Record
@@ -57,11 +59,14 @@ class ShardJob:
     split: str
     name: str
     samples: tuple[Planned, ...]
+    window: Window | None = None
 
     @property
     def plan(self) -> str:
         """Digest of what the shard is to be made from."""
-        parts = [FORMAT_VERSION, self.name, [sample.digest_part() for sample in self.samples]]
+        parts: list[Any] = [FORMAT_VERSION, self.name, [sample.digest_part() for sample in self.samples]]
+        if self.window is not None:
+            parts.append([self.window.low, self.window.high])
         return storage.digest(_json(parts))
 
     def __repr__(self) -> str:
@@ -86,7 +91,7 @@ def write_shard(job: ShardJob) -> ShardIndex:
         for sample in job.samples:
             pulse()
             try:
-                members, image_HWC = _members(sample)
+                members, image_HWC = _members(sample, job.window)
             except BrokenImage as error:
                 bad.append((sample.record.name, str(error)))
                 continue
@@ -116,10 +121,10 @@ def standing_shard(job: ShardJob) -> ShardIndex | None:
     return index
 
 
-def _members(sample: Planned) -> tuple[dict[str, bytes], npt.NDArray[np.uint8]]:
+def _members(sample: Planned, window: Window | None) -> tuple[dict[str, bytes], npt.NDArray[np.uint8]]:
     """Extension -> bytes, in the order of the tar, and the decoded image; raises `BrokenImage` with the reason."""
     record = sample.record
-    image = check_image(record.image.read())
+    image = check_image(record.image.read(), window=window)
     height, width = image.image_HWC.shape[:2]
     members = {image.extension: image.data, "json": _json(sample.meta)}
     if record.mask is not None:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from dpkd.data.images import image_size
+from dpkd.data.image_headers import image_size
 
 Map = npt.NDArray[np.float32 | np.int32]
 """HWC: float32 in [0, 1], or int32 region labels."""

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpkd.data import sources
-from dpkd.data.settings import FileSplits
+from dpkd.data.settings import FileSplits, Window
 from dpkd.data.shard_index import ShardIndex, index_name
 from dpkd.data.shards import FORMAT_VERSION, MANIFEST_NAME, Dataset, Manifest, ManifestDamaged, SplitInfo
-from dpkd.data.sources.records import Found, Record, keys_of, sorted_classes
+from dpkd.data.sources.records import Record, SourceContents, describe_counts, keys_of, sorted_classes
+from dpkd.data.sources.text import split_lines
 from dpkd.data.splits import assign, draw, groups_of
 from dpkd.data.writer import Planned, ShardJob, write_shard
 from dpkd.errors import UserError
@@ -30,6 +31,8 @@ from dpkd.report.quarantine import Quarantine
 from dpkd.settings import DataSettings
 
 STAGE = "pack"
+NUM_NAMED = 10
+"""Classes that the log names."""
 PACKING_NAME = "packing.json"
 """Stands in a folder while it is being packed, and tells our unfinished shards from somebody's tars."""
 
@@ -80,10 +83,11 @@ def pack(
         plan, [index for index in indexes if index], train=data.train, num_quarantined=quarantine.counts.get(STAGE, 0)
     )
     _publish(destination, manifest)
+    _log_what_was_packed(manifest, found, window=data.window)
     return Dataset(url=destination, manifest=manifest)
 
 
-def plan_shards(found: Found, data: DataSettings, *, seed: int, destination: str) -> Plan:
+def plan_shards(found: SourceContents, data: DataSettings, *, seed: int, destination: str) -> Plan:
     """Decides split, class, key, shard and place of every sample; see `dpkd.data.splits.assign` for what it raises."""
     assert data.source is not None
     groups = groups_of(found.records, data.group_pattern)
@@ -115,23 +119,23 @@ def plan_shards(found: Found, data: DataSettings, *, seed: int, destination: str
             planned.sort(key=lambda sample: draw(seed, sample.record.name))
     return Plan(
         classes=classes,
-        jobs=tuple(_jobs(samples, destination=destination, samples_per_shard=data.samples_per_shard)),
+        jobs=tuple(_jobs(samples, data, destination=destination)),
         bad=(*found.bad, *stray.items(), *assignment.unknown),
         num_left_out=len(records) - len(kept),
         made_from=_made_from(found.records, data, seed=seed),
     )
 
 
-def _jobs(samples: dict[str, list[Planned]], *, destination: str, samples_per_shard: int) -> list[ShardJob]:
-    jobs = []
+def _jobs(samples: dict[str, list[Planned]], data: DataSettings, *, destination: str) -> list[ShardJob]:
+    jobs, step = [], data.samples_per_shard
     for split in sorted(samples):
         if not re.fullmatch(r"\w[\w.-]*", split):
             raise UserError(
                 f"the split {split!r} cannot name a file: use letters, digits, '_', '-' and '.' in split names"
             )
-        for number, start in enumerate(range(0, len(samples[split]), samples_per_shard)):
-            part = tuple(samples[split][start : start + samples_per_shard])
-            jobs.append(ShardJob(url=destination, split=split, name=f"{split}-{number:06d}.tar", samples=part))
+        for number, start in enumerate(range(0, len(samples[split]), step)):
+            part, name = tuple(samples[split][start : start + step]), f"{split}-{number:06d}.tar"
+            jobs.append(ShardJob(url=destination, split=split, name=name, samples=part, window=data.window))
     return jobs
 
 
@@ -151,6 +155,7 @@ def _made_from(records: Sequence[Record], data: DataSettings, *, seed: int) -> d
         "data.train": data.train,
         "run.seed": str(seed),
         "format_version": str(FORMAT_VERSION),
+        **({"data.window": f"{data.window.low:g} to {data.window.high:g}"} if data.window is not None else {}),
     }
 
 
@@ -158,10 +163,9 @@ def _listed(splits: FileSplits) -> dict[str, list[str]]:
     listed = {}
     for split, path in splits.files.items():
         try:
-            lines = storage.read_bytes(path).decode().splitlines()
-        except (*NO_FILE, UnicodeDecodeError) as error:
+            listed[split] = split_lines(storage.read_bytes(path))
+        except (*NO_FILE, UnicodeDecodeError) as error:  # noqa: PERF203 (a file each)
             raise UserError(f"data.splits.files.{split}={path} cannot be read: {error}") from error
-        listed[split] = [line.strip() for line in lines if line.strip()]
     return listed
 
 
@@ -271,3 +275,23 @@ def _publish(destination: str, manifest: Manifest) -> None:
             storage.remove(storage.join(destination, name))
     storage.write_bytes_atomic(storage.join(destination, MANIFEST_NAME), manifest.to_bytes())
     storage.remove(storage.join(destination, PACKING_NAME))
+
+
+def _log_what_was_packed(manifest: Manifest, contents: SourceContents, *, window: Window | None) -> None:
+    """Says how the source was understood, what is in each split, and what is no part of the data set."""
+    if contents.layout:
+        logger.info(f"pack: the folders are {contents.layout}")
+    if window is not None:
+        logger.info(f"pack: values of more than 8 bits from {window.low:g} to {window.high:g} became 0 to 255")
+    names = ", ".join(manifest.classes[:NUM_NAMED]) + (", …" if len(manifest.classes) > NUM_NAMED else "")
+    logger.info(f"pack: {len(manifest.classes):,} classes{': ' if names else ''}{names}")
+    for name, split in manifest.splits.items():
+        num_classes = sum(count > 0 for count in split.class_counts)
+        logger.info(
+            f"pack: split {name}: {split.num_samples:,} samples, {split.num_samples - split.num_unlabelled:,} labelled "
+            f"in {num_classes:,} classes, {split.num_unlabelled:,} without a label"
+        )
+    if manifest.num_left_out:
+        logger.info(f"pack: {manifest.num_left_out:,} samples are in no split of data.splits")
+    if contents.passed_over:
+        logger.info(f"pack: passed over {describe_counts(contents.passed_over)}")

@@ -22,7 +22,8 @@ from itertools import accumulate, islice
 import cv2
 import numpy as np
 
-from dpkd.data.images import BrokenImage, decode_image
+from dpkd.data.image_headers import BrokenImage
+from dpkd.data.images import decode_image
 from dpkd.data.shard_index import ShardInfo, index_name
 from dpkd.data.shards import Dataset, Sample, Split, SplitInfo, Unreadable
 from dpkd.data.tars import TarWriter, list_members

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from PIL import Image
 
-from dpkd.data.images import MAX_PIXELS, BrokenImage, check_image, decode_mask, image_size
+from dpkd.data.image_headers import BrokenImage, image_size
+from dpkd.data.images import MAX_PIXELS, check_image, decode_mask
 from tests.fuzz.damage import any_bytes, in_child, outcome
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 17, 3), dtype=np.uint8)
@@ -122,7 +123,8 @@ def test_no_claim_of_a_size_takes_a_gigabyte(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from dpkd.data.images import BrokenImage, check_image, decode_mask
+from dpkd.data.image_headers import BrokenImage
+from dpkd.data.images import check_image, decode_mask
 for path in sorted(Path(sys.argv[1]).iterdir()):
     for read in (check_image, decode_mask):
         try:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpkd.data.images import BrokenImage
+from dpkd.data.image_headers import BrokenImage
 from dpkd.errors import UserError, printable, refuse_secrets, without_secrets
 from dpkd.log import Progress, logger
 from dpkd.report.quarantine import Quarantine

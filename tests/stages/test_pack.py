@@ -6,8 +6,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
 
+from dpkd.data.images import decode_image
 from dpkd.data.settings import ClassSplits, FileSplits, FractionSplits, ShardSource, TableSource
 from dpkd.data.shards import Dataset
 from dpkd.errors import StorageError, UserError
@@ -348,3 +351,58 @@ def test_shards_of_other_images_are_not_touched_where_their_manifest_is_damaged(
     with pytest.raises(UserError, match=r"or one of other images, such as .*\.tar"):
         pack_at(images, tmp_path / "set")
     assert files_of(tmp_path / "set") == before
+
+
+def test_the_log_says_how_the_source_was_understood_and_what_was_passed_over(tmp_path, capsys):
+    images = make_folder(tmp_path / "images", counts={"train/cat": 3, "train/dog": 2, "train/nan": 1, "test/cat": 1})
+    for name in ("a.gif", "b.gif", "c.heic", "notes"):
+        (images / "train" / "cat" / name).write_bytes(b"x")
+    (images / "train" / "cat" / "d.jfif").write_bytes(image_bytes(50))
+    for folder in ("train/@eaDir", "__MACOSX/train/cat", "train/.ipynb_checkpoints", "train/#recycle"):
+        (images / folder).mkdir(parents=True)
+        (images / folder / "x.jpg").write_bytes(image_bytes(51))
+    pack_at(images, tmp_path / "set")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.removeprefix("pack: ") for line in lines] == [
+        "the folders are <split>/<class>/*, without a label in nan",
+        "2 classes: cat, dog",
+        "split test: 1 samples, 1 labelled in 1 classes, 0 without a label",
+        "split train: 7 samples, 6 labelled in 2 classes, 1 without a label",
+        "passed over 2 .gif, 1 .heic, 1 in #recycle, 1 in @eaDir, 1 in __MACOSX, 1 without a suffix",
+    ]
+
+
+def test_the_log_says_which_members_of_tars_were_passed_over(tmp_path, capsys):
+    sample = {"jpg": image_bytes(0), "cls": b"3", "txt": b"a caption", "npy": b"x"}
+    make_tar(tmp_path / "tars" / "train-0.tar", {"a": sample, "b": sample, "__MACOSX/c": sample, "._a": {"jpg": b"x"}})
+    pack_at(ShardSource(path=str(tmp_path / "tars")), tmp_path / "set")
+    assert "pack: passed over 4 in __MACOSX, 2 .npy, 2 .txt, 1 .jpg" in capsys.readouterr().out
+
+
+def test_folders_of_coco_are_splits_and_a_folder_of_other_pictures_is_refused_by_what_it_holds(tmp_path, capsys):
+    make_folder(tmp_path / "coco", counts={"train2017": 3, "val2017": 2})
+    manifest = pack_at(tmp_path / "coco", tmp_path / "set").manifest
+    assert {name: split.num_samples for name, split in manifest.splits.items()} == {"train2017": 3, "val2017": 2}
+    assert "pack: the folders are <split>/*, without labels" in capsys.readouterr().out
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone" / "a.HEIC").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"holds no image .*, but 1 \.heic: give another folder"):
+        pack_at(tmp_path / "phone", tmp_path / "other")
+
+
+def test_a_window_decides_the_bytes_of_shards_and_is_named_in_the_log(tmp_path, capsys):
+    folder = tmp_path / "ct" / "train"
+    folder.mkdir(parents=True)
+    values = np.linspace(-1000, 3000, 400).reshape(20, 20).astype(np.int16)
+    tifffile.imwrite(folder / "a.tif", values)
+    with pytest.raises(UserError, match=r"signed 16-bit values \(here -1000 to 3000\).*set data\.window"):
+        pack_at(tmp_path / "ct", tmp_path / "plain", limit=0.0)
+    window = {"low": -200, "high": 300}
+    dataset = pack_at(tmp_path / "ct", tmp_path / "set", window=window)
+    assert "pack: values of more than 8 bits from -200 to 300 became 0 to 255" in capsys.readouterr().out
+    expected = ((values.astype(float) + 200) / 500).clip(0, 1) * 255
+    np.testing.assert_array_equal(decode_image(dataset.split("train").read(0).image)[..., 0], expected.round())
+    with pytest.raises(UserError, match=r"data\.window was -200 to 300 and is None"):
+        pack_at(tmp_path / "ct", tmp_path / "set")
+    with pytest.raises(UserError, match=r"data\.window was -200 to 300 and is 0 to 300"):
+        pack_at(tmp_path / "ct", tmp_path / "set", window={"low": 0, "high": 300})

@@ -5,8 +5,8 @@ and the tar are reported instead, because members may be missing. A data set pac
 order.
 
     <key>.jpg|png|…     the image        <key>.json    {"label": 3, "class_name", "group", "attributes"}, all optional
-    <key>.mask.png      its mask         <key>.cls     the label as text, where there is no json
-    <key>.expert-<name>.png              other members stay out
+    <key>.mask.png      its mask         <key>.cls     the label as text, where the json says none
+    <key>.expert-<name>.png              other members stay out, and are counted
 """
 
 import re
@@ -19,10 +19,12 @@ from typing import Any
 
 from braceexpand import braceexpand
 
-from dpkd.data.images import BrokenImage
+from dpkd.data.image_headers import BrokenImage
 from dpkd.data.settings import ShardSource
 from dpkd.data.shards import EXPERT_PREFIX, MANIFEST_NAME, Dataset
-from dpkd.data.sources.records import IMAGE_SUFFIXES, Blob, Found, Record, class_of_label, refuse_no_file
+from dpkd.data.sources.folders import is_split_name
+from dpkd.data.sources.records import Blob, Record, SourceContents, refuse_no_file, suffix_of, system_folder
+from dpkd.data.sources.text import IMAGE_SUFFIXES, cell_name, class_of_label, decode_text
 from dpkd.data.tars import Member, list_members
 from dpkd.errors import UserError
 from dpkd.io import storage
@@ -48,9 +50,10 @@ class _Contents:
 
     records: list[Record] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
+    passed_over: Counter[str] = field(default_factory=Counter)
 
 
-def find_in_archives(source: ShardSource, *, pool: Pool) -> Found:
+def find_in_archives(source: ShardSource, *, pool: Pool) -> SourceContents:
     """All samples of the tars; raises `UserError` where there are none."""
     tars, classes = _tars(source.path)
     contents: list[_Contents] = [_Contents()] * len(tars)
@@ -59,11 +62,12 @@ def find_in_archives(source: ShardSource, *, pool: Pool) -> Found:
     keys = [record.name.rpartition(".")[0] for content in contents for record in content.records]
     if len(set(keys)) < len(keys):  # two tars use the same key for different samples
         contents = [_prefixed(content, tar.name) for content, tar in zip(contents, tars, strict=True)]
-    return Found(
+    return SourceContents(
         records=tuple(record for content in contents for record in content.records),
         bad=tuple(item for content in contents for item in content.bad),
         classes=classes,
         shuffled=True,
+        passed_over=sum((content.passed_over for content in contents), Counter()),
     )
 
 
@@ -112,7 +116,7 @@ def _list_tar(tar: _Tar, *, classes: tuple[str, ...] | None) -> _Contents:
         contents.bad.append((tar.name, str(error)))
         return contents
     contents.bad.extend((f"{tar.name}/{name}", reason) for name, reason in listing.refused)
-    samples = _by_key(listing.members)
+    samples = _by_key(listing.members, contents.passed_over)
     if listing.fault is not None:
         contents.bad.append((tar.name, listing.fault))
         if samples:
@@ -132,18 +136,31 @@ def _list_tar(tar: _Tar, *, classes: tuple[str, ...] | None) -> _Contents:
     return contents
 
 
-def _by_key(members: Iterable[Member]) -> list[tuple[str, list[tuple[str, Member]]]]:
-    """Members that follow one another and share a key, as WebDataset groups them: (key, [(extension, member)])."""
+def _by_key(members: Iterable[Member], passed_over: Counter[str]) -> list[tuple[str, list[tuple[str, Member]]]]:
+    """Members that follow one another and share a key, as WebDataset groups them: (key, [(extension, member)]).
+
+    Counts those that are no part of a sample in `passed_over`.
+    """
     samples: list[tuple[str, list[tuple[str, Member]]]] = []
     for member in members:
         match = re.fullmatch(r"((?:.*/|)[^./]+)\.([^/]+)", member.name, re.DOTALL)
-        if match is None:
+        folder = system_folder(member.name)
+        if match is None or folder is not None:
+            passed_over[f"in {folder}" if folder else suffix_of(member.name)] += 1
             continue
         key, extension = match.group(1), match.group(2).lower()
+        if not _is_part(extension):
+            passed_over[f".{extension}"] += 1
         if not samples or samples[-1][0] != key:
             samples.append((key, []))
         samples[-1][1].append((extension, member))
     return samples
+
+
+def _is_part(extension: str) -> bool:
+    """True for the members that are read of a sample."""
+    is_expert = extension.startswith(EXPERT_PREFIX) and extension.endswith(".png")
+    return is_expert or f".{extension}" in IMAGE_SUFFIXES or extension in ("json", "cls", "mask.png")
 
 
 def _record(tar: _Tar, key: str, members: list[tuple[str, Member]], *, classes: tuple[str, ...] | None) -> Record | str:
@@ -162,7 +179,7 @@ def _record(tar: _Tar, key: str, members: list[tuple[str, Member]], *, classes: 
         image=blob_of[images[0]],
         class_name=class_name,
         split=_split(tar.name),
-        group=str(meta["group"]) if meta.get("group") is not None else None,
+        group=cell_name(meta.get("group")),
         mask=blob_of.get("mask.png"),
         experts=tuple(
             (extension.removeprefix(EXPERT_PREFIX).removesuffix(".png"), blob)
@@ -174,14 +191,18 @@ def _record(tar: _Tar, key: str, members: list[tuple[str, Member]], *, classes: 
 
 
 def _meta(blob_of: dict[str, Blob]) -> dict[str, Any]:
-    if "json" in blob_of:
-        meta = parse_json(_text(blob_of["json"]))
-        if not isinstance(meta, dict) or not isinstance(meta.get("attributes") or {}, dict):
-            raise ValueError("the json member, or its attributes, is not an object")
-        return meta
+    """The json member, with the label of the cls member where it has none; raises `ValueError` where they differ."""
+    meta: Any = parse_json(_text(blob_of["json"])) if "json" in blob_of else {}
+    if not isinstance(meta, dict) or not isinstance(meta.get("attributes") or {}, dict):
+        raise ValueError("the json member, or its attributes, is not an object")  # noqa: TRY004 (a fault of the data)
     if "cls" in blob_of:
-        return {"label": _text(blob_of["cls"]).decode().strip()}
-    return {}
+        label = class_of_label(decode_text(_text(blob_of["cls"])))
+        in_json = class_of_label(meta.get("label"))
+        if in_json is not None and label is not None and label not in (in_json, cell_name(meta.get("class_name"))):
+            raise ValueError(f"the json member has the label {in_json!r}, and the cls member {label!r}")
+        if in_json is None and cell_name(meta.get("class_name")) is None:
+            return {**meta, "label": label}
+    return meta
 
 
 def _text(blob: Blob) -> bytes:
@@ -195,7 +216,7 @@ def _class(meta: dict[str, Any], *, classes: tuple[str, ...] | None) -> str | No
     label, name = meta.get("label"), meta.get("class_name")
     if name is not None and not isinstance(name, str):
         raise ValueError("the class name is no text")
-    by_label = class_of_label(label) if label is not None else None
+    name, by_label = cell_name(name), class_of_label(label)
     if classes is None or by_label is None:
         return name if name is not None else by_label
     if not by_label.isdecimal() or int(by_label) >= len(classes):
@@ -206,14 +227,16 @@ def _class(meta: dict[str, Any], *, classes: tuple[str, ...] | None) -> str | No
 
 
 def _split(tar_name: str) -> str | None:
-    """`train` of `train-000012.tar` and of `train/000012.tar`."""
+    """`train` of `train-000012.tar`, of `train-00000-of-00003.tar` and of `train/000012.tar`."""
     path = PurePosixPath(tar_name)
-    match = re.fullmatch(r"(.*?)[-_.]?\d*", path.stem)
-    prefix = match.group(1) if match else ""
-    return prefix or (path.parent.name or None)
+    stem = re.sub(r"[-_.]?\d+[-_.]?of[-_.]?\d+([-_.][0-9a-f]{8,})?$", "", path.stem)
+    prefix = stem if stem != path.stem else re.sub(r"[-_.]?\d*$", "", stem, count=1)
+    if is_split_name(path.parent.name) and not is_split_name(prefix):
+        return path.parent.name
+    return prefix or path.parent.name or None
 
 
 def _prefixed(content: _Contents, tar_name: str) -> _Contents:
     stem = tar_name.removesuffix(".tar")
     records = [replace(record, name=f"{stem}/{record.name}") for record in content.records]
-    return _Contents(records=records, bad=content.bad)
+    return _Contents(records=records, bad=content.bad, passed_over=content.passed_over)

@@ -1,16 +1,18 @@
 """Images in folders: `<split>/<class>/*`, `<class>/*`, `<split>/*`, or all in one.
 
 The depth tells which; one folder deep is `<split>/*` when all folders have a split's name (train, val, test, …), and
-`<class>/*` otherwise. A class folder called `unlabelled` holds samples without a label. Beside an image may stand
-`<stem>.mask.png` and `<stem>.expert-<name>.png`; `<stem>.instances.png` stays out.
+`<class>/*` otherwise. A class folder called `unlabelled`, or by a word for a missing label, holds samples without a
+label. Beside an image may stand `<stem>.mask.png` and `<stem>.expert-<name>.png`; `<stem>.instances.png` stays out, and
+so do the folders that systems make for themselves (`@eaDir`, `__MACOSX`, hidden ones).
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 from dpkd.data.settings import FolderSource
 from dpkd.data.shards import EXPERT_PREFIX
-from dpkd.data.sources.records import Blob, Found, Record, is_image
+from dpkd.data.sources.records import Blob, Record, SourceContents, describe_counts, suffix_of, system_folder
+from dpkd.data.sources.text import class_of_label, is_image
 from dpkd.errors import UserError
 from dpkd.io import storage
 
@@ -20,15 +22,11 @@ SPLIT_NAMES = frozenset(
 UNLABELLED = frozenset({"unlabelled", "unlabeled"})
 
 
-def find_in_folders(source: FolderSource) -> Found:
+def find_in_folders(source: FolderSource) -> SourceContents:
     """All images below the folder; raises `UserError` where there are none or their depths differ."""
     if not storage.exists(source.path):
         raise UserError(f"data.source.path={source.path} does not exist: give the folder that holds the images")
-    size_of = {name: size for name, size in storage.walk(source.path) if is_image(name)}
-    if not size_of:
-        raise UserError(
-            f"data.source.path={source.path} holds no image (.jpg, .png, .webp, .bmp, .tif): give another folder"
-        )
+    size_of, passed_over = _image_files(source.path)
     stems = {name.rpartition(".")[0] for name in size_of if not _note(name)}
     notes: dict[str, dict[str, str]] = defaultdict(dict)
     bad = []
@@ -41,7 +39,7 @@ def find_in_folders(source: FolderSource) -> Found:
     images = [name for name in size_of if not _note(name)]
     if not images:
         raise UserError(f"data.source.path={source.path} holds masks and no image: give another folder")
-    places = _places(images, path=source.path)
+    places, layout = _places(images, path=source.path)
 
     def blob(name: str) -> Blob:
         return Blob(storage.join(source.path, name), size=size_of[name])
@@ -62,7 +60,28 @@ def find_in_folders(source: FolderSource) -> Found:
             ),
         )
 
-    return Found(records=tuple(record(name) for name in images), bad=tuple(bad))
+    return SourceContents(
+        records=tuple(record(name) for name in images), bad=tuple(bad), layout=layout, passed_over=passed_over
+    )
+
+
+def _image_files(path: str) -> tuple[dict[str, int], Counter[str]]:
+    """Bytes of each image file by its name, and how many other files there are of which kind."""
+    size_of: dict[str, int] = {}
+    passed_over: Counter[str] = Counter()
+    for name, size in storage.walk(path):
+        if folder := system_folder(name):
+            passed_over[f"in {folder}"] += 1
+        elif is_image(name):
+            size_of[name] = size
+        else:
+            passed_over[suffix_of(name)] += 1
+    if not size_of:
+        others = f", but {describe_counts(passed_over)}" if passed_over else ""
+        raise UserError(
+            f"data.source.path={path} holds no image (.jpg, .png, .webp, .bmp, .tif){others}: give another folder"
+        )
+    return size_of, passed_over
 
 
 def _note(name: str) -> bool:
@@ -70,8 +89,8 @@ def _note(name: str) -> bool:
     return re.search(rf"[^/]\.(mask|instances|{EXPERT_PREFIX}[^./]+)\.png$", name) is not None
 
 
-def _places(images: list[str], *, path: str) -> dict[str, tuple[str | None, str | None]]:
-    """(split, class) of every image, by the depth of its folders."""
+def _places(images: list[str], *, path: str) -> tuple[dict[str, tuple[str | None, str | None]], str]:
+    """(split, class) of every image, by the depth of its folders, and how the folders were understood."""
     parts_of = {name: name.split("/")[:-1] for name in images}
     by_depth = {min(len(parts), 2): name for name, parts in reversed(parts_of.items())}
     if len(by_depth) > 1:
@@ -81,15 +100,25 @@ def _places(images: list[str], *, path: str) -> dict[str, tuple[str | None, str 
             "<class>/* (samples without a label in a class folder called `unlabelled`), one folder for all, or a table"
         )
     depth = next(iter(by_depth))
-    only_splits = {parts[0].lower() for parts in parts_of.values() if parts} <= SPLIT_NAMES
     if depth == 0:
-        return dict.fromkeys(images, (None, None))
-    if depth == 1 and only_splits:
-        return {name: (parts[0], None) for name, parts in parts_of.items()}
-    if depth == 1:
-        return {name: (None, _class(parts[0])) for name, parts in parts_of.items()}
-    return {name: (parts[0], _class(parts[1])) for name, parts in parts_of.items()}
+        return dict.fromkeys(images, (None, None)), "all images in one folder, without labels"
+    if depth == 1 and all(is_split_name(parts[0]) for parts in parts_of.values()):
+        return {name: (parts[0], None) for name, parts in parts_of.items()}, "<split>/*, without labels"
+    folders = {name: parts[depth - 1] for name, parts in parts_of.items()}
+    unlabelled = sorted({folder for folder in folders.values() if _class(folder) is None})
+    layout = ("<class>/*" if depth == 1 else "<split>/<class>/*") + (
+        f", without a label in {', '.join(unlabelled)}" if unlabelled else ""
+    )
+    return {name: (parts[0] if depth == 2 else None, _class(folders[name])) for name, parts in parts_of.items()}, layout
+
+
+def is_split_name(folder: str) -> bool:
+    """True for the names that splits have, with a year or without (`train2017`)."""
+    return re.sub(r"[-_]?(19|20)\d\d$", "", folder.lower()) in SPLIT_NAMES
 
 
 def _class(folder: str) -> str | None:
-    return None if folder.lower() in UNLABELLED else folder
+    try:
+        return None if folder.lower() in UNLABELLED else class_of_label(folder)
+    except ValueError:
+        return folder

@@ -4,23 +4,19 @@ import difflib
 import errno
 import hashlib
 import os
-import re
-import reprlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any
 
-from dpkd.data.images import BrokenImage
+from dpkd.data.image_headers import BrokenImage
+from dpkd.data.sources.text import key_of
 from dpkd.errors import StorageError, StorageUnavailable, UserError
 from dpkd.io import storage
 from dpkd.io.errors import may_pass
 
 MAX_FILE_BYTES = 1 << 31
 """Larger image files are not read: no image that is small enough to be decoded takes that much."""
-MAX_LABEL_LENGTH = 1000
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +69,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Found:
+class SourceContents:
     """All that a source holds."""
 
     records: tuple[Record, ...]
@@ -83,6 +79,10 @@ class Found:
     """The classes in the source's own order, where it has one."""
     shuffled: bool = False
     """True where the source's order is one to keep, because it streams."""
+    layout: str = ""
+    """How the source was understood."""
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+    """Suffix, or folder of a system, -> number of files that are no part of any sample."""
 
 
 def refuse_no_file(url: str) -> None:
@@ -90,11 +90,6 @@ def refuse_no_file(url: str) -> None:
     path = storage.local_path(url)
     if path is not None and os.path.lexists(path) and not storage.is_file(path):
         raise BrokenImage("it is no file, but a folder, a pipe, a device or a link to nowhere")
-
-
-def is_image(name: str) -> bool:
-    """True for the suffixes that images have."""
-    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def sorted_classes(names: Iterable[str | None]) -> tuple[str, ...]:
@@ -105,27 +100,9 @@ def sorted_classes(names: Iterable[str | None]) -> tuple[str, ...]:
     return tuple(sorted(distinct))
 
 
-def class_of_label(label: object) -> str | None:
-    """The class that a label names, None for -1; raises `ValueError` for a lower number and what is no name."""
-    if isinstance(label, float) and label.is_integer():
-        label = int(label)
-    if not isinstance(label, str | int):
-        raise ValueError(  # noqa: TRY004 (a fault of the data)
-            f"label {reprlib.repr(label)} is neither a name nor a whole number"
-        )
-    text = str(label)
-    if len(text) > MAX_LABEL_LENGTH:
-        raise ValueError(f"the label is {len(text)} characters long")
-    if re.fullmatch(r"-\d+", text):
-        if int(text) == -1:
-            return None
-        raise ValueError(f"label {text} is out of range: labels are names, numbers from 0, or -1 or empty for none")
-    return text
-
-
 def keys_of(names: Sequence[str]) -> list[str]:
     """A WebDataset key for each distinct name: the path without extension, dots replaced, told apart where two meet."""
-    keys = [_key(name) for name in names]
+    keys = [key_of(name) for name in names]
     counts = Counter(keys)
     return [
         key if counts[key] == 1 else f"{key}~{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
@@ -139,12 +116,32 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
-def _key(name: str) -> str:
-    text = name.encode("utf-8", "backslashreplace").decode("utf-8").split("://")[-1]
-    text = text.removeprefix("***@").removesuffix("?***")  # where secrets stood
-    parts = [part for part in PurePosixPath(text).parts if part not in ("/", ".")]
-    if is_image(parts[-1]):
-        parts[-1] = parts[-1].rpartition(".")[0]
-    parts = ["__" if part == ".." else part for part in parts]
-    parts[-1] = parts[-1].replace(".", "_")
-    return re.sub(r"[\x00-\x1f\x7f\\]", "_", "/".join(parts))
+def readable_name(name: str) -> str:
+    r"""The name with `\xe9` for each byte that is not UTF-8."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def suffix_of(name: str) -> str:
+    """The ending of a file's name from its last dot, for a report of what is passed over."""
+    stem, dot, suffix = name.rpartition("/")[2].rpartition(".")
+    return f".{suffix.lower()}" if dot and stem else "without a suffix"
+
+
+def describe_counts(counts: Mapping[str, int], *, limit: int = 12) -> str:
+    """`6 .gif, 2 .txt`, the most first."""
+    ordered = sorted(counts, key=lambda name: (-counts[name], name))
+    shown = ", ".join(f"{counts[name]:,} {name}" for name in ordered[:limit])
+    return shown + (f" and {len(ordered) - limit} more kinds" if len(ordered) > limit else "")
+
+
+def system_folder(name: str) -> str | None:
+    """The folder on the way to a file that an operating system or a NAS made for itself, None where there is none."""
+    return next((part for part in name.split("/")[:-1] if part.lower() in _SYSTEM_FOLDERS), None)
+
+
+_SYSTEM_FOLDERS = frozenset(
+    {
+        "@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "@__thumb", "__macosx", "$recycle.bin", "lost+found",
+        "system volume information", "__pycache__",
+    }
+)  # fmt: skip

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dpkd.data.settings import TableSource
-from dpkd.data.sources.records import Blob, Found, Record, class_of_label, nearest
+from dpkd.data.sources.records import Blob, Record, SourceContents, nearest
+from dpkd.data.sources.text import cell_name, cell_text, cell_value, class_of_label, decode_text, split_lines
 from dpkd.errors import UserError, without_secrets
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
@@ -26,11 +26,7 @@ MIN_TABLE_BYTES = 1 << 26
 ROWS_AT_ONCE = 256
 
 
-class _BadRow(ValueError):
-    """A row that cannot be used; the message says why."""
-
-
-def find_in_table(source: TableSource) -> Found:
+def find_in_table(source: TableSource) -> SourceContents:
     """All rows of the table; raises `UserError` where it cannot be read or lacks a column that the settings name."""
     rows = _read(source.path)
     _require_columns(source, rows)
@@ -39,7 +35,7 @@ def find_in_table(source: TableSource) -> Found:
     records: dict[str, Record] = {}
     bad: list[tuple[str, str]] = []
     for number, row in enumerate(rows, start=1):
-        name = _text(row.get(source.path_column))
+        name = cell_text(row.get(source.path_column))
         item = f"{source.path} row {number}" + (f" ({name})" if name else "")
         try:
             record = _record(row, source=source, folder=folder)
@@ -47,62 +43,53 @@ def find_in_table(source: TableSource) -> Found:
             if earlier is not None and earlier.image.url != record.image.url:  # what tells them apart is masked
                 record = replace(record, name=f"{record.name}~{storage.digest(record.image.url.encode())[:8]}")
             if record.name in records:
-                raise _BadRow("the path stands in an earlier row already")
+                raise ValueError("the path stands in an earlier row already")
             records[record.name] = record
-        except _BadRow as error:
+        except ValueError as error:
             bad.append((item, str(error)))
-    return Found(records=tuple(records[name] for name in sorted(records)), bad=tuple(bad))
+    return SourceContents(records=tuple(records[name] for name in sorted(records)), bad=tuple(bad))
 
 
 def _record(row: Row, *, source: TableSource, folder: str) -> Record:
     if error := row.get(_ERROR):
-        raise _BadRow(str(error))
-    name = _text(row.get(source.path_column))
+        raise ValueError(str(error))
+    name = cell_text(row.get(source.path_column))
     if name is None:
-        raise _BadRow(f"column {source.path_column!r} is empty")
-    mask = _text(row.get(source.mask_column)) if source.mask_column else None
-    split = _text(row.get(source.split_column)) if source.split_column else None
+        raise ValueError(f"column {source.path_column!r} is empty")
+    name = _as_here(folder, name)
+    mask = cell_text(row.get(source.mask_column)) if source.mask_column else None
+    split = cell_name(row.get(source.split_column)) if source.split_column else None
     if source.split_column and split is None:
-        raise _BadRow(f"column {source.split_column!r} is empty")
+        raise ValueError(f"column {source.split_column!r} is empty")
     return Record(
         name=without_secrets(name),
         image=_blob(folder, name),
-        class_name=_class(row.get(source.label_column)) if source.label_column else None,
+        class_name=class_of_label(row.get(source.label_column)) if source.label_column else None,
         split=split,
-        group=_text(row.get(source.group_column)) if source.group_column else None,
-        mask=_blob(folder, mask) if mask else None,
-        attributes={column: _value(row.get(column)) for column in source.attribute_columns},
+        group=cell_name(row.get(source.group_column)) if source.group_column else None,
+        mask=_blob(folder, _as_here(folder, mask)) if mask else None,
+        attributes={column: cell_value(row.get(column)) for column in source.attribute_columns},
     )
 
 
-def _class(value: Any) -> str | None:
-    value = _text(value) if isinstance(value, str) else _value(value)
-    try:
-        return class_of_label(value) if value is not None else None
-    except ValueError as error:
-        raise _BadRow(str(error)) from error
+def _url(folder: str, name: str) -> str:
+    return name if "://" in name or name.startswith("/") else storage.join(folder, name)
+
+
+def _as_here(folder: str, name: str) -> str:
+    """The path with slashes where a table made on Windows has backslashes, and no such file is here."""
+    path = storage.local_path(_url(folder, name))
+    return name.replace("\\", "/") if path is not None and "\\" in name and not storage.is_file(path) else name
 
 
 def _blob(folder: str, name: str) -> Blob:
-    url = name if "://" in name or name.startswith("/") else storage.join(folder, name)
+    url = _url(folder, name)
     path = storage.local_path(url)
     return Blob(url, size=path.stat().st_size if path is not None and storage.is_file(path) else -1)
 
 
 def _without_query(url: str) -> str:
     return url.partition("?")[0] if "://" in url else url
-
-
-def _value(value: Any) -> Any:
-    """The cell as JSON can hold it; None where it is empty."""
-    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
-        return None
-    return value if isinstance(value, str | int | float | bool | list | dict) else str(value)
-
-
-def _text(value: Any) -> str | None:
-    value = _value(value)
-    return None if value is None else str(value).strip() or None
 
 
 def _require_columns(source: TableSource, rows: list[Row]) -> None:
@@ -146,7 +133,7 @@ def _read(path: str) -> list[Row]:
 
 
 def _read_csv(data: bytes, delimiter: str = ",") -> Iterator[Row]:
-    for row in csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), delimiter=delimiter, strict=True):
+    for row in csv.DictReader(io.StringIO(decode_text(data), newline=""), delimiter=delimiter, strict=True):
         if None in row or None in row.values():
             yield {
                 **{column: value for column, value in row.items() if column is not None},
@@ -161,9 +148,7 @@ def _read_tsv(data: bytes) -> Iterator[Row]:
 
 
 def _read_jsonl(data: bytes) -> Iterator[Row]:
-    for line in data.decode("utf-8-sig").splitlines():
-        if not line.strip():
-            continue
+    for line in split_lines(data):
         try:
             row = parse_json(line)
         except ValueError as error:

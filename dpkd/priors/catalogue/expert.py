@@ -6,7 +6,8 @@ import numpy as np
 from pydantic import Field
 
 from dpkd.config import Config
-from dpkd.data.images import BrokenImage, decode_mask
+from dpkd.data.image_headers import BrokenImage
+from dpkd.data.images import decode_mask
 from dpkd.priors.base import Mirrored, grid_size
 from dpkd.priors.catalogue.kernels import cell_means
 from dpkd.priors.codecs import JpegCodec, Map

@@ -1,0 +1,242 @@
+"""What the head of an image file says before anything is decoded: size, kind of its numbers, and whether it is whole.
+
+Decoders convert in silence: they reinterpret signed numbers, keep the upper half of 16 bits, and fill what is cut off
+with grey. So the file is asked first, and refused by that reason.
+"""
+
+import io
+import re
+import struct
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from PIL import Image
+
+from dpkd.errors import without_secrets
+
+UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, EOFError, LookupError, ArithmeticError, struct.error)
+"""What Pillow raises over bytes that are not an image."""
+
+
+class BrokenImage(ValueError):
+    """Image bytes that cannot be used; the message says why, the caller adds whose they are."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
+
+
+@dataclass(frozen=True)
+class Header:
+    """An image file by its head."""
+
+    format: Literal["jpg", "png", "webp", "tiff", "bmp", "pnm"]
+    width: int
+    """Before any rotation."""
+    height: int
+    bits: int = 8
+    """Of one value."""
+    number: Literal["unsigned", "signed", "float"] = "unsigned"
+    num_scans: int = 1
+    """Passes over the pixels that the decoder makes."""
+    compression: int = 1
+    """TIFF's number of its compression."""
+    one_band: bool = False
+    """True where a TIFF declares a single band of numbers, of which 0 is the lowest."""
+    white_is_zero: bool = False
+    alpha: bool = False
+    """True where a TIFF has alpha beside its colours."""
+
+    @property
+    def deep(self) -> bool:
+        """True where the values are not whole numbers from 0 to 255."""
+        return self.bits > 8 or self.number != "unsigned"
+
+
+def image_format(data: bytes) -> Literal["jpg", "png", "webp"] | None:
+    """The format by the first bytes, whatever the file was called; None for any that shards do not hold."""
+    if data[:3] == b"\xff\xd8\xff":
+        return "jpg"
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return "png"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    return None
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """Width and height before any rotation; raises `BrokenImage` where none can be read. Ends before a JPEG's scans."""
+    if image_format(data) == "jpg":
+        for marker, at in _jpeg_segments(data):
+            if marker in _JPEG_FRAMES:
+                return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 3 : at + 5], "big")
+        raise BrokenImage("the jpg is cut short")
+    header = read_header(data)
+    return header.width, header.height
+
+
+def read_header(data: bytes) -> Header:
+    """What the head says; raises `BrokenImage` for a file that is cut short or of no format that is read."""
+    if not data:
+        raise BrokenImage("the file is empty")
+    match image_format(data):
+        case "jpg":
+            return _jpeg(data)
+        case "png":
+            return _png(data)
+        case "webp":
+            return _webp(data)
+    if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return _tiff(data)
+    return _bmp_or_pnm(data)
+
+
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+"""Of JPEG: neither a stuffed 0xFF, nor a restart within a scan, nor a filling byte."""
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_SCAN, _JPEG_END = 0xDA, 0xD9
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """(marker, offset after it) of the segments up to the first end mark that no segment holds (ISO 10918-1, B.1).
+
+    What follows the end mark (the video of a motion photo) and what stands inside a segment (a thumbnail) is passed
+    over. Bytes between segments are skipped, as decoders do.
+    """
+    at = 2
+    while found := _MARKER.search(data, at):
+        marker, at = data[found.end() - 1], found.end()
+        yield marker, at
+        if marker == _JPEG_END:
+            return
+        if marker not in (0x01, 0xD8):
+            at += int.from_bytes(data[at : at + 2], "big")
+
+
+def _jpeg(data: bytes) -> Header:
+    frame, num_scans, marker = -1, 0, 0
+    for marker, at in _jpeg_segments(data):
+        num_scans += marker == _JPEG_SCAN
+        if marker in _JPEG_FRAMES and frame < 0:
+            frame = at
+    if marker != _JPEG_END or not num_scans or frame < 0:
+        raise BrokenImage("the jpg is cut short")
+    bits, height, width = struct.unpack_from(">BHH", data, frame + 2)
+    return Header("jpg", width, height, bits=bits, num_scans=num_scans)
+
+
+def _png(data: bytes) -> Header:
+    at, kind = 8, b""
+    while kind != b"IEND":
+        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        at += 12 + length
+        if at > len(data):
+            raise BrokenImage("the png is cut short")
+    if data[12:16] != b"IHDR":
+        raise BrokenImage("the png does not begin with its header")
+    width, height, bits = struct.unpack_from(">IIB", data, 16)
+    return Header("png", width, height, bits=bits)
+
+
+def _webp(data: bytes) -> Header:
+    """The canvas of a WebP file (RFC 9649, section 2)."""
+    kind, head = data[12:16], data[20:30]
+    if len(head) < 10 or len(data) < 8 + int.from_bytes(data[4:8], "little"):
+        raise BrokenImage("the webp is cut short")
+    if kind == b"VP8X":
+        width, height = (1 + int.from_bytes(head[at : at + 3], "little") for at in (4, 7))
+    elif kind == b"VP8L":
+        bits = int.from_bytes(head[1:5], "little")
+        width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    elif kind == b"VP8 ":
+        width, height = (int.from_bytes(head[at : at + 2], "little") & 0x3FFF for at in (6, 8))
+    else:
+        raise BrokenImage("the webp begins with no image")
+    return Header("webp", width, height)
+
+
+_TIFF_COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}
+"""Photometric interpretation -> bands: white is zero, black is zero, RGB, palette, CMYK, YCbCr, CIE Lab."""
+_TIFF_NUMBERS: dict[int, Literal["unsigned", "signed", "float"]] = {1: "unsigned", 2: "signed", 3: "float"}
+
+
+def _tiff(data: bytes) -> Header:
+    """The first picture of a TIFF (TIFF 6.0, sections 2 to 8 and 18 to 19)."""
+    try:
+        tags = _tiff_tags(data)
+        (width, *_), (height, *_) = tags[256], tags[257]
+    except (struct.error, KeyError, ValueError) as error:
+        raise BrokenImage(f"the tiff is damaged or cut short: {error}") from error
+    samples, photometric = tags.get(277, (1,))[0], tags.get(262, (1,))[0]
+    bits, number = set(tags.get(258, (1,))), set(tags.get(339, (1,)))
+    colours = _TIFF_COLOURS.get(photometric)
+    if colours is None:
+        raise BrokenImage(f"the tiff holds colours of a kind that is not read (photometric {photometric}): save as RGB")
+    if samples != colours and (samples != colours + 1 or tags.get(338, (0,))[0] not in (1, 2)):
+        raise BrokenImage(
+            f"the tiff has {samples} bands, of which {colours} should hold its colours, and the others are not "
+            "declared as alpha: save the 1 or 3 bands that networks should see"
+        )
+    if len(bits) > 1 or not bits <= {1, 2, 4, 8, 16, 32, 64} or len(number) > 1 or not number <= set(_TIFF_NUMBERS):
+        raise BrokenImage(
+            f"the tiff holds values of {'/'.join(map(str, sorted(bits)))} bits (sample format "
+            f"{'/'.join(map(str, sorted(number)))}), which are not read: save it with 8 or 16 bits"
+        )
+    header = Header(
+        "tiff",
+        width,
+        height,
+        bits=bits.pop(),
+        number=_TIFF_NUMBERS[number.pop()],
+        compression=tags.get(259, (1,))[0],
+        one_band=samples == 1 and photometric == 1,
+        white_is_zero=photometric == 0,
+        alpha=samples > colours,
+    )
+    if header.deep and (photometric not in (0, 1, 2) or (header.alpha and tags[338][0] == 1)):
+        raise BrokenImage(
+            f"the tiff holds {header.number} {header.bits}-bit values of colours that are not RGB, or are multiplied "
+            "by their alpha: save it as plain RGB"
+        )
+    return header
+
+
+def _tiff_tags(data: bytes) -> dict[int, tuple[int, ...]]:
+    """The tags of the first picture that hold few whole numbers; raises struct.error or ValueError."""
+    order, big = "<" if data[:2] == b"II" else ">", 43 in data[2:4]
+    count_format, word, entry_bytes, types = ("Q", "Q", 20, "BHIQ") if big else ("H", "I", 12, "BHI")
+    kinds = dict(zip((1, 3, 4, 16), types, strict=False))
+    (start,) = struct.unpack_from(order + word, data, 8 if big else 4)
+    (num_entries,) = struct.unpack_from(order + count_format, data, start)
+    tags: dict[int, tuple[int, ...]] = {}
+    for number in range(min(num_entries, 4096)):
+        at = start + struct.calcsize("=" + count_format) + number * entry_bytes
+        tag, kind, count = struct.unpack_from(f"{order}HH{word}", data, at)
+        if kind not in kinds or not 1 <= count <= 256 or tag in tags:
+            continue
+        at += 4 + struct.calcsize("=" + word)
+        if count * struct.calcsize("=" + kinds[kind]) > struct.calcsize("=" + word):
+            (at,) = struct.unpack_from(order + word, data, at)
+        tags[tag] = struct.unpack_from(f"{order}{count}{kinds[kind]}", data, at)
+    return tags
+
+
+_PNM_MAXIMUM = re.compile(rb"P[2356](?:(?:\s|#[^\n]*\n)+\d+){2}(?:\s|#[^\n]*\n)+(\d+)")
+
+
+def _bmp_or_pnm(data: bytes) -> Header:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images, and of what is odd in a header
+            image = Image.open(io.BytesIO(data), formats=("BMP", "PPM"))
+    except Image.DecompressionBombError as error:
+        raise BrokenImage(f"the image is too large: {error}: cut it into tiles") from error
+    except UNREADABLE as error:
+        raise BrokenImage("the file is no JPEG, PNG, WebP, BMP, TIFF or PNM image that can be read") from error
+    if image.format == "BMP" or data[:2] in (b"P1", b"P4"):
+        return Header("bmp" if image.format == "BMP" else "pnm", *image.size)
+    maximum = _PNM_MAXIMUM.match(data)
+    if maximum is None:
+        raise BrokenImage("the file is a PNM image of a kind that is not read: save it as PNG")
+    return Header("pnm", *image.size, bits=8 if int(maximum[1]) < 256 else 16)

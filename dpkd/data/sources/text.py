@@ -1,0 +1,137 @@
+"""What text of other systems means, by one rule for every source: encodings, lines, cells, labels and listed paths."""
+
+import codecs
+import math
+import re
+import reprlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
+MAX_LABEL_LENGTH = 1000
+MISSING = frozenset(
+    {
+        "", "nan", "-nan", "NaN", "-NaN", "None", "null", "NULL", "NA", "N/A", "n/a", "<NA>", "#NA", "#N/A", "#N/A N/A",
+        "NaT", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN",
+    }
+)  # fmt: skip
+"""Words for a value that is missing: those that pandas reads so, and those that it writes."""
+
+
+def decode_text(data: bytes) -> str:
+    """The text without its byte order mark: UTF-8, or UTF-16 where the mark says so; raises `UnicodeDecodeError`."""
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if is_utf16 else "utf-8-sig")
+
+
+def split_lines(data: bytes) -> list[str]:
+    r"""The lines that hold anything, without white space around them; a line ends at \n or \r\n and at nothing else."""
+    return [line.strip() for line in decode_text(data).split("\n") if line.strip()]
+
+
+def cell_value(cell: Any) -> Any:
+    """The cell as JSON can hold it; None where it is empty, NaN or a word for a missing value."""
+    if isinstance(cell, bytes):
+        cell = cell.decode("utf-8", "surrogateescape")
+    if isinstance(cell, str):
+        return None if cell.strip() in MISSING else cell
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return None
+    return cell if isinstance(cell, int | float | bool | list | dict) else cell_value(str(cell))
+
+
+def cell_text(cell: Any) -> str | None:
+    """The cell as text without white space around it, None where it is missing."""
+    value = cell_value(cell)
+    return None if value is None else str(value).strip()
+
+
+def cell_name(cell: Any) -> str | None:
+    """The cell as the name of a class, group or split, None where it is missing; whole floats are integers."""
+    value = cell_value(cell)
+    text = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+    whole = re.fullmatch(r"(-?\d+)\.0*", text)
+    return None if value is None else whole[1] if whole else text
+
+
+def class_of_label(label: Any) -> str | None:
+    """The class that a label names, None for -1 or a missing one; raises `ValueError` for any other that is no name."""
+    label = cell_value(label)
+    if label is None:
+        return None
+    if not isinstance(label, str | int | float) or (isinstance(label, float) and not label.is_integer()):
+        raise ValueError(f"label {reprlib.repr(label)} is neither a name nor a whole number")
+    text = cell_name(label) or ""
+    if len(text) > MAX_LABEL_LENGTH:
+        raise ValueError(f"the label is {len(text)} characters long")
+    if re.fullmatch(r"-\d+", text):
+        if int(text) < -1:
+            raise ValueError(f"label {text} is out of range: labels are names, numbers from 0, or -1 or empty for none")
+        return None if int(text) == -1 else "0"
+    return text
+
+
+def is_image(name: str) -> bool:
+    """True for the suffixes that images have."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def key_of(name: str) -> str:
+    """A WebDataset key for a name: the path without extension, dots and what no path should hold replaced."""
+    text = name.encode("utf-8", "backslashreplace").decode("utf-8").split("://")[-1]
+    text = text.removeprefix("***@").removesuffix("?***")  # where secrets stood
+    parts = [part for part in PurePosixPath(text).parts if part not in ("/", ".")] or ["_"]
+    if is_image(parts[-1]):
+        parts[-1] = parts[-1].rpartition(".")[0]
+    parts = ["__" if part == ".." else part for part in parts]
+    parts[-1] = parts[-1].replace(".", "_")
+    return re.sub(r"[\x00-\x1f\x7f\\]", "_", "/".join(parts))
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The samples that the lines of a list name."""
+
+    numbers: tuple[tuple[str, int], ...]
+    """(line, number of its sample)."""
+    unknown: tuple[str, ...]
+    prefix: str = ""
+    """What was taken off lines that name samples by a longer path."""
+
+
+def match_lines(lines: Sequence[str], number_of: Mapping[str, int]) -> Listed:
+    r"""Finds the sample that each line names by its path or key.
+
+    Besides the plain name a line may have `./` before it, backslashes, a label after it (`a/0.jpg 3`), and folders
+    before it that are no part of the names, where they are the same for all lines that need it.
+    """
+    found: dict[str, int] = {}
+    longer: dict[str, tuple[str, int]] = {}
+    for line in lines:
+        without_label = re.sub(r"[\s,;]+\S+$", "", line)
+        plain = [re.sub(r"^(\./+)+", "", text.replace("\\", "/")) for text in (line, without_label)]
+        for name in (line, *plain, *map(key_of, plain)):
+            if name in number_of:
+                found[line] = number_of[name]
+                break
+        else:
+            for path in plain:
+                parts = path.split("/")
+                for count in range(1, len(parts)):
+                    shorter = "/".join(parts[count:])
+                    number = number_of.get(shorter, number_of.get(key_of(shorter)))
+                    if number is not None:
+                        longer.setdefault(line, ("/".join(parts[:count]) + "/", number))
+    prefixes = Counter(prefix for prefix, _ in longer.values())
+    if len(prefixes) == 1:
+        found |= {line: number for line, (_, number) in longer.items()}
+    return Listed(
+        numbers=tuple((line, found[line]) for line in lines if line in found),
+        unknown=tuple(line for line in lines if line not in found),
+        prefix=next(iter(prefixes)) if len(prefixes) == 1 else "",
+    )
