@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dpkd.data.shard_index import index_name
-from dpkd.data.shards import MANIFEST_NAME, Dataset, Split, checksum
+from dpkd.data.shards import MANIFEST_NAME, Dataset, Split, checksum, index_name
 from dpkd.io import storage
 
 Change = Callable[[bytes], bytes]

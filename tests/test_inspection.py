@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from dpkd import cli
-from dpkd.data.shard_index import read_index
 from dpkd.data.shards import Dataset
 from dpkd.errors import UserError
 from dpkd.io.record import checked
@@ -95,7 +94,7 @@ def test_maps_of_another_image_are_found_though_every_hash_is_right(dataset):
     folder = Path(dataset.url) / "priors/default"
     tar, place = folder / "train-000000.tar", folder / "train-000000.index.msgpack"
     index, data = PriorIndex.from_bytes(place.read_bytes()), bytearray(tar.read_bytes())
-    key = read_index(dataset.url, dataset.manifest.splits["train"].shards[0]).keys[1]
+    key = dataset.split("train").keys[1]
     first = data[index.offsets[0] : index.offsets[0] + index.sizes[0]]
     record = Record.from_bytes(bytes(first))
     foreign = Record(key=record.key, source=b"x" * 16, maps=record.maps, bad=None).to_bytes()

@@ -9,8 +9,8 @@
       <key>.expert-<name>.png       optional, any number
   <split>-000000.index.msgpack      `ShardIndex`: columns, one entry a sample; written after its tar
 
-A sample's bytes are checked against the index whenever they are read: damage inside a JPEG decodes without a word.
-Manifest and index have a checksum of their own each: so does a label with a changed bit.
+A sample's bytes are checked against the index whenever they are read, because damage inside a JPEG decodes without an
+error. Manifest and index have a checksum of their own each, which shows a changed bit of a label.
 
 A key is the path of the image in its source without the extension. Axes: N samples.
 """
@@ -30,23 +30,35 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dpkd.data.shard_index import FORMAT_VERSION, IMAGE_EXTENSIONS, ShardIndex, ShardInfo, read_index
 from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
-from dpkd.io.recent import MAX_FILES, MAX_INDEXES, Recent
-from dpkd.io.record import checked, parse_checked
+from dpkd.io.lru_cache import MAX_FILES, MAX_INDEXES, LRUCache
+from dpkd.io.record import checked, pack_checked, parse_checked, unpack_checked
 from dpkd.io.shard_cache import ChecksumDiffers, open_shard
 from dpkd.io.untrusted import parse_json
 
+FORMAT_VERSION = 1
 MANIFEST_NAME = "dataset.json"
 EXPERT_PREFIX = "expert-"
 MASK_EXTENSION = "mask.png"
+IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 _OTHER_CHECKSUM = "its checksum differs from the one in dataset.json"
 
 
 class ManifestDamaged(UserError):
     """A dataset.json that cannot be read, or was changed since it was written."""
+
+
+class ShardInfo(BaseModel):
+    """One shard of a split."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str = Field(pattern=r"^\w[\w.-]*\.tar$")
+    """A file of the data set's own folder: no path."""
+    num_samples: int = Field(ge=0)
+    size_bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 class SplitInfo(BaseModel):
@@ -93,6 +105,73 @@ class Manifest(BaseModel):
         return storage.digest(
             "".join(shard.sha256 for split in self.splits.values() for shard in split.shards).encode()
         )
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The index beside a shard, in columns; an offset of -1 means that the sample has no such member."""
+
+    keys: tuple[str, ...]
+    label_N: npt.NDArray[np.int64]
+    groups: tuple[str | None, ...]
+    members: dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]
+    """extension -> (offset of each sample's data, size of it)."""
+    shard: ShardInfo
+    checksum_N: npt.NDArray[np.uint32]
+    """`checksum` of each sample."""
+    plan: str = ""
+    """Digest of what the shard was to be made from."""
+    bad: tuple[tuple[str, str], ...] = ()
+    """(item, reason) of what could not be packed."""
+    pixel_counts: tuple[tuple[int, ...], ...] = ()
+    """For R, G and B: how often each of the 256 values occurs."""
+
+    def to_bytes(self) -> bytes:
+        """The file's content."""
+        columns = {ext: [offset.tolist(), size.tolist()] for ext, (offset, size) in sorted(self.members.items())}
+        content = {
+            "format_version": FORMAT_VERSION,
+            "shard": self.shard.model_dump(),
+            "plan": self.plan,
+            "keys": self.keys,
+            "labels": self.label_N.tolist(),
+            "groups": self.groups,
+            "members": columns,
+            "bad": self.bad,
+            "pixel_counts": self.pixel_counts,
+            "checksums": self.checksum_N.tolist(),
+        }
+        return pack_checked(content)
+
+    @staticmethod
+    def from_bytes(data: bytes) -> "ShardIndex":
+        """Reads the file's content; raises `ValueError` where it is damaged or another file's."""
+        content = unpack_checked(data)
+        try:
+            columns = content["members"].items()
+            return ShardIndex(
+                keys=content["keys"],
+                label_N=np.array(content["labels"], np.int64),
+                groups=content["groups"],
+                members={ext: (np.array(at, np.int64), np.array(size, np.int64)) for ext, (at, size) in columns},
+                shard=ShardInfo(**content["shard"]),
+                checksum_N=np.array(content["checksums"], np.uint32),
+                plan=content["plan"],
+                bad=content["bad"],
+                pixel_counts=content["pixel_counts"],
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a shard index: {error!r}") from error
+
+
+def given_name(extension: str) -> str:
+    """`mask` of mask.png, and `<name>` of expert-<name>.png."""
+    return extension.removeprefix(EXPERT_PREFIX).removesuffix(".png")
+
+
+def index_name(shard_name: str) -> str:
+    """The file name of a shard's index."""
+    return shard_name.removesuffix(".tar") + ".index.msgpack"
 
 
 @dataclass(frozen=True)
@@ -157,7 +236,7 @@ class Dataset:
         for index in (index for name in self.manifest.splits for index in self.split(name).indexes()):
             for extension, (offset_N, _) in index.members.items():
                 if extension == MASK_EXTENSION or extension.startswith(EXPERT_PREFIX):
-                    count[_given_name(extension)] += int((offset_N >= 0).sum())
+                    count[given_name(extension)] += int((offset_N >= 0).sum())
         return dict(sorted(count.items()))
 
 
@@ -174,8 +253,8 @@ class Split:
         self.num_samples = info.num_samples
         self.shard_sizes = [shard.num_samples for shard in info.shards]
         self._ends = list(accumulate(self.shard_sizes))
-        self._files: Recent[int] = Recent(MAX_FILES, let_go=os.close)
-        self._indexes: Recent[ShardIndex] = Recent(MAX_INDEXES)
+        self._files: LRUCache[int] = LRUCache(MAX_FILES, on_evict=os.close)
+        self._indexes: LRUCache[ShardIndex] = LRUCache(MAX_INDEXES)
         self._fault_of: dict[int, str | None] = {}
 
     @property
@@ -195,7 +274,7 @@ class Split:
 
     def index(self, k: int) -> ShardIndex:
         """The index of shard `k`; raises `UserError` where it is missing or does not belong to its shard."""
-        return self._indexes.get(k, lambda number: read_index(self.url, self.info.shards[number]))
+        return self._indexes.get(k, self._read_index)
 
     def indexes(self) -> Iterator[ShardIndex]:
         """The index of every shard, one after the other: a large split's do not fit the memory together."""
@@ -211,22 +290,22 @@ class Split:
     def read(self, i: int) -> Sample:
         """Sample `i`; raises `UserError` that names shard and key where its bytes are missing or damaged."""
         shard, row = self.locate(i)
-        found = self._read(shard, row)
-        if isinstance(found, Unreadable):
-            place = f"{self._place(shard)}, sample {found.key!r}"
-            raise UserError(f"{place}: {found.reason}; restore the shard, or pack the images again")
-        return found
+        sample = self._read(shard, row)
+        if isinstance(sample, Unreadable):
+            place = f"{self._place(shard)}, sample {sample.key!r}"
+            raise UserError(f"{place}: {sample.reason}; restore the shard, or pack the images again")
+        return sample
 
     def read_shard(self, k: int) -> Iterator[Sample | Unreadable]:
         """The samples of shard `k`, in order, with the reason in the place of one that cannot be read.
 
-        Where the file has a fault, a sample is read if its own bytes are as they were packed. An earlier dpkd kept no
-        checksum of each sample, and a remote shard is fetched whole or not at all: of those, no sample is read.
+        Where the file has a fault, a sample is read if its own bytes are as they were packed. A remote shard is fetched
+        whole or not at all.
         """
         index, fault = self.index(k), self.fault(k)
-        trusted = fault is None or (index.checksum_N is not None and storage.local_path(self._place(k)) is not None)
+        fetched = fault is None or storage.local_path(self._place(k)) is not None
         for row, key in enumerate(index.keys):
-            yield self._read(k, row) if trusted else Unreadable(key, f"its shard is damaged: {fault}")
+            yield self._read(k, row) if fetched else Unreadable(key, f"its shard is damaged: {fault}")
 
     def fault(self, k: int) -> str | None:
         """Why the file of shard `k` is not the one that dataset.json lists, None where it is; reads all of it once.
@@ -235,16 +314,13 @@ class Split:
         """
         if k not in self._fault_of:
             try:
-                self._fault_of[k] = _fault(self._files.get(k, self._open), self.info.shards[k])
+                self._fault_of[k] = _file_fault(self._files.get(k, self._open), self.info.shards[k])
             except ChecksumDiffers:  # of a remote shard, which is then not kept
                 self._fault_of[k] = _OTHER_CHECKSUM
         return self._fault_of[k]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "name": self.name, "info": self.info}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Split, (self.url, self.name, self.info)
 
     def _place(self, shard: int) -> str:
         return storage.join(self.url, self.info.shards[shard].name)
@@ -258,12 +334,30 @@ class Split:
         if len(block) < end - start:
             return Unreadable(key, f"the shard is cut short: {len(block):,} of {end - start:,} bytes are there")
         members = {ext: block[at - start : at - start + size] for ext, (at, size) in spans.items()}
-        if index.checksum_N is not None and checksum(members) != index.checksum_N[row]:
+        if checksum(members) != index.checksum_N[row]:
             return Unreadable(key, "its bytes are not those that were packed (their checksum differs)")
+        return Sample(
+            key=key,
+            image=next(members[extension] for extension in IMAGE_EXTENSIONS if extension in members),
+            meta=parse_json(members["json"]),
+            mask=members.get(MASK_EXTENSION),
+            experts={given_name(ext): data for ext, data in members.items() if ext.startswith(EXPERT_PREFIX)},
+        )
+
+    def _read_index(self, shard: int) -> ShardIndex:
+        info = self.info.shards[shard]
+        place = storage.join(self.url, index_name(info.name))
         try:
-            return _sample(key, members)
+            index = ShardIndex.from_bytes(storage.read_bytes(place))
+        except NO_FILE as error:
+            raise UserError(f"{place} is missing; dataset.json lists its shard: pack or copy it again") from error
         except ValueError as error:
-            return Unreadable(key, f"its json cannot be read: {error}")
+            raise UserError(f"{place} cannot be read: {error}; pack or copy it again") from error
+        if index.shard != info:
+            raise UserError(
+                f"{place} does not belong to the {info.name} that dataset.json lists: pack the data set again"
+            )
+        return index
 
     def _open(self, shard: int) -> int:
         info = self.info.shards[shard]
@@ -281,8 +375,8 @@ def checksum(members: dict[str, bytes]) -> int:
     return crc
 
 
-def _fault(descriptor: int, info: ShardInfo) -> str | None:
-    """What is wrong with an open shard."""
+def _file_fault(descriptor: int, info: ShardInfo) -> str | None:
+    """What is wrong with an open shard, None where it is the one of the manifest."""
     digest, size_bytes = hashlib.sha256(), 0
     while block := os.pread(descriptor, 1 << 20, size_bytes):
         digest.update(block)
@@ -297,21 +391,3 @@ def _fault(descriptor: int, info: ShardInfo) -> str | None:
 def read_span(descriptor: int, offset: int, size: int) -> bytes:
     """`size` bytes of an open file from `offset`; fewer, and no more memory, where the file ends before."""
     return os.pread(descriptor, max(0, min(size, os.fstat(descriptor).st_size - offset)), offset)
-
-
-def _meta(data: bytes) -> dict[str, Any]:
-    meta = parse_json(data)
-    if not isinstance(meta, dict):
-        raise ValueError("the json member of a sample is no object")  # noqa: TRY004 (a fault of the data)
-    return meta
-
-
-def _given_name(extension: str) -> str:
-    """`mask` of mask.png, and `<name>` of expert-<name>.png."""
-    return extension.removeprefix(EXPERT_PREFIX).removesuffix(".png")
-
-
-def _sample(key: str, members: dict[str, bytes]) -> Sample:
-    image = next(members[ext] for ext in IMAGE_EXTENSIONS if ext in members)
-    experts = {_given_name(ext): data for ext, data in members.items() if ext.startswith(EXPERT_PREFIX)}
-    return Sample(key=key, image=image, meta=_meta(members["json"]), mask=members.get(MASK_EXTENSION), experts=experts)

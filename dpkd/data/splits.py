@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dpkd.data.settings import ClassSplits, FileSplits, FractionSplits, GivenSplits
 from dpkd.data.sources.records import Record, keys_of, nearest
@@ -25,17 +25,17 @@ class Assignment:
 
 def draw(seed: int, name: str) -> bytes:
     """A number for sorting, drawn from the seed and a name alone."""
-    return hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest()
+    return hashlib.sha256(f"{seed}/{name}".encode()).digest()
 
 
-def groups_of(records: Sequence[Record], pattern: str | None) -> list[str | None]:
-    """The group of every sample: by the pattern's first group where there is a pattern, else as the source names it.
+def group_by_pattern(records: Sequence[Record], pattern: str | None) -> tuple[list[Record], list[tuple[str, str]]]:
+    """The samples, each in the group that the pattern finds in its path, and (name, reason) of those it does not match.
 
-    A None means that the sample stands alone, or, where there is a pattern, that it does not match. Raises `UserError`
-    for a pattern that cannot be used or matches no sample.
+    Without a pattern the groups stay as the source names them. Raises `UserError` for a pattern that cannot be used or
+    matches no sample.
     """
     if pattern is None:
-        return [record.group for record in records]
+        return list(records), []
     try:
         compiled = re.compile(pattern)
     except re.error as error:
@@ -44,22 +44,20 @@ def groups_of(records: Sequence[Record], pattern: str | None) -> list[str | None
         raise UserError(
             f"data.group_pattern={pattern!r} has no group: put the part that names the group in parentheses"
         )
-    matches = [compiled.search(record.name) for record in records]
-    if records and not any(matches):
+    matches = [(record, compiled.search(record.name)) for record in records]
+    grouped = [
+        replace(record, group=match.group(1)) for record, match in matches if match and match.group(1) is not None
+    ]
+    if records and not any(match for _, match in matches):
         raise UserError(
             f"data.group_pattern={pattern!r} matches no sample; a sample's path is, for one, {records[0].name!r}"
         )
-    return [match.group(1) if match else None for match in matches]
+    reason = f"data.group_pattern={pattern!r} does not match the path; let it match every one"
+    return grouped, [(record.name, reason) for record, match in matches if not match or match.group(1) is None]
 
 
 def assign(
-    records: Sequence[Record],
-    splits: Splits,
-    *,
-    groups: Sequence[str | None],
-    seed: int,
-    train: str,
-    listed: Mapping[str, Sequence[str]],
+    records: Sequence[Record], splits: Splits, *, seed: int, train: str, listed: Mapping[str, Sequence[str]]
 ) -> Assignment:
     """Assigns every sample to a split; the same for the same samples, settings and seed.
 
@@ -69,35 +67,38 @@ def assign(
     """
     match splits:
         case GivenSplits():
-            assignment = Assignment(tuple(record.split or train for record in records))
+            wanted, assignment = set(), Assignment(tuple(record.split or train for record in records))
         case FractionSplits():
-            assignment = Assignment(tuple(_by_fraction(records, splits.fractions, groups=groups, seed=seed)))
+            wanted = set(splits.fractions)
+            assignment = Assignment(tuple(_by_fraction(records, splits.fractions, seed=seed)))
         case ClassSplits():
+            wanted = set(splits.classes)
             assignment = Assignment(tuple(_by_class(records, splits.classes, seed=seed, train=train)))
         case FileSplits():
-            assignment = _by_file(records, listed)
-    _refuse_cut_groups(records, assignment.splits, groups)
-    _refuse_empty(splits, assignment.splits)
+            wanted, assignment = set(splits.files), _by_file(records, listed)
+    _refuse_cut_groups(records, assignment.splits)
+    if empty := sorted(wanted - set(assignment.splits)):
+        raise UserError(
+            f"data.splits leaves the split {empty[0]!r} without a sample ({len(records)} samples in all): "
+            "change the numbers, or leave that split out"
+        )
     return assignment
 
 
-def _by_fraction(
-    records: Sequence[Record], fractions: Mapping[str, float], *, groups: Sequence[str | None], seed: int
-) -> list[str | None]:
+def _by_fraction(records: Sequence[Record], fractions: Mapping[str, float], *, seed: int) -> list[str | None]:
     """Whole groups in drawn order, each to the split that lacks most of the group's main class."""
     if abs(sum(fractions.values()) - 1) > 1e-6 or min(fractions.values(), default=0) <= 0:
         raise UserError(f"data.splits.fractions={dict(fractions)} must be above 0 and sum to 1")
     members: dict[tuple[bool, str], list[int]] = defaultdict(list)
-    for i, (record, group) in enumerate(zip(records, groups, strict=True)):
-        members[group is not None, record.name if group is None else group].append(i)
+    for i, record in enumerate(records):
+        members[record.group is not None, record.name if record.group is None else record.group].append(i)
     strata: dict[str, list[tuple[bool, str]]] = defaultdict(list)
     for unit, rows in members.items():
         counts = Counter(records[i].class_name or "" for i in rows)
         strata[min(counts, key=lambda name: (-counts[name], name))].append(unit)
     split_of: list[str | None] = [None] * len(records)
-    lacking = dict.fromkeys(
-        fractions, 0.0
-    )  # carried from class to class, so that rare classes reach the small splits too
+    # carried from class to class, so that rare classes reach the small splits too
+    lacking = dict.fromkeys(fractions, 0.0)
     for stratum in sorted(strata):
         units = sorted(strata[stratum], key=lambda unit: draw(seed, unit[1]))
         num_samples = sum(len(members[unit]) for unit in units)
@@ -127,11 +128,10 @@ def _by_class(
                 raise UserError(f"data.splits.classes gives the class {name!r} to {split_of[name]!r} and to {split!r}")
             split_of[name] = split
     free = sorted(known - set(split_of), key=lambda name: draw(seed, name))
-    num_free = len(free)
     num_wanted = sum(wanted for wanted in classes.values() if isinstance(wanted, int))
-    if num_wanted > num_free:
+    if num_wanted > len(free):
         raise UserError(
-            f"data.splits.classes asks for {num_wanted} classes, and the source has {num_free}: ask for fewer"
+            f"data.splits.classes asks for {num_wanted} classes, and the source has {len(free)}: ask for fewer"
         )
     for split, wanted in classes.items():
         for _ in range(wanted if isinstance(wanted, int) else 0):
@@ -165,32 +165,14 @@ def _by_file(records: Sequence[Record], listed: Mapping[str, Sequence[str]]) -> 
     return Assignment(tuple(split_of), tuple(unknown))
 
 
-def _refuse_cut_groups(records: Sequence[Record], splits: Sequence[str | None], groups: Sequence[str | None]) -> None:
+def _refuse_cut_groups(records: Sequence[Record], splits: Sequence[str | None]) -> None:
     first: dict[str, int] = {}
-    for i, group in enumerate(groups):
-        if group is None or splits[i] is None:
+    for i, record in enumerate(records):
+        if record.group is None or splits[i] is None:
             continue
-        j = first.setdefault(group, i)
+        j = first.setdefault(record.group, i)
         if splits[j] != splits[i]:
             raise UserError(
-                f"the group {group!r} would be cut: {records[j].name} is in split {splits[j]!r} "
-                f"and {records[i].name} in {splits[i]!r}; change data.splits, or what puts them into one group"
+                f"the group {record.group!r} would be cut: {records[j].name} is in split {splits[j]!r} "
+                f"and {record.name} in {splits[i]!r}; change data.splits, or what puts them into one group"
             )
-
-
-def _refuse_empty(settings: Splits, splits: Sequence[str | None]) -> None:
-    match settings:
-        case FractionSplits():
-            wanted = set(settings.fractions)
-        case ClassSplits():
-            wanted = set(settings.classes)
-        case FileSplits():
-            wanted = set(settings.files)
-        case GivenSplits():
-            wanted = set()
-    empty = sorted(wanted - set(splits))
-    if empty:
-        raise UserError(
-            f"data.splits leaves the split {empty[0]!r} without a sample ({len(splits)} samples in all): "
-            "change the numbers, or leave that split out"
-        )

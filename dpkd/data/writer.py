@@ -11,16 +11,12 @@ import numpy.typing as npt
 from dpkd.data.image_headers import BrokenImage
 from dpkd.data.images import check_image, check_mask
 from dpkd.data.settings import Window
-from dpkd.data.shard_index import ShardIndex, ShardInfo, index_name
-from dpkd.data.shards import EXPERT_PREFIX, FORMAT_VERSION, checksum
+from dpkd.data.shards import EXPERT_PREFIX, FORMAT_VERSION, ShardIndex, ShardInfo, checksum, index_name
 from dpkd.data.sources.records import Record
 from dpkd.data.tars import Member, TarWriter
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
 from dpkd.launch.heartbeat import pulse
-
-Row = tuple[str, int, str | None, int, dict[str, Member]]
-"""Key, label, group, checksum, and where the members stand."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +25,6 @@ class Planned:
 
     key: str
     label: int
-    group: str | None
     record: Record
 
     @property
@@ -38,7 +33,7 @@ class Planned:
         return {
             "label": self.label if self.label >= 0 else None,
             "class_name": self.record.class_name,
-            "group": self.group,
+            "group": self.record.group,
             "source": self.record.name,
             "attributes": self.record.attributes,
         }
@@ -73,20 +68,28 @@ class ShardJob:
         return f"{self.name} ({len(self.samples)} samples)"
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A sample as it was written."""
+
+    planned: Planned
+    checksum: int
+    members: dict[str, Member]
+
+
 def write_shard(job: ShardJob) -> ShardIndex:
     """Writes the shard, then its index, unless both stand already; returns the index.
 
-    Raises `UserError` where the place cannot be written.
+    Raises `StorageError` where the place cannot be written.
     """
-    if (standing := standing_shard(job)) is not None:
-        return standing
+    if (finished := finished_shard(job)) is not None:
+        return finished
     cv2.setNumThreads(1)
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # broken images are reported by name
-    rows: list[Row] = []
+    rows: list[_Row] = []
     bad: list[tuple[str, str]] = []
     pixel_counts = np.zeros((3, 256), np.int64)
-    place = storage.join(job.url, job.name)
-    with storage.open_atomic(place) as file:
+    with storage.open_atomic(storage.join(job.url, job.name)) as file:
         writer = TarWriter(file)
         for sample in job.samples:
             pulse()
@@ -96,18 +99,27 @@ def write_shard(job: ShardJob) -> ShardIndex:
                 bad.append((sample.record.name, str(error)))
                 continue
             written = {extension: writer.add(f"{sample.key}.{extension}", data) for extension, data in members.items()}
-            rows.append((sample.key, sample.label, sample.group, checksum(members), written))
+            rows.append(_Row(sample, checksum(members), written))
             for channel in range(3):
                 pixel_counts[channel] += np.bincount(image_HWC[:, :, channel].ravel(), minlength=256)
         writer.finish()
-    info = ShardInfo(name=job.name, num_samples=len(rows), size_bytes=writer.size_bytes, sha256=writer.sha256)
-    index = _index(rows, info=info, plan=job.plan, bad=bad, pixel_counts=pixel_counts)
+    index = ShardIndex(
+        keys=tuple(row.planned.key for row in rows),
+        label_N=np.array([row.planned.label for row in rows], np.int64),
+        groups=tuple(row.planned.record.group for row in rows),
+        members=_member_columns(rows),
+        shard=ShardInfo(name=job.name, num_samples=len(rows), size_bytes=writer.size_bytes, sha256=writer.sha256),
+        plan=job.plan,
+        bad=tuple(bad),
+        pixel_counts=tuple(tuple(counts) for counts in pixel_counts.tolist()),
+        checksum_N=np.array([row.checksum for row in rows], np.uint32),
+    )
     storage.write_bytes_atomic(storage.join(job.url, index_name(job.name)), index.to_bytes())
     return index
 
 
-def standing_shard(job: ShardJob) -> ShardIndex | None:
-    """The index of a shard that stands whole, made from the same plan; None where it must be written."""
+def finished_shard(job: ShardJob) -> ShardIndex | None:
+    """The index of a shard that is whole and was made from the same plan; None where it must be written."""
     place = storage.join(job.url, job.name)
     try:
         index = ShardIndex.from_bytes(storage.read_bytes(storage.join(job.url, index_name(job.name))))
@@ -125,51 +137,27 @@ def _members(sample: Planned, window: Window | None) -> tuple[dict[str, bytes], 
     """Extension -> bytes, in the order of the tar, and the decoded image; raises `BrokenImage` with the reason."""
     record = sample.record
     image = check_image(record.image.read(), window=window)
-    height, width = image.image_HWC.shape[:2]
     members = {image.extension: image.data, "json": _json(sample.meta)}
-    if record.mask is not None:
-        members["mask.png"] = _annotation("mask", record.mask.read(), height=height, width=width)
-    for name, blob in record.experts:
-        members[f"{EXPERT_PREFIX}{name}.png"] = _annotation(
-            f"expert map {name}", blob.read(), height=height, width=width
-        )
+    masks = [("mask", "mask.png", record.mask)] if record.mask is not None else []
+    masks += [(f"expert map {name}", f"{EXPERT_PREFIX}{name}.png", blob) for name, blob in record.experts]
+    height, width = image.image_HWC.shape[:2]
+    for name, extension, blob in masks:
+        try:
+            members[extension] = check_mask(blob.read(), height=height, width=width)
+        except BrokenImage as error:
+            raise BrokenImage(f"{name}: {error}") from error
     return members, image.image_HWC
+
+
+def _member_columns(rows: list[_Row]) -> dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """Extension -> (offset of each sample's member, size of it)."""
+    columns = {}
+    for extension in sorted({extension for row in rows for extension in row.members}):
+        members = [row.members.get(extension, Member("", -1, 0)) for row in rows]
+        offset_N = np.array([member.offset for member in members], np.int64)
+        columns[extension] = offset_N, np.array([member.size for member in members], np.int64)
+    return columns
 
 
 def _json(content: Any) -> bytes:
     return json.dumps(content, sort_keys=True, default=str).encode()
-
-
-def _annotation(what: str, data: bytes, *, height: int, width: int) -> bytes:
-    try:
-        return check_mask(data, height=height, width=width)
-    except BrokenImage as error:
-        raise BrokenImage(f"{what}: {error}") from error
-
-
-def _index(
-    rows: list[Row],
-    *,
-    info: ShardInfo,
-    plan: str,
-    bad: list[tuple[str, str]],
-    pixel_counts: npt.NDArray[np.int64],
-) -> ShardIndex:
-    extensions = sorted({extension for *_, members in rows for extension in members})
-    absent = Member("", -1, 0)
-
-    def column(extension: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        found = [members.get(extension, absent) for *_, members in rows]
-        return np.array([m.offset for m in found], np.int64), np.array([m.size for m in found], np.int64)
-
-    return ShardIndex(
-        keys=tuple(key for key, *_ in rows),
-        label_N=np.array([label for _, label, *_ in rows], np.int64),
-        groups=tuple(group for _, _, group, *_ in rows),
-        members={extension: column(extension) for extension in extensions},
-        shard=info,
-        plan=plan,
-        bad=tuple(bad),
-        pixel_counts=tuple(tuple(counts) for counts in pixel_counts.tolist()),
-        checksum_N=np.array([crc for *_, crc, _ in rows], np.uint32),
-    )

@@ -9,6 +9,8 @@ import json
 import zlib
 from typing import Any
 
+import msgpack
+
 from dpkd.io.untrusted import parse_json
 
 KEY = "checksum"
@@ -27,6 +29,24 @@ def parse_checked(data: bytes) -> dict[str, Any]:
         raise ValueError("it is no object")  # noqa: TRY004 (a fault of the file)
     checksum = content.pop(KEY, None)
     if checksum is not None and checksum != _checksum(content):
+        raise ValueError("its checksum is wrong: it was changed since it was written")
+    return content
+
+
+def pack_checked(content: dict[str, Any]) -> bytes:
+    """The object as msgpack, with a CRC-32 of all of it as its last entry."""
+    packed: bytes = msgpack.packb({**content, KEY: zlib.crc32(msgpack.packb(content))})
+    return packed
+
+
+def unpack_checked(data: bytes) -> dict[str, Any]:
+    """The object given to `pack_checked`, lists as tuples; raises ValueError where it is damaged."""
+    try:
+        content: dict[str, Any] = msgpack.unpackb(data, use_list=False)
+        checksum = content.pop(KEY)
+    except (ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
+        raise ValueError(f"not a packed record: {error!r}") from error
+    if checksum != zlib.crc32(msgpack.packb(content)):
         raise ValueError("its checksum is wrong: it was changed since it was written")
     return content
 

@@ -22,8 +22,8 @@ import cv2
 import msgpack
 import numpy as np
 
-from dpkd.data.shard_index import pack_checked, unpack_checked
 from dpkd.data.shards import Sample
+from dpkd.io.record import pack_checked, unpack_checked
 from dpkd.priors.base import Extractor, fingerprint
 from dpkd.priors.codecs import CODECS, MAX_VALUES, AbsentCodec, Codec, Map, Shape
 

@@ -21,13 +21,12 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
-from dpkd.data.shard_index import ShardInfo, index_name, pack_checked, unpack_checked
-from dpkd.data.shards import Dataset, Sample, read_span
+from dpkd.data.shards import Dataset, Sample, ShardInfo, index_name, read_span
 from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
-from dpkd.io.recent import MAX_FILES, MAX_INDEXES, Recent
-from dpkd.io.record import checked, parse_checked
+from dpkd.io.lru_cache import MAX_FILES, MAX_INDEXES, LRUCache
+from dpkd.io.record import checked, pack_checked, parse_checked, unpack_checked
 from dpkd.io.shard_cache import open_shard
 from dpkd.priors import Prior
 from dpkd.priors.base import fingerprint, mirror
@@ -210,8 +209,8 @@ class PriorSplit:
         needs = {need for name in self.names if name in self._derived for need in self._derived[name].needs}
         self._decoded = {*self.names, *needs} - {*self._derived}
         self._ends = list(accumulate(shard.num_samples for shard in shards))
-        self._files: Recent[int] = Recent(MAX_FILES, let_go=os.close)
-        self._indexes: Recent[PriorIndex] = Recent(MAX_INDEXES)
+        self._files: LRUCache[int] = LRUCache(MAX_FILES, on_evict=os.close)
+        self._indexes: LRUCache[PriorIndex] = LRUCache(MAX_INDEXES)
 
     def only(self, names: Iterable[str]) -> "PriorSplit":
         """The same split serving these maps alone, derived ones among them; the others are not even decoded.

@@ -16,11 +16,19 @@ import numpy as np
 
 from dpkd.data import sources
 from dpkd.data.settings import FileSplits, Window
-from dpkd.data.shard_index import ShardIndex, index_name
-from dpkd.data.shards import FORMAT_VERSION, MANIFEST_NAME, Dataset, Manifest, ManifestDamaged, SplitInfo
+from dpkd.data.shards import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    Dataset,
+    Manifest,
+    ManifestDamaged,
+    ShardIndex,
+    SplitInfo,
+    index_name,
+)
 from dpkd.data.sources.records import Record, SourceContents, describe_counts, keys_of, sorted_classes
 from dpkd.data.sources.text import split_lines
-from dpkd.data.splits import assign, draw, groups_of
+from dpkd.data.splits import assign, draw, group_by_pattern
 from dpkd.data.writer import Planned, ShardJob, write_shard
 from dpkd.errors import UserError
 from dpkd.io import storage
@@ -31,6 +39,7 @@ from dpkd.report.quarantine import Quarantine
 from dpkd.settings import DataSettings
 
 STAGE = "pack"
+Rgb = tuple[float, float, float]
 NUM_NAMED = 10
 """Classes that the log names."""
 PACKING_NAME = "packing.json"
@@ -67,9 +76,9 @@ def pack(
     if storage.join(data.source.path) == storage.join(destination):
         raise UserError(f"data.shards={destination} is the source itself: give another folder for the packed data set")
     quarantine.begin(STAGE)
-    found = sources.find(data.source, pool=pool)
-    num_found = len(found.records) + len(found.bad)
-    plan = plan_shards(found, data, seed=seed, destination=destination)
+    contents = sources.find(data.source, pool=pool)
+    num_found = len(contents.records) + len(contents.bad)
+    plan = plan_shards(contents, data, seed=seed, destination=destination)
     _report(plan.bad, quarantine=quarantine, num_found=num_found)
     _take_place(destination, plan)
     indexes: list[ShardIndex | None] = [None] * len(plan.jobs)
@@ -83,46 +92,34 @@ def pack(
         plan, [index for index in indexes if index], train=data.train, num_quarantined=quarantine.counts.get(STAGE, 0)
     )
     _publish(destination, manifest)
-    _log_what_was_packed(manifest, found, window=data.window)
+    _log_what_was_packed(manifest, contents, window=data.window)
     return Dataset(url=destination, manifest=manifest)
 
 
-def plan_shards(found: SourceContents, data: DataSettings, *, seed: int, destination: str) -> Plan:
+def plan_shards(contents: SourceContents, data: DataSettings, *, seed: int, destination: str) -> Plan:
     """Decides split, class, key, shard and place of every sample; see `dpkd.data.splits.assign` for what it raises."""
     assert data.source is not None
-    groups = groups_of(found.records, data.group_pattern)
-    stray = {
-        record.name: f"data.group_pattern={data.group_pattern!r} does not match the path; let it match every one"
-        for record, group in zip(found.records, groups, strict=True)
-        if data.group_pattern is not None and group is None
-    }
-    records = [record for record in found.records if record.name not in stray]
-    group_of = {record.name: group for record, group in zip(found.records, groups, strict=True)}
-    assignment = assign(
-        records,
-        data.splits,
-        groups=[group_of[record.name] for record in records],
-        seed=seed,
-        train=data.train,
-        listed=_listed(data.splits) if isinstance(data.splits, FileSplits) else {},
-    )
+    records, stray = group_by_pattern(contents.records, data.group_pattern)
+    files = data.splits.files if isinstance(data.splits, FileSplits) else {}
+    listed = {split: _lines(split, path) for split, path in files.items()}
+    assignment = assign(records, data.splits, seed=seed, train=data.train, listed=listed)
     kept = [(record, split) for record, split in zip(records, assignment.splits, strict=True) if split is not None]
-    classes = found.classes if found.classes is not None else sorted_classes(record.class_name for record, _ in kept)
-    label_of = {name: label for label, name in enumerate(classes)}
-    keys = keys_of([record.name for record, _ in kept])
+    classes = (
+        contents.classes if contents.classes is not None else sorted_classes(record.class_name for record, _ in kept)
+    )
+    label_of = {name: label for label, name in enumerate(classes)} | {None: -1}
     samples: dict[str, list[Planned]] = defaultdict(list)
-    for (record, split), key in zip(kept, keys, strict=True):
-        label = -1 if record.class_name is None else label_of[record.class_name]
-        samples[split].append(Planned(key=key, label=label, group=group_of[record.name], record=record))
-    if not found.shuffled:  # so that any few shards hold samples of all classes
+    for (record, split), key in zip(kept, keys_of([record.name for record, _ in kept]), strict=True):
+        samples[split].append(Planned(key=key, label=label_of[record.class_name], record=record))
+    if not contents.shuffled:  # so that any few shards hold samples of all classes
         for planned in samples.values():
             planned.sort(key=lambda sample: draw(seed, sample.record.name))
     return Plan(
         classes=classes,
         jobs=tuple(_jobs(samples, data, destination=destination)),
-        bad=(*found.bad, *stray.items(), *assignment.unknown),
+        bad=(*contents.bad, *stray, *assignment.unknown),
         num_left_out=len(records) - len(kept),
-        made_from=_made_from(found.records, data, seed=seed),
+        made_from=_made_from(contents.records, data, seed=seed),
     )
 
 
@@ -159,14 +156,11 @@ def _made_from(records: Sequence[Record], data: DataSettings, *, seed: int) -> d
     }
 
 
-def _listed(splits: FileSplits) -> dict[str, list[str]]:
-    listed = {}
-    for split, path in splits.files.items():
-        try:
-            listed[split] = split_lines(storage.read_bytes(path))
-        except (*NO_FILE, UnicodeDecodeError) as error:  # noqa: PERF203 (a file each)
-            raise UserError(f"data.splits.files.{split}={path} cannot be read: {error}") from error
-    return listed
+def _lines(split: str, path: str) -> list[str]:
+    try:
+        return split_lines(storage.read_bytes(path))
+    except (*NO_FILE, UnicodeDecodeError) as error:
+        raise UserError(f"data.splits.files.{split}={path} cannot be read: {error}") from error
 
 
 def _report(bad: Sequence[tuple[str, str]], *, quarantine: Quarantine, num_found: int) -> None:
@@ -176,47 +170,41 @@ def _report(bad: Sequence[tuple[str, str]], *, quarantine: Quarantine, num_found
 
 
 def _take_place(destination: str, plan: Plan) -> None:
-    """Makes the destination ours, or raises `UserError` where something else stands there."""
+    """Makes the destination ours, or raises `UserError` where another data set or somebody's tars are there.
+
+    A damaged manifest is written anew where the shards are those of this very plan, as their indexes say.
+    """
     names = storage.list_names(destination)
-    if MANIFEST_NAME in names and (standing := _standing_manifest(destination)) is not None:
-        before, now = standing.made_from, plan.made_from
-        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        if keys:
-            differences = "; ".join(f"{key} was {before.get(key)} and is {now.get(key)}" for key in keys)
+    if MANIFEST_NAME in names:
+        try:
+            before, now = Dataset.open(destination).manifest.made_from, plan.made_from
+        except ManifestDamaged as error:
+            logger.info(f"{error}: it is written anew, once each shard is found to be as planned")
+        else:
+            changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+            if not changed:
+                return
+            differences = "; ".join(f"{key} was {before.get(key)} and is {now.get(key)}" for key in changed)
             raise UserError(
                 f"the data set at {destination} was packed from something else: {differences}. Choose another "
                 f"data.shards (or run.dir), or remove that folder, {MANIFEST_NAME} and all, to pack it anew"
             )
-        return
-    if PACKING_NAME not in names and any(name.endswith(".tar") for name in names):
-        _refuse_foreign_tars(destination, names, plan)
-    storage.write_bytes_atomic(storage.join(destination, PACKING_NAME), json.dumps(plan.made_from, indent=1).encode())
-
-
-def _standing_manifest(destination: str) -> Manifest | None:
-    """The manifest that stands; None, and a line that says so, where it is damaged and the shards must tell."""
-    try:
-        return Dataset.open(destination).manifest
-    except ManifestDamaged as error:
-        logger.info(f"{error}: it is written anew, once each shard is found to be as planned")
-        return None
-
-
-def _refuse_foreign_tars(destination: str, names: Sequence[str], plan: Plan) -> None:
-    """Raises `UserError` unless each tar is a shard that this very plan has made, as its index says."""
     planned = {job.name: job.plan for job in plan.jobs}
-    for name in names:
-        if not name.endswith(".tar"):
-            continue
-        try:
-            made = ShardIndex.from_bytes(storage.read_bytes(storage.join(destination, index_name(name)))).plan
-        except (*NO_FILE, ValueError):
-            made = None
-        if made is None or made != planned.get(name):
+    for name in names if PACKING_NAME not in names else ():
+        if name.endswith(".tar") and (name not in planned or _plan_of(destination, name) != planned[name]):
             raise UserError(
                 f"{destination} holds tars that are no data set of dpkd, or one of other images, such as {name}: "
                 "choose an empty folder for data.shards"
             )
+    storage.write_bytes_atomic(storage.join(destination, PACKING_NAME), json.dumps(plan.made_from, indent=1).encode())
+
+
+def _plan_of(destination: str, name: str) -> str | None:
+    """The plan in the index of a shard, None where there is no index."""
+    try:
+        return ShardIndex.from_bytes(storage.read_bytes(storage.join(destination, index_name(name)))).plan
+    except (*NO_FILE, ValueError):
+        return None
 
 
 def _manifest(plan: Plan, indexes: Sequence[ShardIndex], *, train: str, num_quarantined: int) -> Manifest:
@@ -228,7 +216,7 @@ def _manifest(plan: Plan, indexes: Sequence[ShardIndex], *, train: str, num_quar
             raise UserError(
                 f"not one sample of the split {split!r} can be used, as with {parts[0].bad[0]}; see the quarantine"
             )
-    mean, std = _image_statistics(by_split.get(train, list(indexes)))
+    mean, std = _image_statistics(by_split.get(train, indexes))
     return Manifest(
         classes=plan.classes,
         splits={split: _split_info(parts, num_classes=len(plan.classes)) for split, parts in by_split.items()},
@@ -250,19 +238,17 @@ def _split_info(indexes: Sequence[ShardIndex], *, num_classes: int) -> SplitInfo
     )
 
 
-def _image_statistics(
-    indexes: Sequence[ShardIndex],
-) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+def _image_statistics(indexes: Sequence[ShardIndex]) -> tuple[Rgb, Rgb]:
     """Mean and standard deviation of R, G and B in 0..1 over all pixels; whole numbers until the last division."""
     count_CV = np.array([index.pixel_counts for index in indexes], dtype=object).sum(axis=0)
-    means, deviations = [], []
-    for counts in count_CV:
-        num_pixels = sum(counts)
-        total = sum(value * count for value, count in enumerate(counts))
-        squares = sum(value * value * count for value, count in enumerate(counts))
-        means.append(total / num_pixels / 255)
-        deviations.append(((squares * num_pixels - total * total) / num_pixels**2) ** 0.5 / 255)
-    return (means[0], means[1], means[2]), (deviations[0], deviations[1], deviations[2])
+    value_V = np.arange(256).astype(object)
+    num_C, total_C, squares_C = (count_CV @ power_V for power_V in (value_V**0, value_V, value_V**2))
+    mean = [total / num / 255 for num, total in zip(num_C, total_C, strict=True)]
+    std = [
+        ((squares * num - total * total) / num**2) ** 0.5 / 255
+        for num, total, squares in zip(num_C, total_C, squares_C, strict=True)
+    ]
+    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
 
 
 def _publish(destination: str, manifest: Manifest) -> None:

@@ -24,8 +24,7 @@ import numpy as np
 
 from dpkd.data.image_headers import BrokenImage
 from dpkd.data.images import decode_image
-from dpkd.data.shard_index import ShardInfo, index_name
-from dpkd.data.shards import Dataset, Sample, Split, SplitInfo, Unreadable
+from dpkd.data.shards import Dataset, Sample, ShardInfo, Split, SplitInfo, Unreadable, index_name
 from dpkd.data.tars import TarWriter, list_members
 from dpkd.errors import UserError
 from dpkd.io import storage

@@ -9,8 +9,7 @@ import numpy as np
 from rich.table import Table
 
 from dpkd.data.images import decode_image
-from dpkd.data.shard_index import ShardInfo
-from dpkd.data.shards import Dataset
+from dpkd.data.shards import Dataset, ShardInfo
 from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.log import Progress, logger, show

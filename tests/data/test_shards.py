@@ -1,7 +1,6 @@
 import json
 import os
 import pickle
-from dataclasses import replace
 from pathlib import Path
 
 import msgpack
@@ -9,8 +8,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from dpkd.data.shard_index import ShardIndex
-from dpkd.data.shards import Dataset, Sample, Split, Unreadable
+from dpkd.data.shards import Dataset, Sample, ShardIndex, Split, Unreadable
 from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.record import parse_checked
@@ -147,16 +145,6 @@ def test_a_shard_put_in_the_place_of_another_gives_none_of_its_samples(dataset):
     ]
 
 
-def test_without_checksums_of_its_samples_none_of_a_damaged_shard_is_trusted(dataset):
-    place = storage.join(dataset.url, "test-000000.index.msgpack")
-    index = ShardIndex.from_bytes(storage.read_bytes(place))
-    storage.write_bytes_atomic(place, replace(index, checksum_N=None).to_bytes())
-    assert [each.key for each in dataset.split("test").read_shard(0)] == list(index.keys)
-    assert all(isinstance(each, Sample) for each in dataset.split("test").read_shard(0))
-    change_byte(storage.join(dataset.url, "test-000000.tar"), 600)
-    assert all(isinstance(each, Unreadable) for each in dataset.split("test").read_shard(0))
-
-
 def test_a_damaged_remote_shard_gives_no_sample_and_a_reason_for_each(tmp_path, monkeypatch):
     monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path))
     make_folder(tmp_path / "images", counts={"train/cat": 5})
@@ -230,19 +218,6 @@ def test_a_label_or_key_changed_in_an_index_is_noticed(dataset):
         storage.write_bytes_atomic(place, msgpack.packb(changed))
         with pytest.raises(UserError, match=r"train-000000\.index\.msgpack cannot be read: .*its checksum is wrong"):
             dataset.split("train").index(0)
-
-
-def test_an_index_and_a_manifest_of_an_earlier_dpkd_are_read_without_a_checksum(dataset):
-    for name, load, dump in (
-        ("train-000000.index.msgpack", msgpack.unpackb, msgpack.packb),
-        ("dataset.json", json.loads, lambda content: json.dumps(content).encode()),
-    ):
-        place = storage.join(dataset.url, name)
-        content = load(storage.read_bytes(place))
-        del content["checksum"]
-        storage.write_bytes_atomic(place, dump(content))
-    assert Dataset.open(dataset.url).manifest == dataset.manifest
-    assert Dataset.open(dataset.url).split("train").keys == dataset.split("train").keys
 
 
 def test_a_number_changed_in_the_manifest_is_noticed(dataset):

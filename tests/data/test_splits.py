@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dpkd.data.settings import ClassSplits, FileSplits, FractionSplits, GivenSplits
 from dpkd.data.sources.records import Blob, Record, keys_of, sorted_classes
-from dpkd.data.splits import assign, groups_of
+from dpkd.data.splits import assign, group_by_pattern
 from dpkd.errors import UserError
 
 
@@ -17,8 +17,7 @@ def records(*places: tuple[str | None, str | None]) -> list[Record]:
 
 
 def assigned(samples: list[Record], splits, *, seed: int = 0, listed=None) -> dict[str, str | None]:
-    groups = groups_of(samples, None)
-    found = assign(samples, splits, groups=groups, seed=seed, train="train", listed=listed or {})
+    found = assign(samples, splits, seed=seed, train="train", listed=listed or {})
     return {record.name: split for record, split in zip(samples, found.splits, strict=True)}
 
 
@@ -100,10 +99,10 @@ def test_a_group_that_given_splits_would_cut_is_refused_by_name():
         Record("train/p1_0.jpg", Blob("x"), split="train"),
         Record("test/p1_1.jpg", Blob("x"), split="test"),
     ]
-    groups = groups_of(samples, r"/(p\d+)_")
-    assert groups == ["p1", "p1"]
+    grouped, stray = group_by_pattern(samples, r"/(p\d+)_")
+    assert ([record.group for record in grouped], stray) == (["p1", "p1"], [])
     with pytest.raises(UserError, match=r"group 'p1' would be cut: train/p1_0.jpg is in split 'train' and test/p1_1"):
-        assign(samples, GivenSplits(), groups=groups, seed=0, train="train", listed={})
+        assign(grouped, GivenSplits(), seed=0, train="train", listed={})
 
 
 @pytest.mark.parametrize(
@@ -112,14 +111,14 @@ def test_a_group_that_given_splits_would_cut_is_refused_by_name():
 )
 def test_group_patterns_that_cannot_be_used_are_refused(pattern, message):
     with pytest.raises(UserError, match=message):
-        groups_of(records(("a", None)), pattern)
+        group_by_pattern(records(("a", None)), pattern)
 
 
 def test_file_splits_take_paths_and_keys_and_report_the_rest():
     samples = records(*[("a", None)] * 4)
     settings = FileSplits(files={"train": "t", "test": "u"})
     listed = {"train": ["0000.jpg", "0001"], "test": ["0002.jpg", "nothing.jpg"]}
-    found = assign(samples, settings, groups=[None] * 4, seed=0, train="train", listed=listed)
+    found = assign(samples, settings, seed=0, train="train", listed=listed)
     assert found.splits == ("train", "train", "test", None)
     assert [name for name, _ in found.unknown] == ["nothing.jpg"]
     with pytest.raises(UserError, match="for 'train' and for 'test'"):

@@ -19,8 +19,7 @@ from dpkd.data.augment import apply_image, random_view
 from dpkd.data.images import decode_image, encode_png
 from dpkd.data.order import Order
 from dpkd.data.settings import AugmentSettings, LoaderSettings
-from dpkd.data.shard_index import ShardIndex, ShardInfo, index_name
-from dpkd.data.shards import Dataset, Manifest, Sample, Split, SplitInfo
+from dpkd.data.shards import Dataset, Manifest, Sample, ShardIndex, ShardInfo, Split, SplitInfo, checksum, index_name
 from dpkd.data.stream import Batch, evaluation_batches, training_batches
 from dpkd.data.tars import TarWriter
 from dpkd.errors import UserError
@@ -62,10 +61,13 @@ def _image(i: int) -> np.ndarray:
 def _write_shard(folder: Path, name: str, samples: range) -> ShardInfo:
     keys = tuple(f"class/{i:03d}" for i in samples)
     members: dict[str, tuple[list[int], list[int]]] = {"png": ([], []), "json": ([], [])}
+    checksums: list[int] = []
     with (folder / name).open("wb") as file:
         writer = TarWriter(file)
         for i, key in zip(samples, keys, strict=True):
-            for extension, data in (("png", encode_png(_image(i))), ("json", json.dumps({"label": i % 3}).encode())):
+            contents = {"png": encode_png(_image(i)), "json": json.dumps({"label": i % 3}).encode()}
+            checksums.append(checksum(contents))
+            for extension, data in contents.items():
                 member = writer.add(f"{key}.{extension}", data)
                 members[extension][0].append(member.offset)
                 members[extension][1].append(member.size)
@@ -79,6 +81,7 @@ def _write_shard(folder: Path, name: str, samples: range) -> ShardInfo:
         groups=(None,) * len(keys),
         members={name: (np.array(at), np.array(size)) for name, (at, size) in members.items()},
         shard=shard,
+        checksum_N=np.array(checksums, np.uint32),
     )
     (folder / index_name(name)).write_bytes(index.to_bytes())
     return shard

@@ -10,24 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpkd.data.shard_index import ShardIndex, ShardInfo
-from dpkd.data.shards import Dataset
+from dpkd.data.shards import Dataset, ShardIndex, ShardInfo
 from dpkd.errors import UserError
 from dpkd.io import storage
-from dpkd.verbs.inspect import inspect_dataset
+from dpkd.io.record import pack_checked
 from tests.data.packing import make_folder, pack_at
 from tests.fuzz.damage import any_bytes, outcome, unvouched
 
-PLAIN = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**63), 2**64 - 1)
-    | st.floats()
-    | st.text(max_size=4)
-    | st.binary(max_size=9),
-    lambda child: st.lists(child, max_size=4) | st.dictionaries(st.text(max_size=3), child, max_size=3),
-    max_leaves=8,
-)
 INDEX, MANIFEST, TAR = "train-000000.index.msgpack", "dataset.json", "train-000000.tar"
 
 
@@ -59,22 +48,6 @@ def checked(data: bytes) -> None:
 def test_any_bytes_are_an_index_or_refused(packed, data):
     read = data.draw(any_bytes([(packed / INDEX).read_bytes()]))
     outcome(lambda: checked(read))
-
-
-@given(data=st.data())
-def test_any_content_is_an_index_or_refused(packed, data):
-    content = unvouched(msgpack.unpackb((packed / INDEX).read_bytes()))
-    content[data.draw(st.sampled_from(sorted(content)))] = data.draw(PLAIN)
-    outcome(lambda: checked(msgpack.packb(content)))
-
-
-@given(data=st.data())
-def test_any_column_is_read_or_refused(packed, data):
-    content = unvouched(msgpack.unpackb((packed / INDEX).read_bytes()))
-    columns = [*content["members"].values(), [content["labels"]], [content["keys"]], [content["groups"]]]
-    column = data.draw(st.sampled_from([each for pair in columns for each in pair]))
-    column[data.draw(st.integers(0, len(column) - 1))] = data.draw(PLAIN)
-    outcome(lambda: checked(msgpack.packb(content)))
 
 
 @given(data=st.data())
@@ -119,7 +92,7 @@ def test_a_shard_that_is_shorter_than_it_says_costs_no_memory(own):
     content["splits"]["train"]["shards"][0]["size_bytes"] = index["shard"]["size_bytes"] = 2**51
     index["members"]["jpg"][1][0] = 2**50
     (own / MANIFEST).write_text(json.dumps(content))
-    (own / INDEX).write_bytes(msgpack.packb(index))
+    (own / INDEX).write_bytes(pack_checked(index))
     with pytest.raises(UserError, match=r"train-000000\.tar, sample .*: the shard is cut short"):
         Dataset.open(str(own)).split("train").read(0)
 
@@ -131,18 +104,3 @@ def test_any_bytes_of_a_shard_give_samples_or_a_reason(packed, data, tmp_path_fa
     split = Dataset.open(str(folder)).split("train")
     for i in range(split.num_samples):
         outcome(lambda i=i: split.read(i))
-
-
-def test_a_sample_whose_json_is_a_bomb_is_told(own):
-    index = unvouched(msgpack.unpackb((own / INDEX).read_bytes()))
-    at, size = index["members"]["json"][0][0], index["members"]["json"][1][0]
-    data = (own / TAR).read_bytes()
-    (own / TAR).write_bytes(data[:at] + b"[" * size + data[at + size :])
-    with pytest.raises(UserError, match="its bytes are not those that were packed"):
-        Dataset.open(str(own)).split("train").read(0)
-    index["checksums"] = None  # as an earlier dpkd packed it
-    (own / INDEX).write_bytes(msgpack.packb(index))
-    with pytest.raises(UserError, match=r"its json cannot be read: .*(JSON|inside one another|Expecting)"):
-        Dataset.open(str(own)).split("train").read(0)
-    with pytest.raises(UserError, match=r"train-000000\.tar"):
-        inspect_dataset(str(own))

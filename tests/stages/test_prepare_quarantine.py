@@ -102,7 +102,7 @@ def test_an_image_that_was_packed_and_cannot_be_decoded_is_lost_alone(photograph
     dataset = vouch(photographs)
     prepare_all(dataset, priors=PRIORS, limit=0.2, report=report)
     assert [line["item"] for line in lines(report)] == [f"train-000001.tar/{key}"]
-    assert "can be read" in counted(report)[f"train-000001.tar/{key}"]
+    assert "cannot be decoded" in counted(report)[f"train-000001.tar/{key}"]
     assert_only_these_are_lost(dataset, "train", [5])
 
 
@@ -229,7 +229,7 @@ def recurring_keys(folder: Path) -> Dataset:
         for key in keys:
             path = folder / f"{number}-{key}.png"
             Image.fromarray(random.integers(0, 256, (32, 40, 3), dtype=np.uint8)).save(path)
-            samples.append(Planned(key=key, label=number, group=None, record=Record(path.name, Blob(str(path)))))
+            samples.append(Planned(key=key, label=number, record=Record(path.name, Blob(str(path)))))
         job = ShardJob(url=str(folder / "set"), split="train", name=f"train-{number:06d}.tar", samples=tuple(samples))
         infos.append(write_shard(job).shard)
     info = SplitInfo(num_samples=6, num_unlabelled=0, class_counts=(3, 3), shards=tuple(infos))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dpkd.io.recent import MAX_FILES, Recent
+from dpkd.io.lru_cache import MAX_FILES, LRUCache
 from dpkd.priors.catalogue.hog import Hog
 from tests.data.packing import make_folder, pack_at
 from tests.prior_cases import prepare_all
@@ -27,7 +27,7 @@ def files_open_at_most(count: int) -> Iterator[None]:
 
 def test_the_value_not_used_for_longest_is_let_go_and_all_at_the_end():
     gone: list[str] = []
-    recent: Recent[str] = Recent(2, let_go=gone.append)
+    recent: LRUCache[str] = LRUCache(2, on_evict=gone.append)
     assert [recent.get(number, str) for number in (1, 2, 1, 3)] == ["1", "2", "1", "3"]
     assert gone == ["2"]
     recent.get(2, str)
@@ -37,7 +37,7 @@ def test_the_value_not_used_for_longest_is_let_go_and_all_at_the_end():
 
 
 def test_a_value_that_cannot_be_made_leaves_nothing_behind():
-    recent: Recent[float] = Recent(2)
+    recent: LRUCache[float] = LRUCache(2)
     try:
         recent.get(0, lambda number: 1 / number)
     except ZeroDivisionError:
