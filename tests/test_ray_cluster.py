@@ -179,9 +179,9 @@ def test_workers_leave_a_node_that_drains_and_go_on_elsewhere(tmp_path: Path) ->
     script = tmp_path / "driver.py"
     script.write_text(
         "import pathlib, ray\n"
-        "from dpkd.backends.ray_gang import RayGang\n"
+        "from dpkd.backends.ray_workers import RayWorkers\n"
         "from tests.gang_work import save_and_move\n"
-        "gang = RayGang(2, max_restarts=0, threads=1)\n"
+        "gang = RayWorkers(2, max_restarts=0, threads=1)\n"
         f"pathlib.Path({str(tmp_path)!r}, 'driver').write_text(ray.get_runtime_context().get_node_id())\n"
         f"gang.run(save_and_move, {str(tmp_path)!r})\n"
     )
@@ -212,10 +212,10 @@ def test_workers_leave_a_node_that_drains_and_go_on_elsewhere(tmp_path: Path) ->
 def test_a_session_shrinks_with_the_cluster_and_grows_with_it_after_a_save(tmp_path: Path) -> None:
     script = tmp_path / "driver.py"
     script.write_text(
-        "from dpkd.backends.ray_gang import RayGang\n"
-        "from dpkd.launch.world_size import Sizes\n"
+        "from dpkd.backends.ray_workers import RayWorkers\n"
+        "from dpkd.launch.world_size import WorldSizeRange\n"
         "from tests.gang_work import save_until_the_end\n"
-        "gang = RayGang(Sizes((1, 2), grow_after_s=1.0), max_restarts=1, threads=1)\n"
+        "gang = RayWorkers(WorldSizeRange((1, 2), grow_after_s=1.0), max_restarts=1, threads=1)\n"
         f"gang.run(save_until_the_end, {str(tmp_path)!r})\n"
     )
     generations = tmp_path / "generations"
@@ -291,7 +291,7 @@ def test_a_run_that_leaves_a_draining_node_loses_no_step(unbroken: Unbroken, sha
     script.write_text(
         "import pathlib, sys, ray\n"
         "from dpkd import pretrain\n"
-        "from dpkd.backends.ray_session import connect\n"
+        "from dpkd.backends.ray_cluster import connect\n"
         "connect()\n"
         "nodes = {node['NodeID'] for node in ray.nodes()} - {ray.get_runtime_context().get_node_id()}\n"
         f"pathlib.Path({str(tmp_path)!r}, 'other').write_text(*nodes)\n"

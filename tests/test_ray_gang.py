@@ -1,4 +1,4 @@
-"""What the Ray gang alone has to bear: its post, a hung or lost actor of Ray's own, a cluster that others use too."""
+"""What the Ray gang alone has to bear: its coordinator, a lost actor of Ray's own, a cluster that others use too."""
 
 import asyncio
 import os
@@ -15,8 +15,8 @@ import pytest
 import ray
 from ray._private.state import actors
 
-from dpkd.backends.ray_gang import RayGang
-from dpkd.backends.ray_post import Post
+from dpkd.backends.ray_coordinator import Coordinator
+from dpkd.backends.ray_workers import RayWorkers
 from dpkd.errors import StopRequested
 from dpkd.launch.worker_group import Restart, Supervision
 from tests.chaos import report
@@ -28,38 +28,38 @@ pytestmark = pytest.mark.serial
 
 def test_workers_that_save_keep_the_time_that_they_were_given():
     async def asked_twice() -> tuple[float, bool, bool]:
-        post = Post()
-        await post.stop(12.0)  # a node is about to leave
-        at_once = asyncio.create_task(post.until_end())
-        await post.stop(30.0)  # a signal to the driver
+        coordinator = Coordinator()
+        await coordinator.stop(12.0)  # a node is about to leave
+        at_once = asyncio.create_task(coordinator.wait_for_end())
+        await coordinator.stop(30.0)  # a signal to the driver
         await asyncio.sleep(0.05)
         before = at_once.done()
-        await post.end()  # a second Ctrl-C
+        await coordinator.end()  # a second Ctrl-C
         await asyncio.wait_for(at_once, timeout=5)
-        return await post.until_stop(), before, at_once.done()
+        return await coordinator.wait_for_stop(), before, at_once.done()
 
     assert asyncio.run(asked_twice()) == (12.0, False, True)
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("actor", ["Post", "TrainController"])
+@pytest.mark.parametrize("actor", ["Coordinator", "TrainController"])
 @pytest.mark.usefixtures("ray_connection")
-def test_an_actor_that_is_lost_costs_a_restart_at_most(tmp_path, actor, number):
+def test_an_actor_that_is_lost_costs_a_restart_at_most(tmp_path, actor):
     def strike() -> None:
         while len(list(tmp_path.glob("up-*"))) < 2:
             time.sleep(0.1)
         (process,) = _processes(actor)
-        os.kill(process, number)
+        os.kill(process, signal.SIGKILL)
         (tmp_path / "go").touch()
 
     threading.Thread(target=strike, daemon=True).start()
     restarts: list[Restart] = []
-    RayGang(2, max_restarts=1).run(wait_for_go, str(tmp_path), supervision=Supervision(on_restart=restarts.append))
+    RayWorkers(2, max_restarts=1).run(wait_for_go, str(tmp_path), supervision=Supervision(on_restart=restarts.append))
     assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
-    # the work was done, and the workers could say so
-    assert len(restarts) == (0 if (actor, number) == ("TrainController", signal.SIGSTOP) else 1)
-    report.record("ray", fault=number.name, target={"Post": "the post"}.get(actor, "Ray Train's controller"))
+    assert len(restarts) == 1
+    report.record(
+        "ray", fault="SIGKILL", target={"Coordinator": "the coordinator"}.get(actor, "Ray Train's controller")
+    )
 
 
 def _processes(actor: str) -> list[int]:
@@ -80,7 +80,7 @@ def test_what_ray_keeps_of_a_generation_is_of_no_use_to_the_next(tmp_path, monke
     def wait_until_up() -> Path:
         while len(list(tmp_path.glob("up-*"))) < 2 and not over.is_set():
             time.sleep(0.1)
-        (storage,) = kept.glob("dpkd-gang-*")
+        (storage,) = kept.glob("dpkd-workers-*")
         (run,) = storage.iterdir()
         return run
 
@@ -99,7 +99,7 @@ def test_what_ray_keeps_of_a_generation_is_of_no_use_to_the_next(tmp_path, monke
         struck = threads.submit(strike)
         struck.add_done_callback(lambda _: (tmp_path / "go").touch())
         try:
-            RayGang(2, max_restarts=1).run(
+            RayWorkers(2, max_restarts=1).run(
                 wait_for_go, str(tmp_path), supervision=Supervision(on_restart=restarts.append)
             )
         finally:
@@ -131,12 +131,12 @@ def test_workers_start_with_what_another_job_leaves_them(tmp_path):
     script = tmp_path / "driver.py"
     script.write_text(
         "import ray\n"
-        "from dpkd.backends.ray_gang import RayGang\n"
-        "from dpkd.backends.ray_post import Post\n"
+        "from dpkd.backends.ray_workers import RayWorkers\n"
+        "from dpkd.backends.ray_coordinator import Coordinator\n"
         "from tests.gang_work import say_cpus\n"
-        "gang = RayGang(1, max_restarts=0)\n"
-        "other = ray.remote(num_cpus=2)(Post).remote()\n"
-        "ray.get(other.look.remote())\n"
+        "gang = RayWorkers(1, max_restarts=0)\n"
+        "other = ray.remote(num_cpus=2)(Coordinator).remote()\n"
+        "ray.get(other.status.remote())\n"
         f"gang.run(say_cpus, {str(tmp_path)!r})\n"
     )
     root = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
@@ -152,10 +152,10 @@ def test_workers_start_with_what_another_job_leaves_them(tmp_path):
 @pytest.mark.chaos
 @pytest.mark.usefixtures("ray_connection")
 def test_a_session_that_finds_no_room_may_be_stopped(tmp_path):
-    other = ray.remote(num_cpus=1)(Post).remote()
-    ray.get(other.look.remote())
+    other = ray.remote(num_cpus=1)(Coordinator).remote()
+    ray.get(other.status.remote())
     threading.Timer(5.0, os.kill, (os.getpid(), 15)).start()
     with pytest.raises(StopRequested, match="before its workers were started"):
-        RayGang(2, max_restarts=0).run(save_alone_when_asked_to_stop, str(tmp_path))
+        RayWorkers(2, max_restarts=0).run(save_alone_when_asked_to_stop, str(tmp_path))
     ray.kill(other)
     assert not list(tmp_path.iterdir())

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from dpkd.backends.engines import make_engine
-from dpkd.backends.local_gang import LocalGang
+from dpkd.backends.local_workers import LocalWorkers
 from dpkd.engine import world
 from dpkd.engine.protocol import Engine
 from dpkd.engine.settings import EngineSettings, OptimizerSettings
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
                     steps=options.steps,
                     folder=folder,
                 )
-                LocalGang(workers, max_restarts=0, threads=options.threads).run(work, case)
+                LocalWorkers(workers, max_restarts=0, threads=options.threads).run(work, case)
                 result = _result(case)
             found.append(result)
             print(json.dumps(result) if options.json else _line(result), flush=True)

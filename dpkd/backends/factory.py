@@ -1,19 +1,18 @@
-"""Picks the pool and the gang that the settings name: this machine's, or the Ray cluster's.
+"""Picks the pool and the worker group that the settings name: this machine's, or the Ray cluster's.
 
-Imports stand inside the functions: pool workers load the driver's modules too, and none should wait for torch or Ray.
+Imports are inside the functions: pool workers load the driver's modules too, and none should wait for torch or Ray.
 """
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dpkd.launch.forking import load_ahead
 from dpkd.launch.pool import Accelerator, LocalPool, Pool
 from dpkd.launch.settings import LauncherSettings
 from dpkd.launch.watchdog import WatchOrder
-from dpkd.launch.worker_group import Gang
-from dpkd.launch.world_size import Sizes
+from dpkd.launch.worker_group import WorkerGroup
+from dpkd.launch.world_size import WorldSizeRange
 
 
 def launcher_kind(settings: LauncherSettings) -> str:
@@ -27,7 +26,8 @@ def make_pool(settings: LauncherSettings, *, hangs: Path) -> Pool:
     """Processes for packing and preparing: `launcher.pool_workers`, else one a core; reports of hangs go to `hangs`."""
     order = WatchOrder.begin(hangs, hang_timeout_s=settings.hang_timeout_s)
     if launcher_kind(settings) == "local":
-        return LocalPool(settings.pool_workers or os.cpu_count() or 1, order=order)
+        num_workers = settings.pool_workers or os.cpu_count() or 1
+        return LocalPool(num_workers, order=order, start_timeout_s=settings.start_timeout_s)
     from dpkd.backends.ray_pool import RayPool  # noqa: PLC0415
 
     return RayPool(settings.pool_workers, order=order)
@@ -40,43 +40,44 @@ def make_accelerator(settings: LauncherSettings, *, hangs: Path) -> Accelerator 
     """
     order = WatchOrder.begin(hangs, hang_timeout_s=settings.hang_timeout_s)
     if launcher_kind(settings) == "local":
-        devices = _local_gpus()
-        if not devices:
+        import torch  # noqa: PLC0415
+
+        if not torch.cuda.is_available():
             return None
-        environments = [{"CUDA_VISIBLE_DEVICES": device} for device in devices]
-        return Accelerator(LocalPool(len(devices), environments=environments, order=order), device="cuda")
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+        pool = LocalPool(
+            len(devices),
+            environments=[{"CUDA_VISIBLE_DEVICES": device} for device in devices],
+            order=order,
+            start_timeout_s=settings.start_timeout_s,
+        )
+        return Accelerator(pool, device="cuda")
+    from dpkd.backends.ray_cluster import connect, living_nodes  # noqa: PLC0415
     from dpkd.backends.ray_pool import RayPool  # noqa: PLC0415
-    from dpkd.backends.ray_session import connect, node_gpus  # noqa: PLC0415
 
     connect()
-    return Accelerator(RayPool(gpus_per_worker=1, order=order), device="cuda") if any(node_gpus()) else None
+    if not any(node.get("GPU", 0) for node in living_nodes()):
+        return None
+    return Accelerator(RayPool(gpus_per_worker=1, order=order), device="cuda")
 
 
-def _local_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    import torch  # noqa: PLC0415
-
-    if not torch.cuda.is_available():
-        return []
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
-
-
-def make_gang(settings: LauncherSettings, *, sizes: Sequence[int] = (), module: str) -> Gang:
+def make_worker_group(settings: LauncherSettings, *, sizes: Sequence[int] = (), module: str) -> WorkerGroup:
     """Processes for training, as many of the numbers `sizes` as there is room for; none gives one a GPU, else one.
 
     `module` holds what they are to run; those of this machine load it from here on.
     """
-    options: dict[str, Any] = settings.model_dump(include={"max_restarts", "threads", "stop_grace_s", "hang_timeout_s"})
-    chosen = Sizes(tuple(sizes), settings.grow_after_s) if sizes else None
+    keys = {"max_restarts", "threads", "stop_grace_s", "hang_timeout_s", "start_timeout_s"}
+    options = settings.model_dump(include=keys)
+    chosen = WorldSizeRange(tuple(sizes), settings.grow_after_s) if sizes else None
     if launcher_kind(settings) == "local":
-        load_ahead("dpkd.backends.local_gang", module)
-        from dpkd.backends.local_gang import LocalGang, room  # noqa: PLC0415
+        load_ahead("dpkd.backends.local_workers", module)
+        from dpkd.backends.local_workers import LocalWorkers, node_resources  # noqa: PLC0415
 
-        if chosen is None:
-            return LocalGang(**options)
-        here = room()
-        return LocalGang(chosen.choose([here], threads=settings.threads, use_gpu=here.gpus > 0), **options)
-    from dpkd.backends.ray_gang import RayGang  # noqa: PLC0415
+        here, num_workers = node_resources(), None
+        if chosen is not None:
+            num_workers = chosen.choose([here], threads=settings.threads, use_gpu=here.gpus > 0)
+        return LocalWorkers(num_workers, **options)
+    from dpkd.backends.ray_workers import RayWorkers  # noqa: PLC0415
 
-    return RayGang(chosen, **options)
+    return RayWorkers(chosen, **options)

@@ -26,7 +26,7 @@ from dpkd.data.settings import AugmentSettings, LoaderSettings
 from dpkd.data.shards import Sample, Split
 from dpkd.errors import StorageError, UserError
 from dpkd.launch.forking import end_with_parent, one_thread_each
-from dpkd.launch.signals import held
+from dpkd.launch.signals import block_stop_signals
 
 _GRACE_S = 600
 """How long a worker outlives a request to stop that the whole process group got: training may need its batches."""
@@ -236,14 +236,17 @@ def _begun(batches: DataLoader[Batch | _Failure]) -> Iterator[Batch | _Failure]:
     """The loader at work; whoever keeps it (a traceback, say) keeps its workers."""
     if not batches.num_workers:
         return iter(batches)
-    with held(), one_thread_each():  # until they are up, and say how they take a signal
+    with block_stop_signals(), one_thread_each():  # until they are up, and say how they take a signal
         return iter(batches)
 
 
 def load_ahead() -> None:
     """Starts the process that workers are forked from, which loads what they need while this one goes on."""
     if _processes().get_start_method() == "forkserver":
-        with held(), one_thread_each():  # workers inherit its environment, and the libraries that it has loaded
+        with (
+            block_stop_signals(),
+            one_thread_each(),
+        ):  # workers inherit its environment, and the libraries that it has loaded
             forkserver.ensure_running()
 
 

@@ -1,8 +1,8 @@
 """Processes that are forked from one which has loaded what they need, where the system can.
 
 A worker is at work in a tenth of a second instead of the seconds that it takes to load torch and timm, which counts at
-each restart. The process that they are forked from is `multiprocessing`'s own fork server, which lives on as long as
-any worker; its public face can neither end it nor have workers let go of it.
+each restart. The process that they are forked from is `multiprocessing`'s own fork server; its public functions cannot
+end it.
 """
 # ruff: noqa: SLF001
 
@@ -17,17 +17,10 @@ from contextlib import contextmanager, suppress
 from multiprocessing import connection, forkserver
 from typing import Any
 
-from dpkd.launch.signals import held
+from dpkd.launch.signals import block_stop_signals
 
 ONE_THREAD = dict.fromkeys(
-    (
-        "OMP_NUM_THREADS",
-        "OPENBLAS_NUM_THREADS",
-        "MKL_NUM_THREADS",
-        "NUMEXPR_NUM_THREADS",
-        "VECLIB_MAXIMUM_THREADS",
-    ),
-    "1",
+    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
 )
 """The environment that keeps numpy, torch and their like to one thread; each reads it once, as it is loaded."""
 
@@ -51,24 +44,24 @@ def load_ahead(*modules: str) -> str:
     """Starts the process that workers are forked from, which loads these modules while this one goes on.
 
     A signal to the whole process group does not end it: its workers, which would go with it, are to save first.
-    Returns how workers are to start, as `multiprocessing` names it: where there can be no such process, or one of
-    somebody else's runs, with other modules and another output, they are spawned.
+    Returns how workers are to start, as `multiprocessing` names it: where there can be no such process, or one with
+    other modules and another output runs already, they are spawned.
     """
     # the threads of a worker spin while they wait, unless told not to: six times slower where anything else runs
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is loaded
     server: Any = forkserver._forkserver
-    foreign = server._forkserver_pid is not None and server._preload_modules != list(modules)
-    if foreign or "forkserver" not in multiprocessing.get_all_start_methods():
+    is_foreign = server._forkserver_pid is not None and server._preload_modules != list(modules)
+    if is_foreign or "forkserver" not in multiprocessing.get_all_start_methods():
         return "spawn"
     forkserver.set_forkserver_preload(list(modules))
-    with held():
-        forkserver.ensure_running()  # anew, where it has died
+    with block_stop_signals():
+        forkserver.ensure_running()  # a new one, if it has died
     return "forkserver"
 
 
 @contextmanager
-def forking(*modules: str) -> Iterator[None]:
-    """Ends the process that `load_ahead` starts for these modules after the body.
+def fork_server_ends(*modules: str) -> Iterator[None]:
+    """Ends the process that `load_ahead` starts for these modules after the body, which ends all its workers.
 
     It keeps the output and the environment of the moment in which it began.
     """
@@ -77,37 +70,18 @@ def forking(*modules: str) -> Iterator[None]:
     finally:
         server: Any = forkserver._forkserver
         if server._forkserver_pid is not None and server._preload_modules == list(modules):
-            end_server()
-            with suppress(ChildProcessError, FileNotFoundError):  # somebody else has waited for it, or tidied up
+            with suppress(ChildProcessError, FileNotFoundError):  # it was killed
                 server._stop()
 
 
-def end_server() -> None:
-    """Kills the process that workers are forked from, which may be stopped, and its workers with it."""
-    server: Any = forkserver._forkserver
-    process: int | None = server._forkserver_pid  # once: another thread may start it meanwhile
-    if process is not None:
-        with suppress(ProcessLookupError, ChildProcessError):  # it has been waited for already
-            os.kill(process, signal.SIGKILL)
-            os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
-
-
 def end_with_parent() -> None:
-    """Has this process killed with the one that started it, at once: it must not write into a run that goes on.
-
-    The kernel kills it with the process that it was forked from. That is the fork server, which ends with the last one
-    that holds this end of its pipe, the driver then; but for one that is stopped, so the driver itself is watched too.
-    """
-    if sys.platform == "linux":
+    """Ends this process at once with the one that started it: it must not write into a run that goes on."""
+    if sys.platform == "linux":  # and with the fork server, without which nobody learns how this process ended
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_after, args=(parent.sentinel,), name="dpkd-parent", daemon=True).start()
-    server: Any = forkserver._forkserver
-    if server._forkserver_alive_fd is not None:
-        os.close(server._forkserver_alive_fd)
-        server._forkserver_alive_fd = None
+    assert parent is not None, "it was started by multiprocessing"
+    threading.Thread(target=_end_after, args=(parent.sentinel,), name="dpkd-parent", daemon=True).start()
 
 
 def _end_after(parent: int) -> None:

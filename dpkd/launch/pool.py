@@ -27,8 +27,9 @@ from typing import Any, Generic, Protocol, TypeVar
 from dpkd.errors import StorageUnavailable, WorkerFailed, portable
 from dpkd.io.errors import may_pass
 from dpkd.launch.forking import ONE_THREAD
-from dpkd.launch.heartbeat import SLOW, beat, rest
-from dpkd.launch.watchdog import WatchOrder, hangs, watched
+from dpkd.launch.heartbeat import RESTING, heartbeat
+from dpkd.launch.settings import START_TIMEOUT_S
+from dpkd.launch.watchdog import WatchOrder, read_hangs, watched
 
 _log = logging.getLogger(__name__)
 
@@ -40,10 +41,9 @@ NUM_RETRIES = 3
 FIRST_PAUSE_S, PAUSE_GROWTH = 0.5, 3.0
 """Before an item whose storage failed is tried again: 0.5, 1.5 and 4.5 s."""
 
-PATIENCE_S = 5.0
-"""What a worker has to end by itself."""
-LOOK_S = 1.0
-"""Seconds between two looks at workers that say nothing."""
+END_PATIENCE_S = 5.0
+"""Seconds in which a worker is to end by itself."""
+POLL_S = 1.0
 
 
 def never() -> bool:
@@ -79,8 +79,14 @@ class Deaths(Generic[Item]):
         """One after the other."""
 
     def add(self, index: int | None, *, number: int, reason: str) -> None:
-        """Notes that worker `number` died on item `index`, or came not up; raises `WorkerFailed` once too many did."""
-        reason = self._hang_of(number) or reason
+        """Counts the death of worker `number` on item `index`, or before it came up (None).
+
+        Raises `WorkerFailed` once there are too many.
+        """
+        try:
+            reason = next((str(hang) for hang in read_hangs(self._order) if hang.rank == number), reason)
+        except OSError as error:
+            reason = f"{reason}; its hang report cannot be read: {error}"
         if index is None:
             self.num_failed_starts += 1
             if self.num_failed_starts > NUM_RETRIES:
@@ -95,13 +101,6 @@ class Deaths(Generic[Item]):
                 "Out of memory? Run with fewer launcher.pool_workers, or take the item out."
             )
         _log.warning("a worker died (%s), and another does its item: %s", reason, _named(self._items[index]))
-
-    def _hang_of(self, number: int) -> str:
-        """What its watchdog reported of a worker; empty where it did not."""
-        try:
-            return next((str(hang) for hang in hangs(self._order) if hang.rank == number), "")
-        except OSError as error:
-            return f"its hang report cannot be read: {error}"
 
 
 def _named(item: object) -> str:
@@ -119,7 +118,7 @@ class Accelerator:
 
 
 @dataclass
-class _Worker:
+class _PoolWorker:
     """A process, our end of its pipe, its own environment variables, and the item that it works on."""
 
     number: int
@@ -128,15 +127,36 @@ class _Worker:
     environment: Mapping[str, str]
     index: int | None = None
     is_up: bool = False
-    coming_s: float = 0.0
-    """How long it has taken to come up."""
+    starting_s: float = 0.0
+
+    def send(self, message: Any) -> None:
+        """Sends a message; if the worker is dead already, that shows when its answer is read."""
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self.connection.send(message)
+
+    def receive(self) -> bytes | None:
+        """What the worker sent; None if it died, also in the middle of a message."""
+        try:
+            return self.connection.recv_bytes()
+        except (EOFError, OSError):
+            return None
+
+    def end(self) -> str:
+        """Waits for the end of a worker whose pipe is closed; returns how it ended."""
+        self.process.join(END_PATIENCE_S)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        late = "" if self.is_up else f", {self.starting_s:.0f} s after its start"
+        return f"exit code {self.process.exitcode}{late}"
 
 
 class LocalPool:
     """Spawned processes on this machine, started by each `map` and gone with it.
 
     Each has the variables of one of the `environments` in its environment, which no other has at the same time. One
-    that gives no sign of life, on an item or while it is stopped, is ended as the `order` says.
+    that gives no sign of life, on an item or while it is stopped, is ended as the `order` says; one that is not up
+    after `start_timeout_s`, by this process.
     """
 
     def __init__(
@@ -145,25 +165,21 @@ class LocalPool:
         *,
         environments: Sequence[Mapping[str, str]] | None = None,
         order: WatchOrder | None = None,
+        start_timeout_s: float = START_TIMEOUT_S,
     ) -> None:
         assert num_workers >= 1, num_workers
         assert environments is None or len(environments) == num_workers, "one environment a worker"
         self.num_workers = num_workers
         self._environments = environments or [{}] * num_workers
-        self._order, self._numbers = order, count()
+        self._order, self._start_timeout_s, self._numbers = order, start_timeout_s, count()
 
     def map(
-        self,
-        function: Callable[[Item], Result],
-        items: Sequence[Item],
-        *,
-        until: Callable[[], bool] = never,
+        self, function: Callable[[Item], Result], items: Sequence[Item], *, until: Callable[[], bool] = never
     ) -> Iterator[tuple[int, Result]]:
-        """See `Pool.map`."""
         deaths = Deaths(items, order=self._order)
         waiting = deque(range(len(items)))
         free = list(self._environments)
-        workers: list[_Worker] = []
+        workers: list[_PoolWorker] = []
         try:
             while (waiting or any(worker.index is not None for worker in workers)) and not until():
                 while free and sum(worker.index is None for worker in workers) < len(waiting):
@@ -171,71 +187,82 @@ class LocalPool:
                 for worker in workers:
                     if worker.is_up and worker.index is None and waiting:
                         worker.index = waiting.popleft()
-                        _give(worker, items[worker.index])
+                        worker.send(items[worker.index])
                 for worker in self._ready(workers):
-                    message = _message(worker)
+                    message = worker.receive()
                     if message is None:
                         workers.remove(worker)
                         free.append(worker.environment)
                         if worker.index is not None:
                             waiting.appendleft(worker.index)
-                        deaths.add(worker.index, number=worker.number, reason=_end(worker))
+                        deaths.add(worker.index, number=worker.number, reason=worker.end())
                     elif worker.index is None:
                         worker.is_up = True
                         deaths.num_failed_starts = 0
-                        _give(worker, function)
+                        worker.send(function)
                     else:
                         index, worker.index = worker.index, None
                         yield index, result_of(message)
         finally:
-            _stop(workers)
+            _end_all(workers)
 
-    def _start_worker(self, environment: Mapping[str, str]) -> _Worker:
+    def _start_worker(self, environment: Mapping[str, str]) -> _PoolWorker:
         context, number = multiprocessing.get_context("spawn"), next(self._numbers)
         ours, theirs = context.Pipe()
         arguments = (theirs, environment, self._order, number)
         process = context.Process(target=_serve, args=arguments, name="dpkd-pool", daemon=True)
         process.start()
         theirs.close()  # so that its death reads as the end of the pipe
-        return _Worker(number, process, ours, environment)
+        return _PoolWorker(number, process, ours, environment)
 
-    def _ready(self, workers: list[_Worker]) -> list[_Worker]:
+    def _ready(self, workers: list[_PoolWorker]) -> list[_PoolWorker]:
         """Waits a little for workers that have come up, answered or died; ends those that do not come up."""
         expected = {worker.connection: worker for worker in workers if worker.index is not None or not worker.is_up}
         began_s = time.monotonic()
-        ready = wait(list(expected), timeout=LOOK_S)
-        passed_s = min(time.monotonic() - began_s, 2 * LOOK_S)  # a pause of the whole machine counts little
+        ready = wait(list(expected), timeout=POLL_S)
+        passed_s = min(time.monotonic() - began_s, 2 * POLL_S)  # a pause of the whole machine counts little
         for worker in expected.values():
-            worker.coming_s += 0.0 if worker.is_up else passed_s
-            if self._order is not None and worker.coming_s > SLOW * self._order.hang_timeout_s and not worker.is_up:
-                worker.process.kill()
+            if not worker.is_up:
+                worker.starting_s += passed_s
+                if worker.starting_s > self._start_timeout_s:
+                    worker.process.kill()
         return [expected[connection] for connection in ready if isinstance(connection, Connection)]
 
 
-def _give(worker: _Worker, message: Any) -> None:
-    """Sends a message; a worker that is dead already shows when its answer is read."""
+def _end_all(workers: Sequence[_PoolWorker]) -> None:
+    for worker in workers:
+        worker.connection.close()
+        if worker.index is not None or not worker.is_up:
+            worker.process.terminate()
+    for worker in workers:
+        worker.end()
+
+
+def _serve(connection: Connection, environment: Mapping[str, str], order: WatchOrder | None, number: int) -> None:
+    """The life of a worker: receives the function, then items, until the pipe ends."""
+    for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(ignored, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the parent decides
+    os.environ.update({**ONE_THREAD, **environment})  # before the function brings in numpy
+    with watched(order, rank=number), suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        heartbeat(RESTING)
+        connection.send_bytes(b"up")
+        pickled = connection.recv_bytes()
+        load = lru_cache(maxsize=1)(lambda: pickle.loads(pickled))
+        while True:
+            connection.send_bytes(answer_to(load, connection.recv_bytes()))
+
+
+def answer_to(load: Callable[[], Callable[[Any], Any]], item: bytes) -> bytes:
+    """The pickled answer of a worker to a pickled item: (result, error, its traceback)."""
+    heartbeat("load")
     try:
-        worker.connection.send(message)
-    except (BrokenPipeError, ConnectionResetError):
-        pass
-
-
-def _message(worker: _Worker) -> bytes | None:
-    """What the worker sent, or none when it died, also where that was in the middle of a message."""
-    try:
-        return worker.connection.recv_bytes()
-    except (EOFError, OSError):
-        return None
-
-
-def _end(worker: _Worker) -> str:
-    """Waits until a worker that says nothing any more has ended; returns how."""
-    worker.process.join(PATIENCE_S)
-    if worker.process.is_alive():
-        worker.process.kill()
-        worker.process.join()
-    late = "" if worker.is_up else f", {worker.coming_s:.0f} s after its start"
-    return f"exit code {worker.process.exitcode}{late}"
+        result = _call_until_storage_answers(load(), pickle.loads(item))
+        return pickle.dumps((result, None, ""), pickle.HIGHEST_PROTOCOL)
+    except Exception as error:  # noqa: BLE001  crosses to the parent, which raises it
+        trace = traceback.format_exc()
+        return pickle.dumps((None, portable(error), trace), pickle.HIGHEST_PROTOCOL)
+    finally:
+        heartbeat(RESTING)
 
 
 def result_of(answer: bytes) -> Any:
@@ -246,55 +273,19 @@ def result_of(answer: bytes) -> Any:
     return result
 
 
-def _stop(workers: list[_Worker]) -> None:
-    for worker in workers:
-        worker.connection.close()
-        if worker.index is not None or not worker.is_up:
-            worker.process.terminate()
-    for worker in workers:
-        _end(worker)
-
-
-def _serve(connection: Connection, environment: Mapping[str, str], order: WatchOrder | None, number: int) -> None:
-    """The life of a worker: receives the function, then items, until the pipe ends."""
-    for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(ignored, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the parent decides
-    os.environ.update({**ONE_THREAD, **environment})  # before the function brings in numpy
-    with watched(order, rank=number), suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        rest()
-        connection.send_bytes(b"up")
-        pickled = connection.recv_bytes()
-        load = lru_cache(maxsize=1)(lambda: pickle.loads(pickled))
-        while True:
-            connection.send_bytes(answer_to(load, connection.recv_bytes()))
-
-
-def answer_to(load: Callable[[], Callable[[Any], Any]], item: bytes) -> bytes:
-    """The pickled answer of a worker to a pickled item: (result, error, its traceback)."""
-    beat("load")
-    try:
-        result = _answer_at_last(load(), pickle.loads(item))
-        return pickle.dumps((result, None, ""), pickle.HIGHEST_PROTOCOL)
-    except Exception as error:  # noqa: BLE001  crosses to the parent, which raises it
-        trace = traceback.format_exc()
-        return pickle.dumps((None, portable(error), trace), pickle.HIGHEST_PROTOCOL)
-    finally:
-        rest()
-
-
-def _answer_at_last(function: Callable[[Any], Any], item: Any, *, attempt: int = 0) -> Any:
-    """The function's result; where storage fails in a way that may pass, it is called again after a pause."""
-    beat("item")
-    try:
-        return function(item)
-    except Exception as error:  # passed on, but for storage that fails
-        if not may_pass(error):
-            raise
-        if attempt == NUM_RETRIES:
-            message = f"{_named(item)}: storage failed {attempt + 1} times, at last with: {error}"
-            raise StorageUnavailable(message) from error
-        pause_s = FIRST_PAUSE_S * PAUSE_GROWTH**attempt
-        _log.warning("%s: storage failed, trying again in %.1f s: %s", _named(item), pause_s, error)
-    rest()
-    time.sleep(pause_s)
-    return _answer_at_last(function, item, attempt=attempt + 1)
+def _call_until_storage_answers(function: Callable[[Any], Any], item: Any) -> Any:
+    for attempt in count():
+        heartbeat("item")
+        try:
+            return function(item)
+        except Exception as error:  # passed on, unless it is storage that may answer later
+            if not may_pass(error):
+                raise
+            if attempt == NUM_RETRIES:
+                message = f"{_named(item)}: storage failed {attempt + 1} times, at last with: {error}"
+                raise StorageUnavailable(message) from error
+            pause_s = FIRST_PAUSE_S * PAUSE_GROWTH**attempt
+            _log.warning("%s: storage failed, trying again in %.1f s: %s", _named(item), pause_s, error)
+        heartbeat(RESTING)
+        time.sleep(pause_s)
+    raise AssertionError("never reached")

@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from dpkd.config import Config
 
+START_TIMEOUT_S = 900.0
+
 
 class LauncherSettings(Config):
     """Where processes run: on this machine, or on the Ray cluster that the command was submitted to."""
@@ -22,7 +24,9 @@ class LauncherSettings(Config):
     pool_workers: int | None = Field(None, ge=1)
     """Processes that pack and prepare; none takes one a CPU core."""
     max_restarts: int = Field(3, ge=0)
-    """How often workers start again after a failure; counted anew whenever a later checkpoint stands."""
+    """How often workers start again after a failure; counts from 0 again after each later checkpoint."""
+    start_timeout_s: float = Field(START_TIMEOUT_S, gt=0)
+    """Time that workers have to start, on a busy machine too; then they are ended and start again."""
     hang_timeout_s: float | None = Field(600.0, gt=0)
     """A worker whose step takes longer is ended, and all start again; six times as long for anything else, such as
     starting, evaluating and saving, or an image in packing and preparing. None watches nothing."""

@@ -1,20 +1,21 @@
-"""The gang protocol: N processes that train as one; and what becomes of a session when some of them fail."""
+"""The worker group protocol: N processes that train as one; and the decision to start them again after a failure."""
 
 import signal
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 from dpkd.errors import StopRequested, StorageError, StorageUnavailable, UserError, WorkerFailed, portable
-from dpkd.launch.watchdog import COLLECTIVES, Hang, WatchOrder, hangs
+from dpkd.launch.watchdog import COLLECTIVES, Hang, WatchOrder, read_hangs
 from dpkd.log import logger
 
 LONGEST_WAIT_S = 60.0
-TWICE_S = 1.0
+REPEATED_SIGNAL_S = 1.0
 FOR_MEMORY = " (out of memory?)"
 
 
@@ -23,19 +24,19 @@ class Restart:
     """One restart of all workers: whose failure it answers, and the time since."""
 
     rank: int
-    """-1 where no worker failed, as when a node is about to leave the cluster."""
+    """-1 if no worker failed, as when a node is about to leave the cluster."""
     cause: str
     since_failure_s: float
 
 
 @dataclass(frozen=True)
 class Supervision:
-    """What a session goes by beside its work."""
+    """What the driver knows about a session: the folder for hangs, the progress, a call for each restart."""
 
     hangs: Path | None = None
     """Folder that driver and workers see, for reports of workers that hung; without one none is watched."""
     progress: Callable[[], tuple[int, ...]] = tuple
-    """How far the session is; restarts are counted anew once it has grown."""
+    """How far the session is. Restarts count from 0 again once it has grown."""
     on_restart: Callable[[Restart], None] = lambda _: None
 
 
@@ -50,20 +51,20 @@ class StopRequests:
         self._counted_s = 0.0
 
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
-        """Counts the first signal, and each Ctrl-C after it, but for one that comes twice, as from a wrapper too."""
+        """Counts the first signal, and each Ctrl-C after it, except a copy of the last one, as wrappers send it."""
         now_s = time.monotonic()
-        if self.count == 0 or (number == signal.SIGINT and now_s > self._counted_s + TWICE_S):
+        if self.count == 0 or (number == signal.SIGINT and now_s > self._counted_s + REPEATED_SIGNAL_S):
             self.count += 1
             self._counted_s = now_s
 
 
-class Gang(Protocol):
+class WorkerGroup(Protocol):
     """Starts the workers of a training session, watches them, restarts all when one dies or hangs."""
 
     def run(self, work: Callable[[Any], None], argument: Any, *, supervision: Supervision = UNSUPERVISED) -> None:
         """Runs `work(argument)` in every worker; both must pickle. RANK, LOCAL_RANK, WORLD_SIZE and MASTER_* are set.
 
-        A stop signal to this process reaches the workers as `world.stop_requested()`; they have a time of grace
+        A stop signal to this process reaches the workers as `world.stop_requested()`; they have a grace period
         to save and raise `StopRequested`. Call it in the main thread.
 
         Raises `WorkerFailed` with the first failing rank's traceback once no restart is left, `StopRequested` when the
@@ -76,13 +77,13 @@ class Failure:
     """How one worker ended: by an error of its own, or, without one, by a signal, an exit or its watchdog."""
 
     rank: int
-    """-1 where it was none of them, as when an actor of Ray's was lost."""
+    """-1 if it was none of them, as when an actor of Ray's was lost."""
     cause: str
-    """The traceback, or what is known of the death."""
+    """The traceback, or what is known about the death."""
     error: Exception | None = None
     time_s: float = field(default_factory=time.time)
     symptom: bool = False
-    """Whether it failed in waiting for its peers, most likely because one of them had failed."""
+    """Whether it failed while waiting for its peers, most likely because one of them had failed."""
 
     @classmethod
     def of_error(cls, rank: int, error: Exception) -> "Failure":
@@ -93,7 +94,7 @@ class Failure:
 
     @classmethod
     def of_exit_code(cls, rank: int, exit_code: int) -> "Failure":
-        """The failure of a worker that died without a word; negative codes are signals."""
+        """The failure of a worker that died without an error; negative codes are signals."""
         if exit_code < 0:
             name = signal.Signals(-exit_code).name if -exit_code in set(signal.Signals) else f"signal {-exit_code}"
             hint = FOR_MEMORY if exit_code == -signal.SIGKILL else ""
@@ -102,7 +103,7 @@ class Failure:
 
     @property
     def who(self) -> str:
-        """The worker, or the generation where it was none of them."""
+        """The worker, or the session if it was none of them."""
         return f"worker {self.rank}" if self.rank >= 0 else "the session"
 
     @property
@@ -112,19 +113,50 @@ class Failure:
         return text.splitlines()[0]
 
 
-def supervise(
+@dataclass(frozen=True)
+class RestartPolicy:
+    """Decides whether the workers start again."""
+
+    max_restarts: int
+    """Without progress in between."""
+
+    def decide(self, attempts: Sequence[Sequence[Failure]], *, stop_requested: bool) -> float:
+        """Seconds to wait before all start again: none after the first failure, then 1, 2, 4 … and a minute at most.
+
+        `attempts` are the generations since the session last got further, each with its failures, in any order. Raises
+        the error that ends the session. A user's error or a stop counts whichever rank raised it: ranks agree before
+        they stop, and a user's error would come again, unless it is storage that fails for a while.
+        """
+        for kind in (UserError, StorageError, StopRequested):
+            for failure in attempts[-1]:
+                if isinstance(failure.error, kind) and not isinstance(failure.error, StorageUnavailable):
+                    raise failure.error
+        if stop_requested:
+            first = by_cause(attempts[-1])[0]
+            why = first.line.removesuffix(FOR_MEMORY)  # most likely it took too long, and was ended for it
+            raise StopRequested(
+                f"the workers ended before they had saved ({first.who}: {why}); the last checkpoint stands"
+            )
+        if len(attempts) > self.max_restarts:
+            raise WorkerFailed(_account(attempts))
+        return min(LONGEST_WAIT_S, 2.0 ** (len(attempts) - 2)) if len(attempts) > 1 else 0.0
+
+
+def run_with_restarts(
     run_once: Callable[[], list[Failure]],
     *,
-    max_restarts: int,
+    policy: RestartPolicy,
     stop_requested: Callable[[], bool],
     supervision: Supervision,
 ) -> None:
     """Runs generations of workers until one has done its work; `run_once` runs one and returns how workers failed.
 
-    Raises what `verdict` decides. Between generations it waits, longer each time that nothing was gained. Whatever else
-    goes wrong in running one, for want of memory or a folder, say, counts as a failure of it.
+    Raises what the policy decides, and `StopRequested` between two generations. Any other error of `run_once`, such as
+    too little memory, counts as a failure.
     """
-    furthest = _reached(supervision, ())
+    furthest: tuple[int, ...] = ()
+    with suppress(OSError):  # storage that fails says nothing about progress
+        furthest = supervision.progress()
     attempts: list[list[Failure]] = []
     while True:
         try:
@@ -135,89 +167,30 @@ def supervise(
             failures = [Failure.of_error(-1, error)]
         if not failures:
             return
-        reached = _reached(supervision, furthest)
-        if reached > furthest:
-            furthest, attempts = reached, []
+        with suppress(OSError):
+            reached = supervision.progress()
+            if reached > furthest:
+                furthest, attempts = reached, []
         attempts.append(failures)
-        end = verdict(attempts, stop_requested=stop_requested(), max_restarts=max_restarts)
-        if end is not None:
-            raise end
-        first, wait_s = by_cause(failures)[0], waiting_time_s(len(attempts))
-        when = f"in {wait_s:.0f} s" if wait_s else "at once"
+        wait_s = policy.decide(attempts, stop_requested=stop_requested())
+        first = by_cause(failures)[0]
         logger.info(
-            f"{first.who} failed: {first.line}; all start again {when}, "
-            f"{max_restarts - len(attempts)} restarts left until there is progress"
+            f"{first.who} failed: {first.line}; all start again {f'in {wait_s:.0f} s' if wait_s else 'at once'}, "
+            f"{policy.max_restarts - len(attempts)} restarts left until there is progress"
         )
         supervision.on_restart(Restart(first.rank, first.line, time.time() - first.time_s))
-        _wait(wait_s, stop_requested)
-
-
-def verdict(attempts: Sequence[Sequence[Failure]], *, stop_requested: bool, max_restarts: int) -> Exception | None:
-    """The error that ends a session, or none where its workers should start again.
-
-    `attempts` are the generations since the session last got further, each with the failures that were seen, in no
-    order. A user's error or a stop counts whoever raised it: ranks agree before they stop, and an error of the user's
-    would come again, but for storage that fails for a while.
-    """
-    for kind in (UserError, StorageError, StopRequested):
-        for failure in attempts[-1]:
-            if isinstance(failure.error, kind) and not isinstance(failure.error, StorageUnavailable):
-                return failure.error
-    if stop_requested:
-        first = by_cause(attempts[-1])[0]
-        why = first.line.removesuffix(FOR_MEMORY)  # most likely it took too long, and was ended for it
-        return StopRequested(
-            f"the workers ended before they had saved ({first.who}: {why}); the last checkpoint stands"
-        )
-    if len(attempts) <= max_restarts:
-        return None
-    return WorkerFailed(_account(attempts))
-
-
-def _reached(supervision: Supervision, furthest: tuple[int, ...]) -> tuple[int, ...]:
-    """How far the session is, or was when storage last said."""
-    try:
-        return supervision.progress()
-    except OSError:
-        return furthest
-
-
-def by_cause(failures: Sequence[Failure]) -> list[Failure]:
-    """Failures, the most likely cause first: what a rank did by itself before what it suffered, each by time."""
-    return sorted(failures, key=lambda failure: (failure.symptom, failure.time_s))
-
-
-def explained(failures: Sequence[Failure], order: WatchOrder | None) -> list[Failure]:
-    """The failures of a generation, by what its watchdogs reported, as far as that can be read."""
-    try:
-        return with_hangs(failures, hangs(order))
-    except OSError as error:
-        logger.info(f"the reports of hung workers cannot be read: {error}")
-        return list(failures)
-
-
-def with_hangs(failures: Sequence[Failure], reported: Sequence[Hang]) -> list[Failure]:
-    """The failures, with the hangs that the watchdogs reported in place of the deaths that they caused."""
-    if not reported:
-        return list(failures)
-    began_s = min(hang.time_s for hang in reported)
-    ranks = {hang.rank for hang in reported}
-    hung = [Failure(hang.rank, str(hang), time_s=began_s, symptom=hang.waits) for hang in reported]
-    others = [each for each in failures if each.rank not in ranks or not (each.error is None or each.symptom)]
-    # a death earlier than the hang would have ended the generation before it
-    return hung + [replace(each, time_s=max(each.time_s, began_s)) if each.error is None else each for each in others]
-
-
-def waiting_time_s(num_attempts: int) -> float:
-    """Seconds to wait before the next attempt: none after the first failure, then 1, 2, 4 … and a minute at most."""
-    return min(LONGEST_WAIT_S, 2.0 ** (num_attempts - 2)) if num_attempts > 1 else 0.0
+        deadline_s = time.monotonic() + wait_s
+        while not stop_requested() and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        if stop_requested():
+            raise StopRequested("stopped between two attempts; the last checkpoint stands")
 
 
 def _account(attempts: Sequence[Sequence[Failure]]) -> str:
-    """The first failure's own words, and in a line each what followed it."""
+    """The first failure in full, and a line each for what followed it."""
     first, *others = by_cause(attempts[0])
     lines = [f"{first.who}: {first.cause.rstrip()}"]
-    lines += [f"after it {each.who}: {each.line}" for each in others[:1]]
+    lines += [f"after it {other.who}: {other.line}" for other in others[:1]]
     if len(attempts) > 1:
         last = by_cause(attempts[-1])[0]
         lines.append(
@@ -227,10 +200,39 @@ def _account(attempts: Sequence[Sequence[Failure]]) -> str:
     return "\n".join(lines)
 
 
-def _wait(wait_s: float, stop_requested: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + wait_s
-    while not stop_requested():
-        if time.monotonic() >= deadline_s:
-            return
-        time.sleep(0.05)
-    raise StopRequested("stopped between two attempts; the last checkpoint stands")
+def late_start(timeout_s: float) -> str:
+    """The cause that is given for a worker which was not at work in time."""
+    return (
+        f"not at work {timeout_s:.0f} s after it was started. Is the machine busy? launcher.start_timeout_s gives "
+        "workers more time"
+    )
+
+
+def by_cause(failures: Sequence[Failure]) -> list[Failure]:
+    """Failures, the most likely cause first: what a rank did by itself before what it suffered, each by time."""
+    return sorted(failures, key=lambda failure: (failure.symptom, failure.time_s))
+
+
+def with_reports(failures: Sequence[Failure], order: WatchOrder | None) -> list[Failure]:
+    """The failures of a generation, with the hangs that its watchdogs reported, as far as these can be read."""
+    try:
+        return with_hangs(failures, read_hangs(order))
+    except OSError as error:
+        logger.info(f"the reports of hung workers cannot be read: {error}")
+        return list(failures)
+
+
+def with_hangs(failures: Sequence[Failure], hangs: Sequence[Hang]) -> list[Failure]:
+    """The failures, with hangs in place of the deaths that they caused."""
+    if not hangs:
+        return list(failures)
+    began_s = min(hang.time_s for hang in hangs)
+    ranks = {hang.rank for hang in hangs}
+    explained = [Failure(hang.rank, str(hang), time_s=began_s, symptom=hang.waits) for hang in hangs]
+    for failure in failures:
+        if failure.error is None and failure.rank not in ranks:
+            # a death earlier than the hang would have ended the generation before it
+            explained.append(replace(failure, time_s=max(failure.time_s, began_s)))
+        elif failure.error is not None and not (failure.symptom and failure.rank in ranks):
+            explained.append(failure)
+    return explained

@@ -10,7 +10,7 @@ import torch
 from dpkd.backends.engines import engine_kind, make_engine
 from dpkd.data.stream import load_ahead
 from dpkd.engine import world
-from dpkd.launch.heartbeat import SLOW, beat
+from dpkd.launch.heartbeat import SLOW, heartbeat
 from dpkd.log import logger
 from dpkd.run.folder import RunFolder
 from dpkd.settings import Settings, parse_settings
@@ -66,7 +66,7 @@ def _run_stages(run: Run, settings: Settings, stages: list[str]) -> None:
     left = peers.broadcast(left_to_do(run.folder, settings, stages) if peers.rank == 0 else [])
     for stage in left:
         with _recorded(stage, run, settings) if peers.rank == 0 else nullcontext():
-            beat(stage)
+            heartbeat(stage)
             _run_stage(stage, run, settings)
             peers.barrier()
 

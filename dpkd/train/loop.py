@@ -14,7 +14,7 @@ from dpkd.data.stream import Batch
 from dpkd.engine.protocol import Engine
 from dpkd.engine.world import World, stop_requested
 from dpkd.errors import StopRequested
-from dpkd.launch.heartbeat import STEADY, beat
+from dpkd.launch.heartbeat import STEADY, heartbeat
 from dpkd.train.checkpoint import Checkpoints, Part
 from dpkd.train.divergence import NormGuard
 from dpkd.train.meter import Meter
@@ -88,7 +88,7 @@ def train(
     batch: Batch | None = None
     with meter.timer.loop(start_step):
         for step in range(start_step, plan.total_steps):
-            beat(STEADY, step=step)
+            heartbeat(STEADY, step=step)
             if step not in plan.skipped:
                 batch = _train_step(task, batches, step=step, plan=plan, meter=meter, guard=guard)
             done = step + 1
@@ -98,7 +98,7 @@ def train(
             save_due = stop or unsaved or plan.due(plan.checkpoint_every, done)
             _look(done, batch, plan=plan, hooks=hooks, meter=meter)
             if save_due:
-                beat("save", step=done)
+                heartbeat("save", step=done)
                 with meter.timer.interrupted("checkpoint"):
                     checkpoints.save(done, parts)
             meter.timer.after_step(done, due=save_due or plan.due(plan.log_every, done))
@@ -106,7 +106,7 @@ def train(
                 with meter.timer.interrupted("checkpoint"):
                     checkpoints.finish()
                 raise StopRequested(f"stopped after step {done} of {plan.total_steps}, saved")
-        beat("save", step=plan.total_steps)
+        heartbeat("save", step=plan.total_steps)
         with meter.timer.interrupted("checkpoint"):
             checkpoints.finish()
 
@@ -115,10 +115,10 @@ def _look(done: int, batch: Batch | None, *, plan: Plan, hooks: Hooks, meter: Me
     """Panels and evaluation, where they are due after the step; every rank takes part."""
     with meter.timer.interrupted("evaluation"):
         if batch is not None and plan.due(plan.panels_every, done):
-            beat("panels", step=done)
+            heartbeat("panels", step=done)
             hooks.panels(done, batch)
         if plan.due(plan.evaluate_every, done):
-            beat("evaluate", step=done)
+            heartbeat("evaluate", step=done)
             hooks.evaluate(done)
 
 

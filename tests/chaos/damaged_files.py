@@ -137,7 +137,7 @@ class Here:
 def command(settings: dict[str, Any], *, stages: Sequence[str] = pretrain.STAGES) -> int:
     """The command in this process, without new processes and long waits; its exit code."""
     torch.set_num_threads(1)
-    pretrain.make_pool = pretrain.make_gang = lambda *_, **__: Here()  # type: ignore[assignment,return-value]
+    pretrain.make_pool = pretrain.make_worker_group = lambda *_, **__: Here()  # type: ignore[assignment,return-value]
     errors.WAITS_S = (0.01,)
     evaluate.TIMING_S = 0.01
     return pretrain.exit_code(lambda: pretrain.run(settings_of(settings), stages=list(stages)))

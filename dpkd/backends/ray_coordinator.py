@@ -1,38 +1,34 @@
-"""The post: a small actor that the driver and the workers of a Ray gang meet at. Loads neither torch nor Ray Train."""
+"""The coordinator: a small actor where the driver and the workers of one generation meet.
+
+It loads neither torch nor Ray Train, so that it starts fast.
+"""
 
 import asyncio
 import io
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
 
 from dpkd.launch.worker_group import Failure
 
-ANSWER_TIMEOUT_S = 30.0
-"""How long the post may take to answer; later it counts as lost."""
-
 
 @dataclass(frozen=True)
-class Look:
-    """What the post knows of the workers."""
+class Status:
+    """What the coordinator knows about the workers."""
 
-    output: str
-    node_of: dict[int, str]
+    output: str = ""
+    """Of the first one, since the last status."""
+    node_of: dict[int, str] = field(default_factory=dict)
     """By rank, of those that are at work."""
-    done: set[int]
-    failures: list[Failure]
+    done: set[int] = field(default_factory=set)
+    failures: list[Failure] = field(default_factory=list)
 
 
-def asked(answer: Any) -> Any:
-    """An answer of the post; raises `GetTimeoutError` or `RayActorError` where it is lost."""
-    return ray.get(answer, timeout=ANSWER_TIMEOUT_S)
-
-
-class Post:
-    """An actor that the driver and the workers of one generation meet at."""
+class Coordinator:
+    """The actor's class."""
 
     def __init__(self) -> None:
         self._failures: list[Failure] = []
@@ -44,18 +40,22 @@ class Post:
         self._changed = asyncio.Condition()
 
     async def enter(self, rank: int, node: str) -> None:
-        """Takes the node that a worker runs on."""
+        """Notes that a worker is at work, on this node."""
         self._node_of[rank] = node
 
     async def done(self, rank: int) -> None:
-        """Takes that a worker has done its work."""
+        """Notes that a worker has done its work."""
         self._done.add(rank)
 
-    async def look(self) -> Look:
-        """How far the workers are, and the first one's output since the last look."""
+    async def write(self, text: str) -> None:
+        """Takes output of the first worker."""
+        self._output.append(text)
+
+    async def status(self) -> Status:
+        """How far the workers are, and the first one's output since the last call."""
         output = "".join(self._output)
         self._output.clear()
-        return Look(output, dict(self._node_of), set(self._done), list(self._failures))
+        return Status(output, dict(self._node_of), set(self._done), list(self._failures))
 
     async def stop(self, grace_s: float) -> None:
         """Asks the workers to stop within a time; once asked, they keep the time that they were given."""
@@ -70,14 +70,14 @@ class Post:
             self._grace_s, self._at_once = self._grace_s or 0.0, True
             self._changed.notify_all()
 
-    async def until_stop(self) -> float:
-        """Waits for a request to stop; returns its time of grace in seconds."""
+    async def wait_for_stop(self) -> float:
+        """Waits for a request to stop; returns its grace period in seconds."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._grace_s is not None)
         assert self._grace_s is not None
         return self._grace_s
 
-    async def until_end(self) -> None:
+    async def wait_for_end(self) -> None:
         """Waits for a request to end at once."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._at_once)
@@ -88,21 +88,17 @@ class Post:
             self._failures.append(replace(failure, time_s=time.time()))
             self._changed.notify_all()
 
-    async def until_cause(self) -> None:
+    async def wait_for_cause(self) -> None:
         """Waits for a failure that is no symptom of another."""
         async with self._changed:
             await self._changed.wait_for(lambda: any(not failure.symptom for failure in self._failures))
 
-    async def write(self, text: str) -> None:
-        """Takes output of the first worker."""
-        self._output.append(text)
-
 
 class Output(io.TextIOBase):
-    """Standard output of the first worker: whole lines go to the post."""
+    """Standard output of the first worker: whole lines go to the coordinator."""
 
-    def __init__(self, post: Any) -> None:
-        self._post = post
+    def __init__(self, coordinator: Any) -> None:
+        self._coordinator = coordinator
         self._part = ""
         self._lock = threading.Lock()
 
@@ -111,11 +107,11 @@ class Output(io.TextIOBase):
         with self._lock:
             lines, newline, self._part = (self._part + text).rpartition("\n")
             if newline:
-                self._post.write.remote(lines + newline)
+                self._coordinator.write.remote(lines + newline)
         return len(text)
 
     def close(self) -> None:
         """Sends what is left, and waits until it has arrived."""
         with self._lock:
-            asked(self._post.write.remote(self._part))
+            ray.get(self._coordinator.write.remote(self._part))
             self._part = ""

@@ -1,0 +1,206 @@
+"""The Ray cluster of this process: the connection to it, its nodes, and resources for the workers of a session.
+
+Resources are asked for as a placement group, so they are had for sure, nobody else takes them meanwhile, and an
+autoscaler sees what is wanted.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+from ray._private.state import actors, available_resources_per_node
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from dpkd.errors import StopRequested, UserError
+from dpkd.launch.world_size import NodeResources, WorldSizeRange
+from dpkd.log import logger
+
+NODE_ANSWER_S = 2.0
+CHECK_S = 3.0
+POLL_S = 0.2
+QUIET_S = 10.0
+"""Seconds of waiting before the user reads what it waits for."""
+SHORTEST_GRACE_S = 5.0
+"""For a node that should have left by now, and is there all the same."""
+
+
+def connect() -> None:
+    """Joins the running cluster, once; Ray's own messages stay in its log files.
+
+    Raises `UserError` if there is no cluster, or its token is missing.
+    """
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS", "auto")
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+        raise UserError(
+            f"launcher.kind=ray: no Ray cluster answers at {address!r} ({error}). Submit the command with "
+            "`ray job submit -- …`, start a cluster with `ray start --head`, or set launcher.kind=local. A cluster "
+            "with token authentication wants RAY_AUTH_MODE=token and its token here too."
+        ) from error
+
+
+def on_this_node(actor: type, *, max_concurrency: int) -> Any:
+    """A handle to a new actor of the class, on the node of this process, taking no CPU."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": max_concurrency, "scheduling_strategy": here}
+    return ray.remote(**options)(actor).remote()
+
+
+def kill_actors(class_name: str) -> None:
+    """Kills the actors of this class that this job has made, and with them those that they own."""
+    core: Any = ray._private.worker.global_worker  # noqa: SLF001  as `ray.kill` does, for actors without a handle
+    for actor, facts in actors(job_id=ray.JobID.from_hex(ray.get_runtime_context().get_job_id())).items():
+        if facts["ActorClassName"] == class_name and facts["State"] != "DEAD":
+            core.core_worker.kill_actor(ray.ActorID.from_hex(actor), True)
+
+
+def node_resources(*, free: bool = False) -> list[NodeResources]:
+    """What each node has that answers and stays, or has free: Ray takes its time to notice that one is gone."""
+    draining = draining_nodes()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
+    with ThreadPoolExecutor(max_workers=32) as threads:
+        staying = [node for node, answers in zip(nodes, threads.map(_answers, nodes), strict=True) if answers]
+    left = available_resources_per_node() if free else {node["NodeID"]: node["Resources"] for node in staying}
+    resources = [left.get(node["NodeID"], {}) for node in staying]
+    return [NodeResources(cpus=int(node.get("CPU", 0)), gpus=int(node.get("GPU", 0))) for node in resources]
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    """Whether the node's raylet listens."""
+    try:
+        with socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=NODE_ANSWER_S):
+            return True
+    except OSError:
+        return False
+
+
+def draining_nodes() -> dict[str, float]:
+    """The nodes that are about to leave, by id, each with the seconds it has left; one question to the head."""
+    left = ray._private.state.state.get_draining_nodes()  # noqa: SLF001  as Ray Train and Ray Data ask
+    now_s = time.time()
+    return {node: deadline_ms / 1000 - now_s if deadline_ms else math.inf for node, deadline_ms in left.items()}
+
+
+def living_nodes() -> list[dict[str, float]]:
+    """The resources of each node that is alive."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def shortage(needs: Mapping[str, float], *, nodes: Sequence[Mapping[str, float]], free: Mapping[str, float]) -> str:
+    """What a worker waits for, in words and numbers; `free` is what no worker of any job holds, over all nodes."""
+    wanted = " and ".join(f"{need:g} {name}" for name, need in needs.items())
+    have = " and ".join(
+        f"{sum(node.get(name, 0.0) for node in nodes):g} {name}s ({free.get(name, 0.0):g} free)" for name in needs
+    )
+    return f"waiting for the Ray cluster: a worker needs {wanted}, and its {len(nodes)} nodes have {have}"
+
+
+def enter_folder(folder: str) -> None:
+    """Changes to the driver's working folder if this node has it, so that relative paths mean the same."""
+    with contextlib.suppress(OSError):
+        os.chdir(folder)
+
+
+def cause_of_death(error: object) -> str:
+    """Where and how a process of Ray's died, out of the page that Ray writes about it."""
+    text = str(error)
+    place = re.search(r"node_ip='([^']+)', pid=(\d+)", text)
+    reason = next((line for line in text.splitlines() if "because" in line), text.partition("\n")[0])
+    return (f"process {place[2]} on {place[1]}: " if place else "") + reason.partition(". ")[0]
+
+
+def wait_for_resources(num_workers: int, needs: dict[str, float], *, stop_requested: Callable[[], bool]) -> None:
+    """Returns once the cluster has `needs` to give to each of so many; raises `StopRequested` when asked to stop."""
+    group = placement_group([needs] * num_workers)
+    quiet_until_s = time.monotonic() + QUIET_S
+    try:
+        while True:
+            is_ready = group.wait(timeout_seconds=POLL_S)
+            if stop_requested():
+                raise StopRequested("stopped before its workers were started; the last checkpoint stands")
+            if is_ready:
+                return
+            if time.monotonic() >= quiet_until_s:
+                quiet_until_s = math.inf
+                missing = shortage(needs, nodes=living_nodes(), free=ray.available_resources())
+                logger.info(f"{missing}; {num_workers} are to start (see `ray status`)")
+    finally:
+        remove_placement_group(group)
+
+
+class ResizeMonitor:
+    """Finds a reason to move while one generation works: a node that leaves, or room for more workers.
+
+    `cause` is empty until there is one, and `stop` is called once then, with the grace period in seconds. Use it as a
+    context manager: the resources that it holds for more workers are given back at the end.
+    """
+
+    def __init__(
+        self,
+        sizes: WorldSizeRange,
+        *,
+        size: int,
+        needs: dict[str, float],
+        grace_s: float,
+        stop: Callable[[float], None],
+    ) -> None:
+        """`size` workers are at work, each of which takes at least `needs` of a node's resources."""
+        self.cause = ""
+        self.began_s = 0.0
+        self._stop, self._grace_s = stop, grace_s
+        more = sizes.above(size)
+        self._wanted = [dict(needs)] * (more - size) if more is not None else []
+        self._cause_of_growth = f"there is room for {more} workers instead of {size}"
+        self._grow_after_s = sizes.grow_after_s
+        self._group: PlacementGroup | None = None
+        self._checked_s = 0.0
+        self._ready_since_s: float | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._group is not None:
+            remove_placement_group(self._group)
+
+    def check(self, nodes: Collection[str]) -> None:
+        """Checks the cluster every few seconds at most, once workers are at work, on these nodes."""
+        if self.cause or not nodes or time.monotonic() < self._checked_s + CHECK_S:
+            return
+        self._checked_s = time.monotonic()
+        draining = draining_nodes()
+        left_s = [draining[node] for node in nodes if node in draining]
+        if left_s:
+            self._move("a node is about to leave the cluster", min(self._grace_s, max(SHORTEST_GRACE_S, min(left_s))))
+        elif self._has_room_for_more():
+            self._move(self._cause_of_growth, self._grace_s)
+
+    def _move(self, cause: str, grace_s: float) -> None:
+        self.cause, self.began_s = cause, time.time()
+        self._stop(grace_s)
+
+    def _has_room_for_more(self) -> bool:
+        """Whether the resources of more workers have been had for a while; they are asked for at the first call."""
+        if not self._wanted:
+            return False
+        if self._group is None:
+            self._group = placement_group(self._wanted, strategy="PACK")
+        if not self._group.wait(timeout_seconds=0.01):
+            self._ready_since_s = None
+            return False
+        if self._ready_since_s is None:
+            self._ready_since_s = time.monotonic()
+        return time.monotonic() >= self._ready_since_s + self._grow_after_s
