@@ -98,12 +98,12 @@ def run_training_stages(settings: Settings, folder: RunFolder, stages: Sequence[
     """Runs the named stages in the training workers."""
     if not stages:
         return
-    gang = make_worker_group(settings.launcher, sizes=settings.world_sizes, module="dpkd.stages.worker")
+    workers = make_worker_group(settings.launcher, sizes=settings.world_sizes, module="dpkd.stages.worker")
     # here, not at the top: the driver of a cluster run needs no torch
     from dpkd.stages.worker import train_stages  # noqa: PLC0415
 
     argument = (settings.model_dump(mode="json"), list(stages), folder.attempt)
-    gang.run(train_stages, argument, supervision=supervision(folder, attempt))
+    workers.run(train_stages, argument, supervision=supervision(folder, attempt))
 
 
 def _run_pool_stage(stage: str, settings: Settings, folder: RunFolder, *, pool: Pool, quarantine: Quarantine) -> None:
@@ -131,7 +131,7 @@ def _run_pool_stage(stage: str, settings: Settings, folder: RunFolder, *, pool: 
 
 
 def interrupt(_number: int, _frame: FrameType | None) -> None:
-    """Ends packing and preparing as Ctrl-C does: what is finished stays. Training workers are asked by their gang."""
+    """Ends packing and preparing as Ctrl-C does: what is finished stays. The worker group asks training workers to stop."""
     raise KeyboardInterrupt
 
 

@@ -60,8 +60,3 @@ def test_processes_that_begin_at_once_leave_one_another_alone(tmp_path: Path) ->
     processes = [start(MANY, tmp_path) for _ in range(4)]
     assert [process.wait(120) for process in processes] == [0, 0, 0, 0]
     assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_that_stands_is_not_taken_over(tmp_path: Path) -> None:
-    with lasting_folder("a", "1"), pytest.raises(FileExistsError), lasting_folder("a", "1"):
-        raise AssertionError("it stood already")

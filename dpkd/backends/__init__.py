@@ -1,1 +1,1 @@
-"""The only rooms that import ray or deepspeed: implementations of the engine, pool and gang protocols."""
+"""The only rooms that import ray or deepspeed: implementations of the engine, pool and worker group protocols."""

@@ -120,7 +120,7 @@ def tree(run: Path, *, source: Path, seed: int = 0) -> dict[str, Any]:
 
 
 class Here:
-    """A pool and a gang of one worker: this process."""
+    """A pool and a worker group of one worker: this process."""
 
     num_workers = 1
 

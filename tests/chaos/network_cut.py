@@ -147,7 +147,7 @@ def main() -> None:
 
 
 def live() -> None:
-    """The life of a rank: what the gang of a cluster would do around the session."""
+    """The life of a rank: what the worker group of a cluster would do around the session."""
     tree = json.loads(Path(sys.argv[1]).read_text())
     order = WatchOrder(Path(tree["run"]["dir"]) / "hangs", f"start-{sys.argv[2]}", HANG_TIMEOUT_S)
     with watched(order, rank=int(os.environ["RANK"])):
