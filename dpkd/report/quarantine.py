@@ -45,13 +45,23 @@ class Quarantine:
             storage.write_bytes_atomic(self.path, lines.encode())
             self._entries, self._torn = kept, False
 
-    def add(self, stage: str, item: str, reason: str) -> None:
-        """Adds an item once, with one line that says why it is not used; secrets in either are masked."""
-        self._add(stage, item, reason)
+    def add(self, stage: str, item: str, reason: str, *, counted: bool = True) -> None:
+        """Adds an item once, with one line that says why it is not used; secrets in either are masked.
 
-    def note(self, stage: str, item: str, reason: str) -> None:
-        """Adds a line on what is no sample, such as a damaged shard; the limit does not count it."""
-        self._add(stage, item, reason, counted=False)
+        The limit does not count what is no sample, such as a damaged shard.
+        """
+        item = without_secrets(item)
+        if (stage, item) in self._entries:
+            return
+        entry = {"stage": stage, "item": item, "reason": without_secrets(reason)} | (
+            {} if counted else {"counted": False}
+        )
+        with storage.write_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("\n" * self._torn + json.dumps(entry) + "\n")
+        self._torn = False
+        self._entries[stage, item] = entry
 
     def check(self, total: int) -> None:
         """Raises `UserError` when more than the limit's share of `total` items is in the report."""
@@ -74,18 +84,6 @@ class Quarantine:
         if len(self._entries) > NUM_SHOWN:
             lines.append(f"\n… and {len(self._entries) - NUM_SHOWN:,} more, in {self.path}")
         return "\n".join(lines)
-
-    def _add(self, stage: str, item: str, reason: str, **more: bool) -> None:
-        item = without_secrets(item)
-        if (stage, item) in self._entries:
-            return
-        entry = {"stage": stage, "item": item, "reason": without_secrets(reason), **more}
-        with storage.write_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("\n" * self._torn + json.dumps(entry) + "\n")
-        self._torn = False
-        self._entries[stage, item] = entry
 
 
 def _read(path: Path) -> tuple[dict[tuple[str, str], dict[str, Any]], bool]:

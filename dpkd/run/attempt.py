@@ -4,7 +4,6 @@ import json
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count
 from typing import Any
 
 from dpkd.errors import StopRequested
@@ -74,20 +73,16 @@ def attempt_at(folder: RunFolder, stages: Sequence[str]) -> Iterator[Attempt]:
 
 
 def supervision(folder: RunFolder, attempt: Attempt) -> Supervision:
-    """Reports of hangs go to `<run>/hangs`, restarts to `events.jsonl`; a later checkpoint is progress."""
-    generations = count()
+    """Reports of hangs go to `<run>/hangs`, restarts to `events.jsonl`; a stage done or a checkpoint is progress."""
+
+    def progress() -> tuple[int, ...]:
+        stages = folder.stages()
+        running = [name for name, record in stages.items() if record["status"] != "done"]
+        steps = [mark.step for name in running for mark in CheckpointStore(folder.checkpoints(name)).standing()]
+        return len(stages) - len(running), max(steps, default=0)
 
     def on_restart(restart: Restart) -> None:
-        facts = {"generation": next(generations), "rank": restart.rank, "cause": restart.cause}
-        attempt.write("restart", **facts, since_failure_s=round(restart.since_failure_s, 3))
+        since_failure_s = round(restart.since_failure_s, 3)
+        attempt.write("restart", rank=restart.rank, cause=restart.cause, since_failure_s=since_failure_s)
 
-    return Supervision(hangs=folder.hangs, progress=lambda: progress(folder), on_restart=on_restart)
-
-
-def progress(folder: RunFolder) -> tuple[int, ...]:
-    """How many stages are done, and the step of the newest checkpoint of the one that is not."""
-    stages = folder.stages()
-    done = sum(record["status"] == "done" for record in stages.values())
-    running = [name for name, record in stages.items() if record["status"] != "done"]
-    steps = [mark.step for name in running for mark in CheckpointStore(folder.checkpoints(name)).standing()]
-    return done, max(steps, default=0)
+    return Supervision(hangs=folder.hangs, progress=progress, on_restart=on_restart)

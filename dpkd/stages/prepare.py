@@ -167,7 +167,7 @@ def _report(index: PriorIndex, quarantine: Quarantine) -> None:
         quarantine.add(STAGE, f"{index.shard.name}/{key}", reason)
     if index.fault is not None:
         loss = f"{index.fault}; {len(index.unreadable):,} of its {index.shard.num_samples:,} samples cannot be read"
-        quarantine.note(STAGE, index.shard.name, f"{loss}: copy or pack it again")
+        quarantine.add(STAGE, index.shard.name, f"{loss}: copy or pack it again", counted=False)
         logger.info(f"{STAGE}: {index.shard.name} is damaged: {loss}")
 
 

@@ -48,7 +48,7 @@ def test_a_note_is_kept_and_not_counted(tmp_path):
     path = tmp_path / "q.jsonl"
     for _ in range(2):
         quarantine = Quarantine(path, limit=0)
-        quarantine.note("prepare", "train-000000.tar", "it is cut short")
+        quarantine.add("prepare", "train-000000.tar", "it is cut short", counted=False)
         quarantine.check(10)
     (line,) = map(json.loads, path.read_text().splitlines())
     assert line == {"stage": "prepare", "item": "train-000000.tar", "reason": "it is cut short", "counted": False}

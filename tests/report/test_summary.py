@@ -111,7 +111,7 @@ def test_what_was_quarantined_is_counted_by_stage_and_not_mentioned_where_there_
     quarantine = Quarantine(run / "quarantine.jsonl", limit=1)
     for stage, item in (("pack", "a"), ("prepare", "b"), ("prepare", "c")):
         quarantine.add(stage, item, "it is cut short")
-    quarantine.note("prepare", "base-000000.tar", "it is cut short")
+    quarantine.add("prepare", "base-000000.tar", "it is cut short", counted=False)
     summary = write_summary(run)
     assert summary["quarantine"] == {"pack": 1, "prepare": 2}
     words = f"3 samples (1 in pack, 2 in prepare), named with reasons in {run}/quarantine.jsonl"
