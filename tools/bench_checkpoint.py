@@ -11,12 +11,12 @@ also takes the memory for the copy.
 import argparse
 import json
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 import timm
@@ -39,70 +39,57 @@ TARGET_S, TARGET_SHARE = 0.5, 0.035
 
 @dataclass(frozen=True)
 class Case:
-    """One engine on so many workers."""
+    """One engine on so many workers; the options are those of the command."""
 
     engine: str
     workers: int
-    model: str
-    image_size: int
-    batch_size: int
-    saves: int
-    steps: int
-    """Between two saves."""
+    options: argparse.Namespace
     folder: str
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Runs every case, prints a line for each, and returns what was measured."""
     options = _parser().parse_args(arguments)
-    found = []
+    results = []
     for engine in options.engines.split(","):
         for workers in map(int, options.workers.split(",")):
             with tempfile.TemporaryDirectory(prefix="dpkd-checkpoint-", dir=options.folder) as folder:
-                case = Case(
-                    engine,
-                    workers,
-                    model=options.model,
-                    image_size=options.image_size,
-                    batch_size=options.batch_size,
-                    saves=options.saves,
-                    steps=options.steps,
-                    folder=folder,
-                )
+                case = Case(engine, workers, options, folder)
                 LocalWorkers(workers, max_restarts=0, threads=options.threads).run(work, case)
-                result = _result(case)
-            found.append(result)
-            print(json.dumps(result) if options.json else _line(result), flush=True)
-    return found
+                results.append(_result(case))
+            print(json.dumps(results[-1]) if options.json else _line(results[-1]), flush=True)
+    return results
 
 
 def work(case: Case) -> None:
     """One worker: trains, saves, and leaves its times in the folder."""
-    peers = world.join()
+    peers, options = world.join(), case.options
     torch.manual_seed(0)
     engine = _engine(case, peers)
     timed = _Timed(engine)
-    checkpoints = Checkpoints(Path(case.folder) / "checkpoints", world=peers, keep=case.saves)
+    checkpoints = Checkpoints(Path(case.folder) / "checkpoints", world=peers, keep=options.saves)
     checkpoints.load_newest({"network": timed})
-    image_BCHW = torch.randn(case.batch_size, 3, case.image_size, case.image_size, device=peers.device)
+    shape = (options.batch_size, 3, options.image_size, options.image_size)
+    image_BCHW = torch.randn(shape, device=peers.device)
     saves, step_times_s = [], []
     _step_s(engine, image_BCHW)  # makes the optimizer's state, and warms up
-    for number in range(1, case.saves + 1):
+    for number in range(1, options.saves + 1):
         steps = []
-        for _ in range(case.steps):
+        for _ in range(options.steps):
             began_s = time.time()
             steps.append((began_s, _step_s(engine, image_BCHW)))
         peers.barrier()  # what a rank waits for a slower one is no stall
         began_s = time.time()
-        checkpoints.save(number * case.steps, {"network": timed})
+        checkpoints.save(number * options.steps, {"network": timed})
         peers.barrier()
         saves.append({"began_s": began_s, "stall_s": time.time() - began_s, "snapshot_s": timed.snapshot_s})
         step_times_s.append(steps)
     checkpoints.finish()
     for save, write_s in zip(saves, timed.write_s, strict=True):
         save["write_s"] = write_s
-    told = {"saves": saves, "steps": step_times_s, "published_s": _published_s(case)}
-    (Path(case.folder) / f"rank-{peers.rank}.json").write_text(json.dumps(told))
+    manifests = sorted(Path(case.folder, "checkpoints").glob(f"step-*/{MANIFEST}"))
+    times = {"saves": saves, "steps": step_times_s, "published_s": [path.stat().st_mtime for path in manifests]}
+    (Path(case.folder) / f"rank-{peers.rank}.json").write_text(json.dumps(times))
     peers.leave()
 
 
@@ -115,7 +102,6 @@ class _Timed:
     write_s: list[float] = field(default_factory=list)
 
     def snapshot(self) -> Writer:
-        """See `Part`."""
         began_s = time.perf_counter()
         write = self.engine.snapshot()
         self.snapshot_s = time.perf_counter() - began_s
@@ -128,12 +114,11 @@ class _Timed:
         return timed_write
 
     def load(self, folder: Path) -> None:
-        """See `Part`."""
         self.engine.load(folder)
 
 
 def _engine(case: Case, peers: world.World) -> Engine:
-    network: nn.Module = timm.create_model(case.model, img_size=case.image_size, num_classes=100)
+    network: nn.Module = timm.create_model(case.options.model, img_size=case.options.image_size, num_classes=100)
     stage = STAGES[case.engine]
     settings = EngineSettings(kind="torch") if stage is None else EngineSettings(kind="deepspeed", zero_stage=stage)
     return make_engine(
@@ -143,7 +128,7 @@ def _engine(case: Case, peers: world.World) -> Engine:
         optimizer=OptimizerSettings(),
         world=peers,
         accumulation=1,
-        micro_batch_size=case.batch_size,
+        micro_batch_size=case.options.batch_size,
         precision="fp32",
     )
 
@@ -155,34 +140,26 @@ def _step_s(engine: Engine, image_BCHW: Tensor) -> float:
     return time.perf_counter() - began_s
 
 
-def _published_s(case: Case) -> list[float]:
-    """When each checkpoint began to count."""
-    found = sorted(Path(case.folder, "checkpoints").glob(f"step-*/{MANIFEST}"))
-    return [path.stat().st_mtime for path in found]
-
-
 def _result(case: Case) -> dict[str, Any]:
     """The medians over the saves after the first; of ranks, the slowest."""
     ranks = [json.loads(path.read_text()) for path in sorted(Path(case.folder).glob("rank-*.json"))]
     published_s: list[float] = ranks[0]["published_s"]
-    saves = [[rank["saves"][number] for rank in ranks] for number in range(case.saves)]
+    saves = [[rank["saves"][number] for rank in ranks] for number in range(case.options.saves)]
     stalls_s = [max(each["stall_s"] for each in save) for save in saves]
     copies_s = [max(each["snapshot_s"] for each in save) for save in saves]
-    quiet_s: list[float] = []
-    busy_s: list[float] = []
-    between_s: list[float] = []
-    for number in range(1, case.saves):
-        done_s = published_s[number - 1]
-        for began_s, took_s in ranks[0]["steps"][number]:
-            (busy_s if began_s < done_s else quiet_s).append(took_s)
-        between_s.append(sum(took_s for _, took_s in ranks[0]["steps"][number]))
+    steps = ranks[0]["steps"]
+    between_s = [sum(took_s for _, took_s in times) for times in steps[1:]]
+    after = zip(published_s[:-1], steps[1:], strict=True)
+    pairs = [(began_s < done_s, took_s) for done_s, times in after for began_s, took_s in times]
+    busy_s = [took_s for is_busy, took_s in pairs if is_busy]
+    quiet_s = [took_s for is_busy, took_s in pairs if not is_busy] or [took_s for _, took_s in steps[0]]
     manifest = json.loads(next(Path(case.folder, "checkpoints").glob(f"step-*/{MANIFEST}")).read_text())
     size = sum(facts["size_bytes"] for facts in manifest["files"].values())
     background_s = [
         done_s - save[0]["began_s"] - save[0]["stall_s"] for done_s, save in zip(published_s, saves, strict=True)
     ]
-    stall_s, copy_s = _median(stalls_s[1:]), _median(copies_s[1:])
-    quiet = _median(quiet_s) if quiet_s else _median([took_s for _, took_s in ranks[0]["steps"][0]])
+    stall_s, copy_s = median(stalls_s[1:]), median(copies_s[1:])
+    quiet = median(quiet_s)
     return {
         "engine": case.engine,
         "workers": case.workers,
@@ -192,24 +169,18 @@ def _result(case: Case) -> dict[str, Any]:
         "worst_stall_s": round(max(stalls_s[1:]), 3),
         "first_stall_s": round(stalls_s[0], 3),
         "snapshot_s": round(copy_s, 3),
-        "held_back_s": round(
-            _median([stall - copy for stall, copy in zip(stalls_s[1:], copies_s[1:], strict=True)]), 3
-        ),
+        "held_back_s": round(median([stall - copy for stall, copy in zip(stalls_s[1:], copies_s[1:], strict=True)]), 3),
         "snapshot_mb_per_s": round(size / case.workers / 1e6 / copy_s),
-        "background_s": round(_median(background_s), 3),
-        "write_s": round(_median([max(each["write_s"] for each in save) for save in saves]), 3),
-        "background_mb_per_s": round(size / 1e6 / _median(background_s)),
+        "background_s": round(median(background_s), 3),
+        "write_s": round(median([max(each["write_s"] for each in save) for save in saves]), 3),
+        "background_mb_per_s": round(size / 1e6 / median(background_s)),
         "step_s": round(quiet, 3),
-        "steps_while_writing": len(busy_s) // (case.saves - 1),
-        "slow_down": round(_median(busy_s) / quiet - 1, 3) if busy_s else None,
-        "share_of_time_between_saves": round(stall_s / (stall_s + _median(between_s)), 4),
+        "steps_while_writing": len(busy_s) // (case.options.saves - 1),
+        "slow_down": round(median(busy_s) / quiet - 1, 3) if busy_s else None,
+        "share_of_time_between_saves": round(stall_s / (stall_s + median(between_s)), 4),
         "seconds_between_saves_for_target": round(stall_s / TARGET_SHARE, 1),
         "load": os.getloadavg()[0],
     }
-
-
-def _median(values: Sequence[float]) -> float:
-    return statistics.median(values)
 
 
 def _line(result: dict[str, Any]) -> str:

@@ -24,9 +24,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dpkd.log import EventReader
 from dpkd.report.goodput import TimeAccount
@@ -39,108 +39,120 @@ SAMPLES = SampleSettings(
 EXIT_STOPPED = 75
 RAY = {"interval": 1600 / 2117, "just in time": 1600 / 1691}
 
+Answer = TypeVar("Answer")
+Event = dict[str, Any]
+
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Runs every way to be preempted, prints a line for each, and returns what was measured."""
     options = _parser().parse_args(arguments)
-    found = []
+    results = []
     with tempfile.TemporaryDirectory(prefix="dpkd-goodput-") as name:
         folder = Path(name)
         draw_samples(folder / "sample", settings=SAMPLES, seed=0)
-        packed = Submission(folder / "packed", _settings(folder, options, every=1), stages="pack,prepare")
-        packed.wait(codes=(0,))
+        packed = _settings(folder / "packed", folder / "sample", options, every=1)
+        Submission(packed, stages="pack,prepare").wait(codes=(0,))
         for way in options.ways.split(","):
-            kind, _, every = way.partition(":")
-            tree = _settings(folder, options, every=int(every or options.checkpoint_every))
+            kind, _, steps = way.partition(":")
+            every = int(steps or options.checkpoint_every)
+            tree = _settings(folder / way.replace(":", "-"), folder / "sample", options, every=every)
             tree["data"] |= {"source": None, "shards": str(folder / "packed" / "shards")}
-            tree["run"]["dir"] = str(folder / way.replace(":", "-"))
-            result = {"way": kind, "checkpoint_every": int(every or options.checkpoint_every)} | _measure(
-                kind, tree, options
-            )
-            found.append(result)
-            print(json.dumps(result) if options.json else _line(result), flush=True)
-    return found
+            results.append({"way": kind, "checkpoint_every": every} | _measure(kind, tree, options))
+            print(json.dumps(results[-1]) if options.json else _line(results[-1]), flush=True)
+    return results
 
 
 class Submission:
     """One submission of the command, and the events of its run."""
 
-    def __init__(self, run: Path, tree: dict[str, Any], *, stages: str) -> None:
-        run.parent.mkdir(parents=True, exist_ok=True)
-        config = run.with_suffix(".json")
-        config.write_text(json.dumps(tree | {"run": {"dir": str(run)}}))
+    def __init__(self, tree: dict[str, Any], *, stages: str, environment: Mapping[str, str] | None = None) -> None:
+        self._run = Path(tree["run"]["dir"])
+        self._events: list[Event] = []
+        self._reader = EventReader(self._run / "events.jsonl")
+        self.log = self._run.with_suffix(".log")
+        config = self._run.with_suffix(".json")
+        config.write_text(json.dumps(tree))
         command = [sys.executable, "-m", "dpkd.pretrain", "--config", str(config), "--stages", stages]
-        self._log = run.with_suffix(".log")
-        self._run = run
-        self._reader = EventReader(run / "events.jsonl")
-        with self._log.open("a") as log:
-            environment = os.environ | {"PYTHONPATH": str(ROOT)}
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        with self.log.open("a") as log:
+            variables = os.environ | {"PYTHONPATH": str(ROOT)} | dict(environment or {})
+            self.process = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT)
 
-    def wait_for(self, *, step: int, after_s: float = 0.0) -> float:
-        """Returns the time at which this step, or a later one, was done; `after_s` leaves earlier events out."""
-        while True:
-            for event in self._reader.new():
-                if event["kind"] == "spent" and event["step"] >= step and event["time"] > after_s:
-                    return float(event["time"])
+    def events(self, kind: str) -> list[Event]:
+        """The events of a kind so far, those of earlier submissions too."""
+        self._events += self._reader.new()
+        return [event for event in self._events if event["kind"] == kind]
+
+    def wait_until(self, fact: Callable[[], Answer]) -> Answer:
+        """The answer once it is no empty one; raises `RuntimeError` where the run ends before."""
+        while not (answer := fact()):
             if self.process.poll() is not None:
-                raise RuntimeError(f"it ended with code {self.process.returncode}: {self._log.read_text()[-3000:]}")
+                raise RuntimeError(f"it ended with code {self.process.returncode}: {self.log.read_text()[-3000:]}")
             time.sleep(0.02)
+        return answer
+
+    def first(self, kind: str, *, step: int = 0, after_s: float = 0.0) -> Event:
+        """The first event of a kind after a time, of this step or a later one; waits for it."""
+
+        def found() -> list[Event]:
+            events = self.events(kind)
+            return [event for event in events if event["time"] > after_s and event.get("step", step) >= step]
+
+        return self.wait_until(found)[0]
 
     def wait(self, *, codes: Sequence[int]) -> None:
         """Waits for its end, with one of these codes."""
         if self.process.wait() not in codes:
-            raise RuntimeError(f"it ended with code {self.process.returncode}: {self._log.read_text()[-3000:]}")
+            raise RuntimeError(f"it ended with code {self.process.returncode}: {self.log.read_text()[-3000:]}")
 
-    def kill_worker(self) -> None:
-        """SIGKILL to its last training process, which its watchdog was told."""
-        found = {}
+    def signal_last_worker(self, number: int) -> None:
+        """Sends a signal to its last training process, which its watchdog names."""
+        workers = {}
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
                 words = path.read_bytes().decode().split("\0")
                 if "dpkd.launch.watchdog" in words and str(self._run / "hangs") in words:
                     _, _, _, rank, process = words[words.index("dpkd.launch.watchdog") + 1 :][:5]
-                    found[int(rank)] = int(process)
-        os.kill(found[max(found)], signal.SIGKILL)
+                    workers[int(rank)] = int(process)
+        os.kill(workers[max(workers)], number)
 
 
 def _measure(way: str, tree: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """One run, preempted at drawn steps."""
-    run = Path(tree["run"]["dir"])
     steps = preempted_steps(options.steps, options.preemptions, seed=options.seed)
     recoveries_s = []
     began_s = time.time()
-    submission = Submission(run, tree, stages="teach")
+    submission = Submission(tree, stages="teach")
     for step in steps:
-        submission.wait_for(step=step)
+        submission.first("spent", step=step)
         hit_s = time.time()
         if way == "stop":
             submission.process.terminate()
             submission.wait(codes=(EXIT_STOPPED,))
-            submission = Submission(run, tree, stages="teach")
+            submission = Submission(tree, stages="teach")
         else:
-            submission.kill_worker()
-            _wait_for_restart(run, hit_s)
-        recoveries_s.append(submission.wait_for(step=0, after_s=_loop_began_s(run, submission, hit_s)) - hit_s)
+            submission.signal_last_worker(signal.SIGKILL)
+        loop = submission.first("loop_began", after_s=hit_s)
+        recoveries_s.append(submission.first("spent", after_s=loop["time"])["time"] - hit_s)
     submission.wait(codes=(0,))
-    return _result(run, wall_s=time.time() - began_s, steps=steps, recoveries_s=recoveries_s, options=options)
-
-
-def _wait_for_restart(run: Path, hit_s: float) -> None:
-    reader = EventReader(run / "events.jsonl")
-    while not any(event["kind"] == "restart" and event["time"] > hit_s for event in reader.new()):
-        time.sleep(0.02)
-
-
-def _loop_began_s(run: Path, submission: Submission, hit_s: float) -> float:
-    """When training began again after this time."""
-    reader = EventReader(run / "events.jsonl")
-    while submission.process.poll() is None:
-        for event in reader.new():
-            if event["kind"] == "loop_began" and event["time"] > hit_s:
-                return float(event["time"])
-        time.sleep(0.02)
-    raise RuntimeError("the run ended instead of going on")
+    account = TimeAccount(EventReader(Path(tree["run"]["dir"]) / "events.jsonl").new())
+    wall_s, training_s = time.time() - began_s, account.milliseconds["training"] / 1000
+    return {
+        "steps": account.steps,
+        "lost_steps": account.lost_steps,
+        "step_goodput": round(account.step_goodput, 4),
+        "wall_s": round(wall_s, 1),
+        "time_goodput": round(training_s / wall_s, 4),
+        "shares": {name: round(share, 4) for name, share in account.shares.items() if share},
+        "seconds": {name: round(ms / 1000, 2) for name, ms in account.milliseconds.items() if ms},
+        "step_s": round(training_s / account.steps, 4),
+        "preempted_after": steps,
+        "recovery_s": [round(recovery_s, 2) for recovery_s in recoveries_s],
+        "mean_recovery_s": round(statistics.mean(recoveries_s), 2),
+        "attempts": account.attempts,
+        "restarts": account.restarts,
+        "workers": options.workers,
+        "load": os.getloadavg()[0],
+    }
 
 
 def preempted_steps(steps: int, preemptions: int, *, seed: int) -> list[int]:
@@ -150,63 +162,40 @@ def preempted_steps(steps: int, preemptions: int, *, seed: int) -> list[int]:
     return [part * length + draw.randrange(length // 10, length - length // 10) for part in range(preemptions)]
 
 
-def _result(
-    run: Path, *, wall_s: float, steps: list[int], recoveries_s: list[float], options: argparse.Namespace
+def run_settings(
+    run: Path,
+    sample: Path,
+    *,
+    launcher: dict[str, Any],
+    teacher: dict[str, Any],
+    image_size: int,
+    loader_workers: int = 0,
 ) -> dict[str, Any]:
-    found = TimeAccount(EventReader(run / "events.jsonl").new())
-    spent = {name: round(ms / 1000, 2) for name, ms in found.milliseconds.items() if ms}
-    step_s = found.milliseconds["training"] / 1000 / found.steps
-    recovery_s = statistics.mean(recoveries_s)
+    """Settings of a run that packs the samples, prepares no prior, and trains a teacher."""
+    loader = {"workers": loader_workers}
+    splits = {"train": "base", "val": "val", "test": "novel"}
     return {
-        "steps": found.steps,
-        "lost_steps": found.lost_steps,
-        "step_goodput": round(found.step_goodput, 4),
-        "wall_s": round(wall_s, 1),
-        "time_goodput": round(found.milliseconds["training"] / 1000 / wall_s, 4),
-        "shares": {name: round(share, 4) for name, share in found.shares.items() if share},
-        "seconds": spent,
-        "step_s": round(step_s, 4),
-        "preempted_after": steps,
-        "recovery_s": [round(each, 2) for each in recoveries_s],
-        "mean_recovery_s": round(recovery_s, 2),
-        "attempts": found.attempts,
-        "restarts": found.restarts,
-        "workers": options.workers,
-        "load": os.getloadavg()[0],
-    }
-
-
-def _settings(folder: Path, options: argparse.Namespace, *, every: int) -> dict[str, Any]:
-    size = {"img_size": 48, "patch_size": 8}
-    student = {"model": {"name": "resnet18"}}
-    return {
-        "run": {"dir": str(folder / "packed")},
-        "launcher": {"kind": "local", "workers": options.workers, "threads": options.threads},
-        "data": {
-            "source": str(folder / "sample"),
-            "train": "base",
-            "val": "val",
-            "test": "novel",
-            "image_size": 48,
-            "loader": {"workers": options.loader_workers},
-        },
+        "run": {"dir": str(run)},
+        "launcher": {"threads": 1} | launcher,
+        "data": {"source": str(sample), "image_size": image_size, "loader": loader} | splits,
         "prepare": {"priors": []},
-        "teach": {
-            "model": {"name": "vit_small_patch16_224", "arguments": size},
-            "training": {
-                "steps": options.steps,
-                "batch_size": options.batch_size,
-                "precision": "fp32",
-                "log_every": 1,
-                "checkpoint_every": every,
-                "evaluate_every": 10 * options.steps,
-                "panels_every": 10 * options.steps,
-            },
-            "engine": {"kind": "torch"},
-        },
-        "distill": {"students": {"student": student}},
+        "teach": teacher | {"engine": {"kind": "torch"}},
+        "distill": {"students": {"student": {"model": {"name": "resnet18"}}}},
         "evaluate": {"episodes": {"queries": 5}},
     }
+
+
+def _settings(run: Path, sample: Path, options: argparse.Namespace, *, every: int) -> dict[str, Any]:
+    never = {"evaluate_every": 10 * options.steps, "panels_every": 10 * options.steps}
+    length = {"steps": options.steps, "batch_size": options.batch_size, "checkpoint_every": every}
+    teacher = {
+        "model": {"name": "vit_small_patch16_224", "arguments": {"img_size": 48, "patch_size": 8}},
+        "training": length | never | {"precision": "fp32", "log_every": 1},
+    }
+    launcher = {"kind": "local", "workers": options.workers, "threads": options.threads}
+    return run_settings(
+        run, sample, launcher=launcher, teacher=teacher, image_size=48, loader_workers=options.loader_workers
+    )
 
 
 def _line(result: dict[str, Any]) -> str:

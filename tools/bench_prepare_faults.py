@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -20,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from dpkd.data.settings import FolderSource
 from dpkd.data.shards import Dataset
@@ -114,20 +113,13 @@ def _dataset(folder: Path) -> Dataset:
     draw_samples(folder / "images", settings=settings, seed=0)
     data = DataSettings(source=FolderSource(path=str(folder / "images")), samples_per_shard=32)
     quarantine = Quarantine(folder / "bad.jsonl", limit=0)
-    return pack(
-        data, str(folder / "shards"), seed=0, pool=LocalPool(2), quarantine=quarantine, progress=lambda *_: None
-    )
+    shards = str(folder / "shards")
+    return pack(data, shards, seed=0, pool=LocalPool(2), quarantine=quarantine, progress=lambda *_: None)
 
 
 def _show(fault: str, times_s: list[float]) -> None:
-    line: dict[str, Any] = {
-        "fault": fault,
-        "median_s": round(statistics.median(times_s), 2),
-        "all_s": [round(each, 2) for each in times_s],
-        "load": os.getloadavg()[0],
-    }
-    sys.stdout.write(json.dumps(line) + "\n")
-    sys.stdout.flush()
+    times = {"median_s": round(statistics.median(times_s), 2), "all_s": [round(time_s, 2) for time_s in times_s]}
+    print(json.dumps({"fault": fault, **times, "load": os.getloadavg()[0]}), flush=True)
 
 
 if __name__ == "__main__":

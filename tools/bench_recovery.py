@@ -10,31 +10,23 @@ the second one, with which the run shrinks to one worker, and starts another, wi
 """
 
 import argparse
-import contextlib
-import json
-import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from tools.bench_goodput import ROOT, SAMPLES, Submission, run_settings
 from tools.local_ray_cluster import LocalCluster
-from tools.make_sample_data import SampleSettings, draw_samples
+from tools.make_sample_data import draw_samples
 
-ROOT = Path(__file__).resolve().parents[1]
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
-SAMPLES = SampleSettings(
-    size=48, base_classes=6, val_classes=5, novel_classes=5, largest=32, smallest=8, evaluation=22, unlabelled=16
-)
 TEACHER = {
     "model": {"name": "resnet18", "arguments": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}},
     "training": {"steps": 100_000, "batch_size": 16, "log_every": 1, "checkpoint_every": 20, "evaluate_every": 100_000},
-    "engine": {"kind": "torch"},
 }
 
 
@@ -46,113 +38,47 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=3, help="how many, one after the other")
     parser.add_argument("--hang-timeout-s", type=float, default=5.0)
     options = parser.parse_args()
-    if options.fault == "node" and options.launcher == "local":
+    on_ray = options.launcher == "ray"
+    if options.fault == "node" and not on_ray:
         parser.error("--fault node needs --launcher ray")
-    with tempfile.TemporaryDirectory(prefix="dpkd-recovery-") as name, _cluster(options.launcher) as cluster:
-        folder = Path(name)
-        draw_samples(folder / "sample", settings=SAMPLES, seed=0)
-        config = folder / "run.json"
-        config.write_text(json.dumps(_settings(folder, options.launcher, options.hang_timeout_s)))
-        command = [sys.executable, "-m", "dpkd.pretrain", "--config", str(config), "--stages", "pack,prepare,teach"]
+    launcher = {"kind": options.launcher, "workers": 2, "min_workers": 1 if on_ray else None, "grow_after_s": 0.0}
+    launcher |= {"hang_timeout_s": options.hang_timeout_s}
+    nodes = LocalCluster([1, 1], environment={"PYTHONPATH": str(ROOT)}) if on_ray else nullcontext()
+    with tempfile.TemporaryDirectory(prefix="dpkd-recovery-") as name, nodes as cluster:
+        run, sample = Path(name) / "run", Path(name) / "sample"
+        draw_samples(sample, settings=SAMPLES, seed=0)
+        tree = run_settings(run, sample, launcher=launcher, teacher=TEACHER, image_size=32)
         variables = cluster.client_variables() if cluster is not None else {}
-        environment = os.environ | variables | {"PYTHONPATH": str(ROOT)}
-        log = (folder / "log").open("w")
-        driver = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        submission = Submission(tree, stages="pack,prepare,teach", environment=variables)
         try:
             for place in range(1, options.faults + 1):
                 if cluster is not None and options.fault == "node":
-                    print(_one_fault(folder / "run", driver, partial(cluster.kill_node, place)), flush=True)
-                    print(_one_fault(folder / "run", driver, partial(cluster.add_node, 1)), flush=True)
+                    print(_one_fault(submission, partial(cluster.kill_node, place)), flush=True)
+                    print(_one_fault(submission, partial(cluster.add_node, 1)), flush=True)
                 else:
-                    signal_worker = partial(_signal_second_worker, folder / "run", SIGNALS[options.fault])
-                    print(_one_fault(folder / "run", driver, signal_worker), flush=True)
+                    hit = partial(submission.signal_last_worker, SIGNALS[options.fault])
+                    print(_one_fault(submission, hit), flush=True)
         finally:
-            driver.terminate()
-            driver.wait()
-            print((folder / "log").read_text()[-2000:], file=sys.stderr)
+            submission.process.terminate()
+            submission.process.wait()
+            print(submission.log.read_text()[-2000:], file=sys.stderr)
 
 
-def _settings(folder: Path, launcher: str, hang_timeout_s: float) -> dict[str, Any]:
-    return {
-        "run": {"dir": str(folder / "run")},
-        "launcher": {
-            "kind": launcher,
-            "workers": 2,
-            "min_workers": 1 if launcher == "ray" else None,
-            "grow_after_s": 0.0,
-            "threads": 1,
-            "hang_timeout_s": hang_timeout_s,
-        },
-        "data": {
-            "source": str(folder / "sample"),
-            "train": "base",
-            "val": "val",
-            "test": "novel",
-            "image_size": 32,
-            "loader": {"workers": 0},
-        },
-        "prepare": {"priors": []},
-        "teach": TEACHER,
-        "distill": {"students": {"student": {"model": TEACHER["model"]}}},
-        "evaluate": {"episodes": {"queries": 5}},
-    }
-
-
-def _one_fault(run: Path, driver: subprocess.Popen[bytes], hit: Callable[[], object]) -> str:
-    """Waits until training is under way, hits it, and tells what went by until the next step."""
-    before = len(_events(run, "train"))
-    _wait(lambda: len(_events(run, "train")) >= before + 40, driver)
-    restarts = len(_events(run, "restart"))
+def _one_fault(run: Submission, hit: Callable[[], object]) -> str:
+    """Waits until training is under way, hits it, and says what went by until the next step."""
+    before = len(run.events("train"))
+    run.wait_until(lambda: len(run.events("train")) >= before + 40)
+    began_s = time.time()
     hit()
     hit_s = time.time()
-    _wait(lambda: len(_events(run, "restart")) > restarts, driver)
-    restart = _events(run, "restart")[-1]
-    _wait(lambda: _events(run, "train")[-1]["time"] > restart["time"], driver)
-    *_, last = (each for each in _events(run, "train") if each["time"] < restart["time"])
-    step = next(each for each in _events(run, "train") if each["time"] > restart["time"])
+    restart = run.first("restart", after_s=began_s)
+    step = run.first("train", after_s=restart["time"])
+    last = [event for event in run.events("train") if event["time"] < restart["time"]][-1]
     return (
         f"{step['time'] - hit_s:.1f} s: {restart['time'] - hit_s:.1f} s until the restart was decided, "
         f"{step['time'] - restart['time']:.1f} s until the next step, {step['time'] - last['time']:.1f} s without one, "
         f"{last['step'] + 1 - step['step']} steps lost ({restart['cause'][:60]})"
     )
-
-
-def _signal_second_worker(run: Path, number: int) -> None:
-    os.kill(_second_worker(run), number)
-
-
-def _second_worker(run: Path) -> int:
-    """The process of rank 1, as its watchdog was told it."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            words = path.read_bytes().decode().split("\0")
-            if "dpkd.launch.watchdog" in words and str(run / "hangs") in words:
-                _, _, _, rank, process = words[words.index("dpkd.launch.watchdog") + 1 :][:5]
-                if rank == "1":
-                    return int(process)
-    raise RuntimeError("no watchdog of the second worker is running")
-
-
-def _events(run: Path, kind: str) -> list[dict[str, Any]]:
-    path = run / "events.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [each for each in (json.loads(line) for line in lines if line.endswith("}")) if each["kind"] == kind]
-
-
-def _wait(fact: Any, driver: subprocess.Popen[bytes]) -> None:
-    while not fact():
-        if driver.poll() is not None:
-            raise RuntimeError(f"the run ended with code {driver.returncode}")
-        time.sleep(0.1)
-
-
-@contextlib.contextmanager
-def _cluster(launcher: str) -> Iterator[LocalCluster | None]:
-    if launcher == "local":
-        yield None
-        return
-    with LocalCluster([1, 1], environment={"PYTHONPATH": str(ROOT)}) as cluster:
-        yield cluster
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES, MAX_STATEMENTS, MAX_FLOORS, MAX_TOP_FILES = 20_600, 13_600, 11, 10  # aim: 14_500, 9_500, 10, 10
+MAX_TOOLS_LINES = 2_159
 MEDIAN_FUNCTION, MAX_NINETIETH = range(6, 15), 40  # aim: 9 to 14
 
 
@@ -109,10 +110,7 @@ def faults(house: House) -> list[str]:
         (num_floors > MAX_FLOORS, f"{num_floors} floors, more than {MAX_FLOORS}"),
         (len(house.top_files) > MAX_TOP_FILES, f"{len(house.top_files)} files at the top, more than {MAX_TOP_FILES}"),
         (median not in MEDIAN_FUNCTION, f"functions of {median} lines in the median, not 9 to 14"),
-        (
-            ninetieth > MAX_NINETIETH,
-            f"functions of {ninetieth} lines at the 90th percentile, more than {MAX_NINETIETH}",
-        ),
+        (ninetieth > MAX_NINETIETH, f"a tenth of the functions has over {MAX_NINETIETH} lines: {ninetieth}"),
     )
     return [fault for over, fault in limits if over]
 
@@ -120,18 +118,18 @@ def faults(house: House) -> list[str]:
 def main() -> int:
     """Prints the table; 1 where a limit is passed."""
     print(__doc__.partition("The rules. ")[2])
-    for name in ("dpkd", "tools", "tests"):
-        house = measure(ROOT / name)
+    houses = {name: measure(ROOT / name) for name in ("tests", "tools", "dpkd")}
+    for name, house in houses.items():
         sums = f"{house.num_lines:>7,} lines {house.num_statements:>7,} statements {len(house.trees):>4} files"
         print(f"{name + '/':<7}{sums}")
-    house = measure(ROOT / "dpkd")
-    sizes = house.function_sizes
-    median, ninetieth = sizes[len(sizes) // 2], sizes[len(sizes) * 9 // 10]
-    print(f"{len(sizes):,} functions: median {median} lines, 90th percentile {ninetieth}")
+    median, ninetieth = (house.function_sizes[len(house.function_sizes) * tenth // 10] for tenth in (5, 9))
+    print(f"{len(house.function_sizes):,} functions: median {median} lines, 90th percentile {ninetieth}")
     floors = house.floors()
     for floor in range(max(floors.values()), 0, -1):
         print(f"  floor {floor:>2}  {' '.join(sorted(room for room in floors if floors[room] == floor))}")
     over = faults(house)
+    if houses["tools"].num_lines > MAX_TOOLS_LINES:
+        over.append(f"tools/ has {houses['tools'].num_lines:,} lines, more than {MAX_TOOLS_LINES:,}")
     print("\n".join(f"over the limit: {fault}" for fault in over) or "within all limits")
     return 1 if over else 0
 

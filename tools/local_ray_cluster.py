@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import Self
@@ -41,11 +42,8 @@ class LocalCluster:
         gcs, dashboard = _free_ports(2)
         self.address = f"127.0.0.1:{gcs}"
         self.dashboard = f"http://127.0.0.1:{dashboard}"
-        self.variables = {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "RAY_USAGE_STATS_ENABLED": "0",
-        }
+        self.variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        self.variables["RAY_USAGE_STATS_ENABLED"] = "0"
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self._environment = inherited | (environment or {}) | self.variables
         self._nodes: list[subprocess.Popen[bytes]] = []
@@ -70,16 +68,8 @@ class LocalCluster:
 
     def submit(self, command: Sequence[str], *, wait: bool = True) -> subprocess.CompletedProcess[str]:
         """Runs `ray job submit -- command` from outside the cluster."""
-        submit = [
-            _ray(),
-            "job",
-            "submit",
-            "--address",
-            self.dashboard,
-            *([] if wait else ["--no-wait"]),
-            "--",
-            *command,
-        ]
+        flags = ["--address", self.dashboard, *([] if wait else ["--no-wait"])]
+        submit = [_ray(), "job", "submit", *flags, "--", *command]
         return subprocess.run(submit, env=self._environment, capture_output=True, text=True, check=False)
 
     def add_node(self, num_cpus: int, *, num_gpus: int = 0) -> int:
@@ -144,13 +134,9 @@ def _ray() -> str:
 
 
 def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    with ExitStack() as stack:  # all are open at once, so that none comes twice
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [server.getsockname()[1] for server in sockets]
 
 
 def main() -> None:
@@ -160,13 +146,9 @@ def main() -> None:
     with LocalCluster(parser.parse_args().cpus) as cluster:
         for name, value in cluster.client_variables().items():
             print(f"export {name}={shlex.quote(value)}")
-        print(
-            "# ray job submit -- python -m dpkd.pretrain --config configs/quickstart.yaml; Ctrl-C here ends the cluster"
-        )
-        try:
+        print("# ray job submit -- python -m dpkd.pretrain --config FILE.yaml; Ctrl-C here ends the cluster")
+        with suppress(KeyboardInterrupt):
             signal.pause()
-        except KeyboardInterrupt:
-            pass
 
 
 if __name__ == "__main__":
