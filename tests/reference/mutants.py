@@ -9,8 +9,8 @@ is changed, or a statement that is dropped. It meets the tests that import its m
 `tests/`: first those that are not marked slow, then the slow ones; no chaos, fuzz, Ray or object store.
 
 The file gets one line for each mutant, {"id", "group", "file", "line", "change", "result": "killed" | "survived",
-"by": test, "seconds"}; a mutant that is there already is left out, so the same command goes on after a stop. A
-mutant is also killed where the tests take over four times as long as without it: it hangs.
+"by": test, "seconds"}; a mutant that is there already is left out, so the same command goes on after a stop. All
+these tests run once without a mutant first; a mutant is also killed where its tests take over four times as long.
 """
 
 import argparse
@@ -189,7 +189,18 @@ def tests_of(module: str, root: Path) -> list[str]:
 
 def noticed(root: Path, tests: list[str], *, marks: str, timeout_s: float) -> str | None:
     """The first test that fails, "time" where they take too long, or None where all pass."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "--durations=0"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "--no-header",
+        "-p",
+        "no:cacheprovider",
+        "--durations=0",
+        "--timeout=400",
+    ]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [*command, "-m", marks, *tests],
@@ -223,6 +234,11 @@ def group_of(path: str) -> str:
     return next(name for name, pattern in GROUPS.items() if re.search(pattern, path))
 
 
+def id_of(path: str, node: int, kind: str) -> str:
+    """The name of a mutant, for as long as its file stays as it is."""
+    return f"{path}:{node}:{kind}"
+
+
 def draw(root: Path, files: list[str], *, number: int, seed: int) -> list[tuple[str, int, str]]:
     """(file, node, kind) of the mutants, equally many for each group."""
     by_group: dict[str, list[tuple[str, int, str]]] = {}
@@ -253,22 +269,20 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary) / "checkout"
         shutil.copytree(options.root, copy, ignore=shutil.ignore_patterns(".git", "runs", "build", "data/sample", ".*"))
-        timeouts_s: dict[str, float] = {}
-        for path, node, kind in draw(options.root, files, number=options.number, seed=options.seed):
-            name = f"{path}:{node}:{kind}"
-            if any(line["id"] == name for line in done):
-                continue
-            text, tests = (options.root / path).read_text(), tests_of(module_of(path), copy)
-            began = time.monotonic()
-            if path not in timeouts_s:
-                (copy / path).write_text(ast.unparse(ast.parse(text)))
-                if (failed := first_to_notice(copy, tests, timeout_s=LONGEST_S)) is not None:
-                    sys.exit(f"{path}: without any mutant {failed} fails; mend that, or leave the file out")
-                timeouts_s[path] = 120 + 4 * (time.monotonic() - began)
+        mutants = draw(options.root, files, number=options.number, seed=options.seed)
+        left = [each for each in mutants if not any(line["id"] == id_of(*each) for line in done)]
+        tests_by_file = {path: tests_of(module_of(path), copy) for path, _, _ in left}
+        began = time.monotonic()
+        all_tests = sorted({test for tests in tests_by_file.values() for test in tests})
+        if left and (failed := first_to_notice(copy, all_tests, timeout_s=LONGEST_S)) is not None:
+            sys.exit(f"without any mutant {failed} fails: mend that first")
+        timeout_s = 120 + 4 * (time.monotonic() - began)
+        for path, node, kind in left:
+            name, text = id_of(path, node, kind), (options.root / path).read_text()
             began = time.monotonic()
             changed, line, words = mutated(text, node, kind, seed=f"{options.seed} {name}")
             (copy / path).write_text(changed)
-            by = first_to_notice(copy, tests, timeout_s=timeouts_s[path])
+            by = first_to_notice(copy, tests_by_file[path], timeout_s=timeout_s)
             (copy / path).write_text(text)
             result = {"id": name, "group": group_of(path), "file": path, "line": line, "change": words}
             result |= {"result": "survived" if by is None else "killed", "by": by}
