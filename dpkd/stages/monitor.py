@@ -18,7 +18,7 @@ from dpkd.log import EventReader, Progress
 from dpkd.models.attention import with_attention
 from dpkd.report.figures import figure_or_none
 from dpkd.report.goodput import StepTimer, TimeAccount
-from dpkd.report.panels import panel
+from dpkd.report.pictures import panel
 from dpkd.report.tensorboard import Board
 from dpkd.stages.embed import embed_networks
 from dpkd.stages.run import Run

@@ -14,7 +14,7 @@ from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.log import Progress, logger, show
 from dpkd.priors.store import MANIFEST_NAME, PriorSet, read_manifest, set_url
-from dpkd.report.sheet import ShownSample, sheet
+from dpkd.report.pictures import ShownSample, sheet
 
 NUM_NAMED = 20
 """Keys and damages that a line names; more are counted."""

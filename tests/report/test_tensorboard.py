@@ -4,11 +4,10 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dpkd.report.panels import CELL, GAP, TITLE_HEIGHT, panel
+from dpkd.report.pictures import CELL, GAP, TITLE_HEIGHT, panel
 from dpkd.report.quarantine import Quarantine
 from dpkd.report.tensorboard import Board
 
@@ -111,15 +110,6 @@ def test_a_panel_shows_the_image_and_the_map_where_they_belong() -> None:
     assert image[5, CELL - 5].tolist() == [255, 0, 0]
     edge = row(picture, 1).astype(int)
     assert edge[5].sum() > edge[CELL - 5].sum()
-
-
-@pytest.mark.parametrize("bin_index", [0, 3, 6])
-def test_the_hue_of_a_histogram_map_is_its_strongest_bin(bin_index: int) -> None:
-    hog_BCHW = np.zeros((1, 9, 2, 2), np.float32)
-    hog_BCHW[0, bin_index] = 1.0
-    picture = panel(np.zeros((1, 3, 8, 8), np.uint8), priors={"hog": hog_BCHW}, predictions={})
-    colour = row(picture, 1)[9, 9]
-    assert colour.argmax() == bin_index // 3  # bins 0, 3, 6 of 9 are red, green, blue
 
 
 def test_a_map_that_is_not_finite_does_not_stop_the_picture() -> None:

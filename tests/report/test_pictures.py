@@ -1,10 +1,15 @@
-"""What can be seen on a sheet of samples and their maps."""
+"""What can be seen on pictures of samples and their maps."""
 
 import numpy as np
 
-from dpkd.report.sheet import CELL, GAP, MISSING, TITLE_HEIGHT, ShownSample, draw_map, sheet
+from dpkd.report.pictures import CELL, GAP, MISSING, TITLE_HEIGHT, ShownSample, draw_maps, panel, sheet
 
 IMAGE_HWC = np.full((32, 64, 3), 90, np.uint8)
+
+
+def draw_map(map_HWC: np.ndarray, *, image_HWC: np.ndarray) -> np.ndarray:
+    (drawn_HWC,) = draw_maps([map_HWC], images=[image_HWC])
+    return drawn_HWC
 
 
 def cell(drawn_HWC: np.ndarray, row: int, column: int) -> np.ndarray:
@@ -56,3 +61,19 @@ def test_flat_maps_of_any_number_of_channels_are_drawn():
     for channels in (1, 2, 3, 4, 12):
         flat_HWC = np.full((1, 1, channels), 0.5, np.float32)
         assert draw_map(flat_HWC, image_HWC=IMAGE_HWC).shape == IMAGE_HWC.shape
+
+
+def test_many_channels_have_the_same_colours_in_all_maps_that_are_drawn_together():
+    map_HWC = np.random.default_rng(0).random((4, 8, 12), np.float32)
+    first, mirrored = draw_maps([map_HWC, map_HWC[:, ::-1]], images=[IMAGE_HWC, IMAGE_HWC])
+    np.testing.assert_array_equal(mirrored, first[:, ::-1])
+
+
+def test_a_right_prediction_of_many_channels_looks_like_its_target():
+    hog_BCHW = np.random.default_rng(0).random((1, 9, 8, 8), np.float32)
+    right_BCHW = (hog_BCHW - hog_BCHW.mean((2, 3), keepdims=True)) / hog_BCHW.std((2, 3), keepdims=True)
+    picture = panel(np.zeros((1, 3, 8, 8), np.uint8), priors={"hog": hog_BCHW}, predictions={"hog": right_BCHW})
+    rows = picture.reshape(-1, TITLE_HEIGHT + CELL + GAP, CELL + GAP, 3)[:, TITLE_HEIGHT:]
+    assert len(rows) == 4
+    assert np.abs(rows[2].astype(int) - rows[3]).max() <= 1
+    assert rows[2].std() > 20

@@ -1,0 +1,191 @@
+"""Pictures of images and their maps, for TensorBoard (`panel`) and for `dpkd inspect --picture` (`sheet`).
+
+How a map is drawn follows from what it is: one amount as heat, region labels as borders on the image, two or three
+channels as colours, and more channels by their three principal components as red, green and blue, so that cells of
+like values have like colours, in all maps that are drawn together.
+Axes: B image, C channels, H W height and width, N cells.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+Picture = NDArray[np.uint8]
+Map = NDArray[np.floating | np.integer]
+
+CELL = 128
+"""Longer side of a drawn image or map, in pixels."""
+GAP = 4
+TITLE_HEIGHT = 20
+MISSING = 230
+"""Grey of a map that nobody gave, or that is not finite."""
+LABEL_MAPS = frozenset({"superpixel"})
+"""Maps of a batch whose values are names of regions, not amounts."""
+
+
+@dataclass(frozen=True)
+class ShownSample:
+    """One row of the sheet: an RGB image uint8 HWC, and its maps HWC by name; int32 maps hold region labels."""
+
+    image_HWC: Picture
+    maps: Mapping[str, Map]
+
+
+def sheet(samples: Sequence[ShownSample]) -> Picture:
+    """A row a sample, a column a map, as RGB uint8 HWC; all samples have maps of the same names."""
+    images = [_fitted(sample.image_HWC) for sample in samples]
+    columns = {"image": images}
+    for name in samples[0].maps:
+        columns[name] = draw_maps([sample.maps[name] for sample in samples], images=images)
+    titles = np.concatenate([_title(name, width=CELL + GAP) for name in columns], axis=1)
+    return np.concatenate([titles, *(_row(cells) for cells in zip(*columns.values(), strict=True))])
+
+
+def panel(
+    image_BCHW: Picture,
+    *,
+    priors: Mapping[str, Map],
+    predictions: Mapping[str, Map],
+    attention_B1HW: Map | None = None,
+    num_columns: int = 4,
+) -> Picture:
+    """A column a sample, a row a map with its title above, as RGB uint8 HWC; columns for the first images.
+
+    Where a prior is predicted, it is shown as it is, as the network is to predict it (on the patch grid, standardised
+    by image and channel), and as predicted. The picture is narrow, so that TensorBoard shows several side by side.
+    """
+    count = min(num_columns, len(image_BCHW))
+    images = [_fitted(image_HWC) for image_HWC in np.moveaxis(np.asarray(image_BCHW[:count], np.uint8), 1, -1)]
+    rows = {"image": images}
+    for name, prior_BCHW in priors.items():
+        maps: list[Map] = [np.moveaxis(map_CHW, 0, -1) for map_CHW in prior_BCHW[:count]]
+        shown = [np.asarray(map_HWC, np.int32) if name in LABEL_MAPS else _stretched(map_HWC) for map_HWC in maps]
+        rows[name] = draw_maps(shown, images=images)
+    for name, predicted_BCHW in predictions.items():
+        size = predicted_BCHW.shape[2:]
+        targets = [_target(map_CHW, size) for map_CHW in priors[name][:count]] if name in priors else []
+        maps = [_stretched(np.moveaxis(map_CHW, 0, -1)) for map_CHW in (*targets, *predicted_BCHW[:count])]
+        drawn = draw_maps(maps, images=images * 2 if targets else images)  # together: their colours mean the same
+        if targets:
+            rows[f"{name}: target"] = drawn[:count]
+        rows[f"{name}: predicted"] = drawn[-count:]
+    if attention_B1HW is not None:
+        rows["attention"] = [
+            _overlay(_stretched(map_1HW[0]), image_HWC)
+            for map_1HW, image_HWC in zip(attention_B1HW[:count], images, strict=True)
+        ]
+    width = count * (CELL + GAP)
+    return np.concatenate([part for title, cells in rows.items() for part in (_title(title, width=width), _row(cells))])
+
+
+def draw_maps(maps: Sequence[Map], *, images: Sequence[Picture]) -> list[Picture]:
+    """Maps HWC of one prior as RGB uint8, each in the shape of its image; amounts are those in [0, 1]."""
+    known = [map_HWC for map_HWC in maps if np.isfinite(map_HWC).all()]
+    drawn = []
+    for map_HWC, image_HWC in zip(maps, images, strict=True):
+        height, width = image_HWC.shape[:2]
+        labels = np.issubdtype(map_HWC.dtype, np.integer)
+        if not np.isfinite(map_HWC).all() or (labels and map_HWC.min() < 0):
+            drawn.append(np.full_like(image_HWC, MISSING))
+        elif labels:
+            drawn.append(_borders(map_HWC[:, :, 0], image_HWC))
+        else:
+            small_HWC = _heat(map_HWC[:, :, 0]) if map_HWC.shape[2] == 1 else _colours(map_HWC, known)
+            drawn.append(_bytes(cv2.resize(small_HWC, (width, height), interpolation=cv2.INTER_NEAREST)))
+    return drawn
+
+
+def _target(map_CHW: Map, size: tuple[int, ...]) -> Map:
+    """The map on a grid of height x width, each channel with mean 0 and deviation 1."""
+    planes = [
+        cv2.resize(np.asarray(plane_HW, np.float32), size[::-1], interpolation=cv2.INTER_AREA) for plane_HW in map_CHW
+    ]
+    coarse_CHW = np.stack(planes)
+    deviation_C11 = coarse_CHW.std((1, 2), keepdims=True)
+    return np.asarray((coarse_CHW - coarse_CHW.mean((1, 2), keepdims=True)) / (deviation_C11 + 1e-6), np.float32)
+
+
+def _stretched(map_HWC: Map) -> Map:
+    """The map between its least and its greatest value; many channels stay as they are, for `_colours`."""
+    values = np.asarray(map_HWC, np.float32)
+    if values.ndim == 3 and values.shape[2] > 3:
+        return values
+    return np.asarray((values - values.min()) / max(float(np.ptp(values)), 1e-6), np.float32)
+
+
+def _heat(map_HW: NDArray[Any]) -> Picture:
+    """Dark for 0 to bright for 1."""
+    level_HW = np.rint(np.clip(map_HW, 0, 1) * 255).astype(np.uint8)
+    return _bytes(cv2.cvtColor(cv2.applyColorMap(level_HW, cv2.COLORMAP_VIRIDIS), cv2.COLOR_BGR2RGB))
+
+
+def _colours(map_HWC: Map, shown: Sequence[Map]) -> Picture:
+    """Two or three channels as red, green and blue; more by the principal components of all cells that are shown."""
+    channels = map_HWC.shape[2]
+    if channels <= 3:
+        shown_HWC = np.pad(map_HWC, ((0, 0), (0, 0), (0, 3 - channels)))
+        return _bytes(np.rint(np.clip(shown_HWC, 0, 1) * 255))
+    cell_NC = np.concatenate([shown_HWC.reshape(-1, channels) for shown_HWC in shown])
+    mean_C = cell_NC.mean(0)
+    _, _, axis_CC = np.linalg.svd(cell_NC - mean_C, full_matrices=False)
+    axis_3C = axis_CC[:3] * np.where(axis_CC[:3].sum(1, keepdims=True) < 0, -1, 1)  # a sign of its own is arbitrary
+    low_3, high_3 = np.percentile((cell_NC - mean_C) @ axis_3C.T, (2, 98), axis=0)
+    spread = max(float((high_3 - low_3).max()), 1e-6)  # one for all: the first component shows as the strongest
+    component_HWC = ((map_HWC - mean_C) @ axis_3C.T - (low_3 + high_3) / 2) / spread + 0.5
+    padded_HWC = np.pad(component_HWC, ((0, 0), (0, 0), (0, 3 - len(axis_3C))), constant_values=0.5)
+    return _bytes(np.clip(padded_HWC, 0, 1) * 255)
+
+
+def _borders(label_HW: NDArray[Any], image_HWC: Picture) -> Picture:
+    """The image with the borders between regions drawn on it."""
+    height, width = image_HWC.shape[:2]
+    label_HW = cv2.resize(label_HW.astype(np.float32), (width, height), interpolation=cv2.INTER_NEAREST)
+    border_HW = np.zeros((height, width), bool)
+    border_HW[1:] |= label_HW[1:] != label_HW[:-1]
+    border_HW[:, 1:] |= label_HW[:, 1:] != label_HW[:, :-1]
+    drawn_HWC = image_HWC.copy()
+    drawn_HWC[border_HW] = (255, 220, 0)
+    return drawn_HWC
+
+
+def _overlay(map_HW: Map, image_HWC: Picture) -> Picture:
+    """The map as heat over the greyed image."""
+    height, width = image_HWC.shape[:2]
+    heat_HWC = cv2.resize(_heat(np.nan_to_num(map_HW)), (width, height), interpolation=cv2.INTER_CUBIC)
+    grey_HWC = cv2.cvtColor(cv2.cvtColor(image_HWC, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    return _bytes(cv2.addWeighted(heat_HWC, 0.6, grey_HWC, 0.4, 0))
+
+
+def _fitted(image_HWC: Picture) -> Picture:
+    """The image with its longer side as long as a cell."""
+    height, width = image_HWC.shape[:2]
+    scale = CELL / max(height, width)
+    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return _bytes(cv2.resize(image_HWC, size, interpolation=method))
+
+
+def _row(cells: Iterable[Picture]) -> Picture:
+    """The cells side by side, each in the middle of a white square with a gap."""
+    squares = []
+    for cell_HWC in cells:
+        height, width = cell_HWC.shape[:2]
+        square_HWC = np.full((CELL + GAP, CELL + GAP, 3), 255, np.uint8)
+        top, left = (CELL - height) // 2, (CELL - width) // 2
+        square_HWC[top : top + height, left : left + width] = cell_HWC
+        squares.append(square_HWC)
+    return np.concatenate(squares, axis=1)
+
+
+def _title(text: str, *, width: int) -> Picture:
+    title_HWC = np.full((TITLE_HEIGHT, width, 3), 255, np.uint8)
+    cv2.putText(title_HWC, text, (1, TITLE_HEIGHT - 6), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (40, 40, 40), 1, cv2.LINE_AA)
+    return title_HWC
+
+
+def _bytes(values: NDArray[Any]) -> Picture:
+    return np.asarray(values, np.uint8)
