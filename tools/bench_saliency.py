@@ -2,7 +2,7 @@
 
     python tools/make_sample_data.py data/sample
     python -m zipfile -e ../shared/data/dsb2018_dev.zip data
-    python tools/bench_saliency.py --data data/sample/base --data data/dsb2018_dev/test --json
+    python tools/bench_saliency.py --data data/sample/base --data data/dsb2018_dev/test
 
 An image IMAGE.jpg counts where IMAGE.mask.png or IMAGE.instances.png stands beside it; every value above 0 is figure.
 Measured are F (β² = 0.3) at each image's own threshold, twice its mean (Achanta et al. 2009), the best mean F of one
@@ -13,7 +13,7 @@ Controls: a Gaussian in the middle of the image, and Otsu's threshold of luma, b
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from dpkd.priors.derived import DERIVED
 from dpkd.priors.image_views import ImageViews
 
 Map = NDArray[np.float32]
-Mask = NDArray[np.bool_]
 
 BETA_SQUARE = 0.3
 """Weighs precision above recall, as saliency is measured since Achanta et al. 2009."""
@@ -50,23 +49,23 @@ def overlap(found: NDArray[Any], figure: NDArray[Any]) -> NDArray[np.float64]:
     return np.where(union == 0, 1.0, np.logical_and(found, figure).sum((-2, -1)) / np.maximum(union, 1))
 
 
-def centre(picture: ImageViews) -> Map:
+def centre(image: ImageViews) -> Map:
     """A Gaussian in the middle, a quarter of each side wide."""
-    height, width = picture.size
+    height, width = image.size
     y_H, x_W = (np.linspace(-2, 2, side, dtype=np.float32) for side in (height, width))
     return np.exp(np.float32(-0.5) * (y_H[:, None] ** 2 + x_W**2)).astype(np.float32)[:, :, None]
 
 
-def otsu(picture: ImageViews) -> Map:
+def otsu(image: ImageViews) -> Map:
     """Luma above or below Otsu's threshold, whichever is less of the image."""
-    _, bright_HW = cv2.threshold(picture.grey8_HW, 0, 1, cv2.THRESH_OTSU)
+    _, bright_HW = cv2.threshold(image.grey8_HW, 0, 1, cv2.THRESH_OTSU)
     figure_HW = bright_HW if np.mean(bright_HW) < 0.5 else 1 - bright_HW
     return np.asarray(figure_HW, np.float32)[:, :, None]
 
 
-def foreground(picture: ImageViews) -> Map:
+def foreground(image: ImageViews) -> Map:
     """The derived map of the default saliency and superpixels."""
-    maps = {"saliency": Saliency().map(picture), "superpixel": Superpixel().map(picture)}
+    maps = {"saliency": Saliency().map(image), "superpixel": Superpixel().map(image)}
     return np.asarray(DERIVED["foreground"].derive(maps), np.float32)
 
 
@@ -79,67 +78,46 @@ METHODS: dict[str, Callable[[ImageViews], Any]] = {
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
-    """Runs the benchmark and prints a row for each folder and method; returns the rows."""
+    """Runs the benchmark and prints a row of JSON for each folder and method; returns the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", action="append", required=True, help="folder of images with masks beside them")
     parser.add_argument("--images", type=int, default=300, help="at most so many of each folder, evenly spread")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     options = parser.parse_args(arguments)
     cv2.setNumThreads(1)
     rows = []
     for folder in options.data:
         pairs = _pairs(Path(folder))
         step = max(1, len(pairs) // options.images)
-        rows += measure(pairs[::step][: options.images], METHODS, folder=folder)
-    for row in () if options.json else rows:
-        print("  ".join(f"{key} {value}" for key, value in row.items()))
-    if options.json:
-        print(json.dumps(rows, indent=1))
+        rows += measure(pairs[::step][: options.images], folder=folder)
+    print(json.dumps(rows, indent=1))
     return rows
 
 
-def measure(
-    pairs: list[tuple[Path, Path]], methods: Mapping[str, Callable[[ImageViews], Any]], *, folder: str
-) -> list[dict[str, Any]]:
+def measure(pairs: list[tuple[Path, Path]], *, folder: str) -> list[dict[str, Any]]:
     """A row for each method: its figures over the images, each at its own size."""
     rows = []
-    for name, method in methods.items():
-        images, taken_s = [], []
+    for name, method in METHODS.items():
+        figures: dict[str, list[Any]] = {"f": [], "iou": [], "own": [], "error": [], "ms": []}
         with Progress(f"{folder}, {name}", len(pairs)) as progress:
             for image_path, mask_path in pairs:
-                picture = ImageViews(decode_image(image_path.read_bytes()))
+                image = ImageViews(decode_image(image_path.read_bytes()))
                 start_s = time.process_time()
-                map_HW = _at_size(method(picture)[:, :, 0], picture.size)
-                taken_s.append(time.process_time() - start_s)
-                mask_HW = np.asarray(cv2.imread(str(mask_path), cv2.IMREAD_UNCHANGED), np.int64)
-                images.append(_figures(map_HW, mask_HW > 0))
+                map_HW = cv2.resize(method(image)[:, :, 0], image.size[::-1], interpolation=cv2.INTER_LINEAR)
+                figures["ms"].append(1e3 * (time.process_time() - start_s))
+                figure_HW = np.asarray(cv2.imread(str(mask_path), cv2.IMREAD_UNCHANGED), np.int64) > 0
+                cut_THW = map_HW[None] >= THRESHOLDS[:, None, None].astype(np.float32)
+                figures["f"].append(f_measure(cut_THW, figure_HW))
+                figures["iou"].append(overlap(cut_THW, figure_HW))
+                figures["own"].append(f_measure(map_HW >= min(1.0, 2 * float(map_HW.mean())), figure_HW))
+                figures["error"].append(np.abs(map_HW - figure_HW).mean())
                 progress.advance()
-        rows.append(
-            {"folder": folder, "method": name, **_summary(images), "ms": round(1e3 * float(np.median(taken_s)), 2)}
-        )
+        f_T, iou_T, own, error = (np.mean(figures[key], axis=0) for key in ("f", "iou", "own", "error"))
+        best = int(f_T[1:].argmax()) + 1  # everything is above 0
+        summary = {"max_f": f_T[best], "own_f": own, "iou": iou_T[best], "error": error, "threshold": THRESHOLDS[best]}
+        rounded = {key: round(float(value), 4) for key, value in summary.items()}
+        ms = round(float(np.median(figures["ms"])), 2)
+        rows.append({"folder": folder, "method": name, "images": len(pairs), **rounded, "ms": ms})
     return rows
-
-
-def _at_size(map_HW: Map, size: tuple[int, int]) -> Map:
-    return np.asarray(cv2.resize(map_HW, size[::-1], interpolation=cv2.INTER_LINEAR), np.float32)
-
-
-def _figures(map_HW: Map, figure_HW: Mask) -> dict[str, NDArray[np.float64]]:
-    cut_THW = map_HW[None] >= THRESHOLDS[:, None, None].astype(np.float32)
-    own_HW = map_HW >= min(1.0, 2 * float(map_HW.mean()))
-    return {
-        "f": f_measure(cut_THW, figure_HW),
-        "iou": overlap(cut_THW, figure_HW),
-        "own": f_measure(own_HW, figure_HW),
-        "error": np.abs(map_HW - figure_HW).mean(),
-    }
-
-
-def _summary(images: list[dict[str, NDArray[np.float64]]]) -> dict[str, float]:
-    f_T, iou_T, own, error = (np.mean([each[key] for each in images], axis=0) for key in ("f", "iou", "own", "error"))
-    best = int(f_T[1:].argmax()) + 1  # everything is above 0
-    figures = {"max_f": f_T[best], "own_f": own, "iou": iou_T[best], "error": error, "threshold": THRESHOLDS[best]}
-    return {"images": len(images), **{key: round(float(value), 4) for key, value in figures.items()}}
 
 
 def _pairs(folder: Path) -> list[tuple[Path, Path]]:

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from pydantic import TypeAdapter
 from skimage import data
 
 from dpkd.data.settings import FolderSource
 from dpkd.launch.pool import LocalPool
-from dpkd.priors import Prior
+from dpkd.priors import DEFAULT_PRIORS, Glcm, Hog, Hue, Symmetry
 from dpkd.report.quarantine import Quarantine
 from dpkd.settings import DataSettings, PrepareSettings
 from dpkd.stages.pack import pack
@@ -25,20 +24,6 @@ from dpkd.stages.prepare import prepare
 from dpkd.verbs.inspect import draw_samples
 
 SIZE_PX = 224
-NAMES = (
-    "edge",
-    "orientation",
-    "superpixel",
-    "saliency",
-    "lbp",
-    "gabor",
-    "colour",
-    "ridge",
-    "hog",
-    "hue",
-    "symmetry",
-    "glcm",
-)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -53,9 +38,9 @@ def main(arguments: list[str] | None = None) -> None:
         settings = DataSettings(source=FolderSource(path=str(folder / "images")))
         quarantine = Quarantine(folder / "quarantine.jsonl", limit=0)
         shards = str(folder / "shards")
-        dataset = pack(settings, shards, seed=0, pool=LocalPool(1), quarantine=quarantine, progress=_silent)
-        priors = tuple(TypeAdapter(Prior).validate_python({"kind": kind}) for kind in NAMES)
-        prepare(dataset, PrepareSettings(priors=priors), pool=LocalPool(1), quarantine=quarantine, progress=_silent)
+        dataset = pack(settings, shards, seed=0, pool=LocalPool(1), quarantine=quarantine, progress=lambda *_: None)
+        priors = PrepareSettings(priors=(*DEFAULT_PRIORS, Hog(), Hue(), Symmetry(), Glcm()))
+        prepare(dataset, priors, pool=LocalPool(1), quarantine=quarantine, progress=lambda *_: None)
         draw_samples(shards, options.picture, set_name="default", keys=dataset.split("train").keys)
 
 
@@ -68,10 +53,6 @@ def _write(path: Path, image_HWC: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     small_HWC = cv2.resize(square_HWC, (SIZE_PX, SIZE_PX), interpolation=cv2.INTER_AREA)
     cv2.imwrite(str(path), cv2.cvtColor(small_HWC, cv2.COLOR_RGB2BGR))
-
-
-def _silent(done: int, total: int) -> None:
-    """Progress that nobody watches."""
 
 
 if __name__ == "__main__":

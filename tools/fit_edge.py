@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
 from dpkd.data.images import decode_image
-from dpkd.evaluation.boundaries import region_boundary
 from dpkd.priors.catalogue.edge import FLOOR, crests, enlarged, levels
 from dpkd.priors.image_views import ImageViews
+from tools.bench_boundaries import region_boundary
 
 Image = NDArray[np.uint8]
 Table = NDArray[np.float32]

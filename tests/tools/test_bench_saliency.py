@@ -30,7 +30,7 @@ def test_a_bright_disc_is_found_whole_by_otsu(tmp_path):
     cv2.circle(image_HW, (14, 20), 8, 200, -1)
     cv2.imwrite(str(tmp_path / "a.png"), image_HW)
     cv2.imwrite(str(tmp_path / "a.mask.png"), (image_HW > 100).astype(np.uint8))
-    rows = {row["method"]: row for row in main(["--data", str(tmp_path), "--json"])}
+    rows = {row["method"]: row for row in main(["--data", str(tmp_path)])}
     assert (rows["control: otsu"]["max_f"], rows["control: otsu"]["iou"], rows["control: otsu"]["error"]) == (1, 1, 0)
 
 

@@ -3,8 +3,7 @@ import pytest
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
-from dpkd.evaluation.boundaries import boundary_counts, boundary_score, region_boundary, thin
-from dpkd.evaluation.boundary_matching import match
+from tools.bench_boundaries import boundary_counts, boundary_score, match, region_boundary, thin
 
 
 def rectangle(size: int = 96) -> np.ndarray:
