@@ -131,7 +131,7 @@ def _run_pool_stage(stage: str, settings: Settings, folder: RunFolder, *, pool: 
 
 
 def interrupt(_number: int, _frame: FrameType | None) -> None:
-    """Ends packing and preparing as Ctrl-C does: what is finished stays. The worker group asks training workers to stop."""
+    """Ends packing and preparing as Ctrl-C does: what is finished stays. Training workers hear from their group."""
     raise KeyboardInterrupt
 
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from dpkd.backends.local_workers import LocalWorkers
-from tests.gang_work import listening, write_where_they_listen
+from tests.worker_group_work import listening, write_where_they_listen
 from tools.local_ray_cluster import LocalCluster
 
 ROOT = Path(__file__).resolve().parents[1]

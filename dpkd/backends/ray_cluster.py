@@ -130,7 +130,7 @@ def wait_for_resources(num_workers: int, needs: dict[str, float], *, stop_reques
         while True:
             is_ready = group.wait(timeout_seconds=POLL_S)
             if stop_requested():
-                raise StopRequested("stopped before its workers were started; the last checkpoint stands")
+                raise StopRequested("stopped before its workers were started; the last checkpoint is kept")
             if is_ready:
                 return
             if time.monotonic() >= quiet_until_s:

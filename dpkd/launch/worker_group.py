@@ -135,7 +135,7 @@ class RestartPolicy:
             first = by_cause(attempts[-1])[0]
             why = first.line.removesuffix(FOR_MEMORY)  # most likely it took too long, and was ended for it
             raise StopRequested(
-                f"the workers ended before they had saved ({first.who}: {why}); the last checkpoint stands"
+                f"the workers ended before they had saved ({first.who}: {why}); the last checkpoint is kept"
             )
         if len(attempts) > self.max_restarts:
             raise WorkerFailed(_account(attempts))
@@ -183,7 +183,7 @@ def run_with_restarts(
         while not stop_requested() and time.monotonic() < deadline_s:
             time.sleep(0.05)
         if stop_requested():
-            raise StopRequested("stopped between two attempts; the last checkpoint stands")
+            raise StopRequested("stopped between two attempts; the last checkpoint is kept")
 
 
 def _account(attempts: Sequence[Sequence[Failure]]) -> str:

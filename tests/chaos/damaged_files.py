@@ -130,7 +130,7 @@ class Here:
             yield index, result_of(answer_to(lambda: function, pickle.dumps(item)))
 
     def run(self, work: Callable[[Any], None], argument: Any, *, supervision: Supervision = UNSUPERVISED) -> None:
-        """See `Gang.run`."""
+        """See `WorkerGroup.run`."""
         work(argument)
 
 

@@ -1,4 +1,4 @@
-"""What every gang keeps: one set of tests over the local gang and the Ray gang; and the decision both share."""
+"""What every worker group keeps: one set of tests over local and Ray workers; and the decision both share."""
 
 import json
 import os
@@ -33,7 +33,7 @@ from dpkd.launch.worker_group import (
     with_hangs,
 )
 from tests.chaos import report
-from tests.gang_work import (
+from tests.worker_group_work import (
     ONE_WAY_TO_HANG,
     WAYS_TO_HANG,
     HangsOnceOnItsWay,
@@ -164,8 +164,8 @@ def test_a_worker_stopped_while_it_fails_is_ended(make_worker_group, tmp_path):
     timeout_s = (
         1 if make_worker_group is LocalWorkers else 8
     )  # six times as long to be at work, which takes Ray some 15 s
-    gang = make_worker_group(1, max_restarts=1, hang_timeout_s=timeout_s)
-    gang.run(stop_while_failing_once, str(tmp_path), supervision=supervision)
+    workers = make_worker_group(1, max_restarts=1, hang_timeout_s=timeout_s)
+    workers.run(stop_while_failing_once, str(tmp_path), supervision=supervision)
     assert (tmp_path / "done").exists()
 
 
@@ -180,7 +180,7 @@ def test_output_that_nobody_reads_any_more_costs_nothing(tmp_path):
         "import sys\n"
         "from dpkd.backends.local_workers import LocalWorkers\n"
         "from dpkd.pretrain import exit_code, whole_process\n"
-        "from tests.gang_work import die_once\n"
+        "from tests.worker_group_work import die_once\n"
         "def run(): LocalWorkers(1, max_restarts=1).run(die_once, sys.argv[1])\n"
         "if __name__ == '__main__': whole_process(lambda: exit_code(run))\n"
     )
@@ -219,7 +219,7 @@ def test_the_process_that_workers_are_forked_from_may_be_killed_while_they_work(
     """The next ones are started as the first were: a signal to the whole group lets them save."""
     script = (
         "from dpkd.backends.local_workers import LocalWorkers\n"
-        "from tests.gang_work import save_alone_when_asked_to_stop as work\n"
+        "from tests.worker_group_work import save_alone_when_asked_to_stop as work\n"
         f"if __name__ == '__main__': LocalWorkers(2, max_restarts=1).run(work, {str(tmp_path)!r})\n"
     )
     (tmp_path / "driver.py").write_text(script)
@@ -273,21 +273,21 @@ def test_one_ctrl_c_lets_workers_save_though_it_comes_twice(tmp_path):
 def test_a_second_ctrl_c_ends_workers_at_once(tmp_path):
     _signal_when(tmp_path / "up-0", signal.SIGINT)
     _signal_when(tmp_path / "up-0", signal.SIGINT, delay_s=1.5)
-    with pytest.raises(StopRequested, match="last checkpoint stands"):
+    with pytest.raises(StopRequested, match="last checkpoint is kept"):
         LocalWorkers(1, max_restarts=3, stop_grace_s=600).run(heed_nothing, str(tmp_path))
 
 
 @ON_RAY_IN_CHAOS
 def test_workers_that_do_not_heed_a_stop_are_ended(make_worker_group, tmp_path):
     _signal_when(tmp_path / "up-1", signal.SIGTERM)
-    with pytest.raises(StopRequested, match="last checkpoint stands"):
+    with pytest.raises(StopRequested, match="last checkpoint is kept"):
         make_worker_group(2, max_restarts=3, stop_grace_s=1.0).run(heed_nothing, str(tmp_path))
 
 
 def test_a_killed_driver_takes_its_workers_along(tmp_path):
     script = (
         "from dpkd.backends.local_workers import LocalWorkers\n"
-        "from tests.gang_work import wait_alone\n"
+        "from tests.worker_group_work import wait_alone\n"
         f"if __name__ == '__main__': LocalWorkers(1, max_restarts=3).run(wait_alone, {str(tmp_path)!r})\n"
     )
     (tmp_path / "driver.py").write_text(script)

@@ -1,4 +1,4 @@
-"""What the Ray gang alone has to bear: its coordinator, a lost actor of Ray's own, a cluster that others use too."""
+"""What Ray workers alone has to bear: its coordinator, a lost actor of Ray's own, a cluster that others use too."""
 
 import asyncio
 import os
@@ -20,7 +20,7 @@ from dpkd.backends.ray_workers import RayWorkers
 from dpkd.errors import StopRequested
 from dpkd.launch.worker_group import Restart, Supervision
 from tests.chaos import report
-from tests.gang_work import save_alone_when_asked_to_stop, wait_for_go
+from tests.worker_group_work import save_alone_when_asked_to_stop, wait_for_go
 from tools.local_ray_cluster import LocalCluster
 
 pytestmark = pytest.mark.serial
@@ -133,11 +133,11 @@ def test_workers_start_with_what_another_job_leaves_them(tmp_path):
         "import ray\n"
         "from dpkd.backends.ray_workers import RayWorkers\n"
         "from dpkd.backends.ray_coordinator import Coordinator\n"
-        "from tests.gang_work import say_cpus\n"
-        "gang = RayWorkers(1, max_restarts=0)\n"
+        "from tests.worker_group_work import say_cpus\n"
+        "workers = RayWorkers(1, max_restarts=0)\n"
         "other = ray.remote(num_cpus=2)(Coordinator).remote()\n"
         "ray.get(other.status.remote())\n"
-        f"gang.run(say_cpus, {str(tmp_path)!r})\n"
+        f"workers.run(say_cpus, {str(tmp_path)!r})\n"
     )
     root = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     with LocalCluster([4], environment=root) as cluster:
@@ -159,3 +159,34 @@ def test_a_session_that_finds_no_room_may_be_stopped(tmp_path):
         RayWorkers(2, max_restarts=0).run(save_alone_when_asked_to_stop, str(tmp_path))
     ray.kill(other)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.chaos
+def test_processes_that_start_slowly_have_the_time_that_the_settings_give_them(tmp_path):
+    """As on a busy machine: every process of Ray's that is to work takes half a minute more to start."""
+    slow = "import sys, time\nif any('default_worker.py' in word for word in sys.orig_argv): time.sleep(35)\n"
+    (tmp_path / "sitecustomize.py").write_text(slow)
+    script = tmp_path / "driver.py"
+    script.write_text(
+        "import sys\n"
+        "from dpkd.backends.ray_workers import RayWorkers\n"
+        "from tests.worker_group_work import touch_for_rank\n"
+        "workers = RayWorkers(1, max_restarts=0, start_timeout_s=float(sys.argv[1]))\n"
+        f"workers.run(touch_for_rank, {str(tmp_path)!r})\n"
+    )
+    root = str(Path(__file__).resolve().parents[1])
+    slowly = {"PYTHONPATH": f"{tmp_path}:{root}", "RAY_worker_register_timeout_seconds": "300"}
+    with LocalCluster([1], environment=slowly) as cluster:
+        environment = os.environ | {"PYTHONPATH": root} | cluster.client_variables()
+
+        def drive(start_timeout_s: int) -> "subprocess.CompletedProcess[str]":
+            command = [sys.executable, script, str(start_timeout_s)]
+            return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+
+        late = drive(5)
+        assert late.returncode == 1
+        assert "not at work 5 s after it was started. Is the machine busy? launcher.start_timeout_s" in late.stderr
+        assert not (tmp_path / "done-0").exists()
+        in_time = drive(300)
+        assert in_time.returncode == 0, in_time.stderr
+    assert (tmp_path / "done-0").exists()

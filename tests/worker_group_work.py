@@ -1,4 +1,4 @@
-"""What workers do in the tests of gangs; apart from the tests, so that a worker imports little."""
+"""What workers do in the tests of worker groups; apart from the tests, so that a worker imports little."""
 
 import io
 import os
