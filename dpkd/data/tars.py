@@ -76,38 +76,38 @@ def list_members(file: BinaryIO, *, size_bytes: int) -> Listing:
     """
     members: list[Member] = []
     refused: list[tuple[str, str]] = []
-    at, given = 0, _Given()
+    at, extended = 0, _Extended()
     while True:
         pulse()  # a read each, where it is remote
-        block = _read(file, at, BLOCK)
+        file.seek(at)
+        block = file.read(BLOCK)
         if len(block) < BLOCK:
             return Listing(members, refused, f"the tar is cut short: it ends at byte {size_bytes} without an end mark")
         if not any(block):
             return Listing(members, refused, None)
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-            name, start, size = given.name or info.name, at + BLOCK, _size(info, given)
-            start += _sparse_map_size(file, info, block, start)
+            name, start, size = extended.name or info.name, at + BLOCK, _size(info, extended)
             if start + size > size_bytes:
                 fault = f"the tar is cut short: it ends at byte {size_bytes} inside a member"
                 return Listing(members, refused, fault)
             if info.type in _HEADERS:
-                given = _read_header(info.type, file, start, size, before=given)
+                extended = _read_header(info.type, file, start, size, before=extended)
             else:
-                reason = "it is stored with holes (sparse)" if given.sparse else _REFUSED.get(info.type)
+                reason = "it is stored with holes (sparse)" if extended.sparse else _REFUSED.get(info.type)
                 if reason is not None:
                     refused.append((name, f"{reason}: store the file itself in the tar"))
                 elif info.isreg():
                     members.append(Member(name, start, size))
-                given = _Given()
+                extended = _Extended()
         except (tarfile.TarError, ValueError) as error:
             return Listing(members, refused, f"the tar is damaged at byte {at}: {error}")
         at = start + size + -size % BLOCK
 
 
 @dataclass(frozen=True)
-class _Given:
-    """What the headers before a member say of it."""
+class _Extended:
+    """What extended headers say of the member that follows them."""
 
     name: str | None = None
     size: int | None = None
@@ -134,44 +134,30 @@ _REFUSED = {
 }
 
 
-def _read(file: BinaryIO, offset: int, size: int) -> bytes:
-    file.seek(offset)
-    return file.read(size)
-
-
-def _size(info: tarfile.TarInfo, given: _Given) -> int:
+def _size(info: tarfile.TarInfo, extended: _Extended) -> int:
     """Bytes of data after the header, which links, folders and devices have none of whatever they say."""
     if info.type in tarfile.SUPPORTED_TYPES and not info.isreg() and info.type not in _HEADERS:
         return 0
-    size = info.size if given.size is None else given.size
+    size = info.size if extended.size is None else extended.size
     if size < 0:
         raise ValueError(f"a member of {size} bytes")
     return size
 
 
-def _sparse_map_size(file: BinaryIO, info: tarfile.TarInfo, block: bytes, start: int) -> int:
-    """Bytes of the blocks in which an old GNU tar goes on listing holes."""
-    size = 0
-    more = info.type == tarfile.GNUTYPE_SPARSE and block[482:483] != b"\0"
-    while more:
-        more = _read(file, start + size, BLOCK)[504:505] not in (b"\0", b"")
-        size += BLOCK
-    return size
-
-
-def _read_header(kind: bytes, file: BinaryIO, start: int, size: int, *, before: _Given) -> _Given:
+def _read_header(kind: bytes, file: BinaryIO, start: int, size: int, *, before: _Extended) -> _Extended:
     """What a header of its own says of the member after it; raises ValueError for one that cannot be read."""
     if size > MAX_HEADER_BYTES:
         raise ValueError(f"a header of {size} bytes")
-    data = _read(file, start, size)
+    file.seek(start)
+    data = file.read(size)
     if kind == tarfile.GNUTYPE_LONGNAME:
         return replace(before, name=data.partition(b"\0")[0].decode("utf-8", "surrogateescape"))
     if kind in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
         return before
-    said = _pax_records(data)
-    name = said["path"].decode("utf-8", "surrogateescape") if "path" in said else before.name
-    length = int(said["size"]) if "size" in said else before.size
-    return _Given(name, length, sparse=any(key.startswith("GNU.sparse.") for key in said))
+    records = _pax_records(data)
+    name = records["path"].decode("utf-8", "surrogateescape") if "path" in records else before.name
+    length = int(records["size"]) if "size" in records else before.size
+    return _Extended(name, length, sparse=any(key.startswith("GNU.sparse.") for key in records))
 
 
 def _pax_records(data: bytes) -> dict[str, bytes]:

@@ -12,7 +12,7 @@ order.
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
@@ -38,36 +38,32 @@ MAX_TEXT_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class _Tar:
-    """A source tar: where it stands, and its path below the source."""
+    """A source tar: where it is, and its path below the source."""
 
     url: str
     name: str
 
 
-@dataclass
-class _Contents:
-    """The samples of one tar."""
-
-    records: list[Record] = field(default_factory=list)
-    bad: list[tuple[str, str]] = field(default_factory=list)
-    passed_over: Counter[str] = field(default_factory=Counter)
-
-
 def find_in_archives(source: ShardSource, *, pool: Pool) -> SourceContents:
     """All samples of the tars; raises `UserError` where there are none."""
     tars, classes = _tars(source.path)
-    contents: list[_Contents] = [_Contents()] * len(tars)
+    contents = [SourceContents(())] * len(tars)
     for number, content in pool.map(partial(_list_tar, classes=classes), tars):
         contents[number] = content
-    keys = [record.name.rpartition(".")[0] for content in contents for record in content.records]
-    if len(set(keys)) < len(keys):  # two tars use the same key for different samples
-        contents = [_prefixed(content, tar.name) for content, tar in zip(contents, tars, strict=True)]
+    records = [record for content in contents for record in content.records]
+    if len({record.name.rpartition(".")[0] for record in records}) < len(records):
+        # two tars use the same key for different samples
+        records = [
+            replace(record, name=f"{tar.name.removesuffix('.tar')}/{record.name}")
+            for tar, content in zip(tars, contents, strict=True)
+            for record in content.records
+        ]
     return SourceContents(
-        records=tuple(record for content in contents for record in content.records),
+        records=tuple(records),
         bad=tuple(item for content in contents for item in content.bad),
         classes=classes,
         shuffled=True,
-        passed_over=sum((content.passed_over for content in contents), Counter()),
+        passed_over=sum((Counter(content.passed_over) for content in contents), Counter()),
     )
 
 
@@ -82,7 +78,9 @@ def _tars(path: str) -> tuple[list[_Tar], tuple[str, ...] | None]:
             patterns = list(braceexpand(path))
         except ValueError as error:
             raise UserError(f"data.source.path={path}: {error}; every brace needs its other half") from error
-        urls = [url for pattern in patterns for url in _expand(pattern)]
+        urls = [
+            url for pattern in patterns for url in (storage.glob(pattern) if set("*?[") & set(pattern) else [pattern])
+        ]
         tars = [_Tar(url, PurePosixPath(url).name) for url in urls]
     elif path.endswith((".tar", ".tar.gz", ".tgz", ".tar.zst")):
         tars = [_Tar(path, PurePosixPath(path).name)]
@@ -99,49 +97,41 @@ def _tars(path: str) -> tuple[list[_Tar], tuple[str, ...] | None]:
     return tars, None
 
 
-def _expand(pattern: str) -> list[str]:
-    return storage.glob(pattern) if any(sign in pattern for sign in "*?[") else [pattern]
-
-
-def _list_tar(tar: _Tar, *, classes: tuple[str, ...] | None) -> _Contents:
-    contents = _Contents()
+def _list_tar(tar: _Tar, *, classes: tuple[str, ...] | None) -> SourceContents:
     try:
         refuse_no_file(tar.url)
         with read_errors(tar.url), storage.open_read(tar.url) as file:
             listing = list_members(file, size_bytes=storage.size(tar.url))
     except NO_FILE:
-        contents.bad.append((tar.name, "the tar does not exist"))
-        return contents
+        return SourceContents((), bad=((tar.name, "the tar does not exist"),))
     except BrokenImage as error:
-        contents.bad.append((tar.name, str(error)))
-        return contents
-    contents.bad.extend((f"{tar.name}/{name}", reason) for name, reason in listing.refused)
-    samples = _by_key(listing.members, contents.passed_over)
+        return SourceContents((), bad=((tar.name, str(error)),))
+    records: list[Record] = []
+    bad = [(f"{tar.name}/{name}", reason) for name, reason in listing.refused]
+    samples, passed_over = _by_key(listing.members)
     if listing.fault is not None:
-        contents.bad.append((tar.name, listing.fault))
+        bad.append((tar.name, listing.fault))
         if samples:
             key, _ = samples.pop()
-            contents.bad.append((f"{tar.name}/{key}", "the last sample of a tar that was cut: members may be missing"))
+            bad.append((f"{tar.name}/{key}", "the last sample of a tar that was cut: members may be missing"))
     counts = Counter(key for key, _ in samples)
     for key, members in samples:
-        found = (
-            _record(tar, key, members, classes=classes)
-            if counts[key] == 1
-            else "the key stands in two places of the tar"
-        )
-        if isinstance(found, Record):
-            contents.records.append(found)
-        else:
-            contents.bad.append((f"{tar.name}/{key}", found))
-    return contents
+        try:
+            if counts[key] > 1:
+                raise ValueError("the key is used in two places of the tar")
+            records.append(_record(tar, key, members, classes=classes))
+        except ValueError as error:
+            bad.append((f"{tar.name}/{key}", str(error)))
+    return SourceContents(tuple(records), tuple(bad), passed_over=passed_over)
 
 
-def _by_key(members: Iterable[Member], passed_over: Counter[str]) -> list[tuple[str, list[tuple[str, Member]]]]:
+def _by_key(members: Iterable[Member]) -> tuple[list[tuple[str, list[tuple[str, Member]]]], Counter[str]]:
     """Members that follow one another and share a key, as WebDataset groups them: (key, [(extension, member)]).
 
-    Counts those that are no part of a sample in `passed_over`.
+    Beside them the number of members that are no part of a sample, by suffix or folder of a system.
     """
     samples: list[tuple[str, list[tuple[str, Member]]]] = []
+    passed_over: Counter[str] = Counter()
     for member in members:
         match = re.fullmatch(r"((?:.*/|)[^./]+)\.([^/]+)", member.name, re.DOTALL)
         folder = system_folder(member.name)
@@ -149,35 +139,26 @@ def _by_key(members: Iterable[Member], passed_over: Counter[str]) -> list[tuple[
             passed_over[f"in {folder}" if folder else suffix_of(member.name)] += 1
             continue
         key, extension = match.group(1), match.group(2).lower()
-        if not _is_part(extension):
+        if f".{extension}" not in IMAGE_SUFFIXES and not re.fullmatch(r"json|cls|mask\.png|expert-.*\.png", extension):
             passed_over[f".{extension}"] += 1
         if not samples or samples[-1][0] != key:
             samples.append((key, []))
         samples[-1][1].append((extension, member))
-    return samples
+    return samples, passed_over
 
 
-def _is_part(extension: str) -> bool:
-    """True for the members that are read of a sample."""
-    is_expert = extension.startswith(EXPERT_PREFIX) and extension.endswith(".png")
-    return is_expert or f".{extension}" in IMAGE_SUFFIXES or extension in ("json", "cls", "mask.png")
-
-
-def _record(tar: _Tar, key: str, members: list[tuple[str, Member]], *, classes: tuple[str, ...] | None) -> Record | str:
-    """The sample, or the reason why it cannot be used."""
+def _record(tar: _Tar, key: str, members: list[tuple[str, Member]], *, classes: tuple[str, ...] | None) -> Record:
+    """The sample; raises `ValueError` with the reason why it cannot be used."""
     blob_of = {extension: Blob(tar.url, member.offset, member.size) for extension, member in members}
     images = [extension for extension in blob_of if f".{extension}" in IMAGE_SUFFIXES]
     if len(images) != 1 or len(blob_of) < len(members):
-        return f"one image and no member twice are needed, and the members are: {', '.join(ext for ext, _ in members)}"
-    try:
-        meta = _meta(blob_of)
-        class_name = _class(meta, classes=classes)
-    except ValueError as error:
-        return str(error)
+        listed = ", ".join(extension for extension, _ in members)
+        raise ValueError(f"one image and no member twice are needed, and the members are: {listed}")
+    meta = _meta(blob_of)
     return Record(
         name=f"{key}.{images[0]}",
         image=blob_of[images[0]],
-        class_name=class_name,
+        class_name=_class(meta, classes=classes),
         split=_split(tar.name),
         group=cell_name(meta.get("group")),
         mask=blob_of.get("mask.png"),
@@ -234,9 +215,3 @@ def _split(tar_name: str) -> str | None:
     if is_split_name(path.parent.name) and not is_split_name(prefix):
         return path.parent.name
     return prefix or path.parent.name or None
-
-
-def _prefixed(content: _Contents, tar_name: str) -> _Contents:
-    stem = tar_name.removesuffix(".tar")
-    records = [replace(record, name=f"{stem}/{record.name}") for record in content.records]
-    return _Contents(records=records, bad=content.bad, passed_over=content.passed_over)
