@@ -1,6 +1,6 @@
 """What an expert says of classes: graded attributes, a row a class. A file in, a frozen table out.
 
-YAML (`.yaml`, `.yml`), every scalar taken as the text that stands there, so that a class may be called `no` or `00014`:
+YAML (`.yaml`, `.yml`), every scalar taken as its text, so that a class may be called `no` or `00014`:
 
     attributes:
       border:   [smooth, notched, irregular]     an ordered scale, evenly spaced: 0, 0.5, 1
@@ -80,7 +80,7 @@ class AttributeTable:
 def score_weights(value_KA: NDArray[np.floating[Any]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Weights KA and biases K of classes, `score_K = weight_KA @ logit_A + bias_K` for predicted attribute logits.
 
-    A score is `-Σ_A KL(row ‖ sigmoid(logit))` but for a term that all classes share. Where every value is 0 or 1 that
+    A score is `-Σ_A KL(row ‖ sigmoid(logit))` up to a term that all classes share. Where every value is 0 or 1 that
     is the log-likelihood of direct attribute prediction (Lampert et al. 2014, eq. 2, with even attribute priors); with
     graded values it is largest where the prediction equals the row, while cross-entropy would never choose a middle
     grade. An attribute that is not known of a class counts as of the average class that it is known of.
@@ -159,7 +159,7 @@ class _OneOf:
 
 
 _Rows = list[tuple[str, dict[str, str]]]
-"""(class, attribute -> cell), as they stand in the file."""
+"""(class, attribute -> cell), as the file has them."""
 
 
 def _table(path: str, scales: Sequence[_Scale | _OneOf], rows: _Rows) -> AttributeTable:

@@ -101,7 +101,7 @@ _JPEG_SCAN, _JPEG_END = 0xDA, 0xD9
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
     """(marker, offset after it) of the segments up to the first end mark that no segment holds (ISO 10918-1, B.1).
 
-    What follows the end mark (the video of a motion photo) and what stands inside a segment (a thumbnail) is passed
+    What follows the end mark (the video of a motion photo) and what is inside a segment (a thumbnail) is passed
     over. Bytes between segments are skipped, as decoders do.
     """
     at = 2

@@ -1,4 +1,4 @@
-"""The packed data set: what stands on disk, and reading it by sample.
+"""The packed data set: its files, and reading it by sample.
 
 <dataset>/
   dataset.json                      `Manifest`; written last, so a folder without it is no data set yet
@@ -176,7 +176,7 @@ def index_name(shard_name: str) -> str:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample as it stands in its shard."""
+    """One sample as its shard holds it."""
 
     key: str
     image: bytes
@@ -207,7 +207,7 @@ class Dataset:
 
     @staticmethod
     def open(url: str) -> "Dataset":
-        """Reads dataset.json; raises `UserError` where there is none, `ManifestDamaged` where it cannot be used."""
+        """Reads dataset.json; raises `UserError` without one, `ManifestDamaged` for one that cannot be used."""
         place = storage.join(url, MANIFEST_NAME)
         try:
             manifest = Manifest.model_validate(parse_checked(storage.read_bytes(place)))

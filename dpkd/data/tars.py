@@ -1,4 +1,4 @@
-"""Tar archives, byte for byte: writing them the same way every time, and listing what stands where.
+"""Tar archives, byte for byte: writing them the same way every time, and listing where members are.
 
 A tar is a sequence of members, each a header of 512 bytes (more for long names) and its data padded to 512, and ends in
 two blocks of zeros. Nothing of the writer enters a header: no time, owner or host.
@@ -17,7 +17,7 @@ BLOCK = 512
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """Where the data of one member stands in its tar."""
+    """Where the data of one member is in its tar."""
 
     name: str
     offset: int
@@ -48,7 +48,7 @@ class TarWriter:
         return self._digest.hexdigest()
 
     def add(self, name: str, data: bytes) -> Member:
-        """Appends a member; returns where its data stands."""
+        """Appends a member; returns where its data is."""
         info = tarfile.TarInfo(name)
         info.size, info.mode, info.mtime = len(data), 0o444, 0
         header = info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict")

@@ -78,7 +78,7 @@ class _Row:
 
 
 def write_shard(job: ShardJob) -> ShardIndex:
-    """Writes the shard, then its index, unless both stand already; returns the index.
+    """Writes the shard, then its index, unless both are whole already; returns the index.
 
     Raises `StorageError` where the place cannot be written.
     """

@@ -43,7 +43,7 @@ Rgb = tuple[float, float, float]
 NUM_NAMED = 10
 """Classes that the log names."""
 PACKING_NAME = "packing.json"
-"""Stands in a folder while it is being packed, and tells our unfinished shards from somebody's tars."""
+"""Is in a folder while it is being packed, and marks unfinished shards as ours."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _jobs(samples: dict[str, list[Planned]], data: DataSettings, *, destination:
 
 
 def _made_from(records: Sequence[Record], data: DataSettings, *, seed: int) -> dict[str, str]:
-    """All that decides the bytes of the data set, by the names that a user knows; not where the source stands."""
+    """All that decides the bytes of the data set, by the names that a user knows; not the place of the source."""
     assert data.source is not None
     described = [
         [r.name, r.image.size, r.class_name, r.split, r.group, r.mask and r.mask.size, len(r.experts), r.attributes]

@@ -112,7 +112,7 @@ def test_rows_that_cannot_be_used_are_named_with_their_reason(tmp_path):
     wrong = [reason for _, reason in found.bad]
     for item, words in zip(
         wrong,
-        ["-7 is out of range", "1.5 is neither", "is empty", "earlier row", "not JSON", "not a JSON object"],
+        ["-7 is out of range", "1.5 is neither", "is empty", "an earlier row", "not JSON", "not a JSON object"],
         strict=True,
     ):
         assert words in item
@@ -136,6 +136,14 @@ def test_tables_that_cannot_be_read_are_refused(tmp_path):
             find(TableSource(path=str(tmp_path / name)))
     with pytest.raises(UserError, match="does not exist"):
         find(TableSource(path=str(tmp_path / "absent.csv")))
+
+
+def test_a_table_with_images_inside_is_refused_in_one_line(tmp_path):
+    table = pa.table({"image": [{"bytes": image_bytes(i), "path": None} for i in range(3)], "label": [0, 1, 2]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=r"path_column='image' .* holds images or lists, not paths") as caught:
+        find(TableSource(path=str(tmp_path / "t.parquet"), path_column="image"))
+    assert len(str(caught.value)) < 400
 
 
 def test_shards_of_others_are_read_by_folder_and_by_braces(tmp_path):

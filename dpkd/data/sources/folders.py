@@ -2,7 +2,7 @@
 
 The depth tells which; one folder deep is `<split>/*` when all folders have a split's name (train, val, test, …), and
 `<class>/*` otherwise. A class folder called `unlabelled`, or by a word for a missing label, holds samples without a
-label. Beside an image may stand `<stem>.mask.png` and `<stem>.expert-<name>.png`; `<stem>.instances.png` stays out, and
+label. Beside an image may be `<stem>.mask.png` and `<stem>.expert-<name>.png`; `<stem>.instances.png` stays out, and
 so do the folders that systems make for themselves (`@eaDir`, `__MACOSX`, hidden ones).
 """
 

@@ -1,4 +1,4 @@
-"""What a source holds, before it is packed: where the bytes of each sample stand and what is known of it."""
+"""What a source holds, before it is packed: where the bytes of each sample are and what is known of it."""
 
 import difflib
 import errno
@@ -86,7 +86,7 @@ class SourceContents:
 
 
 def refuse_no_file(url: str) -> None:
-    """Raises `BrokenImage` for what stands there and is no file: reading a pipe might never end."""
+    """Raises `BrokenImage` for a place that is no file: reading a pipe might never end."""
     path = storage.local_path(url)
     if path is not None and os.path.lexists(path) and not storage.is_file(path):
         raise BrokenImage("it is no file, but a folder, a pipe, a device or a link to nowhere")
@@ -101,7 +101,7 @@ def sorted_classes(names: Iterable[str | None]) -> tuple[str, ...]:
 
 
 def keys_of(names: Sequence[str]) -> list[str]:
-    """A WebDataset key for each distinct name: the path without extension, dots replaced, told apart where two meet."""
+    """A WebDataset key for each distinct name, as `key_of` makes it; a hash tells two equal ones apart."""
     keys = [key_of(name) for name in names]
     counts = Counter(keys)
     return [
@@ -135,7 +135,7 @@ def describe_counts(counts: Mapping[str, int], *, limit: int = 12) -> str:
 
 
 def system_folder(name: str) -> str | None:
-    """The folder on the way to a file that an operating system or a NAS made for itself, None where there is none."""
+    """The folder on the way to a file that an operating system or a NAS made for itself, or None."""
     return next((part for part in name.split("/")[:-1] if part.lower() in _SYSTEM_FOLDERS), None)
 
 

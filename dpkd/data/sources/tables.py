@@ -35,15 +35,15 @@ def find_in_table(source: TableSource) -> SourceContents:
     records: dict[str, Record] = {}
     bad: list[tuple[str, str]] = []
     for number, row in enumerate(rows, start=1):
-        name = cell_text(row.get(source.path_column))
-        item = f"{source.path} row {number}" + (f" ({name})" if name else "")
+        path = row.get(source.path_column)
+        item = f"{source.path} row {number}" + (f" ({path.strip()})" if isinstance(path, str) and path.strip() else "")
         try:
             record = _record(row, source=source, folder=folder)
             earlier = records.get(record.name)
             if earlier is not None and earlier.image.url != record.image.url:  # what tells them apart is masked
                 record = replace(record, name=f"{record.name}~{storage.digest(record.image.url.encode())[:8]}")
             if record.name in records:
-                raise ValueError("the path stands in an earlier row already")
+                raise ValueError("an earlier row has the same path")
             records[record.name] = record
         except ValueError as error:
             bad.append((item, str(error)))
@@ -110,6 +110,11 @@ def _require_columns(source: TableSource, rows: list[Row]) -> None:
                 f"data.source.{key}={column!r} is no column of {source.path}{nearest(column, columns)}; "
                 f"it has: {', '.join(sorted(columns))}"
             )
+    if any(isinstance(row.get(source.path_column), dict | list) for row in rows):
+        raise UserError(
+            f"data.source.path_column={source.path_column!r} of {source.path} holds images or lists, not paths: write "
+            "the images into files or WebDataset tars, and their paths into the table"
+        )
 
 
 _ERROR = "\0error"
@@ -163,7 +168,7 @@ def _read_parquet(data: bytes) -> Iterator[Row]:
         left_bytes -= sum(map(_unpacked_bytes, batch.columns))
         if left_bytes < 0:
             raise UserError(
-                f"the table of {len(data):,} bytes holds more than {MAX_EXPANSION} times that: few values stand in it "
+                f"the table of {len(data):,} bytes holds more than {MAX_EXPANSION} times that: it repeats few values "
                 "very often, such as images; leave columns out"
             )
         yield from batch.to_pylist()
@@ -174,7 +179,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _unpacked_bytes(column: pa.Array) -> int:
-    """Bytes of a column's values, each counted as often as it stands there."""
+    """Bytes of a column's values, each counted as often as it occurs."""
     if not pa.types.is_dictionary(column.type) or not _is_text(column.type.value_type):
         return int(column.nbytes)
     length_N = pc.binary_length(column.dictionary).take(column.indices)

@@ -84,7 +84,7 @@ def is_image(name: str) -> bool:
 def key_of(name: str) -> str:
     """A WebDataset key for a name: the path without extension, dots and what no path should hold replaced."""
     text = name.encode("utf-8", "backslashreplace").decode("utf-8").split("://")[-1]
-    text = text.removeprefix("***@").removesuffix("?***")  # where secrets stood
+    text = text.removeprefix("***@").removesuffix("?***")  # the mask of secrets
     parts = [part for part in PurePosixPath(text).parts if part not in ("/", ".")] or ["_"]
     if is_image(parts[-1]):
         parts[-1] = parts[-1].rpartition(".")[0]
