@@ -32,6 +32,7 @@ class EngineSettings(Config):
 
     kind: Literal["auto", "torch", "deepspeed"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] = 1
+    """What DeepSpeed spreads over the workers; 3 spreads the weights too, those of a frozen teacher as well."""
     compile: bool = False
     activation_checkpointing: bool = False
     ema: float | None = Field(None, gt=0, lt=1)

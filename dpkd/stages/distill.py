@@ -4,43 +4,17 @@ Makes `students/<name>`, `baselines/<name>`, and `teacher-live/` where the teach
 more network in the same loop, so it sees the same images in the same views, for the same steps.
 """
 
-from contextlib import nullcontext
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
-
+from dpkd.backends.engines import make_frozen
+from dpkd.engine.frozen import Frozen
 from dpkd.models.network import Network
 from dpkd.models.saved import load_network, save_network
-from dpkd.models.settings import MeanPooling, NetworkSpec
+from dpkd.models.settings import MeanPooling
 from dpkd.objectives.settings import Supervised
 from dpkd.settings import DistillSettings, StudentSettings, TeachSettings
 from dpkd.stages.run import Run, TrainingSet, training_set
 from dpkd.stages.teach import NAME as TEACHER
 from dpkd.stages.training import make_learner, network_spec, new_network, run_training, supervision
 from dpkd.train.task import DistillTask, Learner
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """A teacher that no longer learns; every rank holds all of it."""
-
-    network: Network
-    device: torch.device
-    precision: str
-
-    @property
-    def spec(self) -> NetworkSpec:
-        """What the network was built from."""
-        return self.network.spec
-
-    @torch.no_grad()
-    def predict(self, image_BCHW: Tensor, weight_B1HW: Tensor | None = None) -> dict[str, Tensor]:
-        """Runs without gradients, in evaluation mode; fp32 out."""
-        bf16 = torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
-        with bf16:
-            outputs = self.network(image_BCHW, weight_B1HW)
-        return {name: output.float() for name, output in outputs.items()}
 
 
 def distill(run: Run, settings: DistillSettings, *, teach: TeachSettings) -> None:
@@ -66,8 +40,8 @@ def _teacher(
     run: Run, network: Network, data: TrainingSet, *, settings: DistillSettings, teach: TeachSettings
 ) -> Frozen | Learner:
     if settings.teacher == "frozen":
-        network.eval().requires_grad_(False).to(run.world.device)
-        return Frozen(network, device=run.world.device, precision=run.precision(settings.training))
+        precision = run.precision(settings.training)
+        return make_frozen(network, settings=teach.engine, world=run.world, precision=precision)
     return make_learner(
         run,
         network,
