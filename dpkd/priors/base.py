@@ -66,7 +66,7 @@ class BatchExtractor(Extractor, Protocol):
 
     @property
     def device(self) -> Literal["accelerator", "cpu"]:
-        """Where it is to run; `accelerator` is the CPU where there is none."""
+        """The device that it runs on; `accelerator` is a GPU, or the CPU of a machine without one."""
 
     @property
     def batch_size(self) -> int:

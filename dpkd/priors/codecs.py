@@ -6,7 +6,7 @@ A stored map names its codec, shape (H, W, C) and scale, and so is read without 
     jpeg     grey JPEG, H x (C·W), the channels side by side               uint8 · scale, float32
     nibbles  zstd of 4-bit values in C, H, W order, first one high         4 bits · scale, float32
     bytes    zstd of 8-bit values in C, H, W order                          uint8 · scale, float32
-    absent   nothing: nobody gave the map                                  NaN in each cell
+    absent   nothing: the sample came without the map                      NaN in each cell
     labels   PNG, H x (C·W), 8 bits where the labels allow it, else 16     the label, int32 (scale 1)
 """
 
@@ -37,11 +37,11 @@ class Codec(Protocol):
 
     @property
     def name(self) -> str:
-        """Stands beside the stored bytes."""
+        """Names the codec beside the stored bytes."""
 
     @property
     def scale(self) -> float:
-        """What a stored integer is multiplied with."""
+        """The factor from a stored integer to its value."""
 
     def encode(self, map_HWC: Map) -> bytes:
         """The map as bytes."""
@@ -135,7 +135,7 @@ class LabelCodec:
 
 @dataclass(frozen=True)
 class AbsentCodec:
-    """No bytes, for a map that nobody gave."""
+    """No bytes, for a map that the sample came without."""
 
     name: ClassVar[str] = "absent"
     scale: ClassVar[float] = 1.0
@@ -148,7 +148,7 @@ class AbsentCodec:
     def decode(self, data: bytes, shape: Shape) -> npt.NDArray[np.float32]:
         """NaN in every cell."""
         if data:
-            raise ValueError(f"{len(data)} bytes of a map that is said to be absent")
+            raise ValueError(f"{len(data)} bytes of an absent map, which has none")
         return np.full(shape, np.nan, np.float32)
 
 
@@ -165,9 +165,9 @@ def _compress(data: bytes) -> bytes:
 def _decompress(data: bytes, *, size: int) -> npt.NDArray[np.uint8]:
     """What `_compress` was given; raises ValueError unless it is `size` bytes."""
     try:
-        found = zstandard.frame_content_size(data)  # it decides what is allocated, whatever the largest size asked for
-        if found != size:
-            raise ValueError(f"{found} bytes where {size} belong")
+        declared = zstandard.frame_content_size(data)  # it decides what is allocated
+        if declared != size:
+            raise ValueError(f"{declared} bytes instead of {size}")
         return np.frombuffer(zstandard.ZstdDecompressor().decompress(data), np.uint8)
     except zstandard.ZstdError as error:
         raise ValueError(f"not zstd data: {error}") from error
@@ -189,7 +189,7 @@ def _encode_image(extension: str, map_HWC: npt.NDArray[np.integer], parameters: 
 def _decode_image(data: bytes, shape: Shape) -> npt.NDArray[np.integer]:
     """The channels of an image file that has them side by side."""
     height, width, channels = shape
-    if image_size(data) != (channels * width, height):  # told by the header, before anything of that size is made
+    if image_size(data) != (channels * width, height):  # of the header, before anything of that size is allocated
         raise ValueError(f"the bytes are not an image of {height} x {channels * width}")
     image: npt.NDArray[Any] | None = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if image is None or image.shape != (height, channels * width):

@@ -39,7 +39,11 @@ class Foreground:
         label_HW = maps["superpixel"][:, :, 0]
         height, width = label_HW.shape
         saliency_HW = maps["saliency"][:, :, 0].astype(np.float32)
-        level_HW = np.rint(np.clip(_resized(saliency_HW, (height, width)), 0, 1) * 255).astype(np.uint8)
+        if saliency_HW.shape != label_HW.shape:
+            saliency_HW = np.asarray(
+                cv2.resize(saliency_HW, (width, height), interpolation=cv2.INTER_LINEAR), np.float32
+            )
+        level_HW = np.rint(np.clip(saliency_HW, 0, 1) * 255).astype(np.uint8)
         threshold, _ = cv2.threshold(level_HW, 0, 255, cv2.THRESH_OTSU)
         figure_N = (level_HW > threshold).ravel()
         size_R = np.bincount(label_HW.ravel())
@@ -70,13 +74,13 @@ class BoundaryDistance:
 STRONG = 0.25
 """Probability of a boundary that counts: of the cells of natural images, 4 or 5 % are on a crest as strong."""
 
-DERIVED: dict[str, Derived] = {each.name: each for each in (Foreground(), BoundaryDistance())}
+DERIVED: dict[str, Derived] = {derived.name: derived for derived in (Foreground(), BoundaryDistance())}
 """The derived maps by name."""
 
 
 def derivable(stored: Mapping[str, object]) -> dict[str, Derived]:
     """The derived maps for which all that they need is stored."""
-    return {name: each for name, each in DERIVED.items() if set(each.needs) <= set(stored)}
+    return {name: derived for name, derived in DERIVED.items() if set(derived.needs) <= set(stored)}
 
 
 def _crest(edge_HW: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
@@ -84,9 +88,3 @@ def _crest(edge_HW: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
     padded_HW = np.pad(edge_HW, ((0, 0), (1, 1)), mode="edge")
     left_HW, right_HW = padded_HW[:, :-2], padded_HW[:, 2:]
     return (edge_HW >= left_HW) & (edge_HW >= right_HW) & ((edge_HW > left_HW) | (edge_HW > right_HW))
-
-
-def _resized(map_HW: npt.NDArray[np.float32], size: tuple[int, int]) -> npt.NDArray[np.float32]:
-    if map_HW.shape == size:
-        return map_HW
-    return np.asarray(cv2.resize(map_HW, size[::-1], interpolation=cv2.INTER_LINEAR), np.float32)

@@ -27,15 +27,15 @@ def installed_priors(built_in: Sequence[type[BaseModel]]) -> list[type[BaseModel
     that is taken already.
     """
     owner = {_kind(prior): "dpkd" for prior in built_in}
-    found = []
+    priors = []
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value)):
         prior = _load(entry)
         kind = _kind(prior)
         if kind in owner:
             raise UserError(f"{_place(entry)}: the kind {kind!r} is {owner[kind]}'s already; give it another kind")
         owner[kind] = _place(entry)
-        found.append(prior)
-    return found
+        priors.append(prior)
+    return priors
 
 
 def _load(entry: EntryPoint) -> type[BaseModel]:

@@ -131,7 +131,7 @@ class Learned(Mirrored, Config):
     def sealed(self) -> "Learned":
         """The same prior with the checksum of its weights, which from now on is part of what it is.
 
-        Raises `UserError` that names the file where it is missing, or is another one than `sha256` says.
+        Raises `UserError` that names the file where it is missing, or is not the one of `sha256`.
         """
         with _named(self, "it cannot be read"):
             try:
@@ -144,7 +144,7 @@ class Learned(Mirrored, Config):
                     "model.sha256 as priors.json has it"
                 ) from error
             if self.model.sha256 not in (None, digest):
-                raise UserError(f"its sha256 is {digest}, and model.sha256 says {self.model.sha256}; correct one")
+                raise UserError(f"its sha256 is {digest}, and model.sha256 is {self.model.sha256}; correct one")
         return self.model_copy(update={"model": self.model.model_copy(update={"sha256": digest})})
 
     def identity(self) -> str:
@@ -229,7 +229,7 @@ def _values(prior: Learned, run: Run, batch_BCHW: Array) -> Array:
 
 @contextmanager
 def _named(prior: Learned, what: str = "it fails") -> Iterator[None]:
-    """Turns every error into a `UserError` that names prior and file; `what` says what an error not of ours means."""
+    """Turns every error into a `UserError` that names prior and file; `what` describes an error of a library."""
     place = f"the prior {prior.name!r}, {prior.model.file}"
     try:
         yield

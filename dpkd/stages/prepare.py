@@ -9,7 +9,7 @@ beside what was carried over; the second pass carries them over in turn and comp
 
 A sample that cannot be read (cut off, damaged, not an image) is quarantined, has no maps, and is listed in the set, so
 that whatever follows leaves it out. A shard whose checksum differs from dataset.json loses just the samples whose own
-checksums differ, which its index holds, and a line of the report says so: to drop the whole shard would throw away
+checksums differ, which its index holds, and the report has a line on it: to drop the whole shard would throw away
 samples that are proved sound, and to trust whatever decodes would let damage inside a JPEG pass for an image.
 """
 
@@ -246,7 +246,7 @@ def _index(task: _Task) -> PriorIndex | None:
 
 
 def _images_changed(index: PriorIndex, task: _Task) -> bool:
-    """Whether the image shard may differ from what the prior shard was made from, whatever dataset.json says.
+    """Whether the image shard may differ from what the prior shard was made from, though dataset.json is the same.
 
     One that was damaged may have been mended since, and a local one damaged; a remote one is not fetched for the
     question alone.

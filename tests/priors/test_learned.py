@@ -265,7 +265,7 @@ def test_what_is_no_onnx_model_is_named_when_it_is_sealed(tmp_path):
 
 def test_other_weights_than_the_settings_name_are_refused(tmp_path):
     save_vit(tmp_path / "vit.safetensors")
-    with pytest.raises(UserError, match=r"its sha256 is [0-9a-f]{64}, and model\.sha256 says 00"):
+    with pytest.raises(UserError, match=r"its sha256 is [0-9a-f]{64}, and model\.sha256 is 00"):
         attention_prior(tmp_path / "vit.safetensors", model={"sha256": "00"}).sealed()
     with pytest.raises(UserError, match=r"'learned-attention', .*gone is missing: give the path of the weights"):
         attention_prior(tmp_path / "gone").sealed()

@@ -38,17 +38,12 @@ class Colour(Mirrored, Config):
     def map(self, image: ImageViews) -> Map:
         """Means and deviations, float32 HW6."""
         if self.grey_world:
-            image = _under_grey_light(image)
+            mean_C = np.maximum(image.rgb_HWC.reshape(-1, 3).mean(0), 1)
+            scaled_HWC = image.rgb_HWC * (mean_C.mean() / mean_C).astype(np.float32)
+            image = ImageViews(np.rint(np.minimum(scaled_HWC, 255)).astype(np.uint8))
         size, lab_HWC = grid_size(image, self.stride), image.lab_HWC
         mean_HWC = cell_means(lab_HWC, size)
         variance_HWC = cell_means(np.asarray(cv2.multiply(lab_HWC, lab_HWC), np.float32), size) - mean_HWC**2
         deviation_HWC = np.sqrt(np.maximum(variance_HWC, 0)) * np.float32(1 / LARGEST_DEVIATION)
         scaled_HWC = (mean_HWC - np.asarray(LOWEST, np.float32)) / np.asarray(SPAN, np.float32)
         return np.clip(np.concatenate([scaled_HWC, deviation_HWC], axis=2), 0, 1)
-
-
-def _under_grey_light(image: ImageViews) -> ImageViews:
-    """The image with each channel scaled to the mean of all three."""
-    mean_C = np.maximum(image.rgb_HWC.reshape(-1, 3).mean(0), 1)
-    scaled_HWC = image.rgb_HWC * (mean_C.mean() / mean_C).astype(np.float32)
-    return ImageViews(np.rint(np.minimum(scaled_HWC, 255)).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""Texture as radiomics describes it: statistics of which grey levels stand beside one another."""
+"""Texture as radiomics describes it: statistics of the grey levels of neighbours."""
 
 from typing import ClassVar, Literal
 

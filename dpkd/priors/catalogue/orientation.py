@@ -35,7 +35,10 @@ class Orientation(Config):
 
     def map(self, image: ImageViews) -> Map:
         """Coherence and doubled angle, float32 HW3."""
-        dx_HW, dy_HW = (each.astype(np.float32) * np.float32(1 / 8) for each in _gradient(image))
+        if min(image.size) < 3:  # too thin for a gradient
+            dx_HW = dy_HW = np.zeros(image.size, np.float32)
+        else:  # Sobel's, int16, is 8 times the slope
+            dx_HW, dy_HW = (np.float32(1 / 8) * slope_HW for slope_HW in cv2.spatialGradient(image.grey8_HW))
         tensor_HWC = cv2.merge([cv2.multiply(dx_HW, dx_HW), cv2.multiply(dy_HW, dy_HW), cv2.multiply(dx_HW, dy_HW)])
         xx_HW, yy_HW, xy_HW = np.moveaxis(cell_means(np.asarray(tensor_HWC), grid_size(image, self.stride)), 2, 0)
         cos_HW, sin_HW = xx_HW - yy_HW, 2 * xy_HW
@@ -49,12 +52,3 @@ class Orientation(Config):
         flipped_HWC = mirror(map_HWC)
         flipped_HWC[:, :, 2] = 1 - flipped_HWC[:, :, 2]
         return flipped_HWC
-
-
-def _gradient(image: ImageViews) -> tuple[np.ndarray, np.ndarray]:
-    """Sobel gradient of luma, int16, 8 times the slope; 0 where an image is too thin for it."""
-    if min(image.size) < 3:
-        flat_HW = np.zeros(image.size, np.int16)
-        return flat_HW, flat_HW
-    dx_HW, dy_HW = cv2.spatialGradient(image.grey8_HW)
-    return np.asarray(dx_HW), np.asarray(dy_HW)

@@ -1,4 +1,4 @@
-"""What stands out as figure: minimum barrier saliency."""
+"""What is figure and what is ground: minimum barrier saliency."""
 
 from collections.abc import Sequence
 from typing import ClassVar, Literal
@@ -15,7 +15,7 @@ from dpkd.priors.codecs import JpegCodec, Map
 from dpkd.priors.image_views import ImageViews
 
 FRAME_SHARE = 0.1
-"""Width of the four strips that stand for background, as a share of the image's side."""
+"""Width of the four strips that are taken for background, as a share of the image's side."""
 LOWEST_THRESHOLD = 0.1
 """Never lower, so that noise on even ground is no figure."""
 

@@ -35,8 +35,8 @@ class Superpixel(Mirrored, Config):
         """Region labels of an image, int32 HW1."""
         label_HW = _regions(image, self.region_px)
         height, width = grid_size(image, self.stride)
-        rows = _cell_centres(height, label_HW.shape[0])
-        columns = _cell_centres(width, label_HW.shape[1])
+        rows = ((np.arange(height) + 0.5) * label_HW.shape[0] / height).astype(np.intp)  # the middle of each cell
+        columns = ((np.arange(width) + 0.5) * label_HW.shape[1] / width).astype(np.intp)
         _, compact = np.unique(label_HW[np.ix_(rows, columns)], return_inverse=True)
         return compact.reshape(height, width, 1).astype(np.int32)
 
@@ -50,8 +50,3 @@ def _regions(image: ImageViews, region_px: int) -> npt.NDArray[np.int32]:
     segment = cv2.ximgproc.createScanSegment(width, height, num_regions, 1, True)
     segment.iterate(image.lab8_HWC.copy())  # a fresh array: ScanSegment blurs its input in place, locked or not
     return np.asarray(segment.getLabels(), np.int32)
-
-
-def _cell_centres(num_cells: int, size: int) -> npt.NDArray[np.intp]:
-    """The pixel in the middle of each of `num_cells` cells over `size` pixels."""
-    return ((np.arange(num_cells) + 0.5) * size / num_cells).astype(np.intp)
