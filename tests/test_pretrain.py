@@ -273,21 +273,15 @@ def test_an_audit_names_what_is_not_as_ordered(whole: RunFolder, tmp_path: Path,
     settings = yaml.safe_load((folder / "settings.yaml").read_text())
     settings["run"]["dir"], settings["data"]["shards"] = str(folder), str(shards_of(whole))
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
-    shutil.copytree(whole.path / "ledger", folder / "ledger")
-    path = next((folder / "ledger" / "teach").iterdir())
-    head, _, rest = path.read_bytes().partition(b"\n")
-    size = 12 + 4 * 16
+    shutil.copytree(whole.path / "sample_log", folder / "sample_log")
+    path = next((folder / "sample_log" / "teach").iterdir())
+    head, *lines = path.read_text().splitlines(keepends=True)
     if damage == "swap":  # the samples of the second and third step
-        rest = (
-            rest[: size + 12]
-            + rest[2 * size + 12 : 3 * size]
-            + rest[2 * size : 2 * size + 12]
-            + rest[size + 12 : 2 * size]
-            + rest[3 * size :]
-        )
+        (second, of_second), (third, of_third) = (line.split(" ") for line in lines[1:3])
+        lines[1:3] = [f"{second} {of_third}", f"{third} {of_second}"]
     elif damage == "lose":
-        rest = rest[:size] + rest[2 * size :]
-    path.write_bytes((b"?" if damage == "scribble" else head) + b"\n" + rest)
+        del lines[1]
+    path.write_text(("?\n" if damage == "scribble" else head) + "".join(lines))
     wanted = {"swap": "2 steps did not use", "lose": "teach step 2: no attempt has it", "scribble": path.name}
     with pytest.raises(UserError, match=wanted[damage]):
         audit(str(folder))

@@ -121,9 +121,9 @@ class RunFolder:
         kind, _, rest = name.partition("-")
         return {"student": self.students / rest, "baseline": self.baselines / rest, "teacher": self.live_teacher}[kind]
 
-    def ledger(self, stage: str) -> Path:
-        """Folder of a stage's ledgers."""
-        return self.path / "ledger" / stage
+    def sample_log(self, stage: str) -> Path:
+        """Folder of the logs of the samples that a stage used."""
+        return self.path / "sample_log" / stage
 
     def skipped(self, stage: str) -> Path:
         """The file of the steps that a stage passes over."""

@@ -38,7 +38,7 @@ from dpkd.train.divergence import NormGuard, Skipped, train_past_divergence
 from dpkd.train.loop import Plan, train
 from dpkd.train.meter import Meter
 from dpkd.train.parts import Inputs, LeftOut, RandomState
-from dpkd.train.sample_log import Ledger, forget
+from dpkd.train.sample_log import SampleLog, truncate
 from dpkd.train.statements import ClassAttributes, Statements
 from dpkd.train.task import DistillTask, Learner, Supervision, TeachTask
 
@@ -189,10 +189,10 @@ class _Stage:
         if board is not None:
             board.quarantine(start_step, Quarantine(run.folder.quarantine, limit=1.0))
         if shown:
-            run.folder.refuse_superseded()  # the ledgers of a newer attempt are not to be forgotten
-            forget(run.folder.ledger(self.stage), from_attempt=checkpoints.attempt)
-        ledger = Ledger(
-            run.folder.ledger(self.stage),
+            run.folder.refuse_superseded()  # the logs of a newer attempt stay
+            truncate(run.folder.sample_log(self.stage), from_attempt=checkpoints.attempt)
+        sample_log = SampleLog(
+            run.folder.sample_log(self.stage),
             attempt=checkpoints.attempt,
             world=run.world,
             micro_batch_size=run.micro_batch_size(training),
@@ -206,11 +206,11 @@ class _Stage:
             sinks = (board, EventSink(run, stage=self.stage), ProgressSink(progress)) if board is not None else ()
             train(
                 self.task,
-                ledger.recorded(batches, steps=plan.steps_from(start_step), micro_batches=plan.micro_batches),
+                sample_log.record(batches, steps=plan.steps_from(start_step), micro_batches=plan.micro_batches),
                 plan=plan,
                 start_step=start_step,
                 checkpoints=checkpoints,
-                parts={**parts, "ledger": ledger},
+                parts={**parts, "sample_log": sample_log},
                 meter=Meter(
                     sinks=sinks,
                     world=run.world,

@@ -55,7 +55,7 @@ TARGETS = {
     "checkpoint manifest": "checkpoints/*/step-*/manifest.json",
     "checkpoint file list": "checkpoints/*/step-*/files-*.json",
     "claim": "checkpoints/*/attempt-*.json",
-    "ledger": "ledger/*/*.ledger",
+    "sample log": "sample_log/*/*.log",
     "events": "events.jsonl",
     "settings": "settings.yaml",
     "versions": "versions.json",

@@ -1,4 +1,4 @@
-"""Trains, saves and keeps its ledger in forked processes while storage calls fail; checks what the next attempt finds.
+"""Trains, saves and logs samples in forked processes while storage calls fail; checks what the next attempt finds.
 
     LD_PRELOAD=faults.so python -m tests.chaos.storage_faults FOLDER FILE.json
 
@@ -10,7 +10,7 @@ torch and forks for every rank, which costs milliseconds.
 An attempt goes on from the newest checkpoint (step 2 stands at first), and saves after steps 3 and 4; where a rank is
 asked to stop, all do after the next save. The next attempt, without faults, must find no earlier step than the last
 that was said to be saved, and end after step 6, which it saves, with the same weights as an unbroken run, to the last
-bit where the number of ranks is the same; it leaves two whole checkpoints, and no half ones. By the ledgers of all
+bit where the number of ranks is the same; it leaves two whole checkpoints, and no half ones. By the sample logs of all
 attempts each of the six steps used just the samples that the order gives it.
 """
 
@@ -38,7 +38,7 @@ from dpkd.io import errors
 from dpkd.io.checkpoint_store import CheckpointStore
 from dpkd.train.checkpoint import Checkpoints
 from dpkd.train.parts import RandomState
-from dpkd.train.sample_log import Ledger, forget, history, read_ledgers
+from dpkd.train.sample_log import SampleLog, read_history, truncate
 from dpkd.verbs.audit import judge
 from tests.engine_cases import MICRO, NUM_MICROS, build, train
 
@@ -46,7 +46,7 @@ FIRST_SAVED, SAVES, LAST = 2, (3, 4), 6
 ENDING = (*SAVES, LAST)
 PATIENCE_S, HANG_PATIENCE_S = 60.0, 1.5
 HANGS = (5, 7)
-CHECKPOINTS, LEDGER = "checkpoints", "ledger"
+CHECKPOINTS, SAMPLE_LOG = "checkpoints", "sample_log"
 ORDER = Order([13, 9], seed=3, global_batch_size=NUM_MICROS * MICRO, block_shards=1)
 EXIT_REFUSED = 2
 FAULTS = ctypes.CDLL(os.environ["LD_PRELOAD"]) if "LD_PRELOAD" in os.environ else None
@@ -63,11 +63,13 @@ def attempt(world: World, folder: Path, *, saves: tuple[int, ...], said: Callabl
     step = checkpoints.load_newest(parts)
     said("found", step)
     if world.rank == 0:
-        forget(folder / LEDGER, from_attempt=checkpoints.attempt)
-    ledger = Ledger(folder / LEDGER, attempt=checkpoints.attempt, world=world, micro_batch_size=MICRO, start_step=step)
-    parts["ledger"] = ledger
+        truncate(folder / SAMPLE_LOG, from_attempt=checkpoints.attempt)
+    sample_log = SampleLog(
+        folder / SAMPLE_LOG, attempt=checkpoints.attempt, world=world, micro_batch_size=MICRO, start_step=step
+    )
+    parts["sample_log"] = sample_log
     for target in (save for save in saves if save > step):
-        note(ledger, world, steps=range(step, target))
+        note(sample_log, world, steps=range(step, target))
         train(engine, world, first=step, last=target)
         step = target
         said("trained", step)
@@ -79,11 +81,11 @@ def attempt(world: World, folder: Path, *, saves: tuple[int, ...], said: Callabl
     return train(engine, world, first=step, last=step)
 
 
-def note(ledger: Ledger, world: World, *, steps: range) -> None:
-    """Puts a rank's samples of these steps into its ledger."""
+def note(sample_log: SampleLog, world: World, *, steps: range) -> None:
+    """Puts a rank's samples of these steps into its log."""
     for step in steps:
         dealt = rank_slice(ORDER.batch(step), rank=world.rank, world_size=world.size, micro_batch_size=MICRO)
-        ledger.add(step, dealt.reshape(-1))
+        sample_log.add(step, dealt.reshape(-1))
 
 
 def fork_ranks(size: int, meeting: Path, work: Callable[[World], None]) -> list[int]:
@@ -209,7 +211,7 @@ class Trials:
         same = given["next_size"] == given["size"]
         good = found >= max([FIRST_SAVED, *saved]) and (off == 0 if same else off < 1e-5)
         told = {"ended": ended, "found": found, "off": off, "good": good, "left": _left_over(place / CHECKPOINTS)}
-        told["misused"] = judge(history(read_ledgers(place / LEDGER)), ORDER, range(LAST))
+        told["misused"] = judge(read_history(place / SAMPLE_LOG), ORDER, range(LAST))
         return {**given, **told, "lost_steps": max([found, *trained]) - found}
 
     def _said(self, name: str, what: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Faults at the storage calls of saves and ledgers: every next attempt finds what was saved, and ends as unbroken.
+"""Faults at the storage calls of saves and sample logs: every next attempt finds what was saved, and ends as unbroken.
 
 A short seeded part runs always; `make chaos` runs faults of every kind at calls that are drawn, with ALL=1 at all.
 """
@@ -15,7 +15,7 @@ import pytest
 from tests.chaos import report
 from tests.chaos.trials import run
 
-LEDGER = "ledger"
+SAMPLE_LOG = "sample_log"
 KINDS = {1: "SIGKILL", 2: "SIGSTOP", 3: "SIGSEGV", 4: "exit", 5: "hang", 6: "half a write, SIGKILL"}
 KINDS |= {7: "interpreter lock", 8: "SIGTERM"}
 HANGS, DEATHS = (5, 7), (1, 2, 3, 4, 6)
@@ -29,7 +29,7 @@ NUM_DRAWN, NUM_HANGS = 80, 20
 @pytest.fixture(scope="module")
 def num_calls(library: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, str], int]:
     """Storage calls of an attempt, by the number of ranks, the rank, and the folder of the run, "" for all of it."""
-    places = [(size, rank, below) for below in ("", LEDGER) for size, rank in ((1, 0), (2, 0), (2, 1))]
+    places = [(size, rank, below) for below in ("", SAMPLE_LOG) for size, rank in ((1, 0), (2, 0), (2, 1))]
     trials = [{"count": 1, "size": size, "rank": rank, "below": below} for size, rank, below in places]
     found = run("tests.chaos.storage_faults", library, tmp_path_factory.mktemp("calls") / "count", trials)
     return {place: each["calls"] for place, each in zip(places, found, strict=True)}
@@ -63,7 +63,7 @@ def _outcome(each: dict[str, Any]) -> str:
     if not each["good"]:
         return "what was saved was lost"
     if each["misused"]:
-        return "the ledgers do not say what each step used"
+        return "the sample logs do not say what each step used"
     return "half-written files stayed" if each["left"] else report.SURVIVED
 
 
@@ -97,11 +97,11 @@ def test_a_few_faults_lose_nothing_that_was_saved(library, num_calls, tmp_path):
 
 
 @pytest.mark.chaos
-def test_a_fault_at_a_call_of_the_ledger_loses_nothing(library, num_calls, tmp_path):
+def test_a_fault_at_a_call_of_the_sample_log_loses_nothing(library, num_calls, tmp_path):
     draws = random.Random(report.seed())
-    places = [place for place in num_calls if place[2] == LEDGER]
+    places = [place for place in num_calls if place[2] == SAMPLE_LOG]
     trials = [drawn(kind, place, num_calls=num_calls, draws=draws) for kind in NAMES for place in places]
-    assert check(run("tests.chaos.storage_faults", library, tmp_path / "ledger", trials)) == len(trials)
+    assert check(run("tests.chaos.storage_faults", library, tmp_path / "sample_log", trials)) == len(trials)
 
 
 @pytest.mark.chaos

@@ -15,7 +15,7 @@ import torch
 from dpkd.io import storage
 from dpkd.io.checkpoint_store import MANIFEST, CheckpointStore
 from dpkd.run.folder import RunFolder
-from dpkd.train.sample_log import read_ledgers
+from dpkd.train.sample_log import read_history
 from dpkd.verbs.audit import audit
 from tests.chaos import report
 from tests.chaos.campaign import DEADLY, Campaign, Fault, draw
@@ -64,9 +64,9 @@ def differences(one: RunFolder, other: RunFolder) -> dict[str, float]:
 
 
 def sizes_of(folder: RunFolder) -> set[int]:
-    """Numbers of workers that made steps of this run, and saved them, by its ledgers."""
-    ledgers = [each for stage in ("teach", "distill") for each in read_ledgers(folder.ledger(stage))]
-    return {each.world_size for each in ledgers if each.samples_of}
+    """Numbers of workers that made steps of this run, and saved them, by its sample logs."""
+    histories = [read_history(folder.sample_log(stage)) for stage in ("teach", "distill")]
+    return {step.world_size for history in histories for step in history.steps.values()}
 
 
 def assert_tidy(campaign: Campaign, shared_memory_before: set[str]) -> None:

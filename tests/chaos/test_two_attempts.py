@@ -37,7 +37,7 @@ def long_run(folder: Path, *, source: Path):
 
 def what_counts(folder: RunFolder) -> dict[str, str]:
     """Hash of every file that the run made, but for logs."""
-    logs = ("events.jsonl", "goodput.json", "tb", "hangs", "ledger")
+    logs = ("events.jsonl", "goodput.json", "tb", "hangs", "sample_log")
     paths = [path for path in sorted(folder.path.rglob("*")) if path.is_file()]
     counting = [path for path in paths if path.relative_to(folder.path).parts[0] not in logs]
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in counting}

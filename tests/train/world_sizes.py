@@ -49,7 +49,7 @@ from dpkd.train.divergence import Diverged, NormGuard, Skipped, read_skipped, tr
 from dpkd.train.loop import Hooks, Losses, Plan, train
 from dpkd.train.meter import Meter
 from dpkd.train.parts import RandomState
-from dpkd.train.sample_log import Ledger, history, read_ledgers
+from dpkd.train.sample_log import SampleLog, read_history
 from dpkd.verbs.audit import judge
 from tests.chaos.storage_faults import fork_ranks, wait_for
 from tests.engine_cases import STAGE, Net
@@ -169,19 +169,19 @@ def _train(
     world: World,
 ) -> None:
     """One attempt from step `start` on, without the steps `skipped`."""
-    ledger = Ledger(
-        folder / "ledger", attempt=checkpoints.attempt, world=world, micro_batch_size=MICRO, start_step=start
+    sample_log = SampleLog(
+        folder / "sample_log", attempt=checkpoints.attempt, world=world, micro_batch_size=MICRO, start_step=start
     )
     micro_batches = BATCH // MICRO // world.size
     plan = Plan(LAST, micro_batches, LAST, SAVED_EVERY, None, None, skipped=skipped)
     steps = plan.steps_from(start)
     train(
         task,
-        ledger.recorded(batches(world, steps=steps), steps=steps, micro_batches=micro_batches),
+        sample_log.record(batches(world, steps=steps), steps=steps, micro_batches=micro_batches),
         plan=plan,
         start_step=start,
         checkpoints=checkpoints,
-        parts={**parts, "ledger": ledger},
+        parts={**parts, "sample_log": sample_log},
         meter=Meter(sinks=(), world=world, images_per_step=BATCH),
         guard=NormGuard(spike=SPIKE),
         hooks=Hooks(evaluate=lambda _: None, panels=lambda *_: None),
@@ -244,7 +244,7 @@ class Trials:
         for segment in given["segments"]:
             self._segment(folder, segment, student=student)
         found, expected = state(folder), state(self.unbroken(**given["unbroken"], student=student))
-        used, passed_over = history(read_ledgers(folder / "ledger")), read_skipped(folder / SKIPPED)
+        used, passed_over = read_history(folder / "sample_log"), read_skipped(folder / SKIPPED)
         for segment in given.get("passes", []):
             self._segment(folder, segment, student=student, trains=False)
         passed = state(folder)
