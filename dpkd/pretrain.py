@@ -68,7 +68,7 @@ def run(settings: Settings, *, stages: Sequence[str] = STAGES) -> None:
     if left:
         write_provenance(folder, settings.model_dump(mode="json"))
         start_resource_tracker()
-        folder = folder.claimed()
+        folder = folder.acquire()
         with attempt_at(folder, left) as attempt:
             run_pool_stages(settings, folder, [each for each in left if each in POOL_STAGES], around=attempt.stage)
             run_training_stages(settings, folder, [each for each in left if each not in POOL_STAGES], attempt=attempt)

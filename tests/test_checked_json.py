@@ -26,7 +26,6 @@ def test_every_flipped_bit_is_noticed_or_changes_nothing():
     for at in range(len(data)):
         flips = [data[:at] + bytes([data[at] ^ (1 << bit)]) + data[at + 1 :] for bit in range(8)]
         for found in filter(None, map(read, flips)):
-            # one in the name of the checksum leaves an object as of an earlier dpkd, with a key more
             assert {key: found.get(key) for key in CONTENT} == CONTENT
 
 
@@ -38,5 +37,6 @@ def test_what_is_no_such_object_is_refused(data):
         parse_checked(data)
 
 
-def test_an_object_without_a_checksum_is_that_of_an_earlier_dpkd():
-    assert parse_checked(json.dumps(CONTENT).encode()) == CONTENT
+def test_an_object_without_a_checksum_is_refused():
+    with pytest.raises(ValueError, match="checksum"):
+        parse_checked(json.dumps(CONTENT).encode())

@@ -102,7 +102,7 @@ def restarts(folder: RunFolder) -> list[str]:
 
 def newest(folder: RunFolder) -> int:
     """The step of the newest published checkpoint, 0 without one."""
-    return max((mark.step for mark in CheckpointStore(folder.checkpoints("teach")).standing()), default=0)
+    return max((mark.step for mark in CheckpointStore(folder.checkpoints("teach")).committed()), default=0)
 
 
 def has_saved(folder: RunFolder, number: int) -> bool:
@@ -367,7 +367,7 @@ def test_a_job_that_is_stopped_saves_and_goes_on_when_submitted_again(
             time.sleep(0.1)
         assert "was stopped" in ray_job(cluster, "stop", job[0])
         assert "left with code 75" in ray_job(cluster, "logs", job[0])
-        (saved,) = CheckpointStore(folder.checkpoints("teach")).standing()
+        (saved,) = CheckpointStore(folder.checkpoints("teach")).committed()
         again = cluster.submit(["sh", str(script)])
         assert again.returncode == 0, again.stdout + again.stderr
         assert f"continues after step {saved.step} of {STEPS}" in again.stdout

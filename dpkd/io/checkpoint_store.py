@@ -1,38 +1,30 @@
-"""What stands in a folder of checkpoints, on a disk or on object storage, and which of it counts.
+"""The checkpoints in a folder, on a disk or on object storage, and which of them are committed.
 
-    <folder>/attempt-0003.json       {"attempt": 3, "stood": [what counted when it began], "checksum": …}
+    <folder>/attempt-0003.json       claim of attempt 3: {"committed": [checkpoints that it found], "checksum": …}
     <folder>/step-00000200-a0003/    made by attempt 3 after step 200:
-        manifest.json                `Manifest`, written last: a checkpoint without it does not count
-        files-00001-of-00002.json    `RankFiles` of rank 1, written once they are on the disk
+        manifest.json                `Manifest`, written last: a checkpoint without it is not committed
+        files-00001-of-00002.json    the files of rank 1, written once they are on the disk
         <part>/…                     what each part wrote, file names differing between ranks
 
-Two attempts at one run may overlap, as when a cluster takes a driver for dead. Each claims a number of its own, and
-with it writes down what stood: whatever an older attempt finishes after that does not count, so all readers agree on
-what was there when the newer one began, without clocks or locks.
+Each attempt writes down what was committed when it began. What an older one finishes after that does not count, so all
+readers agree on what the newer one found, without clocks or locks.
 """
 
 import re
-from dataclasses import dataclass
-from pathlib import PurePosixPath
+from dataclasses import asdict, dataclass
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-
-from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
+from dpkd.io.fence import Fence
 from dpkd.io.record import checked, parse_checked
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 
 
-class Superseded(UserError):
-    """A newer attempt at the same run has begun: this one publishes nothing any more."""
-
-
 @dataclass(frozen=True, order=True)
-class Mark:
-    """Names one checkpoint: its step, and the attempt that made it."""
+class CheckpointId:
+    """A checkpoint: its step, and the attempt that made it."""
 
     step: int
     attempt: int
@@ -43,170 +35,143 @@ class Mark:
         return f"step-{self.step:08d}-a{self.attempt:04d}"
 
     @staticmethod
-    def of(name: str) -> "Mark | None":
-        """The mark of a folder's name, None for any other name."""
-        found = re.fullmatch(r"step-([0-9]{8,})-a([0-9]{4,})", name)
-        return Mark(int(found[1]), int(found[2])) if found else None
+    def of(name: str) -> "CheckpointId | None":
+        """The checkpoint of a folder's name, None for any other name."""
+        match = re.fullmatch(r"step-([0-9]{8,})-a([0-9]{4,})", name)
+        return CheckpointId(int(match[1]), int(match[2])) if match else None
 
 
-class FileFacts(BaseModel):
+@dataclass(frozen=True)
+class FileFacts:
     """What a file must be like."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    size_bytes: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size_bytes: int
+    sha256: str
 
 
-class Manifest(BaseModel):
-    """The content of manifest.json: all files of a checkpoint."""
+@dataclass(frozen=True)
+class Manifest:
+    """All files of a checkpoint, by their path below its folder."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    format: int
-    step: int
-    attempt: int
+    id: CheckpointId
     world_size: int
     files: dict[str, FileFacts]
-    """path below the checkpoint's folder -> facts"""
-
-    @field_validator("files")
-    @classmethod
-    def _stay_below(cls, files: dict[str, FileFacts]) -> dict[str, FileFacts]:
-        for path in files:
-            parts = PurePosixPath(path).parts
-            if not parts or ".." in parts or path.startswith("/") or "\\" in path or "\0" in path:
-                raise ValueError(f"{path!r} is no path below a checkpoint's folder")
-        return files
 
 
-class RankFiles(BaseModel):
-    """The content of files-<rank>-of-<size>.json: the files of one rank."""
+def write_files(place: str, files: dict[str, FileFacts]) -> None:
+    """Writes the list of one rank's files."""
+    content = {"files": {path: asdict(facts) for path, facts in files.items()}}
+    storage.write_bytes_atomic(place, checked(content))
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    files: dict[str, FileFacts]
 
-
-class Claim(BaseModel):
-    """The content of attempt-<number>.json."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    attempt: int
-    stood: tuple[str, ...]
+def read_files(place: str) -> dict[str, FileFacts]:
+    """The list that `write_files` wrote."""
+    return {path: FileFacts(**facts) for path, facts in parse_checked(storage.read_bytes(place))["files"].items()}
 
 
 class CheckpointStore:
-    """The checkpoints in a folder, a path or a URL; one process of a run, rank 0, changes what counts."""
+    """The checkpoints in a folder, a path or a URL; one process of a run, rank 0, changes what is committed."""
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self._fence = Fence(url)
 
-    def place(self, mark: Mark, *parts: str) -> str:
-        """Where a checkpoint, or a file of it, stands."""
-        return storage.join(self.url, mark.name, *parts)
+    def place(self, checkpoint: CheckpointId, *parts: str) -> str:
+        """The location of a checkpoint, or of a file in it."""
+        return storage.join(self.url, checkpoint.name, *parts)
 
-    def claim(self) -> tuple[int, list[Mark]]:
-        """Begins an attempt; returns its number and the checkpoints that count, oldest first."""
-        while True:
-            names = storage.list_names(self.url)
-            # a claim may be lost: a number that made a checkpoint is never given again
-            made = [mark.attempt for name in names if (mark := Mark.of(name)) is not None]
-            attempt = max([*self._claims(names), *made], default=0) + 1
-            if not storage.create(self._claim_place(attempt)):
-                continue
-            # until then an older attempt published, and swept; from here on it does neither
-            found = self.standing(before=attempt)
-            claim = Claim(attempt=attempt, stood=tuple(mark.name for mark in found))
-            storage.write_bytes_atomic(self._claim_place(attempt), checked(claim.model_dump(mode="json")))
-            return attempt, found
+    def acquire(self) -> tuple[int, list[CheckpointId]]:
+        """Begins an attempt; returns its number and the committed checkpoints, oldest first."""
+        # a claim may be lost: a number that made a checkpoint is never given again
+        attempt = self._fence.acquire(after=max((found.attempt for found in self._all()), default=0))
+        committed = self.committed(before=attempt)  # from here on older attempts publish and sweep nothing
+        content = {"committed": [checkpoint.name for checkpoint in committed]}
+        storage.write_bytes_atomic(self._fence.claim(attempt), checked(content))
+        return attempt, committed
 
-    def standing(self, *, before: int | None = None) -> list[Mark]:
+    def committed(self, *, before: int | None = None) -> list[CheckpointId]:
         """The checkpoints that count, oldest first: whole, and finished before any newer attempt began.
 
         `before` leaves out the claims of this attempt and newer ones.
         """
         names = storage.list_names(self.url)
-        marks = sorted(mark for name in names if (mark := Mark.of(name)) is not None)
-        claimed = [attempt for attempt in self._claims(names) if before is None or attempt < before]
-        claims = [claim for attempt in claimed if (claim := self._claim(attempt)) is not None]
+        attempts = [attempt for attempt in Fence.attempts(names) if before is None or attempt < before]
+        claims = {attempt: claim for attempt in attempts if (claim := self._read_claim(attempt)) is not None}
         return [
-            mark
-            for mark in marks
-            if all(mark.name in claim.stood for claim in claims if claim.attempt > mark.attempt)
-            and storage.exists(self.place(mark, MANIFEST))
+            checkpoint
+            for checkpoint in self._all(names)
+            if all(checkpoint.name in claim for attempt, claim in claims.items() if attempt > checkpoint.attempt)
+            and storage.exists(self.place(checkpoint, MANIFEST))
         ]
 
-    def manifest(self, mark: Mark) -> Manifest:
-        """The manifest of a checkpoint; raises ValueError where it is none, or of another checkpoint or format."""
+    def manifest(self, checkpoint: CheckpointId) -> Manifest:
+        """The manifest of a checkpoint; raises ValueError where it is damaged, or of another checkpoint or format."""
         try:
-            manifest = Manifest.model_validate_json(storage.read_bytes(self.place(mark, MANIFEST)))
+            content = parse_checked(storage.read_bytes(self.place(checkpoint, MANIFEST)))
         except NO_FILE as error:
             raise ValueError(f"{MANIFEST} is missing") from error
-        except ValidationError as error:
-            raise ValueError(f"{MANIFEST} cannot be read ({error.errors()[0]['msg']})") from error
-        if manifest.format != FORMAT:
-            raise ValueError(f"{MANIFEST} has format {manifest.format}, this version reads {FORMAT}")
-        if (manifest.step, manifest.attempt) != (mark.step, mark.attempt):
-            raise ValueError(f"{MANIFEST} is that of step {manifest.step}, attempt {manifest.attempt}")
-        return manifest
+        except ValueError as error:
+            raise ValueError(f"{MANIFEST} cannot be read ({error})") from error
+        if content.get("format") != FORMAT:
+            raise ValueError(f"{MANIFEST} has format {content.get('format')}, this version reads {FORMAT}")
+        found = CheckpointId(content["step"], content["attempt"])
+        if found != checkpoint:
+            raise ValueError(f"{MANIFEST} is that of step {found.step}, attempt {found.attempt}")
+        files = {path: FileFacts(**facts) for path, facts in content["files"].items()}
+        return Manifest(found, content["world_size"], files)
 
-    def publish(self, mark: Mark, *, world_size: int, files: dict[str, FileFacts]) -> None:
-        """Makes a checkpoint count, whose files all stand; raises `Superseded` where a newer attempt has begun."""
-        self.refuse_superseded(mark.attempt)
-        manifest = Manifest(format=FORMAT, step=mark.step, attempt=mark.attempt, world_size=world_size, files=files)
-        storage.write_bytes_atomic(self.place(mark, MANIFEST), manifest.model_dump_json(indent=1).encode())
-        self.refuse_superseded(mark.attempt)  # one that began meanwhile may not count it
+    def publish(self, manifest: Manifest) -> None:
+        """Commits a checkpoint whose files are all in place; raises `StaleAttempt` where a newer attempt has begun."""
+        self.check_fence(manifest.id.attempt)
+        content = {"format": FORMAT, **asdict(manifest.id), "world_size": manifest.world_size}
+        content["files"] = {path: asdict(facts) for path, facts in manifest.files.items()}
+        storage.write_bytes_atomic(self.place(manifest.id, MANIFEST), checked(content))
+        self.check_fence(manifest.id.attempt)  # one that began meanwhile may not count it
 
-    def refuse_superseded(self, attempt: int) -> None:
-        """Raises `Superseded` where a newer attempt than this one has begun."""
-        newest = max(self._claims(), default=0)
-        if newest > attempt:
-            raise Superseded(
-                f"attempt {newest} at this run has begun ({self._claim_place(newest)}), so attempt {attempt} stops "
-                "here and has published nothing since; let one of them run, or choose another run.dir"
-            )
+    def check_fence(self, attempt: int) -> None:
+        """Raises `StaleAttempt` where a newer attempt than this one has begun."""
+        self._fence.check(attempt)
 
-    def sweep(self, *, attempt: int, base: Mark | None, keep: int) -> None:
-        """Removes what this attempt and older ones left, but for the newest `keep` checkpoints on its line.
+    def sweep(self, *, attempt: int, base: CheckpointId | None, keep: int) -> None:
+        """Removes what this attempt and older ones left, except the newest `keep` checkpoints on its line.
 
         The line of an attempt is what it made itself and what led to `base`, the checkpoint that it loaded: a later
         one of an older attempt, passed over because it was damaged, must not push out a good one. Half-written files
-        go too, but for this attempt's own next checkpoint, which other ranks may have begun. While none is on its line,
-        whole ones stay. Raises `Superseded`, and removes nothing, where a newer attempt has begun.
+        go too, except this attempt's own next checkpoint, which other ranks may have begun. While none is on its line,
+        whole ones stay. Raises `StaleAttempt`, and removes nothing, where a newer attempt has begun.
         """
-        self.refuse_superseded(attempt)
-        line = [mark for mark in self.standing() if mark.attempt == attempt or (base is not None and mark <= base)]
+        self.check_fence(attempt)
+        committed = self.committed()
+        line = [found for found in committed if found.attempt == attempt or (base is not None and found <= base)]
         kept = line[-keep:]
-        newest = max(kept, default=Mark(0, 0))
+        newest = max(kept, default=CheckpointId(0, 0))
         for name in storage.list_names(self.url):
-            mark = Mark.of(name)
-            claiming = re.fullmatch(re.escape(storage.TEMPORARY_PREFIX) + r".*attempt-([0-9]{4,})\.json", name)
-            if mark in kept:
-                self._tidy(mark)
-            elif mark is not None and (mark.attempt < attempt or (mark.attempt == attempt and mark < newest)):
-                if kept or not storage.exists(self.place(mark, MANIFEST)):
-                    self.abandon(mark)
-            elif claiming and int(claiming[1]) <= attempt:  # others may be about to claim the next number
+            found = CheckpointId.of(name)
+            claim = re.fullmatch(re.escape(storage.TEMPORARY_PREFIX) + r".*attempt-([0-9]{4,})\.json", name)
+            if found in kept:
+                for hidden in storage.list_names(self.place(found)):
+                    if hidden.startswith("."):  # what writes with an error left
+                        storage.remove_tree(self.place(found, hidden))
+            elif found is not None and (found.attempt < attempt or (found.attempt == attempt and found < newest)):
+                if kept or not storage.exists(self.place(found, MANIFEST)):
+                    self.remove(found)
+            elif claim and int(claim[1]) <= attempt:  # newer attempts may be about to write theirs
                 storage.remove(storage.join(self.url, name))
 
-    def abandon(self, mark: Mark) -> None:
+    def remove(self, checkpoint: CheckpointId) -> None:
         """Removes a checkpoint, or what there is of it."""
-        storage.remove(self.place(mark, MANIFEST))  # first: what is half removed must not count
-        storage.remove_tree(self.place(mark))
+        storage.remove(self.place(checkpoint, MANIFEST))  # first: what is half removed must not count
+        storage.remove_tree(self.place(checkpoint))
 
-    def _tidy(self, mark: Mark) -> None:
-        """Removes the hidden files and folders that writes with an error left in a checkpoint that counts."""
-        for name in storage.list_names(self.place(mark)):
-            if name.startswith("."):
-                storage.remove_tree(self.place(mark, name))
-
-    def _claims(self, names: list[str] | None = None) -> list[int]:
+    def _all(self, names: list[str] | None = None) -> list[CheckpointId]:
+        """The checkpoints that there are, committed or not, oldest first."""
         names = storage.list_names(self.url) if names is None else names
-        return sorted(int(found[1]) for name in names if (found := re.fullmatch(r"attempt-([0-9]{4,})\.json", name)))
+        return sorted(found for name in names if (found := CheckpointId.of(name)) is not None)
 
-    def _claim_place(self, attempt: int) -> str:
-        return storage.join(self.url, f"attempt-{attempt:04d}.json")
-
-    def _claim(self, attempt: int) -> Claim | None:
+    def _read_claim(self, attempt: int) -> list[str] | None:
+        """What an attempt found committed; None where it has not said so yet, or its claim is damaged."""
         try:
-            return Claim.model_validate(parse_checked(storage.read_bytes(self._claim_place(attempt))))
-        except (*NO_FILE, ValueError):  # damaged: better a late checkpoint counts than that none does
+            committed: list[str] = parse_checked(storage.read_bytes(self._fence.claim(attempt)))["committed"]
+        except (*NO_FILE, ValueError):  # better a late checkpoint counts than that none does
             return None
+        return committed

@@ -1,8 +1,6 @@
-"""JSON objects with a checksum of their own: a changed bit shows, also where what it makes would read well.
+"""The one checksummed record: a JSON object that tells whether it was changed since it was written.
 
-    {…, "checksum": CRC-32 of the other keys, as `json.dumps` writes them sorted and without spaces}
-
-What an earlier dpkd wrote has no checksum, and is read as it is.
+{…, "checksum": CRC-32 of the other keys, as `json.dumps` writes them sorted and without spaces}
 """
 
 import json
@@ -23,12 +21,11 @@ def checked(content: dict[str, Any]) -> bytes:
 
 
 def parse_checked(data: bytes) -> dict[str, Any]:
-    """The object without its checksum; raises ValueError where it is none, or another than the checksum says."""
+    """The object without its checksum; raises ValueError where it is none, or its checksum is missing or wrong."""
     content = parse_json(data)
     if not isinstance(content, dict):
         raise ValueError("it is no object")  # noqa: TRY004 (a fault of the file)
-    checksum = content.pop(KEY, None)
-    if checksum is not None and checksum != _checksum(content):
+    if content.pop(KEY, None) != _checksum(content):
         raise ValueError("its checksum is wrong: it was changed since it was written")
     return content
 

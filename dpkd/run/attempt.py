@@ -78,7 +78,7 @@ def supervision(folder: RunFolder, attempt: Attempt) -> Supervision:
     def progress() -> tuple[int, ...]:
         stages = folder.stages()
         running = [name for name, record in stages.items() if record["status"] != "done"]
-        steps = [mark.step for name in running for mark in CheckpointStore(folder.checkpoints(name)).standing()]
+        steps = [mark.step for name in running for mark in CheckpointStore(folder.checkpoints(name)).committed()]
         return len(stages) - len(running), max(steps, default=0)
 
     def on_restart(restart: Restart) -> None:

@@ -31,7 +31,7 @@ def distill(run: Run, settings: DistillSettings, *, teach: TeachSettings) -> Non
     for name, learner in task.learners.items():
         weights = learner.engine.weights()
         if run.world.rank == 0:
-            run.folder.refuse_superseded()
+            run.folder.check_fence()
             save_network(run.folder.network(name), learner.spec, weights)
     run.world.barrier()
 

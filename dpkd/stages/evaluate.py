@@ -75,7 +75,7 @@ def evaluate(run: Run) -> None:
             "device": device_words(run.world.device),
             **nested(tables),
         }
-        run.folder.refuse_superseded()
+        run.folder.check_fence()
         _show(run, report)
         storage.write_bytes_atomic(
             str(run.folder.path / EVALUATION_NAME), (json.dumps(report, indent=1) + "\n").encode()

@@ -68,7 +68,7 @@ def export(run: Run, settings: ExportSettings) -> None:
                 onnx_difference=difference,
             )
             (made / "README.md").write_text(figure_or_none(f"model card of {name}", card) or f"# {name}\n")
-            run.folder.refuse_superseded()
+            run.folder.check_fence()
             _replace(run.folder.export / name, made)
         logger.info(f"export: {run.folder.export / name}")
 

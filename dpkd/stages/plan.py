@@ -108,7 +108,7 @@ def left_to_do(folder: RunFolder, settings: Settings, stages: Sequence[str]) -> 
 def _refuse_to_train_anew(folder: RunFolder, stage: str) -> None:
     """Raises `UserError` where a finished stage would be trained from its start for a file that is damaged."""
     faults = folder.faults(stage)
-    if faults and not CheckpointStore(folder.checkpoints(stage)).standing():
+    if faults and not CheckpointStore(folder.checkpoints(stage)).committed():
         raise UserError(
             f"{'; '.join(faults)}, and no checkpoint of the stage {stage} stands that it could be made from again: "
             "restore it from a copy, or choose another run.dir to train anew"

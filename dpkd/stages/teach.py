@@ -25,6 +25,6 @@ def teach(run: Run, settings: TeachSettings) -> None:
     run_training(run, task, data, stage="teach", training=settings.training, augment=settings.augment)
     weights = learner.engine.weights()
     if run.world.rank == 0:
-        run.folder.refuse_superseded()
+        run.folder.check_fence()
         save_network(run.folder.teacher, spec, weights)
     run.world.barrier()

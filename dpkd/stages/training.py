@@ -189,7 +189,7 @@ class _Stage:
         if board is not None:
             board.quarantine(start_step, Quarantine(run.folder.quarantine, limit=1.0))
         if shown:
-            run.folder.refuse_superseded()  # the logs of a newer attempt stay
+            run.folder.check_fence()  # the logs of a newer attempt stay
             truncate(run.folder.sample_log(self.stage), from_attempt=checkpoints.attempt)
         sample_log = SampleLog(
             run.folder.sample_log(self.stage),

@@ -13,7 +13,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -98,39 +98,22 @@ def truncate(folder: Path, *, from_attempt: int) -> None:
 
 
 @dataclass(frozen=True)
-class RankLog:
-    """What one rank of one attempt used."""
+class AttemptLog:
+    """What the ranks of one attempt used."""
 
     attempt: int
-    rank: int
     world_size: int
     micro_batch_size: int
     start_step: int
-    checksums: dict[int, str]
-    """Step -> `checksum` of this rank's samples."""
-
-    @property
-    def layout(self) -> tuple[int, int, int]:
-        """What the ranks of an attempt have in common: world size, micro-batch size and first step."""
-        return self.world_size, self.micro_batch_size, self.start_step
-
-
-@dataclass(frozen=True)
-class Step:
-    """How one step was made that led to the networks as they are."""
-
-    attempt: int
-    world_size: int
-    micro_batch_size: int
-    checksums: dict[int, str]
-    """Rank -> `checksum` of its samples."""
+    checksums: dict[int, dict[int, str]] = field(default_factory=dict, init=False, compare=False)
+    """Step -> rank -> `checksum` of its samples."""
 
 
 @dataclass(frozen=True)
 class History:
-    """The steps that count, how many attempts made them, and how many were done and rolled back."""
+    """The steps that count, each with the attempt that made it, and how many steps were done and rolled back."""
 
-    steps: dict[int, Step]
+    steps: dict[int, AttemptLog]
     num_attempts: int
     num_rolled_back: int
 
@@ -138,43 +121,39 @@ class History:
 def read_history(folder: Path) -> History:
     """All logs of a stage, net of what was rolled back: a step counts as the last attempt made it that covers it.
 
-    A line cut short at a file's end is left out. Raises `UserError` that names a file which is no log, or whose content
-    is not that of its name, or the attempt whose ranks contradict one another.
+    A line cut short at a file's end is left out. Raises `UserError` that names a file which is no log, or contradicts
+    its name or another rank's of its attempt.
     """
-    by_attempt: dict[int, list[RankLog]] = {}
+    attempts: dict[int, AttemptLog] = {}
     for path in sorted(folder.glob("attempt-*-rank-*.log")):
-        log = _read(path)
-        if log is not None:
-            by_attempt.setdefault(log.attempt, []).append(log)
-    steps: dict[int, Step] = {}
+        try:
+            whole = storage.read_bytes(path).decode().split("\n")[:-1]
+            if whole:  # else a kill at its first flush, before any checkpoint
+                _add(path.name, json.loads(whole[0]), whole[1:], attempts)
+        except (*NO_FILE, ValueError, TypeError, LookupError) as error:  # noqa: PERF203
+            raise UserError(f"{path} cannot be audited ({error}); restore it from a copy") from error
+    steps: dict[int, AttemptLog] = {}
     num_rolled_back = 0
-    for attempt, logs in sorted(by_attempt.items()):
-        if len({log.layout for log in logs}) > 1:
-            raise UserError(f"{folder}: the logs of attempt {attempt} contradict one another; restore them")
-        world_size, micro_batch_size, start_step = logs[0].layout
-        num_rolled_back += sum(step >= start_step for step in steps)
-        steps = {step: made for step, made in steps.items() if step < start_step}
-        for step in sorted({step for log in logs for step in log.checksums}):
-            checksums = {log.rank: log.checksums[step] for log in logs if step in log.checksums}
-            steps[step] = Step(attempt, world_size, micro_batch_size, checksums)
-    return History(steps, len(by_attempt), num_rolled_back)
+    for _, log in sorted(attempts.items()):
+        num_rolled_back += sum(step >= log.start_step for step in steps)
+        steps = {step: made for step, made in steps.items() if step < log.start_step}
+        steps |= dict.fromkeys(sorted(log.checksums), log)
+    return History(steps, len(attempts), num_rolled_back)
 
 
-def _read(path: Path) -> RankLog | None:
-    """The log in a file; None where a kill at its first flush, before any checkpoint, left no whole line."""
-    try:
-        whole = storage.read_bytes(path).decode().split("\n")[:-1]
-        if not whole:
-            return None
-        head, lines = json.loads(whole[0]), whole[1:]
-        rows = [line.split(" ") for line in lines]
-        log = RankLog(**head, checksums={int(step): crc for step, crc in rows})
-        steps = list(log.checksums)
-        match = _NAME.fullmatch(path.name)
-        if match is None or (int(match[1]), int(match[2])) != (log.attempt, log.rank):
-            raise ValueError(f"it is the log of attempt {log.attempt}, rank {log.rank}")
-        if len(steps) < len(lines) or steps != sorted(steps) or (steps and steps[0] < log.start_step):
-            raise ValueError("a step stands in it twice, out of order, or before the attempt began")
-    except (*NO_FILE, ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be audited ({error}); restore it from a copy") from error
-    return log
+def _add(name: str, head: dict[str, int], lines: list[str], attempts: dict[int, AttemptLog]) -> None:
+    """Adds the lines of one rank's file to its attempt; raises ValueError for a contradiction."""
+    rank = head.pop("rank")
+    log = AttemptLog(**head)
+    match = _NAME.fullmatch(name)
+    if match is None or (int(match[1]), int(match[2])) != (log.attempt, rank):
+        raise ValueError(f"it is the log of attempt {log.attempt}, rank {rank}")
+    if attempts.setdefault(log.attempt, log) != log:
+        raise ValueError(f"it contradicts the logs of other ranks of attempt {log.attempt}")
+    least = log.start_step
+    for line in lines:
+        step, crc = line.split(" ")
+        if int(step) < least:
+            raise ValueError(f"step {int(step) + 1} stands in it twice, or before the attempt began")
+        least = int(step) + 1
+        attempts[log.attempt].checksums.setdefault(int(step), {})[rank] = crc

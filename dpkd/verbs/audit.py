@@ -71,7 +71,7 @@ def _audit_stage(run: Run, settings: Settings, stage: str) -> tuple[list[str], l
     if record is not None and record["status"] == "done":
         last = training.num_steps(samples.num_samples)
     else:  # the steps that the newest checkpoint covers
-        last = max((mark.step for mark in CheckpointStore(run.folder.checkpoints(stage)).standing()), default=0)
+        last = max((mark.step for mark in CheckpointStore(run.folder.checkpoints(stage)).committed()), default=0)
     steps = [step for step in range(last) if step not in skipped]
     faults = judge(history, order, steps)
     used = np.zeros(samples.split.num_samples, np.int64)
@@ -93,13 +93,13 @@ def judge(history: History, order: SampleOrder, steps: Iterable[int]) -> dict[in
         made = history.steps.get(step)
         if made is None:
             faults[step] = "no attempt has it in its log"
-        elif set(made.checksums) != set(range(made.world_size)):
+            continue
+        used = made.checksums[step]
+        layout = {"world_size": made.world_size, "micro_batch_size": made.micro_batch_size}
+        expected = [checksum(rank_slice(order.batch(step), rank=rank, **layout)) for rank in range(made.world_size)]
+        wrong = [str(rank) for rank, crc in enumerate(expected) if used.get(rank, crc) != crc]
+        if wrong:
+            faults[step] = f"attempt {made.attempt} used other samples on rank {', '.join(wrong)}"
+        elif len(used) < made.world_size:
             faults[step] = f"attempt {made.attempt} has it for some of its ranks only"
-        else:
-            layout = {"world_size": made.world_size, "micro_batch_size": made.micro_batch_size}
-            expected = {rank: rank_slice(order.batch(step), rank=rank, **layout) for rank in made.checksums}
-            wrong = [rank for rank, samples in expected.items() if checksum(samples) != made.checksums[rank]]
-            if wrong:
-                ranks = f"rank{'s' if len(wrong) > 1 else ''} {', '.join(map(str, sorted(wrong)))}"
-                faults[step] = f"attempt {made.attempt} used other samples on {ranks}"
     return faults

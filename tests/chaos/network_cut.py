@@ -132,7 +132,7 @@ def main() -> None:
             codes = cut(pair, link, given)
             told = {**given, "codes": codes, "seconds": time.monotonic() - began_s, "lost_steps": 0, "unsaved_steps": 0}
             if codes != [None, None]:
-                events, standing = train_events(folder), CheckpointStore(folder.checkpoints("teach")).standing()
+                events, standing = train_events(folder), CheckpointStore(folder.checkpoints("teach")).committed()
                 last = events[-1]["step"]
                 told["unsaved_steps"] = last - max((mark.step for mark in standing), default=0)
                 pair = Pair(config, folder, link, start=number)

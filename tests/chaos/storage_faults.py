@@ -228,7 +228,7 @@ class Trials:
 
 def _left_over(place: Path) -> list[str]:
     """What stands in a folder of checkpoints beside the two last, whole ones and the claims."""
-    standing = [mark.name for mark in CheckpointStore(str(place)).standing()]
+    standing = [mark.name for mark in CheckpointStore(str(place)).committed()]
     names = [path.name for path in place.iterdir() if not path.name.startswith("attempt-")]
     hidden = [str(path.relative_to(place)) for path in place.rglob(".*")]
     return [name for name in names if name not in standing[-2:]] + hidden

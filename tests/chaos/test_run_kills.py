@@ -76,7 +76,7 @@ def assert_tidy(campaign: Campaign, shared_memory_before: set[str]) -> None:
     assert not half, half
     for stage in ("teach", "distill"):
         store = CheckpointStore(folder.checkpoints(stage))
-        standing = store.standing()
+        standing = store.committed()
         there = {name for name in storage.list_names(store.url) if not name.startswith("attempt-")}
         assert there == {mark.name for mark in standing}
         assert len(standing) == 2

@@ -6,7 +6,7 @@ import pytest
 
 from dpkd.errors import UserError
 from dpkd.io import storage
-from dpkd.io.checkpoint_store import Superseded
+from dpkd.io.fence import StaleAttempt
 from dpkd.run.folder import RunFolder
 
 
@@ -69,9 +69,13 @@ def test_a_stage_is_done_only_while_what_it_made_stands(tmp_path: Path) -> None:
     assert RunFolder(tmp_path / "moved").is_done("teach", {})
 
 
-def test_the_record_of_an_earlier_dpkd_tells_of_no_files_and_counts(tmp_path: Path) -> None:
-    (tmp_path / "stages.json").write_text('{"teach": {"status": "done", "seconds": 1.0, "given": {}}}')
-    assert RunFolder(tmp_path).is_done("teach", {})
+def test_a_record_that_was_changed_is_named(tmp_path: Path) -> None:
+    with RunFolder(tmp_path).running("teach", {"lr": 1}):
+        pass
+    path = tmp_path / "stages.json"
+    path.write_text(path.read_text().replace('"lr": 1', '"lr": 2'))
+    with pytest.raises(UserError, match=r"stages\.json is not the record of a run .*changed since it was written"):
+        RunFolder(tmp_path).stages()
 
 
 def test_a_folder_in_the_place_of_the_record_is_named(tmp_path: Path) -> None:
@@ -82,24 +86,24 @@ def test_a_folder_in_the_place_of_the_record_is_named(tmp_path: Path) -> None:
 
 def _follow(path: Path) -> None:
     """A newer attempt at the run does the whole stage."""
-    with RunFolder(path).claimed().running("teach", {}):
+    with RunFolder(path).acquire().running("teach", {}):
         pass
 
 
 def test_an_attempt_that_a_newer_one_followed_neither_begins_nor_ends_a_stage(tmp_path: Path) -> None:
-    older = RunFolder(tmp_path).claimed()
-    with pytest.raises(Superseded, match="attempt 2 at this run has begun"), older.running("teach", {}):
+    older = RunFolder(tmp_path).acquire()
+    with pytest.raises(StaleAttempt, match="attempt 2 at this run has begun"), older.running("teach", {}):
         _follow(tmp_path)
-    with pytest.raises(Superseded), older.running("distill", {}):
+    with pytest.raises(StaleAttempt), older.running("distill", {}):
         raise AssertionError("it has begun")
     assert {stage: record["status"] for stage, record in older.stages().items()} == {"teach": "done"}
-    assert RunFolder(tmp_path).claimed().attempt == 3
+    assert RunFolder(tmp_path).acquire().attempt == 3
 
 
 def test_an_attempt_that_was_stopped_just_before_it_writes_changes_no_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    older, deliver = RunFolder(tmp_path).claimed(), storage.deliver
+    older, deliver = RunFolder(tmp_path).acquire(), storage.deliver
 
     def deliver_late(file: Path, url: Path) -> None:
         monkeypatch.undo()
@@ -107,23 +111,23 @@ def test_an_attempt_that_was_stopped_just_before_it_writes_changes_no_record(
         deliver(file, url)
 
     monkeypatch.setattr(storage, "deliver", deliver_late)
-    with pytest.raises(Superseded), older.running("distill", {}):
+    with pytest.raises(StaleAttempt), older.running("distill", {}):
         raise AssertionError("it has begun")
     assert {stage: record["status"] for stage, record in older.stages().items()} == {"teach": "done"}
 
 
 def test_what_an_attempt_makes_beside_is_its_own_and_goes_with_the_next_attempt(tmp_path: Path) -> None:
-    older = RunFolder(tmp_path).claimed()
+    older = RunFolder(tmp_path).acquire()
     with older.scratch("export") as made:
         assert made.is_dir()
     assert not made.exists()
 
     def write_late() -> None:
-        with older.scratch("export") as made, RunFolder(tmp_path).claimed().scratch("export") as other:
+        with older.scratch("export") as made, RunFolder(tmp_path).acquire().scratch("export") as other:
             assert other != made
             (made / "file").touch()
 
-    with pytest.raises(Superseded, match="attempt 2 at this run has begun"):
+    with pytest.raises(StaleAttempt, match="attempt 2 at this run has begun"):
         write_late()
 
 
@@ -131,25 +135,25 @@ def test_a_claim_that_was_slow_leaves_the_newer_one_alone(tmp_path: Path, monkey
     list_names, folders = storage.list_names, []
 
     def claim_meanwhile(url: Path) -> list[str]:
-        if (tmp_path / "attempts" / "0001").exists() and not folders:
+        if (tmp_path / "attempts" / "attempt-0001.json").exists() and not folders:
             folders.append(None)
-            folders.append(RunFolder(tmp_path).claimed())
+            folders.append(RunFolder(tmp_path).acquire())
         return list_names(url)
 
     monkeypatch.setattr(storage, "list_names", claim_meanwhile)
-    RunFolder(tmp_path).claimed()
+    RunFolder(tmp_path).acquire()
     with folders[1].scratch("export") as made:
         assert made.is_dir()
 
 
 def test_an_error_of_an_attempt_that_a_newer_one_followed_leaves_the_record_alone(tmp_path: Path) -> None:
-    older = RunFolder(tmp_path).claimed()
+    older = RunFolder(tmp_path).acquire()
 
     def fail() -> None:
         with older.running("teach", {}):
             _follow(tmp_path)
             raise RuntimeError("its peers are gone")
 
-    with pytest.raises(Superseded):
+    with pytest.raises(StaleAttempt):
         fail()
     assert older.is_done("teach", {})

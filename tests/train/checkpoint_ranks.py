@@ -19,7 +19,7 @@ import torch
 from dpkd.engine.world import World, join
 from dpkd.errors import StorageError, UserError
 from dpkd.io import storage
-from dpkd.io.checkpoint_store import CheckpointStore, Mark
+from dpkd.io.checkpoint_store import CheckpointId, CheckpointStore
 from dpkd.train.checkpoint import Checkpoints
 
 NUM_WEIGHTS = 4
@@ -93,7 +93,7 @@ class Rank:
 
     def _flip(self, name: str, steps: tuple[int, ...]) -> None:
         for step in steps if self.world.rank == 0 else ():
-            file = CheckpointStore(self.url).place(Mark(step, 1), name)
+            file = CheckpointStore(self.url).place(CheckpointId(step, 1), name)
             first, *others = storage.read_bytes(file)
             storage.write_bytes_atomic(file, bytes([first ^ 1, *others]))
         self.world.barrier()
@@ -120,7 +120,7 @@ class Rank:
 
         def tear(url: str | Path, file: Path) -> None:
             copy_here(url, file)
-            if Mark(2, 1).name in str(url):
+            if CheckpointId(2, 1).name in str(url):
                 os.truncate(file, 3)
 
         storage.copy_here = tear

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dpkd.engine.world import join
-from dpkd.io.checkpoint_store import Superseded
+from dpkd.io.fence import StaleAttempt
 from dpkd.train.checkpoint import Checkpoints
 
 GO = "go"
@@ -41,6 +41,6 @@ def main() -> None:
     checkpoints.save(1, parts)
     try:
         checkpoints.finish()
-    except Superseded as error:
+    except StaleAttempt as error:
         print(f"rank {world.rank}: {error}")
     world.leave()

@@ -123,7 +123,7 @@ def check_the_next_attempt(url: str, step: int) -> None:
     """It finds the step, whole, and leaves nothing but whole checkpoints."""
     found, what, _ = load(url)
     assert (found, what == content(step)) == (step, True)
-    standing = [mark.name for mark in CheckpointStore(url).standing()]
+    standing = [mark.name for mark in CheckpointStore(url).committed()]
     assert [name for name in storage.list_names(url) if not name.startswith("attempt-")] == standing[-KEEP:]
     assert standing[-1].startswith(f"step-{step:08d}-")
 

@@ -130,7 +130,7 @@ def test_ranks_that_do_not_agree_on_their_attempt_are_refused(tmp_path: Path) ->
     use(tmp_path / "two", attempt=1, steps=range(3), world_size=2)
     use(tmp_path / "later", attempt=1, steps=range(1, 3), world_size=2)
     log_of(tmp_path / "two", rank=1).write_bytes(log_of(tmp_path / "later", rank=1).read_bytes())
-    with pytest.raises(UserError, match="the logs of attempt 1 contradict one another"):
+    with pytest.raises(UserError, match="it contradicts the logs of other ranks of attempt 1"):
         read_history(tmp_path / "two")
 
 

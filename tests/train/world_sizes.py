@@ -194,7 +194,7 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
     store = CheckpointStore(str(folder / "checkpoints"))
     tensors = {}
     for name in NAMES:
-        reader = StateReader(Path(store.place(store.standing()[-1], name)))
+        reader = StateReader(Path(store.place(store.committed()[-1], name)))
         tensors |= {f"{name}/{key}": reader.read(key) for key in sorted(reader._part_with)}
         tensors |= {f"{name}/{key}": torch.tensor(number) for key, number in vars(reader.counts).items()}
     return tensors
