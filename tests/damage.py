@@ -68,5 +68,5 @@ def vouch(dataset: Dataset) -> Dataset:
             shards.append(shard)
         splits[name] = info.model_copy(update={"shards": tuple(shards)})
     manifest = dataset.manifest.model_copy(update={"splits": splits})
-    (Path(dataset.url) / MANIFEST_NAME).write_text(manifest.model_dump_json())
+    (Path(dataset.url) / MANIFEST_NAME).write_bytes(manifest.to_bytes())
     return Dataset.open(dataset.url)

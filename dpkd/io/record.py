@@ -1,10 +1,11 @@
-"""The one checksummed record: a JSON object that tells whether it was changed since it was written.
+"""The one checksummed record, of JSON or msgpack: its reader notices any change since it was written.
 
-{…, "checksum": CRC-32 of the other keys, as `json.dumps` writes them sorted and without spaces}
+    {…, "checksum": CRC-32 of the other keys}     as `json.dumps` writes them sorted and without spaces, or as msgpack
 """
 
 import json
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
@@ -17,36 +18,39 @@ KEY = "checksum"
 def checked(content: dict[str, Any]) -> bytes:
     """The object as lines of JSON, with its checksum."""
     plain = json.loads(json.dumps(content))
-    return (json.dumps({**plain, KEY: _checksum(plain)}, indent=1) + "\n").encode()
+    return (json.dumps({**plain, KEY: _json_checksum(plain)}, indent=1) + "\n").encode()
 
 
 def parse_checked(data: bytes) -> dict[str, Any]:
     """The object without its checksum; raises ValueError where it is none, or its checksum is missing or wrong."""
-    content = parse_json(data)
-    if not isinstance(content, dict):
-        raise ValueError("it is no object")  # noqa: TRY004 (a fault of the file)
-    if content.pop(KEY, None) != _checksum(content):
-        raise ValueError("its checksum is wrong: it was changed since it was written")
-    return content
+    return _verified(parse_json(data), _json_checksum)
 
 
 def pack_checked(content: dict[str, Any]) -> bytes:
-    """The object as msgpack, with a CRC-32 of all of it as its last entry."""
-    packed: bytes = msgpack.packb({**content, KEY: zlib.crc32(msgpack.packb(content))})
+    """The object as msgpack, with its checksum as the last entry."""
+    packed: bytes = msgpack.packb({**content, KEY: _msgpack_checksum(content)})
     return packed
 
 
 def unpack_checked(data: bytes) -> dict[str, Any]:
     """The object given to `pack_checked`, lists as tuples; raises ValueError where it is damaged."""
     try:
-        content: dict[str, Any] = msgpack.unpackb(data, use_list=False)
-        checksum = content.pop(KEY)
-    except (ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
+        return _verified(msgpack.unpackb(data, use_list=False), _msgpack_checksum)
+    except (TypeError, msgpack.UnpackException) as error:
         raise ValueError(f"not a packed record: {error!r}") from error
-    if checksum != zlib.crc32(msgpack.packb(content)):
+
+
+def _verified(content: Any, checksum: Callable[[dict[str, Any]], int]) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise ValueError("it is no object")  # noqa: TRY004 (a fault of the file)
+    if content.pop(KEY, None) != checksum(content):
         raise ValueError("its checksum is wrong: it was changed since it was written")
     return content
 
 
-def _checksum(plain: dict[str, Any]) -> int:
+def _json_checksum(plain: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode())
+
+
+def _msgpack_checksum(plain: dict[str, Any]) -> int:
+    return zlib.crc32(msgpack.packb(plain))

@@ -10,11 +10,13 @@ Its sources are `evaluation.json`, `stages.json`, `events.jsonl` and `quarantine
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dpkd.errors import UserError
 from dpkd.io import storage
+from dpkd.io.record import parse_checked
 from dpkd.log import EventReader, duration, logger
 from dpkd.report.figures import DASH, count_words, percent, rate_words
 from dpkd.report.goodput import MEANINGS, TimeAccount
@@ -30,7 +32,7 @@ def write_summary(folder: Path) -> dict[str, Any]:
     """Writes `summary.json` and `summary.md` from what the stages left in the run folder; returns the summary."""
     stages = {
         name: {"status": record["status"], "seconds": record["seconds"]}
-        for name, record in _read(folder / "stages.json").items()
+        for name, record in _read(folder / "stages.json", parse=parse_checked).items()
     }
     exported = {path.name: str(path) for path in sorted((folder / "export").glob("[!.]*")) if path.is_dir()}
     summary = {
@@ -179,10 +181,10 @@ def _piped(rows: Table) -> list[str]:
     return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, *, parse: Callable[[bytes], Any] = json.loads) -> dict[str, Any]:
     """A JSON file that a stage wrote; empty before it did."""
     try:
-        content: dict[str, Any] = json.loads(storage.read_bytes(path))
+        content: dict[str, Any] = parse(storage.read_bytes(path))
     except FileNotFoundError:
         return {}
     except ValueError as error:

@@ -37,7 +37,7 @@ from dpkd.train.checkpoint import Checkpoints, Part
 from dpkd.train.divergence import NormGuard, Skipped, train_past_divergence
 from dpkd.train.loop import Plan, train
 from dpkd.train.meter import Meter
-from dpkd.train.parts import Inputs, LeftOut, RandomState
+from dpkd.train.parts import Inputs, RandomState
 from dpkd.train.sample_log import SampleLog, truncate
 from dpkd.train.statements import ClassAttributes, Statements
 from dpkd.train.task import DistillTask, Learner, Supervision, TeachTask
@@ -244,12 +244,13 @@ class _Stage:
 
 
 def _checkpoint_parts(run: Run, task: TeachTask | DistillTask, data: TrainingSet) -> dict[str, Part]:
-    """Everything that one checkpoint covers: engines, random state, what the order depends on, what is trained from."""
-    left_out = LeftOut(tuple(data.unreadable.tolist()), run.world)
+    """Everything that one checkpoint covers: engines, random state, what it began with."""
     maps = run.maps_of(data.split.name, task.maps)
     digests = {f"map {name!r}": digest for name, digest in maps.digests.items()} if maps is not None else {}
-    inputs = Inputs({"packed images": run.dataset.manifest.fingerprint, **digests}, run.world)
-    return {**task.engines, "random": RandomState(run.world), "samples": left_out, "inputs": inputs}
+    inputs = Inputs(
+        {"packed images": run.dataset.manifest.fingerprint, **digests}, tuple(data.unreadable.tolist()), run.world
+    )
+    return {**task.engines, "random": RandomState(run.world), "inputs": inputs}
 
 
 def sample_order(run: Run, training: TrainingSettings, data: TrainingSet) -> SampleOrder:

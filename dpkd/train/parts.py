@@ -1,4 +1,4 @@
-"""Parts of a checkpoint beside the engines: the random state, what the order depends on, and what was trained from."""
+"""Parts of a checkpoint beside the engines: the random state, and what the stage began with."""
 
 import json
 from collections.abc import Mapping
@@ -38,54 +38,39 @@ class RandomState:
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """The samples that a stage never draws; the order of the others depends on them, so they must stay the same."""
-
-    samples: tuple[int, ...]
-    world: World
-
-    def snapshot(self) -> Writer:
-        """The writer of rank 0 writes `left-out.json`."""
-        return self._write if self.world.rank == 0 else lambda _: None
-
-    def load(self, folder: Path) -> None:
-        """Compares; raises `UserError`, on every rank, where the stage began with other samples."""
-        path = folder / "left-out.json"
-        before = set(json.loads(path.read_text())) if path.exists() else set(self.samples)
-        changed = sorted(before ^ set(self.samples))
-        if changed:
-            raise UserError(
-                f"{len(before)} samples of the training split could not be read when the stage began, and "
-                f"{len(self.samples)} now (sample {changed[0]} is one that changed): to go on would repeat some and "
-                "skip others. Bring the shards and their prior maps back to what they were, or start the stage "
-                "anew by deleting its checkpoints"
-            )
-
-    def _write(self, folder: Path) -> None:
-        (folder / "left-out.json").write_text(json.dumps(self.samples))
-
-
-@dataclass(frozen=True)
 class Inputs:
-    """What a stage is trained from, as digests by name: a step on other images or maps is no part of the same run."""
+    """What a stage began with: a step on other images or maps, or in another order, is no part of the same run."""
 
     digests: Mapping[str, str]
+    """Of what it is trained from, by name."""
+    left_out: tuple[int, ...]
+    """The samples that it never draws; the order of the others depends on them."""
     world: World
 
     def snapshot(self) -> Writer:
         """The writer of rank 0 writes `inputs.json`."""
-        return self._write if self.world.rank == 0 else lambda _: None
+        content = json.dumps({"digests": dict(self.digests), "left_out": self.left_out})
+
+        def write(folder: Path) -> None:
+            if self.world.rank == 0:
+                (folder / "inputs.json").write_text(content)
+
+        return write
 
     def load(self, folder: Path) -> None:
         """Compares; raises `UserError`, on every rank, where the stage began with others."""
-        path = folder / "inputs.json"
-        before = json.loads(path.read_text()) if path.exists() else {}  # an earlier dpkd kept none
-        changed = [name for name, digest in before.items() if self.digests.get(name) != digest]
+        before = json.loads((folder / "inputs.json").read_text())
+        changed = [name for name, digest in before["digests"].items() if self.digests.get(name) != digest]
         if changed:
             raise UserError(
                 f"the stage began with other {' and '.join(changed)} than stand now: bring back what it began with, or "
                 "start the stage anew by deleting its checkpoints"
             )
-
-    def _write(self, folder: Path) -> None:
-        (folder / "inputs.json").write_text(json.dumps(dict(self.digests)))
+        differing = sorted(set(before["left_out"]) ^ set(self.left_out))
+        if differing:
+            raise UserError(
+                f"{len(before['left_out'])} samples of the training split could not be read when the stage began, and "
+                f"{len(self.left_out)} now (sample {differing[0]} is one that changed): to go on would repeat some and "
+                "skip others. Bring the shards and their prior maps back to what they were, or start the stage "
+                "anew by deleting its checkpoints"
+            )

@@ -130,7 +130,7 @@ def read_history(folder: Path) -> History:
             whole = storage.read_bytes(path).decode().split("\n")[:-1]
             if whole:  # else a kill at its first flush, before any checkpoint
                 _add(path.name, json.loads(whole[0]), whole[1:], attempts)
-        except (*NO_FILE, ValueError, TypeError, LookupError) as error:  # noqa: PERF203
+        except (*NO_FILE, ValueError, TypeError, LookupError) as error:
             raise UserError(f"{path} cannot be audited ({error}); restore it from a copy") from error
     steps: dict[int, AttemptLog] = {}
     num_rolled_back = 0

@@ -50,7 +50,6 @@ from tests.runs import CONV, FIGURE_GROUND, VIT, settings_of, train_events
 STATES = ("prepared", "teaching", "distilling", "finished")
 TARGETS = {
     "checkpoint part": "checkpoints/*/step-*/*/*.safetensors",
-    "checkpoint samples": "checkpoints/*/step-*/samples/*.json",
     "checkpoint inputs": "checkpoints/*/step-*/inputs/*.json",
     "checkpoint manifest": "checkpoints/*/step-*/manifest.json",
     "checkpoint file list": "checkpoints/*/step-*/files-*.json",

@@ -11,7 +11,7 @@ import webdataset
 from dpkd.data.shards import Dataset, Sample, ShardIndex, Split, Unreadable
 from dpkd.errors import UserError
 from dpkd.io import storage
-from dpkd.io.record import parse_checked
+from dpkd.io.record import checked, parse_checked
 from tests.data.packing import image_bytes, make_folder, mask_bytes, pack_at
 
 
@@ -188,7 +188,7 @@ def test_a_folder_without_a_usable_manifest_is_no_data_set(dataset, tmp_path):
         Dataset.open(str(tmp_path))
     place = storage.join(dataset.url, "dataset.json")
     content = parse_checked(storage.read_bytes(place))
-    storage.write_bytes_atomic(place, json.dumps({**content, "format_version": 99}).encode())
+    storage.write_bytes_atomic(place, checked({**content, "format_version": 99}))
     with pytest.raises(UserError, match="format version 99"):
         Dataset.open(dataset.url)
     storage.write_bytes_atomic(place, b'{"classes": 3')

@@ -98,7 +98,7 @@ def split(tmp_path: Path) -> Split:
     manifest = Manifest(
         classes=("a", "b", "c"), splits={"train": info}, image_mean=(0.5,) * 3, image_std=(0.2,) * 3, made_from={}
     )
-    (tmp_path / "dataset.json").write_text(manifest.model_dump_json())
+    (tmp_path / "dataset.json").write_bytes(manifest.to_bytes())
     return Dataset.open(str(tmp_path)).split("train")
 
 

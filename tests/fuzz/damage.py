@@ -76,5 +76,5 @@ def in_child(code: str, *arguments: str, memory_bytes: int = 2 * GIB, timeout_s:
 
 
 def unvouched(content: dict[str, Any]) -> dict[str, Any]:
-    """What a file holds without its checksum, as an earlier dpkd wrote it: so that more than the checksum is asked."""
+    """What a file holds without its checksum, to be changed and given a true one."""
     return {key: value for key, value in content.items() if key != "checksum"}

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from dpkd.engine.state import Counts, StateReader, write_part
 from dpkd.errors import UserError
-from dpkd.io import storage
+from dpkd.io import record, storage
 from dpkd.models.network import build_network
 from dpkd.models.saved import load_network, save_network
 from dpkd.models.settings import ModelSettings, NetworkSpec
@@ -141,7 +141,7 @@ def test_any_weights_under_a_true_checksum_are_loaded_or_refused(network_folder,
     content = data.draw(any_bytes([(network_folder / "model.safetensors").read_bytes()]))
     head = unvouched(json.loads((network_folder / "network.json").read_bytes()))
     head |= {"weights_sha256": storage.digest(content)}
-    (folder / "network.json").write_text(json.dumps(head))
+    (folder / "network.json").write_bytes(record.checked(head))
     (folder / "model.safetensors").write_bytes(content)
     told = outcome(lambda: load_network(folder))
     assert told is None or "model.safetensors" in told

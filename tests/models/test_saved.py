@@ -1,7 +1,5 @@
 """Networks on disk: what was saved comes back, and nothing damaged is loaded."""
 
-import json
-
 import pytest
 import torch
 
@@ -38,16 +36,6 @@ def test_a_saved_network_comes_back_bit_for_bit(saved):
     state = network.state_dict()
     assert loaded.state_dict().keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
-
-
-def test_a_network_saved_before_there_were_statements_still_loads(saved):
-    folder, _ = saved
-    head = json.loads((folder / "network.json").read_text())
-    del head["checksum"]
-    for key in ("attributes", "regions"):
-        del head["spec"][key]
-    (folder / "network.json").write_text(json.dumps(head))
-    assert load_network(folder)[0] == SPEC
 
 
 def test_loading_needs_no_file_that_training_started_from(tmp_path):

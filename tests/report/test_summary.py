@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from dpkd.io.record import checked
 from dpkd.report.figures import count_words, figure_or_none, percent
 from dpkd.report.quarantine import Quarantine
 from dpkd.report.summary import final_words, print_summary, write_summary
@@ -38,7 +39,7 @@ def run(tmp_path: Path) -> Path:
     }
     stages = {"pack": {"status": "done", "seconds": 3.25, "given": {}}, "teach": {"status": "running", "seconds": 60.0}}
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
-    (tmp_path / "stages.json").write_text(json.dumps(stages))
+    (tmp_path / "stages.json").write_bytes(checked(stages))
     (tmp_path / "export" / "small").mkdir(parents=True)
     (tmp_path / "export" / ".vit.tmp").mkdir()
     return tmp_path

@@ -236,5 +236,5 @@ def recurring_keys(folder: Path) -> Dataset:
     manifest = Manifest(
         classes=("one", "two"), splits={"train": info}, image_mean=(0.5,) * 3, image_std=(0.2,) * 3, made_from={}
     )
-    (folder / "set" / MANIFEST_NAME).write_text(manifest.model_dump_json())
+    (folder / "set" / MANIFEST_NAME).write_bytes(manifest.to_bytes())
     return Dataset.open(str(folder / "set"))

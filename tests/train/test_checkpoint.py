@@ -173,6 +173,14 @@ def test_a_manifest_of_another_format_is_told_with_the_one_that_is_read(
     assert told(capsys) == ["manifest.json has format 99, this version reads 3"]
 
 
+def test_folders_and_links_with_odd_names_are_no_checkpoints(tmp_path: Path) -> None:
+    saved(str(tmp_path), [1, 2])
+    for name in ("step-abc", "step-", "step--0000003-a0001", "step-" + "\u0663" * 8 + "-a0001", "attempt-\u0663.json"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-00000009-a0001").symlink_to("/proc")
+    assert loaded(str(tmp_path)) == (2, 2)
+
+
 def test_a_file_that_the_manifest_does_not_vouch_for_is_not_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
