@@ -43,48 +43,36 @@ def open_shard(url: str | Path, *, size_bytes: int, sha256_hex: str) -> int:
                 raise IsADirectoryError(path)
             return os.open(path, os.O_RDONLY)
     copy = Path(tempfile.gettempdir()) / f"dpkd-shards-{os.getuid()}" / f"{sha256_hex}.tar"
-    descriptor = _open_copy(copy, size_bytes=size_bytes)
-    return _fetch(url, copy, size_bytes=size_bytes, sha256_hex=sha256_hex) if descriptor is None else descriptor
+    with suppress(FileNotFoundError):
+        descriptor = os.open(copy, os.O_RDONLY)
+        if os.fstat(descriptor).st_size == size_bytes:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)  # against removal
+            os.utime(descriptor)  # not the access time, which many systems do not keep
+            return descriptor
+        os.close(descriptor)
+    return _fetch(url, copy, size_bytes=size_bytes, sha256_hex=sha256_hex)
 
 
-def make_room(folder: Path, *, needed_bytes: int, limit_bytes: int) -> None:
-    """Removes what dead processes left, then the copies not opened for longest, until `needed_bytes` fit the limit."""
+def _make_room(folder: Path, *, needed_bytes: int) -> None:
+    """Removes what dead processes left, then the copies not opened for longest, until the file fits the bound."""
     for path, _ in _files(folder, f"{storage.TEMPORARY_PREFIX}*"):
         _remove_unused(path)
-    copies = sorted(_files(folder, "*.tar"), key=lambda file: file[1].st_mtime_ns)
-    total_bytes = needed_bytes + _size_bytes(folder)
-    for path, stat in copies:
-        if total_bytes <= limit_bytes:
+    used_bytes = sum(stat.st_size for _, stat in _files(folder, "*"))
+    limit_bytes = (shutil.disk_usage(folder).free + used_bytes) // 2
+    for path, stat in sorted(_files(folder, "*.tar"), key=lambda file: file[1].st_mtime_ns):
+        if used_bytes + needed_bytes <= limit_bytes:
             return
         if _remove_unused(path):
-            total_bytes -= stat.st_size
+            used_bytes -= stat.st_size
 
 
 def _files(folder: Path, pattern: str) -> list[tuple[Path, os.stat_result]]:
     """The files of that name and their state; other processes may remove some meanwhile."""
-    found = []
+    files = []
     for path in folder.glob(pattern):
         with suppress(FileNotFoundError):
-            found.append((path, path.stat()))
-    return found
-
-
-def _size_bytes(folder: Path) -> int:
-    return sum(stat.st_size for _, stat in _files(folder, "*"))
-
-
-def _open_copy(copy: Path, *, size_bytes: int) -> int | None:
-    """The copy, open and locked against removal; None where there is none, or no whole one."""
-    try:
-        descriptor = os.open(copy, os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    if os.fstat(descriptor).st_size != size_bytes:
-        os.close(descriptor)
-        return None
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
-    os.utime(descriptor)  # not the access time, which many systems do not keep
-    return descriptor
+            files.append((path, path.stat()))
+    return files
 
 
 def _remove_unused(path: Path) -> bool:
@@ -107,8 +95,7 @@ def _fetch(url: str | Path, copy: Path, *, size_bytes: int, sha256_hex: str) -> 
     """Copies the shard, which counts once its checksum is right; returns the copy, open and locked."""
     digest = hashlib.sha256()
     with storage.open_read(url) as source, storage.write_errors(copy), _begin(copy, size_bytes=size_bytes) as beside:
-        target = beside.open("r+b")
-        with target:
+        with beside.open("r+b") as target:
             while block := source.read(BLOCK_BYTES):
                 digest.update(block)
                 target.write(block)
@@ -129,8 +116,7 @@ def _begin(copy: Path, *, size_bytes: int) -> Iterator[Path]:
     copy.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (copy.parent / "lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        free_bytes = shutil.disk_usage(copy.parent).free + _size_bytes(copy.parent)
-        make_room(copy.parent, needed_bytes=size_bytes, limit_bytes=free_bytes // 2)
+        _make_room(copy.parent, needed_bytes=size_bytes)
         descriptor, name = tempfile.mkstemp(dir=copy.parent, prefix=storage.TEMPORARY_PREFIX)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:

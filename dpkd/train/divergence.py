@@ -61,7 +61,7 @@ class Skipped:
 
     def __init__(self, path: Path, *, limit: int, world: World) -> None:
         self._path, self._limit, self._world = path, limit, world
-        self._reasons: dict[int, str] = world.broadcast(_read(path) if world.rank == 0 else {})
+        self._reasons: dict[int, str] = world.broadcast(read_skipped(path) if world.rank == 0 else {})
 
     @property
     def steps(self) -> frozenset[int]:
@@ -78,14 +78,21 @@ class Skipped:
             )
         self._reasons[fault.step] = fault.reason
         if self._world.rank == 0:
-            reasons = {**_read(self._path), **self._reasons}  # a newer attempt may have added some
+            reasons = {**read_skipped(self._path), **self._reasons}  # a newer attempt may have added some
             content = {"steps": {str(step): reason for step, reason in sorted(reasons.items())}}
             storage.write_bytes_atomic(self._path, checked(content))
 
 
-def read_skipped(path: Path) -> frozenset[int]:
-    """The steps that the file of a stage passes over; raises `UserError` that names it where it cannot be read."""
-    return frozenset(_read(path))
+def read_skipped(path: Path) -> dict[int, str]:
+    """Step -> reason, of those that a stage passes over; raises `UserError` that names the file where it is damaged."""
+    try:
+        return {int(step): reason for step, reason in parse_checked(storage.read_bytes(path))["steps"].items()}
+    except FileNotFoundError:
+        return {}
+    except (*NO_FILE, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): restore it, or delete it to go on without skipping any step"
+        ) from error
 
 
 def train_past_divergence(
@@ -118,14 +125,3 @@ def train_past_divergence(
                 logger.info(
                     f"step {fault.step + 1} is skipped: {fault.reason}; back to the checkpoint after step {start_step}"
                 )
-
-
-def _read(path: Path) -> dict[int, str]:
-    try:
-        return {int(step): str(reason) for step, reason in parse_checked(storage.read_bytes(path))["steps"].items()}
-    except FileNotFoundError:
-        return {}
-    except (*NO_FILE, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}): restore it, or delete it to go on without skipping any step"
-        ) from error

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dpkd.data.shards import Dataset, ShardIndex, ShardInfo
 from dpkd.errors import UserError
 from dpkd.io import storage
-from dpkd.io.record import checked, pack_checked
+from dpkd.io import record
 from tests.data.packing import make_folder, pack_at
 from tests.fuzz.damage import any_bytes, outcome, unvouched
 
@@ -66,7 +66,7 @@ def test_any_bytes_are_a_manifest_or_refused(packed, data, tmp_path_factory):
 def test_a_shard_is_a_file_of_its_own_folder(own, name):
     content = unvouched(json.loads((own / MANIFEST).read_text()))
     content["splits"]["train"]["shards"][0]["name"] = name
-    (own / MANIFEST).write_bytes(checked(content))
+    (own / MANIFEST).write_bytes(record.checked(content))
     with pytest.raises(UserError, match=r"dataset\.json is not a data set's manifest"):
         Dataset.open(str(own))
 
@@ -81,7 +81,7 @@ def test_a_checksum_that_is_a_path_never_names_a_copy(own, tmp_path, monkeypatch
 def test_counts_that_do_not_agree_are_refused(own, count):
     content = unvouched(json.loads((own / MANIFEST).read_text()))
     content["splits"]["train"]["num_samples"] = count
-    (own / MANIFEST).write_bytes(checked(content))
+    (own / MANIFEST).write_bytes(record.checked(content))
     with pytest.raises(UserError, match=r"dataset\.json is not a data set's manifest"):
         Dataset.open(str(own))
 
@@ -91,8 +91,8 @@ def test_a_shard_that_is_shorter_than_it_says_costs_no_memory(own):
     index = unvouched(msgpack.unpackb((own / INDEX).read_bytes()))
     content["splits"]["train"]["shards"][0]["size_bytes"] = index["shard"]["size_bytes"] = 2**51
     index["members"]["jpg"][1][0] = 2**50
-    (own / MANIFEST).write_bytes(checked(content))
-    (own / INDEX).write_bytes(pack_checked(index))
+    (own / MANIFEST).write_bytes(record.checked(content))
+    (own / INDEX).write_bytes(record.pack_checked(index))
     with pytest.raises(UserError, match=r"train-000000\.tar, sample .*: the shard is cut short"):
         Dataset.open(str(own)).split("train").read(0)
 
