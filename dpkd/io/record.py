@@ -1,6 +1,6 @@
 """The one checksummed record, of JSON or msgpack: its reader notices any change since it was written.
 
-    {…, "checksum": CRC-32 of the other keys}     as `json.dumps` writes them sorted and without spaces, or as msgpack
+{…, "checksum": CRC-32 of the other keys}     as `json.dumps` writes them sorted and without spaces, or as msgpack
 """
 
 import json

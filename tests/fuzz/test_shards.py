@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from dpkd.data.shards import Dataset, ShardIndex, ShardInfo
 from dpkd.errors import UserError
-from dpkd.io import storage
-from dpkd.io import record
+from dpkd.io import record, storage
 from tests.data.packing import make_folder, pack_at
 from tests.fuzz.damage import any_bytes, outcome, unvouched
 
