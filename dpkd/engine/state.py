@@ -7,8 +7,8 @@
         average/<parameter or buffer>            where weights are averaged
       metadata of every part: format, num_updates, num_average_updates
 
-Every tensor stands whole in exactly one part, so any engine at any world size reads it. A folder with a part missing is
-refused; torn bytes are the business of the checkpoint's manifest.
+Each tensor is whole in exactly one part, so any engine at any world size reads it. A folder with a part missing is
+refused; the checkpoint's manifest finds damaged bytes.
 """
 
 import errno
@@ -53,11 +53,6 @@ class Staging:
             held[name] = copy.copy_(tensor.detach())
         self._copies = held
         return held
-
-
-def part_of(names: Iterable[str], *, rank: int, size: int) -> list[str]:
-    """The names that `rank` writes."""
-    return sorted(names)[rank::size]
 
 
 def write_part(folder: Path, tensors: Mapping[str, torch.Tensor], *, counts: Counts, rank: int, size: int) -> None:

@@ -28,7 +28,7 @@ class World:
     control: Any = field(default=None, repr=False)
     """A gloo group for flags and objects, which must not depend on the GPU; none uses the default group."""
     release: Callable[[], None] | None = field(default=None, repr=False)
-    """Undoes what `join` set up; none where somebody else (Ray Train) started the process group."""
+    """Undoes what `join` set up; none if somebody else (Ray Train) started the process group."""
 
     def barrier(self) -> None:
         """Waits until every rank is here."""
@@ -92,21 +92,27 @@ class World:
 def join(*, timeout_s: float = 1800.0) -> World:
     """Joins the peers that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* name (alone without them).
 
-    A process group that runs already is used. Raises `UserError` where this machine has fewer GPUs than workers.
+    Uses a process group that runs already. Raises `UserError` where this machine has fewer GPUs than workers.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = _device(local_rank)
+    device, timeout = _device(local_rank), timedelta(seconds=timeout_s)
     running = dist.is_initialized()
     if not running:
-        _start(device, timeout=timedelta(seconds=timeout_s))
-    size = dist.get_world_size()
-    needs_control = size > 1 and dist.get_backend() != "gloo"
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:  # needs no port, so several runs on one machine cannot meet
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        else:
+            rank = int(os.environ["RANK"])
+            dist.init_process_group(backend, init_method="env://", rank=rank, world_size=size, timeout=timeout)
+    needs_control = dist.get_world_size() > 1 and dist.get_backend() != "gloo"
     return World(
         rank=dist.get_rank(),
-        size=size,
+        size=dist.get_world_size(),
         local_rank=local_rank,
         device=device,
-        control=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if needs_control else None,
+        control=dist.new_group(backend="gloo", timeout=timeout) if needs_control else None,
         release=None if running else dist.destroy_process_group,
     )
 
@@ -122,17 +128,6 @@ def _device(local_rank: int) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
-
-
-def _start(device: torch.device, *, timeout: timedelta) -> None:
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:  # needs no port, so several runs on one machine cannot meet
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-    else:
-        rank = int(os.environ["RANK"])
-        dist.init_process_group(backend, init_method="env://", rank=rank, world_size=size, timeout=timeout)
 
 
 def request_stop() -> None:

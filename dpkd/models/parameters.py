@@ -44,7 +44,7 @@ def parameter_groups(module: nn.Module, *, weight_decay: float, layer_decay: flo
 
 
 def _matcher(model: Any) -> Any:
-    """How timm cuts this model into layers; a model that does not say is cut at its top children."""
+    """How timm cuts this model into layers; a model without a matcher is cut at its top children."""
     if hasattr(model, "group_matcher"):
         return model.group_matcher(coarse=False)
     return {f"group{position}": f"^{re.escape(name)}" for position, (name, _) in enumerate(model.named_children())}
