@@ -18,7 +18,7 @@ from dpkd import __version__, pretrain
 from dpkd.launch.signals import install_stop_handlers
 from dpkd.run.folder import RunFolder
 from dpkd.settings import load_settings
-from dpkd.stages.plan import STAGES, left_to_do, say_plan
+from dpkd.stages.plan import STAGES, find_faults, left_to_do, log_plan, stages_of
 from dpkd.verbs.doctor import doctor
 from dpkd.verbs.inspect import draw_samples, inspect_dataset
 
@@ -56,7 +56,9 @@ def _act(options: argparse.Namespace) -> None:
         settings = load_settings(options.config, options.overrides)
         if options.verb == "plan":
             folder = RunFolder(settings.run.dir)
-            say_plan(settings, folder, left=left_to_do(folder, settings, STAGES), stages=STAGES)
+            stages = stages_of(settings)
+            left = left_to_do(folder, settings, stages, faults=find_faults(folder, stages))
+            log_plan(settings, folder, left=left, stages=stages)
         else:
             named = pretrain.stage_names(options.stages) if options.verb == "pretrain" else [options.verb]
             pretrain.run(settings, stages=named)

@@ -1,9 +1,214 @@
-"""The base of every settings model: frozen, and closed to keys it does not know."""
+"""The base of all settings, how they are read from YAML and the command line, and what a wrong one is answered with."""
 
-from pydantic import BaseModel, ConfigDict
+import difflib
+import re
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from dpkd.errors import UserError
+
+MAX_FAULTS = 12
+"""Faults that one message lists; more are counted."""
 
 
 class Config(BaseModel):
     """A frozen group of settings; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+def _expand_home(path: str) -> str:
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+PathText = Annotated[str, AfterValidator(_expand_home)]
+"""A path or URL; `~` is the home folder."""
+
+TAKES_TEXT = "takes text"
+"""Marks a field (`Annotated[..., TAKES_TEXT]`) whose validator also takes a plain text, such as a path."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values, dates as text; a key that is given twice is an error, which plain YAML settles in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002
+        """The mapping; PyYAML's own hook."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
+
+
+class _TextLoader(_Loader):
+    """Every scalar as text: `no` and `00014` stay names."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}
+
+
+def read_yaml(text: str, *, scalars_as_text: bool = False) -> Any:
+    """The content as plain values; raises `yaml.YAMLError`, also for a key that is given twice."""
+    try:
+        return yaml.load(text, Loader=_TextLoader if scalars_as_text else _Loader)  # noqa: S506 (both are SafeLoaders)
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
+        raise yaml.YAMLError(f"a value cannot be read: {error}") from error
+
+
+def read_yaml_file(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; raises `UserError` that names `--config`, the file and the fault."""
+    try:
+        tree = read_yaml(path.expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--config {path}: cannot be read ({error}); give the path of a YAML file") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"--config {path}: holds {type(tree).__name__}, expected sections such as data and distill")
+    return tree
+
+
+def apply_override(tree: dict[str, Any], override: str, *, root: type[BaseModel]) -> None:
+    """Sets one `key.path=value` in a tree of plain values; the type of the key in `root` says how the value is read.
+
+    A key that takes text takes it as it is written; all others read YAML. Raises `UserError` that names the override.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r}: an override is written key.path=value, for example distill.training.steps=100")
+    *parents, last = key.split(".")
+    try:
+        value = text if _is_text(text, _annotation_at(root, [*parents, last])) else read_yaml(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{override!r}: the value is not valid YAML: {error}") from None
+    node: Any = tree
+    for name in parents:
+        if isinstance(node, dict) and isinstance(node.get(name), str | None):  # a text stands for a section's defaults
+            node[name] = {} if node.get(name) is None else {"name": node[name]}
+        node = node[_place(node, name, override)]
+    node[_place(node, last, override)] = value
+
+
+def _place(node: Any, name: str, override: str) -> Any:
+    """The key or position that `name` means in a mapping or list."""
+    if isinstance(node, dict):
+        return name
+    if not isinstance(node, list):
+        raise UserError(f"{override!r}: {node!r} is a plain value and has no key {name!r}")
+    if not re.fullmatch(r"[0-9]{1,9}", name) or int(name) >= len(node):
+        raise UserError(f"{override!r}: {name!r} is no position in a list of {len(node)}; they count from 0")
+    return int(name)
+
+
+def _is_text(text: str, annotation: Any) -> bool:
+    """Whether a field of this type takes the text as it is written."""
+    if annotation is None or (text in ("null", "~", "") and type(None) in _options(annotation)):
+        return False
+    if TAKES_TEXT in getattr(annotation, "__metadata__", ()):
+        return not text.startswith(("{", "["))
+    options = [_bare(option) for option in _options(annotation) if option is not type(None)]
+    return options == [str]
+
+
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """One line a fault, in the order of the file: the key, its value, what was expected, the nearest known key."""
+    faults = error.errors(include_url=False)
+    lines = [_line(fault, root) for fault in faults[:MAX_FAULTS]]
+    if len(faults) > MAX_FAULTS:
+        lines.append(f"and {len(faults) - MAX_FAULTS} more")
+    return lines[0] if len(lines) == 1 else f"{len(faults)} faults\n  " + "\n  ".join(lines)
+
+
+def _line(fault: ErrorDetails, root: type[BaseModel]) -> str:
+    keys, owner, annotation = _user_keys(fault["loc"], root)
+    path, kind = ".".join(keys), fault["type"]
+    if kind == "extra_forbidden":
+        known = list(owner.model_fields)
+        near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
+        hint = f", did you mean {near[0]!r}?" if near else f" (known here: {', '.join(known)})"
+        return f"{path}: no such key{hint}"
+    if kind == "missing":
+        return f"{path}: is missing and has no default"
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        kinds = list(_models_by_kind(annotation))
+        if kind == "union_tag_not_found":
+            return f"{path}: needs a `kind`, one of {', '.join(kinds)}"
+        tag = str(fault["ctx"]["tag"])
+        near = difflib.get_close_matches(tag, kinds, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        return f"{path}: no such kind {tag!r}{hint} (one of {', '.join(kinds)})"
+    if kind == "value_error":
+        return f"{path}: {fault['ctx']['error']}" if path else str(fault["ctx"]["error"])
+    value = repr(fault["input"])
+    value = value if len(value) <= 80 else value[:77] + "..."
+    return f"{path}: {value} does not fit: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+
+
+def _user_keys(location: tuple[int | str, ...], root: type[BaseModel]) -> tuple[list[str], type[BaseModel], Any]:
+    """The keys as the user wrote them, without pydantic's union tags; the model that owns the last; its type."""
+    keys: list[str] = []
+    here, owner = root, root
+    for part in location:
+        by_kind = _models_by_kind(here)
+        if not _is_model(here) and part in by_kind:
+            here = by_kind[str(part)]
+            continue
+        keys.append(str(part))
+        owner = here if _is_model(here) else owner
+        here = _step(here, str(part))
+    return keys, owner, here
+
+
+def _annotation_at(root: type[BaseModel], keys: list[str]) -> Any:
+    """The declared type of a key, None where the settings have no such key."""
+    here: Any = root
+    for key in keys:
+        here = _step(here, key)
+    return here
+
+
+def _step(annotation: Any, key: str) -> Any:
+    """The type one key further down: of a field, or of the values of a mapping or list."""
+    for option in _options(annotation):
+        if _is_model(option) and key in option.model_fields:
+            field = option.model_fields[key]
+            metadata: Any = (field.annotation, *field.metadata)
+            return Annotated[metadata] if field.metadata else field.annotation
+        if get_origin(option) is dict:
+            return get_args(option)[1]
+        if get_origin(option) in (tuple, list):
+            return get_args(option)[0]
+    return None
+
+
+def _options(annotation: Any) -> Iterator[Any]:
+    """The types that a union (annotated or not) is made of; the type itself where it is none."""
+    if get_origin(annotation) is Annotated and _bare(annotation) is not str:
+        yield from _options(get_args(annotation)[0])
+    elif get_origin(annotation) in (Union, UnionType):
+        for option in get_args(annotation):
+            yield from _options(option)
+    else:
+        yield annotation
+
+
+def _bare(annotation: Any) -> Any:
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _models_by_kind(annotation: Any) -> dict[str, type[BaseModel]]:
+    """The models of a union of several kinds, by kind."""
+    models = [option for option in _options(annotation) if _is_model(option) and "kind" in option.model_fields]
+    return {str(model.model_fields["kind"].default): model for model in models}

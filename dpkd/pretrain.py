@@ -31,9 +31,18 @@ from dpkd.run.folder import RunFolder
 from dpkd.run.provenance import write_provenance
 from dpkd.settings import Settings, load_settings
 from dpkd.stages.pack import pack
-from dpkd.stages.plan import POOL_STAGES, STAGES, given, left_to_do, makes, say_faults, say_plan
+from dpkd.stages.plan import (
+    POOL_STAGES,
+    STAGES,
+    find_faults,
+    left_to_do,
+    log_plan,
+    stage_inputs,
+    stage_outputs,
+    stages_of,
+)
 from dpkd.stages.prepare import prepare
-from dpkd.stages.statements import refuse_unknown_classes, say_unused_rows
+from dpkd.stages.statements import log_unused_rows, refuse_unknown_classes
 
 EXIT_USER, EXIT_STOPPED = 2, 75
 
@@ -62,9 +71,13 @@ def run(settings: Settings, *, stages: Sequence[str] = STAGES) -> None:
     """
     began = time.monotonic()
     folder = RunFolder(settings.run.dir, checkpoints=settings.run.checkpoints)
-    left = left_to_do(folder, settings, stages)
-    say_plan(settings, folder, left=left, stages=stages)
-    say_faults(folder, stages)
+    stages = stages_of(settings, stages)
+    faults = find_faults(folder, stages)
+    left = left_to_do(folder, settings, stages, faults=faults)
+    log_plan(settings, folder, left=left, stages=stages)
+    for stage in stages:
+        for fault in faults[stage]:
+            logger.info(f"{fault}: the stage {stage} makes it again")
     if left:
         write_provenance(folder, settings.model_dump(mode="json"))
         start_resource_tracker()
@@ -89,7 +102,7 @@ def run_pool_stages(
     pool = make_pool(settings.launcher, hangs=folder.hangs)
     quarantine = Quarantine(folder.quarantine, limit=settings.data.bad_limit)
     for stage in stages:
-        recorded = folder.running(stage, given(stage, settings), makes=partial(makes, stage, settings))
+        recorded = folder.running(stage, stage_inputs(stage, settings), makes=partial(stage_outputs, stage, settings))
         with around(stage), recorded:
             _run_pool_stage(stage, settings, folder, pool=pool, quarantine=quarantine)
 
@@ -111,15 +124,15 @@ def _run_pool_stage(stage: str, settings: Settings, folder: RunFolder, *, pool: 
         return  # the shards stand already
     url = settings.data.shards or str(folder.path / "shards")
     accelerator = None
-    if stage == "prepare" and accelerated(settings.prepare.priors):  # else the driver needs no torch to look for GPUs
+    if stage == "prepare" and accelerated(settings.prepare.chosen):  # else the driver needs no torch to look for GPUs
         accelerator = make_accelerator(settings.launcher, hangs=folder.hangs)
     with Progress(stage, 0) as progress:
         if stage == "pack":
             pack(settings.data, url, seed=settings.run.seed, pool=pool, quarantine=quarantine, progress=progress.reach)
         else:
             dataset = Dataset.open(url)
-            refuse_unknown_classes(dataset, settings.data, settings.objectives)
-            say_unused_rows(dataset, settings.data)
+            refuse_unknown_classes(dataset, settings)
+            log_unused_rows(dataset, settings.data)
             prepare(
                 dataset,
                 settings.prepare,
@@ -131,7 +144,7 @@ def _run_pool_stage(stage: str, settings: Settings, folder: RunFolder, *, pool: 
 
 
 def interrupt(_number: int, _frame: FrameType | None) -> None:
-    """Ends packing and preparing as Ctrl-C does: what is finished stays. Training workers hear from their group."""
+    """Ends packing and preparing as Ctrl-C does: what is finished stays. Training workers are asked to stop."""
     raise KeyboardInterrupt
 
 

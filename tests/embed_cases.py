@@ -2,13 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from dpkd.data.settings import LoaderSettings
 from dpkd.data.shards import Dataset
+from dpkd.engine.frozen import Frozen
 from dpkd.engine.world import World, join
 from dpkd.models.saved import load_network
 from dpkd.priors.store import PriorSet
@@ -24,23 +25,26 @@ def main() -> None:
     world.leave()
 
 
+class Counting(Frozen):
+    """A network that counts how often it predicts."""
+
+    calls: ClassVar[int] = 0
+
+    def predict(self, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        Counting.calls += 1
+        return super().predict(*inputs)
+
+
 def embed(run: Path, world: World, *, count: int) -> dict[str, Any]:
     """Embeds the first samples of the split novel, backwards."""
-    spec, network = load_network(run / "students" / "vit")
+    network = load_network(run / "students" / "vit")[1]
     dataset = Dataset.open(str(run / "shards"))
-    calls = 0
-
-    def predict(image_BCHW: torch.Tensor, weight_B1HW: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        nonlocal calls
-        calls += 1
-        with torch.no_grad():
-            outputs: dict[str, torch.Tensor] = network(image_BCHW, weight_B1HW)
-        return outputs
-
+    before = Counting.calls
+    counting = Counting(network.spec, network)
     split = dataset.split("novel")
     indices = np.arange(count)[::-1].copy()
     embedded = embed_networks(
-        {"vit": (predict, spec)},
+        {"vit": counting},
         split,
         maps=PriorSet.open(dataset.url, "default").split("novel"),
         map_size=8,
@@ -49,4 +53,8 @@ def embed(run: Path, world: World, *, count: int) -> dict[str, Any]:
         batch_size=4,
         indices=indices,
     )
-    return {"embedding": embedded["vit"].embedding_ND, "label": split.label_N[indices], "calls": calls}
+    return {
+        "embedding": embedded["vit"].embedding_ND,
+        "label": split.label_N[indices],
+        "calls": Counting.calls - before,
+    }

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from dpkd.run.folder import RunFolder
 from dpkd.settings import Settings, parse_settings
+from dpkd.stages.run import Run
 
 CONV = {"name": "resnet18", "arguments": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "output_stride": 16}}
 VIT = {
@@ -45,27 +47,38 @@ def tiny(run_dir: Path, *, source: Path | None, shards: Path | None = None) -> d
             "loader": {"workers": 0},
         },
         "prepare": {"priors": [{"kind": kind} for kind in ("edge", "saliency", "superpixel")]},
-        "teach": {
-            "model": CONV | FIGURE_GROUND,
-            "objectives": [{"kind": "supervised"}, {"kind": "masked_prior", "targets": {"hog": 1.0, "edge": 0.25}}],
-            "engine": {"kind": "torch", "ema": 0.9},
-            "training": training | often,
+        "teachers": {
+            "teacher": {
+                "model": CONV | FIGURE_GROUND,
+                "objectives": [
+                    {"kind": "supervised"},
+                    {"kind": "masked_prior", "targets": {"hog": 1.0, "edge": 0.25}},
+                ],
+                "engine": {"kind": "torch", "ema": 0.9},
+                "training": training | often,
+            }
         },
         "distill": {
             "students": {
                 "conv": {
                     "model": CONV | {"pooling": {"kind": "figure_ground", "prior": "foreground"}},
-                    "losses": LOSSES,
+                    "objectives": LOSSES,
                     "baseline": True,
                     "engine": {"kind": "torch"},
                 },
-                "vit": {"model": VIT, "losses": LOSSES, "engine": {"kind": "torch"}},
+                "vit": {"model": VIT, "objectives": LOSSES, "engine": {"kind": "torch"}},
             },
             "training": training | often,
         },
         "evaluate": {"episodes": {"episodes": 20, "queries": 5}, "episodes_while_training": 10},
         "export": {"onnx": False},
     }
+
+
+def with_data(run: Run, **changes: Any) -> Run:
+    """The run with other settings of the images."""
+    data = run.data.model_copy(update=changes)
+    return replace(run, settings=run.settings.model_copy(update={"data": data}))
 
 
 def settings_of(tree: dict[str, Any]) -> Settings:

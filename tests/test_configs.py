@@ -14,7 +14,7 @@ CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"
 
 def networks(settings: Settings) -> dict[str, ModelSettings]:
     """The teacher and the students by name."""
-    return {"teacher": settings.teach.model, **{n: s.model for n, s in settings.distill.students.items()}}
+    return {"teacher": settings.teachers["teacher"].model, **{n: s.model for n, s in settings.distill.students.items()}}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

@@ -109,9 +109,9 @@ def test_without_prior_maps_a_damaged_sample_stops_training_by_name(
     shards = shutil.copytree(damaged.shards, tmp_path / "shards", ignore=shutil.ignore_patterns("priors"))
     tree = tiny(tmp_path / "plain", source=None, shards=Path(shards))
     tree["prepare"] = {"priors": []}
-    tree["teach"] |= {"model": CONV, "objectives": [{"kind": "supervised"}]}
-    tree["teach"]["training"] |= {"steps": damaged.num_steps, "evaluate_every": 1000}
-    tree["distill"]["students"] = {"conv": {"model": CONV, "losses": [{"kind": "supervised"}, {"kind": "logits"}]}}
+    tree["teachers"]["teacher"] |= {"model": CONV, "objectives": [{"kind": "supervised"}]}
+    tree["teachers"]["teacher"]["training"] |= {"steps": damaged.num_steps, "evaluate_every": 1000}
+    tree["distill"]["students"] = {"conv": {"model": CONV, "objectives": [{"kind": "supervised"}, {"kind": "logits"}]}}
     assert pretrain.exit_code(lambda: pretrain.run(settings_of(tree), stages=["prepare"])) == 0
     plain = settings_of(tree).model_dump(mode="json")
     assert pretrain.exit_code(lambda: train_stages((plain, ["teach"], None))) == 2

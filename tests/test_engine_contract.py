@@ -84,7 +84,7 @@ def reference() -> dict[str, Any]:
         for name, tensor in net.state_dict().items():
             if tensor.is_floating_point():
                 average[name] = decay * average[name] + (1 - decay) * tensor
-    return {"losses": losses, "norms": norms, "weights": average}
+    return {"objectives": losses, "norms": norms, "weights": average}
 
 
 def joined(case: dict[str, Any], field: str) -> list[Any]:
@@ -105,7 +105,7 @@ def equal(one: Trace, other: Trace) -> bool:
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_and_norms_equal_the_reference(found: Any, reference: Any, kind: str, size: int) -> None:
     for rank in found[size]:
-        assert joined(rank[kind], "losses") == pytest.approx(reference["losses"], rel=1e-4)
+        assert joined(rank[kind], "losses") == pytest.approx(reference["objectives"], rel=1e-4)
         assert joined(rank[kind], "norms") == pytest.approx(reference["norms"], rel=1e-3)
 
 
@@ -189,7 +189,7 @@ def test_sgd_without_clipping_or_average_equals_plain_pytorch(found: Any, kind: 
 def test_bf16_is_the_same_in_every_engine_and_keeps_fp32_weights(found: Any, reference: Any, kind: str) -> None:
     case = found[1][0][kind]["bf16"]
     assert case.losses == pytest.approx(found[1][0]["torch"]["bf16"].losses, rel=1e-3)
-    assert case.losses == pytest.approx(reference["losses"][:SAVED_AT], rel=5e-2)
+    assert case.losses == pytest.approx(reference["objectives"][:SAVED_AT], rel=5e-2)
     assert case.losses != found[1][0][kind]["start"].losses
     assert {tensor.dtype for tensor in case.weights.values()} == {torch.float32, torch.int64}
     assert case.predictions[0].dtype == torch.float32

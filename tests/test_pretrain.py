@@ -85,7 +85,7 @@ def test_the_time_of_a_run_is_accounted_and_shown(whole: RunFolder) -> None:
     goodput = assert_accounted(whole, attempts=1)
     stages, spent = whole.stages(), goodput["seconds"]
     prepared = stages["pack"]["seconds"] + stages["prepare"]["seconds"]
-    trained = stages["teach"]["seconds"] + stages["distill"]["seconds"]
+    trained = stages["teachers"]["teacher"]["seconds"] + stages["distill"]["seconds"]
     assert spent["preparation"] == pytest.approx(prepared, abs=0.1)
     assert 0 < spent["training"] + spent["data_wait"] + spent["checkpoint"] < trained
     assert spent["evaluation"] > stages["evaluate"]["seconds"]
@@ -103,7 +103,12 @@ def test_the_time_of_a_run_is_accounted_and_shown(whole: RunFolder) -> None:
 @pytest.mark.slow
 def test_a_killed_worker_costs_recovery_and_the_steps_since_the_last_save(whole: RunFolder, tmp_path: Path) -> None:
     tree = tiny(tmp_path / "restarted", source=None, shards=shards_of(whole))
-    tree["teach"]["training"] |= {"steps": 40, "checkpoint_every": 10, "evaluate_every": 40, "panels_every": 40}
+    tree["teachers"]["teacher"]["training"] |= {
+        "steps": 40,
+        "checkpoint_every": 10,
+        "evaluate_every": 40,
+        "panels_every": 40,
+    }
     command = Command(tree, "--stages", "teach")
     command.wait_for_step("teach", 15)
     kill_worker(command)
@@ -163,14 +168,14 @@ def _source_of(folder: RunFolder) -> Path:
 
 def test_other_settings_than_those_on_disk_are_refused(whole: RunFolder) -> None:
     tree = _tree_of(whole)
-    tree["teach"]["optimizer"] = {"learning_rate": 0.5}
-    with pytest.raises(UserError, match=r"teach.optimizer.learning_rate: 0.001 on disk, 0.5 now"):
+    tree["teachers"]["teacher"]["optimizer"] = {"learning_rate": 0.5}
+    with pytest.raises(UserError, match=r"teachers.teacher.optimizer.learning_rate: 0.001 on disk, 0.5 now"):
         pretrain.run(settings_of(tree))
 
 
 def test_cadence_may_change_under_way(whole: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     tree = _tree_of(whole)
-    tree["teach"]["training"] |= {"log_every": 3, "checkpoint_every": 5}
+    tree["teachers"]["teacher"]["training"] |= {"log_every": 3, "checkpoint_every": 5}
     pretrain.run(settings_of(tree))
     assert "nothing to do" in capsys.readouterr().out
 
@@ -292,7 +297,7 @@ def test_an_audit_names_what_is_not_as_ordered(whole: RunFolder, tmp_path: Path,
 def test_deepspeed_on_two_workers_gives_the_losses_of_plain_pytorch(whole: RunFolder, tmp_path: Path) -> None:
     tree = tiny(tmp_path / "zero", source=None, shards=shards_of(whole))
     tree["launcher"]["workers"] = 2
-    tree["teach"]["engine"] |= {"kind": "deepspeed", "zero_stage": 3}
+    tree["teachers"]["teacher"]["engine"] |= {"kind": "deepspeed", "zero_stage": 3}
     for student, stage in (("conv", 2), ("vit", 1)):
         tree["distill"]["students"][student]["engine"] = {"kind": "deepspeed", "zero_stage": stage}
     command = Command(tree, "--stages", "teach,distill")
@@ -304,7 +309,7 @@ def test_deepspeed_on_two_workers_gives_the_losses_of_plain_pytorch(whole: RunFo
 @pytest.mark.slow
 def test_a_live_teacher_goes_on_learning(whole: RunFolder, tmp_path: Path) -> None:
     tree = tiny(tmp_path / "live", source=None, shards=shards_of(whole))
-    tree["distill"]["teacher"] = "live"
+    tree["teachers"]["teacher"]["during_distill"] = "live"
     tree["distill"]["training"]["evaluate_every"] = 6
     command = Command(tree)
     assert command.wait() == 0, command.output

@@ -18,7 +18,7 @@ def test_a_teacher_predicts_the_maps_of_a_model_and_other_weights_prepare_again(
     model = {"kind": "onnx", "file": str(tmp_path / "edges.onnx"), "output": 0}
     learned = {"kind": "learned", "of": "edges", "model": model, "size": SIZE, "scale": "sigmoid"}
     tree["prepare"]["priors"].append(learned)
-    tree["teach"]["objectives"][1]["targets"] = {"learned-edges": 1.0}
+    tree["teachers"]["teacher"]["objectives"][1]["targets"] = {"learned-edges": 1.0}
     command = Command(tree, "--stages", "pack,prepare,teach")
     assert command.wait() == 0, command.output
     losses = [line for line in train_events(command.folder) if any("learned-edges" in key for key in line)]

@@ -42,9 +42,9 @@ def teacher(folder: Path, *, shards: Path, steps: int) -> dict[str, Any]:
     """Settings of a run whose teacher two workers train."""
     tree = tiny(folder, source=None, shards=shards)
     tree["launcher"]["workers"] = 2
-    tree["teach"]["optimizer"] = CALM
-    tree["teach"]["training"] |= {"steps": steps, "checkpoint_every": CHECKPOINT_EVERY}
-    tree["teach"]["training"] |= {"evaluate_every": steps, "panels_every": steps}
+    tree["teachers"]["teacher"]["optimizer"] = CALM
+    tree["teachers"]["teacher"]["training"] |= {"steps": steps, "checkpoint_every": CHECKPOINT_EVERY}
+    tree["teachers"]["teacher"]["training"] |= {"evaluate_every": steps, "panels_every": steps}
     return tree
 
 
@@ -351,7 +351,7 @@ def test_a_job_that_is_stopped_saves_and_goes_on_when_submitted_again(
 ) -> None:
     tree = teacher(tmp_path / "run", shards=shards, steps=STEPS)
     tree["launcher"]["kind"] = "auto"
-    tree["teach"]["training"]["checkpoint_every"] = STEPS
+    tree["teachers"]["teacher"]["training"]["checkpoint_every"] = STEPS
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(tree))
     folder = RunFolder(tmp_path / "run")

@@ -24,9 +24,9 @@ def stated(run_dir: Path, table: Path, **data: Any) -> dict[str, Any]:
     attributes = {"kind": "attributes", "weight": 0.5, "classify": 0.5}
     region = {"kind": "region_bounds", "of": "saliency", "bounds": BOUNDS}
     tree["data"]["attributes"] = str(table)
-    tree["teach"]["objectives"] += [attributes, region]
+    tree["teachers"]["teacher"]["objectives"] += [attributes, region]
     conv = tree["distill"]["students"].pop("conv") | {"baseline": False}
-    tree["distill"]["students"] = {"conv": conv | {"losses": [*conv["losses"], attributes, region]}}
+    tree["distill"]["students"] = {"conv": conv | {"objectives": [*conv["objectives"], attributes, region]}}
     return tree
 
 
@@ -51,18 +51,18 @@ def again(whole: RunFolder, table: Path) -> dict[str, Any]:
 
 
 def test_every_statement_is_trained_on_and_shown(whole: RunFolder) -> None:
-    wanted = ("attributes", "attributes.classify", "region.saliency", "region_bounds.saliency.area")
+    wanted = ("attributes.predict", "attributes.classify", "region_bounds.fit", "region_bounds.area")
     for stage, network in (("teach", "teacher"), ("distill", "student-conv")):
         last = [line for line in train_events(whole) if line["stage"] == stage][-1]
         board = EventAccumulator(str(whole.tensorboard / stage / network)).Reload()
-        for objective in (*wanted, "region_bounds.saliency.compactness"):
+        for objective in (*wanted, "region_bounds.compactness"):
             assert last[f"loss/{network}/{objective}"] > 0
             assert f"loss/{objective}" in board.Tags()["scalars"]
 
 
 def test_the_summary_has_the_zero_shot_table(whole: RunFolder) -> None:
     summary = json.loads((whole.path / "summary.json").read_text())
-    for network in (summary["teacher"], summary["students"]["conv"]):
+    for network in (summary["teachers"]["teacher"], summary["students"]["conv"]):
         assert set(network["zero_shot"]) == {"val", "novel"}
         for figures in network["zero_shot"].values():
             assert figures["chance"] == 0.2
@@ -71,8 +71,8 @@ def test_the_summary_has_the_zero_shot_table(whole: RunFolder) -> None:
     assert "## Zero-shot through attributes" in text
     assert "| val overall | val balanced | val chance | novel overall |" in text
     # all classes of a split have as many samples
-    assert summary["teacher"]["zero_shot"]["val"]["overall"] == pytest.approx(
-        summary["teacher"]["zero_shot"]["val"]["balanced"]
+    assert summary["teachers"]["teacher"]["zero_shot"]["val"]["overall"] == pytest.approx(
+        summary["teachers"]["teacher"]["zero_shot"]["val"]["balanced"]
     )
 
 
@@ -110,7 +110,7 @@ def test_a_class_without_a_row_stops_before_the_stage(
     message = stopped(tree, stages, capfd)
     assert f"says nothing of 1 of 6 classes that are trained on: {name!r} (did you mean '{name}x'?)" in message
     assert not (whole.path / "shards" / "priors" / "other").exists()
-    assert not (tmp_path / "run" / "teacher").exists()
+    assert not (tmp_path / "run" / "teachers").exists()
 
 
 def stopped(tree: dict[str, Any], stage: str, capfd: pytest.CaptureFixture[str]) -> str:
@@ -139,9 +139,14 @@ def test_a_bound_on_a_class_that_is_not_trained_on_is_named(
 ) -> None:
     name = read_attributes(str(table)).classes[0]
     tree = stated(tmp_path / "run", table, shards=whole.path / "shards")
-    tree["teach"]["objectives"][-1]["bounds"] = [{"statistic": "area", "at_most": 0.5, "classes": [f"{name}s"]}]
+    tree["teachers"]["teacher"]["objectives"][-1]["bounds"] = [
+        {"statistic": "area", "at_most": 0.5, "classes": [f"{name}s"]}
+    ]
     message = stopped(tree, "prepare", capfd)
-    assert f"teach.objectives.3.bounds.0.classes names '{name}s', of which the split 'base' has no sample" in message
+    assert (
+        f"teachers.teacher.objectives.3.bounds.0.classes names '{name}s', of which the split 'base' has no sample"
+        in message
+    )
     assert f"did you mean {name!r}?" in message
 
 

@@ -138,7 +138,7 @@ def refuse_in_second_worker(folder):
     peers = world.join()
     if peers.rank == 1:
         (Path(folder) / f"start-{time.time_ns()}").touch()
-        raise UserError("teach.model: no such model")
+        raise UserError("teachers.teacher.model: no such model")
     peers.barrier()
 
 

@@ -32,11 +32,11 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from dpkd.config import read_yaml
 from dpkd.data.sources.records import nearest
 from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
-from dpkd.strict_yaml import read_yaml_text
 
 GRADED, ONE_OF = "graded", "one_of"
 MAX_SHOWN = 12
@@ -215,7 +215,7 @@ def _is_number(text: str) -> bool:
 
 
 def _read_yaml(text: str) -> tuple[list[_Scale | _OneOf], _Rows]:
-    tree = read_yaml_text(text)
+    tree = read_yaml(text, scalars_as_text=True)
     if not isinstance(tree, dict) or not {"attributes", "classes"} <= set(tree):
         raise ValueError("a table has the two sections `attributes` and `classes`")
     for key in tree:

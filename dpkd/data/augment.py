@@ -27,11 +27,13 @@ GREY = np.array([0.299, 0.587, 0.114])
 _SAME = np.eye(3)
 _NUM_CROPS = 10
 """Crops tried before the largest one of the nearest allowed ratio is taken (Szegedy et al. 2015, as in torchvision)."""
+_NUM_DRAWS = 2 * _NUM_CROPS + 6
+"""Random numbers of one view."""
 
 
 @dataclass(frozen=True)
-class View:
-    """How one image is seen: a box in its pixels, mirrored or not, and factors on its colours (1 changes nothing)."""
+class Crop:
+    """How one view is made of an image: a box in its pixels, mirrored or not, and factors on its colours (1: none)."""
 
     image_height: int
     image_width: int
@@ -45,12 +47,24 @@ class View:
     saturation: float = 1.0
 
 
-def random_view(settings: AugmentSettings, image_size: tuple[int, int], *, seed: int, epoch: int, index: int) -> View:
-    """The view of sample `index` in `epoch`, for an image of (height, width) pixels."""
-    draws = uniform(2 * _NUM_CROPS + 6, seed=seed, purpose=Purpose.VIEWS, place=(epoch, index)).tolist()
+def random_views(
+    settings: Sequence[AugmentSettings], image_size: tuple[int, int], *, seed: int, epoch: int, index: int
+) -> list[Crop]:
+    """The views of sample `index` in `epoch`, one of each settings, for an image of (height, width) pixels.
+
+    The draws of a view depend on its place among the views, so that the first is the same whatever follows.
+    """
+    draws = uniform(_NUM_DRAWS * len(settings), seed=seed, purpose=Purpose.VIEWS, place=(epoch, index)).tolist()
+    return [
+        _random_view(own, image_size, draws[place * _NUM_DRAWS : (place + 1) * _NUM_DRAWS])
+        for place, own in enumerate(settings)
+    ]
+
+
+def _random_view(settings: AugmentSettings, image_size: tuple[int, int], draws: list[float]) -> Crop:
     height, width = _crop_size(settings, image_size, draws[: 2 * _NUM_CROPS])
     at_top, at_left, flip, brightness, contrast, saturation = draws[2 * _NUM_CROPS :]
-    return View(
+    return Crop(
         *image_size,
         top=int(at_top * (image_size[0] - height + 1)),
         left=int(at_left * (image_size[1] - width + 1)),
@@ -63,14 +77,14 @@ def random_view(settings: AugmentSettings, image_size: tuple[int, int], *, seed:
     )
 
 
-def centre_view(image_size: tuple[int, int]) -> View:
+def centre_view(image_size: tuple[int, int]) -> Crop:
     """The view for evaluation: the largest centred square of an image of (height, width) pixels, colours unchanged."""
     height, width = image_size
     side = min(height, width)
-    return View(height, width, top=(height - side) // 2, left=(width - side) // 2, height=side, width=side)
+    return Crop(height, width, top=(height - side) // 2, left=(width - side) // 2, height=side, width=side)
 
 
-def apply_image(view: View, image_HWC: Image, *, size: int) -> Image:
+def apply_image(view: Crop, image_HWC: Image, *, size: int) -> Image:
     """The view of an RGB image at `size` x `size`, uint8: averages pixels where it shrinks, else interpolates."""
     crop: Image = image_HWC[view.top : view.top + view.height, view.left : view.left + view.width]
     if crop.shape[:2] != (size, size):
@@ -81,7 +95,7 @@ def apply_image(view: View, image_HWC: Image, *, size: int) -> Image:
     return _bytes(cv2.flip(crop, 1)) if view.flip else crop
 
 
-def apply_map(view: View, map_HWC: Map, *, size: int, nearest: bool, flip: Callable[[Map], Map]) -> NDArray[np.float32]:
+def apply_map(view: Crop, map_HWC: Map, *, size: int, nearest: bool, flip: Callable[[Map], Map]) -> NDArray[np.float32]:
     """The same view of a map that covers the whole image, float32 at `size` x `size`.
 
     `nearest` takes the value of the cell below each centre, for labels. `flip` gives the map of the mirrored image.
@@ -127,7 +141,7 @@ def _factor(strength: float, draw: float) -> float:
     return low + (high - low) * draw
 
 
-def _colour_matrix(view: View, *, mean_RGB: Sequence[float]) -> NDArray[np.float64]:
+def _colour_matrix(view: Crop, *, mean_RGB: Sequence[float]) -> NDArray[np.float64]:
     """The 3 x 4 matrix that scales brightness, contrast about the mean grey, saturation about each pixel's grey.
 
     These are torchvision's three definitions in a fixed order; as one matrix, values are clipped once, at the end.

@@ -172,7 +172,7 @@ class OrderWithout:
 
 
 def rank_slice(batch: Indices, *, rank: int, world_size: int, micro_batch_size: int) -> Indices:
-    """The micro-batches [M, micro] of a rank: the batch is cut before it is dealt out, so all world sizes agree.
+    """The micro-batches [M, micro] of a rank: the batch is cut before it is shared out, so all world sizes agree.
 
     Raises `UserError` if the batch cannot be cut evenly.
     """
@@ -185,7 +185,7 @@ def rank_slice(batch: Indices, *, rank: int, world_size: int, micro_batch_size: 
     return batch.reshape(-1, micro_batch_size)[rank::world_size]
 
 
-def dealt(
+def rank_micro_batches(
     order: SampleOrder, steps: Iterable[int], *, rank: int, world_size: int, micro_batch_size: int
 ) -> Iterator[tuple[Indices, Indices]]:
     """(samples, how often each was drawn before), both [micro], of each micro-batch of a rank, step by step."""

@@ -4,21 +4,21 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dpkd.config import Config
+from dpkd.config import Config, PathText
 
 
 class FolderSource(Config):
     """Images in folders: `<split>/<class>/*`, `<class>/*`, or flat without labels; the depth tells which."""
 
     kind: Literal["folder"] = "folder"
-    path: str
+    path: PathText
 
 
 class TableSource(Config):
     """A CSV, JSONL or Parquet file with one row a sample; paths are relative to the table."""
 
     kind: Literal["table"] = "table"
-    path: str
+    path: PathText
     path_column: str = "path"
     label_column: str | None = None
     split_column: str | None = None
@@ -31,7 +31,7 @@ class ShardSource(Config):
     """Existing WebDataset tars: a folder of them or a pattern with braces, local or any fsspec URL."""
 
     kind: Literal["shards"] = "shards"
-    path: str
+    path: PathText
 
 
 Source = Annotated[FolderSource | TableSource | ShardSource, Field(discriminator="kind")]
@@ -61,7 +61,7 @@ class FileSplits(Config):
     """Splits by text files, one sample path (relative to the source) or key a line."""
 
     kind: Literal["file"] = "file"
-    files: dict[str, str]
+    files: dict[str, PathText]
 
 
 Splits = Annotated[GivenSplits | FractionSplits | ClassSplits | FileSplits, Field(discriminator="kind")]
@@ -104,7 +104,7 @@ class ListedLabels(Config):
     """Only the samples whose keys this text file lists show their label."""
 
     kind: Literal["listed"] = "listed"
-    path: str
+    path: PathText
 
 
 VisibleLabels = Annotated[AllLabels | LabelsPerClass | LabelFraction | ListedLabels, Field(discriminator="kind")]
@@ -119,6 +119,23 @@ class AugmentSettings(Config):
     brightness: float = Field(0.4, ge=0)
     contrast: float = Field(0.4, ge=0)
     saturation: float = Field(0.4, ge=0)
+
+
+GLOBAL = "global"
+"""The view that every batch has."""
+
+
+class ViewSettings(Config):
+    """One kind of view of each image: how often, at what size, and of how much of it."""
+
+    count: int = Field(1, ge=1)
+    """Views of this kind of each image."""
+    size: int | None = Field(None, ge=8)
+    """Side in pixels; none takes `data.image_size`."""
+    map_size: int | None = Field(None, ge=4)
+    """Side of the prior maps; none takes a quarter of the side, of the global view `data.map_size`."""
+    crop_scale: tuple[float, float] | None = None
+    """Share of the image's area that a crop covers; none takes that of `augment`."""
 
 
 class LoaderSettings(Config):

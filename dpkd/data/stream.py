@@ -7,8 +7,8 @@ Axes: B images of a micro-batch, C channels, H and W pixels, N samples of the sp
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import forkserver
 from typing import Any, NamedTuple, Protocol
@@ -19,10 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from dpkd.data.augment import View, apply_image, apply_map, centre_view, random_view
+from dpkd.data.augment import Crop, apply_image, apply_map, centre_view, random_views
+from dpkd.data.batch import Batch, View
 from dpkd.data.images import decode_image
-from dpkd.data.order import SampleOrder, dealt
-from dpkd.data.settings import AugmentSettings, LoaderSettings
+from dpkd.data.order import SampleOrder, rank_micro_batches
+from dpkd.data.settings import GLOBAL, AugmentSettings, LoaderSettings
 from dpkd.data.shards import Sample, Split
 from dpkd.errors import StorageError, UserError
 from dpkd.launch.forking import end_with_parent, one_thread_each
@@ -49,52 +50,26 @@ class MapReader(Protocol):
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One micro-batch."""
+class ViewPlan:
+    """One kind of view to make of each image."""
 
-    image_BCHW: torch.Tensor
-    """uint8 RGB; `augment.normalise` makes it the network's input."""
-    label_B: torch.Tensor
-    """int64 class, -1 without a visible label."""
-    index_B: torch.Tensor
-    """int64 sample of the split."""
-    epoch_B: torch.Tensor
-    """int64 number of times the sample was drawn before; 0 in evaluation."""
-    priors: dict[str, torch.Tensor] = field(default_factory=dict)
-    """float32 BCHW maps at the map size, labels included."""
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on `device`."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory, from which copies to a GPU run beside the computation."""
-        return self._each(torch.Tensor.pin_memory)
-
-    def first(self, count: int) -> "Batch":
-        """The first samples of the batch; fewer where it has fewer."""
-        return self._each(lambda tensor: tensor[:count])
-
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        return Batch(
-            image_BCHW=change(self.image_BCHW),
-            label_B=change(self.label_B),
-            index_B=change(self.index_B),
-            epoch_B=change(self.epoch_B),
-            priors={name: change(prior_BCHW) for name, prior_BCHW in self.priors.items()},
-        )
+    size: int
+    """Side in pixels."""
+    map_size: int
+    """Side of the prior maps."""
+    augment: AugmentSettings | None
+    """None takes the largest centred square, as in evaluation."""
+    count: int = 1
 
 
 def training_batches(
     split: Split,
     *,
     order: SampleOrder,
-    label_N: NDArray[np.int64],
+    targets: Mapping[str, NDArray[np.int64]],
     maps: MapReader | None,
-    augment: AugmentSettings,
+    views: Mapping[str, ViewPlan],
     seed: int,
-    image_size: int,
-    map_size: int,
     rank: int,
     world_size: int,
     micro_batch_size: int,
@@ -105,17 +80,17 @@ def training_batches(
 ) -> Generator[Batch, None, None]:
     """The micro-batches of this rank from `start_step` up to but not including `stop_step`, in order, randomly viewed.
 
-    Steps in `skipped` have none.
+    `targets` holds an array [N] for each target of the batch. Steps in `skipped` have no batch.
 
     Raises `UserError` that names shard and key for a sample that cannot be read.
     """
     steps = (step for step in range(start_step, stop_step) if step not in skipped)
-    own = dealt(order, steps, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
-    work = (_Work(index_B, epoch_B, label_N[index_B]) for index_B, epoch_B in own)
-    view = partial(random_view, augment, seed=seed)
-    return _load(
-        _Reader(split, maps, view, image_size, map_size), work, workers=loader.workers, prefetch=loader.prefetch
+    own = rank_micro_batches(order, steps, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
+    work = (
+        _Work(index_B, epoch_B, {name: target_N[index_B] for name, target_N in targets.items()})
+        for index_B, epoch_B in own
     )
+    return _load(_Reader(split, maps, views, seed), work, workers=loader.workers, prefetch=loader.prefetch)
 
 
 def evaluation_batches(
@@ -133,15 +108,15 @@ def evaluation_batches(
     Raises `UserError` that names shard and key for a sample that cannot be read.
     """
     cuts = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-    work = (_Work(cut, np.zeros_like(cut), split.label_N[cut]) for cut in cuts)
-    workers = min(loader.workers, len(cuts))
-    return _load(_Reader(split, maps, _centre, image_size, map_size), work, workers=workers, prefetch=loader.prefetch)
+    work = (_Work(cut, np.zeros_like(cut), {"class": split.label_N[cut]}) for cut in cuts)
+    reader = _Reader(split, maps, {GLOBAL: ViewPlan(image_size, map_size, augment=None)}, seed=0)
+    return _load(reader, work, workers=min(loader.workers, len(cuts)), prefetch=loader.prefetch)
 
 
 class _Work(NamedTuple):
     index_B: NDArray[np.int64]
     epoch_B: NDArray[np.int64]
-    label_B: NDArray[np.int64]
+    targets: dict[str, NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -151,66 +126,72 @@ class _Failure:
     message: str
 
 
-class _ViewOf(Protocol):
-    def __call__(self, image_size: tuple[int, int], *, epoch: int, index: int) -> View: ...
-
-
-def _centre(image_size: tuple[int, int], *, epoch: int, index: int) -> View:  # noqa: ARG001 (the face of random_view)
-    return centre_view(image_size)
-
-
 @dataclass(frozen=True)
 class _Reader(torch.utils.data.Dataset[Batch | _Failure]):
     """What a worker does: one micro-batch from its list of samples."""
 
     split: Split
     maps: MapReader | None
-    view: _ViewOf
-    image_size: int
-    map_size: int
+    views: Mapping[str, ViewPlan]
+    seed: int
 
     def __getitem__(self, work: _Work) -> Batch | _Failure:
-        image_BCHW = np.empty((len(work.index_B), 3, self.image_size, self.image_size), np.uint8)
-        priors: dict[str, NDArray[np.float32]] = {}
+        num_images = len(work.index_B)
+        views = {name: _View(plan, num_images) for name, plan in self.views.items()}
         for row, (index, epoch) in enumerate(zip(work.index_B.tolist(), work.epoch_B.tolist(), strict=True)):
             try:
-                seen_HWC, maps = self._sample(index, epoch)
-            except (UserError, StorageError) as error:  # says where and what to do already
+                self._read(index, epoch, row=row, views=views)
+            except (UserError, StorageError) as error:
                 return _Failure(str(error))
             except (ValueError, OSError) as error:
                 return _Failure(f"{self._place(index)}: {error}; restore the shard, or pack the images again")
-            image_BCHW[row] = seen_HWC.transpose(2, 0, 1)
-            for name, map_HWC in maps.items():
-                if row == 0:
-                    size_CHW = (map_HWC.shape[2], self.map_size, self.map_size)
-                    priors[name] = np.empty((len(image_BCHW), *size_CHW), np.float32)
-                priors[name][row] = map_HWC.transpose(2, 0, 1)
         return Batch(
-            image_BCHW=torch.from_numpy(image_BCHW),
-            label_B=torch.from_numpy(work.label_B),
+            views={name: view.finished() for name, view in views.items()},
+            targets={name: torch.from_numpy(target_B) for name, target_B in work.targets.items()},
             index_B=torch.from_numpy(work.index_B.copy()),  # the order may keep and share it
             epoch_B=torch.from_numpy(work.epoch_B.copy()),
-            priors={name: torch.from_numpy(prior_BCHW) for name, prior_BCHW in priors.items()},
         )
 
-    def _sample(self, index: int, epoch: int) -> tuple[NDArray[np.uint8], dict[str, NDArray[np.float32]]]:
+    def _read(self, index: int, epoch: int, *, row: int, views: "Mapping[str, _View]") -> None:
+        """Reads one sample, and puts all its views into row `row`."""
         sample = self.split.read(index)
         image_HWC = decode_image(sample.image)
-        view = self.view(image_HWC.shape[:2], epoch=epoch, index=index)
-        seen_HWC = apply_image(view, image_HWC, size=self.image_size)
-        if self.maps is None:
-            return seen_HWC, {}
-        maps = self.maps
-        return seen_HWC, {
-            name: apply_map(
-                view, map_HWC, size=self.map_size, nearest=maps.nearest(name), flip=partial(maps.flip, name)
-            )
-            for name, map_HWC in maps.read(index, sample).items()
-        }
+        maps = {} if self.maps is None else self.maps.read(index, sample)
+        rows = [(view, view.num_images * turn + row) for view in views.values() for turn in range(view.plan.count)]
+        augments = [view.plan.augment for view, _ in rows]
+        size = (image_HWC.shape[0], image_HWC.shape[1])
+        random = random_views([each for each in augments if each], size, seed=self.seed, epoch=epoch, index=index)
+        drawn = iter(random)
+        for (view, place), augment in zip(rows, augments, strict=True):
+            crop = next(drawn) if augment else centre_view(size)
+            view.image_BCHW[place] = apply_image(crop, image_HWC, size=view.plan.size).transpose(2, 0, 1)
+            for name, map_HWC in maps.items():
+                view.put_map(name, place, crop, map_HWC, reader=self.maps)
 
     def _place(self, index: int) -> str:
         shard, row = self.split.locate(index)
         return f"{self.split.url}/{self.split.info.shards[shard].name}, sample {self.split.index(shard).keys[row]!r}"
+
+
+class _View:
+    """The arrays of one kind of view, filled image by image."""
+
+    def __init__(self, plan: ViewPlan, num_images: int) -> None:
+        self.plan, self.num_images = plan, num_images
+        self.image_BCHW = np.empty((plan.count * num_images, 3, plan.size, plan.size), np.uint8)
+        self.maps: dict[str, NDArray[np.float32]] = {}
+
+    def put_map(self, name: str, row: int, crop: Crop, map_HWC: NDArray[Any], *, reader: MapReader | None) -> None:
+        assert reader is not None, "maps come from a reader"
+        size = self.plan.map_size
+        seen_HWC = apply_map(crop, map_HWC, size=size, nearest=reader.nearest(name), flip=partial(reader.flip, name))
+        if name not in self.maps:
+            self.maps[name] = np.empty((len(self.image_BCHW), seen_HWC.shape[2], size, size), np.float32)
+        self.maps[name][row] = seen_HWC.transpose(2, 0, 1)
+
+    def finished(self) -> View:
+        maps = {name: torch.from_numpy(map_BCHW) for name, map_BCHW in self.maps.items()}
+        return View(torch.from_numpy(self.image_BCHW), maps)
 
 
 def _load(reader: _Reader, work: Iterable[_Work], *, workers: int, prefetch: int) -> Generator[Batch, None, None]:

@@ -17,7 +17,7 @@ class Frozen:
     """Runs it in evaluation mode, in its precision, with fp32 outputs."""
 
     @torch.no_grad()
-    def predict(self, image_BCHW: Tensor, weight_B1HW: Tensor | None = None) -> dict[str, Tensor]:
+    def predict(self, *inputs: Tensor) -> dict[str, Tensor]:
         """The network's outputs, without gradients; every rank calls it equally often."""
-        outputs: dict[str, Tensor] = self.runner(image_BCHW, weight_B1HW)
+        outputs: dict[str, Tensor] = self.runner(*inputs)
         return outputs

@@ -83,3 +83,19 @@ class TrainingSettings(Config):
             return self.steps
         assert self.epochs is not None
         return max(1, round(self.epochs * num_samples / self.batch_size))
+
+    def divides(self, workers: int) -> bool:
+        """Whether so many workers share the batch equally, in whole micro-batches."""
+        return self.batch_size % ((self.micro_batch_size or 1) * workers) == 0
+
+    def check_division(self, key: str, fewest: int, most: int) -> None:
+        """Raises `ValueError` where no number of workers from `fewest` to `most` shares the batch equally."""
+        micro, batch = self.micro_batch_size, self.batch_size
+        if micro is not None and batch % micro:
+            raise ValueError(f"{key}.batch_size {batch} is no multiple of {key}.micro_batch_size {micro}")
+        if not any(self.divides(size) for size in range(fewest, most + 1)):
+            workers = f"{most}" if fewest == most else f"{fewest} to {most}"
+            raise ValueError(
+                f"{key}.batch_size {batch} does not divide among {workers} workers"
+                f"{f' in micro-batches of {micro}' if micro else ''}; take a multiple of {(micro or 1) * most}"
+            )

@@ -14,6 +14,14 @@ from dpkd.errors import UserError
 from dpkd.models.settings import ModelSettings
 from dpkd.models.weights import load_weights
 
+OWN_ARGUMENTS = {
+    "num_classes": "the classes of data.train",
+    "pretrained": "model.pretrained",
+    "checkpoint_path": "weights",
+    "features_only": "nothing: dpkd reads the last features of any model",
+}
+"""Arguments of `timm.create_model` that dpkd sets itself, and from what."""
+
 
 class Backbone(nn.Module):
     """A timm model as `timm`; its own weights and names stay, so that its state dict loads into plain timm.
@@ -21,25 +29,33 @@ class Backbone(nn.Module):
     Raises `UserError` where the model gives no grid of patch features, or its logits are no function of its embedding.
     """
 
-    def __init__(self, settings: ModelSettings, *, num_classes: int, image_size: int) -> None:
+    def __init__(
+        self, settings: ModelSettings, *, num_classes: int, image_size: int, weights: str | None = None
+    ) -> None:
         super().__init__()
         self.timm: Any = create_timm_model(settings, num_classes=num_classes, image_size=image_size)
+        if weights is not None:
+            load_weights(self.timm, weights)
         self.name = settings.name
         self.num_prefix_tokens = int(getattr(self.timm, "num_prefix_tokens", 0))
-        self._channels_last = False
-        self._probe(image_size, num_classes=num_classes)
+        self._image_size = image_size
+        self._probe(num_classes)
 
     def features(self, image_BCHW: Tensor) -> Tensor:
         """The model's last features, in its own layout."""
         features: Tensor = self.timm.forward_features(image_BCHW)
         return features
 
-    def patches(self, features: Tensor) -> Tensor:
-        """The features as a map BDHW: channels-last maps turned, prefix tokens dropped, tokens put on their grid."""
+    def patches(self, features: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """The features as a map BDHW: channels-last maps turned, prefix tokens dropped, tokens put on their grid.
+
+        The grid follows the (height, width) of the images that the features are of.
+        """
         if features.ndim == 4:
             return features.permute(0, 3, 1, 2) if self._channels_last else features
         patch_BND = features[:, self.num_prefix_tokens :]
-        return patch_BND.transpose(1, 2).unflatten(2, self.grid)
+        cells = (round(self.grid[axis] * image_size[axis] / self._image_size) for axis in (0, 1))
+        return patch_BND.transpose(1, 2).unflatten(2, tuple(cells))
 
     def embed(self, features: Tensor) -> Tensor:
         """What the model pools of its features before its classifier, BD."""
@@ -59,52 +75,46 @@ class Backbone(nn.Module):
         """Logits BK of embeddings; the mean over its classifiers where the model has several (LeViT)."""
         found = self.timm.get_classifier()
         classifiers = found if isinstance(found, (tuple, list, nn.ModuleList)) else (found,)
-        logits = [_apply_classifier(classifier, embedding_BD) for classifier in classifiers]
+        logits = []
+        for classifier in classifiers:
+            convolves = isinstance(classifier, nn.Conv2d)
+            logits.append(classifier(embedding_BD[:, :, None, None] if convolves else embedding_BD).flatten(1))
         return torch.stack(logits).mean(0) if len(logits) > 1 else logits[0]
 
     @torch.no_grad()
-    def _probe(self, image_size: int, *, num_classes: int) -> None:
+    def _probe(self, num_classes: int) -> None:
         """Runs one image through, learns the layout and widths, and checks that the face fits this model."""
-        was_training = self.timm.training
+        was_training, side = self.timm.training, self._image_size
         self.timm.eval()
-        parameter = next(self.timm.parameters())
-        image_BCHW = torch.linspace(-2, 2, 3 * image_size**2, device=parameter.device).view(
-            1, 3, image_size, image_size
-        )
+        device = next(self.timm.parameters()).device
+        image_BCHW = torch.linspace(-2, 2, 3 * side**2, device=device).view(1, 3, side, side)
         try:
             features = self.features(image_BCHW)
             embedding_BD = self.embed(features)
         except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-            raise UserError(
-                f"model {self.name!r} does not run on {image_size} px images: {_first_line(error)}"
-            ) from error
-        self._set_layout(features)
+            raise UserError(f"model {self.name!r} does not run on {side} px images: {_first_line(error)}") from error
+        if not isinstance(features, Tensor) or features.ndim not in (3, 4):
+            raise UserError(f"model {self.name!r} gives no grid of patch features; choose another model")
+        self._is_map, width = features.ndim == 4, int(self.timm.num_features)
+        self._channels_last = self._is_map and features.shape[1] != width and features.shape[3] == width
+        if self._is_map:
+            shape = features.shape[1:3] if self._channels_last else features.shape[2:]
+            self.grid = (int(shape[0]), int(shape[1]))
+        else:
+            num_patches = features.shape[1] - self.num_prefix_tokens
+            cells = round(num_patches**0.5)
+            if cells * cells != num_patches:
+                raise UserError(
+                    f"model {self.name!r} gives {num_patches} tokens, which are no square grid; choose another model"
+                )
+            self.grid = (cells, cells)
         if embedding_BD.ndim != 2:
             raise UserError(f"model {self.name!r} gives no embedding vector (global_pool is empty?); choose a pooling")
         self.embedding_dim = embedding_BD.shape[1]
-        self.patch_dim = self.patches(features).shape[1]
+        self.patch_dim = self.patches(features, (side, side)).shape[1]
         if num_classes and not self._classifies(image_BCHW, embedding_BD):
             raise UserError(f"the logits of model {self.name!r} are no function of its embedding; choose another model")
         self.timm.train(was_training)
-
-    def _set_layout(self, features: Tensor) -> None:
-        """Records whether features are a map or tokens, channels first or last, and the grid."""
-        if not isinstance(features, Tensor) or features.ndim not in (3, 4):
-            raise UserError(f"model {self.name!r} gives no grid of patch features; choose another model")
-        self._is_map = features.ndim == 4
-        width = int(self.timm.num_features)
-        if self._is_map:
-            self._channels_last = features.shape[1] != width and features.shape[3] == width
-            shape = features.shape[1:3] if self._channels_last else features.shape[2:]
-            self.grid = (int(shape[0]), int(shape[1]))
-            return
-        num_patches = features.shape[1] - self.num_prefix_tokens
-        side = round(num_patches**0.5)
-        if side * side != num_patches:
-            raise UserError(
-                f"model {self.name!r} gives {num_patches} tokens, which are no square grid; choose another model"
-            )
-        self.grid = (side, side)
 
     def _classifies(self, image_BCHW: Tensor, embedding_BD: Tensor) -> bool:
         """Whether `classify` of the embedding is what the model itself answers."""
@@ -112,13 +122,6 @@ class Backbone(nn.Module):
             return bool(torch.allclose(self.classify(embedding_BD), self.timm(image_BCHW), atol=1e-4, rtol=1e-3))
         except (RuntimeError, TypeError, LookupError):
             return False
-
-
-def _apply_classifier(classifier: nn.Module, embedding_BD: Tensor) -> Tensor:
-    if isinstance(classifier, nn.Conv2d):
-        embedding_BD = embedding_BD[:, :, None, None]
-    logits_BK: Tensor = classifier(embedding_BD)
-    return logits_BK.flatten(1)
 
 
 def create_timm_model(settings: ModelSettings, *, num_classes: int, image_size: int) -> nn.Module:
@@ -129,39 +132,23 @@ def create_timm_model(settings: ModelSettings, *, num_classes: int, image_size: 
     if not timm.is_model(settings.name):
         near = difflib.get_close_matches(settings.name, timm.list_models(), n=3, cutoff=0.5)
         raise UserError(f"model.name {settings.name!r} is no timm model; nearest: {', '.join(near) or 'none'}")
-    for name in ("num_classes", "pretrained", "checkpoint_path"):
-        if name in settings.arguments:
-            raise UserError(
-                f"model.arguments.{name} is set by dpkd itself (classes, model.pretrained, model.weights); drop it"
-            )
-    arguments: dict[str, Any] = {"img_size": image_size, **settings.arguments}
-    try:
-        return _create(settings, arguments, num_classes=num_classes)
-    except TypeError as error:
-        if "'img_size'" not in str(error) or "img_size" in settings.arguments:
-            raise _refused(settings, error) from error
+    for name in OWN_ARGUMENTS.keys() & settings.arguments.keys():
+        raise UserError(f"model.arguments.{name} is set by dpkd itself (from {OWN_ARGUMENTS[name]}); drop it")
     # Most convolutional models take any image size and do not know the argument.
-    try:
-        return _create(settings, settings.arguments, num_classes=num_classes)
-    except TypeError as error:
-        raise _refused(settings, error) from error
-
-
-def _create(settings: ModelSettings, arguments: dict[str, Any], *, num_classes: int) -> nn.Module:
-    try:
-        model: nn.Module = timm.create_model(
-            settings.name, pretrained=settings.pretrained, num_classes=num_classes, **arguments
-        )
-    except (RuntimeError, AssertionError, ValueError, KeyError, AttributeError, OSError) as error:
-        raise _refused(settings, error) from error
-    if settings.weights is not None:
-        load_weights(model, settings.weights)
-    return model
-
-
-def _refused(settings: ModelSettings, error: Exception) -> UserError:
-    given = ", ".join(f"{key}={value!r}" for key, value in settings.arguments.items()) or "no arguments"
-    return UserError(f"model.arguments: timm refuses {settings.name!r} with {given}: {_first_line(error)}")
+    for arguments in ({"img_size": image_size, **settings.arguments}, settings.arguments):
+        try:
+            model: nn.Module = timm.create_model(
+                settings.name, pretrained=settings.pretrained, num_classes=num_classes, **arguments
+            )
+        except (TypeError, RuntimeError, AssertionError, ValueError, KeyError, AttributeError, OSError) as error:
+            if isinstance(error, TypeError) and "'img_size'" in str(error) and "img_size" not in settings.arguments:
+                continue
+            given = ", ".join(f"{key}={value!r}" for key, value in settings.arguments.items()) or "no arguments"
+            raise UserError(
+                f"model.arguments: timm refuses {settings.name!r} with {given}: {_first_line(error)}"
+            ) from error
+        return model
+    raise AssertionError("the second call knows no img_size")
 
 
 def _first_line(error: Exception) -> str:

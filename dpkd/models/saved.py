@@ -8,7 +8,6 @@ The weights count only together with a `network.json` that names their checksum.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -23,7 +22,6 @@ from dpkd.models.settings import NetworkSpec
 from dpkd.models.weights import UNREADABLE
 
 FORMAT_VERSION = 1
-MAX_IMAGE_SIDE = 16_384
 WEIGHTS_NAME = "model.safetensors"
 SPEC_NAME = "network.json"
 
@@ -56,8 +54,8 @@ def load_network(folder: Path) -> tuple[NetworkSpec, Network]:
         raise UserError(f"{weights} is missing: run the stage that makes it again") from error
     if storage.digest(data) != checksum:
         raise UserError(f"{weights} is not what {SPEC_NAME} beside it describes: damaged; run its stage again")
-    _refuse_giant(spec, len(data), origin=folder / SPEC_NAME)
-    network = build_network(_without_start(spec), seed=0)
+    start = spec.model.model_copy(update={"pretrained": False})  # the weights on disk replace them all
+    network = build_network(spec.model_copy(update={"model": start}), seed=0)
     network.spec = spec
     try:
         state = safetensors.torch.load(data)
@@ -80,42 +78,6 @@ def _read_head(path: Path) -> tuple[NetworkSpec, str]:
         raise UserError(f"{path} is missing: there is no finished network in this folder") from error
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); run its stage again") from error
-
-
-def _without_start(spec: NetworkSpec) -> NetworkSpec:
-    """The spec without weights to start from: those on disk replace them all."""
-    return spec.model_copy(update={"model": spec.model.model_copy(update={"weights": None, "pretrained": False})})
-
-
-def _refuse_giant(spec: NetworkSpec, size_bytes: int, *, origin: Path) -> None:
-    """Raises `UserError` where the spec asks for more than weights of so many bytes hold, before any of it is built."""
-    numbers = _whole_numbers([spec.model.arguments, spec.targets, spec.teacher_dim, spec.teacher_patch_dim])
-    largest = max(numbers, default=0)
-    if largest > size_bytes or spec.image_size > MAX_IMAGE_SIDE:
-        raise UserError(
-            f"{origin} asks for a network on images of {spec.image_size:,} px, with numbers up to {largest:,}, and "
-            f"{WEIGHTS_NAME} beside it has {size_bytes:,} bytes: it is damaged, or was not written by dpkd"
-        )
-    plain = _without_start(spec).model_copy(update={"classes": ()})  # logits cannot be compared without numbers
-    try:
-        with torch.device("meta"):  # shapes alone, no memory
-            count = sum(parameter.numel() for parameter in Network(plain).parameters())
-    except (UserError, RuntimeError, TypeError):
-        return  # a model that cannot be built so; if it cannot be built at all, `build_network` says why
-    if count > size_bytes:
-        raise UserError(
-            f"{origin} asks for a network of {count:,} parameters, and {WEIGHTS_NAME} beside it has {size_bytes:,} "
-            "bytes: it is damaged, or was not written by dpkd"
-        )
-
-
-def _whole_numbers(tree: Any) -> list[int]:
-    """Those in lists and dicts inside one another, without their signs."""
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    if isinstance(tree, list | tuple):
-        return [number for each in tree for number in _whole_numbers(each)]
-    return [abs(tree)] if isinstance(tree, int) else []
 
 
 def _load_state(network: Network, state: dict[str, Tensor], *, origin: Path) -> None:

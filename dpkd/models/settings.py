@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from dpkd.config import Config
+from dpkd.config import TAKES_TEXT, Config
 
 
 class MeanPooling(Config):
@@ -28,15 +28,28 @@ Pooling = Annotated[MeanPooling | FigureGroundPooling, Field(discriminator="kind
 
 
 class ModelSettings(Config):
-    """A timm model by name; `arguments` go to `timm.create_model` as they are."""
+    """A timm model by name; `arguments` go to `timm.create_model` as they are. A plain text is the name."""
 
     name: str
     arguments: dict[str, Any] = {}
-    weights: str | None = None
-    """A local safetensors or PyTorch state dict to start from; none starts from scratch."""
     pretrained: bool = False
     """Start from timm's published weights (downloads them)."""
     pooling: Pooling = MeanPooling()
+
+
+def _named_model(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+Model = Annotated[ModelSettings, BeforeValidator(_named_model), TAKES_TEXT]
+"""Settings of a model, or its name alone."""
+
+
+class HeadSpec(Config):
+    """A linear head: on the embedding, or on each patch as a 1x1 convolution."""
+
+    reads: Literal["embedding", "patch"]
+    width: int = Field(ge=1)
 
 
 class NetworkSpec(Config):
@@ -49,13 +62,7 @@ class NetworkSpec(Config):
     mean: tuple[float, float, float]
     """Channel means of the training images, RGB in 0..1."""
     std: tuple[float, float, float]
-    targets: dict[str, int] = {}
-    """Channels of each prior map to predict: one linear head each."""
+    heads: dict[str, HeadSpec] = {}
+    """By the name of their output; the order is that in which weights are drawn."""
     attributes: tuple[str, ...] = ()
-    """Names of the attributes to predict from the embedding, in the order of the outputs; empty makes no head."""
-    regions: tuple[str, ...] = ()
-    """Names of the prior maps that regions are predicted after: one linear head each."""
-    teacher_dim: int | None = None
-    """Width of the teacher's embedding that `to_teacher` projects to; none makes no projections."""
-    teacher_patch_dim: int | None = None
-    """Width of the teacher's patch features where it is not `teacher_dim`."""
+    """Names of the attributes that the head `attributes` predicts, in the order of its outputs."""

@@ -1,15 +1,44 @@
-"""What an expert says of classes, learnt: attributes predicted from the embedding, and classes told apart by them.
+"""What an expert states of classes, learnt: attributes predicted from the embedding, and classes scored by them.
 
 Lampert et al. 2014 (direct attribute prediction), Akata et al. 2013 (ALE: a class is scored by a bilinear form of image
 and attributes), Koh et al. 2020 (concept bottleneck: attributes and classes learnt together).
 Axes: B sample, A attribute, K class.
 """
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal
+
+from dpkd.objectives.base import Context, Head, Needs, ObjectiveConfig, Weight
 from dpkd.objectives.supervised import supervised
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Attributes(ObjectiveConfig):
+    """Predicts the attributes that `data.attributes` gives the class of each labelled sample, from the embedding."""
+
+    kind: Literal["attributes"] = "attributes"
+    classify: Weight = 0.0
+    """Weight of cross-entropy over the trained classes, scored by the predicted attributes alone."""
+
+    def needs(self) -> Needs:
+        """A head for the attributes, and the table that describes the classes."""
+        return Needs(heads={"attributes": Head("embedding", "attributes")}, targets=("attributes",))
+
+    def loss(self, context: Context) -> dict[str, Tensor]:
+        """The weighted loss of predicting attributes, and of classifying by them."""
+        table, share = context.supervision.attributes, context.supervision.labelled_share
+        assert table is not None, "settings require a table of attributes"
+        logit_BA, label_B = context.student("attributes"), context.batch.targets["class"]
+        losses = {"predict": self.weight * predict_attributes(logit_BA, label_B, table.value_KA, labelled_share=share)}
+        if self.classify:
+            loss = classify_by_attributes(
+                logit_BA, label_B, weight_KA=table.weight_KA, bias_K=table.bias_K, labelled_share=share
+            )
+            losses["classify"] = self.weight * self.classify * loss
+        return losses
 
 
 def predict_attributes(logit_BA: Tensor, label_B: Tensor, value_KA: Tensor, *, labelled_share: float = 1.0) -> Tensor:
@@ -19,6 +48,9 @@ def predict_attributes(logit_BA: Tensor, label_B: Tensor, value_KA: Tensor, *, l
     every statement weighs the same, and the mean over micro-batches is the same however the batch is cut. Zero, with
     gradients, where no sample is labelled.
     """
+    import torch
+    import torch.nn.functional as F
+
     target_BA = value_KA[label_B.clamp(min=0)]
     known_BA = (label_B >= 0)[:, None] & ~target_BA.isnan()
     loss_BA = F.binary_cross_entropy_with_logits(

@@ -1,7 +1,34 @@
 """Distillation of embeddings. Axes: B sample, D features; feature_distance takes features along any dimension."""
 
-import torch.nn.functional as F
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from dpkd.objectives.base import Context, DistillationConfig, Head, Needs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class FeatureDistillation(DistillationConfig):
+    """`0.5 (1 - cosine) + 0.5 smooth-L1` between standardised embeddings (UNIC, Sariyildiz et al. 2024)."""
+
+    kind: Literal["features"] = "features"
+
+    def needs(self) -> Needs:
+        """A head as wide as the teacher's embedding."""
+        head = Head("embedding", "teacher.embedding")
+        return Needs(heads={teacher_head(self.teacher, "embedding"): head}, teacher=("embedding",))
+
+    def loss(self, context: Context) -> Tensor:
+        """The weighted distance."""
+        student_BD = context.student(teacher_head(self.teacher, "embedding"))
+        return self.weight * distil_embedding(student_BD, context.teacher("embedding"))
+
+
+def teacher_head(teacher: str | None, output: str) -> str:
+    """Name of the head that maps a student's features to a teacher's width: each teacher has its own."""
+    return f"to_teacher/{teacher}/{output}" if teacher else f"to_teacher/{output}"
 
 
 def distil_embedding(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
@@ -14,6 +41,8 @@ def distil_embedding(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
 
 def feature_distance(student: Tensor, teacher: Tensor, *, dim: int) -> Tensor:
     """`0.5 (1 - cosine) + 0.5 smooth-L1` of the standardised vectors along `dim`; float32 without that dimension."""
+    import torch.nn.functional as F
+
     student, teacher = standardise(student, dim=dim), standardise(teacher, dim=dim)
     cosine = F.cosine_similarity(student, teacher, dim=dim)
     return 0.5 * (1 - cosine) + 0.5 * F.smooth_l1_loss(student, teacher, reduction="none").mean(dim)

@@ -1,7 +1,31 @@
 """Distillation of logits. Axes: B sample, K class."""
 
-import torch.nn.functional as F
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from dpkd.objectives.base import Context, DistillationConfig, Needs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class LogitDistillation(DistillationConfig):
+    """`temperature² · KL(teacher ‖ student)` on softened logits (Hinton et al. 2015)."""
+
+    kind: Literal["logits"] = "logits"
+    temperature: float = Field(2.0, gt=0)
+
+    def needs(self) -> Needs:
+        """Logits of both networks."""
+        return Needs(student=("logits",), teacher=("logits",))
+
+    def loss(self, context: Context) -> Tensor:
+        """The weighted divergence."""
+        student_BK, teacher_BK = context.student("logits"), context.teacher("logits")
+        return self.weight * distil_logits(student_BK, teacher_BK, temperature=self.temperature)
 
 
 def distil_logits(student_BK: Tensor, teacher_BK: Tensor, *, temperature: float) -> Tensor:
@@ -9,6 +33,8 @@ def distil_logits(student_BK: Tensor, teacher_BK: Tensor, *, temperature: float)
 
     Hinton et al. 2015, section 2: the square keeps the gradient's size as the temperature changes.
     """
+    import torch.nn.functional as F
+
     student_BK = F.log_softmax(student_BK.float() / temperature, dim=1)
     teacher_BK = F.log_softmax(teacher_BK.float() / temperature, dim=1)
     return temperature**2 * F.kl_div(student_BK, teacher_BK, reduction="batchmean", log_target=True)

@@ -3,15 +3,45 @@
 Axes: B sample, C channel, H W height and width, N patches.
 """
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from __future__ import annotations
 
-from dpkd.models.resample import area_resample
-from dpkd.objectives.draws import mix, random_keys
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from dpkd.data.settings import GLOBAL
+from dpkd.objectives.base import Context, Head, Needs, ObjectiveConfig, Weight, hidden_view
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SPREAD_FLOOR = 0.05
 """Added to a map's standard deviation, so that a flat map is not blown up to noise."""
+
+
+class MaskedPrior(ObjectiveConfig):
+    """Predicts prior maps from the patch features of a partly masked view (MaskFeat, Wei et al. 2022)."""
+
+    kind: Literal["masked_prior"] = "masked_prior"
+    mask_ratio: float = Field(0.4, ge=0, lt=1)
+    """Share of patches hidden; 0 predicts the maps of the whole view, with no second view."""
+    targets: dict[str, Weight] = Field({"hog": 1.0}, min_length=1)
+    """Weight of each prior map to predict; `hog` need not be prepared."""
+
+    def needs(self) -> Needs:
+        """A head and a map for each target, and the partly hidden view."""
+        heads = {f"prior/{name}": Head("patch", f"map.{name}") for name in self.targets}
+        return Needs(heads=heads, maps=tuple(self.targets), hidden_share=self.mask_ratio)
+
+    def loss(self, context: Context) -> dict[str, Tensor]:
+        """The weighted error of each map."""
+        view = hidden_view(self.mask_ratio) if self.mask_ratio else GLOBAL
+        losses = {}
+        for name, weight in self.targets.items():
+            prediction_BCHW = context.student(f"prior/{name}", view=view)
+            target_BCHW = prior_target(context.map(name), (prediction_BCHW.shape[2], prediction_BCHW.shape[3]))
+            losses[name] = self.weight * weight * masked_prior(prediction_BCHW, target_BCHW, context.masks.get(view))
+        return losses
 
 
 def random_patch_mask(index_B: Tensor, *, step: int, grid: tuple[int, int], ratio: float, seed: int) -> Tensor:
@@ -19,6 +49,10 @@ def random_patch_mask(index_B: Tensor, *, step: int, grid: tuple[int, int], rati
 
     A function of seed, step and sample index alone: the same on any rank, device and cut of the batch.
     """
+    import torch
+
+    from dpkd.objectives.draws import mix, random_keys
+
     num_patches = grid[0] * grid[1]
     position_N = torch.arange(num_patches, device=index_B.device)
     key_B = random_keys(index_B, step=step, seed=seed)
@@ -28,6 +62,8 @@ def random_patch_mask(index_B: Tensor, *, step: int, grid: tuple[int, int], rati
 
 def hide_patches(image_BCHW: Tensor, mask_B1HW: Tensor) -> Tensor:
     """The normalised images with hidden patches set to zero, the mean colour."""
+    import torch.nn.functional as F
+
     height, width = image_BCHW.shape[2:]
     hidden_B1HW = F.interpolate(mask_B1HW.to(image_BCHW.dtype), size=(height, width), mode="nearest-exact")
     return image_BCHW * (1 - hidden_B1HW)
@@ -35,6 +71,8 @@ def hide_patches(image_BCHW: Tensor, mask_B1HW: Tensor) -> Tensor:
 
 def prior_target(map_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
     """The map averaged over each patch, then standardised for each sample and channel over the grid; float32."""
+    from dpkd.models.resample import area_resample
+
     target_BCHW = area_resample(map_BCHW, grid)
     spread_BC11 = target_BCHW.std((2, 3), keepdim=True, correction=0)
     return (target_BCHW - target_BCHW.mean((2, 3), keepdim=True)) / (spread_BC11 + SPREAD_FLOOR)
@@ -45,6 +83,8 @@ def masked_prior(prediction_BCHW: Tensor, target_BCHW: Tensor, mask_B1HW: Tensor
 
     A target that is not known (NaN) counts as met, so that a batch means the same however it is cut.
     """
+    import torch
+
     prediction_BCHW = prediction_BCHW.float()
     met_BCHW = torch.where(target_BCHW.isnan(), prediction_BCHW.detach(), target_BCHW)
     error_B1HW = (prediction_BCHW - met_BCHW).square().mean(1, keepdim=True)

@@ -1,10 +1,39 @@
 """Distillation of patch features, figure and boundaries first. Axes: B sample, D features, H W patch grid."""
 
-import torch.nn.functional as F
-from torch import Tensor
+from __future__ import annotations
 
-from dpkd.models.resample import area_resample
-from dpkd.objectives.features import feature_distance
+from typing import TYPE_CHECKING, Literal
+
+from dpkd.objectives.base import Context, DistillationConfig, Head, Needs, Weight
+from dpkd.objectives.features import feature_distance, teacher_head
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class PatchDistillation(DistillationConfig):
+    """Distance between patch features, patch i weighted by `1 + saliency · S_i + edge · E_i`."""
+
+    kind: Literal["patches"] = "patches"
+    saliency: Weight = 1.0
+    edge: Weight = 2.0
+
+    def needs(self) -> Needs:
+        """A head as wide as the teacher's patch features, and the maps of those weights that are not 0."""
+        maps = tuple(name for name, weight in (("saliency", self.saliency), ("edge", self.edge)) if weight)
+        head = Head("patch", "teacher.patch")
+        return Needs(heads={teacher_head(self.teacher, "patch"): head}, teacher=("patch",), maps=maps, amounts=maps)
+
+    def loss(self, context: Context) -> Tensor:
+        """The weighted distance."""
+        weight_B1HW = patch_weight(
+            saliency_B1HW=context.map("saliency") if self.saliency else None,
+            edge_B1HW=context.map("edge") if self.edge else None,
+            saliency=self.saliency,
+            edge=self.edge,
+        )
+        student_BDHW = context.student(teacher_head(self.teacher, "patch"))
+        return self.weight * distil_patches(student_BDHW, context.teacher("patch"), weight_B1HW)
 
 
 def distil_patches(student_BDHW: Tensor, teacher_BDHW: Tensor, weight_B1HW: Tensor | None = None) -> Tensor:
@@ -14,6 +43,8 @@ def distil_patches(student_BDHW: Tensor, teacher_BDHW: Tensor, weight_B1HW: Tens
     Dividing by each sample's own sum keeps the loss the same however the batch is cut. Re-weighting near figure and
     boundary: Yang et al. 2022 (FGD), Liu et al. 2024 (BPKD).
     """
+    from dpkd.models.resample import area_resample
+
     grid = (teacher_BDHW.shape[2], teacher_BDHW.shape[3])
     student_BDHW = resample_features(student_BDHW, grid)
     distance_BHW = feature_distance(student_BDHW, teacher_BDHW, dim=1)
@@ -36,6 +67,8 @@ def patch_weight(
 
 def resample_features(patch_BDHW: Tensor, grid: tuple[int, int]) -> Tensor:
     """Feature maps on another grid: averaged with a triangle filter when shrinking, bilinear when growing."""
+    import torch.nn.functional as F
+
     if (patch_BDHW.shape[2], patch_BDHW.shape[3]) == grid:
         return patch_BDHW
     return F.interpolate(patch_BDHW.float(), size=grid, mode="bilinear", align_corners=False, antialias=True)

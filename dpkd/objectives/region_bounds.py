@@ -1,16 +1,21 @@
-"""What an expert says of a region, as bounds on its statistics.
+"""What an expert states of a region, as bounds on its statistics.
 
 Constrained CNNs (Pathak et al. 2015) with the quadratic penalty of Kervadec et al. 2019 (size constraints), which is
 differentiable and needs no label. The region is the sigmoid of a logit, so a probability with a gradient everywhere; a
 clamp would have none beyond 0 and 1, where bounds have to pull. Axes: B sample, H W rows and columns of the grid.
 """
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from __future__ import annotations
 
-from dpkd.models.resample import area_resample
-from dpkd.objectives.settings import COLOUR_STATISTICS, STATISTICS
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+
+from dpkd.config import Config
+from dpkd.objectives.base import Context, Head, Needs, ObjectiveConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SMALLEST = 1e-6
 """Total weight of an empty region, in cells: where there is none, positions and colours mean nothing."""
@@ -21,12 +26,107 @@ XYZ_OF_RGB = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0
 """Linear sRGB to CIE XYZ, D65."""
 WHITE_XYZ = (0.950456, 1.0, 1.088754)
 
+STATISTICS: dict[str, tuple[float, float]] = {
+    "area": (0, 1),
+    "row": (0, 1),
+    "column": (0, 1),
+    "compactness": (0, 1),
+    "red": (0, 1),
+    "green": (0, 1),
+    "blue": (0, 1),
+    "lightness": (0, 100),
+    "a": (-128, 128),
+    "b": (-128, 128),
+}
+"""What is measured of a predicted region (`region_statistic` defines each), with the least and greatest it can be."""
+
+COLOUR_STATISTICS = ("red", "green", "blue", "lightness", "a", "b")
+
+
+class Bound(Config):
+    """What an expert says of a region: a statistic of it is at least, or at most, so much."""
+
+    statistic: Literal["area", "row", "column", "compactness", "red", "green", "blue", "lightness", "a", "b"]
+    at_least: float | None = None
+    at_most: float | None = None
+    classes: tuple[str, ...] = ()
+    """Samples with a visible label of these classes alone; none binds every image, labelled or not."""
+
+    @model_validator(mode="after")
+    def _can_be_met(self) -> Bound:
+        low, high = STATISTICS[self.statistic]
+        given = {"at_least": self.at_least, "at_most": self.at_most}
+        for key, value in given.items():
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{key} {value:g} is out of range: {self.statistic} lies between {low:g} and {high:g}")
+        if self.at_least is None and self.at_most is None:
+            raise ValueError(f"bounds {self.statistic} by nothing: give at_least, at_most, or both")
+        if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
+            raise ValueError(f"at_least {self.at_least:g} is above at_most {self.at_most:g}: no region can be both")
+        return self
+
+
+class RegionBounds(ObjectiveConfig):
+    """Predicts a region from the patch features: like a prior map where that is known, within bounds everywhere.
+
+    `weight` is that of the penalty on statistics out of bounds.
+    """
+
+    kind: Literal["region_bounds"] = "region_bounds"
+    of: str
+    """A prior map of one channel of amounts in [0, 1], such as `saliency` or `expert-mask`."""
+    fit: float = Field(1.0, gt=0)
+    """Weight of the cross-entropy between the region and the map."""
+    bounds: tuple[Bound, ...] = Field(min_length=1)
+
+    def needs(self) -> Needs:
+        """A head for the region, its map, and samples of the classes that bounds name."""
+        colours = [bound.statistic for bound in self.bounds if bound.statistic in COLOUR_STATISTICS]
+        return Needs(
+            heads={f"region/{self.of}": Head("patch", 1)},
+            maps=(self.of,),
+            amounts=(self.of,),
+            classes={f"bounds.{place}.classes": bound.classes for place, bound in enumerate(self.bounds)},
+            own_colours=f"bounds {colours[0]}" if colours else None,
+        )
+
+    def loss(self, context: Context) -> dict[str, Tensor]:
+        """The weighted fit to the map, and the penalty of each bounded statistic."""
+        logit_B1HW = context.student(f"region/{self.of}")
+        losses = {"fit": self.fit * fit_region(logit_B1HW, context.map(self.of))}
+        region_B1HW, image_BCHW = logit_B1HW.float().sigmoid(), context.image()
+        for bound in self.bounds:
+            penalty = bound_penalty(
+                region_statistic(bound.statistic, region_B1HW, image_BCHW),
+                statistic=bound.statistic,
+                at_least=bound.at_least,
+                at_most=bound.at_most,
+                bound_B=_samples_of(bound.classes, context),
+            )
+            losses[bound.statistic] = losses.get(bound.statistic, 0) + self.weight * penalty
+        return losses
+
+
+def _samples_of(classes: tuple[str, ...], context: Context) -> Tensor | None:
+    """Which samples have a visible label of these classes, bool B; all where no class is named."""
+    import torch
+
+    if not classes:
+        return None
+    label_B, names = context.batch.targets["class"], context.supervision.class_names
+    return torch.isin(label_B, torch.tensor([names.index(name) for name in classes], device=label_B.device))
+
 
 def fit_region(logit_B1HW: Tensor, map_B1HW: Tensor) -> Tensor:
     """Binary cross-entropy between the region and a prior map of any size, its mean over samples and cells; a scalar.
 
     A map that is not known (NaN) counts nothing, so that a batch means the same however it is cut.
     """
+    import torch
+    import torch.nn.functional as F
+
+    from dpkd.models.resample import area_resample
+
     map_B1HW = area_resample(map_B1HW, (logit_B1HW.shape[2], logit_B1HW.shape[3]))
     known_B1HW = ~map_B1HW.isnan()
     target_B1HW = torch.where(known_B1HW, map_B1HW.clamp(0, 1), 0.5)
@@ -46,6 +146,8 @@ def bound_penalty(
 
     With `bound_B` (bool) only those samples are bound; the others count as met. A scalar.
     """
+    import torch
+
     low, high = STATISTICS[statistic]
     penalty_B = torch.zeros_like(value_B)
     if at_least is not None:
@@ -62,6 +164,10 @@ def region_statistic(name: str, region_B1HW: Tensor, image_BCHW: Tensor) -> Tens
     `compactness` see there; `red`, `green`, `blue` in 0..1 and `lightness`, `a`, `b` of CIE L*a*b* (D65) the mean
     colours over the region of the uint8 RGB images, averaged to the grid.
     """
+    import torch
+
+    from dpkd.models.resample import area_resample
+
     region_BHW = region_B1HW.squeeze(1)
     if name == "area":
         return region_BHW.mean((1, 2))
@@ -86,6 +192,9 @@ def compactness(region_BHW: Tensor) -> Tensor:
     Gradients are taken between four neighbours: exact for edges along axes and diagonals, but each corner is cut by
     half a cell, so that few cells look rounder than they are: 3 x 3 cells have 0.96, 2 x 2 1.08, a single one 1.57.
     """
+    import torch
+    import torch.nn.functional as F
+
     padded_BHW = F.pad(region_BHW, (1, 1, 1, 1))
     upper_left, upper_right = padded_BHW[:, :-1, :-1], padded_BHW[:, :-1, 1:]
     lower_left, lower_right = padded_BHW[:, 1:, :-1], padded_BHW[:, 1:, 1:]
@@ -104,6 +213,8 @@ def _colour(name: str, rgb_B3HW: Tensor) -> Tensor:
 
 def lab(rgb_B3HW: Tensor) -> Tensor:
     """CIE L*a*b* (D65) of sRGB in 0..1: L in 0..100; B3HW."""
+    import torch
+
     linear_B3HW = torch.where(rgb_B3HW > 0.04045, ((rgb_B3HW + 0.055) / 1.055) ** 2.4, rgb_B3HW / 12.92)
     to_xyz = torch.tensor(XYZ_OF_RGB, dtype=rgb_B3HW.dtype, device=rgb_B3HW.device)
     white_311 = torch.tensor(WHITE_XYZ, dtype=rgb_B3HW.dtype, device=rgb_B3HW.device)[:, None, None]

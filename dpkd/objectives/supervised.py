@@ -1,8 +1,40 @@
 """Cross-entropy on visible labels. Axes: B sample, K class, N all samples of a split."""
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from dpkd.objectives.base import Context, Needs, ObjectiveConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Supervised(ObjectiveConfig):
+    """Cross-entropy on the visible labels; samples without one do not count."""
+
+    kind: Literal["supervised"] = "supervised"
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    balance: Literal["none", "logit_adjusted"] = "none"
+    """`logit_adjusted` adds `tau * log(class prior)` to the logits (Menon et al. 2021); tau 1 is balanced softmax."""
+    tau: float = Field(1.0, ge=0)
+
+    def needs(self) -> Needs:
+        """Logits and visible labels."""
+        return Needs(student=("logits",), targets=("class",))
+
+    def loss(self, context: Context) -> Tensor:
+        """The weighted cross-entropy."""
+        return self.weight * supervised(
+            context.student("logits"),
+            context.batch.targets["class"],
+            labelled_share=context.supervision.labelled_share,
+            label_smoothing=self.label_smoothing,
+            log_prior_K=context.supervision.log_prior_K if self.balance == "logit_adjusted" else None,
+            tau=self.tau,
+        )
 
 
 def supervised(
@@ -21,6 +53,8 @@ def supervised(
     logits are adjusted by `tau * log prior` (Menon et al. 2021, eq. 10; tau 1 is balanced softmax, Ren et al. 2020).
     Zero, with gradients, where no sample is labelled.
     """
+    import torch.nn.functional as F
+
     assert labelled_share > 0, "supervised loss without a labelled sample in the split"
     if log_prior_K is not None:
         logits_BK = logits_BK + tau * log_prior_K
@@ -35,5 +69,7 @@ def log_class_prior(label_N: Tensor, num_classes: int) -> Tensor:
 
     A class without a label counts as half a sample, so that its logit stays finite.
     """
+    import torch
+
     count_K = torch.bincount(label_N[label_N >= 0], minlength=num_classes).double().clamp(min=0.5)
     return (count_K / count_K.sum()).log().float()

@@ -277,8 +277,8 @@ def _load_timm(model: TimmModel, *, size: int, device: str) -> Run:
     from dpkd.models.backbone import Backbone  # noqa: PLC0415
     from dpkd.models.settings import ModelSettings  # noqa: PLC0415
 
-    settings = ModelSettings(name=model.name, arguments=model.arguments, weights=model.file)
-    backbone = Backbone(settings, num_classes=0, image_size=size)
+    settings = ModelSettings(name=model.name, arguments=model.arguments)
+    backbone = Backbone(settings, num_classes=0, image_size=size, weights=model.file)
     if model.output == "attention" and not attends(backbone):
         raise UserError(f"the timm model {model.name!r} has no class attention that can be read; set output=energy")
     backbone = backbone.eval().to(device)
@@ -286,7 +286,7 @@ def _load_timm(model: TimmModel, *, size: int, device: str) -> Run:
         torch.set_num_threads(1)  # the pool has a process for every core
 
     def patches(image_BCHW: "Tensor") -> "Tensor":
-        return backbone.patches(backbone.features(image_BCHW))
+        return backbone.patches(backbone.features(image_BCHW), (size, size))
 
     @torch.no_grad()
     def run(image_BCHW: Array) -> Array:

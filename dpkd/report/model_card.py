@@ -42,32 +42,20 @@ this card, takes the map as its second input, `weight`.
 
 def model_card(
     name: str,
-    table: dict[str, Any],
     *,
-    evaluation: dict[str, Any],
+    evaluation: dict[str, Any] | None,
     spec: dict[str, Any],
     onnx_difference: float | None,
 ) -> str:
-    """The card as Markdown with the Hugging Face front matter; `table` is the student's part of `evaluation.json`."""
-    teacher, protocol, side = evaluation["teacher"], evaluation["protocol"], spec["image_size"]
-    mean, std = (", ".join(f"{value:.4f}" for value in spec[key]) for key in ("mean", "std"))
-    what = (
-        f"A `{spec['model']['name']}` of {count_words(table['parameters'])} parameters for {side} px images and "
-        f"{len(spec['classes'])} classes, distilled with dpkd from a `{teacher['model']}` of "
-        f"{count_words(teacher['parameters'])} parameters.\n"
-    )
-    conditions = (
-        f"Mean and 95 % interval over {protocol['episodes']:,} episodes of {protocol['way']} classes with "
-        f"{protocol['queries']} queries each; {protocol['classifier'].replace('_', ' ')} on embeddings after "
-        f"`{protocol['transform']}`, seed {protocol['seed']}. {rate_words(table['images_per_s'])} images/s on "
-        f"{evaluation['device']}, decoding not counted.\n"
-    )
-    preprocessing = (
-        f"Preprocessing: the largest centred square, resized to {side} x {side}, RGB in 0 … 1, minus mean ({mean}), "
-        f"divided by standard deviation ({std}); `config.json` holds it for timm.\n"
-    )
-    parts = [FRONT_MATTER, f"# {name}\n", what, "## Numbers\n", _few_shot_table(table), conditions]
-    parts += ["## Use\n", USAGE.format(folder=name), preprocessing]
+    """The card as Markdown with the Hugging Face front matter; numbers where `evaluation.json` has been made."""
+    parts = [
+        FRONT_MATTER,
+        f"# {name}\n",
+        *_measured(name, evaluation, spec),
+        "## Use\n",
+        USAGE.format(folder=name),
+        _preprocessing(spec),
+    ]
     if onnx_difference is not None:
         parts.append(
             "`model.onnx` takes normalised images of any batch size; its outputs differ from PyTorch's by at most "
@@ -78,16 +66,48 @@ def model_card(
     return "\n".join(parts)
 
 
-def _few_shot_table(table: dict[str, Any]) -> str:
-    settings = list(next(iter(table["few_shot"].values())))
-    lines = ["| | split | " + " | ".join(settings) + " |", "|---|---|" + "---|" * len(settings)]
-    titles = {
-        "few_shot": "with its prior map" if "plain_pooling" in table else "few-shot accuracy",
-        "plain_pooling": "as timm pools",
-        "over_baseline": "gain over the same network on labels alone",
-    }
-    for key, title in titles.items():
-        for split, scores in table.get(key, {}).items():
-            cells = (percent(score, sign="+" if key == "over_baseline" else "") for score in scores.values())
-            lines.append(f"| {title} | {split} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def _measured(name: str, evaluation: dict[str, Any] | None, spec: dict[str, Any]) -> list[str]:
+    if evaluation is None:
+        return []
+    table = evaluation["students"][name]
+    teachers = " and ".join(
+        f"a `{teacher['model']}` of {count_words(teacher['parameters'])} parameters"
+        for teacher in evaluation["teachers"].values()
+    )
+    what = (
+        f"A `{spec['model']['name']}` of {count_words(table['parameters'])} parameters for {spec['image_size']} px "
+        f"images and {len(spec['classes'])} classes, distilled with dpkd from {teachers or 'no teacher'}.\n"
+    )
+    return [what, "## Numbers\n", *_numbers(table, evaluation)]
+
+
+def _numbers(table: dict[str, Any], evaluation: dict[str, Any]) -> list[str]:
+    protocol = evaluation["protocol"]
+    rows = {"with its prior map" if "plain_pooling" in table else "few-shot accuracy": table["few_shot"]}
+    if "plain_pooling" in table:
+        rows["as timm pools"] = table["plain_pooling"]
+    if "over_baseline" in table:
+        rows["gain over the same network on labels alone"] = table["over_baseline"]
+    lines = ["| | split | " + " | ".join(next(iter(table["few_shot"].values()))) + " |"]
+    lines.append("|---|---|" + "---|" * len(next(iter(table["few_shot"].values()))))
+    for title, splits in rows.items():
+        sign = "+" if title.startswith("gain") else ""
+        for split, scores in splits.items():
+            lines.append(
+                f"| {title} | {split} | " + " | ".join(percent(each, sign=sign) for each in scores.values()) + " |"
+            )
+    conditions = (
+        f"Mean and 95 % interval over {protocol['episodes']:,} episodes of {protocol['way']} classes with "
+        f"{protocol['queries']} queries each; {protocol['classifier'].replace('_', ' ')} on embeddings after "
+        f"`{protocol['transform']}`, seed {protocol['seed']}. {rate_words(table['images_per_s'])} images/s on "
+        f"{evaluation['device']}, decoding not counted.\n"
+    )
+    return ["\n".join(lines) + "\n", conditions]
+
+
+def _preprocessing(spec: dict[str, Any]) -> str:
+    mean, std = (", ".join(f"{value:.4f}" for value in spec[key]) for key in ("mean", "std"))
+    return (
+        f"Preprocessing: the largest centred square, resized to {spec['image_size']} x {spec['image_size']}, RGB in "
+        f"0 … 1, minus mean ({mean}), divided by standard deviation ({std}); `config.json` holds it for timm.\n"
+    )

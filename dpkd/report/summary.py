@@ -58,7 +58,7 @@ def print_summary(folder: Path) -> None:
 def final_words(summary: dict[str, Any]) -> str:
     """What a run ends with on the screen: the table, the exported students, the TensorBoard command."""
     lines = []
-    if "teacher" in summary:
+    if "protocol" in summary:
         lines += [_heading(summary), "", *_aligned(_few_shot_table(summary))]
     if summary["exports"]:
         lines += ["", "exported students (timm folder, ONNX):", *(f"  {path}" for path in summary["exports"].values())]
@@ -71,7 +71,7 @@ def final_words(summary: dict[str, Any]) -> str:
 def markdown(summary: dict[str, Any]) -> str:
     """The content of `summary.md`."""
     lines = [f"# Run {summary['run']}", ""]
-    if "teacher" in summary:
+    if "protocol" in summary:
         lines += [figures_markdown(summary), ""]
     stages = [[name, stage["status"], duration(stage["seconds"])] for name, stage in summary["stages"].items()]
     lines += ["## Stages", "", *_piped([["stage", "status", "time"], *stages])]
@@ -107,9 +107,8 @@ def figures_markdown(evaluation: dict[str, Any]) -> str:
 
 def networks(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Every network's table under the name that people read."""
-    named = {"teacher": summary["teacher"]}
-    if "live_teacher" in summary:
-        named["teacher, after distilling"] = summary["live_teacher"]
+    named = dict(summary["teachers"])
+    named |= {f"{name}, after distilling": teacher for name, teacher in summary.get("live_teachers", {}).items()}
     for name, student in summary["students"].items():
         named[f"student {name}"] = student
         if name in summary["baselines"]:
@@ -118,17 +117,22 @@ def networks(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _heading(summary: dict[str, Any]) -> str:
-    protocol, split = summary["protocol"], summary["splits"]["test"]
+    protocol, split = summary["protocol"], _report_split(summary)
     return (
         f"Few-shot accuracy on {split}: {protocol['way']} classes an episode, the same {protocol['episodes']:,} "
         f"episodes for all, mean ± 95 % interval; images/s on {summary['device']}"
     )
 
 
+def _report_split(summary: dict[str, Any]) -> str:
+    """The test split, or the validation split where there is no other."""
+    return str(summary["splits"]["test"] or summary["splits"]["val"])
+
+
 def _few_shot_table(summary: dict[str, Any]) -> Table:
     """A row a network with its accuracy on the test split, then the students' gains over labels alone."""
-    split = summary["splits"]["test"]
-    settings = list(summary["teacher"]["few_shot"][split])
+    split = _report_split(summary)
+    settings = list(next(iter(networks(summary).values()))["few_shot"][split])
     shots = [key.split("_")[1].replace("shot", "-shot") for key in settings]
     rows = [["", "parameters", "images/s", *shots]]
     for name, network in networks(summary).items():

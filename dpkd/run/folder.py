@@ -39,8 +39,7 @@ class RunFolder:
         self.path = Path(path)
         self.attempt = attempt
         self._checkpoints = checkpoints or str(self.path / "checkpoints")
-        self.teacher = self.path / "teacher"
-        self.live_teacher = self.path / "teacher-live"
+        self.live_teachers = self.path / "teachers-live"
         self.students = self.path / "students"
         self.baselines = self.path / "baselines"
         self.export = self.path / "export"
@@ -94,13 +93,18 @@ class RunFolder:
         """Where what happens is written down, as of this attempt."""
         return EventLog(self.events, attempt=None if self.attempt is None else str(self.attempt))
 
-    def network(self, name: str) -> Path:
-        """Folder of a trained network by its name in the loop: `teacher`, `student-<name>`, `baseline-<name>`.
+    def teacher(self, name: str) -> Path:
+        """Folder of a teacher as its stage made it."""
+        return self.path / "teachers" / name
 
-        A teacher trained on while distilling stands apart from the one that the stage teach made.
+    def network(self, name: str) -> Path:
+        """Folder of a network by its name while distilling: `student-<name>`, `baseline-<name>`, or a live teacher's.
+
+        A teacher trained on while distilling is kept apart from the one that its own stage made.
         """
         kind, _, rest = name.partition("-")
-        return {"student": self.students / rest, "baseline": self.baselines / rest, "teacher": self.live_teacher}[kind]
+        parent = {"student": self.students, "baseline": self.baselines}.get(kind)
+        return self.live_teachers / name if parent is None else parent / rest
 
     def sample_log(self, stage: str) -> Path:
         """Folder of the logs of the samples that a stage used."""
@@ -126,10 +130,9 @@ class RunFolder:
             ) from None
 
     def is_done(self, stage: str, given: dict[str, Any]) -> bool:
-        """Whether the stage finished with just these settings, and what it made is still as it made it."""
+        """Whether the stage finished with just these settings; `faults` checks what it made."""
         record = self.stages().get(stage)
-        finished = record is not None and record["status"] == "done" and record["given"] == _as_json(given)
-        return finished and not self.faults(stage)
+        return record is not None and record["status"] == "done" and record["given"] == _as_json(given)
 
     def faults(self, stage: str) -> list[str]:
         """What is wrong with the files that the stage made when it was done; nothing before. Reads them all."""

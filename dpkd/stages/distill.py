@@ -1,33 +1,50 @@
-"""Distillation: one teacher, several students at once, and for comparison the same students on labels alone.
+"""Distillation: students at once under their teachers, and for comparison the same students on labels alone.
 
-Makes `students/<name>`, `baselines/<name>`, and `teacher-live/` where the teacher goes on learning. A baseline is one
-more network in the same loop, so it sees the same images in the same views, for the same steps.
+Makes `students/<name>`, `baselines/<name>`, and `teachers-live/<name>` for a teacher that goes on learning. A baseline
+is one more network in the same loop, so it sees the same images in the same views, for the same steps.
 """
 
-from dpkd.backends.engines import make_frozen
-from dpkd.engine.frozen import Frozen
 from dpkd.models.network import Network
-from dpkd.models.saved import load_network, save_network
+from dpkd.models.saved import save_network
 from dpkd.models.settings import MeanPooling
-from dpkd.objectives.settings import Supervised
-from dpkd.settings import DistillSettings, StudentSettings, TeachSettings
-from dpkd.stages.run import Run, TrainingSet, training_set
-from dpkd.stages.teach import NAME as TEACHER
-from dpkd.stages.training import make_learner, network_spec, new_network, run_training, supervision
-from dpkd.train.task import DistillTask, Learner
+from dpkd.objectives.supervised import Supervised
+from dpkd.settings import DistillSettings, StudentSettings
+from dpkd.stages.run import Run, TrainingSet, supervision, training_set
+from dpkd.stages.teach import followed_teachers, frozen
+from dpkd.stages.training import Stage, make_learner, network_spec, new_network, teacher_network
+from dpkd.train.task import Learner, Predictor, Task
 
 
-def distill(run: Run, settings: DistillSettings, *, teach: TeachSettings) -> None:
+def distill(run: Run) -> None:
     """Trains all students and baselines, going on from the newest checkpoint, and saves their weights."""
-    wanted = [loss for student in settings.students.values() for loss in student.losses]
-    data = training_set(run, settings.training, wanted)
-    _, network = load_network(run.folder.teacher)
-    teacher = _teacher(run, network, data, settings=settings, teach=teach)
-    students = _students(run, network, data, settings)
-    task = DistillTask(
-        students, teacher=teacher, teacher_name=TEACHER, supervision=supervision(run, data), seed=run.seed
+    settings = run.settings.distill
+    objectives = [objective for student in settings.students.values() for objective in student.objectives]
+    data = training_set(run, settings.training, objectives)
+    total_steps = settings.training.num_steps(data.num_samples)
+    followed = followed_teachers(objectives, run.settings.teachers)
+    learning = [name for name, teacher in run.settings.teachers.items() if teacher.during_distill != "frozen"]
+    networks = {name: teacher_network(run, name) for name in dict.fromkeys([*followed, *learning])}
+    learners: dict[str, Learner] = {}
+    teachers: dict[str, Predictor] = {}
+    for name, network in networks.items():
+        teacher = run.settings.teachers[name]
+        if teacher.during_distill == "frozen":
+            teachers[name] = frozen(run, name, network, settings.training)
+            continue
+        learners[name] = make_learner(
+            run, network, settings=teacher, training=settings.training, total_steps=total_steps
+        )
+        if teacher.during_distill == "ema":
+            teachers[name] = learners[name]
+    learners |= _students(run, networks, data, settings, total_steps=total_steps)
+    task = Task(
+        learners,
+        teachers=teachers,
+        live_teachers=[name for name in networks if name not in teachers],
+        supervision=supervision(run, data),
+        seed=run.seed,
     )
-    run_training(run, task, data, stage="distill", training=settings.training, augment=settings.augment)
+    Stage(run, task, data, "distill", settings.training, settings.augment).execute()
     for name, learner in task.learners.items():
         weights = learner.engine.weights()
         if run.world.rank == 0:
@@ -36,37 +53,20 @@ def distill(run: Run, settings: DistillSettings, *, teach: TeachSettings) -> Non
     run.world.barrier()
 
 
-def _teacher(
-    run: Run, network: Network, data: TrainingSet, *, settings: DistillSettings, teach: TeachSettings
-) -> Frozen | Learner:
-    if settings.teacher == "frozen":
-        precision = run.precision(settings.training)
-        return make_frozen(network, settings=teach.engine, world=run.world, precision=precision)
-    return make_learner(
-        run,
-        network,
-        settings=teach,
-        objectives=teach.objectives,
-        training=settings.training,
-        total_steps=settings.training.num_steps(data.num_samples),
-    )
-
-
-def _students(run: Run, teacher: Network, data: TrainingSet, settings: DistillSettings) -> dict[str, Learner]:
+def _students(
+    run: Run, teachers: dict[str, Network], data: TrainingSet, settings: DistillSettings, *, total_steps: int
+) -> dict[str, Learner]:
+    """Students and baselines as learners, by `student-<name>` and `baseline-<name>`."""
     learners = {}
     for place, (name, student) in enumerate(settings.students.items(), start=1):
         wanted = {f"student-{name}": student}
         if student.baseline:
             wanted[f"baseline-{name}"] = on_labels_alone(student)
-        for key, each in wanted.items():
-            spec = network_spec(run, data, each.model, each.losses, teacher=teacher)
+        for key, own in wanted.items():
+            spec = network_spec(run, data, own.model, own.objectives, teachers=teachers)
+            network = new_network(run, spec, place=place, weights=own.weights)
             learners[key] = make_learner(
-                run,
-                new_network(run, spec, place=place),
-                settings=each,
-                objectives=each.losses,
-                training=settings.training,
-                total_steps=settings.training.num_steps(data.num_samples),
+                run, network, settings=own, training=settings.training, total_steps=total_steps
             )
     return learners
 
@@ -74,7 +74,9 @@ def _students(run: Run, teacher: Network, data: TrainingSet, settings: DistillSe
 def on_labels_alone(student: StudentSettings) -> StudentSettings:
     """The same student with mean pooling and its supervised loss alone (plain cross-entropy where it has none)."""
     supervised = tuple(
-        loss.model_copy(update={"weight": 1.0}) for loss in student.losses if isinstance(loss, Supervised)
+        objective.model_copy(update={"weight": 1.0})
+        for objective in student.objectives
+        if isinstance(objective, Supervised)
     )
     model = student.model.model_copy(update={"pooling": MeanPooling()})
-    return student.model_copy(update={"model": model, "losses": supervised or (Supervised(),)})
+    return student.model_copy(update={"model": model, "objectives": supervised or (Supervised(),)})

@@ -11,16 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dpkd.data.settings import LoaderSettings
+from dpkd.data.settings import GLOBAL, LoaderSettings
 from dpkd.data.shards import Split
 from dpkd.data.stream import MapReader, evaluation_batches
 from dpkd.engine.world import World
 from dpkd.launch.heartbeat import pulse
-from dpkd.models.settings import NetworkSpec
-from dpkd.train.task import network_input, pooling_maps, pooling_weight
-
-Predict = Callable[[Tensor, Tensor | None], dict[str, Tensor]]
-"""Outputs of a network for normalised images and, where its pooling needs one, a weight map; no gradients."""
+from dpkd.train.task import Predictor, network_inputs, pooling_maps
 
 NUM_MEAN_SAMPLES = 2048
 """Training images whose mean embedding stands for that of the split."""
@@ -42,7 +38,7 @@ class Embedded:
 
 
 def embed_networks(
-    networks: Mapping[str, tuple[Predict, NetworkSpec]],
+    networks: Mapping[str, Predictor],
     split: Split,
     *,
     maps: MapReader | None,
@@ -62,7 +58,7 @@ def embed_networks(
     share = -(-len(wanted) // world.size)
     # the last rank's share is filled up with samples from the front, dropped again below
     mine = np.resize(wanted, share * world.size)[world.rank * share : (world.rank + 1) * share]
-    specs = [spec for _, spec in networks.values()]
+    specs = [network.spec for network in networks.values()]
     assert len({spec.image_size for spec in specs}) == 1, "networks that share batches take images of one size"
     names = frozenset().union(*(pooling_maps(spec) for spec in specs))
     batches = evaluation_batches(
@@ -77,11 +73,11 @@ def embed_networks(
     found: dict[str, list[dict[str, NDArray[np.float32]]]] = {name: [] for name in networks}
     for batch in batches:
         here = batch.to(world.device)
-        for name, (predict, spec) in networks.items():
-            outputs = predict(network_input(spec, here), pooling_weight(spec, here))
+        for name, network in networks.items():
+            outputs = network.predict(*network_inputs(network.spec, here.views[GLOBAL]))
             found[name].append({key: _array(outputs[key]) for key in KEPT if key in outputs})
         pulse()
-        advance(len(here.label_B) * world.size)
+        advance(len(here.index_B) * world.size)
     return {name: _whole(parts, world, num_samples=len(wanted)) for name, parts in found.items()}
 
 

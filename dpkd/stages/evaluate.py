@@ -1,7 +1,7 @@
 """The evaluation: the same episodes and probes for teacher, students and baselines. Makes `evaluation.json`.
 
     {"protocol": {"way", "shots", …, "seed"}, "splits": {"val": name, "test": name}, "device": words,
-     "teacher": network, "live_teacher": network, "students": {name: network}, "baselines": {name: network}}
+     "teachers", "live_teachers", "students", "baselines": {name: network}}
     network: {"model", "image_size", "pooling", "parameters", "flops", "images_per_s",
               "few_shot": {split: {"5way_1shot": {"mean", "ci95"}}},     flops and images_per_s may be null
               "plain_pooling": {split: …}            figure-ground networks, pooled without their prior map
@@ -16,7 +16,6 @@ import json
 import time
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from dpkd.data.labels import visible_labels
 from dpkd.data.shards import Split
+from dpkd.engine.frozen import Frozen
 from dpkd.errors import UserError
 from dpkd.evaluation.few_shot import draw_episodes, few_shot_accuracy, paired_difference, score
 from dpkd.evaluation.long_tail import long_tail
@@ -36,15 +36,18 @@ from dpkd.log import Progress, logger
 from dpkd.models.counts import count_flops, count_parameters
 from dpkd.models.network import Network
 from dpkd.models.saved import load_network
-from dpkd.models.settings import FigureGroundPooling, NetworkSpec
+from dpkd.models.settings import FigureGroundPooling
 from dpkd.report.figures import figure_or_none
 from dpkd.report.quarantine import Quarantine
 from dpkd.report.summary import EVALUATION_NAME, figures_markdown
 from dpkd.report.tensorboard import Board
 from dpkd.run.folder import RunFolder
-from dpkd.stages.embed import Embedded, Predict, embed_networks, spread
+from dpkd.settings import EvaluateSettings
+from dpkd.stages.embed import Embedded, embed_networks, spread
 from dpkd.stages.run import Run
+from dpkd.stages.training import teacher_network
 from dpkd.stages.zero_shot import zero_shot
+from dpkd.train.task import Predictor
 
 Scores = dict[str, dict[str, float]]
 Accuracies = dict[str, NDArray[np.float64]]
@@ -56,60 +59,65 @@ TIMING_S = 0.8
 
 
 def evaluate(run: Run) -> None:
-    """Measures every trained network on the validation and the test split and writes `evaluation.json`.
+    """Measures every network on the validation and the test split and writes `evaluation.json`.
 
     Every rank embeds its share; rank 0 measures speed and writes. Raises `UserError` where a split is too small.
     """
-    networks = {name: network.to(run.world.device) for name, network in load_networks(run.folder).items()}
+    networks = {name: network.to(run.world.device) for name, network in load_networks(run).items()}
     tables: dict[str, dict[str, Any]] = {name: describe(network) for name, network in networks.items()}
     if run.world.rank == 0:
         for name, network in networks.items():
             rate = figure_or_none(f"images/s of {name}", partial(images_per_s, network))
             tables[name]["images_per_s"] = None if rate is None else round(rate, 1)
-    for split_name in dict.fromkeys([run.data.val, run.data.test]):
-        _measure(run, networks, split=run.dataset.split(split_name), tables=tables)
+    for split in run.data.evaluated_splits:
+        _measure(run, networks, split=run.dataset.split(split), tables=tables)
     if run.world.rank == 0:
         report = {
-            "protocol": {**run.evaluate.episodes.model_dump(mode="json"), "seed": run.seed},
+            "protocol": {**_settings(run).episodes.model_dump(mode="json"), "seed": run.seed},
             "splits": {"val": run.data.val, "test": run.data.test},
             "device": device_words(run.world.device),
             **nested(tables),
         }
         run.folder.check_fence()
-        _show(run, report)
-        storage.write_bytes_atomic(
-            str(run.folder.path / EVALUATION_NAME), (json.dumps(report, indent=1) + "\n").encode()
-        )
+        board = Board(run.folder.tensorboard / "evaluate", start_step=-1)
+        board.text(0, tag="summary", markdown=figures_markdown(report))
+        board.quarantine(0, Quarantine(run.folder.quarantine, limit=1.0))
+        board.close()
+        data = (json.dumps(report, indent=1) + "\n").encode()
+        storage.write_bytes_atomic(str(run.folder.path / EVALUATION_NAME), data)
     run.world.barrier()
 
 
-def _show(run: Run, report: dict[str, Any]) -> None:
-    """Puts the tables, and what was quarantined, into TensorBoard."""
-    board = Board(run.folder.tensorboard / "evaluate", start_step=-1)
-    board.text(0, tag="summary", markdown=figures_markdown(report))
-    board.quarantine(0, Quarantine(run.folder.quarantine, limit=1.0))
-    board.close()
+def _settings(run: Run) -> EvaluateSettings:
+    assert run.settings.evaluate is not None, "the stage is left out without settings"
+    return run.settings.evaluate
 
 
 def refuse_small_splits(run: Run) -> None:
-    """Raises `UserError` where the episodes cannot be drawn from a split; to be asked before any training."""
-    for name in dict.fromkeys([run.data.val, run.data.test]):
-        small = run.evaluate.episodes.model_copy(update={"episodes": 2})
-        draw_episodes(run.dataset.split(name).label_N[run.readable(name)], small, seed=0, split=name)
+    """Raises `UserError` where the episodes cannot be drawn from a split; to be called before any training."""
+    if run.settings.evaluate is None:
+        return
+    for name in run.data.evaluated_splits:
+        few = run.settings.evaluate.episodes.model_copy(update={"episodes": 2})
+        draw_episodes(run.dataset.split(name).label_N[run.readable(name)], few, seed=0, split=name)
 
 
-def load_networks(folder: RunFolder) -> dict[str, Network]:
-    """Every trained network of a run by its place in the report: `teacher`, `students.<name>`, …"""
-    places: dict[str, Path] = {"teacher": folder.teacher}
-    if folder.live_teacher.exists():
-        places["live_teacher"] = folder.live_teacher
-    for kind, parent in (("students", folder.students), ("baselines", folder.baselines)):
-        places |= {f"{kind}.{path.name}": path for path in sorted(parent.glob("[!.]*")) if path.is_dir()}
-    return {name: load_network(path)[1] for name, path in places.items()}
+def load_networks(run: Run) -> dict[str, Network]:
+    """Every network of a run by its place in the report: `teachers.<name>`, `students.<name>`, …"""
+    networks = {f"teachers.{name}": teacher_network(run, name) for name in run.settings.teachers}
+    kinds = {
+        "live_teachers": run.folder.live_teachers,
+        "students": run.folder.students,
+        "baselines": run.folder.baselines,
+    }
+    for kind, parent in kinds.items():
+        paths = [path for path in sorted(parent.glob("[!.]*")) if path.is_dir()]
+        networks |= {f"{kind}.{path.name}": load_network(path)[1] for path in paths}
+    return networks
 
 
 def describe(network: Network) -> dict[str, Any]:
-    """What a report says of a network before measuring it."""
+    """What a report states of a network before measuring it."""
     return {
         "model": network.spec.model.name,
         "image_size": network.spec.image_size,
@@ -120,32 +128,32 @@ def describe(network: Network) -> dict[str, Any]:
 
 
 def nested(tables: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """`{"students.small": table}` as `{"students": {"small": table}}`; students and baselines are always there."""
-    tree: dict[str, Any] = {"students": {}, "baselines": {}}
+    """`{"students.small": table}` as `{"students": {"small": table}}`; all kinds but live teachers are always there."""
+    tree: dict[str, Any] = {"teachers": {}, "students": {}, "baselines": {}}
     for place, table in tables.items():
         kind, _, name = place.partition(".")
-        if name:
-            tree[kind][name] = table
-        else:
-            tree[kind] = table
+        tree.setdefault(kind, {})[name] = table
     return tree
 
 
 def _measure(run: Run, networks: Mapping[str, Network], *, split: Split, tables: dict[str, dict[str, Any]]) -> None:
     """Adds one split's figures to the tables of all networks."""
-    settings, indices = run.evaluate, run.readable(split.name)
+    settings, indices = _settings(run), run.readable(split.name)
     label_N = split.label_N[indices]
     episodes = draw_episodes(label_N, settings.episodes, seed=run.seed, split=split.name)
     if episodes.left_out and run.world.rank == 0:
         names = ", ".join(run.dataset.manifest.classes[label] for label in episodes.left_out)
-        logger.info(
-            f"evaluate {split.name}: {len(episodes.left_out)} classes have too few samples for an episode: {names}"
-        )
-    lookers = _lookers(networks)
-    embedded = _embed(run, lookers, split, indices=indices)
+        few = f"{len(episodes.left_out)} classes have too few samples for an episode"
+        logger.info(f"evaluate {split.name}: {few}: {names}")
+    predictors: dict[str, Predictor] = {}
+    for name, network in networks.items():
+        predictors[name] = Frozen(network.spec, network)
+        if isinstance(network.spec.model.pooling, FigureGroundPooling):
+            predictors[name + PLAIN] = PlainlyPooled(network.spec, network)
+    embedded = _embed(run, predictors, split, indices=indices)
     centre = settings.episodes.transform == "centred_l2"
     train = run.dataset.split(run.data.train)
-    means = _embed(run, lookers, train, indices=spread(run.readable(train.name))) if centre else {}
+    means = _embed(run, predictors, train, indices=spread(run.readable(train.name))) if centre else {}
     accuracies: dict[str, Accuracies] = {}
     for name, found in embedded.items():
         base_mean_D = means[name].embedding_ND.mean(0) if centre else None
@@ -168,59 +176,6 @@ def _measure(run: Run, networks: Mapping[str, Network], *, split: Split, tables:
     zero_shot(run, specs, embedded, label_N, split=split.name, tables=tables)
 
 
-def _scores(accuracy: Accuracies) -> Scores:
-    return {key: score(accuracy_E).table() for key, accuracy_E in accuracy.items()}
-
-
-class _Look:
-    """A network as it was trained."""
-
-    def __init__(self, network: Network) -> None:
-        self._network = network
-
-    @torch.inference_mode()
-    def __call__(self, image_BCHW: Tensor, weight_B1HW: Tensor | None) -> dict[str, Tensor]:
-        outputs: dict[str, Tensor] = self._network(image_BCHW, weight_B1HW)
-        return outputs
-
-
-class _LookPlainly(_Look):
-    """A figure-ground network as it leaves: a blank map weighs all patches alike."""
-
-    def __call__(self, image_BCHW: Tensor, weight_B1HW: Tensor | None) -> dict[str, Tensor]:
-        assert weight_B1HW is not None, "figure-ground pooling comes with a map"
-        return super().__call__(image_BCHW, torch.zeros_like(weight_B1HW))
-
-
-def _lookers(networks: Mapping[str, Network]) -> dict[str, tuple[Predict, NetworkSpec]]:
-    lookers: dict[str, tuple[Predict, NetworkSpec]] = {}
-    for name, network in networks.items():
-        lookers[name] = (_Look(network), network.spec)
-        if isinstance(network.spec.model.pooling, FigureGroundPooling):
-            lookers[name + PLAIN] = (_LookPlainly(network), network.spec)
-    return lookers
-
-
-def _embed(
-    run: Run,
-    lookers: Mapping[str, tuple[Predict, NetworkSpec]],
-    split: Split,
-    *,
-    indices: NDArray[np.int64],
-) -> dict[str, Embedded]:
-    with Progress(f"evaluate on {split.name}", len(indices), shown=run.world.rank == 0) as progress:
-        return embed_networks(
-            lookers,
-            split,
-            maps=run.maps_of(split.name, run.priors.channels if run.priors is not None else ()),
-            map_size=run.map_size,
-            world=run.world,
-            loader=run.data.loader,
-            indices=indices,
-            advance=progress.advance,
-        )
-
-
 def _probe(
     run: Run,
     embedded: Mapping[str, Embedded],
@@ -229,10 +184,11 @@ def _probe(
     split: str,
     tables: dict[str, dict[str, Any]],
 ) -> None:
+    """Adds kNN and linear probe, where the settings ask for them and the split is large enough."""
     # brings in scikit-learn, which is slow to load: a restart of the workers must not wait for it
     from dpkd.evaluation.probes import probe, probe_split  # noqa: PLC0415
 
-    settings = run.evaluate.probes
+    settings = _settings(run).probes
     halves = probe_split(label_N, settings, seed=run.seed) if settings else None
     if settings is None or halves is None or run.world.rank != 0:
         return
@@ -242,6 +198,35 @@ def _probe(
         scores = figure_or_none(f"probes of {name} on {split}", measure)
         if scores is not None:
             table.setdefault("probes", {})[split] = scores
+
+
+def _scores(accuracy: Accuracies) -> Scores:
+    return {key: score(accuracy_E).table() for key, accuracy_E in accuracy.items()}
+
+
+class PlainlyPooled(Frozen):
+    """A figure-ground network as it is exported: a blank map weighs all patches alike."""
+
+    def predict(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Runs the network with a blank map in the place of the given one."""
+        image_BCHW, weight_B1HW = inputs
+        return super().predict(image_BCHW, torch.zeros_like(weight_B1HW))
+
+
+def _embed(
+    run: Run, predictors: Mapping[str, Predictor], split: Split, *, indices: NDArray[np.int64]
+) -> dict[str, Embedded]:
+    with Progress(f"evaluate on {split.name}", len(indices), shown=run.world.rank == 0) as progress:
+        return embed_networks(
+            predictors,
+            split,
+            maps=run.maps_of(split.name, run.priors.channels if run.priors is not None else ()),
+            map_size=run.map_size,
+            world=run.world,
+            loader=run.data.loader,
+            indices=indices,
+            advance=progress.advance,
+        )
 
 
 def _classify(

@@ -33,7 +33,6 @@ from dpkd.models.saved import load_network
 from dpkd.models.settings import FigureGroundPooling, NetworkSpec
 from dpkd.report.figures import figure_or_none
 from dpkd.report.model_card import model_card
-from dpkd.settings import ExportSettings
 from dpkd.stages.evaluate import read_evaluation
 from dpkd.stages.run import Run
 
@@ -45,13 +44,15 @@ CHECK_BATCHES = (1, 3)
 """Batch sizes at which ONNX is compared: the exported file must take any."""
 
 
-def export(run: Run, settings: ExportSettings) -> None:
+def export(run: Run) -> None:
     """Writes every student's folder, checked, whole or not at all; called by rank 0 alone.
 
     Raises `UserError` where what was written does not give the student's own outputs.
     """
-    evaluation = read_evaluation(run.folder)
-    for name, table in evaluation["students"].items():
+    settings = run.settings.export
+    assert settings is not None, "the stage is left out without settings"
+    evaluation = read_evaluation(run.folder) if run.settings.evaluate is not None else None
+    for name in run.settings.distill.students:
         spec, network = load_network(run.folder.students / name)
         with run.folder.scratch(f"export-{name}") as made:
             write_timm_folder(made, network)
@@ -60,12 +61,7 @@ def export(run: Run, settings: ExportSettings) -> None:
                 path = made / "model.onnx"
                 difference = write_onnx(path, network, map_size=run.map_size, tolerance=settings.tolerance)
             card = partial(
-                model_card,
-                name,
-                table,
-                evaluation=evaluation,
-                spec=spec.model_dump(mode="json"),
-                onnx_difference=difference,
+                model_card, name, evaluation=evaluation, spec=spec.model_dump(mode="json"), onnx_difference=difference
             )
             (made / "README.md").write_text(figure_or_none(f"model card of {name}", card) or f"# {name}\n")
             run.folder.check_fence()
@@ -127,7 +123,7 @@ def _timm_difference(folder: Path, network: Network) -> float:
     except (RuntimeError, TypeError):
         return math.inf
     with torch.inference_mode():
-        expected = network(image_BCHW, torch.zeros(2, 1, *network.grid))
+        expected = network(image_BCHW, torch.zeros(2, 1, *network.backbone.grid))
         embedding_BD = loaded.forward_head(loaded.forward_features(image_BCHW), pre_logits=True)
         difference = _difference(embedding_BD, expected["embedding"])
         return (
@@ -142,7 +138,7 @@ def timm_config(network: Network, arguments: dict[str, Any]) -> dict[str, Any]:
     return {
         "architecture": spec.model.name.split(".")[0],
         "num_classes": len(spec.classes),
-        "num_features": network.embedding_dim,
+        "num_features": network.backbone.embedding_dim,
         "label_names": list(spec.classes),
         "model_args": arguments,
         "pretrained_cfg": {

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dpkd.data.stream import Batch
+from dpkd.data.batch import Batch
+from dpkd.data.settings import GLOBAL
 from dpkd.evaluation.few_shot import Episodes, draw_episodes, few_shot_accuracy, score
 from dpkd.evaluation.settings import EpisodeSettings
 from dpkd.log import EventReader, Progress
@@ -23,25 +24,31 @@ from dpkd.report.tensorboard import Board
 from dpkd.stages.embed import embed_networks
 from dpkd.stages.run import Run
 from dpkd.train.loop import Hooks
-from dpkd.train.task import DistillTask, TeachTask, network_input, pooling_weight, with_view_maps
+from dpkd.train.task import Task, network_inputs, with_view_maps
 
 NUM_PANEL_IMAGES = 6
 PANEL = "panel/image_priors_predictions_attention"
 
 
-class Watch:
+class Monitor:
     """Evaluates and draws every network of a task; the board is rank 0's, the other ranks take part without one."""
 
-    def __init__(self, run: Run, task: TeachTask | DistillTask, board: Board | None) -> None:
+    def __init__(self, run: Run, task: Task, board: Board | None) -> None:
         self._run, self._task, self._board = run, task, board
 
     def hooks(self) -> Hooks:
         """What the loop calls."""
         return Hooks(evaluate=self.evaluate, panels=self.panels)
 
+    @property
+    def _split(self) -> str:
+        assert self._run.data.val is not None, "only due where there is a validation split"
+        return self._run.data.val
+
     @cached_property
     def _settings(self) -> EpisodeSettings:
-        evaluate = self._run.evaluate
+        evaluate = self._run.settings.evaluate
+        assert evaluate is not None, "only due where something is evaluated"
         # centring needs a pass over the training split, which is left to the evaluation at the end
         transform = "l2" if evaluate.episodes.transform == "centred_l2" else evaluate.episodes.transform
         return evaluate.episodes.model_copy(
@@ -50,7 +57,7 @@ class Watch:
 
     @cached_property
     def _episodes(self) -> Episodes:
-        split = self._run.dataset.split(self._run.data.val)
+        split = self._run.dataset.split(self._split)
         label_N = split.label_N[self._run.readable(split.name)]
         return draw_episodes(label_N, self._settings, seed=self._run.seed, split=split.name)
 
@@ -58,41 +65,41 @@ class Watch:
         """Few-shot accuracy of every network on the validation split."""
         run, learners = self._run, self._task.learners
         embedded = embed_networks(
-            {name: (learner.engine.predict, learner.spec) for name, learner in learners.items()},
-            run.dataset.split(run.data.val),
-            maps=run.maps_of(run.data.val, self._task.maps),
+            learners,
+            run.dataset.split(self._split),
+            maps=run.maps_of(self._split, self._task.maps),
             map_size=run.map_size,
             world=run.world,
             loader=run.data.loader,
-            indices=run.readable(run.data.val),
+            indices=run.readable(self._split),
         )
         if self._board is None:
             return
         for name, found in embedded.items():
             accuracy = few_shot_accuracy(found.embedding_ND, self._episodes, settings=self._settings)
             scores = {key: score(accuracy_E).table() for key, accuracy_E in accuracy.items()}
-            self._board.few_shot(step, network=name, split=run.data.val, scores=scores)
+            self._board.few_shot(step, network=name, split=self._split, scores=scores)
             numbers = {key: round(each["mean"], 4) for key, each in scores.items()}
-            run.events.write("few_shot", network=name, step=step, split=run.data.val, **numbers)
+            run.events.write("few_shot", network=name, step=step, split=self._split, **numbers)
 
     def panels(self, step: int, batch: Batch) -> None:
         """Image, priors, the network's predictions of them and its attention, side by side."""
         few = with_view_maps(batch.first(NUM_PANEL_IMAGES), self._task.maps)
         for name, learner in self._task.learners.items():
-            inputs = (network_input(learner.spec, few), pooling_weight(learner.spec, few))
+            inputs = network_inputs(learner.spec, few.views[GLOBAL])
             outputs = with_attention(learner.network.backbone, partial(learner.engine.predict, *inputs))
             if self._board is None:
                 continue
             predictions = {
-                key.removeprefix("prior."): each for key, each in outputs.items() if key.startswith("prior.")
+                key.removeprefix("prior/"): each for key, each in outputs.items() if key.startswith("prior/")
             }
             predictions |= {
-                key.replace(".", " of "): each.sigmoid() for key, each in outputs.items() if key.startswith("region.")
+                key.replace("/", " of "): each.sigmoid() for key, each in outputs.items() if key.startswith("region/")
             }
             drawing = partial(
                 panel,
-                few.image_BCHW.cpu().numpy(),
-                priors=_arrays(few.priors),
+                few.views[GLOBAL].image_BCHW.cpu().numpy(),
+                priors=_arrays(few.views[GLOBAL].maps),
                 predictions=_arrays(predictions),
                 attention_B1HW=_array(outputs["attention"]),
             )

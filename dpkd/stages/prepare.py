@@ -100,7 +100,7 @@ def prepare(
     receives (samples done, samples in all). Raises `UserError` past the limit of the quarantine, and where a shard or
     an index of the images is missing.
     """
-    priors = settings.sealed().priors
+    priors = settings.sealed().chosen
     _refuse_duplicates(priors)
     _refuse_what_nobody_gave(dataset, priors)
     url = set_url(dataset.url, settings.name)

@@ -1,7 +1,7 @@
 """The run that a training stage is part of, as one worker sees it, and its training split."""
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -11,27 +11,29 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from dpkd.data.attributes import score_weights
 from dpkd.data.labels import visible_labels
+from dpkd.data.settings import GLOBAL, AugmentSettings
 from dpkd.data.shards import Dataset, Split
+from dpkd.data.stream import ViewPlan
 from dpkd.engine.protocol import Engine
 from dpkd.engine.settings import EngineSettings, TrainingSettings
 from dpkd.engine.world import World
 from dpkd.errors import UserError
 from dpkd.log import EventLog
-from dpkd.objectives.settings import VIEW_MAPS, StudentObjective, Supervised
+from dpkd.objectives.base import VIEW_MAPS, ClassAttributes, Objective, Supervision
 from dpkd.objectives.supervised import log_class_prior
 from dpkd.priors.store import PriorSet, PriorSplit, fingerprints
 from dpkd.run.folder import RunFolder
-from dpkd.settings import DataSettings, EvaluateSettings, PrepareSettings
-from dpkd.train.statements import Statements
-from dpkd.train.task import Supervision
+from dpkd.settings import DataSettings, Settings
+from dpkd.stages.statements import attribute_table
 
 
 class EngineFactory(Protocol):
     """Makes the engine that the settings name around a network."""
 
     def __call__(self, module: nn.Module, *, settings: EngineSettings, **arguments: Any) -> Engine:
-        """See `dpkd.engine.torch_engine.TorchEngine` for the arguments."""
+        """`TorchEngine` documents the arguments."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,22 @@ class Run:
 
     folder: RunFolder
     world: World
-    seed: int
-    data: DataSettings
-    prepare: PrepareSettings
-    evaluate: EvaluateSettings
+    settings: Settings
     make_engine: EngineFactory
+
+    @property
+    def seed(self) -> int:
+        """What everything random is drawn from."""
+        return self.settings.run.seed
+
+    @property
+    def data(self) -> DataSettings:
+        """The settings of the images."""
+        return self.settings.data
 
     @cached_property
     def events(self) -> EventLog:
-        """Where what happens is written down; rank 0 alone does so."""
+        """Where events are written; rank 0 alone does so."""
         return self.folder.event_log()
 
     @cached_property
@@ -58,11 +67,12 @@ class Run:
 
     @cached_property
     def priors(self) -> PriorSet | None:
-        """The prior maps, none where no prior is prepared; raises `UserError` where others stand than are asked for."""
-        if not self.prepare.priors:
+        """The prior maps, none where no prior is prepared; raises `UserError` where others were prepared."""
+        prepare = self.settings.prepare
+        if not prepare.chosen:
             return None
-        priors = PriorSet.open(self.dataset.url, self.prepare.name)
-        if priors.manifest.fingerprints != fingerprints(self.prepare.sealed().priors):
+        priors = PriorSet.open(self.dataset.url, prepare.name)
+        if priors.manifest.fingerprints != fingerprints(prepare.sealed().chosen):
             raise UserError(
                 f"the prior set at {priors.url} was made with other settings than prepare.priors now has: run the "
                 "prepare stage again (dpkd prepare)"
@@ -86,8 +96,18 @@ class Run:
 
     @property
     def map_size(self) -> int:
-        """Side of the prior maps in a batch."""
+        """Side of the prior maps of the global view."""
         return self.data.map_size or max(4, self.data.image_size // 4)
+
+    def view_plans(self, names: Iterable[str], augment: AugmentSettings) -> dict[str, ViewPlan]:
+        """How each of the views is made, in the order of `data.views`."""
+        plans = {}
+        for name, view in self.data.views.items():
+            size = view.size or self.data.image_size
+            map_size = view.map_size or (self.map_size if name == GLOBAL else max(4, size // 4))
+            scale = {} if view.crop_scale is None else {"crop_scale": view.crop_scale}
+            plans[name] = ViewPlan(size, map_size, augment.model_copy(update=scale), count=view.count)
+        return {name: plan for name, plan in plans.items() if name in names}
 
     def precision(self, training: TrainingSettings) -> str:
         """`auto` is bf16 on a GPU and fp32 on a CPU."""
@@ -128,14 +148,8 @@ class TrainingSet:
         lost = Counter(self.split.locate(i)[0] for i in self.unreadable.tolist())
         return [size - lost[shard] for shard, size in enumerate(self.split.shard_sizes)]
 
-    def supervision(self, device: torch.device) -> Supervision:
-        """Share of visible labels among the samples that are drawn, and the log frequency of each class among them."""
-        share = float((self.label_N >= 0).sum() / self.num_samples)
-        log_prior_K = log_class_prior(torch.from_numpy(self.label_N), len(self.class_names))
-        return Supervision(share, log_prior_K.to(device), Statements(self.class_names))
 
-
-def training_set(run: Run, training: TrainingSettings, objectives: Sequence[StudentObjective]) -> TrainingSet:
+def training_set(run: Run, training: TrainingSettings, objectives: Iterable[Objective]) -> TrainingSet:
     """Opens the training split and hides the labels that `data.labels` hides.
 
     Raises `UserError` where the split has fewer samples than a batch, or where an objective needs labels and the split
@@ -149,7 +163,7 @@ def training_set(run: Run, training: TrainingSettings, objectives: Sequence[Stud
             f"training.batch_size={training.batch_size}; lower it, or pack more images"
         )
     classes = np.unique(split.label_N[split.label_N >= 0])
-    needs_labels = any(isinstance(objective, Supervised) for objective in objectives)
+    needs_labels = any("class" in objective.needs().targets for objective in objectives)
     if needs_labels and len(classes) < 2:
         names = [run.dataset.manifest.classes[label] for label in classes]
         raise UserError(
@@ -164,6 +178,23 @@ def training_set(run: Run, training: TrainingSettings, objectives: Sequence[Stud
     return TrainingSet(split, tuple(run.dataset.manifest.classes[label] for label in classes), label_N, unreadable)
 
 
+def supervision(run: Run, data: TrainingSet) -> Supervision:
+    """What labels and experts state of the trained classes; raises `UserError` for a table that does not fit them."""
+    device, table, attributes = run.world.device, attribute_table(run.data), None
+    if table is not None:
+        if not (data.label_N >= 0).any():
+            raise UserError(
+                f"data.attributes describes classes, and no label is visible in the split {data.split.name!r}: show "
+                "some (data.labels), or leave the objective `attributes` out"
+            )
+        value_KA = table.rows(data.class_names)
+        arrays = (value_KA, *score_weights(value_KA))
+        attributes = ClassAttributes(*(torch.from_numpy(array).to(device) for array in arrays))
+    log_prior_K = log_class_prior(torch.from_numpy(data.label_N), len(data.class_names)).to(device)
+    share = float((data.label_N >= 0).sum() / data.num_samples)
+    return Supervision(data.class_names, share, log_prior_K, attributes)
+
+
 def dataset_url(folder: RunFolder, data: DataSettings) -> str:
-    """Where the packed images stand."""
+    """Where the packed images are."""
     return data.shards or str(folder.path / "shards")

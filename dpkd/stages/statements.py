@@ -3,7 +3,6 @@
 Loads no heavy package: the driver of a run asks it too.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dpkd.data.attributes import AttributeTable, read_attributes
@@ -12,8 +11,7 @@ from dpkd.data.sources.records import nearest
 from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.log import logger
-from dpkd.objectives.settings import Attributes, RegionBounds, StudentObjective
-from dpkd.settings import DataSettings
+from dpkd.settings import DataSettings, Settings
 
 MAX_NAMED = 5
 """Classes that a line names; more are counted."""
@@ -24,37 +22,23 @@ def attribute_table(data: DataSettings) -> AttributeTable | None:
     return None if data.attributes is None else read_attributes(data.attributes)
 
 
-def learns_attributes(objectives: Iterable[StudentObjective]) -> bool:
-    """Whether one of the objectives looks at the table."""
-    return any(isinstance(objective, Attributes) for objective in objectives)
-
-
-def refuse_unknown_classes(
-    dataset: Dataset, data: DataSettings, objectives: Mapping[str, Sequence[StudentObjective]]
-) -> None:
-    """Raises `UserError` where the table lacks a class that is trained on, or a bound names a class that is not.
-
-    `objectives` are those of each network, by their key in the settings.
-    """
-    trained = trained_classes(dataset, data)
+def refuse_unknown_classes(dataset: Dataset, settings: Settings) -> None:
+    """Raises `UserError` where the table lacks a class that is trained on, or an objective names one that is not."""
+    data, trained = settings.data, trained_classes(dataset, settings.data)
     table = attribute_table(data)
     if table is not None:
         table.rows(trained)
-    for key, name in _bound_classes(objectives):
-        if name not in trained:
-            near = nearest(name, trained) or f" (it has: {', '.join(trained[:MAX_NAMED]) or 'no label'})"
-            raise UserError(f"{key} names {name!r}, of which the split {data.train!r} has no sample{near}: mend it")
+    for key, objective in settings.objectives.items():
+        for field, names in objective.needs().classes.items():
+            for name in names:
+                if name not in trained:
+                    near = nearest(name, trained) or f" (it has: {', '.join(trained[:MAX_NAMED]) or 'no label'})"
+                    raise UserError(
+                        f"{key}.{field} names {name!r}, of which the split {data.train!r} has no sample{near}: mend it"
+                    )
 
 
-def _bound_classes(objectives: Mapping[str, Sequence[StudentObjective]]) -> Iterator[tuple[str, str]]:
-    """Yields (key, class) for each class that a bound names."""
-    for key, several in objectives.items():
-        for position, objective in enumerate(several):
-            for place, bound in enumerate(objective.bounds if isinstance(objective, RegionBounds) else ()):
-                yield from ((f"{key}.{position}.bounds.{place}.classes", name) for name in bound.classes)
-
-
-def say_unused_rows(dataset: Dataset, data: DataSettings) -> None:
+def log_unused_rows(dataset: Dataset, data: DataSettings) -> None:
     """Says which rows of the table are of no class of the data set: no fault, as a table may serve several of them."""
     table, classes = attribute_table(data), dataset.manifest.classes
     unused = [name for name in table.classes if name not in classes] if table is not None else []

@@ -1,125 +1,125 @@
 """What the training stages share: networks with their engines, and the way into the loop."""
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import timm
 import torch
 
-from dpkd.data.attributes import score_weights
+from dpkd.data.batch import Batch
 from dpkd.data.order import ClassAwareOrder, Order, OrderWithout, SampleOrder
 from dpkd.data.settings import AugmentSettings
-from dpkd.data.stream import Batch, training_batches
+from dpkd.data.stream import training_batches
 from dpkd.engine.batch_norm import StepStatistics
-from dpkd.engine.settings import EngineSettings, OptimizerSettings, ScheduleSettings, TrainingSettings
-from dpkd.errors import UserError
+from dpkd.engine.settings import TrainingSettings
 from dpkd.log import Progress, logger
 from dpkd.models.network import Network, build_network
 from dpkd.models.parameters import parameter_groups
-from dpkd.models.settings import ModelSettings, NetworkSpec
-from dpkd.objectives.settings import (
-    VIEW_MAPS,
-    FeatureDistillation,
-    MaskedPrior,
-    PatchDistillation,
-    RegionBounds,
-    StudentObjective,
-)
+from dpkd.models.saved import load_network
+from dpkd.models.settings import HeadSpec, ModelSettings, NetworkSpec
+from dpkd.objectives.base import VIEW_MAPS, Objective, teacher_of
 from dpkd.report.goodput import StepTimer
 from dpkd.report.quarantine import Quarantine
 from dpkd.report.tensorboard import Board
-from dpkd.stages.monitor import EventSink, ProgressSink, Watch, step_timer
+from dpkd.settings import StudentSettings, TeacherSettings
+from dpkd.stages.monitor import EventSink, Monitor, ProgressSink, step_timer
 from dpkd.stages.run import Run, TrainingSet
-from dpkd.stages.statements import attribute_table, learns_attributes
+from dpkd.stages.statements import attribute_table
 from dpkd.train.checkpoint import Checkpoints, Part
 from dpkd.train.divergence import NormGuard, Skipped, train_past_divergence
 from dpkd.train.loop import Plan, train
 from dpkd.train.meter import Meter
 from dpkd.train.parts import Inputs, RandomState
 from dpkd.train.sample_log import SampleLog, truncate
-from dpkd.train.statements import ClassAttributes, Statements
-from dpkd.train.task import DistillTask, Learner, Supervision, TeachTask
+from dpkd.train.task import Learner, Task
+
+HEAD_FAMILIES = ("prior", "to_teacher", "attributes", "region")
+"""The order in which the weights of heads are drawn, by the first part of their names; others come last."""
 
 
 def network_spec(
     run: Run,
     data: TrainingSet,
     model: ModelSettings,
-    objectives: Sequence[StudentObjective],
+    objectives: Iterable[Objective],
     *,
-    teacher: Network | None = None,
+    teachers: Mapping[str, Network],
 ) -> NetworkSpec:
     """The spec of a network whose heads are those that its objectives need."""
-    targets = {name for objective in objectives if isinstance(objective, MaskedPrior) for name in objective.targets}
-    follows = any(isinstance(objective, FeatureDistillation | PatchDistillation) for objective in objectives)
+    table = attribute_table(run.data)
     channels = VIEW_MAPS | (run.priors.channels if run.priors is not None else {})
+    widths: dict[str, HeadSpec] = {}
+    for objective in objectives:
+        for name, head in objective.needs().heads.items():
+            width = head.width
+            if width == "attributes":
+                assert table is not None, "settings require a table of attributes"
+                width = len(table.names)
+            elif isinstance(width, str):
+                family, _, of = width.partition(".")
+                if family == "map":
+                    width = channels[of]
+                else:
+                    teacher = teachers[teacher_of(objective) or next(iter(teachers))].backbone
+                    width = {"embedding": teacher.embedding_dim, "patch": teacher.patch_dim}[of]
+            widths[name] = HeadSpec(reads=head.reads, width=width)
+
+    def drawn(name: str) -> tuple[int, str]:
+        family = name.partition("/")[0]
+        return (HEAD_FAMILIES.index(family) if family in HEAD_FAMILIES else len(HEAD_FAMILIES)), name
+
     manifest = run.dataset.manifest
-    table = attribute_table(run.data) if learns_attributes(objectives) else None
     return NetworkSpec(
         model=model,
         classes=data.class_names,
         image_size=run.data.image_size,
         mean=manifest.image_mean,
         std=manifest.image_std,
-        targets={name: channels[name] for name in sorted(targets)},
-        attributes=table.names if table is not None else (),
-        regions=tuple(objective.of for objective in objectives if isinstance(objective, RegionBounds)),
-        teacher_dim=teacher.embedding_dim if teacher is not None and follows else None,
-        teacher_patch_dim=teacher.patch_dim if teacher is not None and follows else None,
+        heads={name: widths[name] for name in sorted(widths, key=drawn)},
+        attributes=table.names if table is not None and "attributes" in widths else (),
     )
 
 
-def supervision(run: Run, data: TrainingSet) -> Supervision:
-    """What labels and experts say of the trained classes; raises `UserError` for a table that does not fit them."""
-    device = run.world.device
-    table, attributes = attribute_table(run.data), None
-    if table is not None:
-        if not (data.label_N >= 0).any():
-            raise UserError(
-                f"data.attributes describes classes, and no label is visible in the split {data.split.name!r}: show "
-                "some (data.labels), or leave the objective `attributes` out"
-            )
-        value_KA = table.rows(data.class_names)
-        arrays = (value_KA, *score_weights(value_KA))
-        attributes = ClassAttributes(*(torch.from_numpy(array).to(device) for array in arrays))
-    return replace(data.supervision(device), statements=Statements(data.class_names, attributes))
+def new_network(run: Run, spec: NetworkSpec, *, place: int, weights: str | None) -> Network:
+    """A network with first weights that depend on the run's seed and its place among the networks alone."""
+    return build_network(spec, seed=run.seed * 1000 + place, weights=weights)
 
 
-class LearningSettings(Protocol):
-    """What the teacher's and a student's settings have in common."""
+def teacher_network(run: Run, name: str) -> Network:
+    """The network of a teacher, on CPU: as the stage `teach` left it, or as its weights are where it is never trained.
 
-    @property
-    def optimizer(self) -> OptimizerSettings:
-        """How weights are updated."""
-
-    @property
-    def schedule(self) -> ScheduleSettings:
-        """How the learning rate goes."""
-
-    @property
-    def engine(self) -> EngineSettings:
-        """What runs the network."""
+    A teacher that is never trained has no logits, and sees images normalised as its weights expect.
+    """
+    teacher = run.settings.teachers[name]
+    if teacher.objectives:
+        return load_network(run.folder.teacher(name))[1]
+    config: Any = timm.get_pretrained_cfg(teacher.model.name)
+    spec = NetworkSpec(
+        model=teacher.model, classes=(), image_size=run.data.image_size, mean=config.mean, std=config.std
+    )
+    return build_network(spec, seed=run.seed, weights=teacher.weights).eval()
 
 
 def make_learner(
     run: Run,
     network: Network,
     *,
-    settings: LearningSettings,
-    objectives: Sequence[StudentObjective],
+    settings: TeacherSettings | StudentSettings,
     training: TrainingSettings,
     total_steps: int,
 ) -> Learner:
     """Puts a network into its engine; every rank calls it with the same weights."""
     micro_batch_size = run.micro_batch_size(training)
     optimizer = settings.optimizer
-    groups = parameter_groups(network, weight_decay=optimizer.weight_decay, layer_decay=optimizer.layer_decay)
     engine = run.make_engine(
         network,
         settings=settings.engine,
-        parameter_groups=groups,
+        parameter_groups=parameter_groups(
+            network, weight_decay=optimizer.weight_decay, layer_decay=optimizer.layer_decay
+        ),
         optimizer=optimizer,
         world=run.world,
         accumulation=training.batch_size // (micro_batch_size * run.world.size),
@@ -130,69 +130,54 @@ def make_learner(
     return Learner(
         engine=engine,
         network=network,
-        objectives=objectives,
+        objectives=settings.objectives,
         optimizer=optimizer,
         schedule=settings.schedule,
         total_steps=total_steps,
     )
 
 
-def new_network(run: Run, spec: NetworkSpec, *, place: int) -> Network:
-    """A network with first weights that depend on the run's seed and its place among the networks alone."""
-    return build_network(spec, seed=run.seed * 1000 + place)
-
-
-def run_training(
-    run: Run,
-    task: TeachTask | DistillTask,
-    data: TrainingSet,
-    *,
-    stage: str,
-    training: TrainingSettings,
-    augment: AugmentSettings,
-) -> None:
-    """Trains a task from its newest whole checkpoint to its end."""
-    checkpoints = Checkpoints(run.folder.checkpoints(stage), world=run.world, keep=training.keep_checkpoints)
-    # dropout must not depend on what this process did before; a checkpoint brings the state of its step
-    torch.manual_seed(run.seed * 100_003 + run.world.rank)
-    skipped = Skipped(run.folder.skipped(stage), limit=training.max_skipped_steps, world=run.world)
-    parts = _checkpoint_parts(run, task, data)
-    stage_of = _Stage(run, task, data, stage, training, augment)
-
-    def attempt(start_step: int, skipped_steps: frozenset[int]) -> None:
-        stage_of.train(checkpoints, parts, start_step=start_step, skipped=skipped_steps)
-
-    train_past_divergence(attempt, checkpoints=checkpoints, parts=parts, skipped=skipped, world=run.world)
-
-
 @dataclass(frozen=True)
-class _Stage:
-    """What does not change over the attempts at a stage."""
+class Stage:
+    """A training stage: what does not change over the attempts at it."""
 
     run: Run
-    task: TeachTask | DistillTask
+    task: Task
     data: TrainingSet
-    stage: str
+    name: str
     training: TrainingSettings
     augment: AugmentSettings
 
-    def train(
+    def execute(self) -> None:
+        """Trains from the newest whole checkpoint to the end."""
+        run, training = self.run, self.training
+        checkpoints = Checkpoints(run.folder.checkpoints(self.name), world=run.world, keep=training.keep_checkpoints)
+        # dropout must not depend on what this process did before; a checkpoint brings the state of its step
+        torch.manual_seed(run.seed * 100_003 + run.world.rank)
+        skipped = Skipped(run.folder.skipped(self.name), limit=training.max_skipped_steps, world=run.world)
+        parts = self._parts()
+
+        def attempt(start_step: int, skipped_steps: frozenset[int]) -> None:
+            self._train(checkpoints, parts, start_step=start_step, skipped=skipped_steps)
+
+        train_past_divergence(attempt, checkpoints=checkpoints, parts=parts, skipped=skipped, world=run.world)
+
+    def _train(
         self, checkpoints: Checkpoints, parts: Mapping[str, Part], *, start_step: int, skipped: frozenset[int]
     ) -> None:
         """One attempt, from `start_step` to the end."""
         run, training = self.run, self.training
-        plan = _plan(run, training, total_steps=training.num_steps(self.data.num_samples), skipped=skipped)
+        plan = self._plan(skipped)
         shown = run.world.rank == 0
         if start_step and shown:
-            logger.info(f"{self.stage}: continues after step {start_step} of {plan.total_steps}")
-        board = Board(run.folder.tensorboard / self.stage, start_step=start_step) if shown else None
+            logger.info(f"{self.name}: continues after step {start_step} of {plan.total_steps}")
+        board = Board(run.folder.tensorboard / self.name, start_step=start_step) if shown else None
         if board is not None:
             board.quarantine(start_step, Quarantine(run.folder.quarantine, limit=1.0))
-        if shown:
             run.folder.check_fence()  # the logs of a newer attempt stay
-            truncate(run.folder.sample_log(self.stage), from_attempt=checkpoints.attempt)
+            truncate(run.folder.sample_log(self.name), from_attempt=checkpoints.attempt)
         sample_log = SampleLog(
-            run.folder.sample_log(self.stage),
+            run.folder.sample_log(self.name),
             attempt=checkpoints.attempt,
             world=run.world,
             micro_batch_size=run.micro_batch_size(training),
@@ -200,10 +185,10 @@ class _Stage:
         )
         with (
             closing(board) if board is not None else nullcontext(),
-            Progress(self.stage, plan.total_steps, unit="steps", start=start_step, shown=shown) as progress,
+            Progress(self.name, plan.total_steps, unit="steps", start=start_step, shown=shown) as progress,
             closing(self._batches(start_step, plan)) as batches,
         ):
-            sinks = (board, EventSink(run, stage=self.stage), ProgressSink(progress)) if board is not None else ()
+            sinks = (board, EventSink(run, stage=self.name), ProgressSink(progress)) if board is not None else ()
             train(
                 self.task,
                 sample_log.record(batches, steps=plan.steps_from(start_step), micro_batches=plan.micro_batches),
@@ -215,24 +200,36 @@ class _Stage:
                     sinks=sinks,
                     world=run.world,
                     images_per_step=training.batch_size,
-                    timer=step_timer(run, board, stage=self.stage) if board is not None else StepTimer(),
+                    timer=step_timer(run, board, stage=self.name) if board is not None else StepTimer(),
                 ),
                 guard=NormGuard(spike=training.spike),
-                hooks=Watch(run, self.task, board).hooks(),
+                hooks=Monitor(run, self.task, board).hooks(),
                 world=run.world,
             )
+
+    def _plan(self, skipped: frozenset[int]) -> Plan:
+        training = self.training
+        total_steps = training.num_steps(self.data.num_samples)
+        evaluates = self.run.data.val is not None and self.run.settings.evaluate is not None
+        return Plan(
+            total_steps=total_steps,
+            micro_batches=training.batch_size // (self.run.micro_batch_size(training) * self.run.world.size),
+            log_every=training.log_every,
+            checkpoint_every=training.checkpoint_every,
+            evaluate_every=training.evaluate_every or max(1, total_steps // 10) if evaluates else None,
+            panels_every=training.panels_every or max(1, total_steps // 5),
+            skipped=skipped,
+        )
 
     def _batches(self, start_step: int, plan: Plan) -> Generator[Batch, None, None]:
         run, data = self.run, self.data
         return training_batches(
             data.split,
             order=sample_order(run, self.training, data),
-            label_N=data.label_N,
+            targets={"class": data.label_N},
             maps=run.maps_of(data.split.name, self.task.maps),
-            augment=self.augment,
+            views=run.view_plans(self.task.views, self.augment),
             seed=run.seed,
-            image_size=run.data.image_size,
-            map_size=run.map_size,
             rank=run.world.rank,
             world_size=run.world.size,
             micro_batch_size=run.micro_batch_size(self.training),
@@ -242,15 +239,15 @@ class _Stage:
             loader=run.data.loader,
         )
 
-
-def _checkpoint_parts(run: Run, task: TeachTask | DistillTask, data: TrainingSet) -> dict[str, Part]:
-    """Everything that one checkpoint covers: engines, random state, what it began with."""
-    maps = run.maps_of(data.split.name, task.maps)
-    digests = {f"map {name!r}": digest for name, digest in maps.digests.items()} if maps is not None else {}
-    inputs = Inputs(
-        {"packed images": run.dataset.manifest.fingerprint, **digests}, tuple(data.unreadable.tolist()), run.world
-    )
-    return {**task.engines, "random": RandomState(run.world), "inputs": inputs}
+    def _parts(self) -> dict[str, Part]:
+        """What a checkpoint covers: engines, random state, and what the stage began with."""
+        run, data = self.run, self.data
+        maps = run.maps_of(data.split.name, self.task.maps)
+        digests = {f"map {name!r}": digest for name, digest in maps.digests.items()} if maps is not None else {}
+        inputs = Inputs(
+            {"packed images": run.dataset.manifest.fingerprint, **digests}, tuple(data.unreadable.tolist()), run.world
+        )
+        return {**self.task.engines, "random": RandomState(run.world), "inputs": inputs}
 
 
 def sample_order(run: Run, training: TrainingSettings, data: TrainingSet) -> SampleOrder:
@@ -267,15 +264,3 @@ def sample_order(run: Run, training: TrainingSettings, data: TrainingSet) -> Sam
             block_shards=run.data.loader.block_shards,
         )
     return OrderWithout(order, data.unreadable) if len(data.unreadable) else order
-
-
-def _plan(run: Run, training: TrainingSettings, *, total_steps: int, skipped: frozenset[int]) -> Plan:
-    return Plan(
-        total_steps=total_steps,
-        micro_batches=training.batch_size // (run.micro_batch_size(training) * run.world.size),
-        log_every=training.log_every,
-        checkpoint_every=training.checkpoint_every,
-        evaluate_every=training.evaluate_every or max(1, total_steps // 10),
-        panels_every=training.panels_every or max(1, total_steps // 5),
-        skipped=skipped,
-    )

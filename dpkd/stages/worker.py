@@ -17,7 +17,7 @@ from dpkd.settings import Settings, parse_settings
 from dpkd.stages.distill import distill
 from dpkd.stages.evaluate import evaluate, refuse_small_splits
 from dpkd.stages.export import export
-from dpkd.stages.plan import given, left_to_do, makes
+from dpkd.stages.plan import left_to_do, stage_inputs, stage_outputs, teaching_stages
 from dpkd.stages.run import Run
 from dpkd.stages.statements import refuse_unknown_classes
 from dpkd.stages.teach import teach
@@ -47,50 +47,43 @@ def train_stages(argument: tuple[dict[str, Any], list[str], int | None]) -> None
 
 def open_run(settings: Settings, peers: world.World, *, attempt: int | None = None) -> Run:
     """The run of these settings as this worker sees it."""
-    return Run(
-        folder=RunFolder(settings.run.dir, checkpoints=settings.run.checkpoints, attempt=attempt),
-        world=peers,
-        seed=settings.run.seed,
-        data=settings.data,
-        prepare=settings.prepare,
-        evaluate=settings.evaluate,
-        make_engine=make_engine,
-    )
+    folder = RunFolder(settings.run.dir, checkpoints=settings.run.checkpoints, attempt=attempt)
+    return Run(folder=folder, world=peers, settings=settings, make_engine=make_engine)
 
 
 def _run_stages(run: Run, settings: Settings, stages: list[str]) -> None:
     peers = run.world
     _share_cores(settings, peers)
-    refuse_unknown_classes(run.dataset, settings.data, settings.objectives)
+    refuse_unknown_classes(run.dataset, settings)
     refuse_small_splits(run)
+    # the driver has checked the files of earlier stages, and passed on those stages that are left
     left = peers.broadcast(left_to_do(run.folder, settings, stages) if peers.rank == 0 else [])
     for stage in left:
         with _recorded(stage, run, settings) if peers.rank == 0 else nullcontext():
             heartbeat(stage)
-            _run_stage(stage, run, settings)
+            _run_stage(stage, run)
             peers.barrier()
 
 
 @contextmanager
 def _recorded(stage: str, run: Run, settings: Settings) -> Iterator[None]:
     run.events.write("stage_began", stage=stage)
-    with run.folder.running(stage, given(stage, settings), makes=partial(makes, stage, settings)):
+    outputs = partial(stage_outputs, stage, settings)
+    with run.folder.running(stage, stage_inputs(stage, settings), makes=outputs):
         yield
     run.events.write("stage_ended", stage=stage)
 
 
-def _run_stage(stage: str, run: Run, settings: Settings) -> None:
-    if stage == "teach":
-        teach(run, settings.teach)
+def _run_stage(stage: str, run: Run) -> None:
+    teaching = teaching_stages(run.settings)
+    if stage in teaching:
+        teach(run, teaching[stage], stage=stage)
     elif stage == "distill":
-        distill(run, settings.distill, teach=settings.teach)
+        distill(run)
     elif stage == "evaluate":
         evaluate(run)
-    elif stage == "export":
-        if run.world.rank == 0:
-            export(run, settings.export)
-    else:
-        raise AssertionError(f"no such stage {stage!r}")
+    elif run.world.rank == 0:
+        export(run)
 
 
 def _share_cores(settings: Settings, peers: world.World) -> None:
@@ -98,7 +91,7 @@ def _share_cores(settings: Settings, peers: world.World) -> None:
         torch.set_num_threads(settings.launcher.threads)
     if peers.rank == 0:
         threads = torch.get_num_threads()
-        chosen = [settings.teach.engine, *(student.engine for student in settings.distill.students.values())]
+        chosen = [network.engine for network in settings.networks.values()]
         engines = {engine_kind(each) for each in chosen}
         logger.info(
             f"  workers   {peers.size} on {peers.device.type}, {threads} thread{'s' if threads > 1 else ''} each, "

@@ -5,9 +5,10 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 from dpkd.engine.world import World
 from dpkd.errors import UserError
@@ -31,8 +32,17 @@ class Diverged(Exception):
         self.step, self.reason = step, reason
 
 
+class Norm(NamedTuple):
+    """The gradient norm of one network at one step."""
+
+    name: str
+    step: int
+    learning_rate: float
+    value: float
+
+
 class NormGuard:
-    """Looks at the norm of every gradient: it must be finite, and no more than `spike` times the median of the last.
+    """Checks the norm of every gradient: it must be finite, and no more than `spike` times the median of the last.
 
     A median below `SMALL_NORM` counts as that.
     """
@@ -41,19 +51,21 @@ class NormGuard:
         self._spike = spike
         self._norms: dict[str, deque[float]] = {}
 
-    def check(self, name: str, norm: float, *, step: int, learning_rate: float) -> None:
-        """Raises `Diverged` where the norm says that the network is spoilt."""
-        if not math.isfinite(norm):
-            raise Diverged(step, f"{name}: the gradient is {norm} (learning rate {learning_rate:.2g})")
-        norms = self._norms.setdefault(name, deque(maxlen=NUM_NORMS))
-        usual = median(norms) if len(norms) >= NUM_NEEDED else math.inf
-        if self._spike is not None and norm > self._spike * max(usual, SMALL_NORM):
-            raise Diverged(
-                step,
-                f"{name}: the gradient's norm is {norm:.3g}, and was {usual:.3g} in the median "
-                f"(training.spike: {self._spike:g})",
-            )
-        norms.append(norm)
+    def check(self, norms: Iterable[Norm]) -> None:
+        """Raises `Diverged` for the first of the norms, in the order of steps, that shows a spoilt network."""
+        for norm in norms:
+            if not math.isfinite(norm.value):
+                rate = f"learning rate {norm.learning_rate:.2g}"
+                raise Diverged(norm.step, f"{norm.name}: the gradient is {norm.value} ({rate})")
+            last = self._norms.setdefault(norm.name, deque(maxlen=NUM_NORMS))
+            usual = median(last) if len(last) >= NUM_NEEDED else math.inf
+            if self._spike is not None and norm.value > self._spike * max(usual, SMALL_NORM):
+                raise Diverged(
+                    norm.step,
+                    f"{norm.name}: the gradient's norm is {norm.value:.3g}, and was {usual:.3g} in the median "
+                    f"(training.spike: {self._spike:g})",
+                )
+            last.append(norm.value)
 
 
 class Skipped:

@@ -1,4 +1,4 @@
-"""The one training loop, for the teacher and for students: a task's losses, its engines' steps, and what is due when.
+"""The one training loop, for teachers and for students: a task's losses, its engines' steps, and what is due when.
 
 The position of a run is one integer, the number of finished steps: order, augmentation, masks and learning rates are
 functions of it, so a resumed run goes on as if it had never stopped.
@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from dpkd.data.stream import Batch
+from dpkd.data.batch import Batch
 from dpkd.engine.protocol import Engine
 from dpkd.engine.world import World, stop_requested
 from dpkd.errors import StopRequested
@@ -19,19 +19,16 @@ from dpkd.train.checkpoint import Checkpoints, Part
 from dpkd.train.divergence import NormGuard
 from dpkd.train.meter import Meter
 
-Losses = dict[str, dict[str, torch.Tensor]]
-"""Engine -> objective -> weighted scalar."""
 
-
-class Task(Protocol):
+class TrainingTask(Protocol):
     """What is trained: engines by name, and what each minimises on a batch."""
 
     @property
     def engines(self) -> Mapping[str, Engine]:
         """The networks that are trained, by name."""
 
-    def losses(self, batch: Batch, *, step: int) -> Losses:
-        """The weighted losses of one micro-batch, each a mean over it."""
+    def losses(self, batch: Batch, *, step: int) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """(engine, its weighted losses by objective, each a mean over the micro-batch), engine by engine."""
 
     def learning_rate(self, name: str, *, step: int) -> float:
         """Learning rate of an engine at a step."""
@@ -68,7 +65,7 @@ class Hooks:
 
 
 def train(
-    task: Task,
+    task: TrainingTask,
     batches: Iterator[Batch],
     *,
     plan: Plan,
@@ -83,25 +80,35 @@ def train(
     """Trains from `start_step` to the end of the plan; `batches` begins at that step, `parts` are what is saved.
 
     Raises `StopRequested` after a save when any rank was asked to stop, `Diverged` when a step has spoilt a network,
-    `UserError` when a checkpoint cannot be written.
+    `UserError` when a checkpoint cannot be written. Norms and losses stay on the device until something is due: before
+    a line, an evaluation and a save all norms since the last are checked.
     """
     batch: Batch | None = None
     with meter.timer.loop(start_step):
         for step in range(start_step, plan.total_steps):
             heartbeat(STEADY, step=step)
             if step not in plan.skipped:
-                batch = _train_step(task, batches, step=step, plan=plan, meter=meter, guard=guard)
+                batch = _train_step(task, batches, step=step, plan=plan, meter=meter)
             done = step + 1
-            if plan.due(plan.log_every, done):
-                meter.write(done)
             stop, unsaved = world.any_of(stop_requested(), checkpoints.failed())
             save_due = stop or unsaved or plan.due(plan.checkpoint_every, done)
-            _look(done, batch, plan=plan, hooks=hooks, meter=meter)
+            log_due = plan.due(plan.log_every, done)
+            panels_due = batch is not None and plan.due(plan.panels_every, done)
+            evaluate_due = plan.due(plan.evaluate_every, done)
+            if save_due or log_due or panels_due or evaluate_due:
+                guard.check(meter.settle(done, log=log_due))
+            with meter.timer.interrupted("evaluation"):
+                if batch is not None and panels_due:
+                    heartbeat("panels", step=done)
+                    hooks.panels(done, batch)
+                if evaluate_due:
+                    heartbeat("evaluate", step=done)
+                    hooks.evaluate(done)
             if save_due:
                 heartbeat("save", step=done)
                 with meter.timer.interrupted("checkpoint"):
                     checkpoints.save(done, parts)
-            meter.timer.after_step(done, due=save_due or plan.due(plan.log_every, done))
+            meter.timer.after_step(done, due=save_due or log_due)
             if stop and done < plan.total_steps:
                 with meter.timer.interrupted("checkpoint"):
                     checkpoints.finish()
@@ -111,31 +118,15 @@ def train(
             checkpoints.finish()
 
 
-def _look(done: int, batch: Batch | None, *, plan: Plan, hooks: Hooks, meter: Meter) -> None:
-    """Panels and evaluation, where they are due after the step; every rank takes part."""
-    with meter.timer.interrupted("evaluation"):
-        if batch is not None and plan.due(plan.panels_every, done):
-            heartbeat("panels", step=done)
-            hooks.panels(done, batch)
-        if plan.due(plan.evaluate_every, done):
-            heartbeat("evaluate", step=done)
-            hooks.evaluate(done)
-
-
-def _train_step(
-    task: Task, batches: Iterator[Batch], *, step: int, plan: Plan, meter: Meter, guard: NormGuard
-) -> Batch:
+def _train_step(task: TrainingTask, batches: Iterator[Batch], *, step: int, plan: Plan, meter: Meter) -> Batch:
     """One step of every engine; returns its last micro-batch."""
     for _ in range(plan.micro_batches):
         batch = meter.wait_for(batches)
-        losses = task.losses(batch, step=step)
-        for name, engine in task.engines.items():
-            engine.backward(torch.stack(list(losses[name].values())).sum())
-        meter.add_losses(losses)
-    rates = {name: task.learning_rate(name, step=step) for name in task.engines}
-    # every engine first: one that holds gradients when a step is undone would add them to the next
-    norms = {name: float(engine.step(learning_rate=rates[name])) for name, engine in task.engines.items()}
-    for name, norm in norms.items():
-        guard.check(name, norm, step=step, learning_rate=rates[name])
-        meter.add_step(name, learning_rate=rates[name], gradient_norm=norm)
+        for name, losses in task.losses(batch, step=step):
+            task.engines[name].backward(torch.stack(list(losses.values())).sum())
+            meter.add_losses(name, losses)
+        meter.end_micro_batch()
+    for name, engine in task.engines.items():
+        rate = task.learning_rate(name, step=step)
+        meter.add_step(name, engine.step(learning_rate=rate), step=step, learning_rate=rate)
     return batch

@@ -1,52 +1,38 @@
-"""Tasks: what each network minimises on a batch. A network's own objectives need the batch alone; distillation also
-needs the teacher's outputs, which are computed once and serve every student.
+"""What each network minimises on a batch: networks that learn in the same steps, and the teachers that they follow.
 
-Axes: B sample, C channel, H W height and width, K classes.
+Axes: B sample, V views of one kind, C channel, H W height and width.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from dpkd.data.augment import normalise
-from dpkd.data.stream import Batch
+from dpkd.data.batch import Batch, View
+from dpkd.data.settings import GLOBAL
 from dpkd.engine.optimizer import learning_rate
 from dpkd.engine.protocol import Engine
 from dpkd.engine.settings import OptimizerSettings, ScheduleSettings
 from dpkd.models.network import Network
 from dpkd.models.settings import FigureGroundPooling, NetworkSpec
+from dpkd.objectives.base import Context, Objective, Outputs, Supervision, hidden_view, losses_of, teacher_of
 from dpkd.objectives.draws import random_share
-from dpkd.objectives.features import distil_embedding
 from dpkd.objectives.hog import hog
-from dpkd.objectives.logits import distil_logits
-from dpkd.objectives.masked_prior import hide_patches, masked_prior, prior_target, random_patch_mask
-from dpkd.objectives.patches import distil_patches, patch_weight
-from dpkd.objectives.settings import (
-    FeatureDistillation,
-    LogitDistillation,
-    MaskedPrior,
-    PatchDistillation,
-    StudentObjective,
-    Supervised,
-    maps_taken,
-)
-from dpkd.objectives.supervised import supervised
-from dpkd.train.loop import Losses
-from dpkd.train.statements import Statements, statement_losses
-
-Outputs = dict[str, Tensor]
+from dpkd.objectives.masked_prior import hide_patches, random_patch_mask
 
 
-@dataclass(frozen=True)
-class Supervision:
-    """What the visible labels of the training split say as a whole."""
+class Predictor(Protocol):
+    """A network that teaches without gradients, such as a frozen teacher."""
 
-    labelled_share: float
-    log_prior_K: Tensor
-    statements: Statements
+    @property
+    def spec(self) -> NetworkSpec:
+        """What the network was built from."""
+
+    def predict(self, *args: Any) -> dict[str, Tensor]:
+        """Runs normalised images [B, 3, H, W] (and a weight map) without gradients, in evaluation mode."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +41,7 @@ class Learner:
 
     engine: Engine
     network: Network
-    objectives: Sequence[StudentObjective]
+    objectives: Sequence[Objective]
     optimizer: OptimizerSettings
     schedule: ScheduleSettings
     total_steps: int
@@ -65,6 +51,11 @@ class Learner:
         """What the network was built from."""
         return self.network.spec
 
+    def predict(self, *args: Any) -> dict[str, Tensor]:
+        """Runs the network without gradients, with the averaged weights where there are any: so it is a `Predictor`."""
+        outputs: dict[str, Tensor] = self.engine.predict(*args)
+        return outputs
+
     def learning_rate(self, step: int) -> float:
         """The rate at a step, before layer-wise decay."""
         base = self.optimizer.learning_rate
@@ -72,94 +63,83 @@ class Learner:
 
     @property
     def maps(self) -> frozenset[str]:
-        """Names of the prior maps that its objectives and its pooling take."""
-        taken = {name for objective in self.objectives for name in maps_taken(objective)}
-        return frozenset(taken | pooling_maps(self.spec))
-
-    def masking(self) -> MaskedPrior | None:
-        """The objective that needs a second, partly hidden view, if there is one."""
-        found = [objective for objective in self.objectives if isinstance(objective, MaskedPrior)]
-        return found[0] if found and found[0].mask_ratio > 0 else None
-
-
-class Predictor(Protocol):
-    """A network that only looks, such as a frozen teacher."""
+        """Names of the prior maps that its objectives and its pooling read."""
+        return frozenset(name for each in self.objectives for name in each.needs().maps) | pooling_maps(self.spec)
 
     @property
-    def spec(self) -> NetworkSpec:
-        """What the network was built from."""
+    def views(self) -> frozenset[str]:
+        """Names of the views that it sees."""
+        return frozenset({GLOBAL}.union(*(each.needs().views for each in self.objectives)))
 
-    def predict(self, image_BCHW: Tensor, weight_B1HW: Tensor | None = None) -> Outputs:
-        """Runs without gradients, in evaluation mode."""
-
-
-@dataclass(frozen=True)
-class View:
-    """A network's outputs on the batch as it is and, where an objective hides patches, on the hidden view."""
-
-    outputs: Outputs
-    hidden_outputs: Outputs | None = None
-    mask_B1HW: Tensor | None = None
+    @property
+    def hidden_shares(self) -> list[float]:
+        """Shares of patches that its objectives hide, ascending."""
+        return sorted({each.needs().hidden_share for each in self.objectives} - {0.0})
 
 
-class TeachTask:
-    """One network under its own objectives."""
+class Task:
+    """Networks that learn in the same steps, each under its own objectives, and the teachers that they follow.
 
-    def __init__(self, learner: Learner, *, name: str, supervision: Supervision, seed: int) -> None:
-        self.learners = {name: learner}
-        self.engines: dict[str, Engine] = {name: learner.engine}
-        self.maps = learner.maps
-        self._name, self._supervision, self._seed = name, supervision, seed
-
-    def losses(self, batch: Batch, *, step: int) -> Losses:
-        """The network's own losses."""
-        learner, batch = self.learners[self._name], with_view_maps(batch, self.maps)
-        view = look(learner, batch, step=step, seed=self._seed)
-        return {self._name: own_losses(learner.objectives, view, batch, supervision=self._supervision)}
-
-    def learning_rate(self, name: str, *, step: int) -> float:
-        """Learning rate of the network at a step."""
-        return self.learners[name].learning_rate(step)
-
-
-class DistillTask:
-    """Students under a teacher that is frozen (a `Predictor`) or goes on learning (a `Learner`, in the same steps)."""
+    A teacher is a `Predictor`, or one of the learners by its name: students then learn from the outputs of its training
+    forward pass in the same step.
+    """
 
     def __init__(
         self,
-        students: Mapping[str, Learner],
+        learners: Mapping[str, Learner],
         *,
-        teacher: Predictor | Learner,
-        teacher_name: str,
+        teachers: Mapping[str, Predictor],
+        live_teachers: Collection[str] = (),
         supervision: Supervision,
         seed: int,
     ) -> None:
-        live = {teacher_name: teacher} if isinstance(teacher, Learner) else {}
-        self.students = dict(students)
-        self.learners = {**live, **students}
-        self.engines: dict[str, Engine] = {name: learner.engine for name, learner in self.learners.items()}
-        self.maps = frozenset().union(pooling_maps(teacher.spec), *(learner.maps for learner in self.learners.values()))
+        self.learners = dict(learners)
+        self.engines: dict[str, Engine] = {name: learner.engine for name, learner in learners.items()}
+        self.teachers, self.live_teachers = dict(teachers), frozenset(live_teachers)
+        self.maps = frozenset().union(
+            *(learner.maps for learner in learners.values()),
+            *(pooling_maps(teacher.spec) for teacher in teachers.values()),
+        )
         """Names of the prior maps that a batch must bring."""
-        self._teacher, self._teacher_name = teacher, teacher_name
+        self.views = frozenset().union(*(learner.views for learner in learners.values()))
+        """Names of the views that a batch must bring."""
         self._supervision, self._seed = supervision, seed
+        objectives = [objective for learner in learners.values() for objective in learner.objectives]
+        following = [objective for objective in objectives if objective.needs().teacher]
+        only = [*self.teachers, *self.live_teachers]
+        self._taught_views = {
+            name: {
+                view
+                for objective in following
+                if teacher_of(objective) == name or (teacher_of(objective) is None and only == [name])
+                for view in objective.needs().views
+            }
+            for name in only
+        }
 
-    def losses(self, batch: Batch, *, step: int) -> Losses:
-        """Each student's own and distillation losses; a live teacher's own."""
-        losses: Losses = {}
+    def losses(self, batch: Batch, *, step: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """(network, its weighted losses by objective) for one micro-batch, network by network.
+
+        Each network runs forward when its losses are asked for, so that the backward pass of the one before can free
+        its graph first.
+        """
         batch = with_view_maps(batch, self.maps)
-        if isinstance(self._teacher, Learner):
-            view = look(self._teacher, batch, step=step, seed=self._seed)
-            own = own_losses(self._teacher.objectives, view, batch, supervision=self._supervision)
-            losses[self._teacher_name] = own
-            taught = {key: output.detach() for key, output in view.outputs.items()}
-        else:
-            image_BCHW = network_input(self._teacher.spec, batch)
-            taught = self._teacher.predict(image_BCHW, pooling_weight(self._teacher.spec, batch))
-        for name, student in self.students.items():
-            view = look(student, batch, step=step, seed=self._seed)
-            own = own_losses(student.objectives, view, batch, supervision=self._supervision)
-            losses[name] = own | distillation_losses(student.objectives, view.outputs, taught, batch)
-        return losses
+        taught: dict[str, Mapping[str, Outputs]] = {
+            name: {
+                view: teacher.predict(*network_inputs(teacher.spec, batch.views[view]))
+                for view in sorted(self._taught_views[name])
+            }
+            for name, teacher in self.teachers.items()
+        }
+        for name, learner in self.learners.items():
+            outputs, masks = forward_views(learner, batch, step=step, seed=self._seed)
+            context = Context(batch, outputs, taught, self._supervision, step=step, seed=self._seed, masks=masks)
+            yield name, losses_of(learner.objectives, context)
+            if name in self.live_teachers:
+                taught[name] = {
+                    view: {key: output.detach() for key, output in outputs[view].items()}
+                    for view in self._taught_views[name]
+                }
 
     def learning_rate(self, name: str, *, step: int) -> float:
         """Learning rate of one network at a step."""
@@ -167,109 +147,65 @@ class DistillTask:
 
 
 def with_view_maps(batch: Batch, names: Collection[str]) -> Batch:
-    """The batch with those of the maps `names` that are made of its views, where it did not bring them."""
-    if "hog" not in names or "hog" in batch.priors:
+    """The batch with those of the maps `names` that are computed from its views, where it did not bring them."""
+    if "hog" not in names or "hog" in batch.views[GLOBAL].maps:
         return batch
-    return replace(batch, priors={**batch.priors, "hog": hog(batch.image_BCHW)})
+    views = {
+        name: View(view.image_BCHW, {**view.maps, "hog": hog(view.image_BCHW)}) for name, view in batch.views.items()
+    }
+    return replace(batch, views=views)
 
 
-def look(learner: Learner, batch: Batch, *, step: int, seed: int) -> View:
-    """Runs a network in training mode; the hidden view, where one is needed, shares the same forward pass."""
-    image_BCHW = network_input(learner.spec, batch)
-    weight_B1HW = training_weight(learner.spec, batch, step=step, seed=seed)
-    masking = learner.masking()
-    if masking is None:
-        return View(learner.engine.forward(image_BCHW, weight_B1HW))
-    mask_B1HW = random_patch_mask(
-        batch.index_B, step=step, grid=learner.network.grid, ratio=masking.mask_ratio, seed=seed
-    )
-    both_BCHW = torch.cat([image_BCHW, hide_patches(image_BCHW, mask_B1HW)])
-    both_weights = None if weight_B1HW is None else torch.cat([weight_B1HW, weight_B1HW])
-    outputs = learner.engine.forward(both_BCHW, both_weights)
-    size = len(image_BCHW)
-    seen = {key: output[:size] for key, output in outputs.items()}
-    hidden = {key: output[size:] for key, output in outputs.items()}
-    return View(seen, hidden, mask_B1HW)
+def forward_views(
+    learner: Learner, batch: Batch, *, step: int, seed: int
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Runs a network in training mode: its outputs by view, and the mask of each hidden view.
+
+    Hidden views share the forward pass of the global one.
+    """
+    outputs, masks = {}, {}
+    for name in sorted(learner.views):
+        view = batch.views[name]
+        image_BCHW, *weights = network_inputs(learner.spec, view)
+        weights = [blank_share(weight, learner.spec, batch.index_B, step=step, seed=seed) for weight in weights]
+        images, names = [image_BCHW], [name]
+        for share in learner.hidden_shares if name == GLOBAL else ():
+            mask_B1HW = random_patch_mask(
+                batch.index_B, step=step, grid=learner.network.backbone.grid, ratio=share, seed=seed
+            )
+            masks[hidden_view(share)] = mask_B1HW
+            images.append(hide_patches(image_BCHW[: len(mask_B1HW)], mask_B1HW))
+            names.append(hidden_view(share))
+        if len(images) == 1:
+            outputs[name] = learner.engine.forward(image_BCHW, *weights)
+            continue
+        sizes = [len(image) for image in images]
+        whole = [torch.cat([weight[:size] for size in sizes]) for weight in weights]
+        together = learner.engine.forward(torch.cat(images), *whole)
+        parts = {key: output.split(sizes) for key, output in together.items()}
+        outputs |= {each: {key: parts[key][place] for key in parts} for place, each in enumerate(names)}
+    return outputs, masks
 
 
-def network_input(spec: NetworkSpec, batch: Batch) -> Tensor:
-    """The batch's images as the network takes them."""
-    return normalise(batch.image_BCHW, mean=spec.mean, std=spec.std)
+def network_inputs(spec: NetworkSpec, view: View) -> list[Tensor]:
+    """A view as the network takes it: normalised images, and where its pooling weighs patches the map that it does by.
+
+    A map that is not known weighs all patches alike.
+    """
+    image_BCHW = normalise(view.image_BCHW, mean=spec.mean, std=spec.std)
+    return [image_BCHW, *(view.maps[name].nan_to_num(nan=1.0) for name in pooling_maps(spec))]
 
 
 def pooling_maps(spec: NetworkSpec) -> frozenset[str]:
-    """Name of the prior map that the network's pooling takes, if it takes one."""
+    """Name of the prior map that the network's pooling reads, if it reads one."""
     pooling = spec.model.pooling
     return frozenset({pooling.prior} if isinstance(pooling, FigureGroundPooling) else ())
 
 
-def pooling_weight(spec: NetworkSpec, batch: Batch) -> Tensor | None:
-    """The prior map that the network's pooling weighs patches by, if it does; even where the map is not known."""
+def blank_share(weight_B1HW: Tensor, spec: NetworkSpec, index_B: Tensor, *, step: int, seed: int) -> Tensor:
+    """The weight map with a share of the samples pooled plainly, as the pooling asks."""
     pooling = spec.model.pooling
-    return batch.priors[pooling.prior].nan_to_num(nan=1.0) if isinstance(pooling, FigureGroundPooling) else None
-
-
-def training_weight(spec: NetworkSpec, batch: Batch, *, step: int, seed: int) -> Tensor | None:
-    """`pooling_weight` with a share of the maps made blank, as the pooling asks."""
-    weight_B1HW, pooling = pooling_weight(spec, batch), spec.model.pooling
-    if weight_B1HW is None or not isinstance(pooling, FigureGroundPooling) or not pooling.blank:
+    if not isinstance(pooling, FigureGroundPooling) or not pooling.blank:
         return weight_B1HW
-    blank_B = random_share(batch.index_B, step=step, share=pooling.blank, seed=seed)
-    return weight_B1HW.masked_fill(blank_B[:, None, None, None], 1.0)
-
-
-def own_losses(
-    objectives: Sequence[StudentObjective], view: View, batch: Batch, *, supervision: Supervision
-) -> dict[str, Tensor]:
-    """The weighted losses that need no teacher."""
-    losses = {}
-    for objective in objectives:
-        if isinstance(objective, Supervised):
-            losses["supervised"] = objective.weight * supervised(
-                view.outputs["logits"],
-                batch.label_B,
-                labelled_share=supervision.labelled_share,
-                label_smoothing=objective.label_smoothing,
-                log_prior_K=supervision.log_prior_K if objective.balance == "logit_adjusted" else None,
-                tau=objective.tau,
-            )
-        elif isinstance(objective, MaskedPrior):
-            outputs = view.outputs if view.hidden_outputs is None else view.hidden_outputs
-            for name, weight in objective.targets.items():
-                prediction_BCHW = outputs[f"prior.{name}"]
-                grid = (prediction_BCHW.shape[2], prediction_BCHW.shape[3])
-                target_BCHW = prior_target(batch.priors[name], grid)
-                loss = masked_prior(prediction_BCHW, target_BCHW, view.mask_B1HW)
-                losses[f"masked_prior.{name}"] = objective.weight * weight * loss
-    stated = statement_losses(
-        objectives,
-        view.outputs,
-        batch,
-        statements=supervision.statements,
-        labelled_share=supervision.labelled_share,
-    )
-    return losses | stated
-
-
-def distillation_losses(
-    objectives: Sequence[StudentObjective], outputs: Outputs, taught: Outputs, batch: Batch
-) -> dict[str, Tensor]:
-    """The weighted losses against the teacher's outputs, which carry no gradient."""
-    losses = {}
-    for objective in objectives:
-        if isinstance(objective, LogitDistillation):
-            loss = distil_logits(outputs["logits"], taught["logits"], temperature=objective.temperature)
-            losses["logits"] = objective.weight * loss
-        elif isinstance(objective, FeatureDistillation):
-            loss = distil_embedding(outputs["to_teacher.embedding"], taught["embedding"])
-            losses["features"] = objective.weight * loss
-        elif isinstance(objective, PatchDistillation):
-            weight_B1HW = patch_weight(
-                saliency_B1HW=batch.priors["saliency"] if objective.saliency else None,
-                edge_B1HW=batch.priors["edge"] if objective.edge else None,
-                saliency=objective.saliency,
-                edge=objective.edge,
-            )
-            loss = distil_patches(outputs["to_teacher.patch"], taught["patch"], weight_B1HW)
-            losses["patches"] = objective.weight * loss
-    return losses
+    blank_B = random_share(index_B, step=step, share=pooling.blank, seed=seed)
+    return weight_B1HW.masked_fill(blank_B.repeat(len(weight_B1HW) // len(index_B))[:, None, None, None], 1.0)

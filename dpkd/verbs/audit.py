@@ -12,15 +12,14 @@ from dpkd.engine.world import World
 from dpkd.errors import UserError
 from dpkd.io.checkpoint_store import CheckpointStore
 from dpkd.log import logger, show
-from dpkd.objectives.settings import StudentObjective
 from dpkd.settings import Settings, load_settings
+from dpkd.stages.plan import teaching_stages
 from dpkd.stages.run import Run, training_set
 from dpkd.stages.training import sample_order
 from dpkd.stages.worker import open_run
 from dpkd.train.divergence import read_skipped
 from dpkd.train.sample_log import History, checksum, read_history
 
-STAGES = ("teach", "distill")
 NUM_NAMED = 5
 """Faulty steps that an error names; more are counted."""
 
@@ -39,7 +38,7 @@ def audit(folder: str) -> None:
     run = open_run(settings, alone)
     table = Table("stage", "steps", "attempts", "rolled back", "skipped", "samples", "times each")
     faults: list[str] = []
-    for stage in STAGES:
+    for stage in (*teaching_stages(settings), "distill"):
         if run.folder.sample_log(stage).is_dir():
             row, found = _audit_stage(run, settings, stage)
             table.add_row(stage, *row)
@@ -59,10 +58,11 @@ def audit(folder: str) -> None:
 
 def _audit_stage(run: Run, settings: Settings, stage: str) -> tuple[list[str], list[str]]:
     """The cells of a stage's row, and what is wrong, step by step."""
-    training = (settings.teach if stage == "teach" else settings.distill).training
-    objectives: list[StudentObjective] = list(settings.teach.objectives)
-    if stage == "distill":
-        objectives = [loss for student in settings.distill.students.values() for loss in student.losses]
+    teaching = teaching_stages(settings)
+    part = settings.teachers[teaching[stage]] if stage in teaching else settings.distill
+    training = part.training
+    key = f"teachers.{teaching[stage]}." if stage in teaching else "distill."
+    objectives = [objective for name, objective in settings.objectives.items() if name.startswith(key)]
     samples = training_set(run, training, objectives)
     order = sample_order(run, training, samples)
     history = read_history(run.folder.sample_log(stage))

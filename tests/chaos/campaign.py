@@ -177,7 +177,7 @@ class Campaign:
         last = next((each for each in reversed(self._events()) if each["kind"] == "train"), None)
         if last is None:
             return 0
-        before = self._tree["teach"]["training"]["steps"] if last["stage"] == "distill" else 0
+        before = self._tree["teachers"]["teacher"]["training"]["steps"] if last["stage"] == "distill" else 0
         return before + int(last["step"])
 
     def _events(self) -> list[dict[str, Any]]:

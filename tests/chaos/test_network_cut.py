@@ -34,8 +34,8 @@ def _refused() -> str | None:
 
 def tree_of(folder: Path, *, source: Path | None, shards: Path | None = None) -> dict[str, Any]:
     tree = tiny(folder, source=source, shards=shards)
-    tree["teach"]["training"] |= {"steps": STEPS, "evaluate_every": STEPS, "panels_every": STEPS}
-    tree["teach"]["training"]["checkpoint_every"] = SAVED_EVERY
+    tree["teachers"]["teacher"]["training"] |= {"steps": STEPS, "evaluate_every": STEPS, "panels_every": STEPS}
+    tree["teachers"]["teacher"]["training"]["checkpoint_every"] = SAVED_EVERY
     tree["launcher"]["workers"] = 2
     return tree
 

@@ -36,7 +36,7 @@ def batches_for_six(folder: Path, *, source: Path) -> dict[str, Any]:
     for stage in ("teach", "distill"):
         tree[stage]["training"] |= {"steps": STEPS, "batch_size": 12, "micro_batch_size": 2, "checkpoint_every": 3}
         tree[stage]["training"] |= {"evaluate_every": STEPS // 2, "panels_every": STEPS}
-    for network in (tree["teach"], *tree["distill"]["students"].values()):
+    for network in (tree["teachers"]["teacher"], *tree["distill"]["students"].values()):
         network["optimizer"] = CALM
     model = tree["distill"]["students"]["vit"]["model"]
     tree["distill"]["students"]["vit"]["model"] = model | {"arguments": model["arguments"] | {"pos_drop_rate": 0.0}}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from dpkd.data.augment import GREY, View, apply_image, apply_map, centre_view, normalise, random_view
+from dpkd.data.augment import GREY, Crop, apply_image, apply_map, centre_view, normalise, random_views
 from dpkd.data.settings import AugmentSettings
 
 SIZES = st.tuples(st.integers(16, 90), st.integers(16, 90))
@@ -24,7 +24,7 @@ def _mirror(map_HWC):
     return map_HWC[:, ::-1]
 
 
-def _plain(view: View) -> View:
+def _plain(view: Crop) -> Crop:
     return replace(view, brightness=1.0, contrast=1.0, saturation=1.0)
 
 
@@ -39,20 +39,20 @@ def _smooth_image(height: int, width: int) -> np.ndarray:
 @given(SIZES, SAMPLES, st.floats(0.05, 1), st.floats(0.4, 1))
 def test_a_view_lies_within_its_image_and_its_settings(image_size, sample, smallest, narrowest):
     view_settings = AugmentSettings(crop_scale=(smallest, 1), crop_ratio=(narrowest, 1 / narrowest))
-    view = random_view(view_settings, image_size, **sample)
+    view = random_views([view_settings], image_size, **sample)[0]
     assert 0 <= view.top <= image_size[0] - view.height
     assert 0 <= view.left <= image_size[1] - view.width
     assert view.height >= 1
     assert view.width >= 1
     for factor in (view.brightness, view.contrast, view.saturation):
         assert 0.6 <= factor <= 1.4
-    assert view == random_view(view_settings, image_size, **sample)
+    assert view == random_views([view_settings], image_size, **sample)[0]
 
 
 def test_views_are_spread_as_those_of_torchvision():
     torch.manual_seed(0)
     chosen = AugmentSettings()
-    views = [random_view(chosen, (60, 84), seed=3, epoch=0, index=i) for i in range(3000)]
+    views = [random_views([chosen], (60, 84), seed=3, epoch=0, index=i)[0] for i in range(3000)]
     image = torch.zeros(3, 60, 84)
     boxes = [RandomResizedCrop.get_params(image, list(chosen.crop_scale), list(chosen.crop_ratio)) for _ in range(3000)]
     found = np.array([(view.top, view.left, view.height, view.width) for view in views])
@@ -64,14 +64,14 @@ def test_views_are_spread_as_those_of_torchvision():
 
 
 def test_views_differ_between_samples_epochs_and_seeds():
-    def view(seed: int, epoch: int, index: int) -> View:
-        return random_view(AugmentSettings(), (84, 84), seed=seed, epoch=epoch, index=index)
+    def view(seed: int, epoch: int, index: int) -> Crop:
+        return random_views([AugmentSettings()], (84, 84), seed=seed, epoch=epoch, index=index)[0]
 
     assert len({view(0, 0, 0), view(1, 0, 0), view(0, 1, 0), view(0, 0, 1), view(0, 1, 1)}) == 5
 
 
 def test_an_image_too_long_for_any_crop_gives_its_centre():
-    view = random_view(AugmentSettings(crop_scale=(1, 1)), (20, 200), seed=0, epoch=0, index=0)
+    view = random_views([AugmentSettings(crop_scale=(1, 1))], (20, 200), seed=0, epoch=0, index=0)[0]
     assert (view.height, view.width, view.top) == (20, 27, 0)
 
 
@@ -79,7 +79,7 @@ def test_an_image_too_long_for_any_crop_gives_its_centre():
 @given(SIZES, SAMPLES, st.integers(8, 40))
 def test_a_map_that_is_the_image_follows_it(image_size, sample, size):
     image = _smooth_image(*image_size)
-    view = _plain(random_view(AugmentSettings(), image_size, **sample))
+    view = _plain(random_views([AugmentSettings()], image_size, **sample)[0])
     seen = apply_image(view, image, size=size)
     mapped = apply_map(view, image.astype(np.float32), size=size, nearest=False, flip=_mirror)
     assert mapped.dtype == np.float32
@@ -91,7 +91,7 @@ def test_a_map_that_is_the_image_follows_it(image_size, sample, size):
 @given(SIZES, SAMPLES, st.integers(4, 30), st.integers(4, 30))
 def test_maps_are_resampled_as_pillow_does(image_size, sample, cells, size):
     map_HW = np.random.default_rng(0).random((cells, cells + 3), np.float32)
-    view = random_view(AugmentSettings(flip=0), image_size, **sample)
+    view = random_views([AugmentSettings(flip=0)], image_size, **sample)[0]
     y, x = cells / image_size[0], (cells + 3) / image_size[1]
     box = (view.left * x, view.top * y, (view.left + view.width) * x, (view.top + view.height) * y)
     expected = Image.fromarray(map_HW).resize((size, size), Image.Resampling.BILINEAR, box=box)
@@ -105,7 +105,7 @@ def test_labels_keep_their_values_and_their_place(image_size, sample, size):
     """Labels that number the pixels of the image tell which pixel each cell of the view shows."""
     height, width = image_size
     label_HW1 = np.arange(height * width, dtype=np.int32).reshape(height, width, 1)
-    view = random_view(AugmentSettings(), image_size, **sample)
+    view = random_views([AugmentSettings()], image_size, **sample)[0]
     shown = apply_map(view, label_HW1, size=size, nearest=True, flip=_mirror)[..., 0].astype(int)
     columns = (np.arange(size) + 0.5) * view.width / size
     centre_x = view.left + (columns[::-1] if view.flip else columns)
@@ -117,7 +117,7 @@ def test_labels_keep_their_values_and_their_place(image_size, sample, size):
 
 def test_a_flip_mirrors_image_and_map_and_asks_the_map_for_its_values():
     image = _smooth_image(40, 50)
-    view = View(40, 50, top=5, left=8, height=24, width=30)
+    view = Crop(40, 50, top=5, left=8, height=24, width=30)
     mirrored = replace(view, flip=True)
     np.testing.assert_array_equal(apply_image(mirrored, image, size=16), apply_image(view, image, size=16)[:, ::-1])
     direction = np.random.default_rng(0).random((10, 12, 2), np.float32)
@@ -163,8 +163,8 @@ def test_colours_change_as_brightness_contrast_and_saturation_in_turn(brightness
 def test_colours_do_not_move_the_crop():
     plain, coloured = AugmentSettings(brightness=0, contrast=0, saturation=0), AugmentSettings()
     for index in range(20):
-        view = random_view(coloured, (60, 70), seed=0, epoch=0, index=index)
-        assert random_view(plain, (60, 70), seed=0, epoch=0, index=index) == _plain(view)
+        view = random_views([coloured], (60, 70), seed=0, epoch=0, index=index)[0]
+        assert random_views([plain], (60, 70), seed=0, epoch=0, index=index)[0] == _plain(view)
 
 
 def test_normalised_images_have_the_given_mean_and_deviation_taken_away():
@@ -178,7 +178,7 @@ def test_normalised_images_have_the_given_mean_and_deviation_taken_away():
 
 def test_threads_of_opencv_change_nothing():
     image = _smooth_image(90, 70)
-    view = random_view(AugmentSettings(), (90, 70), seed=0, epoch=0, index=0)
+    view = random_views([AugmentSettings()], (90, 70), seed=0, epoch=0, index=0)[0]
     threads = cv2.getNumThreads()
     seen = []
     for count in (1, 2):
@@ -186,3 +186,12 @@ def test_threads_of_opencv_change_nothing():
         seen.append(apply_image(view, image, size=32))
     cv2.setNumThreads(threads)
     np.testing.assert_array_equal(seen[0], seen[1])
+
+
+@given(SIZES, SAMPLES)
+def test_the_first_of_several_views_is_the_one_alone_and_all_differ(image_size, sample):
+    large, small = AugmentSettings(), AugmentSettings(crop_scale=(0.05, 0.3))
+    views = random_views([large, large, small], image_size, **sample)
+    assert views[:1] == random_views([large], image_size, **sample)
+    assert views[:2] == random_views([large, large], image_size, **sample)
+    assert len({(view.brightness, view.contrast, view.saturation) for view in views}) == 3

@@ -15,12 +15,13 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 
-from dpkd.data.augment import apply_image, random_view
+from dpkd.data.augment import apply_image, random_views
+from dpkd.data.batch import Batch
 from dpkd.data.images import decode_image, encode_png
 from dpkd.data.order import Order
 from dpkd.data.settings import AugmentSettings, LoaderSettings
 from dpkd.data.shards import Dataset, Manifest, Sample, ShardIndex, ShardInfo, Split, SplitInfo, checksum, index_name
-from dpkd.data.stream import Batch, evaluation_batches, training_batches
+from dpkd.data.stream import ViewPlan, evaluation_batches, training_batches
 from dpkd.data.tars import TarWriter
 from dpkd.errors import UserError
 from dpkd.launch.forking import ONE_THREAD
@@ -102,17 +103,21 @@ def split(tmp_path: Path) -> Split:
     return Dataset.open(str(tmp_path)).split("train")
 
 
-def _train(split: Split, start: int, stop: int, *, loader=HERE, maps=None, rank=0, world_size=1) -> list[Batch]:
+def one_view(size: int, map_size: int, augment: AugmentSettings | None = None) -> dict[str, ViewPlan]:
+    return {"global": ViewPlan(size, map_size, augment or AugmentSettings())}
+
+
+def _train(
+    split: Split, start: int, stop: int, *, loader=HERE, maps=None, rank=0, world_size=1, views=None
+) -> list[Batch]:
     order = Order(split.shard_sizes, seed=5, global_batch_size=8, block_shards=2)
     batches = training_batches(
         split,
         order=order,
-        label_N=split.label_N,
+        targets={"class": split.label_N},
         maps=maps,
-        augment=AugmentSettings(),
+        views=views or one_view(24, 24),
         seed=5,
-        image_size=24,
-        map_size=24,
         rank=rank,
         world_size=world_size,
         micro_batch_size=2,
@@ -126,9 +131,12 @@ def _train(split: Split, start: int, stop: int, *, loader=HERE, maps=None, rank=
 def _assert_equal(found: list[Batch], expected: list[Batch]) -> None:
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
-        for name in ("image_BCHW", "label_B", "index_B", "epoch_B"):
-            torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=0)
-        torch.testing.assert_close(one.priors, other.priors, rtol=0, atol=0)
+        assert one.views.keys() == other.views.keys()
+        for name, view in one.views.items():
+            torch.testing.assert_close(view.image_BCHW, other.views[name].image_BCHW, rtol=0, atol=0)
+            torch.testing.assert_close(view.maps, other.views[name].maps, rtol=0, atol=0)
+        torch.testing.assert_close(one.targets, other.targets, rtol=0, atol=0)
+        torch.testing.assert_close((one.index_B, one.epoch_B), (other.index_B, other.epoch_B), rtol=0, atol=0)
 
 
 def test_a_batch_holds_the_samples_and_views_that_order_and_seed_say(split):
@@ -136,9 +144,11 @@ def test_a_batch_holds_the_samples_and_views_that_order_and_seed_say(split):
     order = Order(SHARD_SIZES, seed=5, global_batch_size=8, block_shards=2)
     assert batch.index_B.tolist() == order.batch(3)[2:4].tolist()
     assert batch.epoch_B.tolist() == order.epochs_of(3)[2:4].tolist()
-    assert batch.label_B.tolist() == [i % 3 for i in batch.index_B.tolist()]
-    for image_CHW, index, epoch in zip(batch.image_BCHW, batch.index_B.tolist(), batch.epoch_B.tolist(), strict=True):
-        view = random_view(AugmentSettings(), _image(index).shape[:2], seed=5, epoch=epoch, index=index)
+    assert batch.targets["class"].tolist() == [i % 3 for i in batch.index_B.tolist()]
+    for image_CHW, index, epoch in zip(
+        batch.views["global"].image_BCHW, batch.index_B.tolist(), batch.epoch_B.tolist(), strict=True
+    ):
+        (view,) = random_views([AugmentSettings()], _image(index).shape[:2], seed=5, epoch=epoch, index=index)
         expected = apply_image(view, _image(index), size=24)
         np.testing.assert_array_equal(image_CHW.permute(1, 2, 0).numpy(), expected)
 
@@ -165,15 +175,16 @@ def test_maps_follow_their_images(split):
     plain = AugmentSettings(brightness=0, contrast=0, saturation=0)
     order = Order(split.shard_sizes, seed=0, global_batch_size=NUM_SAMPLES, block_shards=3)
     (batch,) = training_batches(
-        split, order=order, label_N=split.label_N, maps=ImageAsMaps(), augment=plain, seed=0, image_size=24,
-        map_size=24, rank=0, world_size=1, micro_batch_size=NUM_SAMPLES, start_step=0, stop_step=1, loader=HERE,
+        split, order=order, targets={"class": split.label_N}, maps=ImageAsMaps(),
+        views=one_view(24, 24, plain), seed=0,
+        rank=0, world_size=1, micro_batch_size=NUM_SAMPLES, start_step=0, stop_step=1, loader=HERE,
     )  # fmt: skip
-    image_BCHW = batch.image_BCHW.float() / 255
-    assert batch.priors["colour"].shape == image_BCHW.shape
-    assert batch.priors["label"].shape == (NUM_SAMPLES, 1, 24, 24)
-    assert (batch.priors["colour"] - image_BCHW).abs().mean() < 0.01
-    assert (batch.priors["label"][:, 0] / 255 - image_BCHW[:, 0]).abs().mean() < 0.05
-    others = batch.priors["colour"].roll(1, dims=0)  # what the wrong map would give
+    image_BCHW = batch.views["global"].image_BCHW.float() / 255
+    assert batch.views["global"].maps["colour"].shape == image_BCHW.shape
+    assert batch.views["global"].maps["label"].shape == (NUM_SAMPLES, 1, 24, 24)
+    assert (batch.views["global"].maps["colour"] - image_BCHW).abs().mean() < 0.01
+    assert (batch.views["global"].maps["label"][:, 0] / 255 - image_BCHW[:, 0]).abs().mean() < 0.05
+    others = batch.views["global"].maps["colour"].roll(1, dims=0)  # what the wrong map would give
     assert (others - image_BCHW).abs().mean() > 0.1
 
 
@@ -181,12 +192,12 @@ def test_hidden_labels_stay_hidden_in_training_and_show_in_evaluation(split):
     hidden = np.full(NUM_SAMPLES, -1)
     order = Order(split.shard_sizes, seed=0, global_batch_size=4, block_shards=3)
     batches = training_batches(
-        split, order=order, label_N=hidden, maps=None, augment=AugmentSettings(), seed=0, image_size=16, map_size=4,
+        split, order=order, targets={"class": hidden}, maps=None, views=one_view(16, 4), seed=0,
         rank=0, world_size=1, micro_batch_size=4, start_step=0, stop_step=2, loader=HERE,
     )  # fmt: skip
-    assert all(batch.label_B.tolist() == [-1] * 4 for batch in batches)
+    assert all(batch.targets["class"].tolist() == [-1] * 4 for batch in batches)
     shown = list(_evaluate(split, np.arange(NUM_SAMPLES)))
-    assert torch.cat([batch.label_B for batch in shown]).tolist() == [i % 3 for i in range(NUM_SAMPLES)]
+    assert torch.cat([batch.targets["class"] for batch in shown]).tolist() == [i % 3 for i in range(NUM_SAMPLES)]
 
 
 def _evaluate(split: Split, indices: np.ndarray, *, loader=HERE, batch_size=6):
@@ -200,7 +211,7 @@ def test_evaluation_gives_what_it_was_asked_for_in_that_order(split):
     batches = list(_evaluate(split, indices, batch_size=2))
     assert [len(batch.index_B) for batch in batches] == [2, 2, 1]
     assert torch.cat([batch.index_B for batch in batches]).tolist() == indices.tolist()
-    torch.testing.assert_close(batches[1].image_BCHW[0], batches[1].image_BCHW[1])
+    torch.testing.assert_close(batches[1].views["global"].image_BCHW[0], batches[1].views["global"].image_BCHW[1])
     assert not list(_evaluate(split, indices[:0]))
 
 
@@ -233,10 +244,33 @@ def test_maps_of_another_image_stop_training_by_name(split):
 def test_a_batch_moves_as_a_whole(split):
     batch = _train(split, 0, 1, maps=ImageAsMaps())[0]
     moved = batch.to("meta")
-    tensors = [moved.image_BCHW, moved.label_B, moved.index_B, moved.epoch_B, *moved.priors.values()]
+    view = moved.views["global"]
+    tensors = [view.image_BCHW, *moved.targets.values(), moved.index_B, moved.epoch_B, *view.maps.values()]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert set(moved.priors) == {"colour", "label"}
-    assert replace(batch, priors={}).priors == {}
+    assert set(view.maps) == {"colour", "label"}
+
+
+def test_views_of_several_kinds_and_sizes_come_in_blocks_and_leave_the_global_view_as_it_is(split):
+    views = one_view(24, 24) | {"local": ViewPlan(16, 4, AugmentSettings(crop_scale=(0.05, 0.3)), count=3)}
+    batches, alone = (_train(split, 0, 2, maps=ImageAsMaps(), views=each) for each in (views, one_view(24, 24)))
+    for batch, single in zip(batches, alone, strict=True):
+        local = batch.views["local"]
+        assert local.image_BCHW.shape == (3 * 2, 3, 16, 16)
+        assert local.maps["label"].shape == (3 * 2, 1, 4, 4)
+        _assert_equal([replace(batch, views={"global": batch.views["global"]})], [single])
+        blocks = local.image_BCHW.float().view(3, 2, 3, 16, 16) / 255
+        colour = torch.nn.functional.interpolate(local.maps["colour"], size=16).view_as(blocks)
+        assert (blocks[0] - blocks[1]).abs().mean() > 0.02  # other crops
+        plain = (blocks - colour).abs().mean()
+        assert plain < (blocks - colour.roll(1, dims=1)).abs().mean()  # each with the maps of its own image
+
+
+def test_shifted_maps_are_those_of_another_image(split):
+    batch = _train(split, 0, 1, maps=ImageAsMaps())[0]
+    shifted = batch.with_shifted_maps()
+    assert torch.equal(shifted.views["global"].image_BCHW, batch.views["global"].image_BCHW)
+    for name, map_BCHW in batch.views["global"].maps.items():
+        assert torch.equal(shifted.views["global"].maps[name], map_BCHW.roll(1, dims=0))
 
 
 _TRAINER = """
@@ -361,7 +395,8 @@ if __name__ == "__main__":
         split, indices=np.arange(8), maps=ThreadsAsMaps(), image_size=16, map_size=4, batch_size=2,
         loader=LoaderSettings(workers=2),
     )
-    print({int(batch.priors["threads"].max()) for batch in batches}, {os.environ.get(name) for name in ONE_THREAD})
+    seen = {int(batch.views["global"].maps["threads"].max()) for batch in batches}
+    print(seen, {os.environ.get(name) for name in ONE_THREAD})
 """
 
 

@@ -13,8 +13,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dpkd.data.order import ClassAwareOrder, Order, OrderWithout, SampleOrder, dealt, rank_slice
-from dpkd.data.stream import Batch
+from dpkd.data.batch import Batch, View
+from dpkd.data.order import ClassAwareOrder, Order, OrderWithout, SampleOrder, rank_micro_batches, rank_slice
 from dpkd.engine.world import World
 from dpkd.errors import UserError
 from dpkd.train.sample_log import SampleLog, checksum, read_history
@@ -68,9 +68,16 @@ def orders(draw) -> SampleOrder:
 
 def batches(order: SampleOrder, steps: range, *, rank: int, attempt: Attempt):
     """The micro-batches of a rank, without images."""
-    own = dealt(order, steps, rank=rank, world_size=attempt.world_size, micro_batch_size=attempt.micro_batch_size)
+    own = rank_micro_batches(
+        order, steps, rank=rank, world_size=attempt.world_size, micro_batch_size=attempt.micro_batch_size
+    )
     for index_B, epoch_B in own:
-        yield Batch(EMPTY, EMPTY, torch.from_numpy(index_B.copy()), torch.from_numpy(epoch_B.copy()))
+        yield Batch(
+            {"global": View(EMPTY)},
+            {"class": EMPTY},
+            torch.from_numpy(index_B.copy()),
+            torch.from_numpy(epoch_B.copy()),
+        )
 
 
 def perform(folder: Path, order: SampleOrder, attempt: Attempt, *, number: int, start: int, stop: int) -> int:

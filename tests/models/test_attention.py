@@ -10,6 +10,7 @@ from dpkd.models.attention import with_attention
 from dpkd.models.counts import count_flops, count_parameters
 from dpkd.models.network import build_network
 from dpkd.models.settings import ModelSettings, NetworkSpec
+from tests.heads import heads
 
 VIT: dict[str, Any] = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 
@@ -42,13 +43,13 @@ def test_any_model_gives_a_map_on_its_grid(name, arguments):
     outputs = with_attention(network.backbone, lambda: network(image_BCHW))
     torch.testing.assert_close(outputs["embedding"], network(image_BCHW)["embedding"])
     map_B1HW = outputs["attention"]
-    assert map_B1HW.shape == (2, 1, *network.grid)
+    assert map_B1HW.shape == (2, 1, *network.backbone.grid)
     assert map_B1HW.min() >= 0
     assert torch.allclose(map_B1HW.amax((1, 2, 3)), torch.ones(2))
 
 
 def test_flops_of_a_vit_are_those_counted_by_hand():
-    network = network_of("vit_tiny_patch16_224", VIT, classes=(), targets={"edge": 1})
+    network = network_of("vit_tiny_patch16_224", VIT, classes=(), heads=heads({"edge": 1}))
     tokens, width, patches = 17, 48, 16
     block = tokens * 12 * width**2 + 2 * tokens**2 * width
     assert count_flops(network) == 2 * (patches * 192 * width + 2 * block + patches * width)
@@ -65,7 +66,7 @@ def test_flops_of_a_head_that_attends_are_those_counted_by_hand():
 
 
 def test_parameters_are_those_of_the_plain_timm_model():
-    network = network_of("test_resnet", {}, targets={"hog": 9}, teacher_dim=30)
+    network = network_of("test_resnet", {}, heads=heads({"hog": 9}, teacher_dim=30))
     plain = timm.create_model("test_resnet", num_classes=2)
     assert count_parameters(network) == sum(parameter.numel() for parameter in plain.parameters())
 

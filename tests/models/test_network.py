@@ -12,6 +12,7 @@ from dpkd.engine.batch_norm import StepStatistics
 from dpkd.errors import UserError
 from dpkd.models.network import Network, build_network, figure_ground
 from dpkd.models.settings import FigureGroundPooling, MeanPooling, ModelSettings, NetworkSpec
+from tests.heads import heads
 
 VIT: dict[str, Any] = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -36,34 +37,32 @@ def spec_of(name: str = "resnet10t", **changes) -> NetworkSpec:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_gives_the_outputs_that_were_asked_for(name):
-    spec = spec_of(name, targets={"edge": 1, "hog": 9}, teacher_dim=20, teacher_patch_dim=12)
+    spec = spec_of(name, heads=heads({"edge": 1, "hog": 9}, teacher_dim=20, teacher_patch_dim=12))
     network = build_network(spec, seed=0)
     outputs = network(torch.randn(2, 3, 64, 64))
-    height, width = network.grid
+    height, width = network.backbone.grid
     shapes = {key: tuple(output.shape) for key, output in outputs.items()}
     assert shapes == {
-        "embedding": (2, network.embedding_dim),
-        "patch": (2, network.patch_dim, height, width),
+        "embedding": (2, network.backbone.embedding_dim),
+        "patch": (2, network.backbone.patch_dim, height, width),
         "logits": (2, 3),
-        "prior.edge": (2, 1, height, width),
-        "prior.hog": (2, 9, height, width),
-        "to_teacher.embedding": (2, 20),
-        "to_teacher.patch": (2, 12, height, width),
+        "prior/edge": (2, 1, height, width),
+        "prior/hog": (2, 9, height, width),
+        "to_teacher/embedding": (2, 20),
+        "to_teacher/patch": (2, 12, height, width),
     }
 
 
 def test_attributes_and_regions_have_heads_that_leave_all_else_as_it_is():
-    plain, spec = (
-        spec_of(targets={"edge": 1}, teacher_dim=20),
-        {"attributes": ("red", "round"), "regions": ("saliency",)},
-    )
-    networks = [build_network(each, seed=0).eval() for each in (plain, plain.model_copy(update=spec))]
+    plain = spec_of(heads=heads({"edge": 1}, teacher_dim=20))
+    more = spec_of(heads=heads({"edge": 1}, teacher_dim=20, attributes=2, regions=["saliency"]))
+    networks = [build_network(spec, seed=0).eval() for spec in (plain, more)]
     image_BCHW = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         before, after = (network(image_BCHW) for network in networks)
     assert tuple(after["attributes"].shape) == (2, 2)
-    assert tuple(after["region.saliency"].shape) == (2, 1, *networks[1].grid)
-    assert after.keys() - before.keys() == {"attributes", "region.saliency"}
+    assert tuple(after["region/saliency"].shape) == (2, 1, *networks[1].backbone.grid)
+    assert after.keys() - before.keys() == {"attributes", "region/saliency"}
     assert all(torch.equal(output, after[key]) for key, output in before.items())
 
 
@@ -165,7 +164,7 @@ def test_the_backbone_loads_into_plain_timm():
 
 
 def test_every_output_carries_gradients_to_the_first_layer():
-    network = build_network(spec_of(targets={"edge": 1}, teacher_dim=4), seed=0)
+    network = build_network(spec_of(heads=heads({"edge": 1}, teacher_dim=4)), seed=0)
     for key, output in network(torch.randn(4, 3, 64, 64)).items():
         network.zero_grad()
         output.square().sum().backward(retain_graph=True)
@@ -183,7 +182,7 @@ def test_every_output_carries_gradients_to_the_first_layer():
         (ModelSettings(name="vit_tiny_patch16_224", arguments={**VIT, "img_size": 32}), "64 px"),
         (ModelSettings(name="deit_tiny_distilled_patch16_224", arguments={"depth": 1}), "no function of its embedding"),
         (ModelSettings(name="efficientformer_l1"), "64 px"),
-        (ModelSettings(name="resnet18", weights="/nowhere/weights.pt"), "/nowhere/weights.pt"),
+        (ModelSettings(name="resnet18", arguments={"features_only": True}), "model.arguments.features_only"),
     ],
 )
 def test_what_timm_cannot_build_or_run_is_the_users_error(settings, message):
@@ -193,7 +192,7 @@ def test_what_timm_cannot_build_or_run_is_the_users_error(settings, message):
 
 @pytest.mark.parametrize("name", ["resnet10t", "vit_small_patch16_224"])
 def test_the_whole_network_compiles_once_to_one_graph(name):
-    network = build_network(spec_of(name, pooling=FigureGroundPooling(), targets={"edge": 1}), seed=0)
+    network = build_network(spec_of(name, pooling=FigureGroundPooling(), heads=heads({"edge": 1})), seed=0)
     statistics = StepStatistics(network)
     counter = CompileCounter()
     compiled = torch.compile(network, backend=counter, fullgraph=True)
@@ -205,3 +204,24 @@ def test_the_whole_network_compiles_once_to_one_graph(name):
         statistics.commit(lambda vector: vector)
     assert counter.frame_count == 1
     torch.testing.assert_close(outputs, network(image_BCHW, weight_B1HW))
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "swin_tiny_patch4_window7_224", "vit_tiny_patch16_224"])
+def test_the_patch_grid_follows_the_size_of_the_images(name):
+    arguments = {
+        **FAMILIES[name],
+        **({} if name == "resnet10t" else {"dynamic_img_size": True} if "vit" in name else {}),
+    }
+    if "swin" in name:
+        arguments = {**arguments, "strict_img_size": False}
+    network = build_network(spec_of(name, arguments=arguments, heads=heads({"edge": 1})), seed=0).eval()
+    with torch.no_grad():
+        large, small = network(torch.randn(2, 3, 64, 64)), network(torch.randn(2, 3, 32, 32))
+    height, width = network.backbone.grid
+    assert large["patch"].shape[2:] == large["prior/edge"].shape[2:] == (height, width)
+    assert small["patch"].shape[2:] == small["prior/edge"].shape[2:] == (height // 2, width // 2)
+
+
+def test_weights_that_are_no_file_are_named():
+    with pytest.raises(UserError, match=r"/nowhere/weights\.pt"):
+        build_network(spec_of(), weights="/nowhere/weights.pt")

@@ -11,6 +11,7 @@ from dpkd.errors import UserError
 from dpkd.models.network import build_network
 from dpkd.models.parameters import parameter_groups
 from dpkd.models.settings import ModelSettings, NetworkSpec
+from tests.heads import heads
 
 VIT: dict[str, Any] = {"patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
 
@@ -23,8 +24,7 @@ def network_of(name: str, arguments: dict[str, Any]):
         image_size=32,
         mean=(0.5,) * 3,
         std=(0.2,) * 3,
-        targets={"hog": 9},
-        teacher_dim=7,
+        heads=heads({"hog": 9}, teacher_dim=7),
     )
     return build_network(spec, seed=0)
 
@@ -33,7 +33,7 @@ def network_of(name: str, arguments: dict[str, Any]):
 @pytest.mark.parametrize("layer_decay", [1.0, 0.7])
 def test_every_trainable_parameter_stands_in_one_group(name, arguments, layer_decay):
     network = network_of(name, arguments)
-    network.prior_heads["hog"].bias.requires_grad_(False)
+    network.heads["prior/hog"].bias.requires_grad_(False)
     groups = parameter_groups(network, weight_decay=0.1, layer_decay=layer_decay)
     names = [name for group in groups for name in group["names"]]
     by_name = dict(network.named_parameters())
@@ -57,7 +57,7 @@ def test_vectors_positions_and_tokens_carry_no_decay():
     plain = {name for group in groups if group["weight_decay"] == 0 for name in group["names"]}
     decayed = {name for group in groups if group["weight_decay"] == 0.1 for name in group["names"]}
     assert {"backbone.timm.pos_embed", "backbone.timm.cls_token", "backbone.timm.blocks.0.norm1.weight"} <= plain
-    assert {"backbone.timm.head.weight", "prior_heads.hog.weight", "to_teacher.embedding.weight"} <= decayed
+    assert {"backbone.timm.head.weight", "heads.prior/hog.weight", "heads.to_teacher/embedding.weight"} <= decayed
     assert all(group["lr_scale"] == 1 for group in groups)
 
 

@@ -15,8 +15,8 @@ from dpkd.models.settings import ModelSettings, NetworkSpec
 VIT: dict[str, Any] = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 
 
-def spec_of(name: str, weights=None, *, arguments=None, num_classes=3, size=32) -> NetworkSpec:
-    model = ModelSettings(name=name, arguments=arguments or {}, weights=None if weights is None else str(weights))
+def spec_of(name: str, *, arguments=None, num_classes=3, size=32) -> NetworkSpec:
+    model = ModelSettings(name=name, arguments=arguments or {})
     classes = tuple(f"class {number}" for number in range(num_classes))
     return NetworkSpec(model=model, classes=classes, image_size=size, mean=(0.5,) * 3, std=(0.2,) * 3)
 
@@ -32,13 +32,13 @@ def same(ours, theirs, *, but=()) -> bool:
 def test_a_torch_file_loads_whole_with_its_classifier(tmp_path, wrap):
     plain = timm.create_model("test_resnet", num_classes=3)
     torch.save(wrap(plain.state_dict()), tmp_path / "weights.pt")
-    assert same(build_network(spec_of("test_resnet", tmp_path / "weights.pt")).backbone.timm, plain)
+    assert same(build_network(spec_of("test_resnet"), weights=str(tmp_path / "weights.pt")).backbone.timm, plain)
 
 
 def test_a_classifier_of_other_classes_is_left_out(tmp_path):
     plain = timm.create_model("test_resnet", num_classes=10)
     safetensors.torch.save_file(plain.state_dict(), tmp_path / "weights.safetensors")
-    network = build_network(spec_of("test_resnet", tmp_path / "weights.safetensors"))
+    network = build_network(spec_of("test_resnet"), weights=str(tmp_path / "weights.safetensors"))
     assert same(network.backbone.timm, plain, but=("fc.",))
     assert network.backbone.timm.fc.out_features == 3
 
@@ -47,15 +47,15 @@ def test_a_network_saved_by_dpkd_is_a_start_too(tmp_path):
     spec = spec_of("test_resnet")
     first = build_network(spec, seed=1)
     save_network(tmp_path, spec, first.state_dict())
-    second = build_network(spec_of("test_resnet", tmp_path / "model.safetensors"), seed=2)
+    second = build_network(spec_of("test_resnet"), weights=str(tmp_path / "model.safetensors"), seed=2)
     assert same(second.backbone.timm, first.backbone.timm)
 
 
 def test_position_embeddings_of_another_size_are_resampled(tmp_path):
     plain = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, **VIT)
     safetensors.torch.save_file(plain.state_dict(), tmp_path / "weights.safetensors")
-    spec = spec_of("vit_tiny_patch16_224", tmp_path / "weights.safetensors", arguments=VIT, size=64)
-    network = build_network(spec)
+    spec = spec_of("vit_tiny_patch16_224", arguments=VIT, size=64)
+    network = build_network(spec, weights=str(tmp_path / "weights.safetensors"))
     assert network.backbone.timm.pos_embed.shape == (1, 65, 48)
     assert same(network.backbone.timm, plain, but=("pos_embed", "head."))
 
@@ -63,7 +63,7 @@ def test_position_embeddings_of_another_size_are_resampled(tmp_path):
 def test_weights_of_another_model_are_refused_by_name(tmp_path):
     torch.save(timm.create_model("test_vit", num_classes=3, img_size=32).state_dict(), tmp_path / "weights.pt")
     with pytest.raises(UserError, match=r"weights\.pt does not fit the model"):
-        build_network(spec_of("test_resnet", tmp_path / "weights.pt"))
+        build_network(spec_of("test_resnet"), weights=str(tmp_path / "weights.pt"))
 
 
 @pytest.mark.parametrize(
@@ -72,10 +72,10 @@ def test_weights_of_another_model_are_refused_by_name(tmp_path):
 def test_a_file_that_is_no_weights_is_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=name):
-        build_network(spec_of("test_resnet", tmp_path / name))
+        build_network(spec_of("test_resnet"), weights=str(tmp_path / name))
 
 
 def test_a_file_that_holds_other_things_is_refused(tmp_path):
     torch.save({"loss": 0.5}, tmp_path / "weights.pt")
     with pytest.raises(UserError, match="no state dict"):
-        build_network(spec_of("test_resnet", tmp_path / "weights.pt"))
+        build_network(spec_of("test_resnet"), weights=str(tmp_path / "weights.pt"))

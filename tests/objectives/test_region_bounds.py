@@ -7,8 +7,7 @@ from skimage.color import rgb2lab
 from skimage.draw import disk
 from skimage.measure import regionprops
 
-from dpkd.objectives.region_bounds import bound_penalty, compactness, fit_region, lab, region_statistic
-from dpkd.objectives.settings import STATISTICS
+from dpkd.objectives.region_bounds import STATISTICS, bound_penalty, compactness, fit_region, lab, region_statistic
 
 RNG = np.random.default_rng(0)
 GREY_BCHW = torch.full((1, 3, 8, 8), 128, dtype=torch.uint8)

@@ -33,7 +33,7 @@ def run(tmp_path: Path) -> Path:
         "protocol": {"way": 5, "shots": [1, 5], "queries": 15, "episodes": 2000, "seed": 0},
         "splits": {"val": "val", "test": "novel"},
         "device": "CPU, 1 thread",
-        "teacher": network(0.45),
+        "teachers": {"teacher": network(0.45)},
         "students": {"small": network(0.44) | {"over_baseline": gain}},
         "baselines": {"small": network(0.39)},
     }
@@ -48,7 +48,7 @@ def run(tmp_path: Path) -> Path:
 def test_summary_json_has_the_promised_keys(run: Path) -> None:
     write_summary(run)
     summary = json.loads((run / "summary.json").read_text())
-    for table in (summary["teacher"], summary["students"]["small"], summary["baselines"]["small"]):
+    for table in (summary["teachers"]["teacher"], summary["students"]["small"], summary["baselines"]["small"]):
         assert table["parameters"] == 110_000
         assert table["images_per_s"] == 1234.5
         assert set(table["few_shot"]) == {"val", "novel"}
@@ -89,7 +89,7 @@ def test_summary_md_holds_table_probes_protocol_and_stages(run: Path) -> None:
 
 def test_a_figure_ground_network_stands_with_what_it_does_without_its_map(run: Path) -> None:
     evaluation = json.loads((run / "evaluation.json").read_text())
-    evaluation["teacher"]["plain_pooling"] = network(0.25)["few_shot"]
+    evaluation["teachers"]["teacher"]["plain_pooling"] = network(0.25)["few_shot"]
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     lines = final_words(write_summary(run)).splitlines()
     assert lines[3].endswith("45.0 ± 0.4 %  65.0 ± 0.3 %")
@@ -100,7 +100,7 @@ def test_a_figure_ground_network_stands_with_what_it_does_without_its_map(run: P
 def test_a_run_that_was_not_evaluated_has_a_summary_of_its_stages(run: Path) -> None:
     (run / "evaluation.json").unlink()
     summary = write_summary(run)
-    assert "teacher" not in summary
+    assert "teachers" not in summary
     assert summary["stages"]["pack"]["status"] == "done"
     assert "tensorboard" in final_words(summary)
     assert "| pack | done | 3 s |" in (run / "summary.md").read_text()

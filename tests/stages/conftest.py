@@ -6,21 +6,19 @@ import pytest
 import torch
 
 from dpkd.backends.engines import make_engine
-from dpkd.data.settings import FolderSource, LoaderSettings
 from dpkd.engine.world import World
-from dpkd.evaluation.settings import EpisodeSettings, ProbeSettings
 from dpkd.launch.pool import LocalPool
 from dpkd.models.network import build_network
 from dpkd.models.saved import save_network
 from dpkd.models.settings import FigureGroundPooling, ModelSettings, NetworkSpec
-from dpkd.priors import Saliency
 from dpkd.report.quarantine import Quarantine
 from dpkd.run.folder import RunFolder
-from dpkd.settings import DataSettings, EvaluateSettings, PrepareSettings
 from dpkd.stages.evaluate import evaluate
 from dpkd.stages.pack import pack
 from dpkd.stages.prepare import prepare
 from dpkd.stages.run import Run
+from tests.heads import heads
+from tests.runs import settings_of
 
 CONVOLUTIONAL = ModelSettings(name="resnet10t", arguments={"stem_width": 8, "channels": [16, 16, 32, 32]})
 TRANSFORMER = ModelSettings(
@@ -33,31 +31,37 @@ TRANSFORMER = ModelSettings(
 @pytest.fixture(scope="session")
 def untrained_run(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A packed and prepared run with a teacher, the students `conv` and `vit`, and a baseline of `conv`."""
-    run = Run(
-        folder=RunFolder(tmp_path_factory.mktemp("runs") / "untrained"),
-        world=World(rank=0, size=1, local_rank=0, device=torch.device("cpu")),
-        seed=7,
-        data=DataSettings(
-            source=FolderSource(path=str(sample_folder)),
-            image_size=32,
-            train="base",
-            val="val",
-            test="novel",
-            loader=LoaderSettings(workers=0),
-        ),
-        prepare=PrepareSettings(priors=(Saliency(),)),
-        evaluate=EvaluateSettings(
-            episodes=EpisodeSettings(way=4, shots=(1, 5), queries=8, episodes=100), probes=ProbeSettings(neighbours=5)
-        ),
-        make_engine=make_engine,
+    place = tmp_path_factory.mktemp("runs") / "untrained"
+    small = {"name": "test_resnet"}
+    settings = settings_of(
+        {
+            "run": {"dir": str(place), "seed": 7},
+            "data": {
+                "source": str(sample_folder),
+                "image_size": 32,
+                "train": "base",
+                "val": "val",
+                "test": "novel",
+                "loader": {"workers": 0},
+            },
+            "prepare": {"priors": [{"kind": "saliency"}]},
+            "teachers": {"teacher": {"model": small, "objectives": [{"kind": "supervised"}]}},
+            "distill": {"students": {name: {"model": small} for name in ("conv", "vit")}},
+            "evaluate": {
+                "episodes": {"way": 4, "shots": [1, 5], "queries": 8, "episodes": 100},
+                "probes": {"neighbours": 5},
+            },
+        }
     )
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    run = Run(folder=RunFolder(place), world=world, settings=settings, make_engine=make_engine)
     run.folder.path.mkdir()
     pool, quarantine = LocalPool(1), Quarantine(run.folder.quarantine, limit=0.0)
     url = str(run.folder.path / "shards")
     dataset = pack(run.data, url, seed=7, pool=pool, quarantine=quarantine, progress=lambda *_: None)
-    prepare(dataset, run.prepare, pool=pool, quarantine=quarantine, progress=lambda *_: None)
+    prepare(dataset, settings.prepare, pool=pool, quarantine=quarantine, progress=lambda *_: None)
     places = {
-        run.folder.teacher: TRANSFORMER,
+        run.folder.teacher("teacher"): TRANSFORMER,
         run.folder.students / "conv": CONVOLUTIONAL,
         run.folder.students / "vit": TRANSFORMER,
         run.folder.baselines / "conv": CONVOLUTIONAL,
@@ -69,8 +73,7 @@ def untrained_run(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory)
             image_size=run.data.image_size,
             mean=dataset.manifest.image_mean,
             std=dataset.manifest.image_std,
-            targets={"saliency": 1},
-            teacher_dim=24 if "teacher" not in str(place) else None,
+            heads=heads({"saliency": 1}, teacher_dim=24 if "teachers" not in place.parts else None),
         )
         save_network(place, spec, build_network(spec, seed=seed).state_dict())
     return run

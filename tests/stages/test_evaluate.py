@@ -13,14 +13,15 @@ from sklearn.preprocessing import normalize
 
 from dpkd.data.augment import apply_image, apply_map, centre_view
 from dpkd.data.images import decode_image
+from dpkd.engine.frozen import Frozen
 from dpkd.errors import UserError
 from dpkd.evaluation.few_shot import draw_episodes, score
 from dpkd.models.counts import count_parameters
 from dpkd.models.saved import load_network
-from dpkd.settings import EvaluateSettings
 from dpkd.stages.embed import embed_networks
 from dpkd.stages.evaluate import evaluate, load_networks, read_evaluation, refuse_small_splits
 from dpkd.stages.run import Run
+from tests.runs import with_data
 
 
 def embed_slowly(run: Run, student: str, split_name: str) -> NDArray[np.float32]:
@@ -49,7 +50,8 @@ def embed_slowly(run: Run, student: str, split_name: str) -> NDArray[np.float32]
 @pytest.mark.filterwarnings("ignore:self.within_class_std_dev_")  # scikit-learn's, where support samples agree
 @pytest.mark.parametrize("student", ["conv", "vit"])
 def test_few_shot_figures_are_those_of_the_slow_way(evaluated_run: Run, student: str) -> None:
-    settings = evaluated_run.evaluate.episodes
+    assert evaluated_run.settings.evaluate is not None
+    settings = evaluated_run.settings.evaluate.episodes
     split = evaluated_run.dataset.split("novel")
     embedding_ND = embed_slowly(evaluated_run, student, "novel")
     x_ND = normalize(np.sign(embedding_ND) * np.sqrt(np.abs(embedding_ND)))
@@ -69,7 +71,7 @@ def test_every_network_has_its_figures_on_both_splits(evaluated_run: Run) -> Non
     report = read_evaluation(evaluated_run.folder)
     assert set(report["students"]) == {"conv", "vit"}
     assert set(report["baselines"]) == {"conv"}
-    for table in [report["teacher"], *report["students"].values(), *report["baselines"].values()]:
+    for table in [*report["teachers"].values(), *report["students"].values(), *report["baselines"].values()]:
         assert table["images_per_s"] > 0
         assert set(table["few_shot"]) == {"val", "novel"}
         for scores in table["few_shot"].values():
@@ -110,14 +112,7 @@ def _without_speed(tree: Any) -> Any:
 
 
 def test_networks_that_know_the_classes_are_measured_by_their_own_logits(evaluated_run: Run, tmp_path: Any) -> None:
-    data = evaluated_run.data.model_copy(update={"test": "base"})
-    settings = EvaluateSettings(
-        episodes=evaluated_run.evaluate.episodes.model_copy(
-            update={"shots": (1,), "queries": 4, "transform": "centred_l2"}
-        ),
-        probes=None,
-    )
-    run = dataclasses.replace(evaluated_run, data=data, evaluate=settings)
+    run = with_episodes(with_data(evaluated_run, test="base"), shots=(1,), queries=4, transform="centred_l2")
     before = (run.folder.path / "evaluation.json").read_bytes()
     evaluate(run)
     table = read_evaluation(run.folder)["students"]["conv"]
@@ -134,17 +129,25 @@ def test_networks_that_know_the_classes_are_measured_by_their_own_logits(evaluat
     assert set(table["classification"]["base"]) >= {"overall", "balanced", "worst_class"}
 
 
+def with_episodes(run: Run, **changes: Any) -> Run:
+    """The run with other episodes, and no probes."""
+    assert run.settings.evaluate is not None
+    episodes = run.settings.evaluate.episodes.model_copy(update=changes)
+    evaluated = run.settings.evaluate.model_copy(update={"episodes": episodes, "probes": None})
+    return dataclasses.replace(run, settings=run.settings.model_copy(update={"evaluate": evaluated}))
+
+
 def _logits(run: Run, network: Any) -> list[NDArray[np.float32]]:
     logits: list[NDArray[np.float32]] = []
 
-    def predict(image_BCHW: torch.Tensor, weight_B1HW: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        with torch.no_grad():
-            outputs = network(image_BCHW, weight_B1HW)
-        logits.extend(outputs["logits"].numpy())
-        return dict(outputs)
+    class Kept(Frozen):
+        def predict(self, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+            outputs = super().predict(*inputs)
+            logits.extend(outputs["logits"].numpy())
+            return outputs
 
     embed_networks(
-        {"network": (predict, network.spec)},
+        {"network": Kept(network.spec, network)},
         run.dataset.split("base"),
         maps=None,
         map_size=run.map_size,
@@ -156,9 +159,8 @@ def _logits(run: Run, network: Any) -> list[NDArray[np.float32]]:
 
 
 def test_a_split_too_small_for_the_episodes_is_refused_before_training(evaluated_run: Run) -> None:
-    settings = EvaluateSettings(episodes=evaluated_run.evaluate.episodes.model_copy(update={"way": 6}))
     with pytest.raises(UserError, match="split 'val' has 5 labelled classes"):
-        refuse_small_splits(dataclasses.replace(evaluated_run, evaluate=settings))
+        refuse_small_splits(with_episodes(evaluated_run, way=6))
     refuse_small_splits(evaluated_run)
 
 

@@ -24,20 +24,20 @@ def test_a_failed_stage_is_not_done_and_its_seconds_add_up(tmp_path: Path) -> No
     for _ in range(2):
         with pytest.raises(RuntimeError), folder.running("teach", {}):
             raise RuntimeError
-    record = folder.stages()["teach"]
+    record = folder.stages()["teachers"]["teacher"]
     assert record["status"] == "running"
     with folder.running("teach", {}):
         pass
-    assert folder.stages()["teach"]["seconds"] >= record["seconds"]
+    assert folder.stages()["teachers"]["teacher"]["seconds"] >= record["seconds"]
 
 
 def test_a_contradiction_shows_just_the_difference(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    with folder.running("teach", {"optimizer": {"lr": 0.1, "decay": 0}, "losses": [1, 2]}):
+    with folder.running("teach", {"optimizer": {"lr": 0.1, "decay": 0}, "objectives": [1, 2]}):
         pass
-    folder.refuse_contradiction("teach", {"optimizer": {"lr": 0.1, "decay": 0}, "losses": [1, 2]})
+    folder.refuse_contradiction("teach", {"optimizer": {"lr": 0.1, "decay": 0}, "objectives": [1, 2]})
     with pytest.raises(UserError) as caught:
-        folder.refuse_contradiction("teach", {"optimizer": {"lr": 0.2, "decay": 0}, "losses": [1]})
+        folder.refuse_contradiction("teach", {"optimizer": {"lr": 0.2, "decay": 0}, "objectives": [1]})
     message = str(caught.value)
     assert "optimizer.lr: 0.1 on disk, 0.2 now" in message
     assert "losses.1: 2 on disk, '(absent)' now" in message

@@ -10,20 +10,19 @@ import torch
 from dpkd.data.attributes import score_weights
 from dpkd.engine.settings import TrainingSettings
 from dpkd.errors import UserError
-from dpkd.objectives.settings import Attributes
-from dpkd.stages.run import Run, training_set
-from dpkd.stages.training import supervision
+from dpkd.objectives.attributes import Attributes
+from dpkd.stages.run import Run, supervision, training_set
+from tests.runs import with_data
 
 
 @pytest.fixture
 def described(untrained_run: Run, sample_folder: Path) -> Run:
-    data = untrained_run.data.model_copy(update={"attributes": str(sample_folder / "attributes.yaml")})
-    return dataclasses.replace(untrained_run, data=data)
+    return with_data(untrained_run, attributes=str(sample_folder / "attributes.yaml"))
 
 
 def test_rows_stand_in_the_order_of_the_labels(described: Run) -> None:
     data = training_set(described, TrainingSettings(steps=1, batch_size=8), [Attributes()])
-    told = supervision(described, data).statements
+    told = supervision(described, data)
     assert told.class_names == data.class_names
     assert told.attributes is not None
     weight_KA, bias_K = score_weights(told.attributes.value_KA.numpy())

@@ -14,15 +14,16 @@ from dpkd.data.settings import FolderSource, LabelFraction
 from dpkd.data.shards import Dataset
 from dpkd.engine.settings import TrainingSettings
 from dpkd.launch.pool import LocalPool
-from dpkd.objectives.settings import Supervised
+from dpkd.objectives.supervised import Supervised
 from dpkd.report.quarantine import Quarantine
 from dpkd.run.folder import RunFolder
 from dpkd.stages.evaluate import evaluate, read_evaluation
 from dpkd.stages.pack import pack
 from dpkd.stages.prepare import prepare
-from dpkd.stages.run import Run, training_set
+from dpkd.stages.run import Run, supervision, training_set
 from dpkd.stages.training import sample_order
 from tests.damage import change_member, zeros
+from tests.runs import with_data
 
 LOST = {"base": (5, 6, 70), "val": (0,), "novel": (17, 60)}
 
@@ -30,7 +31,7 @@ LOST = {"base": (5, 6, 70), "val": (0,), "novel": (17, 60)}
 def prepared(run: Run, *, limit: float) -> None:
     quarantine = Quarantine(run.folder.quarantine, limit=limit)
     dataset = Dataset.open(str(run.folder.path / "shards"))
-    prepare(dataset, run.prepare, pool=LocalPool(1), quarantine=quarantine, progress=lambda *_: None)
+    prepare(dataset, run.settings.prepare, pool=LocalPool(1), quarantine=quarantine, progress=lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +58,11 @@ def smaller(untrained_run: Run, sample_folder: Path, tmp_path_factory: pytest.Te
             for path in source.glob(f"{key}.*"):
                 path.unlink()
     shutil.copytree(untrained_run.folder.path, folder / "run", ignore=shutil.ignore_patterns("shards"))
-    data = untrained_run.data.model_copy(update={"source": FolderSource(path=str(source))})
-    run = dataclasses.replace(untrained_run, folder=RunFolder(folder / "run"), data=data)
+    moved = dataclasses.replace(untrained_run, folder=RunFolder(folder / "run"))
+    run = with_data(moved, source=FolderSource(path=str(source)))
     quarantine = Quarantine(run.folder.quarantine, limit=0)
     url = str(run.folder.path / "shards")
-    pack(data, url, seed=run.seed, pool=LocalPool(1), quarantine=quarantine, progress=lambda *_: None)
+    pack(run.data, url, seed=run.seed, pool=LocalPool(1), quarantine=quarantine, progress=lambda *_: None)
     prepared(run, limit=0)
     return run
 
@@ -83,13 +84,11 @@ def test_labels_and_their_statistics_are_those_of_the_samples_that_are_drawn(
     lossy: Run, smaller: Run, labels: Any
 ) -> None:
     if labels is not None:
-        lossy, smaller = (
-            dataclasses.replace(run, data=run.data.model_copy(update={"labels": labels})) for run in (lossy, smaller)
-        )
+        lossy, smaller = (with_data(run, labels=labels) for run in (lossy, smaller))
     ours, theirs = (training_set(run, settings("uniform"), [Supervised()]) for run in (lossy, smaller))
     assert (ours.num_samples, ours.class_names) == (theirs.num_samples, theirs.class_names)
     np.testing.assert_array_equal(np.delete(ours.label_N, ours.unreadable), theirs.label_N)
-    one, other = (each.supervision(torch.device("cpu")) for each in (ours, theirs))
+    one, other = supervision(lossy, ours), supervision(smaller, theirs)
     assert one.labelled_share == pytest.approx(other.labelled_share)
     assert torch.equal(one.log_prior_K, other.log_prior_K)
 

@@ -1,6 +1,5 @@
 """Zero-shot figures: which classes and attributes take part, and what is said of the others."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from dpkd.models.settings import NetworkSpec
 from dpkd.stages.embed import Embedded
 from dpkd.stages.run import Run
 from dpkd.stages.zero_shot import zero_shot
+from tests.runs import with_data
 
 NAMES = ("size", "gloss", "novelty")
 
@@ -27,7 +27,7 @@ def run(untrained_run: Run, tmp_path: Path) -> Run:
     table = tmp_path / "table.csv"
     lines = [",".join([name, *map(str, cells)]) for name, cells in rows.items()]
     table.write_text("\n".join(["class," + ",".join(NAMES), *lines]))
-    return dataclasses.replace(untrained_run, data=untrained_run.data.model_copy(update={"attributes": str(table)}))
+    return with_data(untrained_run, attributes=str(table))
 
 
 def classes_of(run: Run, split: str) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpkd.data.stream import Batch
+from dpkd.data.batch import Batch, View
 from dpkd.engine.protocol import Engine
 from dpkd.engine.settings import EngineSettings, OptimizerSettings, TrainingSettings
 from dpkd.engine.torch_engine import TorchEngine
@@ -16,8 +16,8 @@ from dpkd.engine.world import World
 from dpkd.errors import UserError
 from dpkd.models.parameters import parameter_groups
 from dpkd.train.checkpoint import Checkpoints
-from dpkd.train.divergence import Diverged, NormGuard, Skipped, read_skipped, train_past_divergence
-from dpkd.train.loop import Hooks, Losses, Plan, train
+from dpkd.train.divergence import Diverged, Norm, NormGuard, Skipped, read_skipped, train_past_divergence
+from dpkd.train.loop import Hooks, Plan, train
 from dpkd.train.meter import Meter
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -47,10 +47,10 @@ class Regression:
     def engines(self) -> Mapping[str, Engine]:
         return {"net": self.engine}
 
-    def losses(self, batch: Batch, *, step: int) -> Losses:
+    def losses(self, batch: Batch, *, step: int) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         self.seen.append(step)
-        loss = self.engine.forward(batch.image_BCHW).square().mean()
-        return {"net": {"square": loss * math.nan if step in self._poisoned else loss}}
+        loss = self.engine.forward(batch.views["global"].image_BCHW).square().mean()
+        yield "net", {"square": loss * math.nan if step in self._poisoned else loss}
 
     def learning_rate(self, name: str, *, step: int) -> float:
         return 0.01 * (step + 1)
@@ -60,7 +60,7 @@ def batches(steps: list[int]) -> Iterator[Batch]:
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         empty = torch.zeros(4)
-        yield Batch(torch.randn(4, 3, generator=generator), empty, empty, empty)
+        yield Batch({"global": View(torch.randn(4, 3, generator=generator))}, {"class": empty}, empty, empty)
 
 
 def run(folder: Path, *, poisoned: tuple[int, ...], limit: int = 3, skipped: tuple[int, ...] = ()) -> Regression:
@@ -129,30 +129,30 @@ def test_a_damaged_list_is_named(tmp_path: Path, content: bytes) -> None:
 def test_a_spike_is_one_against_the_median_of_the_norms_before() -> None:
     guard = NormGuard(spike=10.0)
     for step in range(20):
-        guard.check("net", 1.0 + step % 3, step=step, learning_rate=0.1)
-    guard.check("net", 19.9, step=20, learning_rate=0.1)
+        guard.check([Norm("net", step, 0.1, 1.0 + step % 3)])
+    guard.check([Norm("net", 20, 0.1, 19.9)])
     with pytest.raises(Diverged, match=r"norm is 20\.1, and was 2 in the median"):
-        guard.check("net", 20.1, step=21, learning_rate=0.1)
-    guard.check("other", 500.0, step=21, learning_rate=0.1)  # each network has its own
+        guard.check([Norm("net", 21, 0.1, 20.1)])
+    guard.check([Norm("other", 21, 0.1, 500.0)])  # each network has its own
 
 
 def test_the_first_norms_are_no_spikes_and_without_a_limit_none_is() -> None:
     early, free = NormGuard(spike=2.0), NormGuard(spike=None)
     for step, norm in enumerate([1.0, 50.0, 3.0]):
-        early.check("net", norm, step=step, learning_rate=0.1)
+        early.check([Norm("net", step, 0.1, norm)])
     for step, norm in enumerate([1.0] * 30 + [1e6]):
-        free.check("net", norm, step=step, learning_rate=0.1)
+        free.check([Norm("net", step, 0.1, norm)])
 
 
 def test_a_hard_image_is_no_spike_for_a_network_that_knows_all_others_by_heart() -> None:
     guard = NormGuard(spike=TrainingSettings(steps=1).spike)
     for step, norm in enumerate([1e-6] * 30 + [900.0]):
-        guard.check("net", norm, step=step, learning_rate=0.1)
+        guard.check([Norm("net", step, 0.1, norm)])
     with pytest.raises(Diverged, match="norm is 2e"):
-        guard.check("net", 2000.0, step=31, learning_rate=0.1)
+        guard.check([Norm("net", 31, 0.1, 2000.0)])
 
 
 @pytest.mark.parametrize("norm", [math.nan, math.inf])
 def test_what_is_no_number_always_counts(norm: float) -> None:
     with pytest.raises(Diverged):
-        NormGuard(spike=None).check("net", norm, step=0, learning_rate=0.1)
+        NormGuard(spike=None).check([Norm("net", 0, 0.1, norm)])

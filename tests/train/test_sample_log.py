@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from dpkd.data.batch import Batch, View
 from dpkd.data.order import Order, rank_slice
-from dpkd.data.stream import Batch
 from dpkd.engine.world import World
 from dpkd.errors import UserError
 from dpkd.train.sample_log import SampleLog, read_history, truncate
@@ -19,7 +19,9 @@ ORDER = Order([13, 9], seed=3, global_batch_size=BATCH, block_shards=1)
 
 def batch_of(samples: np.ndarray) -> Batch:
     empty = torch.empty(len(samples), 0)
-    return Batch(image_BCHW=empty, label_B=empty, index_B=torch.from_numpy(samples), epoch_B=empty)
+    return Batch(
+        views={"global": View(empty)}, targets={"class": empty}, index_B=torch.from_numpy(samples), epoch_B=empty
+    )
 
 
 def use(folder: Path, *, attempt: int, steps: range, world_size: int = 1, wrong: int | None = None) -> None:

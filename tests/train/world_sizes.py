@@ -33,8 +33,8 @@ import torch._dynamo  # optimizers load it at their first step: better once here
 from torch import nn
 
 from dpkd.backends.deepspeed_engine import DeepSpeedEngine, import_deepspeed
+from dpkd.data.batch import Batch, View
 from dpkd.data.order import Order, rank_slice
-from dpkd.data.stream import Batch
 from dpkd.engine import world as peers
 from dpkd.engine.batch_norm import StepStatistics
 from dpkd.engine.protocol import Engine
@@ -46,7 +46,7 @@ from dpkd.errors import StopRequested
 from dpkd.io.checkpoint_store import CheckpointStore
 from dpkd.train.checkpoint import Checkpoints
 from dpkd.train.divergence import Diverged, NormGuard, Skipped, read_skipped, train_past_divergence
-from dpkd.train.loop import Hooks, Losses, Plan, train
+from dpkd.train.loop import Hooks, Plan, train
 from dpkd.train.meter import Meter
 from dpkd.train.parts import RandomState
 from dpkd.train.sample_log import SampleLog, read_history
@@ -108,21 +108,22 @@ class Distilling:
             "student": build(other, world, seed=5, optimizer=student, ema=0.99),
         }
 
-    def losses(self, batch: Batch, *, step: int) -> Losses:
+    def losses(self, batch: Batch, *, step: int) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         if self._kill and step == self._end:
             os.kill(os.getpid(), signal.SIGKILL)
         if not self._kill and step == self._end - 1 and self._rank == 0:
             peers.request_stop()
-        target = self.engines["teacher"].forward(batch.image_BCHW)["logits"]
-        found = self.engines["student"].forward(batch.image_BCHW)["logits"]
+        image_BCHW, label_B = batch.views["global"].image_BCHW, batch.targets["class"]
+        target = self.engines["teacher"].forward(image_BCHW)["logits"]
+        found = self.engines["student"].forward(image_BCHW)["logits"]
         losses = {
-            "teacher": {"labels": nn.functional.cross_entropy(target, batch.label_B)},
+            "teacher": {"labels": nn.functional.cross_entropy(target, label_B)},
             "student": {"logits": nn.functional.mse_loss(found, target.detach())},
         }
         if (step, self._rank) == (self._poison["step"], self._poison.get("rank")):
             spoilt = losses[self._poison["network"]]
             spoilt |= {name: loss * float(self._poison["factor"]) for name, loss in spoilt.items()}
-        return losses
+        yield from losses.items()
 
     def learning_rate(self, name: str, *, step: int) -> float:
         return LEARNING_RATE[self._optimizer[name]] * (1 - step / (2 * LAST))
@@ -135,7 +136,8 @@ def batches(world: World, *, steps: list[int]) -> Iterator[Batch]:
             drawn = [np.random.default_rng(int(index)) for index in index_B]
             image_BCHW = np.stack([draws.standard_normal((3, 8, 8), np.float32) for draws in drawn])
             label_B = torch.tensor([int(draws.integers(5)) for draws in drawn])
-            yield Batch(torch.from_numpy(image_BCHW), label_B, torch.from_numpy(index_B.copy()), label_B)
+            views = {"global": View(torch.from_numpy(image_BCHW))}
+            yield Batch(views, {"class": label_B}, torch.from_numpy(index_B.copy()), label_B)
 
 
 def live(world: World, *, folder: Path, segment: Mapping[str, Any], student: str, trains: bool) -> None:

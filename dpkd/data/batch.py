@@ -1,0 +1,70 @@
+"""One micro-batch: views of the images by name, each with its prior maps, and targets by name.
+
+Axes: B images of a micro-batch, V views of one kind, C channels, H and W pixels.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from dpkd.data.settings import GLOBAL
+
+
+@dataclass(frozen=True)
+class View:
+    """One kind of view of the images of a batch; V of each image follow one another in blocks of B."""
+
+    image_BCHW: torch.Tensor
+    """uint8 RGB, [V·B, 3, H, W]; `augment.normalise` makes it the network's input."""
+    maps: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Prior maps by name, float32 [V·B, C, h, w] at the map size, region labels included; NaN where not known."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch."""
+
+    views: Mapping[str, View]
+    """By name; `global` is always there."""
+    targets: Mapping[str, torch.Tensor]
+    """What is to be learnt of each image; `class` is int64 [B], -1 without a visible label."""
+    index_B: torch.Tensor
+    """int64 sample of the split."""
+    epoch_B: torch.Tensor
+    """int64 number of times the sample was drawn before; 0 in evaluation."""
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory, from which copies to a GPU run beside the computation."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def first(self, count: int) -> "Batch":
+        """The first images of the batch in their first global view; fewer where it has fewer."""
+        return self._map(lambda tensor: tensor[:count], names=[GLOBAL])
+
+    def with_shifted_maps(self) -> "Batch":
+        """The same batch with each image given the prior maps of the image before it: a control of what maps bring."""
+        size = len(self.index_B)
+
+        def shifted(map_BCHW: torch.Tensor) -> torch.Tensor:
+            return map_BCHW.unflatten(0, (-1, size)).roll(1, dims=1).flatten(0, 1)
+
+        views = {
+            name: View(view.image_BCHW, {key: shifted(map_BCHW) for key, map_BCHW in view.maps.items()})
+            for name, view in self.views.items()
+        }
+        return Batch(views, self.targets, self.index_B, self.epoch_B)
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor], names: Iterable[str] | None = None) -> "Batch":
+        """The batch of these views (all without names), each tensor changed."""
+        views = {
+            name: View(change(view.image_BCHW), {key: change(map_BCHW) for key, map_BCHW in view.maps.items()})
+            for name, view in self.views.items()
+            if names is None or name in names
+        }
+        targets = {name: change(target) for name, target in self.targets.items()}
+        return Batch(views, targets, change(self.index_B), change(self.epoch_B))

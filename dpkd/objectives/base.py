@@ -1,0 +1,213 @@
+"""What an objective is: frozen settings that declare what they need and compute a loss.
+
+To add one: write a file with the verbs of `Objective`, and name its class in `dpkd/objectives/__init__.py`.
+One of your own package needs no change here: name it in the settings as `kind: package.module:Class`.
+
+Axes: B sample, C channel, H W height and width, K class, A attribute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+
+from pydantic import Field
+
+from dpkd.config import Config
+from dpkd.data.settings import GLOBAL
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dpkd.data.batch import Batch
+
+VIEW_MAPS = {"hog": 9}
+"""Channels of the maps that training computes from the view itself where no prior set holds them."""
+
+Weight = Annotated[float, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear head that an objective adds to the network: on the embedding, or on each patch as a 1x1 convolution."""
+
+    reads: Literal["embedding", "patch"]
+    width: int | str
+    """Outputs; or what has as many: `map.<name>` (its channels), `attributes`, `teacher.<output>` (its width)."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective needs, known from its settings alone."""
+
+    student: tuple[str, ...] = ()
+    """Outputs of the network: `embedding`, `patch`, `logits`."""
+    heads: Mapping[str, Head] = field(default_factory=dict)
+    """Further outputs, by name: each is a head of the network."""
+    teacher: tuple[str, ...] = ()
+    """Outputs of the objective's teacher."""
+    maps: tuple[str, ...] = ()
+    """Prior maps of the batch."""
+    amounts: tuple[str, ...] = ()
+    """Those of the maps that must have one channel of amounts."""
+    views: tuple[str, ...] = (GLOBAL,)
+    """Views of each image."""
+    hidden_share: float = 0.0
+    """Share of patches hidden in one more view of the image, `hidden_view(share)`."""
+    targets: tuple[str, ...] = ()
+    """What must be known of samples: `class` (a visible label), `attributes` (a table that describes the classes)."""
+    classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Classes that training must have samples of, by the key that names them."""
+    own_colours: str | None = None
+    """What depends on the colours of the image, so that augmentation must not change them."""
+
+
+def hidden_view(share: float) -> str:
+    """Name of the global view of which this share of patches is hidden."""
+    return f"hidden-{share:g}"
+
+
+@dataclass(frozen=True)
+class ClassAttributes:
+    """The attributes of the trained classes, in the order of the labels."""
+
+    value_KA: Tensor
+    """NaN where not known."""
+    weight_KA: Tensor
+    bias_K: Tensor
+    """With `weight_KA`: how predicted attributes score the classes (`dpkd.data.attributes.score_weights`)."""
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What the visible labels of the training split and an expert's table state as a whole."""
+
+    class_names: tuple[str, ...]
+    """In the order of the labels."""
+    labelled_share: float
+    """Share of labelled samples among those that are drawn."""
+    log_prior_K: Tensor
+    """Logarithm of each class's share of the visible labels."""
+    attributes: ClassAttributes | None = None
+
+
+Outputs = Mapping[str, "Tensor"]
+"""A network's outputs by name."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the objectives of one network compute their losses from, on one micro-batch."""
+
+    batch: Batch
+    outputs: Mapping[str, Outputs]
+    """The network's outputs by view."""
+    teachers: Mapping[str, Mapping[str, Outputs]]
+    """The outputs of each teacher by view, without gradients."""
+    supervision: Supervision
+    step: int
+    seed: int
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    """Hidden patches of each hidden view: bool B1HW on the patch grid, true where hidden."""
+    teacher_name: str | None = None
+    """The teacher of the objective that asks."""
+
+    def student(self, output: str, *, view: str = GLOBAL) -> Tensor:
+        """An output of the network that is trained, for the first view of the kind of each image."""
+        return self._first(self.outputs[view][output])
+
+    def teacher(self, output: str, *, view: str = GLOBAL) -> Tensor:
+        """An output of the objective's teacher, for the first view of the kind of each image."""
+        assert self.teacher_name is not None, "settings require a teacher"
+        return self._first(self.teachers[self.teacher_name][view][output])
+
+    def map(self, name: str, *, view: str = GLOBAL) -> Tensor:
+        """A prior map of the first view of the kind of each image, BCHW float32; NaN where it is not known."""
+        return self._first(self.batch.views[view].maps[name])
+
+    def image(self, *, view: str = GLOBAL) -> Tensor:
+        """The first view of the kind of each image, BCHW uint8."""
+        return self._first(self.batch.views[view].image_BCHW)
+
+    def _first(self, tensor: Tensor) -> Tensor:
+        size = len(self.batch.index_B)
+        return tensor if len(tensor) == size else tensor[:size]
+
+    def seen_by(self, objective: Objective) -> Context:
+        """The context of one objective: its teacher, and with `control: shuffle` the maps of other images."""
+        batch = self.batch.with_shifted_maps() if objective.control == "shuffle" else self.batch
+        only = next(iter(self.teachers)) if len(self.teachers) == 1 else None
+        return replace(self, batch=batch, teacher_name=teacher_of(objective) or only)
+
+
+class Objective(Protocol):
+    """One term of what a network minimises."""
+
+    @property
+    def kind(self) -> str:
+        """Names the class in settings."""
+
+    @property
+    def name(self) -> str | None:
+        """Names the objective in TensorBoard and messages; none takes the kind."""
+
+    @property
+    def weight(self) -> float:
+        """Factor on the loss."""
+
+    @property
+    def control(self) -> Literal["none", "shuffle"]:
+        """`shuffle` gives it the maps of another image: what is gained then is not the map's."""
+
+    def needs(self) -> Needs:
+        """What it needs of the network, the batch and a teacher."""
+
+    def loss(self, context: Context) -> Tensor | Mapping[str, Tensor]:
+        """The weighted loss, a scalar mean over the micro-batch; or several by name, which are added."""
+
+
+class ObjectiveConfig(Config):
+    """The settings that all objectives have."""
+
+    name: str | None = Field(None, pattern=r"^\w[\w.-]*$")
+    """Names the objective in TensorBoard; none takes the kind."""
+    weight: Weight = 1.0
+    control: Literal["none", "shuffle"] = "none"
+    """`shuffle` gives it the prior maps of another image of the batch: a control of what the maps bring."""
+
+
+class DistillationConfig(ObjectiveConfig):
+    """The settings of objectives that follow a teacher."""
+
+    teacher: str | None = None
+    """Name of the teacher; none where the run has one."""
+
+
+def teacher_of(objective: Objective) -> str | None:
+    """The teacher that an objective names."""
+    return objective.teacher if isinstance(objective, DistillationConfig) else None
+
+
+def named(objectives: Sequence[Objective]) -> dict[str, Objective]:
+    """The objectives under names of their own, in order: the second `features` is `features-2`."""
+    found: dict[str, Objective] = {}
+    for objective in objectives:
+        base = objective.name or objective.kind.rpartition(":")[2]
+        number = 1
+        while (name := base if number == 1 else f"{base}-{number}") in found:
+            number += 1
+        found[name] = objective
+    return found
+
+
+def losses_of(objectives: Sequence[Objective], context: Context) -> dict[str, Tensor]:
+    """The weighted losses of all objectives of a network, by the names of `named`; parts as `<name>.<part>`."""
+    losses: dict[str, Tensor] = {}
+    for name, objective in named(objectives).items():
+        loss = objective.loss(context.seen_by(objective))
+        if isinstance(loss, Mapping):
+            losses |= {f"{name}.{part}": value for part, value in loss.items()}
+        else:
+            losses[name] = loss
+    return losses

@@ -1,0 +1,69 @@
+"""Decoupled distillation of logits: the target class, and the others among themselves. Axes: B sample, K class."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from dpkd.objectives.base import Context, DistillationConfig, Needs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HIDDEN = 1000.0
+"""Subtracted from the target's logit, so that it has no share among the other classes."""
+
+
+class DecoupledLogits(DistillationConfig):
+    """`alpha · TCKD + beta · NCKD` (Zhao et al. 2022); a sample without a label takes the teacher's class."""
+
+    kind: Literal["decoupled_logits"] = "decoupled_logits"
+    alpha: float = Field(1.0, ge=0)
+    """Weight of the target class against all others."""
+    beta: float = Field(8.0, ge=0)
+    """Weight of the other classes among themselves."""
+    temperature: float = Field(4.0, gt=0)
+
+    def needs(self) -> Needs:
+        """Logits of both networks."""
+        return Needs(student=("logits",), teacher=("logits",))
+
+    def loss(self, context: Context) -> Tensor:
+        """The weighted sum of both divergences."""
+        teacher_BK, label_B = context.teacher("logits"), context.batch.targets["class"]
+        target_B = teacher_BK.argmax(1).where(label_B < 0, label_B)
+        tckd, nckd = decoupled_logits(
+            context.student("logits"), teacher_BK, target_B=target_B, temperature=self.temperature
+        )
+        return self.weight * (self.alpha * tckd + self.beta * nckd)
+
+
+def decoupled_logits(
+    student_BK: Tensor, teacher_BK: Tensor, *, target_B: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """(TCKD, NCKD), each `temperature²` times a KL divergence, mean over samples; scalars.
+
+    Zhao et al. 2022 (Decoupled Knowledge Distillation), eq. 7: TCKD compares [p_target, 1 - p_target], NCKD the
+    distribution over the other classes, so that a sure teacher no longer hides what it knows of them.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    student_BK, teacher_BK = student_BK.float() / temperature, teacher_BK.float() / temperature
+    hidden_BK = F.one_hot(target_B, student_BK.shape[1]).bool()
+
+    def target_and_rest(logits_BK: Tensor) -> Tensor:
+        log_p_BK = F.log_softmax(logits_BK, dim=1)
+        target_B1 = log_p_BK.gather(1, target_B[:, None])
+        rest_B1 = log_p_BK.masked_fill(hidden_BK, -torch.inf).logsumexp(1, keepdim=True)
+        return torch.cat([target_B1, rest_B1], dim=1)
+
+    def others(logits_BK: Tensor) -> Tensor:
+        return F.log_softmax(logits_BK - HIDDEN * hidden_BK, dim=1)
+
+    tckd, nckd = (
+        F.kl_div(of(student_BK), of(teacher_BK), reduction="batchmean", log_target=True)
+        for of in (target_and_rest, others)
+    )
+    return temperature**2 * tckd, temperature**2 * nckd

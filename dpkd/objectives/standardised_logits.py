@@ -1,0 +1,40 @@
+"""Distillation of standardised logits. Axes: B sample, K class."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from dpkd.objectives.base import Context, DistillationConfig, Needs
+from dpkd.objectives.logits import distil_logits
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class StandardisedLogits(DistillationConfig):
+    """Distillation of logits that have mean 0 and variance 1 in each sample (Sun et al. 2024)."""
+
+    kind: Literal["standardised_logits"] = "standardised_logits"
+    weight: float = Field(9.0, ge=0)
+    temperature: float = Field(2.0, gt=0)
+
+    def needs(self) -> Needs:
+        """Logits of both networks."""
+        return Needs(student=("logits",), teacher=("logits",))
+
+    def loss(self, context: Context) -> Tensor:
+        """The weighted divergence."""
+        student_BK, teacher_BK = standardise_logits(context.student("logits")), context.teacher("logits")
+        return self.weight * distil_logits(student_BK, standardise_logits(teacher_BK), temperature=self.temperature)
+
+
+def standardise_logits(logits_BK: Tensor) -> Tensor:
+    """`(l - mean l) / (std l + 1e-7)` of each sample over its K classes, float32, std with K - 1.
+
+    Sun et al. 2024 (Logit Standardization in Knowledge Distillation), algorithm 1: the student need not match the size
+    of the teacher's logits, only their relations.
+    """
+    logits_BK = logits_BK.float()
+    return (logits_BK - logits_BK.mean(1, keepdim=True)) / (logits_BK.std(1, keepdim=True) + 1e-7)
