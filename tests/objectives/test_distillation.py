@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from dpkd.objectives.decoupled_logits import decoupled_logits
 from dpkd.objectives.features import distil_embedding, standardise
 from dpkd.objectives.logits import distil_logits
 from dpkd.objectives.patches import distil_patches, patch_weight, resample_features
+from dpkd.objectives.standardised_logits import standardise_logits
 
 RNG = np.random.default_rng(0)
 
@@ -117,3 +119,37 @@ def test_a_plane_keeps_its_slope_on_another_grid(size, grid):
 def test_the_same_grid_is_left_alone():
     patch_BDHW = torch.randn(1, 2, 3, 3)
     assert resample_features(patch_BDHW, (3, 3)) is patch_BDHW
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_decoupled_logits_are_the_two_divergences_of_the_paper(temperature):
+    student_BK, teacher_BK = RNG.normal(size=(6, 5)) * 3, RNG.normal(size=(6, 5)) * 3
+    target_B = RNG.integers(5, size=6)
+    tckd, nckd = decoupled_logits(
+        torch.tensor(student_BK), torch.tensor(teacher_BK), target_B=torch.tensor(target_B), temperature=temperature
+    )
+    expected_target, expected_others = [], []
+    for student_K, teacher_K, target in zip(student_BK, teacher_BK, target_B, strict=True):
+        p, q = softmax(teacher_K[None] / temperature)[0], softmax(student_K[None] / temperature)[0]
+        pairs = [(p[target], q[target]), (1 - p[target], 1 - q[target])]
+        expected_target.append(sum(one * np.log(one / other) for one, other in pairs))
+        others = np.delete(p, target) / (1 - p[target]), np.delete(q, target) / (1 - q[target])
+        expected_others.append((others[0] * np.log(others[0] / others[1])).sum())
+    assert float(tckd) == pytest.approx(temperature**2 * np.mean(expected_target), rel=1e-4)
+    assert float(nckd) == pytest.approx(temperature**2 * np.mean(expected_others), rel=1e-4)
+
+
+def test_the_divergence_of_logits_is_that_of_its_decoupled_parts():
+    # Zhao et al. 2022, eq. 6: KD = TCKD + (1 - p_target) NCKD, sample by sample
+    student_K, teacher_K = torch.tensor(RNG.normal(size=(1, 7))), torch.tensor(RNG.normal(size=(1, 7)))
+    tckd, nckd = decoupled_logits(student_K, teacher_K, target_B=torch.tensor([2]), temperature=1.0)
+    whole = distil_logits(student_K, teacher_K, temperature=1.0)
+    assert float(whole) == pytest.approx(float(tckd + (1 - teacher_K.softmax(1)[0, 2]) * nckd), rel=1e-5)
+
+
+def test_standardised_logits_have_no_mean_and_no_size():
+    logits_BK = RNG.normal(size=(4, 9)) * 5 + 2
+    found = standardise_logits(torch.tensor(logits_BK)).numpy()
+    expected = (logits_BK - logits_BK.mean(1, keepdims=True)) / logits_BK.std(1, ddof=1, keepdims=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(standardise_logits(torch.tensor(3 * logits_BK - 7)).numpy(), found, rtol=1e-4, atol=1e-5)
