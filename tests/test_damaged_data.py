@@ -100,7 +100,7 @@ def test_the_same_run_stops_at_limit_zero_with_what_to_do(
     assert damaged.flipped in message or damaged.cut in message
     assert f"All are listed in {tmp_path / 'strict' / 'quarantine.jsonl'}: mend or remove them" in message
     assert "Traceback" not in message
-    assert not (tmp_path / "strict" / "teacher").exists()
+    assert not (tmp_path / "strict" / "teachers").exists()
 
 
 def test_without_prior_maps_a_damaged_sample_stops_training_by_name(

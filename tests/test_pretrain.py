@@ -46,7 +46,7 @@ def assert_same_weights(one: RunFolder, other: RunFolder) -> None:
 
 def test_a_run_ends_with_its_summary_and_exports(whole: RunFolder) -> None:
     summary = json.loads((whole.path / "summary.json").read_text())
-    networks = [summary["teacher"], *summary["students"].values(), *summary["baselines"].values()]
+    networks = [*summary["teachers"].values(), *summary["students"].values(), *summary["baselines"].values()]
     assert set(summary["students"]) == {"conv", "vit"}
     assert set(summary["baselines"]) == {"conv"}
     for network in networks:
@@ -85,7 +85,7 @@ def test_the_time_of_a_run_is_accounted_and_shown(whole: RunFolder) -> None:
     goodput = assert_accounted(whole, attempts=1)
     stages, spent = whole.stages(), goodput["seconds"]
     prepared = stages["pack"]["seconds"] + stages["prepare"]["seconds"]
-    trained = stages["teachers"]["teacher"]["seconds"] + stages["distill"]["seconds"]
+    trained = stages["teach"]["seconds"] + stages["distill"]["seconds"]
     assert spent["preparation"] == pytest.approx(prepared, abs=0.1)
     assert 0 < spent["training"] + spent["data_wait"] + spent["checkpoint"] < trained
     assert spent["evaluation"] > stages["evaluate"]["seconds"]
@@ -211,7 +211,7 @@ def test_a_run_with_its_checkpoints_on_an_object_store_goes_on_after_a_kill(
     assert again.wait() == 0, again.output
     assert "teach: continues after step" in again.output
     assert not (again.folder.path / "checkpoints").exists()
-    name = "teacher/model.safetensors"
+    name = "teachers/teacher/model.safetensors"
     assert (again.folder.path / name).read_bytes() == (whole.path / name).read_bytes()
 
 
@@ -316,9 +316,9 @@ def test_a_live_teacher_goes_on_learning(whole: RunFolder, tmp_path: Path) -> No
     assert "loss/teacher/supervised" in losses(command.folder, "distill")[6]
     summary = json.loads((command.folder.path / "summary.json").read_text())
     weights = all_weights(command.folder)
-    moved = [name for name in weights if name.startswith("teacher:") and name.endswith("weight")]
-    assert any(not torch.equal(weights[name], weights[name.replace("teacher:", "teacher-live:")]) for name in moved)
-    assert summary["live_teacher"]["few_shot"]["novel"]["5way_1shot"]["mean"] > 0
+    moved = [name for name in weights if name.startswith("teachers/teacher:") and name.endswith("weight")]
+    assert any(not torch.equal(weights[name], weights[name.replace("teachers/", "teachers-live/")]) for name in moved)
+    assert summary["live_teachers"]["teacher"]["few_shot"]["novel"]["5way_1shot"]["mean"] > 0
 
 
 @pytest.mark.slow
@@ -331,7 +331,7 @@ def test_a_full_disk_stops_the_run_with_the_earlier_state_whole(whole: RunFolder
     assert not list(Path(command.folder.checkpoints("teach")).glob("step-*"))
     again = Command(tree, "--stages", "teach")
     assert again.wait() == 0, again.output
-    name = "teacher/model.safetensors"
+    name = "teachers/teacher/model.safetensors"
     assert (again.folder.path / name).read_bytes() == (whole.path / name).read_bytes()
 
 
@@ -344,12 +344,12 @@ def test_a_run_folder_that_cannot_be_written_is_named(sample_folder: Path, capfd
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"teach": {"training": {"batch_size": 512, "micro_batch_size": None}}}, ["512", "fewer than one batch"]),
+        ({"teachers": {"teacher": {"training": {"batch_size": 512, "micro_batch_size": None}}}}, ["512", "fewer than one batch"]),
         ({"data": {"train": "nowhere"}}, ["nowhere", "base"]),
         ({"data": {"labels": {"kind": "listed", "path": "/nowhere.txt"}}}, ["/nowhere.txt"]),
         ({"evaluate": {"episodes": {"way": 9}}}, ["val", "5 labelled classes"]),
-        ({"teach": {"model": {"name": "resnet1000"}}}, ["resnet1000"]),
-        ({"teach": {"model": {"arguments": {"layerz": 1}}}}, ["layerz"]),
+        ({"teachers": {"teacher": {"model": {"name": "resnet1000"}}}}, ["resnet1000"]),
+        ({"teachers": {"teacher": {"model": {"arguments": {"layerz": 1}}}}}, ["layerz"]),
     ],
 )
 def test_what_cannot_be_trained_stops_before_training(
@@ -361,7 +361,7 @@ def test_what_cannot_be_trained_stops_before_training(
     message = capfd.readouterr().err
     assert all(words in message for words in named), message
     assert "Traceback" not in message
-    assert not (tmp_path / "bad" / "teacher").exists()
+    assert not (tmp_path / "bad" / "teachers").exists()
 
 
 def _merged(tree: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:

@@ -394,6 +394,6 @@ def test_a_cluster_refuses_who_has_no_token(ray_cluster: LocalCluster) -> None:
 def _figures(folder: Path) -> dict[str, object]:
     """What the summary says of each network, but for its speed; and which stages are done."""
     summary = json.loads((folder / "summary.json").read_text())
-    networks = {"teacher": summary["teacher"]} | summary["students"] | summary["baselines"]
+    networks = summary["teachers"] | summary["students"] | summary["baselines"]
     figures = {name: (network["parameters"], network["few_shot"]) for name, network in networks.items()}
     return figures | {stage: record["status"] for stage, record in summary["stages"].items()}

@@ -99,11 +99,13 @@ def tree(run: Path, *, source: Path, seed: int = 0) -> dict[str, Any]:
             "loader": {"workers": 0},
         },
         "prepare": {"priors": [{"kind": kind} for kind in ("edge", "saliency")]},
-        "teach": {
-            "model": CONV | FIGURE_GROUND,
-            "objectives": [{"kind": "supervised"}, {"kind": "masked_prior", "targets": {"edge": 1.0}}],
-            "engine": {"kind": "torch", "ema": 0.9},
-            "training": training,
+        "teachers": {
+            "teacher": {
+                "model": CONV | FIGURE_GROUND,
+                "objectives": [{"kind": "supervised"}, {"kind": "masked_prior", "targets": {"edge": 1.0}}],
+                "engine": {"kind": "torch", "ema": 0.9},
+                "training": training,
+            }
         },
         "distill": {
             "students": {"vit": {"model": VIT, "engine": {"kind": "torch"}, "baseline": True}},

@@ -112,7 +112,7 @@ def test_after_a_few_faults_a_run_ends_as_unbroken(whole: RunFolder, library: Pa
     ]
     campaign = Campaign(tree, sizes=[1], stages="teach", library=library, seed=report.seed())
     campaign.run(faults)
-    name = "teacher/model.safetensors"
+    name = "teachers/teacher/model.safetensors"
     assert (campaign.folder.path / name).read_bytes() == (whole.path / name).read_bytes()
     audit(str(campaign.folder.path))
     record(campaign, "runs, a few", outcome=report.SURVIVED)
