@@ -344,7 +344,10 @@ def test_a_run_folder_that_cannot_be_written_is_named(sample_folder: Path, capfd
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"teachers": {"teacher": {"training": {"batch_size": 512, "micro_batch_size": None}}}}, ["512", "fewer than one batch"]),
+        (
+            {"teachers": {"teacher": {"training": {"batch_size": 512, "micro_batch_size": None}}}},
+            ["512", "fewer than one batch"],
+        ),
         ({"data": {"train": "nowhere"}}, ["nowhere", "base"]),
         ({"data": {"labels": {"kind": "listed", "path": "/nowhere.txt"}}}, ["/nowhere.txt"]),
         ({"evaluate": {"episodes": {"way": 9}}}, ["val", "5 labelled classes"]),

@@ -179,8 +179,8 @@ def run_settings(
         "launcher": {"threads": 1} | launcher,
         "data": {"source": str(sample), "image_size": image_size, "loader": loader} | splits,
         "prepare": {"priors": []},
-        "teach": teacher | {"engine": {"kind": "torch"}},
-        "distill": {"students": {"student": {"model": {"name": "resnet18"}}}},
+        "teachers": {"teacher": teacher | {"objectives": [{"kind": "supervised"}], "engine": {"kind": "torch"}}},
+        "distill": {"students": {"student": {"model": "resnet18"}}},
         "evaluate": {"episodes": {"queries": 5}},
     }
 

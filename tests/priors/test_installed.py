@@ -44,7 +44,7 @@ from dpkd.priors.store import PriorSet
 from dpkd.settings import parse_settings
 from tests.prior_cases import pack_folder, prepare_all
 tree = {"prepare": {"priors": [{"kind": "edge"}, {"kind": "warmth", "gain": 0.5}]}, "data": {"source": "x"},
-        "teach": {"model": {"name": "resnet18"}}, "distill": {"students": {"s": {"model": {"name": "resnet18"}}}}}
+        "distill": {"students": {"s": {"model": "resnet18", "objectives": [{"kind": "supervised"}]}}}}
 settings = parse_settings(tree, origin="test")
 dataset = pack_folder(Path(sys.argv[1]), sys.argv[2])
 prepare_all(dataset, priors=settings.prepare.priors)
