@@ -52,7 +52,21 @@ VIT = {
 FIGURE_GROUND = {"pooling": {"kind": "figure_ground", "blank": 0.25}}
 EXTRA_WORKERS = {"two_workers": 2, "zero3": 2, "three_workers": 3}
 
-RENAMED: dict[str, list[tuple[str, str]]] = {"network": [], "tensor": [], "event": [], "figure": []}
+RENAMED: dict[str, list[tuple[str, str]]] = {
+    "network": [(r"^teachers/", ""), (r"^teachers-live/teacher", "teacher-live")],
+    "tensor": [
+        (r"^heads\.prior/", "prior_heads."),
+        (r"^heads\.to_teacher/", "to_teacher."),
+        (r"^heads\.attributes\.", "attribute_head."),
+        (r"^heads\.region/", "region_heads."),
+    ],
+    "event": [
+        (r"(^loss/[^/]+/)attributes\.predict$", r"\1attributes"),
+        (r"(^loss/[^/]+/)region_bounds\.fit$", r"\1region.saliency"),
+        (r"(^loss/[^/]+/)region_bounds\.(area|compactness|column)$", r"\1region_bounds.saliency.\2"),
+    ],
+    "figure": [(r"^teachers/teacher/", "teacher/"), (r"^live_teachers/teacher/", "live_teacher/")],
+}
 """(pattern in the new checkout, its name in the old): folders of networks, tensors, keys of events.jsonl and of
 evaluation.json, each written as a path with slashes."""
 NOT_COMPARED = re.compile(r"images_per_s|^device$|speed/")
@@ -233,13 +247,17 @@ def logged(run: Path) -> dict[str, float]:
 def used_samples(run: Path) -> dict[str, int]:
     """The CRC-32 of the samples (int64, in order) of each stage, step and rank."""
     samples = {}
-    for path in sorted(run.glob("ledger/*/*.ledger")):
-        head, _, data = path.read_bytes().partition(b"\n")
-        rank, at = json.loads(head)["rank"], 0
+    for path in sorted(run.glob("sample_log/*/*.log")):
+        head, *lines = path.read_text().splitlines()
+        for step, crc in (line.split() for line in lines):
+            samples[f"{path.parent.name}/{step}/{json.loads(head)['rank']}"] = int(crc, 16)
+    for path in sorted(run.glob("ledger/*/*.ledger")):  # of the old commit, which kept the numbers themselves
+        head_bytes, _, data = path.read_bytes().partition(b"\n")
+        rank, at = json.loads(head_bytes)["rank"], 0
         while at < len(data):
-            step, count = struct.unpack_from("<QI", data, at)
+            step_number, count = struct.unpack_from("<QI", data, at)
             index = np.frombuffer(data, "<u4", count, at + 12).astype("<i8")
-            samples[f"{path.parent.name}/{step}/{rank}"] = zlib.crc32(index.tobytes())
+            samples[f"{path.parent.name}/{step_number}/{rank}"] = zlib.crc32(index.tobytes())
             at += 12 + 4 * count
     return samples
 
