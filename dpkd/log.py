@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -164,6 +164,16 @@ class Progress:
         return f"{self._rate:,.0f} {self._unit}/s" if self._rate >= 10 else f"{self._rate:.1f} {self._unit}/s"
 
 
+def append_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Appends a record as one JSON line; a line is written whole, so several processes may share the file."""
+    line = json.dumps(record) + "\n"
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b", buffering=0) as file:
+            torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"  # by a kill
+            file.write(b"\n" * torn + line.encode())
+
+
 class EventLog:
     """Appends the events of a run to a JSON-lines file, each with the attempt that wrote it."""
 
@@ -172,23 +182,16 @@ class EventLog:
         self._attempt = {} if attempt is None else {"attempt": attempt}
 
     def write(self, kind: str, **numbers: Any) -> None:
-        """Appends one event; a line is written whole, so several processes may share the file."""
-        event = {"time": round(time.time(), 3), "kind": kind, **self._attempt, **numbers}
-        line = json.dumps(event) + "\n"
-        with write_errors(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a+b", buffering=0) as file:
-                torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"  # by a kill
-                file.write(b"\n" * torn + line.encode())
+        """Appends one event, with the time."""
+        append_json(self._path, {"time": round(time.time(), 3), "kind": kind, **self._attempt, **numbers})
 
 
 class EventReader:
-    """Reads the events of a run as they come; a line that a kill has torn is left out and counted."""
+    """Reads the lines of JSON of a run as they come; a line that a kill has torn is left out and counted."""
 
     def __init__(self, path: Path | str) -> None:
         self._path = Path(path)
-        self._offset = 0
-        self.num_torn = 0
+        self._offset = self.num_torn = 0
 
     def new(self) -> list[dict[str, Any]]:
         """The events since the last call, in the order written."""

@@ -25,7 +25,7 @@ from dpkd.launch.signals import install_stop_handlers, start_resource_tracker, s
 from dpkd.log import Progress, duration, logger, safe_output
 from dpkd.priors.base import accelerated
 from dpkd.report.quarantine import Quarantine
-from dpkd.report.summary import print_summary
+from dpkd.report.summary import final_words, write_summary
 from dpkd.run.attempt import Attempt, attempt_at, supervision
 from dpkd.run.folder import RunFolder
 from dpkd.run.provenance import write_provenance
@@ -85,7 +85,7 @@ def run(settings: Settings, *, stages: Sequence[str] = STAGES) -> None:
         with attempt_at(folder, left) as attempt:
             run_pool_stages(settings, folder, [each for each in left if each in POOL_STAGES], around=attempt.stage)
             run_training_stages(settings, folder, [each for each in left if each not in POOL_STAGES], attempt=attempt)
-    print_summary(folder.path)
+    logger.info(final_words(write_summary(folder.path)))
     logger.info(f"{'done' if left else 'all was done before; nothing to do'}, {duration(time.monotonic() - began)}")
 
 

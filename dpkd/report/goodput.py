@@ -58,10 +58,8 @@ class StepTimer:
     def __init__(self, write: Callable[..., None] = lambda *_, **__: None) -> None:
         self.seconds = dict.fromkeys(INTERRUPTIONS, 0.0)
         """What each interruption took until now."""
-        self._write = write
-        self._written = dict(self.seconds)
-        self._done = 0
-        self._first = True
+        self._write, self._written = write, dict(self.seconds)
+        self._done, self._first = 0, True
 
     @contextmanager
     def loop(self, start_step: int) -> Iterator[None]:
@@ -100,7 +98,7 @@ class StepTimer:
         self._write(kind, step=step, **facts, **spent)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Segment:
     """Steps of a stage after `start` up to `end`, and the milliseconds that they took by category."""
 
@@ -117,11 +115,9 @@ class TimeAccount:
     """
 
     def __init__(self, events: Iterable[Mapping[str, Any]] = ()) -> None:
-        self.attempts = self.restarts = 0
-        self.steps = self.lost_steps = 0
-        """Steps that count, and those rolled back, as far as the log has them: an event a log interval and a save."""
+        self.attempts = self.restarts = self.lost_steps = 0
         self._segments: dict[str, list[Segment]] = defaultdict(list)
-        """What may still be rolled back, by stage."""
+        """What may still be rolled back, by stage: segments without a gap from step 0 on."""
         self._spent: dict[Category, int] = dict.fromkeys(MEANINGS, 0)
         """All time up to `_open`, that of the segments too."""
         self._doing: Category = "idle"
@@ -129,7 +125,7 @@ class TimeAccount:
         self._stage, self._step = "", -1
         """Where the loop under way is; -1 outside a loop."""
         self._attempt, self._running, self._unfinished = 0, False, False
-        """The newest attempt, whether it runs, and whether the last one that ended left work."""
+        """The newest attempt, whether it runs, and whether it left work."""
         self._open = self._alive = self._now = 0
         """Accounted up to here; the newest attempt's last event; the last event (ms)."""
         self.add(events)
@@ -141,7 +137,15 @@ class TimeAccount:
                 continue
             number, self._now = int(event["attempt"]), max(self._now, round(event["time"] * 1000))
             if number > self._attempt:
-                self._begin(number)
+                if self.attempts == 0:
+                    self._open = self._now
+                if self._running:  # it was killed, or it still runs and is too old
+                    self._leave(self._alive)
+                    self._doing = "idle"
+                self._leave(self._now)
+                self._doing = "recovery" if self._unfinished else "start_up"
+                self._attempt, self._running, self._unfinished = number, True, True
+                self.attempts += 1
             if number == self._attempt and self._running:  # else a newer attempt has begun, or this one has ended
                 self._alive = self._now
                 self._take(event)
@@ -160,6 +164,11 @@ class TimeAccount:
         """Each category's share of the whole; that of `training` is the time goodput. Zeros before any time passed."""
         spent = self.milliseconds
         return {name: ms / max(1, sum(spent.values())) for name, ms in spent.items()}
+
+    @property
+    def steps(self) -> int:
+        """Steps that count, as `lost_steps` those rolled back: as far as the log has them, an event a log interval."""
+        return sum(segments[-1].end for segments in self._segments.values() if segments)
 
     @property
     def step_goodput(self) -> float:
@@ -186,15 +195,6 @@ class TimeAccount:
             "restarts": self.restarts,
         }
 
-    def _begin(self, attempt: int) -> None:
-        if self.attempts == 0:
-            self._open = self._now
-        if self._running:  # it was killed, or it still runs and is too old
-            self._leave(self._alive)
-        self._close(self._now, "idle")
-        self._doing = "recovery" if self._running or self._unfinished else "start_up"
-        self._attempt, self._running, self.attempts = attempt, True, self.attempts + 1
-
     def _take(self, event: Mapping[str, Any]) -> None:
         match event["kind"]:
             case "attempt_ended":
@@ -203,9 +203,9 @@ class TimeAccount:
             case "restart":
                 self._leave(self._now - max(0, round(event["since_failure_s"] * 1000)))
                 self._doing, self.restarts = "recovery", self.restarts + 1
-            case "stage_began" | "stage_ended":
+            case "stage_began" | "stage_ended" as kind:
                 self._leave(self._now)
-                if event["kind"] == "stage_began" and event["stage"] in STAGES:
+                if kind == "stage_began" and event["stage"] in STAGES:
                     self._doing = STAGES[event["stage"]]
                 elif self._doing != "recovery":
                     self._doing = "start_up"
@@ -214,16 +214,12 @@ class TimeAccount:
             case "spent" | "loop_ended":
                 self._spend(event)
 
-    def _close(self, until: int, category: Category) -> None:
-        """All time up to `until` was of this category."""
-        self._spent[category] += max(0, until - self._open)
-        self._open = max(until, self._open)
-
     def _leave(self, until: int) -> None:
         """What was under way ended at `until`; steps that no event reports are lost."""
-        steps = self._doing == "training"
-        self._close(until, "lost_work" if steps else self._doing)
-        self._doing, self._step = "recovery" if steps else self._doing, -1
+        in_steps = self._doing == "training"
+        self._spent["lost_work" if in_steps else self._doing] += max(0, until - self._open)
+        self._doing = "recovery" if in_steps else self._doing
+        self._open, self._step = max(until, self._open), -1
 
     def _begin_loop(self, stage: str, start: int) -> None:
         """The stage goes on after step `start`: what was done beyond it is lost."""
@@ -232,18 +228,17 @@ class TimeAccount:
         while segments and segments[-1].end > start:
             segment = segments.pop()
             length, kept = segment.end - segment.start, max(0, start - segment.start)
-            for name, ms in segment.spent.items():
-                segment.spent[name] = ms * kept // length if kept else 0
-                if name not in ("start_up", "recovery"):  # that was already lost to the failure before
-                    self._spent[name] -= ms - segment.spent[name]
-                    self._spent["lost_work"] += ms - segment.spent[name]
+            kept_spent = {name: ms * kept // max(1, length) for name, ms in segment.spent.items()}
+            for name in kept_spent.keys() - {"start_up", "recovery"}:  # those were lost to the failure before
+                lost = segment.spent[name] - kept_spent[name]
+                self._spent[name] -= lost
+                self._spent["lost_work"] += lost
             if kept:
-                segments.append(Segment(segment.start, start, segment.spent))
-            self.steps -= length - kept
+                segments.append(Segment(segment.start, start, kept_spent))
             self.lost_steps += length - kept
         reached = segments[-1].end if segments else 0
         if start > reached:  # saved, but the worker died before it wrote the event; that time counts as lost
-            self._add_segment(Segment(reached, start, {}))
+            segments.append(Segment(reached, start, {}))
 
     def _spend(self, event: Mapping[str, Any]) -> None:
         """The loop's time since the event before, up to the event's step."""
@@ -251,19 +246,15 @@ class TimeAccount:
         if self._step < 0 or stage != self._stage or step < self._step:
             self._begin_loop(stage, step)  # its `loop_began` is missing: a kill tore the line
         left, spent = self._now - self._open, dict[Category, int]()
-        for name in INTERRUPTIONS:
-            spent[name] = min(left, round(1000 * event.get(f"{name}_s", 0.0)))
-            left -= spent[name]
+        for interruption in INTERRUPTIONS:
+            spent[interruption] = min(left, round(1000 * event.get(f"{interruption}_s", 0.0)))
+            left -= spent[interruption]
         spent["training"] = left
         if self._doing != "training":  # the loader starts with the first batch
             spent[self._doing] = spent.pop("data_wait")
-        self._add_segment(Segment(self._step, step, spent))
+        for name, ms in spent.items():
+            self._spent[name] += ms
+        self._segments[stage].append(Segment(self._step, step, spent))
         self._open, self._step, self._doing = self._now, step, "training"
         if event["kind"] == "loop_ended":
             self._step, self._doing = -1, "start_up" if event["finished"] else "recovery"
-
-    def _add_segment(self, segment: Segment) -> None:
-        self._segments[self._stage].append(segment)
-        self.steps += segment.end - segment.start
-        for name, ms in segment.spent.items():
-            self._spent[name] += ms

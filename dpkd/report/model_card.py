@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dpkd.report.figures import count_words, percent, rate_words
+from dpkd.report.summary import count_words, markdown_table, percent, rate_words
 
 FRONT_MATTER = """\
 ---
@@ -48,66 +48,52 @@ def model_card(
     onnx_difference: float | None,
 ) -> str:
     """The card as Markdown with the Hugging Face front matter; numbers where `evaluation.json` has been made."""
-    parts = [
-        FRONT_MATTER,
-        f"# {name}\n",
-        *_measured(name, evaluation, spec),
-        "## Use\n",
-        USAGE.format(folder=name),
-        _preprocessing(spec),
-    ]
+    size, pooling = spec["image_size"], spec["model"]["pooling"]
+    parts = [FRONT_MATTER, f"# {name}\n"]
+    if evaluation is not None:
+        table = evaluation["students"][name]
+        teachers = " and ".join(
+            f"a `{teacher['model']}` of {count_words(teacher['parameters'])} parameters"
+            for teacher in evaluation["teachers"].values()
+        )
+        what = (
+            f"A `{spec['model']['name']}` of {count_words(table['parameters'])} parameters for {size} px images and "
+            f"{len(spec['classes'])} classes, distilled with dpkd from {teachers or 'no teacher'}.\n"
+        )
+        parts += [what, "## Numbers\n", *_numbers(table, evaluation)]
+    mean, std = (", ".join(f"{value:.4f}" for value in spec[key]) for key in ("mean", "std"))
+    preprocessing = (
+        f"Preprocessing: the largest centred square, resized to {size} x {size}, RGB in 0 … 1, minus mean ({mean}), "
+        f"divided by standard deviation ({std}); `config.json` holds it for timm.\n"
+    )
+    parts += ["## Use\n", USAGE.format(folder=name), preprocessing]
     if onnx_difference is not None:
         parts.append(
             "`model.onnx` takes normalised images of any batch size; its outputs differ from PyTorch's by at most "
             f"{onnx_difference:.1g} of the largest.\n"
         )
-    if spec["model"]["pooling"]["kind"] == "figure_ground":
-        parts.append(FIGURE_GROUND.format(**spec["model"]["pooling"]))
+    if pooling["kind"] == "figure_ground":
+        parts.append(FIGURE_GROUND.format(**pooling))
     return "\n".join(parts)
 
 
-def _measured(name: str, evaluation: dict[str, Any] | None, spec: dict[str, Any]) -> list[str]:
-    if evaluation is None:
-        return []
-    table = evaluation["students"][name]
-    teachers = " and ".join(
-        f"a `{teacher['model']}` of {count_words(teacher['parameters'])} parameters"
-        for teacher in evaluation["teachers"].values()
-    )
-    what = (
-        f"A `{spec['model']['name']}` of {count_words(table['parameters'])} parameters for {spec['image_size']} px "
-        f"images and {len(spec['classes'])} classes, distilled with dpkd from {teachers or 'no teacher'}.\n"
-    )
-    return [what, "## Numbers\n", *_numbers(table, evaluation)]
-
-
 def _numbers(table: dict[str, Any], evaluation: dict[str, Any]) -> list[str]:
-    protocol = evaluation["protocol"]
-    rows = {"with its prior map" if "plain_pooling" in table else "few-shot accuracy": table["few_shot"]}
-    if "plain_pooling" in table:
-        rows["as timm pools"] = table["plain_pooling"]
-    if "over_baseline" in table:
-        rows["gain over the same network on labels alone"] = table["over_baseline"]
-    lines = ["| | split | " + " | ".join(next(iter(table["few_shot"].values()))) + " |"]
-    lines.append("|---|---|" + "---|" * len(next(iter(table["few_shot"].values()))))
-    for title, splits in rows.items():
-        sign = "+" if title.startswith("gain") else ""
-        for split, scores in splits.items():
-            lines.append(
-                f"| {title} | {split} | " + " | ".join(percent(each, sign=sign) for each in scores.values()) + " |"
-            )
+    """The table of few-shot accuracies, and how they were measured."""
+    protocol, has_map = evaluation["protocol"], "plain_pooling" in table
+    kinds = {
+        "few_shot": "with its prior map" if has_map else "few-shot accuracy",
+        "plain_pooling": "as timm pools",
+        "over_baseline": "gain over the same network on labels alone",
+    }
+    rows = [["", "split", *next(iter(table["few_shot"].values()))]]
+    for kind, title in kinds.items():
+        sign = "+" if kind == "over_baseline" else ""
+        for split, scores in table.get(kind, {}).items():
+            rows.append([title, split, *(percent(score, sign=sign) for score in scores.values())])
     conditions = (
         f"Mean and 95 % interval over {protocol['episodes']:,} episodes of {protocol['way']} classes with "
         f"{protocol['queries']} queries each; {protocol['classifier'].replace('_', ' ')} on embeddings after "
         f"`{protocol['transform']}`, seed {protocol['seed']}. {rate_words(table['images_per_s'])} images/s on "
         f"{evaluation['device']}, decoding not counted.\n"
     )
-    return ["\n".join(lines) + "\n", conditions]
-
-
-def _preprocessing(spec: dict[str, Any]) -> str:
-    mean, std = (", ".join(f"{value:.4f}" for value in spec[key]) for key in ("mean", "std"))
-    return (
-        f"Preprocessing: the largest centred square, resized to {spec['image_size']} x {spec['image_size']}, RGB in "
-        f"0 … 1, minus mean ({mean}), divided by standard deviation ({std}); `config.json` holds it for timm.\n"
-    )
+    return ["\n".join(markdown_table(rows)) + "\n", conditions]

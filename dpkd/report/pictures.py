@@ -23,6 +23,7 @@ GAP = 4
 TITLE_HEIGHT = 20
 MISSING = 230
 """Grey of a map that nobody gave, or that is not finite."""
+BORDER = (255, 220, 0)
 LABEL_MAPS = frozenset({"superpixel"})
 """Maps of a batch whose values are names of regions, not amounts."""
 
@@ -74,10 +75,12 @@ def panel(
             rows[f"{name}: target"] = drawn[:count]
         rows[f"{name}: predicted"] = drawn[-count:]
     if attention_B1HW is not None:
-        rows["attention"] = [
-            _overlay(_stretched(map_1HW[0]), image_HWC)
-            for map_1HW, image_HWC in zip(attention_B1HW[:count], images, strict=True)
-        ]
+        rows["attention"] = []
+        for map_1HW, image_HWC in zip(attention_B1HW[:count], images, strict=True):  # heat over the greyed image
+            small_HWC = _heat(np.nan_to_num(_stretched(map_1HW[0])))
+            heat_HWC = cv2.resize(small_HWC, image_HWC.shape[1::-1], interpolation=cv2.INTER_CUBIC)
+            grey_HWC = cv2.cvtColor(cv2.cvtColor(image_HWC, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+            rows["attention"].append(_bytes(cv2.addWeighted(heat_HWC, 0.6, grey_HWC, 0.4, 0)))
     width = count * (CELL + GAP)
     return np.concatenate([part for title, cells in rows.items() for part in (_title(title, width=width), _row(cells))])
 
@@ -87,24 +90,26 @@ def draw_maps(maps: Sequence[Map], *, images: Sequence[Picture]) -> list[Picture
     known = [map_HWC for map_HWC in maps if np.isfinite(map_HWC).all()]
     drawn = []
     for map_HWC, image_HWC in zip(maps, images, strict=True):
-        height, width = image_HWC.shape[:2]
-        labels = np.issubdtype(map_HWC.dtype, np.integer)
-        if not np.isfinite(map_HWC).all() or (labels and map_HWC.min() < 0):
+        size = image_HWC.shape[1::-1]
+        are_labels = np.issubdtype(map_HWC.dtype, np.integer)
+        if not np.isfinite(map_HWC).all() or (are_labels and map_HWC.min() < 0):
             drawn.append(np.full_like(image_HWC, MISSING))
-        elif labels:
-            drawn.append(_borders(map_HWC[:, :, 0], image_HWC))
+        elif are_labels:  # the borders between regions on the image
+            label_HW = cv2.resize(map_HWC[:, :, 0].astype(np.float32), size, interpolation=cv2.INTER_NEAREST)
+            border_HW = np.zeros(label_HW.shape, bool)
+            border_HW[1:] |= label_HW[1:] != label_HW[:-1]
+            border_HW[:, 1:] |= label_HW[:, 1:] != label_HW[:, :-1]
+            drawn.append(np.where(border_HW[:, :, None], BORDER, image_HWC).astype(np.uint8))
         else:
             small_HWC = _heat(map_HWC[:, :, 0]) if map_HWC.shape[2] == 1 else _colours(map_HWC, known)
-            drawn.append(_bytes(cv2.resize(small_HWC, (width, height), interpolation=cv2.INTER_NEAREST)))
+            drawn.append(_bytes(cv2.resize(small_HWC, size, interpolation=cv2.INTER_NEAREST)))
     return drawn
 
 
 def _target(map_CHW: Map, size: tuple[int, ...]) -> Map:
     """The map on a grid of height x width, each channel with mean 0 and deviation 1."""
-    planes = [
-        cv2.resize(np.asarray(plane_HW, np.float32), size[::-1], interpolation=cv2.INTER_AREA) for plane_HW in map_CHW
-    ]
-    coarse_CHW = np.stack(planes)
+    planes_CHW = np.asarray(map_CHW, np.float32)
+    coarse_CHW = np.stack([cv2.resize(plane_HW, size[::-1], interpolation=cv2.INTER_AREA) for plane_HW in planes_CHW])
     deviation_C11 = coarse_CHW.std((1, 2), keepdims=True)
     return np.asarray((coarse_CHW - coarse_CHW.mean((1, 2), keepdims=True)) / (deviation_C11 + 1e-6), np.float32)
 
@@ -140,33 +145,12 @@ def _colours(map_HWC: Map, shown: Sequence[Map]) -> Picture:
     return _bytes(np.clip(padded_HWC, 0, 1) * 255)
 
 
-def _borders(label_HW: NDArray[Any], image_HWC: Picture) -> Picture:
-    """The image with the borders between regions drawn on it."""
-    height, width = image_HWC.shape[:2]
-    label_HW = cv2.resize(label_HW.astype(np.float32), (width, height), interpolation=cv2.INTER_NEAREST)
-    border_HW = np.zeros((height, width), bool)
-    border_HW[1:] |= label_HW[1:] != label_HW[:-1]
-    border_HW[:, 1:] |= label_HW[:, 1:] != label_HW[:, :-1]
-    drawn_HWC = image_HWC.copy()
-    drawn_HWC[border_HW] = (255, 220, 0)
-    return drawn_HWC
-
-
-def _overlay(map_HW: Map, image_HWC: Picture) -> Picture:
-    """The map as heat over the greyed image."""
-    height, width = image_HWC.shape[:2]
-    heat_HWC = cv2.resize(_heat(np.nan_to_num(map_HW)), (width, height), interpolation=cv2.INTER_CUBIC)
-    grey_HWC = cv2.cvtColor(cv2.cvtColor(image_HWC, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    return _bytes(cv2.addWeighted(heat_HWC, 0.6, grey_HWC, 0.4, 0))
-
-
 def _fitted(image_HWC: Picture) -> Picture:
     """The image with its longer side as long as a cell."""
     height, width = image_HWC.shape[:2]
     scale = CELL / max(height, width)
-    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return _bytes(cv2.resize(image_HWC, size, interpolation=method))
+    return _bytes(cv2.resize(image_HWC, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC))
 
 
 def _row(cells: Iterable[Picture]) -> Picture:

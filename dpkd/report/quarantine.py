@@ -11,6 +11,7 @@ from typing import Any
 
 from dpkd.errors import UserError, without_secrets
 from dpkd.io import storage
+from dpkd.log import EventReader, append_json
 
 NUM_NAMED = 3
 """Items that an error names."""
@@ -23,9 +24,11 @@ class Quarantine:
 
     def __init__(self, path: str | Path, *, limit: float) -> None:
         """Continues the report at `path`; `limit` is the largest share of bad items that does not stop a run."""
-        self.path = Path(path)
-        self.limit = limit
-        self._entries, self._torn = _read(self.path)
+        self.path, self.limit = Path(path), limit
+        # a line that a kill has torn is left out: the stage adds its item again
+        self._entries: dict[tuple[str, str], dict[str, Any]] = {
+            (entry["stage"], entry["item"]): entry for entry in EventReader(self.path).new()
+        }
 
     @property
     def count(self) -> int:
@@ -43,7 +46,7 @@ class Quarantine:
         if len(kept) < len(self._entries):
             lines = "".join(json.dumps(entry) + "\n" for entry in kept.values())
             storage.write_bytes_atomic(self.path, lines.encode())
-            self._entries, self._torn = kept, False
+            self._entries = kept
 
     def add(self, stage: str, item: str, reason: str, *, counted: bool = True) -> None:
         """Adds an item once, with one line that says why it is not used; secrets in either are masked.
@@ -53,14 +56,10 @@ class Quarantine:
         item = without_secrets(item)
         if (stage, item) in self._entries:
             return
-        entry = {"stage": stage, "item": item, "reason": without_secrets(reason)} | (
-            {} if counted else {"counted": False}
-        )
-        with storage.write_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("\n" * self._torn + json.dumps(entry) + "\n")
-        self._torn = False
+        entry: dict[str, Any] = {"stage": stage, "item": item, "reason": without_secrets(reason)}
+        if not counted:
+            entry["counted"] = False
+        append_json(self.path, entry)
         self._entries[stage, item] = entry
 
     def check(self, total: int) -> None:
@@ -84,19 +83,3 @@ class Quarantine:
         if len(self._entries) > NUM_SHOWN:
             lines.append(f"\n… and {len(self._entries) - NUM_SHOWN:,} more, in {self.path}")
         return "\n".join(lines)
-
-
-def _read(path: Path) -> tuple[dict[tuple[str, str], dict[str, Any]], bool]:
-    """The entries by stage and item, and whether a kill cut the last line short; the stage adds that one again."""
-    try:
-        text = storage.read_bytes(path).decode(errors="replace")
-    except FileNotFoundError:
-        return {}, False
-    entries = {}
-    for line in text.split("\n"):
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        entries[entry["stage"], entry["item"]] = entry
-    return entries, text != "" and not text.endswith("\n")

@@ -6,26 +6,61 @@
                     "quarantine": {stage: number of samples}}
     network        {"parameters", "images_per_s", "few_shot": {split: {"5way_1shot": {"mean", "ci95"}}}, …}
 
-Its sources are `evaluation.json`, `stages.json`, `events.jsonl` and `quarantine.jsonl`. Accuracies are fractions.
+Its sources are `evaluation.json`, `stages.json`, `events.jsonl` and `quarantine.jsonl`. Accuracies are fractions. A
+figure that cannot be had is a dash, and never ends a run.
 """
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.record import parse_checked
 from dpkd.log import EventReader, duration, logger
-from dpkd.report.figures import DASH, count_words, percent, rate_words
 from dpkd.report.goodput import MEANINGS, TimeAccount
 from dpkd.report.quarantine import Quarantine
 
 EVALUATION_NAME = "evaluation.json"
 QUARANTINE_NAME = "quarantine.jsonl"
+DASH = "–"
 
 Table = list[list[str]]
+Value = TypeVar("Value")
+
+
+def figure_or_none(name: str, compute: Callable[[], Value]) -> Value | None:
+    """What `compute` returns; None, and a line in the log, where it fails. It must not wait for other ranks."""
+    try:
+        return compute()
+    except Exception as error:  # noqa: BLE001 (other libraries raise whatever they like at an unusual model)
+        cause = (str(error).splitlines() or [""])[0][:200]
+        logger.info(f"{name}: none, because of {type(error).__name__}: {cause}")
+        return None
+
+
+def percent(score: dict[str, float], *, sign: str = "") -> str:
+    """`{"mean", "ci95"}` as `56.1 ± 0.4 %`; with `sign="+"`, as a signed difference."""
+    return f"{100 * score['mean']:{sign}.1f} ± {100 * score['ci95']:.1f} %"
+
+
+def rate_words(per_s: float | None) -> str:
+    """Images a second: `1,234`."""
+    return DASH if per_s is None else f"{per_s:,.0f}"
+
+
+def count_words(count: int) -> str:
+    """A number of parameters in words: `110 k`, `1.25 M`, `22 M`."""
+    if count < 1_000_000:
+        return f"{count / 1e3:.0f} k"
+    return f"{count / 1e6:.2f} M" if count < 10_000_000 else f"{count / 1e6:.0f} M"
+
+
+def markdown_table(rows: Table) -> list[str]:
+    """The lines of a Markdown table whose first row is its head."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
 
 
 def write_summary(folder: Path) -> dict[str, Any]:
@@ -50,16 +85,16 @@ def write_summary(folder: Path) -> dict[str, Any]:
     return summary
 
 
-def print_summary(folder: Path) -> None:
-    """Writes the summary and prints what a run ends with."""
-    logger.info(final_words(write_summary(folder)))
-
-
 def final_words(summary: dict[str, Any]) -> str:
     """What a run ends with on the screen: the table, the exported students, the TensorBoard command."""
     lines = []
     if "protocol" in summary:
-        lines += [_heading(summary), "", *_aligned(_few_shot_table(summary))]
+        rows = _few_shot_table(summary)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines += [_heading(summary), ""]
+        for name, *cells in rows:
+            aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+            lines.append("  ".join([name.ljust(widths[0]), *aligned]))
     if summary["exports"]:
         lines += ["", "exported students (timm folder, ONNX):", *(f"  {path}" for path in summary["exports"].values())]
     if summary["quarantine"]:
@@ -74,9 +109,9 @@ def markdown(summary: dict[str, Any]) -> str:
     if "protocol" in summary:
         lines += [figures_markdown(summary), ""]
     stages = [[name, stage["status"], duration(stage["seconds"])] for name, stage in summary["stages"].items()]
-    lines += ["## Stages", "", *_piped([["stage", "status", "time"], *stages])]
+    lines += ["## Stages", "", *markdown_table([["stage", "status", "time"], *stages])]
     if "goodput" in summary:
-        lines += ["", "## Where the time went", "", *_piped(_time_table(summary["goodput"]))]
+        lines += ["", "## Where the time went", "", *markdown_table(_time_table(summary["goodput"]))]
     if summary["quarantine"]:
         lines += ["", "## Quarantined", "", _quarantined(summary)]
     if summary["exports"]:
@@ -86,7 +121,7 @@ def markdown(summary: dict[str, Any]) -> str:
 
 def figures_markdown(evaluation: dict[str, Any]) -> str:
     """The tables of an evaluation, and how they were measured."""
-    lines = [_heading(evaluation), "", *_piped(_few_shot_table(evaluation)), ""]
+    lines = [_heading(evaluation), "", *markdown_table(_few_shot_table(evaluation)), ""]
     titles = {
         "probes": "kNN and linear probe",
         "classification": "Accuracy on known classes",
@@ -94,13 +129,13 @@ def figures_markdown(evaluation: dict[str, Any]) -> str:
     }
     for key, title in titles.items():
         measured = {name: network[key] for name, network in networks(evaluation).items() if network.get(key)}
-        columns = {(split, name): None for table in measured.values() for split in table for name in table[split]}
+        columns = {(split, part): None for table in measured.values() for split in table for part in table[split]}
+        rows = [["", *(f"{split} {part}" for split, part in columns)]]
+        for name, table in measured.items():
+            shares = [table.get(split, {}).get(part) for split, part in columns]
+            rows.append([name, *(DASH if share is None else f"{100 * share:.1f} %" for share in shares)])
         if measured:
-            rows = [["", *(f"{split} {name}" for split, name in columns)]]
-            rows += [
-                [name, *(_share(table, split, part) for split, part in columns)] for name, table in measured.items()
-            ]
-            lines += [f"## {title}", "", *_piped(rows), ""]
+            lines += [f"## {title}", "", *markdown_table(rows), ""]
     lines += ["## Protocol", "", *(f"- {key}: {value}" for key, value in evaluation["protocol"].items())]
     return "\n".join(lines)
 
@@ -116,17 +151,17 @@ def networks(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return named
 
 
-def _heading(summary: dict[str, Any]) -> str:
-    protocol, split = summary["protocol"], _report_split(summary)
-    return (
-        f"Few-shot accuracy on {split}: {protocol['way']} classes an episode, the same {protocol['episodes']:,} "
-        f"episodes for all, mean ± 95 % interval; images/s on {summary['device']}"
-    )
-
-
 def _report_split(summary: dict[str, Any]) -> str:
     """The test split, or the validation split where there is no other."""
     return str(summary["splits"]["test"] or summary["splits"]["val"])
+
+
+def _heading(summary: dict[str, Any]) -> str:
+    protocol = summary["protocol"]
+    return (
+        f"Few-shot accuracy on {_report_split(summary)}: {protocol['way']} classes an episode, the same "
+        f"{protocol['episodes']:,} episodes for all, mean ± 95 % interval; images/s on {summary['device']}"
+    )
 
 
 def _few_shot_table(summary: dict[str, Any]) -> Table:
@@ -148,10 +183,6 @@ def _few_shot_table(summary: dict[str, Any]) -> Table:
     return rows
 
 
-def _share(table: dict[str, dict[str, float]], split: str, name: str) -> str:
-    return f"{100 * table[split][name]:.1f} %" if name in table.get(split, {}) else DASH
-
-
 def _time_table(goodput: dict[str, Any]) -> Table:
     """The account of `goodput.json`, largest first, without what took no time."""
     rows = [["", "time", "share", "what it is"]]
@@ -170,19 +201,6 @@ def _quarantined(summary: dict[str, Any]) -> str:
     total, stages = sum(counts.values()), ", ".join(f"{count:,} in {stage}" for stage, count in counts.items())
     samples = "sample" if total == 1 else "samples"
     return f"{total:,} {samples} ({stages}), named with reasons in {summary['run']}/{QUARANTINE_NAME}"
-
-
-def _aligned(rows: Table) -> list[str]:
-    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
-    return [
-        "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))])
-        for row in rows
-    ]
-
-
-def _piped(rows: Table) -> list[str]:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
 
 
 def _read(path: Path, *, parse: Callable[[bytes], Any] = json.loads) -> dict[str, Any]:

@@ -66,21 +66,19 @@ class Board:
                 self._banded.add(network)
                 run.add_custom_scalars({"few-shot accuracy with 95 % interval": charts})
 
-    def image(self, step: int, *, network: str, tag: str, image_HWC: NDArray[np.uint8]) -> None:
-        """Shows an RGB image among those of a network."""
+    def show(self, step: int, tag: str, content: str | NDArray[np.uint8], *, network: str = "") -> None:
+        """Shows Markdown, such as the table of the summary, or an RGB image HWC, among what belongs to a network."""
         with self._run(network) as run:
-            run.add_image(tag, image_HWC, step, dataformats="HWC")
-
-    def text(self, step: int, *, tag: str, markdown: str) -> None:
-        """Shows text, such as the table of the summary."""
-        with self._run("") as run:
-            run.add_text(tag, markdown, step)
+            if isinstance(content, str):
+                run.add_text(tag, content, step)
+            else:
+                run.add_image(tag, content, step, dataformats="HWC")
 
     def quarantine(self, step: int, quarantine: Quarantine) -> None:
         """Writes how many samples were quarantined, in all and by stage, and names the first."""
         counts = {f"quarantine/{stage}": count for stage, count in quarantine.counts.items()}
         self.write(step, {"quarantine/samples": quarantine.count, **counts})
-        self.text(step, tag="quarantine", markdown=quarantine.markdown())
+        self.show(step, "quarantine", quarantine.markdown())
 
     def close(self) -> None:
         """Closes the files."""

@@ -37,9 +37,8 @@ from dpkd.models.counts import count_flops, count_parameters
 from dpkd.models.network import Network
 from dpkd.models.saved import load_network
 from dpkd.models.settings import FigureGroundPooling
-from dpkd.report.figures import figure_or_none
 from dpkd.report.quarantine import Quarantine
-from dpkd.report.summary import EVALUATION_NAME, figures_markdown
+from dpkd.report.summary import EVALUATION_NAME, figure_or_none, figures_markdown
 from dpkd.report.tensorboard import Board
 from dpkd.run.folder import RunFolder
 from dpkd.settings import EvaluateSettings
@@ -80,7 +79,7 @@ def evaluate(run: Run) -> None:
         }
         run.folder.check_fence()
         board = Board(run.folder.tensorboard / "evaluate", start_step=-1)
-        board.text(0, tag="summary", markdown=figures_markdown(report))
+        board.show(0, "summary", figures_markdown(report))
         board.quarantine(0, Quarantine(run.folder.quarantine, limit=1.0))
         board.close()
         data = (json.dumps(report, indent=1) + "\n").encode()

@@ -31,8 +31,8 @@ from dpkd.log import logger
 from dpkd.models.network import Network
 from dpkd.models.saved import load_network
 from dpkd.models.settings import FigureGroundPooling, NetworkSpec
-from dpkd.report.figures import figure_or_none
 from dpkd.report.model_card import model_card
+from dpkd.report.summary import figure_or_none
 from dpkd.stages.evaluate import read_evaluation
 from dpkd.stages.run import Run
 

@@ -17,9 +17,9 @@ from dpkd.evaluation.few_shot import Episodes, draw_episodes, few_shot_accuracy,
 from dpkd.evaluation.settings import EpisodeSettings
 from dpkd.log import EventReader, Progress
 from dpkd.models.attention import with_attention
-from dpkd.report.figures import figure_or_none
 from dpkd.report.goodput import StepTimer, TimeAccount
 from dpkd.report.pictures import panel
+from dpkd.report.summary import figure_or_none
 from dpkd.report.tensorboard import Board
 from dpkd.stages.embed import embed_networks
 from dpkd.stages.run import Run
@@ -105,7 +105,7 @@ class Monitor:
             )
             picture = figure_or_none(f"panel of {name}", drawing)
             if picture is not None:
-                self._board.image(step, network=name, tag=PANEL, image_HWC=picture)
+                self._board.show(step, PANEL, picture, network=name)
 
 
 def _array(tensor: Tensor) -> NDArray[np.float32]:

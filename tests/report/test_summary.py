@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from dpkd.io.record import checked
-from dpkd.report.figures import count_words, figure_or_none, percent
 from dpkd.report.quarantine import Quarantine
-from dpkd.report.summary import final_words, print_summary, write_summary
+from dpkd.report.summary import count_words, figure_or_none, final_words, percent, write_summary
 
 
 def network(mean: float) -> dict[str, Any]:
@@ -61,7 +60,7 @@ def test_summary_json_has_the_promised_keys(run: Path) -> None:
 
 
 def test_the_run_ends_with_the_table_the_exports_and_the_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    print_summary(run)
+    print(final_words(write_summary(run)))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("Few-shot accuracy on novel: 5 classes an episode, the same 2,000 episodes for all")
     table = [line.split("  ") for line in lines[2:7]]

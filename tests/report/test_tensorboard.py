@@ -74,7 +74,7 @@ def test_a_panel_has_a_column_a_sample_and_a_row_a_map(tmp_path: Path) -> None:
         attention_B1HW=rng.random((3, 1, 4, 4)),
     )
     board = Board(tmp_path)
-    board.image(5, network="teacher", tag="panel", image_HWC=drawn_HWC)
+    board.show(5, "panel", drawn_HWC, network="teacher")
     board.close()
     (event,) = read(tmp_path / "teacher").Images("panel")
     picture = np.asarray(Image.open(BytesIO(event.encoded_image_string)))
