@@ -24,8 +24,9 @@ Axes: K class, A attribute.
 import csv
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -85,20 +86,19 @@ def score_weights(value_KA: NDArray[np.floating[Any]]) -> tuple[NDArray[np.float
     graded values it is largest where the prediction equals the row, while cross-entropy would never choose a middle
     grade. An attribute that is not known of a class counts as of the average class that it is known of.
     """
+
+    def filled(table_KA: NDArray[np.float64]) -> NDArray[np.float64]:
+        """NaN replaced by the mean of its column, by 0 in a column of NaN alone."""
+        known_KA = ~np.isnan(table_KA)
+        mean_A = np.where(known_KA, table_KA, 0).sum(0) / known_KA.sum(0).clip(min=1)
+        return np.where(known_KA, table_KA, mean_A)
+
     exact_KA = value_KA.astype(np.float64)
-    entropy_KA = -_x_log_x(exact_KA) - _x_log_x(1 - exact_KA)
-    return _filled(exact_KA).astype(np.float32), _filled(entropy_KA).sum(1).astype(np.float32)
-
-
-def _x_log_x(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.where(x == 0, 0.0, x * np.log(np.where(x == 0, 1.0, x)))
-
-
-def _filled(value_KA: NDArray[np.float64]) -> NDArray[np.float64]:
-    """NaN replaced by the mean of its column, by 0 in a column of NaN alone."""
-    known_KA = ~np.isnan(value_KA)
-    mean_A = np.where(known_KA, value_KA, 0).sum(0) / known_KA.sum(0).clip(min=1)
-    return np.where(known_KA, value_KA, mean_A)
+    x_log_x_KA, rest_KA = (
+        np.where(x == 0, 0.0, x * np.log(np.where(x == 0, 1.0, x))) for x in (exact_KA, 1 - exact_KA)
+    )
+    entropy_KA = -x_log_x_KA - rest_KA
+    return filled(exact_KA).astype(np.float32), filled(entropy_KA).sum(1).astype(np.float32)
 
 
 def read_attributes(path: str) -> AttributeTable:
@@ -108,161 +108,126 @@ def read_attributes(path: str) -> AttributeTable:
     if suffix not in readers:
         raise UserError(f"data.attributes {path}: a table of attributes is a .yaml, .yml or .csv file")
     try:
-        scales, rows = readers[suffix](storage.read_bytes(path).decode("utf-8-sig"))
+        attributes, rows = readers[suffix](storage.read_bytes(path).decode("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"data.attributes {path} does not exist: give the table of the classes' attributes") from None
     except (*NO_FILE, UnicodeDecodeError, yaml.YAMLError, csv.Error) as error:
         raise UserError(f"data.attributes {path} cannot be read as .{suffix}: {error}") from None
     except ValueError as error:
         raise UserError(f"data.attributes {path}: {error}") from None
-    return _table(path, scales, rows)
+    return _table(path, attributes, rows)
 
 
-@dataclass(frozen=True)
-class _Scale:
-    """One attribute: a number, or the name of a grade."""
-
-    name: str
-    grades: Mapping[str, float]
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return (self.name,)
-
-    def values(self, text: str) -> tuple[float, ...]:
-        if text in self.grades:
-            return (self.grades[text],)
-        try:
-            return (_share(text),)
-        except ValueError as error:
-            if not self.grades or _is_number(text):
-                raise
-            known = ", ".join(self.grades)
-            raise ValueError(f"{text!r} is no grade{nearest(text, self.grades)} of {known}, nor a number") from error
-
-
-@dataclass(frozen=True)
-class _OneOf:
-    """An attribute for each option, of which one holds."""
-
-    name: str
-    options: tuple[str, ...]
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return tuple(f"{self.name}={option}" for option in self.options)
-
-    def values(self, text: str) -> tuple[float, ...]:
-        if text not in self.options:
-            raise ValueError(f"{text!r} is none{nearest(text, self.options)} of {', '.join(self.options)}")
-        return tuple(float(option == text) for option in self.options)
-
-
-_Rows = list[tuple[str, dict[str, str]]]
-"""(class, attribute -> cell), as the file has them."""
-
-
-def _table(path: str, scales: Sequence[_Scale | _OneOf], rows: _Rows) -> AttributeTable:
+def _table(path: str, attributes: "dict[str, _Attribute]", rows: list[tuple[str, dict[str, str]]]) -> AttributeTable:
     """Reads the cells; raises `UserError` with all faults."""
-    names = tuple(column for scale in scales for column in scale.columns)
-    value_KA = np.full((len(rows), len(names)), np.nan, np.float32)
-    faults = [f"the attribute {name!r} stands twice" for name in sorted({n for n in names if names.count(n) > 1})]
-    named = [name for name, _ in rows]
-    faults += [f"the class {name!r} stands twice" for name in sorted({n for n in named if named.count(n) > 1})]
-    by_name = {scale.name: scale for scale in scales}
+    columns = [column for attribute in attributes.values() for column in attribute.columns]
+    classes = [name for name, _ in rows]
+    value_KA = np.full((len(rows), len(columns)), np.nan, np.float32)
+    faults = [f"the attribute {name!r} is given twice" for name, count in Counter(columns).items() if count > 1]
+    faults += [f"the class {name!r} is given twice" for name, count in Counter(classes).items() if count > 1]
     for row, (class_name, cells) in enumerate(rows):
-        for attribute, text in cells.items():
-            if attribute not in by_name:
-                hint = nearest(attribute, by_name) or f" (declared are {', '.join(by_name)})"
-                faults.append(f"{class_name}.{attribute}: no such attribute{hint}")
-            elif text not in ("", "~", "null"):
-                scale = by_name[attribute]
-                start = names.index(scale.columns[0])
-                try:
-                    value_KA[row, start : start + len(scale.columns)] = scale.values(text)
-                except ValueError as error:
-                    faults.append(f"{class_name}.{attribute}: {error}")
-    if not faults:
-        unknown = [scale.name for scale in scales if np.isnan(value_KA[:, names.index(scale.columns[0])]).all()]
-        faults += [f"the attribute {name!r} is known of no class: say it of some, or take it out" for name in unknown]
-    _refuse(path, faults)
-    return AttributeTable(path=path, names=names, classes=tuple(named), value_KA=value_KA)
-
-
-def _refuse(path: str, faults: Sequence[str]) -> None:
+        for name, text in cells.items():
+            try:
+                if name not in attributes:
+                    hint = nearest(name, attributes) or f" (declared are {', '.join(attributes)})"
+                    raise ValueError(f"no such attribute{hint}")
+                if text not in _UNKNOWN:
+                    start = columns.index(attributes[name].columns[0])
+                    value_KA[row, start : start + len(attributes[name].columns)] = attributes[name].values(text)
+            except ValueError as error:
+                faults.append(f"{class_name}.{name}: {error}")
+    for name, attribute in attributes.items() if not faults else ():
+        if np.isnan(value_KA[:, columns.index(attribute.columns[0])]).all():
+            faults.append(f"the attribute {name!r} is known of no class: give a value of some class, or take it out")
     if faults:
         more = [f"and {len(faults) - MAX_SHOWN} more"] if len(faults) > MAX_SHOWN else []
         lines = "\n  ".join([*faults[:MAX_SHOWN], *more])
         count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
         raise UserError(f"data.attributes {path} has {count}; mend the file:\n  {lines}")
+    return AttributeTable(path=path, names=tuple(columns), classes=tuple(classes), value_KA=value_KA)
 
 
-def _share(text: str) -> float:
-    if not _is_number(text):
-        raise ValueError(f"{text!r} is no number")
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise ValueError(f"{text} is out of range: a value is a number from 0 to 1")
-    return value
+_UNKNOWN = ("", "~", "null")
+"""Cells of what is not known."""
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+@dataclass(frozen=True)
+class _Attribute:
+    """The columns that an attribute of the file becomes, and what its cells may hold."""
+
+    columns: tuple[str, ...]
+    grades: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Name of a grade or an option -> the value in each column."""
+    takes_numbers: bool = True
+
+    def values(self, text: str) -> tuple[float, ...]:
+        """The value in each column; raises `ValueError`."""
+        if text in self.grades:
+            return self.grades[text]
+        try:
+            number = float(text)
+        except ValueError:
+            number = None
+        if self.takes_numbers and number is not None and 0 <= number <= 1:
+            return (number,)
+        if self.takes_numbers and number is not None:
+            raise ValueError(f"{text} is out of range: a value is a number from 0 to 1")
+        if not self.grades:
+            raise ValueError(f"{text!r} is no number")
+        or_number = ", nor a number" if self.takes_numbers else ""
+        raise ValueError(f"{text!r} is no grade{nearest(text, self.grades)} of {', '.join(self.grades)}{or_number}")
 
 
-def _read_yaml(text: str) -> tuple[list[_Scale | _OneOf], _Rows]:
+_Table = tuple[dict[str, _Attribute], list[tuple[str, dict[str, str]]]]
+"""Attributes by name, and (class, attribute -> cell) of each row."""
+
+
+def _read_yaml(text: str) -> _Table:
     tree = read_yaml(text, scalars_as_text=True)
     if not isinstance(tree, dict) or not {"attributes", "classes"} <= set(tree):
         raise ValueError("a table has the two sections `attributes` and `classes`")
-    for key in tree:
+    for key, section in tree.items():
         if key not in ("attributes", "classes"):
             raise ValueError(f"no such section {key!r}{nearest(key, ('attributes', 'classes'))}: leave it out")
-    for section, what in (("attributes", "an attribute"), ("classes", "a class")):
-        if not isinstance(tree[section], dict) or not tree[section]:
-            raise ValueError(f"the section `{section}` holds nothing: name {what} with what is known of it")
-    rows: _Rows = []
+        if not isinstance(section, dict) or not section:
+            raise ValueError(f"the section `{key}` holds nothing: name each of the {key} with what is known of it")
+    rows: list[tuple[str, dict[str, str]]] = []
     for name, row in tree["classes"].items():
-        cells = {} if row in ("", "~", "null") else row
+        cells = {} if row in _UNKNOWN else row
         if not isinstance(cells, dict) or not all(isinstance(cell, str) for cell in cells.values()):
             raise ValueError(f"the class {name!r} holds {row!r}: write {{attribute: value, …}}, one value each")
         rows.append((name, cells))
-    return [_scale(name, declared) for name, declared in tree["attributes"].items()], rows
+    return {name: _declared(name, value) for name, value in tree["attributes"].items()}, rows
 
 
-def _scale(name: str, declared: Any) -> _Scale | _OneOf:
-    """What the YAML says an attribute may be; raises `ValueError`."""
-    if declared == GRADED:
-        return _Scale(name, {})
-    if isinstance(declared, dict) and set(declared) == {ONE_OF} and isinstance(declared[ONE_OF], list):
-        return _OneOf(name, tuple(_grades(name, declared[ONE_OF])))
-    if isinstance(declared, list):
-        grades = list(_grades(name, declared))
-        return _Scale(name, {grade: position / (len(grades) - 1) for position, grade in enumerate(grades)})
-    if isinstance(declared, dict) and all(isinstance(value, str) for value in declared.values()):
+def _declared(name: str, value: Any) -> _Attribute:
+    """What the YAML declares an attribute to be; raises `ValueError`."""
+    if value == GRADED:
+        return _Attribute((name,))
+    if isinstance(value, dict) and all(isinstance(number, str) for number in value.values()):
         try:
-            return _Scale(name, {grade: _share(value) for grade, value in declared.items()})
+            return _Attribute((name,), {grade: _Attribute((name,)).values(number) for grade, number in value.items()})
         except ValueError as error:
             raise ValueError(f"attributes.{name}: {error}") from None
-    raise ValueError(
-        f"attributes.{name}: {declared!r} declares no attribute: write {GRADED}, a list of grades from least to most, "
-        f"{{grade: value, …}}, or {{{ONE_OF}: [option, …]}}"
-    )
-
-
-def _grades(name: str, listed: Sequence[Any]) -> Iterator[str]:
+    one_of = isinstance(value, dict) and list(value) == [ONE_OF]
+    listed = value[ONE_OF] if one_of else value
+    if not isinstance(listed, list):
+        raise ValueError(  # noqa: TRY004 (a fault of the file)
+            f"attributes.{name}: {value!r} declares no attribute: write {GRADED}, a list of grades from least to most, "
+            f"{{grade: value, …}}, or {{{ONE_OF}: [option, …]}}"
+        )
     if len(listed) < 2:
         raise ValueError(f"attributes.{name}: a list has two grades or more, this one {len(listed)}")
     for grade in listed:
         if not isinstance(grade, str) or not grade or listed.count(grade) > 1:
             raise ValueError(f"attributes.{name}: the grade {grade!r} is no name of its own: name each grade once")
-        yield grade
+    if one_of:
+        options = {option: tuple(float(option == other) for other in listed) for option in listed}
+        return _Attribute(tuple(f"{name}={option}" for option in listed), options, takes_numbers=False)
+    return _Attribute((name,), {grade: (place / (len(listed) - 1),) for place, grade in enumerate(listed)})
 
 
-def _read_csv(text: str) -> tuple[list[_Scale | _OneOf], _Rows]:
+def _read_csv(text: str) -> _Table:
     lines = [
         [cell.strip() for cell in line] for line in csv.reader(io.StringIO(text, newline=""), strict=True) if any(line)
     ]
@@ -272,6 +237,8 @@ def _read_csv(text: str) -> tuple[list[_Scale | _OneOf], _Rows]:
     head = lines[0][1:]
     if not head or not all(head):
         raise ValueError("the first line names no attribute, or a column has no name: name each after `class`")
+    if len(set(head)) < len(head):
+        raise ValueError(f"the attribute {Counter(head).most_common(1)[0][0]!r} is given twice")
     if len(lines) == 1:
         raise ValueError("there is no class: add a line for each")
     for number, line in enumerate(lines[1:], start=2):
@@ -280,9 +247,5 @@ def _read_csv(text: str) -> tuple[list[_Scale | _OneOf], _Rows]:
                 f"row {number} has {len(line)} cells with the class {line[0]!r}; a row names its class and has "
                 f"{len(head) + 1} cells"
             )
-    repeated = sorted({name for name in head if head.count(name) > 1})
-    if repeated:
-        raise ValueError(f"the attribute {repeated[0]!r} stands twice")
-    return [_Scale(name, {}) for name in head], [
-        (line[0], dict(zip(head, line[1:], strict=True))) for line in lines[1:]
-    ]
+    rows = [(line[0], dict(zip(head, line[1:], strict=True))) for line in lines[1:]]
+    return {name: _Attribute((name,)) for name in head}, rows

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from dpkd.errors import without_secrets
 
@@ -163,63 +163,55 @@ _TIFF_NUMBERS: dict[int, Literal["unsigned", "signed", "float"]] = {1: "unsigned
 
 def _tiff(data: bytes) -> Header:
     """The first picture of a TIFF (TIFF 6.0, sections 2 to 8 and 18 to 19)."""
+    big = 43 in data[2:4]
     try:
-        tags = _tiff_tags(data)
-        (width, *_), (height, *_) = tags[256], tags[257]
-    except (struct.error, KeyError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # the byte order by its own argument: Pillow takes a BigTIFF of big endian for a TIFF
+            tags = TiffImagePlugin.ImageFileDirectory_v2(b"II+\0" + data[4:16] if big else data[:8], data[:2])
+            file = io.BytesIO(data)
+            file.seek(tags.next)
+            tags.load(file)
+
+        def numbers(tag: int, default: int) -> list[int]:
+            value = tags.get(tag, default)
+            return [int(number) for number in value] if isinstance(value, tuple) else [int(value)]
+
+        width, height = int(tags[256]), int(tags[257])
+        (samples, *_), (photometric, *_), (extra, *_) = numbers(277, 1), numbers(262, 1), numbers(338, 0)
+        (compression, *_), bits, kinds = numbers(259, 1), set(numbers(258, 1)), set(numbers(339, 1))
+    except UNREADABLE as error:
         raise BrokenImage(f"the tiff is damaged or cut short: {error}") from error
-    samples, photometric = tags.get(277, (1,))[0], tags.get(262, (1,))[0]
-    bits, number = set(tags.get(258, (1,))), set(tags.get(339, (1,)))
     colours = _TIFF_COLOURS.get(photometric)
     if colours is None:
         raise BrokenImage(f"the tiff holds colours of a kind that is not read (photometric {photometric}): save as RGB")
-    if samples != colours and (samples != colours + 1 or tags.get(338, (0,))[0] not in (1, 2)):
+    if samples != colours and (samples != colours + 1 or extra not in (1, 2)):
         raise BrokenImage(
             f"the tiff has {samples} bands, of which {colours} should hold its colours, and the others are not "
             "declared as alpha: save the 1 or 3 bands that networks should see"
         )
-    if len(bits) > 1 or not bits <= {1, 2, 4, 8, 16, 32, 64} or len(number) > 1 or not number <= set(_TIFF_NUMBERS):
+    if len(bits) > 1 or not bits <= {1, 2, 4, 8, 16, 32, 64} or len(kinds) > 1 or not kinds <= set(_TIFF_NUMBERS):
         raise BrokenImage(
             f"the tiff holds values of {'/'.join(map(str, sorted(bits)))} bits (sample format "
-            f"{'/'.join(map(str, sorted(number)))}), which are not read: save it with 8 or 16 bits"
+            f"{'/'.join(map(str, sorted(kinds)))}), which are not read: save it with 8 or 16 bits"
         )
     header = Header(
         "tiff",
         width,
         height,
         bits=bits.pop(),
-        number=_TIFF_NUMBERS[number.pop()],
-        compression=tags.get(259, (1,))[0],
+        number=_TIFF_NUMBERS[kinds.pop()],
+        compression=compression,
         one_band=samples == 1 and photometric == 1,
         white_is_zero=photometric == 0,
         alpha=samples > colours,
     )
-    if header.deep and (photometric not in (0, 1, 2) or (header.alpha and tags[338][0] == 1)):
+    if header.deep and (photometric not in (0, 1, 2) or (header.alpha and extra == 1)):
         raise BrokenImage(
             f"the tiff holds {header.number} {header.bits}-bit values of colours that are not RGB, or are multiplied "
             "by their alpha: save it as plain RGB"
         )
     return header
-
-
-def _tiff_tags(data: bytes) -> dict[int, tuple[int, ...]]:
-    """The tags of the first picture that hold few whole numbers; raises struct.error or ValueError."""
-    order, big = "<" if data[:2] == b"II" else ">", 43 in data[2:4]
-    count_format, word, entry_bytes, types = ("Q", "Q", 20, "BHIQ") if big else ("H", "I", 12, "BHI")
-    kinds = dict(zip((1, 3, 4, 16), types, strict=False))
-    (start,) = struct.unpack_from(order + word, data, 8 if big else 4)
-    (num_entries,) = struct.unpack_from(order + count_format, data, start)
-    tags: dict[int, tuple[int, ...]] = {}
-    for number in range(min(num_entries, 4096)):
-        at = start + struct.calcsize("=" + count_format) + number * entry_bytes
-        tag, kind, count = struct.unpack_from(f"{order}HH{word}", data, at)
-        if kind not in kinds or not 1 <= count <= 256 or tag in tags:
-            continue
-        at += 4 + struct.calcsize("=" + word)
-        if count * struct.calcsize("=" + kinds[kind]) > struct.calcsize("=" + word):
-            (at,) = struct.unpack_from(order + word, data, at)
-        tags[tag] = struct.unpack_from(f"{order}{count}{kinds[kind]}", data, at)
-    return tags
 
 
 _PNM_MAXIMUM = re.compile(rb"P[2356](?:(?:\s|#[^\n]*\n)+\d+){2}(?:\s|#[^\n]*\n)+(\d+)")

@@ -7,12 +7,14 @@ two blocks of zeros. Nothing of the writer enters a header: no time, owner or ho
 import hashlib
 import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import BinaryIO
+from dataclasses import dataclass
+from typing import BinaryIO, cast
 
 from dpkd.launch.heartbeat import pulse
 
 BLOCK = 512
+MAX_HEADER_BYTES = 1 << 20
+"""Longer headers of long names and attributes are taken for damage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,106 +71,50 @@ class TarWriter:
 
 
 def list_members(file: BinaryIO, *, size_bytes: int) -> Listing:
-    """Lists a tar by its headers alone; one that was cut or damaged gives the members before that, and the fault.
-
-    The standard library's own walk believes negative sizes, goes as deep as headers of headers do, and reads headers of
-    any length. Only its reading of a single block is used.
-    """
+    """Lists a tar by its headers alone; one that was cut or damaged gives the members before that, and the fault."""
     members: list[Member] = []
     refused: list[tuple[str, str]] = []
-    at, extended = 0, _Extended()
-    while True:
-        pulse()  # a read each, where it is remote
-        file.seek(at)
-        block = file.read(BLOCK)
-        if len(block) < BLOCK:
-            return Listing(members, refused, f"the tar is cut short: it ends at byte {size_bytes} without an end mark")
-        if not any(block):
+    end, cause = 0, "it has no end mark"
+    try:
+        with tarfile.open(
+            fileobj=cast(BinaryIO, _ShortReads(file)), mode="r:", encoding="utf-8", errors="surrogateescape"
+        ) as tar:
+            while (info := tar.next()) is not None:
+                pulse()  # a read for each member where the tar is remote
+                tar.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
+                plain = info.isreg() and not info.issparse()
+                if info.size < 0 or (plain and info.offset_data + info.size > size_bytes):
+                    raise ValueError(f"a member of {info.size} bytes does not end inside it")
+                if plain:
+                    members.append(Member(info.name, info.offset_data, info.size))
+                elif not info.isdir():
+                    refused.append((info.name, f"{_kind(info)}: store the file itself in the tar"))
+                end = tar.offset
+            file.seek(tar.offset)  # the library takes a damaged header, and the end of the file, for the end of the tar
+            mark = file.read(BLOCK)
+        if len(mark) == BLOCK and not any(mark):
             return Listing(members, refused, None)
-        try:
-            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-            name, start, size = extended.name or info.name, at + BLOCK, _size(info, extended)
-            if start + size > size_bytes:
-                fault = f"the tar is cut short: it ends at byte {size_bytes} inside a member"
-                return Listing(members, refused, fault)
-            if info.type in _HEADERS:
-                extended = _read_header(info.type, file, start, size, before=extended)
-            else:
-                reason = "it is stored with holes (sparse)" if extended.sparse else _REFUSED.get(info.type)
-                if reason is not None:
-                    refused.append((name, f"{reason}: store the file itself in the tar"))
-                elif info.isreg():
-                    members.append(Member(name, start, size))
-                extended = _Extended()
-        except (tarfile.TarError, ValueError) as error:
-            return Listing(members, refused, f"the tar is damaged at byte {at}: {error}")
-        at = start + size + -size % BLOCK
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+        cause = str(error)
+    return Listing(members, refused, f"the tar is cut short or damaged after byte {end} of {size_bytes}: {cause}")
 
 
-@dataclass(frozen=True)
-class _Extended:
-    """What extended headers say of the member that follows them."""
-
-    name: str | None = None
-    size: int | None = None
-    sparse: bool = False
-
-
-MAX_HEADER_BYTES = 1 << 20
-"""Longer headers of long names and attributes are taken for damage."""
-
-_HEADERS = (
-    tarfile.XHDTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-)
-_REFUSED = {
-    tarfile.LNKTYPE: "it is a link, which is not followed",
-    tarfile.SYMTYPE: "it is a link, which is not followed",
-    tarfile.CHRTYPE: "it is a device",
-    tarfile.BLKTYPE: "it is a device",
-    tarfile.FIFOTYPE: "it is a pipe",
-    tarfile.GNUTYPE_SPARSE: "it is stored with holes (sparse)",
-}
+def _kind(info: tarfile.TarInfo) -> str:
+    if info.issparse():
+        return "it is stored with holes (sparse)"
+    if info.issym() or info.islnk():
+        return "it is a link, which is not followed"
+    return "it is a device or a pipe"
 
 
-def _size(info: tarfile.TarInfo, extended: _Extended) -> int:
-    """Bytes of data after the header, which links, folders and devices have none of whatever they say."""
-    if info.type in tarfile.SUPPORTED_TYPES and not info.isreg() and info.type not in _HEADERS:
-        return 0
-    size = info.size if extended.size is None else extended.size
-    if size < 0:
-        raise ValueError(f"a member of {size} bytes")
-    return size
+class _ShortReads:
+    """A file that gives a header of a tar and refuses the lengths that a damaged one asks for."""
 
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
 
-def _read_header(kind: bytes, file: BinaryIO, start: int, size: int, *, before: _Extended) -> _Extended:
-    """What a header of its own says of the member after it; raises ValueError for one that cannot be read."""
-    if size > MAX_HEADER_BYTES:
-        raise ValueError(f"a header of {size} bytes")
-    file.seek(start)
-    data = file.read(size)
-    if kind == tarfile.GNUTYPE_LONGNAME:
-        return replace(before, name=data.partition(b"\0")[0].decode("utf-8", "surrogateescape"))
-    if kind in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
-        return before
-    records = _pax_records(data)
-    name = records["path"].decode("utf-8", "surrogateescape") if "path" in records else before.name
-    length = int(records["size"]) if "size" in records else before.size
-    return _Extended(name, length, sparse=any(key.startswith("GNU.sparse.") for key in records))
-
-
-def _pax_records(data: bytes) -> dict[str, bytes]:
-    """The records of a pax header: length, space, key, =, value and a line break each."""
-    records, at = {}, 0
-    while at < len(data) and data[at] != 0:
-        length = data[at : at + 8].partition(b" ")[0]
-        end = at + int(length)
-        key, equals, value = data[at + len(length) + 1 : end].partition(b"=")
-        if end <= at + len(length) + 1 or end > len(data) or not equals or not value.endswith(b"\n"):
-            raise ValueError("a pax header that cannot be read")
-        records[key.decode("utf-8", "replace")] = value[:-1]
-        at = end
-    return records
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise ValueError(f"a header of {size} bytes")
+        return self._file.read(size)

@@ -88,7 +88,7 @@ def pack_at(
     """Packs with few samples a shard; the quarantine stands beside the destination."""
     settings = DataSettings(
         source=FolderSource(path=str(source)) if isinstance(source, Path) else source,
-        **{"samples_per_shard": 4, **data},
+        **{"samples_per_shard": 4, "val": None, "test": None, **data},
     )
     beside = Path(f"{destination}.quarantine.jsonl") if "://" not in str(destination) else Path("/dev/null")
     quarantine = Quarantine(beside, limit=limit)
