@@ -35,9 +35,9 @@ from dpkd.data.images import decode_image
 from dpkd.launch.pool import LocalPool
 from dpkd.log import Progress
 from dpkd.priors import Prior
+from dpkd.priors.base import ImageViews
 from dpkd.priors.catalogue.edge import Edge, crests
 from dpkd.priors.catalogue.kernels import Kernel
-from dpkd.priors.image_views import ImageViews
 from dpkd.priors.record import store_map
 
 Image = NDArray[np.uint8]

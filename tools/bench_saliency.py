@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from dpkd.data.images import decode_image
 from dpkd.log import Progress
+from dpkd.priors.base import ImageViews
 from dpkd.priors.catalogue.saliency import Saliency
 from dpkd.priors.catalogue.superpixel import Superpixel
 from dpkd.priors.derived import DERIVED
-from dpkd.priors.image_views import ImageViews
 
 Map = NDArray[np.float32]
 

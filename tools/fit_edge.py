@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
 from dpkd.data.images import decode_image
+from dpkd.priors.base import ImageViews
 from dpkd.priors.catalogue.edge import FLOOR, crests, enlarged, levels
-from dpkd.priors.image_views import ImageViews
 from tools.bench_boundaries import region_boundary
 
 Image = NDArray[np.uint8]

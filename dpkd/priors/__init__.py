@@ -25,22 +25,8 @@ from dpkd.priors.catalogue.symmetry import Symmetry
 from dpkd.priors.installed import installed_priors
 from dpkd.priors.learned import Learned
 
-BUILT_IN = (
-    Edge,
-    Orientation,
-    Superpixel,
-    Saliency,
-    Lbp,
-    Gabor,
-    Colour,
-    Ridge,
-    Hog,
-    Hue,
-    Symmetry,
-    Glcm,
-    Expert,
-    Learned,
-)
+DEFAULT = (Edge, Orientation, Superpixel, Saliency, Lbp, Gabor, Colour, Ridge)
+BUILT_IN = (*DEFAULT, Hog, Hue, Symmetry, Glcm, Expert, Learned)
 KINDS = (*BUILT_IN, *installed_priors(BUILT_IN))
 """The classes of all priors that settings can name."""
 
@@ -49,13 +35,4 @@ if TYPE_CHECKING:
 else:
     Prior = Annotated[Union[KINDS], Field(discriminator="kind")]  # noqa: UP007 (of a tuple)
 
-DEFAULT_PRIORS: tuple[Prior, ...] = (
-    Edge(),
-    Orientation(),
-    Superpixel(),
-    Saliency(),
-    Lbp(),
-    Gabor(),
-    Colour(),
-    Ridge(),
-)
+DEFAULT_PRIORS: tuple[Prior, ...] = tuple(prior() for prior in DEFAULT)

@@ -1,14 +1,60 @@
-"""What every prior can do, and the few things that several of them need: a fingerprint, the grid, a mirror."""
+"""What a prior is, the image as it sees it, and what several priors need: a fingerprint, the grid, a mirror."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property, lru_cache
 from typing import ClassVar, Literal, Protocol, Self, TypeVar, runtime_checkable
 
+import cv2
 import numpy as np
+import numpy.typing as npt
 
 from dpkd.priors.codecs import Codec, Map
-from dpkd.priors.image_views import ImageViews
+
+Value = TypeVar("Value", np.uint8, np.float32)
+
+
+class ImageViews:
+    """An RGB image with the views of it that several priors need, each made at first use and not to be written to."""
+
+    def __init__(self, rgb_HWC: npt.NDArray[np.uint8], *, given: Mapping[str, bytes] | None = None) -> None:
+        self.rgb_HWC = _locked(rgb_HWC)
+        self.given: Mapping[str, bytes] = given or {}
+        """What an expert gave with the sample: image files by name; the mask of figure and ground is "mask"."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        height, width = self.rgb_HWC.shape[:2]
+        return height, width
+
+    @cached_property
+    def lab_HWC(self) -> npt.NDArray[np.float32]:  # noqa: N802 (the axes)
+        """CIE L*a*b* in its own units, float32: L from 0 to 100."""
+        rgb_HWC = self.rgb_HWC.astype(np.float32) * np.float32(1 / 255)
+        return _locked(np.asarray(cv2.cvtColor(rgb_HWC, cv2.COLOR_RGB2Lab), np.float32))
+
+    @cached_property
+    def lab8_HWC(self) -> npt.NDArray[np.uint8]:  # noqa: N802
+        """CIE L*a*b* in bytes: L · 255/100, a + 128, b + 128."""
+        return _locked(np.asarray(cv2.cvtColor(self.rgb_HWC, cv2.COLOR_RGB2Lab), np.uint8))
+
+    @cached_property
+    def grey8_HW(self) -> npt.NDArray[np.uint8]:  # noqa: N802
+        """Luma in bytes."""
+        return _locked(np.asarray(cv2.cvtColor(self.rgb_HWC, cv2.COLOR_RGB2GRAY), np.uint8))
+
+    @cached_property
+    def grey_HW(self) -> npt.NDArray[np.float32]:  # noqa: N802
+        """Luma from 0 to 255, float32."""
+        return _locked(self.grey8_HW.astype(np.float32))
+
+
+def _locked(array: npt.NDArray[Value]) -> npt.NDArray[Value]:
+    """A view of the array that refuses to be written to."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
 
 
 class Extractor(Protocol):
@@ -39,7 +85,7 @@ class Extractor(Protocol):
         """How the map is stored."""
 
     def map(self, image: ImageViews) -> Map:
-        """The map of an image of any size, on a grid that covers the whole image."""
+        """The map of an image of any size, HWC, on a grid that covers the whole image: float32, or int32 labels."""
 
     def flip(self, map_HWC: Map) -> Map:
         """The map of the image mirrored left to right."""
@@ -50,10 +96,16 @@ class Extractor(Protocol):
     def __hash__(self) -> int: ...
 
 
-class Mirrored:
-    """The verbs of most priors: amounts, and the mirrored image has the mirrored map."""
+class PriorDefaults:
+    """What most priors have in common: the kind names the map, which holds amounts and is mirrored with its image."""
 
+    version: ClassVar[int] = 1
     nearest: ClassVar[bool] = False
+
+    @property
+    def name(self: Extractor) -> str:
+        """Names the map in a prior set."""
+        return self.kind
 
     def flip(self, map_HWC: Map) -> Map:
         """The map of the image mirrored left to right."""
@@ -85,7 +137,6 @@ class BatchExtractor(Extractor, Protocol):
         """
 
 
-BATCH_VERBS = ("device", "batch_size", "sealed", "identity", "maps")
 AnyPrior = TypeVar("AnyPrior", bound=Extractor)
 
 

@@ -11,7 +11,7 @@ A stored map names its codec, shape (H, W, C) and scale, and so is read without 
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import cv2
 import numpy as np
@@ -59,59 +59,51 @@ class JpegCodec:
     scale: ClassVar[float] = 1 / 255
 
     def encode(self, map_HWC: Map) -> bytes:
-        """The map as a JPEG file."""
-        return _encode_image(
-            ".jpg", _quantise(map_HWC, 255), (cv2.IMWRITE_JPEG_QUALITY, self.quality, cv2.IMWRITE_JPEG_OPTIMIZE, 1)
-        )
+        parameters = (cv2.IMWRITE_JPEG_QUALITY, self.quality, cv2.IMWRITE_JPEG_OPTIMIZE, 1)
+        return _encode_image(".jpg", _quantise(map_HWC, 255), parameters)
 
     def decode(self, data: bytes, shape: Shape) -> npt.NDArray[np.float32]:
-        """The map as float32 in [0, 1]."""
         return _decode_image(data, shape) * np.float32(self.scale)
 
 
 @dataclass(frozen=True)
-class NibbleCodec:
-    """Four bits a value: for many small channels, off by at most 1/30."""
+class PackedCodec:
+    """Values of 4 or 8 bits, by zstd: for many small channels or few cells, off by half a step at most."""
 
-    name: ClassVar[str] = "nibbles"
-    scale: ClassVar[float] = 1 / 15
+    name: str
+    bits: Literal[4, 8]
 
-    def encode(self, map_HWC: Map) -> bytes:
-        """The map as packed and compressed nibbles."""
-        nibbles = _quantise(map_HWC, 15).transpose(2, 0, 1).ravel()
-        if nibbles.size % 2:
-            nibbles = np.append(nibbles, np.uint8(0))
-        return _compress((nibbles[0::2] << 4 | nibbles[1::2]).tobytes())
-
-    def decode(self, data: bytes, shape: Shape) -> npt.NDArray[np.float32]:
-        """The map as float32 in [0, 1]."""
-        height, width, channels = shape
-        count = height * width * channels
-        packed = _decompress(data, size=(count + 1) // 2)
-        values = _NIBBLES.take(packed, axis=0).ravel()[:count]
-        return values.reshape(channels, height, width).transpose(1, 2, 0)
-
-
-_NIBBLES = np.stack(np.divmod(np.arange(256), 16), axis=1).astype(np.float32) * np.float32(NibbleCodec.scale)
-"""The two values of each byte."""
-
-
-@dataclass(frozen=True)
-class ByteCodec:
-    """Eight bits a value: for few cells of amounts that differ little, off by at most 1/510."""
-
-    name: ClassVar[str] = "bytes"
-    scale: ClassVar[float] = 1 / 255
+    @property
+    def scale(self) -> float:
+        return 1 / (2**self.bits - 1)
 
     def encode(self, map_HWC: Map) -> bytes:
-        """The map as compressed bytes."""
-        return _compress(_quantise(map_HWC, 255).transpose(2, 0, 1).tobytes())
+        value_N: npt.NDArray[Any] = _quantise(map_HWC, 2**self.bits - 1).transpose(2, 0, 1).ravel()
+        if self.bits == 4:
+            pair_N2 = np.append(value_N, np.zeros(value_N.size % 2, np.uint8)).reshape(-1, 2)
+            value_N = pair_N2[:, 0] << 4 | pair_N2[:, 1]
+        # level 3: on a few kilobytes as small as the highest, in a tenth of the time
+        return zstandard.ZstdCompressor(level=3).compress(value_N.tobytes())
 
     def decode(self, data: bytes, shape: Shape) -> npt.NDArray[np.float32]:
-        """The map as float32 in [0, 1]."""
         height, width, channels = shape
-        values = _decompress(data, size=height * width * channels)
-        return values.reshape(channels, height, width).transpose(1, 2, 0) * np.float32(self.scale)
+        num_values = height * width * channels
+        num_bytes = (num_values * self.bits + 7) // 8
+        try:
+            declared = zstandard.frame_content_size(data)  # it decides what is allocated
+            if declared != num_bytes:
+                raise ValueError(f"{declared} bytes instead of {num_bytes}")
+            packed_N = np.frombuffer(zstandard.ZstdDecompressor().decompress(data), np.uint8)
+        except zstandard.ZstdError as error:
+            raise ValueError(f"not zstd data: {error}") from error
+        value_N = _VALUES_OF_BYTE[self.bits].take(packed_N, axis=0).ravel()[:num_values]
+        return value_N.reshape(channels, height, width).transpose(1, 2, 0)
+
+
+_VALUES_OF_BYTE = {
+    4: np.stack(np.divmod(np.arange(256), 16), axis=1).astype(np.float32) * np.float32(1 / 15),
+    8: np.arange(256, dtype=np.float32) * np.float32(1 / 255),
+}
 
 
 @dataclass(frozen=True)
@@ -122,14 +114,10 @@ class LabelCodec:
     scale: ClassVar[float] = 1.0
 
     def encode(self, map_HWC: Map) -> bytes:
-        """The labels as a PNG file."""
-        assert map_HWC.min() >= 0, "labels count from 0"
-        assert map_HWC.max() < 65536, "labels fit into 16 bits"
-        narrow: type[np.integer] = np.uint8 if map_HWC.max() < 256 else np.uint16
-        return _encode_image(".png", map_HWC.astype(narrow), PNG_PARAMETERS)
+        assert 0 <= map_HWC.min() <= map_HWC.max() < 65536, "labels count from 0 and fit into 16 bits"
+        return _encode_image(".png", map_HWC.astype(np.uint8 if map_HWC.max() < 256 else np.uint16), PNG_PARAMETERS)
 
     def decode(self, data: bytes, shape: Shape) -> npt.NDArray[np.int32]:
-        """The labels as int32."""
         return _decode_image(data, shape).astype(np.int32)
 
 
@@ -141,36 +129,16 @@ class AbsentCodec:
     scale: ClassVar[float] = 1.0
 
     def encode(self, map_HWC: Map) -> bytes:
-        """Nothing."""
         assert np.isnan(map_HWC).all(), "a map that was given is stored"
         return b""
 
-    def decode(self, data: bytes, shape: Shape) -> npt.NDArray[np.float32]:
-        """NaN in every cell."""
-        if data:
-            raise ValueError(f"{len(data)} bytes of an absent map, which has none")
+    def decode(self, data: bytes, shape: Shape) -> npt.NDArray[np.float32]:  # noqa: ARG002
         return np.full(shape, np.nan, np.float32)
 
 
-_ALL: tuple[Codec, ...] = (JpegCodec(), NibbleCodec(), ByteCodec(), LabelCodec(), AbsentCodec())
-CODECS: dict[str, Codec] = {codec.name: codec for codec in _ALL}
+NIBBLES, BYTES, LABELS, ABSENT = PackedCodec("nibbles", 4), PackedCodec("bytes", 8), LabelCodec(), AbsentCodec()
+CODECS: dict[str, Codec] = {codec.name: codec for codec in (JpegCodec(), NIBBLES, BYTES, LABELS, ABSENT)}
 """The codecs by the name that stored maps bear."""
-
-
-def _compress(data: bytes) -> bytes:
-    """The data by zstd at level 3: on a few kilobytes as small as by the highest, in a tenth of the time."""
-    return zstandard.ZstdCompressor(level=3).compress(data)
-
-
-def _decompress(data: bytes, *, size: int) -> npt.NDArray[np.uint8]:
-    """What `_compress` was given; raises ValueError unless it is `size` bytes."""
-    try:
-        declared = zstandard.frame_content_size(data)  # it decides what is allocated
-        if declared != size:
-            raise ValueError(f"{declared} bytes instead of {size}")
-        return np.frombuffer(zstandard.ZstdDecompressor().decompress(data), np.uint8)
-    except zstandard.ZstdError as error:
-        raise ValueError(f"not zstd data: {error}") from error
 
 
 def _quantise(map_HWC: Map, levels: int) -> npt.NDArray[np.uint8]:
@@ -189,9 +157,10 @@ def _encode_image(extension: str, map_HWC: npt.NDArray[np.integer], parameters: 
 def _decode_image(data: bytes, shape: Shape) -> npt.NDArray[np.integer]:
     """The channels of an image file that has them side by side."""
     height, width, channels = shape
-    if image_size(data) != (channels * width, height):  # of the header, before anything of that size is allocated
-        raise ValueError(f"the bytes are not an image of {height} x {channels * width}")
-    image: npt.NDArray[Any] | None = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    as_declared = image_size(data) == (channels * width, height)  # the header decides what is allocated
+    image: npt.NDArray[Any] | None = (
+        cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if as_declared else None
+    )
     if image is None or image.shape != (height, channels * width):
         raise ValueError(f"the bytes are not an image of {height} x {channels * width}")
     return image.reshape(height, channels, width).transpose(0, 2, 1)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import cv2
 import numpy as np
@@ -17,10 +17,9 @@ from pydantic import Field, model_validator
 
 from dpkd.config import Config
 from dpkd.errors import UserError
-from dpkd.priors.base import Mirrored, grid_size
+from dpkd.priors.base import ImageViews, PriorDefaults, grid_size
 from dpkd.priors.catalogue.kernels import cell_means
-from dpkd.priors.codecs import ByteCodec, JpegCodec, Map
-from dpkd.priors.image_views import ImageViews
+from dpkd.priors.codecs import BYTES, Codec, JpegCodec, Map
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +65,7 @@ class OnnxModel(Config):
     """Name or position of the output where there are several."""
 
 
-class Learned(Mirrored, Config):
+class Learned(PriorDefaults, Config):
     """An output of a model, as the map `learned-<of>` in [0, 1], on the grid of the model or of `stride`.
 
     Images are stretched to `size`, and run in batches that are always filled up to `batch_size`, so that an image at
@@ -94,17 +93,15 @@ class Learned(Mirrored, Config):
     device: Literal["accelerator", "cpu"] = "accelerator"
     """`accelerator` is a GPU where there is one, and the CPU elsewhere."""
 
-    version: ClassVar[int] = 1
-
     @property
     def name(self) -> str:
         """Names the map in a prior set."""
         return f"learned-{self.of}"
 
     @property
-    def codec(self) -> ByteCodec | JpegCodec:
+    def codec(self) -> Codec:
         """JPEG for dense maps; bytes for the few cells of a patch grid, and for many channels."""
-        return ByteCodec() if isinstance(self.model, TimmModel) or self.channels > 4 else JpegCodec()
+        return BYTES if isinstance(self.model, TimmModel) or self.channels > 4 else JpegCodec()
 
     @property
     def input_size(self) -> tuple[int, int]:

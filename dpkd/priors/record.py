@@ -25,7 +25,7 @@ import numpy as np
 from dpkd.data.shards import Sample
 from dpkd.io.record import pack_checked, unpack_checked
 from dpkd.priors.base import Extractor, fingerprint
-from dpkd.priors.codecs import CODECS, MAX_VALUES, AbsentCodec, Codec, Map, Shape
+from dpkd.priors.codecs import ABSENT, CODECS, MAX_VALUES, Map, Shape
 
 FORMAT_VERSION = 2
 MEMBER_EXTENSION = "priors.msgpack"
@@ -120,7 +120,7 @@ def store_map(prior: Extractor, map_HWC: Map) -> StoredMap:
         raise ValueError(
             f"the map {prior.name} of {height} x {width} x {channels} values is too large: raise its stride"
         )
-    codec: Codec = AbsentCodec() if np.isnan(map_HWC[0, 0, 0]) else prior.codec
+    codec = ABSENT if np.isnan(map_HWC[0, 0, 0]) else prior.codec
     return StoredMap(
         codec=codec.name,
         shape=(height, width, channels),

@@ -33,9 +33,8 @@ from dpkd.launch.heartbeat import pulse
 from dpkd.launch.pool import Accelerator, Pool
 from dpkd.log import logger
 from dpkd.priors import Prior
-from dpkd.priors.base import BatchExtractor, Extractor, accelerated, fingerprint
+from dpkd.priors.base import BatchExtractor, Extractor, ImageViews, accelerated, fingerprint
 from dpkd.priors.catalogue.expert import Expert
-from dpkd.priors.image_views import ImageViews
 from dpkd.priors.memory import keep_freed_memory
 from dpkd.priors.record import MEMBER_EXTENSION, Record, flat_map, source_hash, store_map
 from dpkd.priors.store import (

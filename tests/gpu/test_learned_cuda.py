@@ -12,8 +12,8 @@ from dpkd.backends.factory import make_accelerator
 from dpkd.data.shards import Dataset
 from dpkd.launch.pool import LocalPool
 from dpkd.launch.settings import LauncherSettings
+from dpkd.priors.base import ImageViews
 from dpkd.priors.catalogue.edge import Edge
-from dpkd.priors.image_views import ImageViews
 from dpkd.priors.store import PriorSet
 from tests.model_cases import (
     Depth,

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from dpkd.objectives.hog import hog
+from dpkd.priors.base import ImageViews
 from dpkd.priors.catalogue.hog import Hog
-from dpkd.priors.image_views import ImageViews
 
 
 def drawn(*, height: int, width: int, count: int = 3) -> np.ndarray:

@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from dpkd.priors.image_views import ImageViews
+from dpkd.priors.base import ImageViews
 
 
 def picture_of(grey_HW: npt.NDArray[np.floating]) -> ImageViews:

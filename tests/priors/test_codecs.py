@@ -1,16 +1,16 @@
 import numpy as np
 import pytest
 
+from dpkd.priors.base import ImageViews
 from dpkd.priors.catalogue.edge import Edge
-from dpkd.priors.codecs import CODECS, JpegCodec, LabelCodec, NibbleCodec
-from dpkd.priors.image_views import ImageViews
+from dpkd.priors.codecs import CODECS, LABELS, NIBBLES, JpegCodec
 from dpkd.priors.record import StoredMap
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 3), (10, 10, 9)])
 def test_nibbles_are_off_by_at_most_half_a_step(shape):
     map_HWC = np.random.default_rng(0).uniform(0, 1, shape).astype(np.float32)
-    back_HWC = NibbleCodec().decode(NibbleCodec().encode(map_HWC), shape)
+    back_HWC = NIBBLES.decode(NIBBLES.encode(map_HWC), shape)
     assert back_HWC.dtype == np.float32
     assert np.abs(back_HWC - map_HWC).max() <= 1 / 30 + 1e-6
 
@@ -27,7 +27,7 @@ def test_jpeg_keeps_a_smooth_map_within_a_few_hundredths_and_channels_apart(scen
 def test_labels_come_back_exactly(largest):
     map_HWC = np.random.default_rng(0).integers(0, largest + 1, (9, 11, 1)).astype(np.int32)
     map_HWC[0, 0] = largest
-    back_HWC = LabelCodec().decode(LabelCodec().encode(map_HWC), (9, 11, 1))
+    back_HWC = LABELS.decode(LABELS.encode(map_HWC), (9, 11, 1))
     assert back_HWC.dtype == np.int32
     np.testing.assert_array_equal(back_HWC, map_HWC)
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from skimage import color
 
+from dpkd.priors.base import ImageViews
 from dpkd.priors.catalogue.colour import Colour
-from dpkd.priors.image_views import ImageViews
 
 
 def test_means_and_deviations_agree_with_scikit_image(photograph):

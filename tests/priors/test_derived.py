@@ -3,11 +3,11 @@ import pytest
 from scipy import ndimage
 from skimage import filters
 
+from dpkd.priors.base import ImageViews
 from dpkd.priors.catalogue.edge import Edge
 from dpkd.priors.catalogue.saliency import Saliency
 from dpkd.priors.catalogue.superpixel import Superpixel
 from dpkd.priors.derived import DERIVED, STRONG, derivable
-from dpkd.priors.image_views import ImageViews
 
 Foreground, BoundaryDistance = DERIVED["foreground"], DERIVED["boundary_distance"]
 

@@ -4,6 +4,7 @@ import pytest
 from scipy import ndimage
 from skimage import color, measure
 
+from dpkd.priors.base import ImageViews
 from dpkd.priors.catalogue.edge import (
     BIAS,
     FLOOR,
@@ -18,7 +19,6 @@ from dpkd.priors.catalogue.edge import (
     line_strength,
     tensor,
 )
-from dpkd.priors.image_views import ImageViews
 
 
 def blurred(map_HW, scale):

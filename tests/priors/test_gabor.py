@@ -3,8 +3,8 @@ import pytest
 from scipy import ndimage
 from skimage import filters
 
+from dpkd.priors.base import ImageViews
 from dpkd.priors.catalogue.gabor import FULL_SCALE, SIGMA_PX, WAVELENGTH_PX, Gabor
-from dpkd.priors.image_views import ImageViews
 from tests.priors.gratings import grating, picture_of
 
 

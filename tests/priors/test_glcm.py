@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from skimage import feature
 
+from dpkd.priors.base import ImageViews
 from dpkd.priors.catalogue.glcm import Glcm
-from dpkd.priors.image_views import ImageViews
 from tests.priors.gratings import picture_of
 
 ANGLES = (0, np.pi / 4, np.pi / 2, 3 * np.pi / 4)

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from skimage import feature
 
+from dpkd.priors.base import ImageViews
 from dpkd.priors.catalogue.hog import Hog
-from dpkd.priors.image_views import ImageViews
 
 
 def reference_hog(image_HWC, bins, cell):

@@ -3,8 +3,8 @@ import colorsys
 import numpy as np
 import pytest
 
+from dpkd.priors.base import ImageViews
 from dpkd.priors.catalogue.hue import Hue
-from dpkd.priors.image_views import ImageViews
 
 
 def test_shares_agree_with_the_hues_of_the_standard_library(photograph):

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from skimage import feature
 
+from dpkd.priors.base import ImageViews
 from dpkd.priors.catalogue.orientation import NOISE, Orientation
-from dpkd.priors.image_views import ImageViews
 from tests.priors.gratings import grating, picture_of
 
 

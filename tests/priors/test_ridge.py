@@ -3,8 +3,8 @@ import pytest
 from scipy import ndimage
 from skimage import feature
 
+from dpkd.priors.base import ImageViews
 from dpkd.priors.catalogue.ridge import FULL_SCALE, Ridge
-from dpkd.priors.image_views import ImageViews
 from tests.priors.gratings import picture_of
 
 

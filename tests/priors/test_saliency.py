@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from dpkd.priors.base import ImageViews
 from dpkd.priors.catalogue.saliency import Saliency, barrier_distance
-from dpkd.priors.image_views import ImageViews
 
 
 def exact_barrier(value_HW):

@@ -9,9 +9,9 @@ import pytest
 from dpkd.data.images import decode_image
 from dpkd.data.shards import Dataset
 from dpkd.errors import UserError
+from dpkd.priors.base import ImageViews
 from dpkd.priors.catalogue.edge import Edge
 from dpkd.priors.derived import DERIVED
-from dpkd.priors.image_views import ImageViews
 from dpkd.priors.store import PriorMismatch, PriorSet
 from tests.prior_cases import ALL, draw_images, pack_folder, prepare_all
 

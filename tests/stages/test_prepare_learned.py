@@ -20,9 +20,9 @@ from dpkd.data.shards import Dataset
 from dpkd.errors import UserError
 from dpkd.launch.pool import Accelerator, LocalPool
 from dpkd.priors import learned
+from dpkd.priors.base import ImageViews
 from dpkd.priors.catalogue.edge import Edge
 from dpkd.priors.catalogue.hog import Hog
-from dpkd.priors.image_views import ImageViews
 from dpkd.priors.record import Record
 from dpkd.report.quarantine import Quarantine
 from dpkd.settings import PrepareSettings

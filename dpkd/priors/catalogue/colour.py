@@ -7,10 +7,9 @@ import numpy as np
 from pydantic import Field
 
 from dpkd.config import Config
-from dpkd.priors.base import Mirrored, grid_size
+from dpkd.priors.base import ImageViews, PriorDefaults, grid_size
 from dpkd.priors.catalogue.kernels import cell_means
-from dpkd.priors.codecs import ByteCodec, Map
-from dpkd.priors.image_views import ImageViews
+from dpkd.priors.codecs import BYTES, Codec, Map
 
 LOWEST, SPAN = (0.0, -128.0, -128.0), (100.0, 256.0, 256.0)
 """Of L*, a* and b*: what is stored as 0, and what more is stored as 1."""
@@ -18,7 +17,7 @@ LARGEST_DEVIATION = 50.0
 """In units of Lab; stored as 1, and larger ones with it."""
 
 
-class Colour(Mirrored, Config):
+class Colour(PriorDefaults, Config):
     """Mean of L*, a* and b*, then their standard deviations, in a cell every `stride` pixels: six channels in [0, 1].
 
     Stored as L/100, (a + 128)/256, (b + 128)/256 and deviation/50. These are colours of the image as it is: a target
@@ -30,13 +29,10 @@ class Colour(Mirrored, Config):
     """Scales red, green and blue to one mean first (von Kries; Buchsbaum 1980), for images under lamps of all kinds."""
     stride: int = Field(16, ge=2)
 
-    name: ClassVar[str] = "colour"
-    version: ClassVar[int] = 1
     channels: ClassVar[int] = 6
-    codec: ClassVar[ByteCodec] = ByteCodec()
+    codec: ClassVar[Codec] = BYTES
 
     def map(self, image: ImageViews) -> Map:
-        """Means and deviations, float32 HW6."""
         if self.grey_world:
             mean_C = np.maximum(image.rgb_HWC.reshape(-1, 3).mean(0), 1)
             scaled_HWC = image.rgb_HWC * (mean_C.mean() / mean_C).astype(np.float32)

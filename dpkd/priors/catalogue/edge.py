@@ -12,10 +12,9 @@ import numpy.typing as npt
 from pydantic import Field
 
 from dpkd.config import Config
-from dpkd.priors.base import Mirrored, grid_size
+from dpkd.priors.base import ImageViews, PriorDefaults, grid_size
 from dpkd.priors.catalogue.kernels import Kernel, cell_means
-from dpkd.priors.codecs import Map, NibbleCodec
-from dpkd.priors.image_views import ImageViews
+from dpkd.priors.codecs import NIBBLES, Codec, Map
 
 Image = npt.NDArray[np.float32]
 Cues = dict[str, Image]
@@ -41,7 +40,7 @@ WEIGHTS: tuple[dict[str, float], ...] = (
 """Of each level's cues: `tools/fit_edge.py`."""
 
 
-class Edge(Mirrored, Config):
+class Edge(PriorDefaults, Config):
     """Probability that a person draws a boundary, one channel, a cell every `stride` pixels.
 
     logit P = b + Σ_k w_k ln(c_k + 1/2), a weighted product of cues c_k of the Lab image (`levels`): gradients over
@@ -54,13 +53,11 @@ class Edge(Mirrored, Config):
     """Keeps the crests alone, one cell wide, by hysteresis from 0.11 to 0.22: few bytes, and sharp when enlarged."""
     stride: int = Field(2, ge=1)
 
-    name: ClassVar[str] = "edge"
     version: ClassVar[int] = 2
     channels: ClassVar[int] = 1
-    codec: ClassVar[NibbleCodec] = NibbleCodec()
+    codec: ClassVar[Codec] = NIBBLES
 
     def map(self, image: ImageViews) -> Map:
-        """Boundary probability of an image, float32 HW1."""
         odds_HW, size = boundary_odds(image.lab_HWC), grid_size(image, self.stride)
         if odds_HW.shape != size:
             finer = size[0] > odds_HW.shape[0] or size[1] > odds_HW.shape[1]

@@ -8,13 +8,12 @@ from pydantic import Field
 from dpkd.config import Config
 from dpkd.data.image_headers import BrokenImage
 from dpkd.data.images import decode_mask
-from dpkd.priors.base import Mirrored, grid_size
+from dpkd.priors.base import ImageViews, PriorDefaults, grid_size
 from dpkd.priors.catalogue.kernels import cell_means
-from dpkd.priors.codecs import JpegCodec, Map
-from dpkd.priors.image_views import ImageViews
+from dpkd.priors.codecs import Codec, JpegCodec, Map
 
 
-class Expert(Mirrored, Config):
+class Expert(PriorDefaults, Config):
     """The mask, or the expert map `of` that name, on a grid: one channel in [0, 1], the map `expert-<of>`.
 
     A cell holds the mean of its pixels. A sample that came without it has a single cell of NaN: it is not known, and
@@ -28,9 +27,8 @@ class Expert(Mirrored, Config):
     """`figure` takes every value above 0 as 1; `amount` takes the values as shares of the largest possible one."""
     stride: int = Field(4, ge=1)
 
-    version: ClassVar[int] = 1
     channels: ClassVar[int] = 1
-    codec: ClassVar[JpegCodec] = JpegCodec()
+    codec: ClassVar[Codec] = JpegCodec()
 
     @property
     def name(self) -> str:

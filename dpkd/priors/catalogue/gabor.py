@@ -9,10 +9,9 @@ import numpy.typing as npt
 from pydantic import Field
 
 from dpkd.config import Config
-from dpkd.priors.base import grid_size
+from dpkd.priors.base import ImageViews, PriorDefaults, grid_size
 from dpkd.priors.catalogue.kernels import cell_means
-from dpkd.priors.codecs import Map, NibbleCodec
-from dpkd.priors.image_views import ImageViews
+from dpkd.priors.codecs import NIBBLES, Codec, Map
 
 Image = npt.NDArray[np.float32]
 
@@ -26,7 +25,7 @@ FULL_SCALE = 48.0
 """Amplitude, in grey levels, that is stored as 1."""
 
 
-class Gabor(Config):
+class Gabor(PriorDefaults, Config):
     """Square root of the filters' amplitude in a cell every `stride` pixels: 4 directions in each octave, in [0, 1].
 
     Quadrature pairs (Gabor energy, Adelson & Bergen 1985) of luma, of wavelengths 4, 8, 16 ... px on a pyramid:
@@ -38,10 +37,7 @@ class Gabor(Config):
     octaves: int = Field(3, ge=1, le=5)
     stride: int = Field(16, ge=2)
 
-    name: ClassVar[str] = "gabor"
-    version: ClassVar[int] = 1
-    nearest: ClassVar[bool] = False
-    codec: ClassVar[NibbleCodec] = NibbleCodec()
+    codec: ClassVar[Codec] = NIBBLES
 
     @property
     def channels(self) -> int:
@@ -49,7 +45,6 @@ class Gabor(Config):
         return DIRECTIONS * self.octaves
 
     def map(self, image: ImageViews) -> Map:
-        """Square-rooted amplitudes, float32 HWC."""
         size = grid_size(image, self.stride)
         grey_HW, planes = image.grey_HW, []
         for octave in range(self.octaves):

@@ -6,15 +6,14 @@ import numpy as np
 from pydantic import Field
 
 from dpkd.config import Config
-from dpkd.priors.base import Mirrored, grid_size
+from dpkd.priors.base import ImageViews, PriorDefaults, grid_size
 from dpkd.priors.catalogue.kernels import Kernel
-from dpkd.priors.codecs import ByteCodec, Map
-from dpkd.priors.image_views import ImageViews
+from dpkd.priors.codecs import BYTES, Codec, Map
 
 LEVELS = 8
 
 
-class Glcm(Mirrored, Config):
+class Glcm(PriorDefaults, Config):
     """Contrast, homogeneity, energy, entropy and correlation in a cell every `stride` pixels: five channels in [0, 1].
 
     Of the cell's grey-level co-occurrence matrix P (Haralick et al. 1973) with 8 levels of luma, counted both ways over
@@ -26,13 +25,10 @@ class Glcm(Mirrored, Config):
     kind: Literal["glcm"] = "glcm"
     stride: int = Field(16, ge=2)
 
-    name: ClassVar[str] = "glcm"
-    version: ClassVar[int] = 1
     channels: ClassVar[int] = 5
-    codec: ClassVar[ByteCodec] = ByteCodec()
+    codec: ClassVar[Codec] = BYTES
 
     def map(self, image: ImageViews) -> Map:
-        """The five statistics, float32 HW5."""
         level_HW = np.right_shift(image.grey8_HW, 5, dtype=np.uint8)
         size = grid_size(image, self.stride)
         rows, columns = (  # whole pixels: the nearest borders where the grid does not divide the image

@@ -8,12 +8,11 @@ import numpy.typing as npt
 from pydantic import Field
 
 from dpkd.config import Config
-from dpkd.priors.base import grid_size
-from dpkd.priors.codecs import Map, NibbleCodec
-from dpkd.priors.image_views import ImageViews
+from dpkd.priors.base import ImageViews, PriorDefaults, grid_size
+from dpkd.priors.codecs import NIBBLES, Codec, Map
 
 
-class Hog(Config):
+class Hog(PriorDefaults, Config):
     """A histogram of gradient orientation for each cell of about `cell` pixels: `bins` channels in [0, 1].
 
     Dalal & Triggs 2005, as MaskFeat (Wei et al. 2022) takes it for a target: central differences, the colour of the
@@ -25,10 +24,7 @@ class Hog(Config):
     bins: int = Field(9, ge=2)
     cell: int = Field(8, ge=2)
 
-    name: ClassVar[str] = "hog"
-    version: ClassVar[int] = 1
-    nearest: ClassVar[bool] = False
-    codec: ClassVar[NibbleCodec] = NibbleCodec()
+    codec: ClassVar[Codec] = NIBBLES
 
     @property
     def channels(self) -> int:
@@ -36,7 +32,6 @@ class Hog(Config):
         return self.bins
 
     def map(self, image: ImageViews) -> Map:
-        """Oriented gradients of an image, float32 HWC."""
         height, width = grid_size(image, self.cell)
         votes_CHW = _votes(*_gradient(image.rgb_HWC), self.bins)
         planes = [cv2.resize(votes_HW, (width, height), interpolation=cv2.INTER_AREA) for votes_HW in votes_CHW]

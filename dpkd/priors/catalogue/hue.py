@@ -7,13 +7,12 @@ import numpy as np
 from pydantic import Field
 
 from dpkd.config import Config
-from dpkd.priors.base import Mirrored, grid_size
+from dpkd.priors.base import ImageViews, PriorDefaults, grid_size
 from dpkd.priors.catalogue.kernels import cell_histogram
-from dpkd.priors.codecs import Map, NibbleCodec
-from dpkd.priors.image_views import ImageViews
+from dpkd.priors.codecs import NIBBLES, Codec, Map
 
 
-class Hue(Mirrored, Config):
+class Hue(PriorDefaults, Config):
     """Square root of each hue's share of a cell every `stride` pixels, by saturation: `bins` channels in [0, 1].
 
     Hue and saturation are those of HSV (Smith 1978; van de Weijer et al. 2006 weigh hue so, since grey has none). Bin k
@@ -24,9 +23,7 @@ class Hue(Mirrored, Config):
     bins: int = Field(12, ge=2, le=180)
     stride: int = Field(16, ge=2)
 
-    name: ClassVar[str] = "hue"
-    version: ClassVar[int] = 1
-    codec: ClassVar[NibbleCodec] = NibbleCodec()
+    codec: ClassVar[Codec] = NIBBLES
 
     @property
     def channels(self) -> int:
@@ -34,7 +31,6 @@ class Hue(Mirrored, Config):
         return self.bins
 
     def map(self, image: ImageViews) -> Map:
-        """Square-rooted shares of the hues, float32 HWC."""
         hue_HW, saturation_HW, _ = cv2.split(cv2.cvtColor(image.rgb_HWC, cv2.COLOR_RGB2HSV_FULL))
         bin_HW = np.asarray(cv2.LUT(hue_HW, (np.arange(256) * self.bins // 256).astype(np.uint8)), np.uint8)
         weight_HW = np.asarray(saturation_HW, np.uint8)

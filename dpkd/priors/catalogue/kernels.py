@@ -34,7 +34,7 @@ class Kernel:
     def _numba_type_(self) -> Any:
         return self._compiled._numba_type_
 
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:  # noqa: D102
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         return self._compiled(*arguments, **keywords)
 
 

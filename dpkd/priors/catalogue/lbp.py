@@ -8,17 +8,16 @@ import numpy.typing as npt
 from pydantic import Field
 
 from dpkd.config import Config
-from dpkd.priors.base import Mirrored, grid_size
+from dpkd.priors.base import ImageViews, PriorDefaults, grid_size
 from dpkd.priors.catalogue.kernels import Kernel, cell_histogram
-from dpkd.priors.codecs import Map, NibbleCodec
-from dpkd.priors.image_views import ImageViews
+from dpkd.priors.codecs import NIBBLES, Codec, Map
 
 # Bilinear weights, in 1,024ths, of the pixels that a neighbour on the diagonal at radius 1 lies between. Whole numbers
 # that add up to 1,024: neighbours as bright as the centre stay as bright.
 CORNER, SIDE, CENTRE = 512, 212, 88
 
 
-class Lbp(Mirrored, Config):
+class Lbp(PriorDefaults, Config):
     """Square roots of the shares of ten patterns in a cell every `stride` pixels: ten channels in [0, 1].
 
     Rotation-invariant uniform patterns of 8 neighbours at radius 1 (Ojala, Pietikäinen & Mäenpää 2002, LBP^riu2_8,1)
@@ -29,13 +28,10 @@ class Lbp(Mirrored, Config):
     kind: Literal["lbp"] = "lbp"
     stride: int = Field(16, ge=2)
 
-    name: ClassVar[str] = "lbp"
-    version: ClassVar[int] = 1
     channels: ClassVar[int] = 10
-    codec: ClassVar[NibbleCodec] = NibbleCodec()
+    codec: ClassVar[Codec] = NIBBLES
 
     def map(self, image: ImageViews) -> Map:
-        """Square-rooted shares of the patterns, float32 HWC."""
         pattern_HW = uniform_patterns(image.grey8_HW)
         return np.sqrt(cell_histogram(pattern_HW, num_bins=self.channels, size=grid_size(image, self.stride)))
 

@@ -7,16 +7,15 @@ import numpy as np
 from pydantic import Field
 
 from dpkd.config import Config
-from dpkd.priors.base import grid_size, mirror
+from dpkd.priors.base import ImageViews, PriorDefaults, grid_size, mirror
 from dpkd.priors.catalogue.kernels import cell_means
-from dpkd.priors.codecs import ByteCodec, Map
-from dpkd.priors.image_views import ImageViews
+from dpkd.priors.codecs import BYTES, Codec, Map
 
 NOISE = 16.0
 """Squared gradient, in grey levels a pixel, up to which a cell counts as without structure."""
 
 
-class Orientation(Config):
+class Orientation(PriorDefaults, Config):
     """Coherence, (1 + cos 2θ) / 2 and (1 + sin 2θ) / 2 for a cell every `stride` pixels, three channels in [0, 1].
 
     With the mean of the structure tensor of luma over the cell, [[a, c], [c, b]] (Bigün & Granlund 1987; Sobel
@@ -27,14 +26,10 @@ class Orientation(Config):
     kind: Literal["orientation"] = "orientation"
     stride: int = Field(16, ge=2)
 
-    name: ClassVar[str] = "orientation"
-    version: ClassVar[int] = 1
     channels: ClassVar[int] = 3
-    nearest: ClassVar[bool] = False
-    codec: ClassVar[ByteCodec] = ByteCodec()
+    codec: ClassVar[Codec] = BYTES
 
     def map(self, image: ImageViews) -> Map:
-        """Coherence and doubled angle, float32 HW3."""
         if min(image.size) < 3:  # too thin for a gradient
             dx_HW = dy_HW = np.zeros(image.size, np.float32)
         else:  # Sobel's, int16, is 8 times the slope

@@ -8,10 +8,9 @@ import numpy.typing as npt
 from pydantic import Field
 
 from dpkd.config import Config
-from dpkd.priors.base import Mirrored, grid_size
+from dpkd.priors.base import ImageViews, PriorDefaults, grid_size
 from dpkd.priors.catalogue.kernels import Kernel, cell_means
-from dpkd.priors.codecs import JpegCodec, Map
-from dpkd.priors.image_views import ImageViews
+from dpkd.priors.codecs import Codec, JpegCodec, Map
 
 Image = npt.NDArray[np.float32]
 
@@ -19,7 +18,7 @@ FULL_SCALE = 48.0
 """Ridge strength, in grey levels, that is stored as 1."""
 
 
-class Ridge(Mirrored, Config):
+class Ridge(PriorDefaults, Config):
     """Strength of bright and of dark lines in a cell every `stride` pixels: two channels in [0, 1].
 
     With λ₁ ≤ λ₂ the eigenvalues of the Hessian of luma at scale s: bright R = max over s of s²·max(-λ₁, 0), dark
@@ -32,13 +31,10 @@ class Ridge(Mirrored, Config):
     """Standard deviations of the Gaussians, in pixels: about half the width of the lines."""
     stride: int = Field(8, ge=1)
 
-    name: ClassVar[str] = "ridge"
-    version: ClassVar[int] = 1
     channels: ClassVar[int] = 2
-    codec: ClassVar[JpegCodec] = JpegCodec()
+    codec: ClassVar[Codec] = JpegCodec()
 
     def map(self, image: ImageViews) -> Map:
-        """Bright and dark ridge strength, float32 HW2."""
         height, width = image.size
         strength_HWC = np.zeros((height, width, 2), np.float32)
         half_HW = cv2.resize(image.grey_HW, ((width + 1) // 2, (height + 1) // 2), interpolation=cv2.INTER_AREA)

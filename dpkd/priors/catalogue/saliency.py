@@ -9,10 +9,9 @@ import numpy.typing as npt
 from pydantic import Field
 
 from dpkd.config import Config
-from dpkd.priors.base import Mirrored, grid_size
+from dpkd.priors.base import ImageViews, PriorDefaults, grid_size
 from dpkd.priors.catalogue.kernels import Kernel
-from dpkd.priors.codecs import JpegCodec, Map
-from dpkd.priors.image_views import ImageViews
+from dpkd.priors.codecs import Codec, JpegCodec, Map
 
 FRAME_SHARE = 0.1
 """Width of the four strips that are taken for background, as a share of the image's side."""
@@ -20,7 +19,7 @@ LOWEST_THRESHOLD = 0.1
 """Never lower, so that noise on even ground is no figure."""
 
 
-class Saliency(Mirrored, Config):
+class Saliency(PriorDefaults, Config):
     """Saliency in [0, 1], one channel, a cell every `stride` pixels.
 
     After MB+ of Zhang et al. 2015 ("Minimum barrier salient object detection at 80 FPS"): the minimum barrier distance
@@ -41,13 +40,11 @@ class Saliency(Mirrored, Config):
     """Slope of the sigmoid."""
     stride: int = Field(4, ge=1)
 
-    name: ClassVar[str] = "saliency"
     version: ClassVar[int] = 2
     channels: ClassVar[int] = 1
-    codec: ClassVar[JpegCodec] = JpegCodec(quality=80)
+    codec: ClassVar[Codec] = JpegCodec(quality=80)
 
     def map(self, image: ImageViews) -> Map:
-        """Saliency of an image, float32 HW1."""
         lab_HWC = np.asarray(cv2.cvtColor(_shrink(image.rgb_HWC, self.working_px), cv2.COLOR_RGB2Lab), np.uint8)
         height, width = lab_HWC.shape[:2]
         rows, columns = max(1, round(FRAME_SHARE * height)), max(1, round(FRAME_SHARE * width))

@@ -8,12 +8,11 @@ import numpy.typing as npt
 from pydantic import Field
 
 from dpkd.config import Config
-from dpkd.priors.base import Mirrored, grid_size
-from dpkd.priors.codecs import LabelCodec, Map
-from dpkd.priors.image_views import ImageViews
+from dpkd.priors.base import ImageViews, PriorDefaults, grid_size
+from dpkd.priors.codecs import LABELS, Codec, Map
 
 
-class Superpixel(Mirrored, Config):
+class Superpixel(PriorDefaults, Config):
     """Region labels 0, 1, ..., one channel of int32, a cell every `stride` pixels.
 
     F-DBSCAN superpixels of the Lab image (Loke et al. 2021, "Accelerated superpixel image segmentation with a
@@ -25,14 +24,11 @@ class Superpixel(Mirrored, Config):
     """Side of a mean region, in pixels of the image: 196 regions at 224 x 224, 28 at 84 x 84."""
     stride: int = Field(4, ge=1)
 
-    name: ClassVar[str] = "superpixel"
-    version: ClassVar[int] = 1
     channels: ClassVar[int] = 1
     nearest: ClassVar[bool] = True
-    codec: ClassVar[LabelCodec] = LabelCodec()
+    codec: ClassVar[Codec] = LABELS
 
     def map(self, image: ImageViews) -> Map:
-        """Region labels of an image, int32 HW1."""
         label_HW = _regions(image, self.region_px)
         height, width = grid_size(image, self.stride)
         rows = ((np.arange(height) + 0.5) * label_HW.shape[0] / height).astype(np.intp)  # the middle of each cell

@@ -7,16 +7,15 @@ import numpy as np
 from pydantic import Field
 
 from dpkd.config import Config
-from dpkd.priors.base import Mirrored, grid_size
+from dpkd.priors.base import ImageViews, PriorDefaults, grid_size
 from dpkd.priors.catalogue.kernels import Kernel, cell_means
-from dpkd.priors.codecs import JpegCodec, Map
-from dpkd.priors.image_views import ImageViews
+from dpkd.priors.codecs import Codec, JpegCodec, Map
 
 WEAKEST = 4.0
 """Gradient, in grey levels a pixel, below which a pixel does not vote."""
 
 
-class Symmetry(Mirrored, Config):
+class Symmetry(PriorDefaults, Config):
     """Radial symmetry in [0, 1], one channel, a cell every `stride` pixels: bright at the centres of round things.
 
     Loy & Zelinsky 2003, "Fast radial symmetry for detecting points of interest", for bright and dark discs alike: at
@@ -31,13 +30,10 @@ class Symmetry(Mirrored, Config):
     """α: how much more a point counts that is seen from all around."""
     stride: int = Field(8, ge=1)
 
-    name: ClassVar[str] = "symmetry"
-    version: ClassVar[int] = 1
     channels: ClassVar[int] = 1
-    codec: ClassVar[JpegCodec] = JpegCodec()
+    codec: ClassVar[Codec] = JpegCodec()
 
     def map(self, image: ImageViews) -> Map:
-        """Radial symmetry, float32 HW1."""
         total_HW = np.zeros(image.size, np.float32)
         if min(image.size) >= 3:
             dx_HW, dy_HW = cv2.spatialGradient(image.grey8_HW)
