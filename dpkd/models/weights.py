@@ -44,7 +44,12 @@ def load_weights(model: nn.Module, path: str) -> None:
         if not (name.startswith(classifier) and tensor.shape != expected.get(name, tensor.new_empty(0)).shape)
     }
     wrong = {name for name in expected.keys() & given.keys() if expected[name].shape != given[name].shape}
-    missing = {name for name in expected.keys() - given.keys() if not name.startswith(classifier)}
+    missing = {
+        name
+        for name in expected.keys() - given.keys()
+        # older files do not count the batches that a batch norm has seen
+        if not (name.startswith(classifier) or name.endswith("num_batches_tracked"))
+    }
     unknown = given.keys() - expected.keys()
     if wrong or missing or unknown:
         raise UserError(
