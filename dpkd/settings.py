@@ -101,17 +101,23 @@ class DataSettings(Config):
     loader: LoaderSettings = LoaderSettings()
 
     @model_validator(mode="after")
-    def _has_its_views_and_splits(self) -> "DataSettings":
+    def _has_a_global_view(self) -> "DataSettings":
         if GLOBAL not in self.views:
             raise ValueError(f"views has {', '.join(self.views)}, and every objective reads {GLOBAL!r}: add it")
-        if not isinstance(self.splits, GivenSplits):
-            made = {FractionSplits: "fractions", ClassSplits: "classes"}.get(type(self.splits), "files")
-            names = list(getattr(self.splits, made))
-            for role in ("train", "val", "test"):
-                split = getattr(self, role)
-                if split is not None and split not in names:
-                    raise ValueError(f"{role} names the split {split!r}, but data.splits makes {', '.join(names)}")
         return self
+
+    def check_splits(self) -> None:
+        """Raises `ValueError` where `train`, `val` or `test` names a split that `splits` does not make."""
+        splits = self.splits
+        if isinstance(splits, GivenSplits):
+            return
+        if isinstance(splits, FractionSplits):
+            made = list(splits.fractions)
+        else:
+            made = list(splits.classes if isinstance(splits, ClassSplits) else splits.files)
+        for role, split in (("train", self.train), ("val", self.val), ("test", self.test)):
+            if split is not None and split not in made:
+                raise ValueError(f"data.{role} names the split {split!r}, but data.splits makes {', '.join(made)}")
 
     @property
     def evaluated_splits(self) -> tuple[str, ...]:
@@ -264,6 +270,7 @@ class Settings(Config):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "Settings":
+        self.data.check_splits()
         for key, objective in self.objectives.items():
             self._check_objective(key, objective)
         for key, network in self.networks.items():

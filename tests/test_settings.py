@@ -117,7 +117,7 @@ def bounded(*bounds: dict[str, Any], of: str = "saliency", **extra: Any) -> dict
         ),
         (
             changed(data__splits={"kind": "fraction", "fractions": {"train": 0.9, "valid": 0.1}}),
-            ["data: val names", "'val'", "train, valid"],
+            ["data.val", "'val'", "train, valid"],
         ),
         (changed(run={"dir": "s3://bucket/run"}), ["run.dir", "'s3://bucket/run'", "a disk that all workers see"]),
         (changed(distill__students={}), ["distill.students"]),

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -48,9 +49,16 @@ assert not any(name.split(".")[0] == "dpkd" for name in sys.modules)
 """
 
 
+def exporting(run: Run, **changes: Any) -> Run:
+    """The run with other settings of the export."""
+    return dataclasses.replace(
+        run, settings=run.settings.model_copy(update={"export": ExportSettings().model_copy(update=changes)})
+    )
+
+
 @pytest.fixture(scope="session")
 def exported_run(evaluated_run: Run) -> Run:
-    export(evaluated_run, ExportSettings())
+    export(evaluated_run)
     return evaluated_run
 
 
@@ -125,7 +133,7 @@ def test_exporting_again_replaces_the_folder_whole(exported_run: Run, tmp_path: 
     shutil.copytree(exported_run.folder.path, tmp_path / "run", ignore=shutil.ignore_patterns("shards"))
     run = dataclasses.replace(exported_run, folder=RunFolder(tmp_path / "run"))
     (run.folder.export / "conv" / "stray").write_text("of an earlier export")
-    export(run, ExportSettings(onnx=False))
+    export(exporting(run, onnx=False))
     assert sorted(path.name for path in run.folder.export.iterdir()) == ["conv", "vit"]
     assert {path.name for path in (run.folder.export / "conv").iterdir()} == {
         "README.md",
