@@ -15,11 +15,10 @@
 """
 
 import hashlib
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import cv2
-import msgpack
 import numpy as np
 
 from dpkd.data.shards import Sample
@@ -29,23 +28,17 @@ from dpkd.priors.codecs import ABSENT, CODECS, MAX_VALUES, Map, Shape
 
 FORMAT_VERSION = 2
 MEMBER_EXTENSION = "priors.msgpack"
-DAMAGE = (KeyError, TypeError, AttributeError, OverflowError, ValueError, msgpack.UnpackException)
-"""What reading damaged msgpack raises."""
 
 
-@dataclass(frozen=True)
-class StoredMap:
-    """One map as bytes, with what it takes to read it, and the fingerprint of the prior that made it."""
+class StoredMap(NamedTuple):
+    """One map as bytes, with what it takes to read it: the entry of the member."""
 
     codec: str
     shape: Shape
     scale: float
-    fingerprint: str
+    fingerprint: bytes
+    """Of the prior that made it."""
     data: bytes
-
-    def to_list(self) -> list[Any]:
-        """The entry of the member."""
-        return [self.codec, self.shape, self.scale, bytes.fromhex(self.fingerprint), self.data]
 
     def decode(self) -> Map:
         """The map, HWC; raises ValueError where the bytes are not of this codec and shape."""
@@ -66,42 +59,23 @@ class Record:
 
     key: str
     source: bytes
-    """`source_hash` of the sample that the maps belong to."""
-    maps: dict[str, StoredMap]
+    """`source_hash` of the sample that the maps belong to; empty where it could not be read."""
     bad: str | None = None
     """Why the maps could not be computed and favour no place, or why the sample could not be read."""
-
-    @staticmethod
-    def unreadable(key: str, *, reason: str) -> "Record":
-        """The record of a sample that cannot be read: bound to no image, so it is served with none."""
-        return Record(key=key, source=b"", maps={}, bad=reason)
-
-    @property
-    def readable(self) -> bool:
-        """Whether the sample could be read when its maps were made."""
-        return self.source != b""
+    maps: dict[str, StoredMap] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """The member's content."""
-        maps = {name: stored.to_list() for name, stored in self.maps.items()}
-        content = {"key": self.key, "source": self.source, "bad": self.bad, "maps": maps}
-        return pack_checked({"format_version": FORMAT_VERSION, **content})
+        return pack_checked({"format_version": FORMAT_VERSION, **vars(self)})
 
     @staticmethod
     def from_bytes(data: bytes) -> "Record":
         """Reads a member's content; raises ValueError where it is damaged or of another format."""
-        try:
-            content = unpack_checked(data)
-            version = content.pop("format_version")
-            if version != FORMAT_VERSION:
-                raise ValueError(f"format {version}; this dpkd reads {FORMAT_VERSION}")
-            maps = {
-                name: StoredMap(codec, shape, scale, mark.hex(), stored)
-                for name, (codec, shape, scale, mark, stored) in content["maps"].items()
-            }
-            return Record(**{**content, "maps": maps})
-        except DAMAGE as error:
-            raise ValueError(f"the prior maps are damaged: {error!r}") from error
+        content = unpack_checked(data)
+        version = content.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise ValueError(f"the format is {version}, and this dpkd reads {FORMAT_VERSION}")
+        return Record(**{**content, "maps": {name: StoredMap(*stored) for name, stored in content["maps"].items()}})
 
 
 def source_hash(sample: Sample) -> bytes:
@@ -121,17 +95,11 @@ def store_map(prior: Extractor, map_HWC: Map) -> StoredMap:
             f"the map {prior.name} of {height} x {width} x {channels} values is too large: raise its stride"
         )
     codec = ABSENT if np.isnan(map_HWC[0, 0, 0]) else prior.codec
-    return StoredMap(
-        codec=codec.name,
-        shape=(height, width, channels),
-        scale=codec.scale,
-        fingerprint=fingerprint(prior),
-        data=codec.encode(map_HWC),
-    )
+    mark, data = bytes.fromhex(fingerprint(prior)), codec.encode(map_HWC)
+    return StoredMap(codec.name, (height, width, channels), codec.scale, mark, data)
 
 
 def flat_map(prior: Extractor) -> StoredMap:
     """A map of a single cell, for a sample whose map cannot be computed: it favours no place over another."""
-    if prior.nearest:
-        return store_map(prior, np.zeros((1, 1, prior.channels), np.int32))
-    return store_map(prior, np.full((1, 1, prior.channels), 0.5, np.float32))
+    value = np.int32(0) if prior.nearest else np.float32(0.5)
+    return store_map(prior, np.full((1, 1, prior.channels), value))

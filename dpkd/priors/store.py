@@ -12,7 +12,7 @@ Manifest and index have a checksum of their own each.
 import os
 from bisect import bisect_right
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -26,29 +26,36 @@ from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
 from dpkd.io.lru_cache import MAX_FILES, MAX_INDEXES, LRUCache
-from dpkd.io.record import checked, pack_checked, parse_checked, unpack_checked
+from dpkd.io.record import pack_checked, parse_checked, unpack_checked
 from dpkd.io.shard_cache import open_shard
 from dpkd.priors import Prior
 from dpkd.priors.base import fingerprint, mirror
 from dpkd.priors.codecs import Map
 from dpkd.priors.derived import derivable
-from dpkd.priors.record import DAMAGE, Record, source_hash
+from dpkd.priors.record import Record, source_hash
 
 FORMAT_VERSION = 3
 MANIFEST_NAME = "priors.json"
+WAY_OUT = "run the prepare stage again (dpkd prepare)"
 
 
 class PriorMismatch(UserError):
     """Maps that are damaged, or belong to another image or another prior: they are not served."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RunningMoments:
-    """Count, sum and sum of squares of each channel of a map over cells; moments of disjoint samples add up."""
+    """What mean and deviation of a map follow from; moments of disjoint samples add up."""
 
     count: int
-    sum_C: tuple[float, ...]
-    square_sum_C: tuple[float, ...]
+    """Cells."""
+    sums_2C: npt.NDArray[np.float64]
+    """The sum over the cells, and the sum of squares, of each channel."""
+
+    @staticmethod
+    def zero(channels: int) -> "RunningMoments":
+        """The moments of no sample."""
+        return RunningMoments(0, np.zeros((2, channels)))
 
     @staticmethod
     def of(map_HWC: Map) -> "RunningMoments":
@@ -56,25 +63,16 @@ class RunningMoments:
         height, width, channels = map_HWC.shape
         if np.isnan(map_HWC[0, 0, 0]):
             return RunningMoments.zero(channels)
-        squares_C = np.einsum("hwc,hwc->c", map_HWC, map_HWC)
-        return RunningMoments(height * width, tuple(np.einsum("hwc->c", map_HWC).tolist()), tuple(squares_C.tolist()))
-
-    @staticmethod
-    def zero(channels: int) -> "RunningMoments":
-        """The moments of no sample."""
-        return RunningMoments(0, (0.0,) * channels, (0.0,) * channels)
+        sums = np.einsum("hwc->c", map_HWC), np.einsum("hwc,hwc->c", map_HWC, map_HWC)
+        return RunningMoments(height * width, np.array(sums, np.float64))
 
     def __add__(self, other: "RunningMoments") -> "RunningMoments":
-        return RunningMoments(
-            self.count + other.count,
-            tuple(np.add(self.sum_C, other.sum_C).tolist()),
-            tuple(np.add(self.square_sum_C, other.square_sum_C).tolist()),
-        )
+        return RunningMoments(self.count + other.count, self.sums_2C + other.sums_2C)
 
     def statistics(self) -> "ChannelStatistics":
         """Mean and standard deviation of each channel, of at least one cell."""
-        mean_C = np.asarray(self.sum_C) / self.count
-        deviation_C = np.sqrt(np.maximum(np.asarray(self.square_sum_C) / self.count - mean_C**2, 0))
+        mean_C, square_C = self.sums_2C / self.count
+        deviation_C = np.sqrt(np.maximum(square_C - mean_C**2, 0))
         return ChannelStatistics(mean=tuple(mean_C.tolist()), deviation=tuple(deviation_C.tolist()))
 
 
@@ -104,10 +102,6 @@ class PriorManifest(BaseModel):
     num_flat: int = 0
     """Samples that can be read, and whose maps are flat because they could not be computed."""
 
-    def to_bytes(self) -> bytes:
-        """The file's content."""
-        return checked(self.model_dump(mode="json"))
-
 
 @dataclass(frozen=True)
 class PriorIndex:
@@ -131,21 +125,18 @@ class PriorIndex:
 
     def to_bytes(self) -> bytes:
         """The file's content."""
-        moments = {name: astuple(channels) for name, channels in self.moments.items()}
+        moments = {name: (each.count, *each.sums_2C.tolist()) for name, each in self.moments.items()}
         content = {"format_version": FORMAT_VERSION, **vars(self), "shard": self.shard.model_dump(), "moments": moments}
         return pack_checked(content)
 
     @staticmethod
     def from_bytes(data: bytes) -> "PriorIndex":
         """Reads the file's content; raises ValueError where it is not one."""
-        try:
-            content = unpack_checked(data)
-            if content.pop("format_version") != FORMAT_VERSION:
-                raise ValueError("another format version")
-            moments = {name: RunningMoments(*values) for name, values in content["moments"].items()}
-            return PriorIndex(**{**content, "shard": ShardInfo(**content["shard"]), "moments": moments})
-        except DAMAGE as error:
-            raise ValueError(f"not the index of a prior shard: {error!r}") from error
+        content = unpack_checked(data)
+        if content.pop("format_version", None) != FORMAT_VERSION:
+            raise ValueError("it is of another format version")
+        moments = {name: RunningMoments(count, np.array(sums)) for name, (count, *sums) in content["moments"].items()}
+        return PriorIndex(**{**content, "shard": ShardInfo(**content["shard"]), "moments": moments})
 
 
 @dataclass(frozen=True)
@@ -159,16 +150,14 @@ class PriorSet:
     def open(dataset_url: str, name: str) -> "PriorSet":
         """Opens the set `name` of a data set; raises `UserError` where it is not whole, or made for other images."""
         url = set_url(dataset_url, name)
-        again = "run the prepare stage again (dpkd prepare)"
         manifest = read_manifest(url)
         if manifest is None:
-            raise UserError(f"no whole prior set at {url}: {MANIFEST_NAME} is missing or cannot be read; {again}")
+            raise UserError(f"no whole prior set at {url}: {MANIFEST_NAME} is missing or cannot be read; {WAY_OUT}")
         if manifest.dataset != Dataset.open(dataset_url).manifest.fingerprint:
-            raise UserError(
-                f"the prior set at {url} was prepared from other images than those at {dataset_url}; {again}"
-            )
+            fault = f"was prepared from other images than those at {dataset_url}"
+            raise UserError(f"the prior set at {url} {fault}; {WAY_OUT}")
         if manifest.fingerprints != fingerprints(manifest.priors):
-            raise UserError(f"the prior set at {url} was prepared by another version of dpkd; {again}")
+            raise UserError(f"the prior set at {url} was prepared by another version of dpkd; {WAY_OUT}")
         return PriorSet(url=url, manifest=manifest)
 
     @property
@@ -199,18 +188,20 @@ class PriorSplit:
         shards: tuple[ShardInfo, ...],
         names: tuple[str, ...] | None = None,
     ) -> None:
-        self.url = url
-        self.priors = priors
-        self.shards = shards
         self._prior_of: dict[str, Prior] = {prior.name: prior for prior in priors}
         self._derived = derivable(self._prior_of)
         self.names = tuple(self._prior_of) if names is None else names
         """The maps that are served."""
-        needs = {need for name in self.names if name in self._derived for need in self._derived[name].needs}
-        self._decoded = {*self.names, *needs} - {*self._derived}
+        self._arguments = (url, priors, shards, self.names)
+        self._url, self._shards = url, shards
+        derived = [self._derived[name] for name in self.names if name in self._derived]
+        self._decoded = {*self.names, *(need for each in derived for need in each.needs)} - {*self._derived}
         self._ends = list(accumulate(shard.num_samples for shard in shards))
         self._files: LRUCache[int] = LRUCache(MAX_FILES, on_evict=os.close)
         self._indexes: LRUCache[PriorIndex] = LRUCache(MAX_INDEXES)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PriorSplit, self._arguments
 
     def only(self, names: Iterable[str]) -> "PriorSplit":
         """The same split serving these maps alone, derived ones among them; the others are not even decoded.
@@ -221,12 +212,12 @@ class PriorSplit:
         wanted = tuple(dict.fromkeys(names))
         for name in wanted:
             if name not in known:
-                raise UserError(f"the prior set at {self.url} has no map {name!r}; it has: {', '.join(known)}")
-        return PriorSplit(self.url, self.priors, self.shards, wanted)
+                raise UserError(f"the prior set at {self._url} has no map {name!r}; it has: {', '.join(known)}")
+        return PriorSplit(*self._arguments[:3], wanted)
 
     @cached_property
     def _fingerprints(self) -> dict[str, str]:
-        return fingerprints(self.priors)
+        return fingerprints(self._prior_of.values())
 
     @property
     def digests(self) -> dict[str, str]:
@@ -253,49 +244,43 @@ class PriorSplit:
     def record(self, i: int, sample: Sample) -> Record:
         """The maps of sample `i` as they are stored; raises `PriorMismatch` unless they are `sample`'s own."""
         shard = bisect_right(self._ends, i)
-        row = i - (self._ends[shard] - self.shards[shard].num_samples)
+        row = i - (self._ends[shard] - self._shards[shard].num_samples)
         index, file = self._indexes.get(shard, self._read_index), self._files.get(shard, self._open)
         try:
             record = Record.from_bytes(read_span(file, index.offsets[row], index.sizes[row]))
             if record.key != sample.key:
                 raise ValueError(f"they belong to {record.key!r}")
-            if not record.readable:
+            if not record.source:
                 raise ValueError(f"there are none, because the sample could not be read ({record.bad})")
             if record.source != source_hash(sample):
                 raise ValueError("they were made from another image of that name")
-            if {name: stored.fingerprint for name, stored in record.maps.items()} != self._fingerprints:
+            if {name: stored.fingerprint.hex() for name, stored in record.maps.items()} != self._fingerprints:
                 raise ValueError("they were made with other settings or another version")
         except ValueError as error:
             raise self._mismatch(i, sample, error) from error
         return record
 
     def _mismatch(self, i: int, sample: Sample, error: ValueError) -> PriorMismatch:
-        place = storage.join(self.url, self.shards[bisect_right(self._ends, i)].name)
-        return PriorMismatch(f"{place}, maps of {sample.key!r}: {error}; run the prepare stage again")
+        place = storage.join(self._url, self._shards[bisect_right(self._ends, i)].name)
+        return PriorMismatch(f"{place}, maps of {sample.key!r}: {error}; {WAY_OUT}")
 
     def _read_index(self, shard: int) -> PriorIndex:
-        place = storage.join(self.url, index_name(self.shards[shard].name))
+        place = storage.join(self._url, index_name(self._shards[shard].name))
         try:
             index = PriorIndex.from_bytes(storage.read_bytes(place))
         except (*NO_FILE, ValueError) as error:
-            raise PriorMismatch(f"{place} is missing or damaged: {error}; run the prepare stage again") from error
-        if index.shard != self.shards[shard]:
-            raise PriorMismatch(f"{place} is not of the shard that {MANIFEST_NAME} lists; run the prepare stage again")
+            raise PriorMismatch(f"{place} is missing or damaged: {error}; {WAY_OUT}") from error
+        if index.shard != self._shards[shard]:
+            raise PriorMismatch(f"{place} is not of the shard that {MANIFEST_NAME} lists; {WAY_OUT}")
         return index
 
     def _open(self, shard: int) -> int:
-        info = self.shards[shard]
-        place = storage.join(self.url, info.name)
+        info = self._shards[shard]
+        place = storage.join(self._url, info.name)
         try:
             return open_shard(place, size_bytes=info.size_bytes, sha256_hex=info.sha256)
         except NO_FILE as error:
-            raise PriorMismatch(f"{place} is missing; run the prepare stage again") from error
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "priors": self.priors, "shards": self.shards, "names": self.names}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+            raise PriorMismatch(f"{place} is missing; {WAY_OUT}") from error
 
 
 def set_url(dataset_url: str, name: str) -> str:

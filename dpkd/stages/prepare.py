@@ -16,6 +16,7 @@ samples that are proved sound, and to trust whatever decodes would let damage in
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 
@@ -29,6 +30,7 @@ from dpkd.data.tars import TarWriter, list_members
 from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
+from dpkd.io.record import checked
 from dpkd.launch.heartbeat import pulse
 from dpkd.launch.pool import Accelerator, Pool
 from dpkd.log import logger
@@ -36,7 +38,7 @@ from dpkd.priors import Prior
 from dpkd.priors.base import BatchExtractor, Extractor, ImageViews, accelerated, fingerprint
 from dpkd.priors.catalogue.expert import Expert
 from dpkd.priors.memory import keep_freed_memory
-from dpkd.priors.record import MEMBER_EXTENSION, Record, flat_map, source_hash, store_map
+from dpkd.priors.record import MEMBER_EXTENSION, Record, StoredMap, flat_map, source_hash, store_map
 from dpkd.priors.store import (
     MANIFEST_NAME,
     PriorIndex,
@@ -51,7 +53,6 @@ from dpkd.report.quarantine import Quarantine
 from dpkd.settings import PrepareSettings
 
 STAGE = "prepare"
-BLANK = ImageViews(np.zeros((1, 1, 3), np.uint8))
 
 
 @dataclass(frozen=True, repr=False)
@@ -100,18 +101,16 @@ def prepare(
     an index of the images is missing.
     """
     priors = settings.sealed().chosen
-    _refuse_duplicates(priors)
-    _refuse_what_nobody_gave(dataset, priors)
+    _check(dataset, priors)
     url = set_url(dataset.url, settings.name)
-    made_from = (dataset.manifest.fingerprint, fingerprints(priors))
-    standing = read_manifest(url)
-    if standing is None or (standing.dataset, standing.fingerprints) != made_from:
-        _remove(storage.join(url, MANIFEST_NAME))  # before the first shard changes under it
-    tasks = [
-        _Task(_one_shard(dataset, name, shard), url, priors, computed=priors)
-        for name, info in dataset.manifest.splits.items()
-        for shard in info.shards
-    ]
+    before = read_manifest(url)
+    if before is None or (before.dataset, before.fingerprints) != (dataset.manifest.fingerprint, fingerprints(priors)):
+        storage.remove(storage.join(url, MANIFEST_NAME))  # before the first shard changes under it
+    tasks = []
+    for name, info in dataset.manifest.splits.items():
+        for shard in info.shards:
+            alone = SplitInfo(num_samples=shard.num_samples, num_unlabelled=0, class_counts=(), shards=(shard,))
+            tasks.append(_Task(Split(dataset.url, name, alone), url, priors, computed=priors))
     passes = [(pool, tasks)]
     first = accelerated(priors)
     if accelerator is not None and first:
@@ -129,12 +128,16 @@ def prepare(
             num_done += index.shard.num_samples
             progress(num_done // len(passes), total)
     manifest = _manifest(dataset, priors, [indexes[number] for number in range(len(tasks))])
-    storage.write_bytes_atomic(storage.join(url, MANIFEST_NAME), manifest.to_bytes())
-    _remove_unlisted(url, manifest)
+    storage.write_bytes_atomic(storage.join(url, MANIFEST_NAME), checked(manifest.model_dump(mode="json")))
+    listed = {name for task in tasks for name in (task.images.name, index_name(task.images.name))}
+    for name in storage.list_names(url):  # a reader of all tars would take those of an earlier, larger set for its own
+        if name.endswith((".tar", ".index.msgpack")) and name not in listed:
+            storage.remove(storage.join(url, name))
     return PriorSet.open(dataset.url, settings.name)
 
 
-def _refuse_duplicates(priors: Sequence[Prior]) -> None:
+def _check(dataset: Dataset, priors: Sequence[Prior]) -> None:
+    """Raises `UserError` for two maps of one name, and for an expert map that no sample has."""
     names = [prior.name for prior in priors]
     for name in names:
         if names.count(name) > 1:
@@ -142,23 +145,15 @@ def _refuse_duplicates(priors: Sequence[Prior]) -> None:
                 f"prepare.priors makes the map {name!r} {names.count(name)} times, and a set holds one map of a name: "
                 "leave one, or prepare the other in a set of its own (prepare.name)"
             )
-
-
-def _refuse_what_nobody_gave(dataset: Dataset, priors: Sequence[Prior]) -> None:
     experts = [prior for prior in priors if isinstance(prior, Expert)]
     given = dataset.given() if experts else {}
     for expert in experts:
         if expert.of not in given:
-            names = ", ".join(f"{name} ({count:,} samples)" for name, count in given.items()) or "none"
+            given_names = ", ".join(f"{name} ({count:,} samples)" for name, count in given.items()) or "none"
             raise UserError(
-                f"prepare.priors asks for the expert map {expert.of!r}, which no sample of {dataset.url} has; "
-                f"given are: {names}; a map N of IMAGE.jpg is the file IMAGE.expert-N.png beside it, or IMAGE.mask.png"
+                f"prepare.priors asks for the expert map {expert.of!r}, which no sample of {dataset.url} has; given "
+                f"are: {given_names}; a map N of IMAGE.jpg is the file IMAGE.expert-N.png beside it, or IMAGE.mask.png"
             )
-
-
-def _one_shard(dataset: Dataset, name: str, shard: ShardInfo) -> Split:
-    info = SplitInfo(num_samples=shard.num_samples, num_unlabelled=0, class_counts=(), shards=(shard,))
-    return Split(dataset.url, name, info)
 
 
 def _report(index: PriorIndex, quarantine: Quarantine) -> None:
@@ -197,29 +192,17 @@ def _manifest(dataset: Dataset, priors: tuple[Prior, ...], indexes: list[PriorIn
     )
 
 
-def _remove_unlisted(url: str, manifest: PriorManifest) -> None:
-    """Removes shards of an earlier, larger set, which a reader of all tars in the folder would take for its own."""
-    listed = {shard.name for shards in manifest.splits.values() for shard in shards}
-    listed |= {index_name(name) for name in listed}
-    for name in storage.list_names(url):
-        if name.endswith((".tar", ".index.msgpack")) and name not in listed:
-            _remove(storage.join(url, name))
-
-
-def _remove(place: str) -> None:
-    if storage.exists(place):
-        with storage.write_errors(place):
-            storage.remove(place)
-
-
 def _prepare_shard(task: _Task) -> PriorIndex:
     """Makes one prior shard and its index where they lack something; returns the index."""
     cv2.setNumThreads(1)  # the pool has a process for every core
     keep_freed_memory()
-    index = _index(task)
-    first = fingerprints(accelerated(task.priors))
+    index, first = _index(task), fingerprints(accelerated(task.priors))
     if index is not None:
-        if index.fingerprints == fingerprints(task.priors) and not _images_changed(index, task):
+        # dataset.json is the same, but a damaged image shard may be mended since, and a local one damaged; a remote one
+        # is not fetched for the question alone
+        local = storage.local_path(task.split.url) is not None
+        complete = index.fingerprints == fingerprints(task.priors)
+        if complete and index.fault is None and not (local and task.split.fault(0) is not None):
             return index
         lacks_none = not index.bad and fingerprints(task.computed).items() <= index.fingerprints.items()
         if task.computed != task.priors and lacks_none:
@@ -237,21 +220,10 @@ def _index(task: _Task) -> PriorIndex | None:
     """The index of the prior shard if it is whole and was made from these images."""
     try:
         index = PriorIndex.from_bytes(storage.read_bytes(index_name(task.place)))
-        if index.images != task.images.sha256:
-            return None
-        return index if storage.sha256(task.place) == index.shard.sha256 else None
+        whole = index.images == task.images.sha256 and storage.sha256(task.place) == index.shard.sha256
     except (*NO_FILE, ValueError):
         return None
-
-
-def _images_changed(index: PriorIndex, task: _Task) -> bool:
-    """Whether the image shard may differ from what the prior shard was made from, though dataset.json is the same.
-
-    One that was damaged may have been mended since, and a local one damaged; a remote one is not fetched for the
-    question alone.
-    """
-    local = storage.local_path(task.split.url) is not None
-    return index.fault is not None or (local and task.split.fault(0) is not None)
+    return index if whole else None
 
 
 def _read_records(place: str) -> dict[str, Record]:
@@ -262,11 +234,9 @@ def _read_records(place: str) -> dict[str, Record]:
     except NO_FILE:
         return records
     for member in list_members(io.BytesIO(data), size_bytes=len(data)).members:
-        try:
+        with suppress(ValueError):  # a damaged record is computed again
             record = Record.from_bytes(data[member.offset : member.offset + member.size])
-        except ValueError:  # a damaged record is computed again
-            continue
-        records[record.key] = record
+            records[record.key] = record
     return records
 
 
@@ -277,7 +247,7 @@ def _make_shard(task: _Task, *, before: Mapping[str, Record]) -> tuple[PriorInde
     members, bad, unreadable = [], [], []
     moments = {prior.name: RunningMoments.zero(prior.channels) for prior in task.computed if not prior.nearest}
     for row, record in enumerate(_make_records(task, before=before)):
-        if not record.readable:
+        if not record.source:
             unreadable.append(row)
         members.append(tar.add(f"{record.key}.{MEMBER_EXTENSION}", record.to_bytes()))
         if record.bad is not None:
@@ -287,10 +257,9 @@ def _make_shard(task: _Task, *, before: Mapping[str, Record]) -> tuple[PriorInde
             moments[name] += RunningMoments.of(record.maps[name].decode())
     tar.finish()
     data = file.getvalue()
+    name, digest = task.images.name, storage.digest(data)
     index = PriorIndex(
-        shard=ShardInfo(
-            name=task.images.name, num_samples=len(members), size_bytes=len(data), sha256=storage.digest(data)
-        ),
+        shard=ShardInfo(name=name, num_samples=len(members), size_bytes=len(data), sha256=digest),
         images=task.images.sha256,
         fingerprints=fingerprints(task.computed),
         offsets=tuple(member.offset for member in members),
@@ -326,18 +295,19 @@ def _run_batch(
 ) -> dict[str, Record]:
     """The records, with the map of `prior`, of those samples that lack it and whose image can be read."""
     own = {sample.key: _own_record(sample, before.get(sample.key)) for sample in samples if isinstance(sample, Sample)}
-    lacking = {key for key, record in own.items() if record.bad is None and not _holds(record, prior)}
+    lacking = {key for key, record in own.items() if record.bad is None and not _holds(record.maps, prior)}
     if not lacking:
         return {}
     if device == "cpu":
-        images = [_views_or_none(sample) for sample in samples]
+        images = [_views(sample) for sample in samples]
     else:  # by several threads: the accelerator waits for one
         with ThreadPoolExecutor() as threads:
-            images = list(threads.map(_views_or_none, samples))
-    maps = prior.maps([image or BLANK for image in images], device=device)
+            images = list(threads.map(_views, samples))
+    blank = ImageViews(np.zeros((1, 1, 3), np.uint8))
+    maps = prior.maps([blank if isinstance(image, str) else image for image in images], device=device)
     made = {}
     for sample, image, map_HWC in zip(samples, images, maps, strict=True):
-        if image is None or sample.key not in lacking:
+        if isinstance(image, str) or sample.key not in lacking:  # `_make_record` meets what cannot be read again
             continue
         record = own[sample.key]
         try:
@@ -349,40 +319,41 @@ def _run_batch(
     return made
 
 
-def _views_or_none(sample: Sample | Unreadable) -> ImageViews | None:
-    try:
-        return ImageViews(decode_image(sample.image), given=sample.given) if isinstance(sample, Sample) else None
-    except BrokenImage:  # `_make_record` meets it again, and gives the reason
-        return None
-
-
 def _make_record(sample: Sample | Unreadable, task: _Task, *, before: Record | None) -> Record:
     if isinstance(sample, Unreadable):
-        return Record.unreadable(sample.key, reason=sample.reason)
+        return Record(sample.key, b"", bad=sample.reason)
     own = _own_record(sample, before)
-    maps, bad = dict(own.maps), own.bad
-    missing = [prior for prior in task.computed if not _holds(own, prior)]
+    maps, bad = own.maps, own.bad
+    missing = [prior for prior in task.computed if not _holds(maps, prior)]
     if missing and bad is None:  # else the image was decoded when its maps were made
+        image = _views(sample)
+        if isinstance(image, str):
+            return Record(sample.key, b"", bad=image)
         try:
-            image = ImageViews(decode_image(sample.image), given=sample.given)
-        except BrokenImage as error:
-            return Record.unreadable(sample.key, reason=str(error))
-        try:
-            maps |= {prior.name: store_map(prior, prior.map(image)) for prior in missing}
+            maps = maps | {prior.name: store_map(prior, prior.map(image)) for prior in missing}
         except Exception as error:  # noqa: BLE001 (the one place where a failing prior is survived: named and counted)
             bad = f"{type(error).__name__}: {error}"
     if bad is not None:
         return replace(own, maps={prior.name: flat_map(prior) for prior in task.computed}, bad=bad)
-    made = replace(own, maps=maps)
-    return replace(own, maps={prior.name: maps[prior.name] for prior in task.priors if _holds(made, prior)})
+    return replace(own, maps={prior.name: maps[prior.name] for prior in task.priors if _holds(maps, prior)})
+
+
+def _views(sample: Sample | Unreadable) -> ImageViews | str:
+    """The image of a sample, or why it cannot be read."""
+    if isinstance(sample, Unreadable):
+        return sample.reason
+    try:
+        return ImageViews(decode_image(sample.image), given=sample.given)
+    except BrokenImage as error:
+        return str(error)
 
 
 def _own_record(sample: Sample, before: Record | None) -> Record:
     """The record before, where it was made of this very sample, else one without a map."""
     source = source_hash(sample)
-    return before if before is not None and before.source == source else Record(sample.key, source, {})
+    return before if before is not None and before.source == source else Record(sample.key, source)
 
 
-def _holds(record: Record, prior: Extractor) -> bool:
-    """Whether the record has the map of the prior as its settings are now."""
-    return prior.name in record.maps and record.maps[prior.name].fingerprint == fingerprint(prior)
+def _holds(maps: Mapping[str, StoredMap], prior: Extractor) -> bool:
+    """Whether the maps have that of the prior as its settings are now."""
+    return prior.name in maps and maps[prior.name].fingerprint.hex() == fingerprint(prior)

@@ -22,9 +22,9 @@ from tests.prior_cases import draw_images, pack_folder, prepare_all
 MAPS = {
     "edge": flat_map(Edge()),
     "superpixel": store_map(Superpixel(), np.arange(12, dtype=np.int32).reshape(3, 4, 1)),
-    "nibbles": StoredMap("nibbles", (2, 3, 2), 1 / 15, "00" * 8, CODECS["nibbles"].encode(np.full((2, 3, 2), 0.5))),
-    "bytes": StoredMap("bytes", (2, 3, 2), 1 / 255, "00" * 8, CODECS["bytes"].encode(np.full((2, 3, 2), 0.5))),
-    "absent": StoredMap("absent", (1, 1, 1), 1.0, "00" * 8, b""),
+    "nibbles": StoredMap("nibbles", (2, 3, 2), 1 / 15, bytes(8), CODECS["nibbles"].encode(np.full((2, 3, 2), 0.5))),
+    "bytes": StoredMap("bytes", (2, 3, 2), 1 / 255, bytes(8), CODECS["bytes"].encode(np.full((2, 3, 2), 0.5))),
+    "absent": StoredMap("absent", (1, 1, 1), 1.0, bytes(8), b""),
 }
 RECORD = Record(key="a/b", source=bytes(16), maps=MAPS).to_bytes()
 
@@ -52,7 +52,7 @@ def test_any_bytes_are_a_record_or_refused(data):
 
 @given(st.sampled_from(sorted(MAPS)), any_bytes([stored.data for stored in MAPS.values()]))
 def test_any_bytes_of_a_map_under_a_true_checksum_are_decoded_or_refused(name, data):
-    stored = [*MAPS[name].to_list()[:4], data]
+    stored = [*MAPS[name][:4], data]
     outcome(lambda: decode_all(sealed(maps={name: stored})))
 
 

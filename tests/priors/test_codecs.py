@@ -38,4 +38,4 @@ def test_bytes_of_another_shape_cut_short_or_of_another_kind_are_refused(name):
     data = CODECS[name].encode(map_HWC)
     for wrong, shape in [(data, (8, 8, 2)), (b"", (6, 8, 2)), (b"no such data", (6, 8, 2)), (data[:9], (6, 8, 2))]:
         with pytest.raises(ValueError, match=r".+"):
-            StoredMap(codec=name, shape=shape, scale=1.0, fingerprint="", data=wrong).decode()
+            StoredMap(codec=name, shape=shape, scale=1.0, fingerprint=b"", data=wrong).decode()

@@ -58,7 +58,7 @@ def mark(dataset: Dataset, kind: str) -> None:
         for record in records(dataset, path.name):
             old: StoredMap = record.maps[kind]
             grey = CODECS[old.codec].encode(np.full((1, 1, 1), 0.3, np.float32))
-            stored = dataclasses.replace(old, shape=(1, 1, 1), data=grey)
+            stored = old._replace(shape=(1, 1, 1), data=grey)
             marked.append(dataclasses.replace(record, maps={**record.maps, kind: stored}))
         with path.open("wb") as file:
             tar = TarWriter(file)
