@@ -1,4 +1,4 @@
-"""What an expert says of classes: graded attributes, a row a class. A file in, a frozen table out.
+"""What an expert knows of classes: graded attributes, a row a class. A file in, a frozen table out.
 
 YAML (`.yaml`, `.yml`), every scalar taken as its text, so that a class may be called `no` or `00014`:
 
@@ -15,7 +15,7 @@ YAML (`.yaml`, `.yml`), every scalar taken as its text, so that a class may be c
 A scale takes the name of one of its grades (this first, where grades are called by numbers) or a number in [0, 1].
 
 CSV (`.csv`): the first column is called `class`, every other is an attribute; a cell is a number in [0, 1] or empty.
-Names of grades are for YAML alone: a CSV has no place that says what they are worth. A table of more than 20,000 values
+Names of grades are for YAML alone: a CSV has no place for their values. A table of more than 20,000 values
 goes into a CSV, as YAML is read within bounds.
 
 Axes: K class, A attribute.
@@ -60,7 +60,7 @@ class AttributeTable:
             named = ", ".join(f"{name!r}{nearest(name, self.classes)}" for name in missing[:MAX_SHOWN])
             more = f" and {len(missing) - MAX_SHOWN} more" if len(missing) > MAX_SHOWN else ""
             raise UserError(
-                f"data.attributes {self.path} says nothing of {len(missing)} of {len(classes)} classes that are "
+                f"data.attributes {self.path} lacks {len(missing)} of {len(classes)} classes that are "
                 f"trained on: {named}{more}; add a row for each, an empty one where nothing is known"
             )
         place = {name: position for position, name in enumerate(self.classes)}

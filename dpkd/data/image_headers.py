@@ -1,7 +1,7 @@
-"""What the head of an image file says before anything is decoded: size, kind of its numbers, and whether it is whole.
+"""The head of an image file, read before anything is decoded: size, kind of numbers, and whether the file is whole.
 
 Decoders convert in silence: they reinterpret signed numbers, keep the upper half of 16 bits, and fill what is cut off
-with grey. So the file is asked first, and refused by that reason.
+with grey. So the header is read first, and the file refused by that reason.
 """
 
 import io
@@ -21,7 +21,7 @@ UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, EOFError, LookupError
 
 
 class BrokenImage(ValueError):
-    """Image bytes that cannot be used; the message says why, the caller adds whose they are."""
+    """Image bytes that cannot be used; the message has the reason, the caller adds the file."""
 
     def __init__(self, message: str) -> None:
         super().__init__(without_secrets(message))
@@ -77,7 +77,7 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 
 def read_header(data: bytes) -> Header:
-    """What the head says; raises `BrokenImage` for a file that is cut short or of no format that is read."""
+    """Reads the head; raises `BrokenImage` for a file that is cut short or of no format that is read."""
     if not data:
         raise BrokenImage("the file is empty")
     match image_format(data):

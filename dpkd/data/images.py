@@ -34,7 +34,12 @@ def decode_image(data: bytes, *, window: Window | None = None) -> npt.NDArray[np
         return _by_pillow(data, header)
     if not header.deep:
         return np.asarray(cv2.cvtColor(_decode(data, header, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB), dtype=np.uint8)
-    stored = _stored(data, header)
+    flags = cv2.IMREAD_UNCHANGED if header.format == "tiff" else cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH
+    stored = _decode(data, header, flags)
+    if header.number == "signed" and stored.dtype.kind == "u":  # as releases of OpenCV before 5 give them
+        stored = stored.view(stored.dtype.name.removeprefix("u"))
+    if stored.dtype.kind == "f" and np.isnan(stored).any():
+        raise BrokenImage("the image holds values that are no numbers (NaN): replace them")
     if window is None:
         raise BrokenImage(
             f"the {header.format} holds {header.number} {header.bits}-bit values (here {stored.min():g} to "
@@ -123,17 +128,6 @@ def _decode(data: bytes, header: Header, flags: int) -> npt.NDArray[Any]:
         compression = f" (compression {header.compression})" if header.compression != 1 else ""
         raise BrokenImage(f"the {header.format}{kind}{compression} cannot be decoded: it is damaged, or of a rare kind")
     return image
-
-
-def _stored(data: bytes, header: Header) -> npt.NDArray[Any]:
-    """The stored numbers, HW or HWC in OpenCV's order of channels; raises `BrokenImage` where one is no number."""
-    flags = cv2.IMREAD_UNCHANGED if header.format == "tiff" else cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH
-    stored = _decode(data, header, flags)
-    if header.number == "signed" and stored.dtype.kind == "u":  # as releases of OpenCV before 5 give them
-        stored = stored.view(stored.dtype.name.removeprefix("u"))
-    if stored.dtype.kind == "f" and np.isnan(stored).any():
-        raise BrokenImage("the image holds values that are no numbers (NaN): replace them")
-    return stored
 
 
 def _by_pillow(data: bytes, header: Header) -> npt.NDArray[np.uint8]:

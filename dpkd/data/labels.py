@@ -7,10 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpkd.data.settings import AllLabels, LabelsPerClass, ListedLabels, VisibleLabels
-from dpkd.data.sources.text import match_lines, split_lines
+from dpkd.data.sources.text import match_lines, read_lines
 from dpkd.errors import UserError
-from dpkd.io import storage
-from dpkd.io.errors import NO_FILE
 
 Labels = NDArray[np.int64]
 
@@ -50,7 +48,7 @@ def visible_labels(
 def _first_of_each_class(
     label_N: Labels, count_of: Callable[[int], int], *, keys: Sequence[str], seed: int
 ) -> NDArray[np.int64]:
-    """The first samples of each class, as many as `count_of` says for its size, in an order drawn from seed and key."""
+    """The first samples of each class, `count_of(size)` of them, in an order drawn from seed and key."""
     labelled = np.flatnonzero(label_N >= 0)
     salt = (seed % 2**64).to_bytes(8, "little")
     draws = [hashlib.blake2b(keys[i].encode(), digest_size=8, key=salt).digest() for i in labelled.tolist()]
@@ -63,24 +61,17 @@ def _first_of_each_class(
 
 def _listed(label_N: Labels, path: str, *, keys: Sequence[str]) -> NDArray[np.int64]:
     """The samples that the file lists by key, one a line."""
-    try:
-        lines = split_lines(storage.read_bytes(path))
-    except (*NO_FILE, UnicodeDecodeError) as error:
-        raise UserError(
-            f"data.labels.path {path!r} cannot be read as text: {error}; name a file with a key a line"
-        ) from error
+    lines = read_lines(path, key="data.labels.path")
     found = match_lines(lines, {key: i for i, key in enumerate(keys)})
     shown = sorted({number for _, number in found.numbers})
-    _refuse(set(found.unknown), path, "are not in the split that networks are trained on (data.train)")
-    _refuse({keys[i] for i in shown if label_N[i] < 0}, path, "have no label")
+    without_label = {keys[i] for i in shown if label_N[i] < 0}
+    unknown = "are not in the split that networks are trained on (data.train)"
+    for wrong, reason in ((set(found.unknown), unknown), (without_label, "have no label")):
+        if wrong:
+            named = ", ".join(repr(key) for key in sorted(wrong)[:_NUM_NAMED])
+            raise UserError(
+                f"data.labels.path={path}: {len(wrong)} of the keys it lists {reason}, as {named}: take them out"
+            )
     if not shown:
-        raise UserError(f"data.labels.path {path!r} lists no key: list one a line, or leave data.labels at its default")
+        raise UserError(f"data.labels.path={path} lists no key: list one a line, or leave data.labels at its default")
     return np.array(shown, np.int64)
-
-
-def _refuse(wrong: set[str], path: str, what: str) -> None:
-    if wrong:
-        named = ", ".join(repr(key) for key in sorted(wrong)[:_NUM_NAMED])
-        raise UserError(
-            f"data.labels.path {path!r}: {len(wrong)} of the keys it lists {what}, as {named}: take them out"
-        )

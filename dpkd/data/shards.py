@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from dpkd.errors import UserError
 from dpkd.io import storage
@@ -43,7 +43,6 @@ MANIFEST_NAME = "dataset.json"
 EXPERT_PREFIX = "expert-"
 MASK_EXTENSION = "mask.png"
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
-_OTHER_CHECKSUM = "its checksum differs from the one in dataset.json"
 
 
 class ManifestDamaged(UserError):
@@ -86,14 +85,6 @@ class Manifest(BaseModel):
     num_quarantined: int = 0
     made_from: dict[str, str]
     """What the data set was packed from; the same values give the same bytes."""
-
-    @model_validator(mode="after")
-    def _counts_agree(self) -> "Manifest":
-        for name, split in self.splits.items():
-            in_shards = sum(shard.num_samples for shard in split.shards)
-            if split.num_samples != in_shards:
-                raise ValueError(f"the split {name!r} has {split.num_samples} samples, and {in_shards} in its shards")
-        return self
 
     def to_bytes(self) -> bytes:
         """The file's content."""
@@ -313,10 +304,20 @@ class Split:
         Raises `UserError` where it is missing.
         """
         if k not in self._fault_of:
+            info, digest, size_bytes = self.info.shards[k], hashlib.sha256(), 0
             try:
-                self._fault_of[k] = _file_fault(self._files.get(k, self._open), self.info.shards[k])
-            except ChecksumDiffers:  # of a remote shard, which is then not kept
-                self._fault_of[k] = _OTHER_CHECKSUM
+                descriptor = self._files.get(k, self._open)
+                while block := os.pread(descriptor, 1 << 20, size_bytes):
+                    digest.update(block)
+                    size_bytes += len(block)
+            except ChecksumDiffers:  # of a remote shard, of which no copy is kept
+                size_bytes = info.size_bytes
+            if digest.hexdigest() == info.sha256:
+                self._fault_of[k] = None
+            elif size_bytes < info.size_bytes:
+                self._fault_of[k] = f"it is cut short: {size_bytes:,} of {info.size_bytes:,} bytes are there"
+            else:
+                self._fault_of[k] = "its checksum differs from the one in dataset.json"
         return self._fault_of[k]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -373,19 +374,6 @@ def checksum(members: dict[str, bytes]) -> int:
     for extension in sorted(members):
         crc = zlib.crc32(members[extension], crc)
     return crc
-
-
-def _file_fault(descriptor: int, info: ShardInfo) -> str | None:
-    """What is wrong with an open shard, None where it is the one of the manifest."""
-    digest, size_bytes = hashlib.sha256(), 0
-    while block := os.pread(descriptor, 1 << 20, size_bytes):
-        digest.update(block)
-        size_bytes += len(block)
-    if digest.hexdigest() == info.sha256:
-        return None
-    if size_bytes < info.size_bytes:
-        return f"it is cut short: {size_bytes:,} of {info.size_bytes:,} bytes are there"
-    return _OTHER_CHECKSUM
 
 
 def read_span(descriptor: int, offset: int, size: int) -> bytes:

@@ -40,20 +40,22 @@ def group_by_pattern(records: Sequence[Record], pattern: str | None) -> tuple[li
         compiled = re.compile(pattern)
     except re.error as error:
         raise UserError(f"data.group_pattern={pattern!r} is not a regular expression: {error}") from error
-    if compiled.groups < 1:
-        raise UserError(
-            f"data.group_pattern={pattern!r} has no group: put the part that names the group in parentheses"
-        )
-    matches = [(record, compiled.search(record.name)) for record in records]
-    grouped = [
-        replace(record, group=match.group(1)) for record, match in matches if match and match.group(1) is not None
-    ]
-    if records and not any(match for _, match in matches):
+    if not compiled.groups:
+        raise UserError(f"data.group_pattern={pattern!r} has no group: put the part that names it in parentheses")
+    grouped: list[Record] = []
+    stray: list[tuple[str, str]] = []
+    reason = f"data.group_pattern={pattern!r} does not match the path; let it match every one"
+    for record in records:
+        match = compiled.search(record.name)
+        if match and match[1] is not None:
+            grouped.append(replace(record, group=match[1]))
+        else:
+            stray.append((record.name, reason))
+    if records and not grouped:
         raise UserError(
             f"data.group_pattern={pattern!r} matches no sample; a sample's path is, for one, {records[0].name!r}"
         )
-    reason = f"data.group_pattern={pattern!r} does not match the path; let it match every one"
-    return grouped, [(record.name, reason) for record, match in matches if not match or match.group(1) is None]
+    return grouped, stray
 
 
 def assign(
@@ -96,7 +98,7 @@ def _by_fraction(records: Sequence[Record], fractions: Mapping[str, float], *, s
     for unit, rows in members.items():
         counts = Counter(records[i].class_name or "" for i in rows)
         strata[min(counts, key=lambda name: (-counts[name], name))].append(unit)
-    split_of: list[str | None] = [None] * len(records)
+    split_of: dict[int, str] = {}
     # carried from class to class, so that rare classes reach the small splits too
     lacking = dict.fromkeys(fractions, 0.0)
     for stratum in sorted(strata):
@@ -107,9 +109,8 @@ def _by_fraction(records: Sequence[Record], fractions: Mapping[str, float], *, s
         for unit in units:
             chosen = max(lacking, key=lambda name: lacking[name])
             lacking[chosen] -= len(members[unit])
-            for i in members[unit]:
-                split_of[i] = chosen
-    return split_of
+            split_of |= dict.fromkeys(members[unit], chosen)
+    return [split_of[i] for i in range(len(records))]
 
 
 def _by_class(
@@ -133,9 +134,8 @@ def _by_class(
         raise UserError(
             f"data.splits.classes asks for {num_wanted} classes, and the source has {len(free)}: ask for fewer"
         )
-    for split, wanted in classes.items():
-        for _ in range(wanted if isinstance(wanted, int) else 0):
-            split_of[free.pop(0)] = split
+    places = [split for split, wanted in classes.items() if isinstance(wanted, int) for _ in range(wanted)]
+    split_of |= dict(zip(free, places, strict=False))
     return [split_of.get(record.class_name) for record in records]
 
 

@@ -88,7 +88,8 @@ def list_members(file: BinaryIO, *, size_bytes: int) -> Listing:
                 if plain:
                     members.append(Member(info.name, info.offset_data, info.size))
                 elif not info.isdir():
-                    refused.append((info.name, f"{_kind(info)}: store the file itself in the tar"))
+                    kind = "a link" if info.issym() or info.islnk() else "a sparse file" if info.isreg() else "a device"
+                    refused.append((info.name, f"it is {kind}, which is not read: store the file itself in the tar"))
                 end = tar.offset
             file.seek(tar.offset)  # the library takes a damaged header, and the end of the file, for the end of the tar
             mark = file.read(BLOCK)
@@ -97,14 +98,6 @@ def list_members(file: BinaryIO, *, size_bytes: int) -> Listing:
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         cause = str(error)
     return Listing(members, refused, f"the tar is cut short or damaged after byte {end} of {size_bytes}: {cause}")
-
-
-def _kind(info: tarfile.TarInfo) -> str:
-    if info.issparse():
-        return "it is stored with holes (sparse)"
-    if info.issym() or info.islnk():
-        return "it is a link, which is not followed"
-    return "it is a device or a pipe"
 
 
 class _ShortReads:

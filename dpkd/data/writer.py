@@ -38,12 +38,6 @@ class Planned:
             "attributes": self.record.attributes,
         }
 
-    def digest_part(self) -> list[Any]:
-        """All that decides the sample's bytes in the shard, as far as it is known before the image is read."""
-        experts = [[name, blob.size] for name, blob in self.record.experts]
-        mask = None if self.record.mask is None else self.record.mask.size
-        return [self.key, self.meta, self.record.image.size, mask, experts]
-
 
 @dataclass(frozen=True)
 class ShardJob:
@@ -59,7 +53,18 @@ class ShardJob:
     @property
     def plan(self) -> str:
         """Digest of what the shard is to be made from."""
-        parts: list[Any] = [FORMAT_VERSION, self.name, [sample.digest_part() for sample in self.samples]]
+        # all that decides the bytes, as far as it is known before the images are read
+        samples = [
+            [
+                sample.key,
+                sample.meta,
+                sample.record.image.size,
+                sample.record.mask and sample.record.mask.size,
+                [[name, blob.size] for name, blob in sample.record.experts],
+            ]
+            for sample in self.samples
+        ]
+        parts: list[Any] = [FORMAT_VERSION, self.name, samples]
         if self.window is not None:
             parts.append([self.window.low, self.window.high])
         return storage.digest(_json(parts))
@@ -68,25 +73,18 @@ class ShardJob:
         return f"{self.name} ({len(self.samples)} samples)"
 
 
-@dataclass(frozen=True)
-class _Row:
-    """A sample as it was written."""
-
-    planned: Planned
-    checksum: int
-    members: dict[str, Member]
-
-
 def write_shard(job: ShardJob) -> ShardIndex:
     """Writes the shard, then its index, unless both are whole already; returns the index.
 
     Raises `StorageError` where the place cannot be written.
     """
-    if (finished := finished_shard(job)) is not None:
+    if (finished := _finished(job)) is not None:
         return finished
     cv2.setNumThreads(1)
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # broken images are reported by name
-    rows: list[_Row] = []
+    samples: list[Planned] = []
+    rows: list[dict[str, Member]] = []
+    checksums: list[int] = []
     bad: list[tuple[str, str]] = []
     pixel_counts = np.zeros((3, 256), np.int64)
     with storage.open_atomic(storage.join(job.url, job.name)) as file:
@@ -98,39 +96,44 @@ def write_shard(job: ShardJob) -> ShardIndex:
             except BrokenImage as error:
                 bad.append((sample.record.name, str(error)))
                 continue
-            written = {extension: writer.add(f"{sample.key}.{extension}", data) for extension, data in members.items()}
-            rows.append(_Row(sample, checksum(members), written))
+            samples.append(sample)
+            checksums.append(checksum(members))
+            rows.append({ext: writer.add(f"{sample.key}.{ext}", data) for ext, data in members.items()})
             for channel in range(3):
                 pixel_counts[channel] += np.bincount(image_HWC[:, :, channel].ravel(), minlength=256)
         writer.finish()
+    columns = {}
+    for ext in sorted({ext for row in rows for ext in row}):
+        members_N = [row.get(ext, Member("", -1, 0)) for row in rows]
+        spans = np.array([(member.offset, member.size) for member in members_N], np.int64)
+        columns[ext] = spans[:, 0], spans[:, 1]
     index = ShardIndex(
-        keys=tuple(row.planned.key for row in rows),
-        label_N=np.array([row.planned.label for row in rows], np.int64),
-        groups=tuple(row.planned.record.group for row in rows),
-        members=_member_columns(rows),
+        keys=tuple(sample.key for sample in samples),
+        label_N=np.array([sample.label for sample in samples], np.int64),
+        groups=tuple(sample.record.group for sample in samples),
+        members=columns,
         shard=ShardInfo(name=job.name, num_samples=len(rows), size_bytes=writer.size_bytes, sha256=writer.sha256),
         plan=job.plan,
         bad=tuple(bad),
         pixel_counts=tuple(tuple(counts) for counts in pixel_counts.tolist()),
-        checksum_N=np.array([row.checksum for row in rows], np.uint32),
+        checksum_N=np.array(checksums, np.uint32),
     )
     storage.write_bytes_atomic(storage.join(job.url, index_name(job.name)), index.to_bytes())
     return index
 
 
-def finished_shard(job: ShardJob) -> ShardIndex | None:
+def _finished(job: ShardJob) -> ShardIndex | None:
     """The index of a shard that is whole and was made from the same plan; None where it must be written."""
     place = storage.join(job.url, job.name)
+    local = storage.local_path(place)
     try:
         index = ShardIndex.from_bytes(storage.read_bytes(storage.join(job.url, index_name(job.name))))
-        if index.plan != job.plan or storage.size(place) != index.shard.size_bytes:
-            return None
+        whole = storage.size(place) == index.shard.size_bytes and (
+            local is None or storage.sha256(local) == index.shard.sha256
+        )
     except (*NO_FILE, ValueError):
         return None
-    local = storage.local_path(place)
-    if local is not None and (not local.is_file() or storage.sha256(local) != index.shard.sha256):
-        return None
-    return index
+    return index if whole and index.plan == job.plan else None
 
 
 def _members(sample: Planned, window: Window | None) -> tuple[dict[str, bytes], npt.NDArray[np.uint8]]:
@@ -147,16 +150,6 @@ def _members(sample: Planned, window: Window | None) -> tuple[dict[str, bytes], 
         except BrokenImage as error:
             raise BrokenImage(f"{name}: {error}") from error
     return members, image.image_HWC
-
-
-def _member_columns(rows: list[_Row]) -> dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """Extension -> (offset of each sample's member, size of it)."""
-    columns = {}
-    for extension in sorted({extension for row in rows for extension in row.members}):
-        members = [row.members.get(extension, Member("", -1, 0)) for row in rows]
-        offset_N = np.array([member.offset for member in members], np.int64)
-        columns[extension] = offset_N, np.array([member.size for member in members], np.int64)
-    return columns
 
 
 def _json(content: Any) -> bytes:

@@ -27,7 +27,7 @@ from dpkd.data.shards import (
     index_name,
 )
 from dpkd.data.sources.records import Record, SourceContents, describe_counts, keys_of, sorted_classes
-from dpkd.data.sources.text import split_lines
+from dpkd.data.sources.text import read_lines
 from dpkd.data.splits import assign, draw, group_by_pattern
 from dpkd.data.writer import Planned, ShardJob, write_shard
 from dpkd.errors import UserError
@@ -40,8 +40,6 @@ from dpkd.settings import DataSettings
 
 STAGE = "pack"
 Rgb = tuple[float, float, float]
-NUM_NAMED = 10
-"""Classes that the log names."""
 PACKING_NAME = "packing.json"
 """Is in a folder while it is being packed, and marks unfinished shards as ours."""
 
@@ -77,20 +75,24 @@ def pack(
         raise UserError(f"data.shards={destination} is the source itself: give another folder for the packed data set")
     quarantine.begin(STAGE)
     contents = sources.find(data.source, pool=pool)
-    num_found = len(contents.records) + len(contents.bad)
     plan = plan_shards(contents, data, seed=seed, destination=destination)
-    _report(plan.bad, quarantine=quarantine, num_found=num_found)
+
+    def report(bad: Sequence[tuple[str, str]]) -> None:
+        for item, reason in bad:
+            quarantine.add(STAGE, item, reason)
+        quarantine.check(len(contents.records) + len(contents.bad))
+
+    report(plan.bad)
     _take_place(destination, plan)
-    indexes: list[ShardIndex | None] = [None] * len(plan.jobs)
+    index_of: dict[int, ShardIndex] = {}
     num_done, num_planned = 0, sum(len(job.samples) for job in plan.jobs)
     for number, index in pool.map(write_shard, plan.jobs):
-        indexes[number] = index
-        _report(index.bad, quarantine=quarantine, num_found=num_found)
+        index_of[number] = index
+        report(index.bad)
         num_done += len(plan.jobs[number].samples)
         progress(num_done, num_planned)
-    manifest = _manifest(
-        plan, [index for index in indexes if index], train=data.train, num_quarantined=quarantine.counts.get(STAGE, 0)
-    )
+    indexes = [index_of[number] for number in range(len(plan.jobs))]
+    manifest = _manifest(plan, indexes, train=data.train, num_quarantined=quarantine.counts.get(STAGE, 0))
     _publish(destination, manifest)
     _log_what_was_packed(manifest, contents, window=data.window)
     return Dataset(url=destination, manifest=manifest)
@@ -101,7 +103,7 @@ def plan_shards(contents: SourceContents, data: DataSettings, *, seed: int, dest
     assert data.source is not None
     records, stray = group_by_pattern(contents.records, data.group_pattern)
     files = data.splits.files if isinstance(data.splits, FileSplits) else {}
-    listed = {split: _lines(split, path) for split, path in files.items()}
+    listed = {split: read_lines(path, key=f"data.splits.files.{split}") for split, path in files.items()}
     assignment = assign(records, data.splits, seed=seed, train=data.train, listed=listed)
     kept = [(record, split) for record, split in zip(records, assignment.splits, strict=True) if split is not None]
     classes = (
@@ -114,26 +116,22 @@ def plan_shards(contents: SourceContents, data: DataSettings, *, seed: int, dest
     if not contents.shuffled:  # so that any few shards hold samples of all classes
         for planned in samples.values():
             planned.sort(key=lambda sample: draw(seed, sample.record.name))
-    return Plan(
-        classes=classes,
-        jobs=tuple(_jobs(samples, data, destination=destination)),
-        bad=(*contents.bad, *stray, *assignment.unknown),
-        num_left_out=len(records) - len(kept),
-        made_from=_made_from(contents.records, data, seed=seed),
-    )
-
-
-def _jobs(samples: dict[str, list[Planned]], data: DataSettings, *, destination: str) -> list[ShardJob]:
-    jobs, step = [], data.samples_per_shard
-    for split in sorted(samples):
+    jobs = []
+    for split, planned in sorted(samples.items()):
         if not re.fullmatch(r"\w[\w.-]*", split):
             raise UserError(
                 f"the split {split!r} cannot name a file: use letters, digits, '_', '-' and '.' in split names"
             )
-        for number, start in enumerate(range(0, len(samples[split]), step)):
-            part, name = tuple(samples[split][start : start + step]), f"{split}-{number:06d}.tar"
+        for number, start in enumerate(range(0, len(planned), data.samples_per_shard)):
+            part, name = tuple(planned[start : start + data.samples_per_shard]), f"{split}-{number:06d}.tar"
             jobs.append(ShardJob(url=destination, split=split, name=name, samples=part, window=data.window))
-    return jobs
+    return Plan(
+        classes=classes,
+        jobs=tuple(jobs),
+        bad=(*contents.bad, *stray, *assignment.unknown),
+        num_left_out=len(records) - len(kept),
+        made_from=_made_from(contents.records, data, seed=seed),
+    )
 
 
 def _made_from(records: Sequence[Record], data: DataSettings, *, seed: int) -> dict[str, str]:
@@ -156,23 +154,10 @@ def _made_from(records: Sequence[Record], data: DataSettings, *, seed: int) -> d
     }
 
 
-def _lines(split: str, path: str) -> list[str]:
-    try:
-        return split_lines(storage.read_bytes(path))
-    except (*NO_FILE, UnicodeDecodeError) as error:
-        raise UserError(f"data.splits.files.{split}={path} cannot be read: {error}") from error
-
-
-def _report(bad: Sequence[tuple[str, str]], *, quarantine: Quarantine, num_found: int) -> None:
-    for item, reason in bad:
-        quarantine.add(STAGE, item, reason)
-    quarantine.check(num_found)
-
-
 def _take_place(destination: str, plan: Plan) -> None:
     """Makes the destination ours, or raises `UserError` where another data set or somebody's tars are there.
 
-    A damaged manifest is written anew where the shards are those of this very plan, as their indexes say.
+    A damaged manifest is written anew where the indexes show that the shards were made by this very plan.
     """
     names = storage.list_names(destination)
     if MANIFEST_NAME in names:
@@ -189,22 +174,20 @@ def _take_place(destination: str, plan: Plan) -> None:
                 f"the data set at {destination} was packed from something else: {differences}. Choose another "
                 f"data.shards (or run.dir), or remove that folder, {MANIFEST_NAME} and all, to pack it anew"
             )
-    planned = {job.name: job.plan for job in plan.jobs}
+    plan_of = {job.name: job.plan for job in plan.jobs}
     for name in names if PACKING_NAME not in names else ():
-        if name.endswith(".tar") and (name not in planned or _plan_of(destination, name) != planned[name]):
+        if not name.endswith(".tar"):
+            continue
+        try:
+            ours = ShardIndex.from_bytes(storage.read_bytes(storage.join(destination, index_name(name)))).plan
+        except (*NO_FILE, ValueError):
+            ours = ""
+        if ours != plan_of.get(name):
             raise UserError(
                 f"{destination} holds tars that are no data set of dpkd, or one of other images, such as {name}: "
                 "choose an empty folder for data.shards"
             )
     storage.write_bytes_atomic(storage.join(destination, PACKING_NAME), json.dumps(plan.made_from, indent=1).encode())
-
-
-def _plan_of(destination: str, name: str) -> str | None:
-    """The plan in the index of a shard, None where there is no index."""
-    try:
-        return ShardIndex.from_bytes(storage.read_bytes(storage.join(destination, index_name(name)))).plan
-    except (*NO_FILE, ValueError):
-        return None
 
 
 def _manifest(plan: Plan, indexes: Sequence[ShardIndex], *, train: str, num_quarantined: int) -> Manifest:
@@ -217,9 +200,18 @@ def _manifest(plan: Plan, indexes: Sequence[ShardIndex], *, train: str, num_quar
                 f"not one sample of the split {split!r} can be used, as with {parts[0].bad[0]}; see the quarantine"
             )
     mean, std = _image_statistics(by_split.get(train, indexes))
+    splits = {}
+    for split, parts in by_split.items():
+        label_N = np.concatenate([index.label_N for index in parts])
+        splits[split] = SplitInfo(
+            num_samples=len(label_N),
+            num_unlabelled=int((label_N < 0).sum()),
+            class_counts=tuple(np.bincount(label_N[label_N >= 0], minlength=len(plan.classes)).tolist()),
+            shards=tuple(index.shard for index in parts if index.shard.num_samples),
+        )
     return Manifest(
         classes=plan.classes,
-        splits={split: _split_info(parts, num_classes=len(plan.classes)) for split, parts in by_split.items()},
+        splits=splits,
         image_mean=mean,
         image_std=std,
         num_left_out=plan.num_left_out,
@@ -228,27 +220,17 @@ def _manifest(plan: Plan, indexes: Sequence[ShardIndex], *, train: str, num_quar
     )
 
 
-def _split_info(indexes: Sequence[ShardIndex], *, num_classes: int) -> SplitInfo:
-    label_N = np.concatenate([index.label_N for index in indexes])
-    return SplitInfo(
-        num_samples=len(label_N),
-        num_unlabelled=int((label_N < 0).sum()),
-        class_counts=tuple(np.bincount(label_N[label_N >= 0], minlength=num_classes).tolist()),
-        shards=tuple(index.shard for index in indexes if index.shard.num_samples),
-    )
-
-
 def _image_statistics(indexes: Sequence[ShardIndex]) -> tuple[Rgb, Rgb]:
     """Mean and standard deviation of R, G and B in 0..1 over all pixels; whole numbers until the last division."""
     count_CV = np.array([index.pixel_counts for index in indexes], dtype=object).sum(axis=0)
     value_V = np.arange(256).astype(object)
     num_C, total_C, squares_C = (count_CV @ power_V for power_V in (value_V**0, value_V, value_V**2))
-    mean = [total / num / 255 for num, total in zip(num_C, total_C, strict=True)]
-    std = [
-        ((squares * num - total * total) / num**2) ** 0.5 / 255
-        for num, total, squares in zip(num_C, total_C, squares_C, strict=True)
-    ]
-    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+    statistics = zip(num_C, total_C, squares_C, strict=True)
+    red, green, blue = (
+        (total / num / 255, ((squares * num - total * total) / num**2) ** 0.5 / 255)
+        for num, total, squares in statistics
+    )
+    return (red[0], green[0], blue[0]), (red[1], green[1], blue[1])
 
 
 def _publish(destination: str, manifest: Manifest) -> None:
@@ -264,18 +246,18 @@ def _publish(destination: str, manifest: Manifest) -> None:
 
 
 def _log_what_was_packed(manifest: Manifest, contents: SourceContents, *, window: Window | None) -> None:
-    """Says how the source was understood, what is in each split, and what is no part of the data set."""
+    """Logs how the source was understood, what is in each split, and what is no part of the data set."""
     if contents.layout:
         logger.info(f"pack: the folders are {contents.layout}")
     if window is not None:
         logger.info(f"pack: values of more than 8 bits from {window.low:g} to {window.high:g} became 0 to 255")
-    names = ", ".join(manifest.classes[:NUM_NAMED]) + (", …" if len(manifest.classes) > NUM_NAMED else "")
-    logger.info(f"pack: {len(manifest.classes):,} classes{': ' if names else ''}{names}")
+    num_classes = len(manifest.classes)
+    names = ", ".join([*manifest.classes[:10], *(["…"] if num_classes > 10 else [])])
+    logger.info(f"pack: {num_classes:,} classes{': ' if names else ''}{names}")
     for name, split in manifest.splits.items():
-        num_classes = sum(count > 0 for count in split.class_counts)
         logger.info(
             f"pack: split {name}: {split.num_samples:,} samples, {split.num_samples - split.num_unlabelled:,} labelled "
-            f"in {num_classes:,} classes, {split.num_unlabelled:,} without a label"
+            f"in {sum(map(bool, split.class_counts)):,} classes, {split.num_unlabelled:,} without a label"
         )
     if manifest.num_left_out:
         logger.info(f"pack: {manifest.num_left_out:,} samples are in no split of data.splits")

@@ -72,7 +72,7 @@ def test_a_small_file_that_would_decode_to_a_huge_image_is_refused():
         decode_image(data)
 
 
-def test_the_format_is_told_by_content_and_others_become_png():
+def test_the_format_is_known_by_content_and_others_become_png():
     assert [image_format(image_bytes(0, image_format=name)) for name in ("JPEG", "PNG", "WEBP", "BMP")] == [
         "jpg",
         "png",

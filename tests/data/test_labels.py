@@ -83,7 +83,7 @@ def test_a_list_that_does_not_fit_names_file_and_keys(tmp_path, content, message
 
 
 def test_a_missing_list_names_the_setting_and_the_file(tmp_path):
-    with pytest.raises(UserError, match=r"data\.labels\.path .*nowhere\.txt"):
+    with pytest.raises(UserError, match=r"data\.labels\.path=.*nowhere\.txt"):
         visible_labels(np.array([0]), ListedLabels(path=str(tmp_path / "nowhere.txt")), keys=["a"], seed=0)
 
 

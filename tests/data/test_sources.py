@@ -251,7 +251,7 @@ def test_webdataset_joins_halves_of_two_samples_where_a_key_recurs_after_a_cut(t
     assert (mixed["__key__"], mixed["json"], mixed["jpg"]) == ("b", b'{"label": 1}', image_bytes(9))
 
 
-def test_a_key_that_recurs_after_a_cut_is_told_apart_and_the_lost_sample_is_named(tmp_path):
+def test_a_key_that_recurs_after_a_cut_is_another_sample_and_the_lost_sample_is_named(tmp_path):
     source = ShardSource(path=str(recurring_key(tmp_path / "tars")))
     found = find(source)
     assert {record.name: record.class_name for record in found.records} == {"a.jpg": "0", "b.jpg": "9"}

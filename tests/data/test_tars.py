@@ -48,7 +48,7 @@ def test_a_tar_cut_anywhere_gives_whole_members_and_says_that_it_was_cut(positio
     assert all(member.offset + member.size <= len(cut) for member in listing.members)
 
 
-def test_a_damaged_header_in_the_middle_is_told():
+def test_a_damaged_header_in_the_middle_is_a_fault():
     data, members = written(CONTENT)
     damaged = bytearray(data)
     damaged[members[0].offset + 1024 : members[0].offset + 1100] = b"\xff" * 76

@@ -51,7 +51,7 @@ def listing(data: bytes):
 
 
 @given(any_bytes(TARS))
-def test_any_bytes_are_listed_and_every_member_stands_inside(data):
+def test_any_bytes_are_listed_and_every_member_is_inside(data):
     found = listing(data)
     assert all(each.offset >= BLOCK and each.size >= 0 for each in found.members)
     assert all(each.offset + each.size <= len(data) for each in found.members)
@@ -252,7 +252,7 @@ def test_a_blob_that_is_a_device_is_refused():
         Blob("/dev/zero").read()
 
 
-def test_unbalanced_braces_are_told():
+def test_unbalanced_braces_are_refused():
     with pytest.raises(UserError, match="brace"):
         sources.find(ShardSource(path="x-{0..3.tar"), pool=SerialPool())
 

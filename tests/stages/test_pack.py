@@ -122,7 +122,7 @@ def test_packing_again_changes_nothing_and_mends_a_damaged_shard(images, tmp_pat
     assert files_of(place) == expected
 
 
-def test_settings_that_contradict_what_stands_are_refused_with_the_difference(images, tmp_path):
+def test_settings_that_contradict_the_packed_set_are_refused_with_the_difference(images, tmp_path):
     pack_at(images, tmp_path / "set")
     before = files_of(tmp_path / "set")
     with pytest.raises(UserError, match=r"from something else: data.samples_per_shard was 4 and is 5\. Choose another"):
@@ -192,7 +192,7 @@ def test_a_split_of_which_nothing_can_be_used_is_refused(images, tmp_path):
         pack_at(images, tmp_path / "set", limit=1)
 
 
-def test_a_full_disk_is_told_and_the_next_run_continues(images, tmp_path):
+def test_a_full_disk_is_reported_and_the_next_run_continues(images, tmp_path):
     place = tmp_path / "set"
     pack_at(images, tmp_path / "expected")
     limit = max(path.stat().st_size for path in (tmp_path / "expected").glob("*.tar")) - 1
@@ -208,13 +208,13 @@ def test_a_full_disk_is_told_and_the_next_run_continues(images, tmp_path):
     assert files_of(place) == files_of(tmp_path / "expected")
 
 
-def test_a_worker_process_tells_of_a_full_disk_too(images, tmp_path):
+def test_a_worker_process_reports_a_full_disk_too(images, tmp_path):
     with no_file_above(1000), pytest.raises(StorageError, match=r"cannot write .*\.tar: File too large"):
         pack_at(images, tmp_path / "set", pool=LocalPool(1))
     assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["packing.json"]
 
 
-def test_no_write_permission_is_told_before_any_work():
+def test_no_write_permission_is_reported_before_any_work():
     with tempfile.TemporaryDirectory() as name:  # pytest's own folder is closed to the other user that we become
         place = Path(name) / "set"
         place.mkdir()
@@ -270,9 +270,8 @@ def test_groups_by_pattern_are_never_cut_and_samples_without_one_are_reported(tm
 
 def test_splits_by_class_and_by_file(tmp_path):
     make_folder(tmp_path / "images", counts={"cat": 3, "dog": 3, "owl": 3})
-    manifest = pack_at(
-        tmp_path / "images", tmp_path / "a", splits=ClassSplits(classes={"base": ("cat",), "novel": 1})
-    ).manifest
+    classes = ClassSplits(classes={"base": ("cat",), "novel": 1})
+    manifest = pack_at(tmp_path / "images", tmp_path / "a", splits=classes, train="base").manifest
     assert {name: split.num_samples for name, split in manifest.splits.items()} == {"base": 3, "novel": 3}
     assert manifest.num_left_out == 3
     assert len(manifest.classes) == 2
@@ -332,7 +331,7 @@ def test_split_names_that_cannot_name_a_file_are_refused(tmp_path):
         pack_at(TableSource(path=str(tmp_path / "t.csv"), split_column="part"), tmp_path / "set")
 
 
-def test_a_damaged_manifest_is_written_anew_from_shards_that_stand(images, tmp_path, capsys):
+def test_a_damaged_manifest_is_written_anew_from_whole_shards(images, tmp_path, capsys):
     pack_at(images, tmp_path / "set", samples_per_shard=2)
     before = files_of(tmp_path / "set")
     place = tmp_path / "set" / "dataset.json"
@@ -353,7 +352,7 @@ def test_shards_of_other_images_are_not_touched_where_their_manifest_is_damaged(
     assert files_of(tmp_path / "set") == before
 
 
-def test_the_log_says_how_the_source_was_understood_and_what_was_passed_over(tmp_path, capsys):
+def test_the_log_has_how_the_source_was_understood_and_what_was_passed_over(tmp_path, capsys):
     images = make_folder(tmp_path / "images", counts={"train/cat": 3, "train/dog": 2, "train/nan": 1, "test/cat": 1})
     for name in ("a.gif", "b.gif", "c.heic", "notes"):
         (images / "train" / "cat" / name).write_bytes(b"x")
@@ -372,7 +371,7 @@ def test_the_log_says_how_the_source_was_understood_and_what_was_passed_over(tmp
     ]
 
 
-def test_the_log_says_which_members_of_tars_were_passed_over(tmp_path, capsys):
+def test_the_log_names_which_members_of_tars_were_passed_over(tmp_path, capsys):
     sample = {"jpg": image_bytes(0), "cls": b"3", "txt": b"a caption", "npy": b"x"}
     make_tar(tmp_path / "tars" / "train-0.tar", {"a": sample, "b": sample, "__MACOSX/c": sample, "._a": {"jpg": b"x"}})
     pack_at(ShardSource(path=str(tmp_path / "tars")), tmp_path / "set")

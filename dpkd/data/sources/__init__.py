@@ -5,7 +5,7 @@ from dataclasses import replace
 from dpkd.data.settings import FolderSource, ShardSource, TableSource
 from dpkd.data.sources.archives import find_in_archives
 from dpkd.data.sources.folders import find_in_folders
-from dpkd.data.sources.records import Record, SourceContents, readable_name
+from dpkd.data.sources.records import SourceContents
 from dpkd.data.sources.tables import find_in_table
 from dpkd.launch.pool import Pool
 
@@ -22,24 +22,15 @@ def find(source: FolderSource | TableSource | ShardSource, *, pool: Pool) -> Sou
             contents = find_in_table(source)
         case ShardSource():
             contents = find_in_archives(source, pool=pool)
-    bad = [record for record in contents.records if not _can_be_written(record)]
-    if not bad and all(item.isprintable() for item, _ in contents.bad):
-        return contents
-    reason = "its name is not UTF-8: rename it, as by `convmv -r -f latin1 -t utf8 --notest FOLDER`"
-    return replace(
-        contents,
-        records=tuple(record for record in contents.records if _can_be_written(record)),
-        bad=(
-            *((readable_name(item), words) for item, words in contents.bad),
-            *((readable_name(record.name), reason) for record in bad),
-        ),
-    )
-
-
-def _can_be_written(record: Record) -> bool:
-    texts = (record.name, record.class_name, record.split, record.group, *(name for name, _ in record.experts))
-    try:
-        "".join(text for text in texts if text is not None).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    records, bad = [], list(contents.bad)
+    for record in contents.records:
+        names = (record.name, record.class_name, record.split, record.group, *(name for name, _ in record.experts))
+        try:
+            "".join(name for name in names if name is not None).encode()
+            records.append(record)
+        except UnicodeEncodeError:
+            reason = "its name is not UTF-8: rename it, as by `convmv -r -f latin1 -t utf8 --notest FOLDER`"
+            bad.append((record.name, reason))
+    # with `\xe9` for each byte that is not UTF-8
+    shown = [(item.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"), why) for item, why in bad]
+    return replace(contents, records=tuple(records), bad=tuple(shown))

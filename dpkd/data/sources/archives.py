@@ -5,17 +5,17 @@ and the tar are reported instead, because members may be missing. A data set pac
 order.
 
     <key>.jpg|png|…     the image        <key>.json    {"label": 3, "class_name", "group", "attributes"}, all optional
-    <key>.mask.png      its mask         <key>.cls     the label as text, where the json says none
+    <key>.mask.png      its mask         <key>.cls     the label as text, where the json has none
     <key>.expert-<name>.png              other members stay out, and are counted
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from braceexpand import braceexpand
 
@@ -32,16 +32,15 @@ from dpkd.io.errors import NO_FILE, read_errors
 from dpkd.io.untrusted import parse_json
 from dpkd.launch.pool import Pool
 
+COMPRESSED = (".tar.gz", ".tgz", ".tar.zst")
 MAX_TEXT_BYTES = 1 << 20
 """Longer members that should hold a label are not read."""
 
 
-@dataclass(frozen=True)
-class _Tar:
-    """A source tar: where it is, and its path below the source."""
-
+class _Tar(NamedTuple):
     url: str
     name: str
+    """Its path below the source."""
 
 
 def find_in_archives(source: ShardSource, *, pool: Pool) -> SourceContents:
@@ -82,14 +81,13 @@ def _tars(path: str) -> tuple[list[_Tar], tuple[str, ...] | None]:
             url for pattern in patterns for url in (storage.glob(pattern) if set("*?[") & set(pattern) else [pattern])
         ]
         tars = [_Tar(url, PurePosixPath(url).name) for url in urls]
-    elif path.endswith((".tar", ".tar.gz", ".tgz", ".tar.zst")):
+    elif path.endswith((".tar", *COMPRESSED)):
         tars = [_Tar(path, PurePosixPath(path).name)]
     else:
         tars = [_Tar(storage.join(path, name), name) for name, _ in storage.walk(path)] if storage.exists(path) else []
-    packed = [tar.name for tar in tars if tar.name.endswith((".tar.gz", ".tgz", ".tar.zst"))]
-    tars = [tar for tar in tars if tar.name.endswith(".tar")]
-    if packed:
+    if packed := [tar.name for tar in tars if tar.name.endswith(COMPRESSED)]:
         raise UserError(f"data.source.path={path} holds compressed tars, such as {packed[0]}: uncompress them first")
+    tars = [tar for tar in tars if tar.name.endswith(".tar")]
     if not tars:
         raise UserError(
             f"data.source.path={path} holds no .tar: give a folder of WebDataset tars, or a pattern with braces"
@@ -154,11 +152,19 @@ def _record(tar: _Tar, key: str, members: list[tuple[str, Member]], *, classes: 
     if len(images) != 1 or len(blob_of) < len(members):
         listed = ", ".join(extension for extension, _ in members)
         raise ValueError(f"one image and no member twice are needed, and the members are: {listed}")
-    meta = _meta(blob_of)
+    text_of = {}
+    for extension in [name for name in ("json", "cls") if name in blob_of]:
+        size = blob_of[extension].size
+        if size > MAX_TEXT_BYTES:
+            raise ValueError(f"its {extension} member has {size:,} bytes, more than {MAX_TEXT_BYTES:,}")
+        text_of[extension] = blob_of[extension].read()
+    meta: Any = parse_json(text_of["json"]) if "json" in text_of else {}
+    if not isinstance(meta, dict) or not isinstance(meta.get("attributes") or {}, dict):
+        raise ValueError("the json member, or its attributes, is not an object")  # noqa: TRY004 (a fault of the data)
     return Record(
         name=f"{key}.{images[0]}",
         image=blob_of[images[0]],
-        class_name=_class(meta, classes=classes),
+        class_name=_class(meta, text_of.get("cls"), classes=classes),
         split=_split(tar.name),
         group=cell_name(meta.get("group")),
         mask=blob_of.get("mask.png"),
@@ -171,40 +177,25 @@ def _record(tar: _Tar, key: str, members: list[tuple[str, Member]], *, classes: 
     )
 
 
-def _meta(blob_of: dict[str, Blob]) -> dict[str, Any]:
-    """The json member, with the label of the cls member where it has none; raises `ValueError` where they differ."""
-    meta: Any = parse_json(_text(blob_of["json"])) if "json" in blob_of else {}
-    if not isinstance(meta, dict) or not isinstance(meta.get("attributes") or {}, dict):
-        raise ValueError("the json member, or its attributes, is not an object")  # noqa: TRY004 (a fault of the data)
-    if "cls" in blob_of:
-        label = class_of_label(decode_text(_text(blob_of["cls"])))
-        in_json = class_of_label(meta.get("label"))
-        if in_json is not None and label is not None and label not in (in_json, cell_name(meta.get("class_name"))):
-            raise ValueError(f"the json member has the label {in_json!r}, and the cls member {label!r}")
-        if in_json is None and cell_name(meta.get("class_name")) is None:
-            return {**meta, "label": label}
-    return meta
-
-
-def _text(blob: Blob) -> bytes:
-    if blob.size > MAX_TEXT_BYTES:
-        raise ValueError(f"its json or cls member has {blob.size:,} bytes, more than {MAX_TEXT_BYTES:,}")
-    return blob.read()
-
-
-def _class(meta: dict[str, Any], *, classes: tuple[str, ...] | None) -> str | None:
-    """The class by name or number; raises `ValueError` where the number is out of range or contradicts the name."""
-    label, name = meta.get("label"), meta.get("class_name")
+def _class(meta: dict[str, Any], cls: bytes | None, *, classes: tuple[str, ...] | None) -> str | None:
+    """The class by name or number; raises `ValueError` where it is out of range, or two members contradict."""
+    name, label = meta.get("class_name"), class_of_label(meta.get("label"))
     if name is not None and not isinstance(name, str):
         raise ValueError("the class name is no text")
-    name, by_label = cell_name(name), class_of_label(label)
-    if classes is None or by_label is None:
-        return name if name is not None else by_label
-    if not by_label.isdecimal() or int(by_label) >= len(classes):
+    name = cell_name(name)
+    if cls is not None:
+        in_cls = class_of_label(decode_text(cls))
+        if label is not None and in_cls is not None and in_cls not in (label, name):
+            raise ValueError(f"the json member has the label {label!r}, and the cls member {in_cls!r}")
+        if label is None and name is None:
+            label = in_cls
+    if classes is None or label is None:
+        return label if name is None else name
+    if not label.isdecimal() or int(label) >= len(classes):
         raise ValueError(f"label {label} is out of range: the data set has {len(classes)} classes, numbered from 0")
-    if name is not None and classes[int(by_label)] != name:
-        raise ValueError(f"label {label} means class {classes[int(by_label)]!r}, and the class name is {name!r}")
-    return classes[int(by_label)]
+    if name not in (None, classes[int(label)]):
+        raise ValueError(f"label {label} means class {classes[int(label)]!r}, and the class name is {name!r}")
+    return classes[int(label)]
 
 
 def _split(tar_name: str) -> str | None:

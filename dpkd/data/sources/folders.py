@@ -7,7 +7,7 @@ so do the folders that systems make for themselves (`@eaDir`, `__MACOSX`, hidden
 """
 
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 
 from dpkd.data.settings import FolderSource
 from dpkd.data.shards import EXPERT_PREFIX
@@ -26,67 +26,53 @@ def find_in_folders(source: FolderSource) -> SourceContents:
     """All images below the folder; raises `UserError` where there are none or their depths differ."""
     if not storage.exists(source.path):
         raise UserError(f"data.source.path={source.path} does not exist: give the folder that holds the images")
-    size_of, passed_over = _image_files(source.path)
-    stems = {name.rpartition(".")[0] for name in size_of if not _note(name)}
-    notes: dict[str, dict[str, str]] = defaultdict(dict)
-    bad = []
-    for name in filter(_note, size_of):
-        owner, _, word = name.rpartition(".")[0].rpartition(".")
-        if owner in stems:
-            notes[owner][word] = name
-        else:
-            bad.append((name, f"a {word} file without its image {owner}.*"))
-    images = [name for name in size_of if not _note(name)]
-    if not images:
-        raise UserError(f"data.source.path={source.path} holds masks and no image: give another folder")
-    places, layout = _places(images, path=source.path)
-
-    def blob(name: str) -> Blob:
-        return Blob(storage.join(source.path, name), size=size_of[name])
-
-    def record(name: str) -> Record:
-        split, class_name = places[name]
-        words = notes.get(name.rpartition(".")[0], {})
-        return Record(
-            name=name,
-            image=blob(name),
-            class_name=class_name,
-            split=split,
-            mask=blob(words["mask"]) if "mask" in words else None,
-            experts=tuple(
-                (word.removeprefix(EXPERT_PREFIX), blob(words[word]))
-                for word in sorted(words)
-                if word.startswith(EXPERT_PREFIX)
-            ),
-        )
-
-    return SourceContents(
-        records=tuple(record(name) for name in images), bad=tuple(bad), layout=layout, passed_over=passed_over
-    )
-
-
-def _image_files(path: str) -> tuple[dict[str, int], Counter[str]]:
-    """Bytes of each image file by its name, and how many other files there are of which kind."""
-    size_of: dict[str, int] = {}
+    blobs: dict[str, Blob] = {}
     passed_over: Counter[str] = Counter()
-    for name, size in storage.walk(path):
+    for name, size in storage.walk(source.path):
         if folder := system_folder(name):
             passed_over[f"in {folder}"] += 1
         elif is_image(name):
-            size_of[name] = size
+            blobs[name] = Blob(storage.join(source.path, name), size=size)
         else:
             passed_over[suffix_of(name)] += 1
-    if not size_of:
+    maps_of: dict[str, dict[str, Blob]] = {name.rpartition(".")[0]: {} for name in blobs if not _map_kind(name)}
+    bad = []
+    for name, blob in blobs.items():
+        if kind := _map_kind(name):
+            owner = name.removesuffix(f".{kind}.png")
+            if owner in maps_of:
+                maps_of[owner][kind] = blob
+            else:
+                bad.append((name, f"a {kind} file without its image {owner}.*"))
+    images = [name for name in blobs if not _map_kind(name)]
+    if not images:
         others = f", but {describe_counts(passed_over)}" if passed_over else ""
         raise UserError(
-            f"data.source.path={path} holds no image (.jpg, .png, .webp, .bmp, .tif){others}: give another folder"
+            f"data.source.path={source.path} holds {'masks and ' if blobs else ''}no image (.jpg, .png, .webp, .bmp, "
+            f".tif){others}: give another folder"
         )
-    return size_of, passed_over
+    places, layout = _places(images, path=source.path)
+    records = []
+    for name in images:
+        maps, (split, class_name) = maps_of[name.rpartition(".")[0]], places[name]
+        experts = [(kind, blob) for kind, blob in sorted(maps.items()) if kind.startswith(EXPERT_PREFIX)]
+        records.append(
+            Record(
+                name=name,
+                image=blobs[name],
+                class_name=class_name,
+                split=split,
+                mask=maps.get("mask"),
+                experts=tuple((kind.removeprefix(EXPERT_PREFIX), blob) for kind, blob in experts),
+            )
+        )
+    return SourceContents(records=tuple(records), bad=tuple(bad), layout=layout, passed_over=passed_over)
 
 
-def _note(name: str) -> bool:
-    """True for files that say something of the image beside them and are no sample."""
-    return re.search(rf"[^/]\.(mask|instances|{EXPERT_PREFIX}[^./]+)\.png$", name) is not None
+def _map_kind(name: str) -> str | None:
+    """`mask`, `instances` or `expert-<name>` of a file that belongs to the image beside it, None for an image."""
+    match = re.search(rf"[^/]\.(mask|instances|{EXPERT_PREFIX}[^./]+)\.png$", name)
+    return match and match[1]
 
 
 def _places(images: list[str], *, path: str) -> tuple[dict[str, tuple[str | None, str | None]], str]:

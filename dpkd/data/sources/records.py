@@ -11,12 +11,12 @@ from typing import Any
 
 from dpkd.data.image_headers import BrokenImage
 from dpkd.data.sources.text import key_of
-from dpkd.errors import StorageError, StorageUnavailable, UserError
 from dpkd.io import storage
-from dpkd.io.errors import may_pass
+from dpkd.io.errors import NO_FILE, read_errors
 
 MAX_FILE_BYTES = 1 << 31
 """Larger image files are not read: no image that is small enough to be decoded takes that much."""
+_BAD_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +34,13 @@ class Blob:
             raise BrokenImage(f"it has {self.size:,} bytes, more than {MAX_FILE_BYTES:,}")
         try:
             data = storage.read_range(self.url, self.offset, self.size if self.offset else -1)
-        except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-            raise BrokenImage(f"the file cannot be read: {error.strerror or error}") from error
-        except StorageError:
-            raise
-        except OSError as error:
-            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL):
-                raise BrokenImage(f"the file cannot be read: {error.strerror}") from error
-            kind = StorageUnavailable if may_pass(error) else StorageError
-            raise kind(f"cannot read {self.url}: {error}; see to the storage, then run the command again") from error
-        except ImportError as error:
-            raise UserError(f"cannot read {self.url}: {error}") from error
-        except ValueError as error:  # a name that no file can have, or an unknown kind of URL
+        except ValueError as error:  # a name that no file can have
             raise BrokenImage(f"the file cannot be read: {error}") from error
+        except OSError as error:
+            if isinstance(error, (*NO_FILE, PermissionError)) or error.errno in _BAD_NAMES:
+                raise BrokenImage(f"the file cannot be read: {error.strerror or error}") from error
+            with read_errors(self.url):
+                raise
         if self.size >= 0 and len(data) != self.size:
             raise BrokenImage(f"{len(data)} of {self.size} bytes are there")
         return data
@@ -114,11 +108,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)`, or nothing where no known name is near."""
     matches = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
-
-
-def readable_name(name: str) -> str:
-    r"""The name with `\xe9` for each byte that is not UTF-8."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def suffix_of(name: str) -> str:

@@ -4,10 +4,10 @@ import csv
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dpkd.data.settings import TableSource
@@ -24,87 +24,77 @@ MAX_EXPANSION = 100
 MIN_TABLE_BYTES = 1 << 26
 """A Parquet file may unpack to so many times its size, or these bytes; one of a few kilobytes could to a terabyte."""
 ROWS_AT_ONCE = 256
+_ERROR = "\0error"
+"""Column of rows that could not be parsed."""
 
 
 def find_in_table(source: TableSource) -> SourceContents:
     """All rows of the table; raises `UserError` where it cannot be read or lacks a column that the settings name."""
-    rows = _read(source.path)
+    place = source.path.partition("?")[0] if "://" in source.path else source.path
+    rows = _read(source.path, suffix=place.rpartition(".")[2].lower())
     _require_columns(source, rows)
-    place = _without_query(source.path)
     folder = place.rpartition("/")[0] if "/" in place else "."
     records: dict[str, Record] = {}
     bad: list[tuple[str, str]] = []
     for number, row in enumerate(rows, start=1):
-        path = row.get(source.path_column)
-        item = f"{source.path} row {number}" + (f" ({path.strip()})" if isinstance(path, str) and path.strip() else "")
         try:
             record = _record(row, source=source, folder=folder)
             earlier = records.get(record.name)
-            if earlier is not None and earlier.image.url != record.image.url:  # what tells them apart is masked
+            if earlier is not None and earlier.image.url != record.image.url:  # the difference is masked in the name
                 record = replace(record, name=f"{record.name}~{storage.digest(record.image.url.encode())[:8]}")
             if record.name in records:
                 raise ValueError("an earlier row has the same path")
             records[record.name] = record
         except ValueError as error:
-            bad.append((item, str(error)))
+            path = row.get(source.path_column)
+            named = f" ({path.strip()})" if isinstance(path, str) and path.strip() else ""
+            bad.append((f"{source.path} row {number}{named}", str(error)))
     return SourceContents(records=tuple(records[name] for name in sorted(records)), bad=tuple(bad))
 
 
 def _record(row: Row, *, source: TableSource, folder: str) -> Record:
+    """The sample of a row; raises `ValueError` with the reason why it cannot be used."""
+
+    def cell(column: str | None) -> Any:
+        return row.get(column) if column else None
+
     if error := row.get(_ERROR):
         raise ValueError(str(error))
-    name = cell_text(row.get(source.path_column))
-    if name is None:
+    path, mask, split = cell_text(cell(source.path_column)), cell_text(cell(source.mask_column)), None
+    if path is None:
         raise ValueError(f"column {source.path_column!r} is empty")
-    name = _as_here(folder, name)
-    mask = cell_text(row.get(source.mask_column)) if source.mask_column else None
-    split = cell_name(row.get(source.split_column)) if source.split_column else None
-    if source.split_column and split is None:
-        raise ValueError(f"column {source.split_column!r} is empty")
+    if source.split_column:
+        split = cell_name(cell(source.split_column))
+        if split is None:
+            raise ValueError(f"column {source.split_column!r} is empty")
+    name, image = _file(folder, path)
     return Record(
         name=without_secrets(name),
-        image=_blob(folder, name),
-        class_name=class_of_label(row.get(source.label_column)) if source.label_column else None,
+        image=image,
+        class_name=class_of_label(cell(source.label_column)),
         split=split,
-        group=cell_name(row.get(source.group_column)) if source.group_column else None,
-        mask=_blob(folder, _as_here(folder, mask)) if mask else None,
+        group=cell_name(cell(source.group_column)),
+        mask=_file(folder, mask)[1] if mask else None,
         attributes={column: cell_value(row.get(column)) for column in source.attribute_columns},
     )
 
 
-def _url(folder: str, name: str) -> str:
-    return name if "://" in name or name.startswith("/") else storage.join(folder, name)
-
-
-def _as_here(folder: str, name: str) -> str:
-    """The path with slashes where a table made on Windows has backslashes, and no such file is here."""
-    path = storage.local_path(_url(folder, name))
-    return name.replace("\\", "/") if path is not None and "\\" in name and not storage.is_file(path) else name
-
-
-def _blob(folder: str, name: str) -> Blob:
-    url = _url(folder, name)
+def _file(folder: str, name: str) -> tuple[str, Blob]:
+    """The name and the file; backslashes of a table from Windows are slashes where no file has them in its name."""
+    url = name if "://" in name or name.startswith("/") else storage.join(folder, name)
     path = storage.local_path(url)
-    return Blob(url, size=path.stat().st_size if path is not None and storage.is_file(path) else -1)
-
-
-def _without_query(url: str) -> str:
-    return url.partition("?")[0] if "://" in url else url
+    if path is None or storage.is_file(path):
+        return name, Blob(url, size=-1 if path is None else path.stat().st_size)
+    return _file(folder, name.replace("\\", "/")) if "\\" in name else (name, Blob(url))
 
 
 def _require_columns(source: TableSource, rows: list[Row]) -> None:
-    wanted = {
-        "path_column": source.path_column,
-        "label_column": source.label_column,
-        "split_column": source.split_column,
-        "group_column": source.group_column,
-        "mask_column": source.mask_column,
-        **{f"attribute_columns[{i}]": column for i, column in enumerate(source.attribute_columns)},
-    }
     if not rows:
         raise UserError(f"data.source.path={source.path} has no rows: give a table with one row a sample")
     columns = {column for row in rows for column in row if column != _ERROR}
-    for key, column in wanted.items():
+    wanted = [(key, column) for key, column in source.model_dump().items() if key.endswith("_column")]
+    wanted += [(f"attribute_columns[{i}]", column) for i, column in enumerate(source.attribute_columns)]
+    for key, column in wanted:
         if column is not None and column not in columns:
             raise UserError(
                 f"data.source.{key}={column!r} is no column of {source.path}{nearest(column, columns)}; "
@@ -117,12 +107,7 @@ def _require_columns(source: TableSource, rows: list[Row]) -> None:
         )
 
 
-_ERROR = "\0error"
-"""Column of rows that could not be parsed."""
-
-
-def _read(path: str) -> list[Row]:
-    suffix = _without_query(path).rpartition(".")[2].lower()
+def _read(path: str, *, suffix: str) -> list[Row]:
     if suffix not in _READERS:
         raise UserError(
             f"data.source.path={path} is none of {', '.join('.' + s for s in _READERS)}: give one of these tables"
@@ -137,19 +122,12 @@ def _read(path: str) -> list[Row]:
         raise UserError(f"data.source.path={path} cannot be read as .{suffix}: {error}") from error
 
 
-def _read_csv(data: bytes, delimiter: str = ",") -> Iterator[Row]:
-    for row in csv.DictReader(io.StringIO(decode_text(data), newline=""), delimiter=delimiter, strict=True):
-        if None in row or None in row.values():
-            yield {
-                **{column: value for column, value in row.items() if column is not None},
-                _ERROR: "cells and columns differ in number",
-            }
-        else:
-            yield dict(row)
-
-
-def _read_tsv(data: bytes) -> Iterator[Row]:
-    return _read_csv(data, delimiter="\t")
+def _read_csv(data: bytes, *, delimiter: str) -> Iterator[Row]:
+    text = io.StringIO(decode_text(data), newline="")
+    for row in csv.DictReader(text, restkey=_ERROR, delimiter=delimiter, strict=True):
+        if _ERROR in row or None in row.values():
+            row[_ERROR] = "cells and columns differ in number"
+        yield row
 
 
 def _read_jsonl(data: bytes) -> Iterator[Row]:
@@ -165,7 +143,8 @@ def _read_jsonl(data: bytes) -> Iterator[Row]:
 def _read_parquet(data: bytes) -> Iterator[Row]:
     left_bytes = max(MIN_TABLE_BYTES, MAX_EXPANSION * len(data))
     for batch in pq.ParquetFile(pa.BufferReader(data)).iter_batches(batch_size=ROWS_AT_ONCE):
-        left_bytes -= sum(map(_unpacked_bytes, batch.columns))
+        for column in batch.columns:
+            left_bytes -= (column.dictionary_decode() if pa.types.is_dictionary(column.type) else column).nbytes
         if left_bytes < 0:
             raise UserError(
                 f"the table of {len(data):,} bytes holds more than {MAX_EXPANSION} times that: it repeats few values "
@@ -174,21 +153,9 @@ def _read_parquet(data: bytes) -> Iterator[Row]:
         yield from batch.to_pylist()
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return kind in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
-
-
-def _unpacked_bytes(column: pa.Array) -> int:
-    """Bytes of a column's values, each counted as often as it occurs."""
-    if not pa.types.is_dictionary(column.type) or not _is_text(column.type.value_type):
-        return int(column.nbytes)
-    length_N = pc.binary_length(column.dictionary).take(column.indices)
-    return int(column.nbytes + (pc.sum(length_N.cast(pa.int64())).as_py() or 0))
-
-
 _READERS: dict[str, Callable[[bytes], Iterator[Row]]] = {
-    "csv": _read_csv,
-    "tsv": _read_tsv,
+    "csv": partial(_read_csv, delimiter=","),
+    "tsv": partial(_read_csv, delimiter="\t"),
     "jsonl": _read_jsonl,
     "parquet": _read_parquet,
 }

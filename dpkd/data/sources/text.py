@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from dpkd.errors import UserError
+from dpkd.io import storage
+from dpkd.io.errors import NO_FILE
+
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
@@ -32,6 +36,16 @@ def decode_text(data: bytes) -> str:
 def split_lines(data: bytes) -> list[str]:
     r"""The lines that hold anything, without white space around them; a line ends at \n or \r\n and at nothing else."""
     return [line.strip() for line in decode_text(data).split("\n") if line.strip()]
+
+
+def read_lines(path: str, *, key: str) -> list[str]:
+    """The lines of a text file, as `split_lines` gives them; raises `UserError` that names the key of the settings."""
+    try:
+        return split_lines(storage.read_bytes(path))
+    except (*NO_FILE, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{key}={path} cannot be read as text: {error}; name a file with a line for each sample"
+        ) from error
 
 
 def cell_value(cell: Any) -> Any:
