@@ -30,6 +30,7 @@ from dpkd.run.attempt import Attempt, attempt_at, supervision
 from dpkd.run.folder import RunFolder
 from dpkd.run.provenance import write_provenance
 from dpkd.settings import Settings, load_settings
+from dpkd.stages.attributes import log_unused_rows, refuse_unknown_classes
 from dpkd.stages.pack import pack
 from dpkd.stages.plan import (
     POOL_STAGES,
@@ -42,7 +43,6 @@ from dpkd.stages.plan import (
     stages_of,
 )
 from dpkd.stages.prepare import prepare
-from dpkd.stages.statements import log_unused_rows, refuse_unknown_classes
 
 EXIT_USER, EXIT_STOPPED = 2, 75
 

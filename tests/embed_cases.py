@@ -1,5 +1,6 @@
 """Embeds some samples of a split in every rank, and keeps what each rank found and how often it asked the network."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any, ClassVar
@@ -7,21 +8,21 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from dpkd.data.settings import LoaderSettings
-from dpkd.data.shards import Dataset
 from dpkd.engine.frozen import Frozen
-from dpkd.engine.world import World, join
+from dpkd.engine.world import join
 from dpkd.models.saved import load_network
-from dpkd.priors.store import PriorSet
+from dpkd.settings import parse_settings
 from dpkd.stages.embed import embed_networks
+from dpkd.stages.run import Run
+from dpkd.stages.worker import open_run
 
 
 def main() -> None:
-    run, results = Path(sys.argv[1]), Path(sys.argv[2])
+    settings, results = parse_settings(json.loads(Path(sys.argv[1]).read_text()), origin="test"), Path(sys.argv[2])
     torch.set_num_threads(1)
     world = join()
     for count in map(int, sys.argv[3:]):
-        np.savez(results / f"{count}-{world.rank}.npz", **embed(run, world, count=count))
+        np.savez(results / f"{count}-{world.rank}.npz", **embed(open_run(settings, world), count=count))
     world.leave()
 
 
@@ -35,26 +36,16 @@ class Counting(Frozen):
         return super().predict(*inputs)
 
 
-def embed(run: Path, world: World, *, count: int) -> dict[str, Any]:
+def embed(run: Run, *, count: int) -> dict[str, Any]:
     """Embeds the first samples of the split novel, backwards."""
-    network = load_network(run / "students" / "vit")[1]
-    dataset = Dataset.open(str(run / "shards"))
+    network = load_network(run.folder.students / "vit")[1]
     before = Counting.calls
-    counting = Counting(network.spec, network)
-    split = dataset.split("novel")
+    split = run.dataset.split("novel")
     indices = np.arange(count)[::-1].copy()
-    embedded = embed_networks(
-        {"vit": counting},
-        split,
-        maps=PriorSet.open(dataset.url, "default").split("novel"),
-        map_size=8,
-        world=world,
-        loader=LoaderSettings(workers=0),
-        batch_size=4,
-        indices=indices,
-    )
+    networks = {"vit": Counting(network.spec, network)}
+    embedded = embed_networks(run, networks, split, indices=indices, batch_size=4)
     return {
-        "embedding": embedded["vit"].embedding_ND,
+        "embedding": embedded["vit"]["embedding"],
         "label": split.label_N[indices],
         "calls": Counting.calls - before,
     }

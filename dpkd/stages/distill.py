@@ -5,7 +5,6 @@ is one more network in the same loop, so it sees the same images in the same vie
 """
 
 from dpkd.models.network import Network
-from dpkd.models.saved import save_network
 from dpkd.models.settings import MeanPooling
 from dpkd.objectives.supervised import Supervised
 from dpkd.settings import DistillSettings, StudentSettings
@@ -44,13 +43,7 @@ def distill(run: Run) -> None:
         supervision=supervision(run, data),
         seed=run.seed,
     )
-    Stage(run, task, data, "distill", settings.training, settings.augment).execute()
-    for name, learner in task.learners.items():
-        weights = learner.engine.weights()
-        if run.world.rank == 0:
-            run.folder.check_fence()
-            save_network(run.folder.network(name), learner.spec, weights)
-    run.world.barrier()
+    Stage(run, task, data, "distill", settings.training, settings.augment).execute(folder_of=run.folder.network)
 
 
 def _students(
@@ -59,14 +52,14 @@ def _students(
     """Students and baselines as learners, by `student-<name>` and `baseline-<name>`."""
     learners = {}
     for place, (name, student) in enumerate(settings.students.items(), start=1):
-        wanted = {f"student-{name}": student}
+        variants = {f"student-{name}": student}
         if student.baseline:
-            wanted[f"baseline-{name}"] = on_labels_alone(student)
-        for key, own in wanted.items():
-            spec = network_spec(run, data, own.model, own.objectives, teachers=teachers)
-            network = new_network(run, spec, place=place, weights=own.weights)
+            variants[f"baseline-{name}"] = on_labels_alone(student)
+        for key, variant in variants.items():
+            spec = network_spec(run, data, variant.model, variant.objectives, teachers=teachers)
+            network = new_network(run, spec, place=place, weights=variant.weights)
             learners[key] = make_learner(
-                run, network, settings=own, training=settings.training, total_steps=total_steps
+                run, network, settings=variant, training=settings.training, total_steps=total_steps
             )
     return learners
 

@@ -1,99 +1,78 @@
-"""What networks make of a split: each image is read and decoded once for all of them, shared out among the ranks.
+"""Outputs of networks for a split: each image is read and decoded once for all networks, shared among the ranks.
 
-Axes: N sample, B image of a batch, C channel, H W height and width, D feature, K class, A attribute.
+Axes: N sample.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from dpkd.data.settings import GLOBAL, LoaderSettings
+from dpkd.data.settings import GLOBAL
 from dpkd.data.shards import Split
-from dpkd.data.stream import MapReader, evaluation_batches
-from dpkd.engine.world import World
+from dpkd.data.stream import evaluation_batches
 from dpkd.launch.heartbeat import pulse
+from dpkd.log import Progress
+from dpkd.stages.run import Run
 from dpkd.train.task import Predictor, network_inputs, pooling_maps
 
 NUM_MEAN_SAMPLES = 2048
-"""Training images whose mean embedding stands for that of the split."""
-
-
+"""Training images that give the mean embedding of the training split."""
 KEPT = ("embedding", "logits", "attributes")
-"""Outputs of a network that are kept of every sample."""
+"""Outputs of a network that are kept of every sample, where it has them."""
 
-
-@dataclass(frozen=True)
-class Embedded:
-    """A network's outputs for samples of a split, in the order asked for."""
-
-    embedding_ND: NDArray[np.float32]
-    logits_NK: NDArray[np.float32] | None
-    """None for a network without classes."""
-    attribute_NA: NDArray[np.float32] | None = None
-    """Logits of attributes; None for a network that predicts none."""
+Embedded = dict[str, NDArray[np.float32]]
+"""A network's outputs for samples of a split, in the order asked for: `embedding` ND, `logits` NK, `attributes` NA."""
 
 
 def embed_networks(
+    run: Run,
     networks: Mapping[str, Predictor],
     split: Split,
     *,
-    maps: MapReader | None,
-    map_size: int,
-    world: World,
-    loader: LoaderSettings,
+    indices: NDArray[np.int64],
     batch_size: int = 128,
-    indices: NDArray[np.int64] | None = None,
-    advance: Callable[[int], None] = lambda _: None,
+    shown: bool = False,
 ) -> dict[str, Embedded]:
-    """Embeddings and logits of every network for the samples `indices` (all, where none), the same on every rank.
+    """Outputs of every network for the samples `indices`, the same on every rank; `shown` draws a progress bar.
 
-    Every rank calls it, and makes the same number of predictions, as networks spread over the ranks need. All networks
-    must take images of one size. `advance` is told how many images were embedded, over all ranks.
+    Every rank calls it, and makes the same number of predictions, as networks sharded over the ranks need. All networks
+    must take images of one size.
     """
-    wanted = np.arange(split.num_samples) if indices is None else indices
-    share = -(-len(wanted) // world.size)
-    # the last rank's share is filled up with samples from the front, dropped again below
-    mine = np.resize(wanted, share * world.size)[world.rank * share : (world.rank + 1) * share]
+    world, share = run.world, -(-len(indices) // run.world.size)
+    # samples from the front fill up the last rank's share, and are dropped again below
+    own_indices = np.resize(indices, share * world.size)[world.rank * share : (world.rank + 1) * share]
     specs = [network.spec for network in networks.values()]
     assert len({spec.image_size for spec in specs}) == 1, "networks that share batches take images of one size"
-    names = frozenset().union(*(pooling_maps(spec) for spec in specs))
     batches = evaluation_batches(
         split,
-        indices=mine,
-        maps=maps.only(sorted(names)) if maps is not None and names else None,
+        indices=own_indices,
+        maps=run.maps_of(split.name, frozenset().union(*(pooling_maps(spec) for spec in specs))),
         image_size=specs[0].image_size,
-        map_size=map_size,
+        map_size=run.map_size,
         batch_size=batch_size,
-        loader=loader,
+        loader=run.data.loader,
     )
-    found: dict[str, list[dict[str, NDArray[np.float32]]]] = {name: [] for name in networks}
-    for batch in batches:
-        here = batch.to(world.device)
-        for name, network in networks.items():
-            outputs = network.predict(*network_inputs(network.spec, here.views[GLOBAL]))
-            found[name].append({key: _array(outputs[key]) for key in KEPT if key in outputs})
-        pulse()
-        advance(len(here.index_B) * world.size)
-    return {name: _whole(parts, world, num_samples=len(wanted)) for name, parts in found.items()}
-
-
-def _whole(parts: list[dict[str, NDArray[np.float32]]], world: World, *, num_samples: int) -> Embedded:
-    mine = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    ranks = world.gather(mine)
-    whole = {key: np.concatenate([rank[key] for rank in ranks])[:num_samples] for key in mine}
-    return Embedded(whole["embedding"], whole.get("logits"), whole.get("attributes"))
+    parts: dict[str, list[Embedded]] = {name: [] for name in networks}
+    with Progress(f"evaluate on {split.name}", len(indices), shown=shown and world.rank == 0) as progress:
+        for batch in batches:
+            view = batch.to(world.device).views[GLOBAL]
+            for name, network in networks.items():
+                outputs = network.predict(*network_inputs(network.spec, view))
+                kept = {key: outputs[key].detach().to("cpu", torch.float32).numpy() for key in KEPT if key in outputs}
+                parts[name].append(kept)
+            pulse()
+            progress.advance(len(batch.index_B) * world.size)
+    embedded = {}
+    for name, batches_of in parts.items():
+        own = {key: np.concatenate([part[key] for part in batches_of]) for key in batches_of[0]}
+        ranks = world.gather(own)
+        embedded[name] = {key: np.concatenate([rank[key] for rank in ranks])[: len(indices)] for key in own}
+    return embedded
 
 
 def spread(indices: NDArray[np.int64]) -> NDArray[np.int64]:
     """Samples spread evenly over those of a split, enough for its mean embedding."""
     count = min(NUM_MEAN_SAMPLES, len(indices))
     return indices[np.linspace(0, len(indices) - 1, count).round().astype(np.int64)]
-
-
-def _array(tensor: Tensor) -> NDArray[np.float32]:
-    array: NDArray[np.float32] = tensor.detach().to("cpu", torch.float32).numpy()
-    return array

@@ -29,30 +29,32 @@ from dpkd.engine.frozen import Frozen
 from dpkd.errors import UserError
 from dpkd.evaluation.few_shot import draw_episodes, few_shot_accuracy, paired_difference, score
 from dpkd.evaluation.long_tail import long_tail
+from dpkd.evaluation.settings import ProbeSettings
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
 from dpkd.io.untrusted import parse_json
-from dpkd.log import Progress, logger
+from dpkd.log import logger
 from dpkd.models.counts import count_flops, count_parameters
 from dpkd.models.network import Network
 from dpkd.models.saved import load_network
-from dpkd.models.settings import FigureGroundPooling
+from dpkd.models.settings import FigureGroundPooling, NetworkSpec
 from dpkd.report.quarantine import Quarantine
 from dpkd.report.summary import EVALUATION_NAME, figure_or_none, figures_markdown
 from dpkd.report.tensorboard import Board
 from dpkd.run.folder import RunFolder
 from dpkd.settings import EvaluateSettings
+from dpkd.stages.attributes import zero_shot
 from dpkd.stages.embed import Embedded, embed_networks, spread
 from dpkd.stages.run import Run
 from dpkd.stages.training import teacher_network
-from dpkd.stages.zero_shot import zero_shot
 from dpkd.train.task import Predictor
 
-Scores = dict[str, dict[str, float]]
-Accuracies = dict[str, NDArray[np.float64]]
+Accuracies = Mapping[str, NDArray[np.float64]]
+Figures = dict[str, dict[str, Any]]
+"""Figures of one kind by network."""
 
 PLAIN = " without its prior map"
-"""Marks the second look at a figure-ground network, pooled as the exported timm model pools."""
+"""Marks a figure-ground network that is measured again, pooled as the exported timm model pools."""
 TIMING_BATCH = 64
 TIMING_S = 0.8
 
@@ -60,23 +62,28 @@ TIMING_S = 0.8
 def evaluate(run: Run) -> None:
     """Measures every network on the validation and the test split and writes `evaluation.json`.
 
-    Every rank embeds its share; rank 0 measures speed and writes. Raises `UserError` where a split is too small.
+    Every rank embeds its share; rank 0 measures and writes. Raises `UserError` where a split is too small.
     """
+    settings = run.settings.evaluate
+    assert settings is not None, "the stage is left out without settings"
     networks = {name: network.to(run.world.device) for name, network in load_networks(run).items()}
-    tables: dict[str, dict[str, Any]] = {name: describe(network) for name, network in networks.items()}
-    if run.world.rank == 0:
-        for name, network in networks.items():
-            rate = figure_or_none(f"images/s of {name}", partial(images_per_s, network))
-            tables[name]["images_per_s"] = None if rate is None else round(rate, 1)
+    tables = {name: describe(name, network) for name, network in networks.items()} if run.world.rank == 0 else {}
     for split in run.data.evaluated_splits:
-        _measure(run, networks, split=run.dataset.split(split), tables=tables)
+        for kind, figures in _measure(run, networks, run.dataset.split(split), settings).items():
+            for name, figure in figures.items():
+                tables[name].setdefault(kind, {})[split] = figure
     if run.world.rank == 0:
-        report = {
-            "protocol": {**_settings(run).episodes.model_dump(mode="json"), "seed": run.seed},
+        report: dict[str, Any] = {
+            "protocol": {**settings.episodes.model_dump(mode="json"), "seed": run.seed},
             "splits": {"val": run.data.val, "test": run.data.test},
             "device": device_words(run.world.device),
-            **nested(tables),
+            "teachers": {},
+            "students": {},
+            "baselines": {},
         }
+        for place, table in tables.items():
+            kind, _, name = place.partition(".")
+            report.setdefault(kind, {})[name] = table
         run.folder.check_fence()
         board = Board(run.folder.tensorboard / "evaluate", start_step=-1)
         board.show(0, "summary", figures_markdown(report))
@@ -87,120 +94,36 @@ def evaluate(run: Run) -> None:
     run.world.barrier()
 
 
-def _settings(run: Run) -> EvaluateSettings:
-    assert run.settings.evaluate is not None, "the stage is left out without settings"
-    return run.settings.evaluate
-
-
 def refuse_small_splits(run: Run) -> None:
     """Raises `UserError` where the episodes cannot be drawn from a split; to be called before any training."""
-    if run.settings.evaluate is None:
-        return
-    for name in run.data.evaluated_splits:
+    if run.settings.evaluate is not None:
         few = run.settings.evaluate.episodes.model_copy(update={"episodes": 2})
-        draw_episodes(run.dataset.split(name).label_N[run.readable(name)], few, seed=0, split=name)
+        for name in run.data.evaluated_splits:
+            draw_episodes(run.dataset.split(name).label_N[run.readable(name)], few, seed=0, split=name)
 
 
 def load_networks(run: Run) -> dict[str, Network]:
     """Every network of a run by its place in the report: `teachers.<name>`, `students.<name>`, …"""
+    folder = run.folder
     networks = {f"teachers.{name}": teacher_network(run, name) for name in run.settings.teachers}
-    kinds = {
-        "live_teachers": run.folder.live_teachers,
-        "students": run.folder.students,
-        "baselines": run.folder.baselines,
-    }
+    kinds = {"live_teachers": folder.live_teachers, "students": folder.students, "baselines": folder.baselines}
     for kind, parent in kinds.items():
         paths = [path for path in sorted(parent.glob("[!.]*")) if path.is_dir()]
         networks |= {f"{kind}.{path.name}": load_network(path)[1] for path in paths}
     return networks
 
 
-def describe(network: Network) -> dict[str, Any]:
-    """What a report states of a network before measuring it."""
+def describe(name: str, network: Network) -> dict[str, Any]:
+    """The figures of a network that depend on no split."""
+    rate = figure_or_none(f"images/s of {name}", partial(images_per_s, network))
     return {
         "model": network.spec.model.name,
         "image_size": network.spec.image_size,
         "pooling": network.spec.model.pooling.kind,
         "parameters": count_parameters(network),
         "flops": figure_or_none(f"FLOPs of {network.spec.model.name}", partial(count_flops, network)),
+        "images_per_s": None if rate is None else round(rate, 1),
     }
-
-
-def nested(tables: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """`{"students.small": table}` as `{"students": {"small": table}}`; all kinds but live teachers are always there."""
-    tree: dict[str, Any] = {"teachers": {}, "students": {}, "baselines": {}}
-    for place, table in tables.items():
-        kind, _, name = place.partition(".")
-        tree.setdefault(kind, {})[name] = table
-    return tree
-
-
-def _measure(run: Run, networks: Mapping[str, Network], *, split: Split, tables: dict[str, dict[str, Any]]) -> None:
-    """Adds one split's figures to the tables of all networks."""
-    settings, indices = _settings(run), run.readable(split.name)
-    label_N = split.label_N[indices]
-    episodes = draw_episodes(label_N, settings.episodes, seed=run.seed, split=split.name)
-    if episodes.left_out and run.world.rank == 0:
-        names = ", ".join(run.dataset.manifest.classes[label] for label in episodes.left_out)
-        few = f"{len(episodes.left_out)} classes have too few samples for an episode"
-        logger.info(f"evaluate {split.name}: {few}: {names}")
-    predictors: dict[str, Predictor] = {}
-    for name, network in networks.items():
-        predictors[name] = Frozen(network.spec, network)
-        if isinstance(network.spec.model.pooling, FigureGroundPooling):
-            predictors[name + PLAIN] = PlainlyPooled(network.spec, network)
-    embedded = _embed(run, predictors, split, indices=indices)
-    centre = settings.episodes.transform == "centred_l2"
-    train = run.dataset.split(run.data.train)
-    means = _embed(run, predictors, train, indices=spread(run.readable(train.name))) if centre else {}
-    accuracies: dict[str, Accuracies] = {}
-    for name, found in embedded.items():
-        base_mean_D = means[name].embedding_ND.mean(0) if centre else None
-        accuracies[name] = few_shot_accuracy(
-            found.embedding_ND, episodes, settings=settings.episodes, base_mean_D=base_mean_D
-        )
-    for name, table in tables.items():
-        table.setdefault("few_shot", {})[split.name] = _scores(accuracies[name])
-        if name + PLAIN in accuracies:
-            table.setdefault("plain_pooling", {})[split.name] = _scores(accuracies[name + PLAIN])
-        baseline = name.replace("students.", "baselines.")
-        if baseline != name and baseline in accuracies:
-            table.setdefault("over_baseline", {})[split.name] = {
-                key: paired_difference(accuracy_E, accuracies[baseline][key]).table()
-                for key, accuracy_E in accuracies[name].items()
-            }
-    _probe(run, embedded, label_N, split=split.name, tables=tables)
-    _classify(run, networks, embedded, label_N, split=split.name, tables=tables)
-    specs = {name: network.spec for name, network in networks.items()}
-    zero_shot(run, specs, embedded, label_N, split=split.name, tables=tables)
-
-
-def _probe(
-    run: Run,
-    embedded: Mapping[str, Embedded],
-    label_N: NDArray[np.int64],
-    *,
-    split: str,
-    tables: dict[str, dict[str, Any]],
-) -> None:
-    """Adds kNN and linear probe, where the settings ask for them and the split is large enough."""
-    # brings in scikit-learn, which is slow to load: a restart of the workers must not wait for it
-    from dpkd.evaluation.probes import probe, probe_split  # noqa: PLC0415
-
-    settings = _settings(run).probes
-    halves = probe_split(label_N, settings, seed=run.seed) if settings else None
-    if settings is None or halves is None or run.world.rank != 0:
-        return
-    for name, table in tables.items():
-        embedding_ND = embedded[name].embedding_ND
-        measure = partial(probe, embedding_ND, label_N, split=halves, settings=settings)
-        scores = figure_or_none(f"probes of {name} on {split}", measure)
-        if scores is not None:
-            table.setdefault("probes", {})[split] = scores
-
-
-def _scores(accuracy: Accuracies) -> Scores:
-    return {key: score(accuracy_E).table() for key, accuracy_E in accuracy.items()}
 
 
 class PlainlyPooled(Frozen):
@@ -212,68 +135,121 @@ class PlainlyPooled(Frozen):
         return super().predict(image_BCHW, torch.zeros_like(weight_B1HW))
 
 
-def _embed(
-    run: Run, predictors: Mapping[str, Predictor], split: Split, *, indices: NDArray[np.int64]
-) -> dict[str, Embedded]:
-    with Progress(f"evaluate on {split.name}", len(indices), shown=run.world.rank == 0) as progress:
-        return embed_networks(
-            predictors,
-            split,
-            maps=run.maps_of(split.name, run.priors.channels if run.priors is not None else ()),
-            map_size=run.map_size,
-            world=run.world,
-            loader=run.data.loader,
-            indices=indices,
-            advance=progress.advance,
-        )
+def _measure(run: Run, networks: Mapping[str, Network], split: Split, settings: EvaluateSettings) -> dict[str, Figures]:
+    """One split's figures by kind on rank 0, in the order of the report; the other ranks embed and return nothing."""
+    indices = run.readable(split.name)
+    label_N = split.label_N[indices]
+    episodes = draw_episodes(label_N, settings.episodes, seed=run.seed, split=split.name)
+    if episodes.left_out and run.world.rank == 0:
+        names = ", ".join(run.dataset.manifest.classes[label] for label in episodes.left_out)
+        few = f"{len(episodes.left_out)} classes have too few samples for an episode"
+        logger.info(f"evaluate {split.name}: {few}: {names}")
+    predictors: dict[str, Predictor] = {}
+    for name, network in networks.items():
+        predictors[name] = Frozen(network.spec, network)
+        if isinstance(network.spec.model.pooling, FigureGroundPooling):
+            predictors[name + PLAIN] = PlainlyPooled(network.spec, network)
+    embedded = embed_networks(run, predictors, split, indices=indices, shown=True)
+    means: dict[str, NDArray[np.float32]] = {}
+    if settings.episodes.transform == "centred_l2":
+        train = run.dataset.split(run.data.train)
+        few_trained = embed_networks(run, predictors, train, indices=spread(run.readable(train.name)), shown=True)
+        means = {name: outputs["embedding"].mean(0) for name, outputs in few_trained.items()}
+    if run.world.rank != 0:
+        return {}
+    accuracies = {
+        name: few_shot_accuracy(outputs["embedding"], episodes, settings=settings.episodes, base_mean_D=means.get(name))
+        for name, outputs in embedded.items()
+    }
+    specs = {name: network.spec for name, network in networks.items()}
+    return {
+        **_few_shot(specs, accuracies),
+        "probes": _probe(specs, embedded, label_N, split=split.name, seed=run.seed, settings=settings.probes),
+        "classification": _classify(specs, embedded, label_N, run=run),
+        "zero_shot": zero_shot(specs, embedded, label_N, dataset=run.dataset, data=run.data, split=split.name),
+    }
 
 
-def _classify(
-    run: Run,
-    networks: Mapping[str, Network],
+def _few_shot(specs: Mapping[str, NetworkSpec], accuracies: Mapping[str, Accuracies]) -> dict[str, Figures]:
+    """Accuracy of each network, of those that are pooled plainly too, and of students over their baselines."""
+    scores = {name: {key: score(own_E).table() for key, own_E in own.items()} for name, own in accuracies.items()}
+    over_baseline = {}
+    for name in specs:
+        baseline = name.replace("students.", "baselines.")
+        if baseline != name and baseline in specs:
+            pairs = {key: (own_E, accuracies[baseline][key]) for key, own_E in accuracies[name].items()}
+            over_baseline[name] = {key: paired_difference(*pair).table() for key, pair in pairs.items()}
+    return {
+        "few_shot": {name: scores[name] for name in specs},
+        "plain_pooling": {name: scores[name + PLAIN] for name in specs if name + PLAIN in scores},
+        "over_baseline": over_baseline,
+    }
+
+
+def _probe(
+    specs: Mapping[str, NetworkSpec],
     embedded: Mapping[str, Embedded],
     label_N: NDArray[np.int64],
     *,
     split: str,
-    tables: dict[str, dict[str, Any]],
-) -> None:
-    """Adds the accuracy of the networks' own logits, where they know all classes of the split."""
+    seed: int,
+    settings: ProbeSettings | None,
+) -> Figures:
+    """KNN and linear probe of each network; none without settings, and none on a split that is too small."""
+    # brings in scikit-learn, which is slow to load: a restart of the workers must not wait for it
+    from dpkd.evaluation.probes import probe, probe_split  # noqa: PLC0415
+
+    halves = probe_split(label_N, settings, seed=seed) if settings is not None else None
+    if settings is None or halves is None:
+        return {}
+    measured = {
+        name: figure_or_none(
+            f"probes of {name} on {split}",
+            partial(probe, embedded[name]["embedding"], label_N, split=halves, settings=settings),
+        )
+        for name in specs
+    }
+    return {name: scores for name, scores in measured.items() if scores is not None}
+
+
+def _classify(
+    specs: Mapping[str, NetworkSpec], embedded: Mapping[str, Embedded], label_N: NDArray[np.int64], *, run: Run
+) -> Figures:
+    """Accuracy of the logits of those networks that know all classes of the split."""
     names = run.dataset.manifest.classes
     present = {names[label] for label in np.unique(label_N[label_N >= 0])}
     train = run.dataset.split(run.data.train)
-    lost = run.unreadable(train.name)
-    seen_label_N = visible_labels(train.label_N, run.data.labels, keys=train.keys, seed=run.seed, unreadable=lost)
-    train_count_K = np.bincount(seen_label_N[seen_label_N >= 0], minlength=len(names))
-    for name, network in networks.items():
-        logits_NK = embedded[name].logits_NK
-        if logits_NK is None or not present <= set(network.spec.classes):
-            continue
-        own = np.array([names.index(each) for each in network.spec.classes])
-        table = long_tail(own[logits_NK.argmax(1)], label_N, train_count_K=train_count_K)
-        tables[name].setdefault("classification", {})[split] = table
+    unreadable = run.unreadable(train.name)
+    seen_N = visible_labels(train.label_N, run.data.labels, keys=train.keys, seed=run.seed, unreadable=unreadable)
+    train_count_K = np.bincount(seen_N[seen_N >= 0], minlength=len(names))
+    figures = {}
+    for name, spec in specs.items():
+        if "logits" in embedded[name] and present <= set(spec.classes):
+            label_K = np.array([names.index(class_name) for class_name in spec.classes])
+            prediction_N = label_K[embedded[name]["logits"].argmax(1)]
+            figures[name] = long_tail(prediction_N, label_N, train_count_K=train_count_K)
+    return figures
 
 
 @torch.inference_mode()
 def images_per_s(network: Network) -> float:
     """Images a second through the network in evaluation mode on its device, in batches of 64, decoding not counted."""
-    device = next(network.parameters()).device
-    size = network.spec.image_size
+    device, size = next(network.parameters()).device, network.spec.image_size
     image_BCHW = torch.randn(TIMING_BATCH, 3, size, size, device=device)
     weight_B1HW = torch.rand(TIMING_BATCH, 1, size // 4, size // 4, device=device)
-    for _ in range(2):  # the first calls choose kernels and allocate
+
+    def run_batch() -> None:
         network(image_BCHW, weight_B1HW)
-    _wait(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    for _ in range(2):  # the first calls choose kernels and allocate
+        run_batch()
     began, batches = time.perf_counter(), 0
     while time.perf_counter() - began < TIMING_S:
-        network(image_BCHW, weight_B1HW)
-        _wait(device)
+        run_batch()
         batches += 1
     return batches * TIMING_BATCH / (time.perf_counter() - began)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def device_words(device: torch.device) -> str:

@@ -23,7 +23,6 @@ from dpkd.report.summary import figure_or_none
 from dpkd.report.tensorboard import Board
 from dpkd.stages.embed import embed_networks
 from dpkd.stages.run import Run
-from dpkd.train.loop import Hooks
 from dpkd.train.task import Task, network_inputs, with_view_maps
 
 NUM_PANEL_IMAGES = 6
@@ -36,71 +35,56 @@ class Monitor:
     def __init__(self, run: Run, task: Task, board: Board | None) -> None:
         self._run, self._task, self._board = run, task, board
 
-    def hooks(self) -> Hooks:
-        """What the loop calls."""
-        return Hooks(evaluate=self.evaluate, panels=self.panels)
-
-    @property
-    def _split(self) -> str:
-        assert self._run.data.val is not None, "only due where there is a validation split"
-        return self._run.data.val
-
     @cached_property
     def _settings(self) -> EpisodeSettings:
         evaluate = self._run.settings.evaluate
         assert evaluate is not None, "only due where something is evaluated"
         # centring needs a pass over the training split, which is left to the evaluation at the end
         transform = "l2" if evaluate.episodes.transform == "centred_l2" else evaluate.episodes.transform
-        return evaluate.episodes.model_copy(
-            update={"episodes": evaluate.episodes_while_training, "transform": transform}
-        )
+        changes = {"episodes": evaluate.episodes_while_training, "transform": transform}
+        return evaluate.episodes.model_copy(update=changes)
 
     @cached_property
     def _episodes(self) -> Episodes:
-        split = self._run.dataset.split(self._split)
-        label_N = split.label_N[self._run.readable(split.name)]
-        return draw_episodes(label_N, self._settings, seed=self._run.seed, split=split.name)
+        name = self._run.data.val
+        assert name is not None, "only due where there is a validation split"
+        label_N = self._run.dataset.split(name).label_N[self._run.readable(name)]
+        return draw_episodes(label_N, self._settings, seed=self._run.seed, split=name)
 
     def evaluate(self, step: int) -> None:
         """Few-shot accuracy of every network on the validation split."""
-        run, learners = self._run, self._task.learners
-        embedded = embed_networks(
-            learners,
-            run.dataset.split(self._split),
-            maps=run.maps_of(self._split, self._task.maps),
-            map_size=run.map_size,
-            world=run.world,
-            loader=run.data.loader,
-            indices=run.readable(self._split),
-        )
-        if self._board is None:
+        run, board, name = self._run, self._board, self._run.data.val
+        assert name is not None, "only due where there is a validation split"
+        embedded = embed_networks(run, self._task.learners, run.dataset.split(name), indices=run.readable(name))
+        if board is None:
             return
-        for name, found in embedded.items():
-            accuracy = few_shot_accuracy(found.embedding_ND, self._episodes, settings=self._settings)
+        for network, outputs in embedded.items():
+            accuracy = few_shot_accuracy(outputs["embedding"], self._episodes, settings=self._settings)
             scores = {key: score(accuracy_E).table() for key, accuracy_E in accuracy.items()}
-            self._board.few_shot(step, network=name, split=self._split, scores=scores)
-            numbers = {key: round(each["mean"], 4) for key, each in scores.items()}
-            run.events.write("few_shot", network=name, step=step, split=self._split, **numbers)
+            board.few_shot(step, network=network, split=name, scores=scores)
+            means = {key: round(table["mean"], 4) for key, table in scores.items()}
+            run.events.write("few_shot", network=network, step=step, split=name, **means)
 
     def panels(self, step: int, batch: Batch) -> None:
         """Image, priors, the network's predictions of them and its attention, side by side."""
-        few = with_view_maps(batch.first(NUM_PANEL_IMAGES), self._task.maps)
+        view = with_view_maps(batch.first(NUM_PANEL_IMAGES), self._task.maps).views[GLOBAL]
         for name, learner in self._task.learners.items():
-            inputs = network_inputs(learner.spec, few.views[GLOBAL])
+            inputs = network_inputs(learner.spec, view)
             outputs = with_attention(learner.network.backbone, partial(learner.engine.predict, *inputs))
             if self._board is None:
                 continue
-            predictions = {
-                key.removeprefix("prior/"): each for key, each in outputs.items() if key.startswith("prior/")
-            }
-            predictions |= {
-                key.replace("/", " of "): each.sigmoid() for key, each in outputs.items() if key.startswith("region/")
-            }
+            predictions = {}
+            for key, output in outputs.items():
+                if key.startswith("prior/"):
+                    predictions[key.removeprefix("prior/")] = _array(output)
+            for key, output in outputs.items():
+                if key.startswith("region/"):
+                    predictions[key.replace("/", " of ")] = _array(output.sigmoid())
             drawing = partial(
                 panel,
-                few.views[GLOBAL].image_BCHW.cpu().numpy(),
-                priors=_arrays(few.views[GLOBAL].maps),
-                predictions=_arrays(predictions),
+                view.image_BCHW.cpu().numpy(),
+                priors={key: _array(map_BCHW) for key, map_BCHW in view.maps.items()},
+                predictions=predictions,
                 attention_B1HW=_array(outputs["attention"]),
             )
             picture = figure_or_none(f"panel of {name}", drawing)
@@ -111,10 +95,6 @@ class Monitor:
 def _array(tensor: Tensor) -> NDArray[np.float32]:
     array: NDArray[np.float32] = tensor.detach().float().cpu().numpy()
     return array
-
-
-def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
-    return {name: _array(tensor) for name, tensor in tensors.items()}
 
 
 class EventSink:

@@ -16,7 +16,7 @@ from dpkd.priors.store import set_url
 from dpkd.report.summary import EVALUATION_NAME
 from dpkd.run.folder import RunFolder
 from dpkd.settings import Settings
-from dpkd.stages.statements import recorded_attributes
+from dpkd.stages.attributes import recorded_attributes
 
 STAGES = ("pack", "prepare", "teach", "distill", "evaluate", "export")
 """The stages by the names that a command takes; a teacher that is not called `teacher` has a stage `teach-<name>`."""

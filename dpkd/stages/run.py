@@ -26,7 +26,7 @@ from dpkd.objectives.supervised import log_class_prior
 from dpkd.priors.store import PriorSet, PriorSplit, fingerprints
 from dpkd.run.folder import RunFolder
 from dpkd.settings import DataSettings, Settings
-from dpkd.stages.statements import attribute_table
+from dpkd.stages.attributes import attribute_table
 
 
 class EngineFactory(Protocol):

@@ -6,7 +6,6 @@ from dpkd.backends.engines import make_frozen
 from dpkd.engine.frozen import Frozen
 from dpkd.engine.settings import TrainingSettings
 from dpkd.models.network import Network
-from dpkd.models.saved import save_network
 from dpkd.objectives.base import Objective, teacher_of
 from dpkd.stages.run import Run, supervision, training_set
 from dpkd.stages.training import Stage, make_learner, network_spec, new_network, teacher_network
@@ -14,12 +13,12 @@ from dpkd.train.task import Task
 
 
 def teach(run: Run, name: str, *, stage: str) -> None:
-    """Trains one teacher, going on from its newest checkpoint, and saves its weights."""
+    """Trains one teacher from its newest checkpoint on, and saves its weights."""
     settings = run.settings.teachers[name]
-    place = list(run.settings.trained_teachers).index(name)
+    place, names = list(run.settings.trained_teachers).index(name), list(run.settings.teachers)
     data = training_set(run, settings.training, settings.objectives)
-    earlier = list(run.settings.teachers)[: list(run.settings.teachers).index(name)]
-    followed = {each: teacher_network(run, each) for each in followed_teachers(settings.objectives, earlier)}
+    earlier = followed_teachers(settings.objectives, names[: names.index(name)])
+    followed = {other: teacher_network(run, other) for other in earlier}
     spec = network_spec(run, data, settings.model, settings.objectives, teachers=followed)
     learner = make_learner(
         run,
@@ -29,14 +28,9 @@ def teach(run: Run, name: str, *, stage: str) -> None:
         training=settings.training,
         total_steps=settings.training.num_steps(data.num_samples),
     )
-    teachers = {each: frozen(run, each, network, settings.training) for each, network in followed.items()}
+    teachers = {other: frozen(run, other, network, settings.training) for other, network in followed.items()}
     task = Task({name: learner}, teachers=teachers, supervision=supervision(run, data), seed=run.seed)
-    Stage(run, task, data, stage, settings.training, settings.augment).execute()
-    weights = learner.engine.weights()
-    if run.world.rank == 0:
-        run.folder.check_fence()
-        save_network(run.folder.teacher(name), spec, weights)
-    run.world.barrier()
+    Stage(run, task, data, stage, settings.training, settings.augment).execute(folder_of=run.folder.teacher)
 
 
 def followed_teachers(objectives: Iterable[Objective], teachers: Iterable[str]) -> list[str]:

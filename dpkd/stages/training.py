@@ -1,8 +1,9 @@
 """What the training stages share: networks with their engines, and the way into the loop."""
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,19 +19,19 @@ from dpkd.engine.settings import TrainingSettings
 from dpkd.log import Progress, logger
 from dpkd.models.network import Network, build_network
 from dpkd.models.parameters import parameter_groups
-from dpkd.models.saved import load_network
+from dpkd.models.saved import load_network, save_network
 from dpkd.models.settings import HeadSpec, ModelSettings, NetworkSpec
 from dpkd.objectives.base import VIEW_MAPS, Objective, teacher_of
 from dpkd.report.goodput import StepTimer
 from dpkd.report.quarantine import Quarantine
 from dpkd.report.tensorboard import Board
 from dpkd.settings import StudentSettings, TeacherSettings
+from dpkd.stages.attributes import attribute_table
 from dpkd.stages.monitor import EventSink, Monitor, ProgressSink, step_timer
 from dpkd.stages.run import Run, TrainingSet
-from dpkd.stages.statements import attribute_table
 from dpkd.train.checkpoint import Checkpoints, Part
 from dpkd.train.divergence import NormGuard, Skipped, train_past_divergence
-from dpkd.train.loop import Plan, train
+from dpkd.train.loop import Hooks, Plan, train
 from dpkd.train.meter import Meter
 from dpkd.train.parts import Inputs, RandomState
 from dpkd.train.sample_log import SampleLog, truncate
@@ -148,31 +149,40 @@ class Stage:
     training: TrainingSettings
     augment: AugmentSettings
 
-    def execute(self) -> None:
-        """Trains from the newest whole checkpoint to the end."""
+    def execute(self, *, folder_of: Callable[[str], Path]) -> None:
+        """Trains from the newest whole checkpoint to the end, and saves each learner into `folder_of` its name."""
         run, training = self.run, self.training
         checkpoints = Checkpoints(run.folder.checkpoints(self.name), world=run.world, keep=training.keep_checkpoints)
         # dropout must not depend on what this process did before; a checkpoint brings the state of its step
         torch.manual_seed(run.seed * 100_003 + run.world.rank)
-        skipped = Skipped(run.folder.skipped(self.name), limit=training.max_skipped_steps, world=run.world)
-        parts = self._parts()
+        maps = run.maps_of(self.data.split.name, self.task.maps)
+        digests = {f"map {name!r}": digest for name, digest in maps.digests.items()} if maps is not None else {}
+        digests = {"packed images": run.dataset.manifest.fingerprint, **digests}
+        inputs = Inputs(digests, tuple(self.data.unreadable.tolist()), run.world)
+        parts: dict[str, Part] = {**self.task.engines, "random": RandomState(run.world), "inputs": inputs}
 
         def attempt(start_step: int, skipped_steps: frozenset[int]) -> None:
             self._train(checkpoints, parts, start_step=start_step, skipped=skipped_steps)
 
+        skipped = Skipped(run.folder.skipped(self.name), limit=training.max_skipped_steps, world=run.world)
         train_past_divergence(attempt, checkpoints=checkpoints, parts=parts, skipped=skipped, world=run.world)
+        for name, learner in self.task.learners.items():
+            weights = learner.engine.weights()
+            if run.world.rank == 0:
+                run.folder.check_fence()
+                save_network(folder_of(name), learner.spec, weights)
+        run.world.barrier()
 
     def _train(
         self, checkpoints: Checkpoints, parts: Mapping[str, Part], *, start_step: int, skipped: frozenset[int]
     ) -> None:
         """One attempt, from `start_step` to the end."""
-        run, training = self.run, self.training
-        plan = self._plan(skipped)
-        shown = run.world.rank == 0
-        if start_step and shown:
-            logger.info(f"{self.name}: continues after step {start_step} of {plan.total_steps}")
-        board = Board(run.folder.tensorboard / self.name, start_step=start_step) if shown else None
-        if board is not None:
+        run, plan, micro_batch_size = self.run, self._plan(skipped), self.run.micro_batch_size(self.training)
+        board = None
+        if run.world.rank == 0:
+            if start_step:
+                logger.info(f"{self.name}: continues after step {start_step} of {plan.total_steps}")
+            board = Board(run.folder.tensorboard / self.name, start_step=start_step)
             board.quarantine(start_step, Quarantine(run.folder.quarantine, limit=1.0))
             run.folder.check_fence()  # the logs of a newer attempt stay
             truncate(run.folder.sample_log(self.name), from_attempt=checkpoints.attempt)
@@ -180,15 +190,15 @@ class Stage:
             run.folder.sample_log(self.name),
             attempt=checkpoints.attempt,
             world=run.world,
-            micro_batch_size=run.micro_batch_size(training),
+            micro_batch_size=micro_batch_size,
             start_step=start_step,
         )
+        monitor = Monitor(run, self.task, board)
         with (
             closing(board) if board is not None else nullcontext(),
-            Progress(self.name, plan.total_steps, unit="steps", start=start_step, shown=shown) as progress,
+            Progress(self.name, plan.total_steps, unit="steps", start=start_step, shown=board is not None) as progress,
             closing(self._batches(start_step, plan)) as batches,
         ):
-            sinks = (board, EventSink(run, stage=self.name), ProgressSink(progress)) if board is not None else ()
             train(
                 self.task,
                 sample_log.record(batches, steps=plan.steps_from(start_step), micro_batches=plan.micro_batches),
@@ -197,13 +207,13 @@ class Stage:
                 checkpoints=checkpoints,
                 parts={**parts, "sample_log": sample_log},
                 meter=Meter(
-                    sinks=sinks,
+                    sinks=(board, EventSink(run, stage=self.name), ProgressSink(progress)) if board is not None else (),
                     world=run.world,
-                    images_per_step=training.batch_size,
+                    images_per_step=self.training.batch_size,
                     timer=step_timer(run, board, stage=self.name) if board is not None else StepTimer(),
                 ),
-                guard=NormGuard(spike=training.spike),
-                hooks=Monitor(run, self.task, board).hooks(),
+                guard=NormGuard(spike=self.training.spike),
+                hooks=Hooks(evaluate=monitor.evaluate, panels=monitor.panels),
                 world=run.world,
             )
 
@@ -238,16 +248,6 @@ class Stage:
             skipped=plan.skipped,
             loader=run.data.loader,
         )
-
-    def _parts(self) -> dict[str, Part]:
-        """What a checkpoint covers: engines, random state, and what the stage began with."""
-        run, data = self.run, self.data
-        maps = run.maps_of(data.split.name, self.task.maps)
-        digests = {f"map {name!r}": digest for name, digest in maps.digests.items()} if maps is not None else {}
-        inputs = Inputs(
-            {"packed images": run.dataset.manifest.fingerprint, **digests}, tuple(data.unreadable.tolist()), run.world
-        )
-        return {**self.task.engines, "random": RandomState(run.world), "inputs": inputs}
 
 
 def sample_order(run: Run, training: TrainingSettings, data: TrainingSet) -> SampleOrder:

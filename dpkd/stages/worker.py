@@ -14,12 +14,12 @@ from dpkd.launch.heartbeat import SLOW, heartbeat
 from dpkd.log import logger
 from dpkd.run.folder import RunFolder
 from dpkd.settings import Settings, parse_settings
+from dpkd.stages.attributes import refuse_unknown_classes
 from dpkd.stages.distill import distill
 from dpkd.stages.evaluate import evaluate, refuse_small_splits
 from dpkd.stages.export import export
 from dpkd.stages.plan import left_to_do, stage_inputs, stage_outputs, teaching_stages
 from dpkd.stages.run import Run
-from dpkd.stages.statements import refuse_unknown_classes
 from dpkd.stages.teach import teach
 
 PATIENCE_S = 1800.0

@@ -13,11 +13,12 @@ COUNTS = (9, 1)  # neither divides between two ranks
 
 
 def test_two_ranks_find_what_one_finds_and_ask_equally_often(untrained_run: Run, tmp_path: Path) -> None:
-    folder = untrained_run.folder.path
-    run_ranks("tests.embed_cases", str(folder), str(tmp_path), *map(str, COUNTS), size=2)
+    settings = tmp_path / "settings.json"
+    settings.write_text(untrained_run.settings.model_dump_json())
+    run_ranks("tests.embed_cases", str(settings), str(tmp_path), *map(str, COUNTS), size=2)
     label_N = untrained_run.dataset.split("novel").label_N
     for count in COUNTS:
-        alone = embed(folder, untrained_run.world, count=count)
+        alone = embed(untrained_run, count=count)
         assert alone["embedding"].shape == (count, 24)
         assert (alone["label"] == label_N[:count][::-1]).all()
         first, second = (np.load(tmp_path / f"{count}-{rank}.npz") for rank in (0, 1))

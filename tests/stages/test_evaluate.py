@@ -146,15 +146,9 @@ def _logits(run: Run, network: Any) -> list[NDArray[np.float32]]:
             logits.extend(outputs["logits"].numpy())
             return outputs
 
-    embed_networks(
-        {"network": Kept(network.spec, network)},
-        run.dataset.split("base"),
-        maps=None,
-        map_size=run.map_size,
-        world=run.world,
-        loader=run.data.loader,
-        batch_size=5,
-    )
+    split = run.dataset.split("base")
+    kept = {"network": Kept(network.spec, network)}
+    embed_networks(run, kept, split, indices=np.arange(split.num_samples), batch_size=5)
     return logits
 
 

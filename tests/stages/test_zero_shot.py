@@ -10,9 +10,8 @@ from dpkd.errors import UserError
 from dpkd.evaluation.attributes import zero_shot_accuracy
 from dpkd.models.saved import load_network
 from dpkd.models.settings import NetworkSpec
-from dpkd.stages.embed import Embedded
+from dpkd.stages.attributes import zero_shot
 from dpkd.stages.run import Run
-from dpkd.stages.zero_shot import zero_shot
 from tests.runs import with_data
 
 NAMES = ("size", "gloss", "novelty")
@@ -37,12 +36,10 @@ def classes_of(run: Run, split: str) -> list[str]:
 
 def measured(run: Run, split_name: str, logit_NA: np.ndarray, **changes: Any) -> dict[str, Any]:
     spec: NetworkSpec = load_network(run.folder.students / "conv")[0].model_copy(update={"attributes": NAMES} | changes)
-    tables: dict[str, dict[str, Any]] = {"conv": {}, "vit": {}}
-    embedded = {"conv": Embedded(np.zeros((len(logit_NA), 2), np.float32), None, logit_NA.astype(np.float32))}
+    embedded = {"conv": {"attributes": logit_NA.astype(np.float32)}}
     specs = {"conv": spec, "vit": spec.model_copy(update={"attributes": ()})}
-    zero_shot(run, specs, embedded, run.dataset.split(split_name).label_N, split=split_name, tables=tables)
-    assert tables["vit"] == {}
-    return tables["conv"]
+    label_N = run.dataset.split(split_name).label_N
+    return zero_shot(specs, embedded, label_N, dataset=run.dataset, data=run.data, split=split_name)
 
 
 def test_described_classes_are_told_apart_by_what_was_learnt(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,7 +50,7 @@ def test_described_classes_are_told_apart_by_what_was_learnt(run: Run, capsys: p
     value_KA = np.array([[float(cell) for cell in row[1:3]] for row in rows if row[0] in names])
     class_K = np.array([run.dataset.manifest.classes.index(name) for name in names[:-1]])
     expected = zero_shot_accuracy(logit_NA[:, :2], split.label_N, class_K=class_K, value_KA=value_KA)
-    assert measured(run, "novel", logit_NA) == {"zero_shot": {"novel": pytest.approx(expected)}}
+    assert measured(run, "novel", logit_NA) == {"conv": pytest.approx(expected)}
     assert f"evaluate novel: data.attributes says nothing of {names[-1]}: left out" in capsys.readouterr().out
 
 
