@@ -1,7 +1,7 @@
 """How many labels training sees: a deterministic choice, so that label efficiency can be measured. Axes: N samples."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,29 +34,21 @@ def visible_labels(
         return readable_N
     if isinstance(settings, ListedLabels):
         shown = _listed(label_N, settings.path, keys=keys)
-    elif isinstance(settings, LabelsPerClass):
-        count = settings.count
-        shown = _first_of_each_class(readable_N, lambda _: count, keys=keys, seed=seed)
-    else:
-        fraction = settings.fraction
-        shown = _first_of_each_class(readable_N, lambda size: max(1, round(fraction * size)), keys=keys, seed=seed)
+    else:  # the first of each class, in an order drawn from seed and key
+        labelled = np.flatnonzero(readable_N >= 0)
+        salt = (seed % 2**64).to_bytes(8, "little")
+        draws = [hashlib.blake2b(keys[i].encode(), digest_size=8, key=salt).digest() for i in labelled.tolist()]
+        ordered = labelled[np.lexsort((np.frombuffer(b"".join(draws), np.uint64), readable_N[labelled]))]
+        starts = np.flatnonzero(np.diff(readable_N[ordered], prepend=-1))
+        classes = np.split(ordered, starts[1:])
+        if isinstance(settings, LabelsPerClass):
+            counts = [settings.count] * len(classes)
+        else:
+            counts = [max(1, round(settings.fraction * len(members))) for members in classes]
+        shown = np.concatenate([members[:count] for members, count in zip(classes, counts, strict=True)])
     visible_N = np.full_like(label_N, -1)
     visible_N[shown] = readable_N[shown]
     return visible_N
-
-
-def _first_of_each_class(
-    label_N: Labels, count_of: Callable[[int], int], *, keys: Sequence[str], seed: int
-) -> NDArray[np.int64]:
-    """The first samples of each class, `count_of(size)` of them, in an order drawn from seed and key."""
-    labelled = np.flatnonzero(label_N >= 0)
-    salt = (seed % 2**64).to_bytes(8, "little")
-    draws = [hashlib.blake2b(keys[i].encode(), digest_size=8, key=salt).digest() for i in labelled.tolist()]
-    drawn = np.frombuffer(b"".join(draws), np.uint64)
-    ordered = labelled[np.lexsort((drawn, label_N[labelled]))]
-    starts = np.flatnonzero(np.diff(label_N[ordered], prepend=-1))
-    classes = np.split(ordered, starts[1:])
-    return np.concatenate([members[: count_of(len(members))] for members in classes])
 
 
 def _listed(label_N: Labels, path: str, *, keys: Sequence[str]) -> NDArray[np.int64]:

@@ -253,11 +253,6 @@ class Split:
         """The key of every sample."""
         return [key for index in self.indexes() for key in index.keys]
 
-    @property
-    def groups(self) -> list[str | None]:
-        """The group of every sample, None where it has none."""
-        return [group for index in self.indexes() for group in index.groups]
-
     @cached_property
     def label_N(self) -> npt.NDArray[np.int64]:  # noqa: N802 (the axis)
         """The class of every sample, as its place in `Manifest.classes`; -1 without a label."""

@@ -78,7 +78,16 @@ def assign(
             assignment = Assignment(tuple(_by_class(records, splits.classes, seed=seed, train=train)))
         case FileSplits():
             wanted, assignment = set(splits.files), _by_file(records, listed)
-    _refuse_cut_groups(records, assignment.splits)
+    first: dict[str, int] = {}
+    for i, record in enumerate(records):
+        if record.group is None or assignment.splits[i] is None:
+            continue
+        j = first.setdefault(record.group, i)
+        if assignment.splits[j] != assignment.splits[i]:
+            raise UserError(
+                f"the group {record.group!r} would be cut: {records[j].name} is in split {assignment.splits[j]!r} and "
+                f"{record.name} in {assignment.splits[i]!r}; change data.splits, or what puts them into one group"
+            )
     if empty := sorted(wanted - set(assignment.splits)):
         raise UserError(
             f"data.splits leaves the split {empty[0]!r} without a sample ({len(records)} samples in all): "
@@ -163,16 +172,3 @@ def _by_file(records: Sequence[Record], listed: Mapping[str, Sequence[str]]) -> 
             split_of[number] = split
         unknown += [(name, f"listed for split {split!r}, and the source has no such sample") for name in found.unknown]
     return Assignment(tuple(split_of), tuple(unknown))
-
-
-def _refuse_cut_groups(records: Sequence[Record], splits: Sequence[str | None]) -> None:
-    first: dict[str, int] = {}
-    for i, record in enumerate(records):
-        if record.group is None or splits[i] is None:
-            continue
-        j = first.setdefault(record.group, i)
-        if splits[j] != splits[i]:
-            raise UserError(
-                f"the group {record.group!r} would be cut: {records[j].name} is in split {splits[j]!r} "
-                f"and {record.name} in {splits[i]!r}; change data.splits, or what puts them into one group"
-            )

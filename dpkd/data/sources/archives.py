@@ -23,7 +23,7 @@ from dpkd.data.image_headers import BrokenImage
 from dpkd.data.settings import ShardSource
 from dpkd.data.shards import EXPERT_PREFIX, MANIFEST_NAME, Dataset
 from dpkd.data.sources.folders import is_split_name
-from dpkd.data.sources.records import Blob, Record, SourceContents, refuse_no_file, suffix_of, system_folder
+from dpkd.data.sources.records import Blob, Record, SourceContents, passed_over_as, refuse_no_file, system_folder
 from dpkd.data.sources.text import IMAGE_SUFFIXES, cell_name, class_of_label, decode_text
 from dpkd.data.tars import Member, list_members
 from dpkd.errors import UserError
@@ -132,9 +132,8 @@ def _by_key(members: Iterable[Member]) -> tuple[list[tuple[str, list[tuple[str, 
     passed_over: Counter[str] = Counter()
     for member in members:
         match = re.fullmatch(r"((?:.*/|)[^./]+)\.([^/]+)", member.name, re.DOTALL)
-        folder = system_folder(member.name)
-        if match is None or folder is not None:
-            passed_over[f"in {folder}" if folder else suffix_of(member.name)] += 1
+        if match is None or system_folder(member.name):
+            passed_over[passed_over_as(member.name)] += 1
             continue
         key, extension = match.group(1), match.group(2).lower()
         if f".{extension}" not in IMAGE_SUFFIXES and not re.fullmatch(r"json|cls|mask\.png|expert-.*\.png", extension):

@@ -11,7 +11,7 @@ from collections import Counter
 
 from dpkd.data.settings import FolderSource
 from dpkd.data.shards import EXPERT_PREFIX
-from dpkd.data.sources.records import Blob, Record, SourceContents, describe_counts, suffix_of, system_folder
+from dpkd.data.sources.records import Blob, Record, SourceContents, describe_counts, passed_over_as, system_folder
 from dpkd.data.sources.text import class_of_label, is_image
 from dpkd.errors import UserError
 from dpkd.io import storage
@@ -29,12 +29,10 @@ def find_in_folders(source: FolderSource) -> SourceContents:
     blobs: dict[str, Blob] = {}
     passed_over: Counter[str] = Counter()
     for name, size in storage.walk(source.path):
-        if folder := system_folder(name):
-            passed_over[f"in {folder}"] += 1
-        elif is_image(name):
+        if is_image(name) and not system_folder(name):
             blobs[name] = Blob(storage.join(source.path, name), size=size)
         else:
-            passed_over[suffix_of(name)] += 1
+            passed_over[passed_over_as(name)] += 1
     maps_of: dict[str, dict[str, Blob]] = {name.rpartition(".")[0]: {} for name in blobs if not _map_kind(name)}
     bad = []
     for name, blob in blobs.items():

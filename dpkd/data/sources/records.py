@@ -2,7 +2,6 @@
 
 import difflib
 import errno
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -99,7 +98,7 @@ def keys_of(names: Sequence[str]) -> list[str]:
     keys = [key_of(name) for name in names]
     counts = Counter(keys)
     return [
-        key if counts[key] == 1 else f"{key}~{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+        key if counts[key] == 1 else f"{key}~{storage.digest(name.encode('utf-8', 'surrogateescape'))[:8]}"
         for key, name in zip(keys, names, strict=True)
     ]
 
@@ -110,8 +109,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
-def suffix_of(name: str) -> str:
-    """The ending of a file's name from its last dot, for a report of what is passed over."""
+def passed_over_as(name: str) -> str:
+    """How a file that is no part of a sample is counted: `in @eaDir` for folders of systems, else its suffix."""
+    if folder := system_folder(name):
+        return f"in {folder}"
     stem, dot, suffix = name.rpartition("/")[2].rpartition(".")
     return f".{suffix.lower()}" if dot and stem else "without a suffix"
 
