@@ -31,7 +31,6 @@ Scale = Literal["unit", "sigmoid", "softmax", "largest", "minmax"]
 
 SLACK = 0.1
 """How far beyond 0 and 1 values of `scale=unit` may be: resampling inside a model overshoots."""
-BLOCK_BYTES = 1 << 22
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -191,13 +190,8 @@ def _batch(prior: Learned, images: Sequence[ImageViews]) -> Array:
 @lru_cache(maxsize=4)
 def _loaded(prior: Learned, device: str) -> Run:
     """The model on a device, loaded once a process and tried on blank images before any map is taken from it."""
-    with _named(prior, "it cannot be loaded"):
-        try:
-            digest = checksum(prior.model)
-        except FileNotFoundError as error:
-            raise UserError(
-                f"{error.filename} is missing on this machine: put it where every worker sees it"
-            ) from error
+    with _named(prior, "it cannot be loaded; every worker needs a whole copy at this place"):
+        digest = checksum(prior.model)
         if prior.model.sha256 not in (None, digest):
             raise UserError(f"its sha256 on this machine is {digest}, not {prior.model.sha256}: copy it here again")
         if isinstance(prior.model, TimmModel):
@@ -205,7 +199,7 @@ def _loaded(prior: Learned, device: str) -> Run:
         else:
             run = _load_onnx(prior.model, device=device)
     if not np.isfinite(_values(prior, run, _batch(prior, []))).all():
-        with _named(prior):
+        with _named(prior, "it fails"):
             raise UserError("the model gives values that are not finite for blank images; check mean, std and weights")
     return run
 
@@ -225,7 +219,7 @@ def _values(prior: Learned, run: Run, batch_BCHW: Array) -> Array:
 
 
 @contextmanager
-def _named(prior: Learned, what: str = "it fails") -> Iterator[None]:
+def _named(prior: Learned, what: str) -> Iterator[None]:
     """Turns every error into a `UserError` that names prior and file; `what` describes an error of a library."""
     place = f"the prior {prior.name!r}, {prior.model.file}"
     try:
@@ -282,16 +276,15 @@ def _load_timm(model: TimmModel, *, size: int, device: str) -> Run:
     if torch.device(device).type == "cpu":
         torch.set_num_threads(1)  # the pool has a process for every core
 
-    def patches(image_BCHW: "Tensor") -> "Tensor":
-        return backbone.patches(backbone.features(image_BCHW), (size, size))
-
     @torch.no_grad()
     def run(image_BCHW: Array) -> Array:
         image = torch.from_numpy(image_BCHW).to(device)
-        if model.output == "attention":
-            values = with_attention(backbone, lambda: {"patch": patches(image)})["attention"]
-        else:
-            values = patches(image)
+
+        def patches() -> dict[str, "Tensor"]:
+            return {"patch": backbone.patches(backbone.features(image), (size, size))}
+
+        attention = model.output == "attention"
+        values = with_attention(backbone, patches)["attention"] if attention else patches()["patch"]
         if model.output == "energy":
             values = values.square().sum(1, keepdim=True)
             values = values / values.amax((2, 3), keepdim=True).clamp(min=1e-12)
@@ -324,16 +317,16 @@ def _load_onnx(model: OnnxModel, *, device: str) -> Run:
     if len(inputs) != 1 or inputs[0].type not in FLOATS:
         types = ", ".join(f"{value.name} {value.type}" for value in inputs)
         raise UserError(f"it takes {types}, and a prior gives one float image batch: export it with that input alone")
-    if isinstance(model.output, int) and -len(names) <= model.output < len(names):
-        name = names[model.output]
-    elif model.output in names or (model.output is None and len(names) == 1):
-        name = str(model.output or names[0])
-    else:
+    choices: dict[str | int | None, str] = {name: name for name in names}
+    choices |= {**dict(enumerate(names)), **dict(enumerate(names, -len(names)))}
+    if len(names) == 1:
+        choices[None] = names[0]
+    if model.output not in choices:
         raise UserError(f"model.output={model.output!r} names none of its {len(names)} outputs: {', '.join(names)}")
 
     def run(image_BCHW: Array) -> Array:
         image = image_BCHW.astype(FLOATS[inputs[0].type], copy=False)
-        return np.asarray(session.run([name], {inputs[0].name: image})[0], np.float32)
+        return np.asarray(session.run([choices[model.output]], {inputs[0].name: image})[0], np.float32)
 
     return run
 
@@ -364,8 +357,7 @@ def _digest(files: tuple[FileState, ...]) -> str:
     digest = hashlib.sha256()
     for name, _, _ in files:
         with Path(name).open("rb") as file:
-            while block := file.read(BLOCK_BYTES):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 

@@ -171,37 +171,35 @@ class PriorSet:
         if name not in self.manifest.splits:
             known = ", ".join(self.manifest.splits)
             raise UserError(f"the prior set at {self.url} has no split {name!r}; it has: {known}")
-        return PriorSplit(self.url, self.manifest.priors, self.manifest.splits[name])
+        priors = self.manifest.priors
+        return PriorSplit(self.url, priors, self.manifest.splits[name], tuple(prior.name for prior in priors))
 
     def unreadable(self, split: str) -> npt.NDArray[np.int64]:
         """Numbers of the samples of a split that could not be read when their maps were to be made, ascending."""
         return np.array(self.manifest.unreadable[split], np.int64)
 
 
+@dataclass(eq=False)
 class PriorSplit:
     """The maps of one split by sample number. Pickles small: files are opened again where they are used."""
 
-    def __init__(
-        self,
-        url: str,
-        priors: tuple[Prior, ...],
-        shards: tuple[ShardInfo, ...],
-        names: tuple[str, ...] | None = None,
-    ) -> None:
-        self._prior_of: dict[str, Prior] = {prior.name: prior for prior in priors}
+    url: str
+    priors: tuple[Prior, ...]
+    shards: tuple[ShardInfo, ...]
+    names: tuple[str, ...]
+    """The maps that are served."""
+
+    def __post_init__(self) -> None:
+        self._prior_of: dict[str, Prior] = {prior.name: prior for prior in self.priors}
         self._derived = derivable(self._prior_of)
-        self.names = tuple(self._prior_of) if names is None else names
-        """The maps that are served."""
-        self._arguments = (url, priors, shards, self.names)
-        self._url, self._shards = url, shards
         derived = [self._derived[name] for name in self.names if name in self._derived]
         self._decoded = {*self.names, *(need for each in derived for need in each.needs)} - {*self._derived}
-        self._ends = list(accumulate(shard.num_samples for shard in shards))
+        self._ends = list(accumulate(shard.num_samples for shard in self.shards))
         self._files: LRUCache[int] = LRUCache(MAX_FILES, on_evict=os.close)
         self._indexes: LRUCache[PriorIndex] = LRUCache(MAX_INDEXES)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PriorSplit, self._arguments
+        return PriorSplit, (self.url, self.priors, self.shards, self.names)
 
     def only(self, names: Iterable[str]) -> "PriorSplit":
         """The same split serving these maps alone, derived ones among them; the others are not even decoded.
@@ -212,12 +210,12 @@ class PriorSplit:
         wanted = tuple(dict.fromkeys(names))
         for name in wanted:
             if name not in known:
-                raise UserError(f"the prior set at {self._url} has no map {name!r}; it has: {', '.join(known)}")
-        return PriorSplit(*self._arguments[:3], wanted)
+                raise UserError(f"the prior set at {self.url} has no map {name!r}; it has: {', '.join(known)}")
+        return PriorSplit(self.url, self.priors, self.shards, wanted)
 
     @cached_property
     def _fingerprints(self) -> dict[str, str]:
-        return fingerprints(self._prior_of.values())
+        return fingerprints(self.priors)
 
     @property
     def digests(self) -> dict[str, str]:
@@ -244,7 +242,7 @@ class PriorSplit:
     def record(self, i: int, sample: Sample) -> Record:
         """The maps of sample `i` as they are stored; raises `PriorMismatch` unless they are `sample`'s own."""
         shard = bisect_right(self._ends, i)
-        row = i - (self._ends[shard] - self._shards[shard].num_samples)
+        row = i - (self._ends[shard] - self.shards[shard].num_samples)
         index, file = self._indexes.get(shard, self._read_index), self._files.get(shard, self._open)
         try:
             record = Record.from_bytes(read_span(file, index.offsets[row], index.sizes[row]))
@@ -261,22 +259,22 @@ class PriorSplit:
         return record
 
     def _mismatch(self, i: int, sample: Sample, error: ValueError) -> PriorMismatch:
-        place = storage.join(self._url, self._shards[bisect_right(self._ends, i)].name)
+        place = storage.join(self.url, self.shards[bisect_right(self._ends, i)].name)
         return PriorMismatch(f"{place}, maps of {sample.key!r}: {error}; {WAY_OUT}")
 
     def _read_index(self, shard: int) -> PriorIndex:
-        place = storage.join(self._url, index_name(self._shards[shard].name))
+        place = storage.join(self.url, index_name(self.shards[shard].name))
         try:
             index = PriorIndex.from_bytes(storage.read_bytes(place))
         except (*NO_FILE, ValueError) as error:
             raise PriorMismatch(f"{place} is missing or damaged: {error}; {WAY_OUT}") from error
-        if index.shard != self._shards[shard]:
+        if index.shard != self.shards[shard]:
             raise PriorMismatch(f"{place} is not of the shard that {MANIFEST_NAME} lists; {WAY_OUT}")
         return index
 
     def _open(self, shard: int) -> int:
-        info = self._shards[shard]
-        place = storage.join(self._url, info.name)
+        info = self.shards[shard]
+        place = storage.join(self.url, info.name)
         try:
             return open_shard(place, size_bytes=info.size_bytes, sha256_hex=info.sha256)
         except NO_FILE as error:

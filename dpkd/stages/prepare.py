@@ -298,11 +298,8 @@ def _run_batch(
     lacking = {key for key, record in own.items() if record.bad is None and not _holds(record.maps, prior)}
     if not lacking:
         return {}
-    if device == "cpu":
-        images = [_views(sample) for sample in samples]
-    else:  # by several threads: the accelerator waits for one
-        with ThreadPoolExecutor() as threads:
-            images = list(threads.map(_views, samples))
+    with ThreadPoolExecutor(1 if device == "cpu" else None) as threads:  # an accelerator would wait for one
+        images = list(threads.map(_views, samples))
     blank = ImageViews(np.zeros((1, 1, 3), np.uint8))
     maps = prior.maps([blank if isinstance(image, str) else image for image in images], device=device)
     made = {}

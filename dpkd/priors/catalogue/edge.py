@@ -65,16 +65,11 @@ class Edge(PriorDefaults, Config):
         probability_HW = np.asarray(1 / (1 + np.exp(-odds_HW)), np.float32)
         if self.thin:
             crest_HW = crests(probability_HW, direction_px=1.0, fine_px=0.5, least=LEAST)
-            probability_HW = np.where(_joined(crest_HW), crest_HW, np.float32(0))
+            number, line_HW = cv2.connectedComponents((crest_HW > 0).astype(np.uint8), connectivity=8)
+            sure_N = np.zeros(number, np.bool_)
+            sure_N[line_HW[crest_HW >= SURE]] = True  # hysteresis (Canny 1986), over neighbours by side or corner
+            probability_HW = np.where(sure_N[line_HW], crest_HW, np.float32(0))
         return np.asarray(probability_HW[:, :, None], np.float32)
-
-
-def _joined(crest_HW: Image) -> npt.NDArray[np.bool_]:
-    """Where a crest is joined, over neighbours by side or corner, to a `SURE` place (hysteresis, Canny 1986)."""
-    number, line_HW = cv2.connectedComponents((crest_HW > 0).astype(np.uint8), connectivity=8)
-    sure_N = np.zeros(number, np.bool_)
-    sure_N[line_HW[crest_HW >= SURE]] = True
-    return sure_N[line_HW]
 
 
 def boundary_odds(lab_HWC: Image) -> Image:
@@ -82,13 +77,11 @@ def boundary_odds(lab_HWC: Image) -> Image:
 
     `BIAS` plus, for each cue c of each level, its weight times ln(c + `FLOOR`).
     """
-    odds_HW: Image | None = None
+    odds_HW = np.zeros((1, 1), np.float32)
     for cues, weights in zip(reversed(levels(lab_HWC)), reversed(WEIGHTS), strict=True):
-        level_HW = np.float32(0)
-        for name, weight in weights.items():
-            level_HW = level_HW + np.float32(weight) * np.log(cues[name] + FLOOR)
-        odds_HW = np.asarray(level_HW if odds_HW is None else level_HW + enlarged(odds_HW, level_HW.shape), np.float32)
-    assert odds_HW is not None
+        parts = (np.float32(weight) * np.log(cues[name] + FLOOR) for name, weight in weights.items())
+        level_HW = np.asarray(sum(parts), np.float32)
+        odds_HW = level_HW + enlarged(odds_HW, level_HW.shape)
     return odds_HW + np.float32(BIAS)
 
 

@@ -48,8 +48,9 @@ class Gabor(PriorDefaults, Config):
         size = grid_size(image, self.stride)
         grey_HW, planes = image.grey_HW, []
         for octave in range(self.octaves):
-            if octave:
-                grey_HW = _halved(grey_HW)
+            if octave:  # by area, which a mirrored image shares
+                height, width = ((side + 1) // 2 for side in grey_HW.shape)
+                grey_HW = np.asarray(cv2.resize(grey_HW, (width, height), interpolation=cv2.INTER_AREA), np.float32)
             planes.append(cell_means(_amplitudes(grey_HW), size))
         return np.sqrt(np.minimum(np.concatenate(planes, axis=2) * np.float32(1 / FULL_SCALE), np.float32(1)))
 
@@ -57,12 +58,6 @@ class Gabor(PriorDefaults, Config):
         """The map of the mirrored image: mirrored, with 45 and 135 degrees exchanged."""
         order_C = [octave + d for octave in range(0, self.channels, DIRECTIONS) for d in (0, 3, 2, 1)]
         return np.ascontiguousarray(map_HWC[:, ::-1, order_C])
-
-
-def _halved(grey_HW: Image) -> Image:
-    """The image at half its size, by area, which a mirrored image shares."""
-    height, width = ((side + 1) // 2 for side in grey_HW.shape)
-    return np.asarray(cv2.resize(grey_HW, (width, height), interpolation=cv2.INTER_AREA), np.float32)
 
 
 def _amplitudes(grey_HW: Image) -> Image:

@@ -46,10 +46,8 @@ class Hog(PriorDefaults, Config):
 
 def _gradient(image_HWC: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Derivatives along x and y of the colour whose gradient is the largest, at each pixel; zero across the frame."""
-    difference, one = (
-        np.array([-1.0, 0, 1]),
-        np.array([1.0]),
-    )  # whole numbers: equal gradients stay equal, mirrored or not
+    # whole numbers: equal gradients stay equal, mirrored or not
+    difference, one = np.array([-1.0, 0, 1]), np.array([1.0])
     dx_HW, *other_dx = cv2.split(cv2.sepFilter2D(image_HWC, cv2.CV_32F, difference, one))
     dy_HW, *other_dy = cv2.split(cv2.sepFilter2D(image_HWC, cv2.CV_32F, one, difference))
     square_HW = dx_HW * dx_HW + dy_HW * dy_HW

@@ -45,8 +45,10 @@ class Saliency(PriorDefaults, Config):
     codec: ClassVar[Codec] = JpegCodec(quality=80)
 
     def map(self, image: ImageViews) -> Map:
-        lab_HWC = np.asarray(cv2.cvtColor(_shrink(image.rgb_HWC, self.working_px), cv2.COLOR_RGB2Lab), np.uint8)
-        height, width = lab_HWC.shape[:2]
+        share = min(1.0, self.working_px / max(image.size))
+        height, width = (max(1, round(side * share)) for side in image.size)
+        small_HWC = cv2.resize(image.rgb_HWC, (width, height), interpolation=cv2.INTER_AREA)
+        lab_HWC = np.asarray(cv2.cvtColor(small_HWC, cv2.COLOR_RGB2Lab), np.uint8)
         rows, columns = max(1, round(FRAME_SHARE * height)), max(1, round(FRAME_SHARE * width))
         strips = [lab_HWC[:rows], lab_HWC[-rows:], lab_HWC[:, :columns], lab_HWC[:, -columns:]]
         distance_HW = _unit(barrier_distance(lab_HWC, self.passes).astype(np.float32))
@@ -66,16 +68,6 @@ class Saliency(PriorDefaults, Config):
         height, width = grid_size(image, self.stride)
         method = cv2.INTER_AREA if height < saliency_HW.shape[0] else cv2.INTER_LINEAR
         return cv2.resize(saliency_HW, (width, height), interpolation=method)[:, :, None]
-
-
-def _shrink(image_HWC: npt.NDArray[np.uint8], longer_px: int) -> npt.NDArray[np.uint8]:
-    """The image with its longer side at most `longer_px`."""
-    height, width = image_HWC.shape[:2]
-    scale = longer_px / max(height, width)
-    if scale >= 1:
-        return image_HWC
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return np.asarray(cv2.resize(image_HWC, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def _unit(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
