@@ -11,7 +11,8 @@ Manifest and index have a checksum of their own each.
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -225,10 +226,8 @@ class PriorSplit:
     def read(self, i: int, sample: Sample) -> dict[str, Map]:
         """The maps of sample `i` by name, HWC; raises `PriorMismatch` unless they are whole and `sample`'s own."""
         record = self.record(i, sample)
-        try:
+        with self._named(i, sample):
             stored = {name: record.maps[name].decode() for name in self._decoded}
-        except ValueError as error:
-            raise self._mismatch(i, sample, error) from error
         return {name: stored[name] if name in stored else self._derived[name].derive(stored) for name in self.names}
 
     def nearest(self, name: str) -> bool:
@@ -243,8 +242,8 @@ class PriorSplit:
         """The maps of sample `i` as they are stored; raises `PriorMismatch` unless they are `sample`'s own."""
         shard = bisect_right(self._ends, i)
         row = i - (self._ends[shard] - self.shards[shard].num_samples)
-        index, file = self._indexes.get(shard, self._read_index), self._files.get(shard, self._open)
-        try:
+        with self._named(i, sample):
+            index, file = self._indexes.get(shard, self._read_index), self._files.get(shard, self._open)
             record = Record.from_bytes(read_span(file, index.offsets[row], index.sizes[row]))
             if record.key != sample.key:
                 raise ValueError(f"they belong to {record.key!r}")
@@ -254,31 +253,26 @@ class PriorSplit:
                 raise ValueError("they were made from another image of that name")
             if {name: stored.fingerprint.hex() for name, stored in record.maps.items()} != self._fingerprints:
                 raise ValueError("they were made with other settings or another version")
-        except ValueError as error:
-            raise self._mismatch(i, sample, error) from error
         return record
 
-    def _mismatch(self, i: int, sample: Sample, error: ValueError) -> PriorMismatch:
-        place = storage.join(self.url, self.shards[bisect_right(self._ends, i)].name)
-        return PriorMismatch(f"{place}, maps of {sample.key!r}: {error}; {WAY_OUT}")
+    @contextmanager
+    def _named(self, i: int, sample: Sample) -> Iterator[None]:
+        """Names shard and sample of maps that are missing, damaged or another's."""
+        try:
+            yield
+        except (*NO_FILE, ValueError) as error:
+            place = storage.join(self.url, self.shards[bisect_right(self._ends, i)].name)
+            raise PriorMismatch(f"{place}, maps of {sample.key!r}: {error}; {WAY_OUT}") from error
 
     def _read_index(self, shard: int) -> PriorIndex:
-        place = storage.join(self.url, index_name(self.shards[shard].name))
-        try:
-            index = PriorIndex.from_bytes(storage.read_bytes(place))
-        except (*NO_FILE, ValueError) as error:
-            raise PriorMismatch(f"{place} is missing or damaged: {error}; {WAY_OUT}") from error
+        index = PriorIndex.from_bytes(storage.read_bytes(storage.join(self.url, index_name(self.shards[shard].name))))
         if index.shard != self.shards[shard]:
-            raise PriorMismatch(f"{place} is not of the shard that {MANIFEST_NAME} lists; {WAY_OUT}")
+            raise ValueError(f"their index is not of the shard that {MANIFEST_NAME} lists")
         return index
 
     def _open(self, shard: int) -> int:
         info = self.shards[shard]
-        place = storage.join(self.url, info.name)
-        try:
-            return open_shard(place, size_bytes=info.size_bytes, sha256_hex=info.sha256)
-        except NO_FILE as error:
-            raise PriorMismatch(f"{place} is missing; {WAY_OUT}") from error
+        return open_shard(storage.join(self.url, info.name), size_bytes=info.size_bytes, sha256_hex=info.sha256)
 
 
 def set_url(dataset_url: str, name: str) -> str:

@@ -14,7 +14,7 @@ samples that are proved sound, and to trust whatever decodes would let damage in
 """
 
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -167,10 +167,9 @@ def _report(index: PriorIndex, quarantine: Quarantine) -> None:
 
 def _manifest(dataset: Dataset, priors: tuple[Prior, ...], indexes: list[PriorIndex]) -> PriorManifest:
     """The manifest of the set whose shards have these indexes, in the order of the data set's."""
-    splits, unreadable, position = {}, {}, 0
+    splits, unreadable, remaining = {}, {}, iter(indexes)
     for name, info in dataset.manifest.splits.items():
-        of_split = indexes[position : position + len(info.shards)]
-        position += len(info.shards)
+        of_split = list(islice(remaining, len(info.shards)))
         splits[name] = tuple(index.shard for index in of_split)
         starts = accumulate((index.shard.num_samples for index in of_split), initial=0)
         unreadable[name] = tuple(
@@ -242,37 +241,32 @@ def _read_records(place: str) -> dict[str, Record]:
 
 def _make_shard(task: _Task, *, before: Mapping[str, Record]) -> tuple[PriorIndex, bytes]:
     """The shard's index and bytes; `before` holds the records whose maps are carried over where they still hold."""
-    file = io.BytesIO()
-    tar = TarWriter(file)
-    members, bad, unreadable = [], [], []
+    records = _make_records(task, before=before)
     moments = {prior.name: RunningMoments.zero(prior.channels) for prior in task.computed if not prior.nearest}
-    for row, record in enumerate(_make_records(task, before=before)):
-        if not record.source:
-            unreadable.append(row)
-        members.append(tar.add(f"{record.key}.{MEMBER_EXTENSION}", record.to_bytes()))
-        if record.bad is not None:
-            bad.append((record.key, record.bad))
-            continue
+    for record in (record for record in records if record.bad is None):
         for name in moments:
             moments[name] += RunningMoments.of(record.maps[name].decode())
+    file = io.BytesIO()
+    tar = TarWriter(file)
+    members = [tar.add(f"{record.key}.{MEMBER_EXTENSION}", record.to_bytes()) for record in records]
     tar.finish()
     data = file.getvalue()
-    name, digest = task.images.name, storage.digest(data)
+    digest = storage.digest(data)
     index = PriorIndex(
-        shard=ShardInfo(name=name, num_samples=len(members), size_bytes=len(data), sha256=digest),
+        shard=ShardInfo(name=task.images.name, num_samples=len(records), size_bytes=len(data), sha256=digest),
         images=task.images.sha256,
         fingerprints=fingerprints(task.computed),
         offsets=tuple(member.offset for member in members),
         sizes=tuple(member.size for member in members),
         moments=moments,
-        bad=tuple(bad),
-        unreadable=tuple(unreadable),
+        bad=tuple((record.key, record.bad) for record in records if record.bad is not None),
+        unreadable=tuple(row for row, record in enumerate(records) if not record.source),
         fault=task.split.fault(0),
     )
     return index, data
 
 
-def _make_records(task: _Task, *, before: Mapping[str, Record]) -> Iterator[Record]:
+def _make_records(task: _Task, *, before: Mapping[str, Record]) -> list[Record]:
     """The record of every sample of the shard, in order: without maps where it cannot be read, flat where a map fails.
 
     Which images share a batch depends on the shard alone, not on what is lacking or cannot be read, so that the same
@@ -285,9 +279,11 @@ def _make_records(task: _Task, *, before: Mapping[str, Record]) -> Iterator[Reco
             while batch := list(islice(samples, prior.batch_size)):
                 pulse()
                 records |= _run_batch(batch, prior, before=records, device=task.device)
+    made = []
     for sample in task.split.read_shard(0):
         pulse()
-        yield _make_record(sample, task, before=records.get(sample.key))
+        made.append(_make_record(sample, task, before=records.get(sample.key)))
+    return made
 
 
 def _run_batch(
