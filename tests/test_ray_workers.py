@@ -162,9 +162,10 @@ def test_a_session_that_finds_no_room_may_be_stopped(tmp_path):
 
 
 @pytest.mark.chaos
+@pytest.mark.timeout(1200)
 def test_processes_that_start_slowly_have_the_time_that_the_settings_give_them(tmp_path):
-    """As on a busy machine: every process of Ray's that is to work takes half a minute more to start."""
-    slow = "import sys, time\nif any('default_worker.py' in word for word in sys.orig_argv): time.sleep(35)\n"
+    """As on a busy machine: every process of Ray's that is to work takes some seconds more to start."""
+    slow = "import sys, time\nif any('default_worker.py' in word for word in sys.orig_argv): time.sleep(8)\n"
     (tmp_path / "sitecustomize.py").write_text(slow)
     script = tmp_path / "driver.py"
     script.write_text(
@@ -181,12 +182,12 @@ def test_processes_that_start_slowly_have_the_time_that_the_settings_give_them(t
 
         def drive(start_timeout_s: int) -> "subprocess.CompletedProcess[str]":
             command = [sys.executable, script, str(start_timeout_s)]
-            return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+            return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
 
-        late = drive(5)
+        late = drive(2)
         assert late.returncode == 1
-        assert "not at work 5 s after it was started. Is the machine busy? launcher.start_timeout_s" in late.stderr
+        assert "not at work 2 s after it was started. Is the machine busy? launcher.start_timeout_s" in late.stderr
         assert not (tmp_path / "done-0").exists()
-        in_time = drive(300)
+        in_time = drive(700)
         assert in_time.returncode == 0, in_time.stderr
     assert (tmp_path / "done-0").exists()
