@@ -128,12 +128,11 @@ def _finished(job: ShardJob) -> ShardIndex | None:
     local = storage.local_path(place)
     try:
         index = ShardIndex.from_bytes(storage.read_bytes(storage.join(job.url, index_name(job.name))))
-        whole = storage.size(place) == index.shard.size_bytes and (
-            local is None or storage.sha256(local) == index.shard.sha256
-        )
+        if index.plan != job.plan or storage.size(place) != index.shard.size_bytes:
+            return None
+        return index if local is None or storage.sha256(local) == index.shard.sha256 else None
     except (*NO_FILE, ValueError):
         return None
-    return index if whole and index.plan == job.plan else None
 
 
 def _members(sample: Planned, window: Window | None) -> tuple[dict[str, bytes], npt.NDArray[np.uint8]]:

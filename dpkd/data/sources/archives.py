@@ -11,9 +11,10 @@ order.
 
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -96,60 +97,51 @@ def _tars(path: str) -> tuple[list[_Tar], tuple[str, ...] | None]:
 
 
 def _list_tar(tar: _Tar, *, classes: tuple[str, ...] | None) -> SourceContents:
+    """The samples of one tar; those that may have lost members, and the reason, are among the bad ones."""
     try:
         refuse_no_file(tar.url)
         with read_errors(tar.url), storage.open_read(tar.url) as file:
             listing = list_members(file, size_bytes=storage.size(tar.url))
-    except NO_FILE:
-        return SourceContents((), bad=((tar.name, "the tar does not exist"),))
-    except BrokenImage as error:
-        return SourceContents((), bad=((tar.name, str(error)),))
+    except (*NO_FILE, BrokenImage) as error:
+        reason = str(error) if isinstance(error, BrokenImage) else "the tar does not exist"
+        return SourceContents((), bad=((tar.name, reason),))
     records: list[Record] = []
     bad = [(f"{tar.name}/{name}", reason) for name, reason in listing.refused]
-    samples, passed_over = _by_key(listing.members)
+    parts: list[tuple[str, str, Member]] = []
+    passed_over: Counter[str] = Counter()
+    for member in listing.members:
+        match = re.fullmatch(r"((?:.*/|)[^./]+)\.([^/]+)", member.name, re.DOTALL)
+        if match is None or system_folder(member.name):
+            passed_over[passed_over_as(member.name)] += 1
+            continue
+        key, extension = match[1], match[2].lower()
+        if f".{extension}" not in IMAGE_SUFFIXES and not re.fullmatch(r"json|cls|mask\.png|expert-.*\.png", extension):
+            passed_over[f".{extension}"] += 1
+        parts.append((key, extension, member))
+    # members that follow one another and share a key, as WebDataset groups them
+    samples = [(key, list(run)) for key, run in groupby(parts, key=itemgetter(0))]
     if listing.fault is not None:
         bad.append((tar.name, listing.fault))
         if samples:
             key, _ = samples.pop()
             bad.append((f"{tar.name}/{key}", "the last sample of a tar that was cut: members may be missing"))
     counts = Counter(key for key, _ in samples)
-    for key, members in samples:
+    for key, run in samples:
         try:
             if counts[key] > 1:
                 raise ValueError("the key is used in two places of the tar")
-            records.append(_record(tar, key, members, classes=classes))
+            records.append(_record(tar, run, classes=classes))
         except ValueError as error:
             bad.append((f"{tar.name}/{key}", str(error)))
     return SourceContents(tuple(records), tuple(bad), passed_over=passed_over)
 
 
-def _by_key(members: Iterable[Member]) -> tuple[list[tuple[str, list[tuple[str, Member]]]], Counter[str]]:
-    """Members that follow one another and share a key, as WebDataset groups them: (key, [(extension, member)]).
-
-    Beside them the number of members that are no part of a sample, by suffix or folder of a system.
-    """
-    samples: list[tuple[str, list[tuple[str, Member]]]] = []
-    passed_over: Counter[str] = Counter()
-    for member in members:
-        match = re.fullmatch(r"((?:.*/|)[^./]+)\.([^/]+)", member.name, re.DOTALL)
-        if match is None or system_folder(member.name):
-            passed_over[passed_over_as(member.name)] += 1
-            continue
-        key, extension = match.group(1), match.group(2).lower()
-        if f".{extension}" not in IMAGE_SUFFIXES and not re.fullmatch(r"json|cls|mask\.png|expert-.*\.png", extension):
-            passed_over[f".{extension}"] += 1
-        if not samples or samples[-1][0] != key:
-            samples.append((key, []))
-        samples[-1][1].append((extension, member))
-    return samples, passed_over
-
-
-def _record(tar: _Tar, key: str, members: list[tuple[str, Member]], *, classes: tuple[str, ...] | None) -> Record:
-    """The sample; raises `ValueError` with the reason why it cannot be used."""
-    blob_of = {extension: Blob(tar.url, member.offset, member.size) for extension, member in members}
+def _record(tar: _Tar, parts: list[tuple[str, str, Member]], *, classes: tuple[str, ...] | None) -> Record:
+    """The sample of (key, extension, member); raises `ValueError` with the reason why it cannot be used."""
+    blob_of = {extension: Blob(tar.url, member.offset, member.size) for _, extension, member in parts}
     images = [extension for extension in blob_of if f".{extension}" in IMAGE_SUFFIXES]
-    if len(images) != 1 or len(blob_of) < len(members):
-        listed = ", ".join(extension for extension, _ in members)
+    if len(images) != 1 or len(blob_of) < len(parts):
+        listed = ", ".join(extension for _, extension, _ in parts)
         raise ValueError(f"one image and no member twice are needed, and the members are: {listed}")
     text_of = {}
     for extension in [name for name in ("json", "cls") if name in blob_of]:
@@ -161,7 +153,7 @@ def _record(tar: _Tar, key: str, members: list[tuple[str, Member]], *, classes: 
     if not isinstance(meta, dict) or not isinstance(meta.get("attributes") or {}, dict):
         raise ValueError("the json member, or its attributes, is not an object")  # noqa: TRY004 (a fault of the data)
     return Record(
-        name=f"{key}.{images[0]}",
+        name=f"{parts[0][0]}.{images[0]}",
         image=blob_of[images[0]],
         class_name=_class(meta, text_of.get("cls"), classes=classes),
         split=_split(tar.name),
