@@ -137,9 +137,10 @@ class Progress:
         """Counts `count` more as done."""
         self.reach(self._done + count)
 
-    def reach(self, done: int, total: int | None = None) -> None:
-        """Takes how much is done and, for work that finds out its own size, how much there is."""
+    def reach(self, done: int, total: int | None = None, *, note: str | None = None) -> None:
+        """Takes how much is done, how much there is (where the work finds out its own size), and words for the line."""
         self._done, self._total = done, self._total if total is None else total
+        self._note = self._note if note is None else f", {note}"
         if self._bar is not None:
             self._bar.update(
                 self._task, total=self._total, completed=done, rate=self._rate_text, note=escape(self._note)
@@ -150,10 +151,6 @@ class Progress:
             left = f", {duration((self._total - done) / self._rate)} left" if done > self._start else ""
             count = f"{done:,} of {self._total:,} {self._unit}{share}"
             logger.info(f"{self._title}: {count}, {self._rate_text}{left}{self._note}")
-
-    def note(self, text: str) -> None:
-        """Shows a few words, such as the loss, from the next advance on."""
-        self._note = f", {text}"
 
     @property
     def _rate(self) -> float:

@@ -20,18 +20,6 @@ CHUNK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class Score:
-    """A mean and the half width of its 95 % confidence interval."""
-
-    mean: float
-    ci95: float
-
-    def table(self) -> dict[str, float]:
-        """`{"mean", "ci95"}`, as reports hold it."""
-        return {"mean": self.mean, "ci95": self.ci95}
-
-
-@dataclass(frozen=True)
 class Episodes:
     """Sample indices of every episode; fewer shots take the first of each class, queries are the same for all shots."""
 
@@ -123,41 +111,37 @@ def episode_accuracy(
     num_episodes, way, queries = episodes.query_EWQ.shape
     chunk = max(1, CHUNK_BYTES // (4 * way * queries * x_ND.shape[1]))
     classify = _nearest_centroid if settings.classifier == "nearest_centroid" else _logistic
-    right = [
+    guesses = [
         classify(x_ND, support_EWK[i : i + chunk], episodes.query_EWQ[i : i + chunk])
         for i in range(0, num_episodes, chunk)
     ]
-    return np.concatenate(right)
+    truth_M = np.repeat(np.arange(way), queries)
+    share_E: NDArray[np.float64] = (np.concatenate(guesses) == truth_M).mean(axis=1, dtype=np.float64)
+    return share_E
 
 
-def _nearest_centroid(x_ND: Floats, support_EWK: Integers, query_EWQ: Integers) -> NDArray[np.float64]:
+def _nearest_centroid(x_ND: Floats, support_EWK: Integers, query_EWQ: Integers) -> Integers:
     """The mean of a class's support is its prototype, the nearest one wins (Snell et al. 2017, eq. 1 and 2)."""
     centroid_EWD = x_ND[support_EWK].mean(axis=2)
     query_EMD = x_ND[query_EWQ.reshape(len(query_EWQ), -1)]
     # |q - c|² without |q|², which is the same for every class
     distance_EMW = (centroid_EWD**2).sum(-1)[:, None] - 2 * query_EMD @ centroid_EWD.transpose(0, 2, 1)
-    return _share_right(distance_EMW.argmin(-1), query_EWQ)
+    guess_EM: Integers = distance_EMW.argmin(-1)
+    return guess_EM
 
 
-def _logistic(x_ND: Floats, support_EWK: Integers, query_EWQ: Integers) -> NDArray[np.float64]:
+def _logistic(x_ND: Floats, support_EWK: Integers, query_EWQ: Integers) -> Integers:
     """Logistic regression (L2, C = 1) on each episode's support (Tian et al. 2020)."""
     way, shot = support_EWK.shape[1:]
     from sklearn.linear_model import LogisticRegression  # noqa: PLC0415  slow to load, and a restart waits for it
 
     label_S = np.repeat(np.arange(way), shot)
-    guess_EM = np.stack(
+    return np.stack(
         [
             LogisticRegression(max_iter=1000).fit(x_ND[support_WK.ravel()], label_S).predict(x_ND[query_WQ.ravel()])
             for support_WK, query_WQ in zip(support_EWK, query_EWQ, strict=True)
         ]
     )
-    return _share_right(guess_EM, query_EWQ)
-
-
-def _share_right(guess_EM: Integers, query_EWQ: Integers) -> NDArray[np.float64]:
-    truth_M = np.repeat(np.arange(query_EWQ.shape[1]), query_EWQ.shape[2])
-    share_E: NDArray[np.float64] = (guess_EM == truth_M).mean(axis=1, dtype=np.float64)
-    return share_E
 
 
 def few_shot_accuracy(
@@ -172,11 +156,10 @@ def few_shot_accuracy(
     }
 
 
-def score(accuracy_E: NDArray[np.float64]) -> Score:
-    """Mean over episodes with its normal 95 % interval, 1.96 · standard deviation / √E."""
-    return Score(float(accuracy_E.mean()), float(1.96 * accuracy_E.std(ddof=1) / np.sqrt(len(accuracy_E))))
+def score(accuracy_E: NDArray[np.float64]) -> dict[str, float]:
+    """`{"mean", "ci95"}`: the mean over episodes, and half its normal 95 % interval, 1.96 · standard deviation / √E.
 
-
-def paired_difference(accuracy_E: NDArray[np.float64], other_E: NDArray[np.float64]) -> Score:
-    """How much better the first is on the same episodes, with the interval of the difference."""
-    return score(accuracy_E - other_E)
+    The difference of two networks on the same episodes gets the (narrower) interval of the difference.
+    """
+    ci95 = 1.96 * accuracy_E.std(ddof=1) / np.sqrt(len(accuracy_E))
+    return {"mean": float(accuracy_E.mean()), "ci95": float(ci95)}

@@ -27,7 +27,7 @@ from dpkd.data.labels import visible_labels
 from dpkd.data.shards import Split
 from dpkd.engine.frozen import Frozen
 from dpkd.errors import UserError
-from dpkd.evaluation.few_shot import draw_episodes, few_shot_accuracy, paired_difference, score
+from dpkd.evaluation.few_shot import draw_episodes, few_shot_accuracy, score
 from dpkd.evaluation.long_tail import long_tail
 from dpkd.evaluation.settings import ProbeSettings
 from dpkd.io import storage
@@ -172,13 +172,13 @@ def _measure(run: Run, networks: Mapping[str, Network], split: Split, settings: 
 
 def _few_shot(specs: Mapping[str, NetworkSpec], accuracies: Mapping[str, Accuracies]) -> dict[str, Figures]:
     """Accuracy of each network, of those that are pooled plainly too, and of students over their baselines."""
-    scores = {name: {key: score(own_E).table() for key, own_E in own.items()} for name, own in accuracies.items()}
+    scores = {name: {key: score(own_E) for key, own_E in own.items()} for name, own in accuracies.items()}
     over_baseline = {}
     for name in specs:
         baseline = name.replace("students.", "baselines.")
         if baseline != name and baseline in specs:
-            pairs = {key: (own_E, accuracies[baseline][key]) for key, own_E in accuracies[name].items()}
-            over_baseline[name] = {key: paired_difference(*pair).table() for key, pair in pairs.items()}
+            base = accuracies[baseline]
+            over_baseline[name] = {key: score(own_E - base[key]) for key, own_E in accuracies[name].items()}
     return {
         "few_shot": {name: scores[name] for name in specs},
         "plain_pooling": {name: scores[name + PLAIN] for name in specs if name + PLAIN in scores},

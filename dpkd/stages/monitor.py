@@ -60,7 +60,7 @@ class Monitor:
             return
         for network, outputs in embedded.items():
             accuracy = few_shot_accuracy(outputs["embedding"], self._episodes, settings=self._settings)
-            scores = {key: score(accuracy_E).table() for key, accuracy_E in accuracy.items()}
+            scores = {key: score(accuracy_E) for key, accuracy_E in accuracy.items()}
             board.few_shot(step, network=network, split=name, scores=scores)
             means = {key: round(table["mean"], 4) for key, table in scores.items()}
             run.events.write("few_shot", network=network, step=step, split=name, **means)
@@ -121,8 +121,7 @@ class ProgressSink:
             if key.startswith("loss/"):
                 losses[key.split("/")[1]] += value
         words = ", ".join(f"{network} {loss:.3f}" for network, loss in losses.items())
-        self._progress.note(f"{numbers['speed/images_per_s']:,.0f} images/s, loss {words}")
-        self._progress.reach(step)
+        self._progress.reach(step, note=f"{numbers['speed/images_per_s']:,.0f} images/s, loss {words}")
 
 
 def step_timer(run: Run, board: Board, *, stage: str) -> StepTimer:

@@ -23,19 +23,15 @@ def doctor() -> None:
     for name in PACKAGES:
         logger.info(f"  {name:<12} {installed.get(name) or f'missing: pip install {name}'}")
     if "torch" in installed:
-        _show_devices()
+        # here, not at the top: the command line loads this module, and torch takes seconds or may be missing
+        import torch  # noqa: PLC0415
+
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            logger.info(f"  GPU {index}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
+        if not torch.cuda.device_count():
+            logger.info("  no GPU: training runs on the CPU with the plain PyTorch engine")
+            for name, (programs, way_out) in CPU_TOOLS.items():
+                there = any(map(shutil.which, programs))
+                logger.info(f"  {name}: {'found' if there else f'missing; engine.kind=deepspeed needs it: {way_out}'}")
     logger.info(f"  disk: {shutil.disk_usage('.').free / 1e9:.0f} GB free here")
-
-
-def _show_devices() -> None:
-    # here, not at the top: the command line loads this module, and torch takes seconds or may be missing
-    import torch  # noqa: PLC0415
-
-    for index in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(index)
-        logger.info(f"  GPU {index}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
-    if not torch.cuda.device_count():
-        logger.info("  no GPU: training runs on the CPU with the plain PyTorch engine")
-        for name, (programs, way_out) in CPU_TOOLS.items():
-            there = any(map(shutil.which, programs))
-            logger.info(f"  {name}: {'found' if there else f'missing; engine.kind=deepspeed needs it: {way_out}'}")

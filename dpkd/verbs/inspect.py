@@ -40,12 +40,13 @@ def inspect_dataset(url: str) -> None:
     if given := dataset.given():
         counted = ", ".join(f"{name} of {count:,} samples" for name, count in given.items())
         logger.info(f"given with the images: {counted}")
-    for name in prior_sets(url):
+    set_names = prior_sets(url)
+    for name in set_names:
         _show_left_out(dataset, name)
-    damaged = _damaged_shards(url, [shard for split in manifest.splits.values() for shard in split.shards])
-    _refuse(url, damaged, way_out="pack again, which makes the damaged ones anew")
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    _check_shards(url, shards, way_out="pack again, which makes the damaged ones anew")
     logger.info("every shard is as its manifest says")
-    for name in prior_sets(url):
+    for name in set_names:
         _inspect_priors(dataset, name)
 
 
@@ -97,7 +98,8 @@ def _show_left_out(dataset: Dataset, name: str) -> None:
         logger.info(f"prior set {name}: {len(lost):,} could not be read and are left out: {_first(lost, ', ')}")
 
 
-def _damaged_shards(url: str, shards: Sequence[ShardInfo]) -> list[str]:
+def _check_shards(url: str, shards: Sequence[ShardInfo], *, way_out: str) -> None:
+    """Raises `UserError` that names the shards which are missing or have other bytes than the manifest says."""
     damaged = []
     with Progress(f"check {url}", len(shards), unit="shards") as progress:
         for shard in shards:
@@ -107,18 +109,14 @@ def _damaged_shards(url: str, shards: Sequence[ShardInfo]) -> list[str]:
             elif storage.sha256(place) != shard.sha256:
                 damaged.append(f"{shard.name} has another sha256 than its manifest says")
             progress.advance()
-    return damaged
+    _refuse(url, damaged, way_out=way_out)
 
 
 def _inspect_priors(dataset: Dataset, name: str) -> None:
     """Prints what the prior set holds, and checks that each sample has its own maps and that each can be decoded."""
     url, priors = set_url(dataset.url, name), PriorSet.open(dataset.url, name)
     again = "run the prepare stage again, which makes the damaged ones anew"
-    _refuse(
-        url,
-        _damaged_shards(url, [shard for split in priors.manifest.splits.values() for shard in split]),
-        way_out=again,
-    )
+    _check_shards(url, [shard for split in priors.manifest.splits.values() for shard in split], way_out=again)
     size_bytes, damaged = Counter[str](), list[str]()
     num_samples = sum(split.num_samples for split in dataset.manifest.splits.values())
     with Progress(f"check priors/{name}", num_samples) as progress:

@@ -36,8 +36,7 @@ def test_what_an_earlier_run_did_counts_as_done_but_not_for_the_rate(capsys: pyt
     clock = Clock()
     with Progress("teach", 100, unit="steps", start=60, clock=clock) as progress:
         clock.now = 10.0
-        progress.note("loss 1.25")
-        progress.advance(20)
+        progress.reach(80, note="loss 1.25")
     first, last = capsys.readouterr().out.splitlines()
     assert first == "teach: 80 of 100 steps (80%), 2.0 steps/s, 10 s left, loss 1.25"
     assert last == "teach: 20 steps in 10 s, 2.0 steps/s, loss 1.25"
