@@ -52,6 +52,42 @@ class TimmModel(Config):
     def __hash__(self) -> int:
         return hash(self.model_dump_json())
 
+    def load(self, size: tuple[int, int], *, device: str) -> Run:
+        """The timm model as a function of images BCHW of that size; on the CPU it takes one thread.
+
+        Raises `UserError` where the weights do not fit the model, or it has no class attention and that is its output.
+        """
+        # here, not at the top: torch must not load with the settings
+        import torch  # noqa: PLC0415
+
+        from dpkd.models.attention import attends, with_attention  # noqa: PLC0415
+        from dpkd.models.backbone import Backbone  # noqa: PLC0415
+        from dpkd.models.settings import ModelSettings  # noqa: PLC0415
+
+        settings = ModelSettings(name=self.name, arguments=self.arguments)
+        backbone = Backbone(settings, num_classes=0, image_size=size[0], weights=self.file)
+        if self.output == "attention" and not attends(backbone):
+            raise UserError(f"the timm model {self.name!r} has no class attention that can be read; set output=energy")
+        backbone = backbone.eval().to(device)
+        if torch.device(device).type == "cpu":
+            torch.set_num_threads(1)  # the pool has a process for every core
+
+        @torch.no_grad()
+        def run(image_BCHW: Array) -> Array:
+            image = torch.from_numpy(image_BCHW).to(device)
+
+            def patches() -> dict[str, "Tensor"]:
+                return {"patch": backbone.patches(backbone.features(image), size)}
+
+            attention = self.output == "attention"
+            values = with_attention(backbone, patches)["attention"] if attention else patches()["patch"]
+            if self.output == "energy":
+                values = values.square().sum(1, keepdim=True)
+                values = values / values.amax((2, 3), keepdim=True).clamp(min=1e-12)
+            return np.asarray(values.float().cpu().numpy())
+
+        return run
+
 
 class OnnxModel(Config):
     """An ONNX model with one image input."""
@@ -62,6 +98,43 @@ class OnnxModel(Config):
     """SHA-256 of the file, followed by those that hold its external data; refused if it differs."""
     output: str | int | None = None
     """Name or position of the output where there are several."""
+
+    def load(self, size: tuple[int, int], *, device: str) -> Run:  # noqa: ARG002 (the file knows it)
+        """The ONNX model as a function of images BCHW; on the CPU it takes one thread.
+
+        Raises `UserError` where onnxruntime has no provider for the device, or the model has no single image input or
+        not the output; and what onnxruntime raises for a file that is no model.
+        """
+        import onnxruntime  # noqa: PLC0415
+
+        provider, available = PROVIDERS[device.partition(":")[0]], onnxruntime.get_available_providers()
+        if provider not in available:
+            raise UserError(
+                f"this onnxruntime runs on {', '.join(available)} alone: install onnxruntime-gpu in its place, or set "
+                "device=cpu for this prior"
+            )
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1  # the pool has a process for every core
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(self.file, options, providers=[provider])
+        if provider not in session.get_providers():  # onnxruntime would go on without
+            raise UserError(f"onnxruntime could not start its {provider}; see its message above, or set device=cpu")
+        inputs, names = session.get_inputs(), [output.name for output in session.get_outputs()]
+        if len(inputs) != 1 or inputs[0].type not in FLOATS:
+            taken = ", ".join(f"{value.name} {value.type}" for value in inputs)
+            raise UserError(f"it takes {taken}, and a prior gives one float batch of images: export it with that input")
+        choices: dict[str | int | None, str] = {name: name for name in names}
+        choices |= {**dict(enumerate(names)), **dict(enumerate(names, -len(names)))}
+        if len(names) == 1:
+            choices[None] = names[0]
+        if self.output not in choices:
+            raise UserError(f"model.output={self.output!r} names none of its {len(names)} outputs: {', '.join(names)}")
+
+        def run(image_BCHW: Array) -> Array:
+            image = image_BCHW.astype(FLOATS[inputs[0].type], copy=False)
+            return np.asarray(session.run([choices[self.output]], {inputs[0].name: image})[0], np.float32)
+
+        return run
 
 
 class Learned(PriorDefaults, Config):
@@ -160,7 +233,7 @@ class Learned(PriorDefaults, Config):
 
         Values that are not finite pass. Raises `UserError` where the model cannot be used, before its first map.
         """
-        values_BCHW = _values(self, _loaded(self, device), _batch(self, images))[: len(images)]
+        values_BCHW = _values(self, _loaded(self, device), images)[: len(images)]
         maps: list[Map] = [np.ascontiguousarray(values_CHW.transpose(1, 2, 0)) for values_CHW in values_BCHW]
         if self.stride is None:
             return maps
@@ -194,18 +267,16 @@ def _loaded(prior: Learned, device: str) -> Run:
         digest = checksum(prior.model)
         if prior.model.sha256 not in (None, digest):
             raise UserError(f"its sha256 on this machine is {digest}, not {prior.model.sha256}: copy it here again")
-        if isinstance(prior.model, TimmModel):
-            run = _load_timm(prior.model, size=prior.input_size[0], device=device)
-        else:
-            run = _load_onnx(prior.model, device=device)
-    if not np.isfinite(_values(prior, run, _batch(prior, []))).all():
+        run = prior.model.load(prior.input_size, device=device)
+    if not np.isfinite(_values(prior, run, [])).all():
         with _named(prior, "it fails"):
             raise UserError("the model gives values that are not finite for blank images; check mean, std and weights")
     return run
 
 
-def _values(prior: Learned, run: Run, batch_BCHW: Array) -> Array:
-    """The model's output for a batch, in [0, 1]; raises `UserError` where that is no map of the prior's channels."""
+def _values(prior: Learned, run: Run, images: Sequence[ImageViews]) -> Array:
+    """The model's output for the images, in [0, 1]; raises `UserError` where it is no map of the prior's channels."""
+    batch_BCHW = _batch(prior, images)
     what = f"the model does not run on float32 of {batch_BCHW.shape}: set size, colour and batch_size to what it takes"
     with _named(prior, what):
         output = run(batch_BCHW)
@@ -254,81 +325,6 @@ def scaled(values_BCHW: Array, scale: Scale) -> Array:
     if scale in ("minmax", "largest"):
         values_BCHW = values_BCHW / np.maximum(values_BCHW.max((2, 3), keepdims=True), np.float32(1e-12))
     return np.clip(values_BCHW, 0, 1)
-
-
-def _load_timm(model: TimmModel, *, size: int, device: str) -> Run:
-    """The timm model as a function of images BCHW of that size; on the CPU it takes one thread.
-
-    Raises `UserError` where the weights do not fit the model, or it has no class attention and that is its output.
-    """
-    # here, not at the top: torch must not load with the settings
-    import torch  # noqa: PLC0415
-
-    from dpkd.models.attention import attends, with_attention  # noqa: PLC0415
-    from dpkd.models.backbone import Backbone  # noqa: PLC0415
-    from dpkd.models.settings import ModelSettings  # noqa: PLC0415
-
-    settings = ModelSettings(name=model.name, arguments=model.arguments)
-    backbone = Backbone(settings, num_classes=0, image_size=size, weights=model.file)
-    if model.output == "attention" and not attends(backbone):
-        raise UserError(f"the timm model {model.name!r} has no class attention that can be read; set output=energy")
-    backbone = backbone.eval().to(device)
-    if torch.device(device).type == "cpu":
-        torch.set_num_threads(1)  # the pool has a process for every core
-
-    @torch.no_grad()
-    def run(image_BCHW: Array) -> Array:
-        image = torch.from_numpy(image_BCHW).to(device)
-
-        def patches() -> dict[str, "Tensor"]:
-            return {"patch": backbone.patches(backbone.features(image), (size, size))}
-
-        attention = model.output == "attention"
-        values = with_attention(backbone, patches)["attention"] if attention else patches()["patch"]
-        if model.output == "energy":
-            values = values.square().sum(1, keepdim=True)
-            values = values / values.amax((2, 3), keepdim=True).clamp(min=1e-12)
-        return np.asarray(values.float().cpu().numpy())
-
-    return run
-
-
-def _load_onnx(model: OnnxModel, *, device: str) -> Run:
-    """The ONNX model as a function of images BCHW; on the CPU it takes one thread.
-
-    Raises `UserError` where onnxruntime has no provider for the device, or the model has no single image input or not
-    the output; and what onnxruntime raises for a file that is no model.
-    """
-    import onnxruntime  # noqa: PLC0415
-
-    provider, available = PROVIDERS[device.partition(":")[0]], onnxruntime.get_available_providers()
-    if provider not in available:
-        raise UserError(
-            f"this onnxruntime runs on {', '.join(available)} alone: install onnxruntime-gpu in its place, or set "
-            "device=cpu for this prior"
-        )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1  # the pool has a process for every core
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model.file, options, providers=[provider])
-    if provider not in session.get_providers():  # onnxruntime would go on without
-        raise UserError(f"onnxruntime could not start its {provider}; see its message above, or set device=cpu")
-    inputs, names = session.get_inputs(), [output.name for output in session.get_outputs()]
-    if len(inputs) != 1 or inputs[0].type not in FLOATS:
-        types = ", ".join(f"{value.name} {value.type}" for value in inputs)
-        raise UserError(f"it takes {types}, and a prior gives one float image batch: export it with that input alone")
-    choices: dict[str | int | None, str] = {name: name for name in names}
-    choices |= {**dict(enumerate(names)), **dict(enumerate(names, -len(names)))}
-    if len(names) == 1:
-        choices[None] = names[0]
-    if model.output not in choices:
-        raise UserError(f"model.output={model.output!r} names none of its {len(names)} outputs: {', '.join(names)}")
-
-    def run(image_BCHW: Array) -> Array:
-        image = image_BCHW.astype(FLOATS[inputs[0].type], copy=False)
-        return np.asarray(session.run([choices[model.output]], {inputs[0].name: image})[0], np.float32)
-
-    return run
 
 
 def checksum(model: TimmModel | OnnxModel) -> str:
