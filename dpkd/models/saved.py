@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from dpkd.errors import UserError
@@ -19,7 +18,6 @@ from dpkd.io.errors import NO_FILE
 from dpkd.io.record import checked, parse_checked
 from dpkd.models.network import Network, build_network
 from dpkd.models.settings import NetworkSpec
-from dpkd.models.weights import UNREADABLE
 
 FORMAT_VERSION = 1
 WEIGHTS_NAME = "model.safetensors"
@@ -46,26 +44,7 @@ def load_network(folder: Path) -> tuple[NetworkSpec, Network]:
 
     Raises `UserError` that names the file: missing, of another format, damaged, or of other tensors than the spec's.
     """
-    spec, checksum = _read_head(folder / SPEC_NAME)
-    weights = folder / WEIGHTS_NAME
-    try:
-        data = storage.read_bytes(weights)
-    except NO_FILE as error:
-        raise UserError(f"{weights} is missing: run the stage that makes it again") from error
-    if storage.digest(data) != checksum:
-        raise UserError(f"{weights} is not what {SPEC_NAME} beside it describes: damaged; run its stage again")
-    start = spec.model.model_copy(update={"pretrained": False})  # the weights on disk replace them all
-    network = build_network(spec.model_copy(update={"model": start}), seed=0)
-    network.spec = spec
-    try:
-        state = safetensors.torch.load(data)
-    except UNREADABLE as error:
-        raise UserError(f"{weights} cannot be read ({type(error).__name__}: {error}); run its stage again") from error
-    _load_state(network, state, origin=weights)
-    return spec, network.eval()
-
-
-def _read_head(path: Path) -> tuple[NetworkSpec, str]:
+    path, weights = folder / SPEC_NAME, folder / WEIGHTS_NAME
     try:
         head = parse_checked(storage.read_bytes(path))
         if head["format_version"] != FORMAT_VERSION:
@@ -73,21 +52,23 @@ def _read_head(path: Path) -> tuple[NetworkSpec, str]:
                 f"{path}: format_version is {head['format_version']}, this dpkd reads {FORMAT_VERSION}; "
                 "load it with the version that wrote it (versions.json of its run)"
             )
-        return NetworkSpec.model_validate(head["spec"]), str(head["weights_sha256"])
+        spec, checksum = NetworkSpec.model_validate(head["spec"]), head["weights_sha256"]
+        data = storage.read_bytes(weights)
     except NO_FILE as error:
-        raise UserError(f"{path} is missing: there is no finished network in this folder") from error
+        missing = path if not path.is_file() else weights
+        raise UserError(f"{missing} is missing: run the stage that makes it again") from error
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); run its stage again") from error
-
-
-def _load_state(network: Network, state: dict[str, Tensor], *, origin: Path) -> None:
-    expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    found = {name: tensor.shape for name, tensor in state.items()}
-    if expected != found:
-        differ = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if storage.digest(data) != checksum:
+        raise UserError(f"{weights} is not what {SPEC_NAME} beside it describes: damaged; run its stage again")
+    start = spec.model.model_copy(update={"pretrained": False})  # the weights on disk replace them all
+    network = build_network(spec.model_copy(update={"model": start}), seed=0)
+    network.spec = spec
+    try:
+        network.load_state_dict(safetensors.torch.load(data))
+    except RuntimeError as error:
         raise UserError(
-            f"{origin} holds other tensors than its spec builds ({len(differ)} differ: {', '.join(differ[:5])}); "
+            f"{weights} holds other tensors than its spec builds ({str(error)[:500]}); "
             "was it written with another timm? versions.json of its run tells which"
-        )
-    with torch.no_grad():
-        network.load_state_dict(state)
+        ) from error
+    return spec, network.eval()

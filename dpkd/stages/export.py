@@ -1,4 +1,4 @@
-"""How students leave: a folder that plain timm loads, and ONNX, both checked before they are published.
+"""The export of students: a folder that plain timm loads, and ONNX, both checked before they are published.
 
     export/<student>/
       model.safetensors    the timm model's own weights
@@ -58,8 +58,9 @@ def export(run: Run) -> None:
             write_timm_folder(made, network)
             difference = None
             if settings.onnx:
-                path = made / "model.onnx"
-                difference = write_onnx(path, network, map_size=run.map_size, tolerance=settings.tolerance)
+                difference = write_onnx(
+                    made / "model.onnx", network, map_size=run.map_size, tolerance=settings.tolerance
+                )
             card = partial(
                 model_card, name, evaluation=evaluation, spec=spec.model_dump(mode="json"), onnx_difference=difference
             )
@@ -98,15 +99,24 @@ def write_timm_folder(folder: Path, network: Network) -> None:
     no such pooling.
     """
     state = network.backbone.timm.state_dict()
-    data = safetensors.torch.save(
-        {name: tensor.contiguous().clone() for name, tensor in state.items()}, metadata={"format": "pt"}
-    )
-    (folder / "model.safetensors").write_bytes(data)
+    tensors = {name: tensor.contiguous().clone() for name, tensor in state.items()}
+    (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    image_BCHW, weight_B1HW = _inputs(network.spec, batch_size=2, map_size=1)
+    with torch.inference_mode():
+        expected = network(image_BCHW, torch.zeros_like(weight_B1HW))
     differences = []
     for arguments in _possible_arguments(network.spec):
-        config = timm_config(network, arguments)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        differences.append(_timm_difference(folder, network))
+        (folder / "config.json").write_text(json.dumps(timm_config(network, arguments), indent=2) + "\n")
+        try:
+            model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        except (RuntimeError, TypeError):
+            differences.append(math.inf)
+            continue
+        with torch.inference_mode():
+            embedding_BD = model.forward_head(model.forward_features(image_BCHW), pre_logits=True)
+            outputs = {"embedding": embedding_BD, "logits": model(image_BCHW)}
+        names = _output_names(network.spec)
+        differences.append(max(_difference(outputs[name], expected[name]) for name in names))
         if differences[-1] <= TIMM_TOLERANCE:
             return
     raise UserError(
@@ -115,26 +125,9 @@ def write_timm_folder(folder: Path, network: Network) -> None:
     )
 
 
-def _timm_difference(folder: Path, network: Network) -> float:
-    """How far plain timm's outputs from a written folder are from the network's; infinite where it does not load."""
-    image_BCHW = _test_images(network.spec, batch_size=2)
-    try:
-        loaded: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    except (RuntimeError, TypeError):
-        return math.inf
-    with torch.inference_mode():
-        expected = network(image_BCHW, torch.zeros(2, 1, *network.backbone.grid))
-        embedding_BD = loaded.forward_head(loaded.forward_features(image_BCHW), pre_logits=True)
-        difference = _difference(embedding_BD, expected["embedding"])
-        return (
-            max(difference, _difference(loaded(image_BCHW), expected["logits"])) if "logits" in expected else difference
-        )
-
-
 def timm_config(network: Network, arguments: dict[str, Any]) -> dict[str, Any]:
     """The content of `config.json` in timm's format, for a model made with these arguments."""
     spec, own = network.spec, network.backbone.timm.pretrained_cfg
-    side = spec.image_size
     return {
         "architecture": spec.model.name.split(".")[0],
         "num_classes": len(spec.classes),
@@ -142,7 +135,7 @@ def timm_config(network: Network, arguments: dict[str, Any]) -> dict[str, Any]:
         "label_names": list(spec.classes),
         "model_args": arguments,
         "pretrained_cfg": {
-            "input_size": [3, side, side],
+            "input_size": [3, spec.image_size, spec.image_size],
             "fixed_input_size": bool(own.get("fixed_input_size", False)),
             "interpolation": "bilinear",
             "crop_pct": 1.0,
@@ -165,15 +158,15 @@ def _possible_arguments(spec: NetworkSpec) -> list[dict[str, Any]]:
     where it was trained under figure-ground pooling, and keep its norm before the pooling (`fc_norm`).
     """
     arguments = {key: value for key, value in spec.model.arguments.items() if key not in OF_DOWNLOADS}
+    with_size = {"img_size": spec.image_size, **arguments}
     try:
-        with_size = {"img_size": spec.image_size, **arguments}
         timm.create_model(spec.model.name, num_classes=0, **with_size)
-        arguments = with_size
     except TypeError:
-        pass  # most convolutional models take any size and do not know the argument
-    if not isinstance(spec.model.pooling, FigureGroundPooling):
-        return [arguments]
-    return [arguments, {**arguments, "global_pool": "avg"}, {**arguments, "global_pool": "avg", "fc_norm": False}]
+        with_size = arguments  # most convolutional models take any size and do not know the argument
+    poolings: list[dict[str, Any]] = [{}]
+    if isinstance(spec.model.pooling, FigureGroundPooling):
+        poolings += [{"global_pool": "avg"}, {"global_pool": "avg", "fc_norm": False}]
+    return [with_size | pooling for pooling in poolings]
 
 
 class _ForOnnx(nn.Module):
@@ -198,12 +191,11 @@ def write_onnx(path: Path, network: Network, *, map_size: int, tolerance: float)
     module = _ForOnnx(network).eval()
     batch = torch.export.Dim("batch", min=1)
     with torch.inference_mode(), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*The axis name: batch will not be used"
-        )  # image and weight share it
+        # image and weight share the axis
+        warnings.filterwarnings("ignore", message=".*The axis name: batch will not be used")
         torch.onnx.export(
             module,
-            _inputs(network.spec, names, batch_size=2, map_size=map_size),
+            _inputs(network.spec, batch_size=2, map_size=map_size)[: len(names)],
             path,
             input_names=names,
             output_names=_output_names(network.spec),
@@ -216,12 +208,12 @@ def write_onnx(path: Path, network: Network, *, map_size: int, tolerance: float)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     difference = 0.0
     for batch_size in CHECK_BATCHES:
-        inputs = _inputs(network.spec, names, batch_size=batch_size, map_size=map_size)
-        found = session.run(None, {name: each.numpy() for name, each in zip(names, inputs, strict=True)})
+        inputs = _inputs(network.spec, batch_size=batch_size, map_size=map_size)[: len(names)]
+        outputs = session.run(None, {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)})
         with torch.inference_mode():
             expected = module(*inputs)
-        for its, ours in zip(found, expected, strict=True):
-            difference = max(difference, _difference(torch.from_numpy(its), ours))
+        for output, expected_output in zip(outputs, expected, strict=True):
+            difference = max(difference, _difference(torch.from_numpy(output), expected_output))
     if difference > tolerance:
         raise UserError(
             f"ONNX gives other outputs than PyTorch, by {difference:.2g} of the largest, where {tolerance:.2g} is "
@@ -230,11 +222,11 @@ def write_onnx(path: Path, network: Network, *, map_size: int, tolerance: float)
     return difference
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
+def _difference(output: Tensor, expected: Tensor) -> float:
     """The largest difference relative to the largest value expected; infinite between shapes that differ."""
-    if found.shape != expected.shape:
+    if output.shape != expected.shape:
         return math.inf
-    difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+    difference = float((output - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
     return difference if math.isfinite(difference) else math.inf
 
 
@@ -242,11 +234,9 @@ def _output_names(spec: NetworkSpec) -> list[str]:
     return ["embedding", "logits"] if spec.classes else ["embedding"]
 
 
-def _inputs(spec: NetworkSpec, names: list[str], *, batch_size: int, map_size: int) -> tuple[Tensor, ...]:
-    weight_B1HW = torch.from_numpy(np.random.default_rng(1).random((batch_size, 1, map_size, map_size), np.float32))
-    return (_test_images(spec, batch_size=batch_size), weight_B1HW)[: len(names)]
-
-
-def _test_images(spec: NetworkSpec, *, batch_size: int) -> Tensor:
+def _inputs(spec: NetworkSpec, *, batch_size: int, map_size: int) -> tuple[Tensor, Tensor]:
+    """Random normalised images and weight maps, always the same."""
     shape = (batch_size, 3, spec.image_size, spec.image_size)
-    return torch.from_numpy(np.random.default_rng(0).standard_normal(shape, np.float32))
+    image_BCHW = np.random.default_rng(0).standard_normal(shape, np.float32)
+    weight_B1HW = np.random.default_rng(1).random((batch_size, 1, map_size, map_size), np.float32)
+    return torch.from_numpy(image_BCHW), torch.from_numpy(weight_B1HW)

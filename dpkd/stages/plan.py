@@ -48,7 +48,6 @@ def stages_of(settings: Settings, names: Collection[str] = STAGES) -> list[str]:
 
 
 def _trains(stage: str) -> bool:
-    """Whether the stage trains networks; it then refuses to go on under other settings, as packing does."""
     return stage == "distill" or stage.startswith("teach")
 
 
@@ -60,12 +59,10 @@ def stage_inputs(stage: str, settings: Settings) -> dict[str, Any]:
     if stage == "prepare":
         return settings.prepare.sealed().model_dump(mode="json")
     if stage == "export":
-        assert settings.export is not None, "the stage is left out without settings"
-        return settings.export.model_dump(mode="json")
+        return settings.model_dump(mode="json")["export"]
     if stage == "evaluate":
-        assert settings.evaluate is not None, "the stage is left out without settings"
-        results = {"data": _pick(data, "train", "val", "test"), "evaluate": settings.evaluate.model_dump(mode="json")}
-        return seed | results | _attributes(stage, settings)
+        evaluate = settings.model_dump(mode="json")["evaluate"]
+        return seed | {"data": _pick(data, "train", "val", "test"), stage: evaluate} | _attributes(stage, settings)
     teachers = {name: teacher.model_dump(mode="json") for name, teacher in settings.teachers.items()}
     if stage == "distill":
         part = settings.distill.model_dump(mode="json")
@@ -102,25 +99,25 @@ def stage_outputs(stage: str, settings: Settings) -> list[str | Path]:
         folders = [folder.export / name for name in settings.distill.students]
     else:
         folders = [folder.teacher(teaching_stages(settings)[stage])]
-    return sorted(path for each in folders for path in each.glob("[!.]*"))
+    return sorted(path for made in folders for path in made.glob("[!.]*"))
 
 
 def _attributes(stage: str, settings: Settings) -> dict[str, Any]:
-    """What the table of attributes states, where the stage's results depend on it."""
-    teaching = teaching_stages(settings)
-    prefix = f"teachers.{teaching[stage]}." if stage in teaching else "distill." if stage == "distill" else ""
-    live = any(teacher.during_distill != "frozen" for teacher in settings.teachers.values())
-    if stage == "distill" and live:
-        prefix = ""
-    learnt = [objective for key, objective in settings.objectives.items() if key.startswith(prefix)]
-    if not any("attributes" in objective.needs().targets for objective in learnt):
+    """The rows of the table of attributes, where the stage's results depend on them."""
+    teaching, prefix = teaching_stages(settings), ""
+    if stage in teaching:
+        prefix = f"teachers.{teaching[stage]}."
+    elif stage == "distill" and all(teacher.during_distill == "frozen" for teacher in settings.teachers.values()):
+        prefix = "distill."
+    learned = [objective for key, objective in settings.objectives.items() if key.startswith(prefix)]
+    if not any("attributes" in objective.needs().targets for objective in learned):
         return {}
     url = settings.data.shards or str(RunFolder(settings.run.dir).path / "shards")
     return {"attributes": recorded_attributes(settings.data, url=url, everywhere=stage == "evaluate")}
 
 
 def find_faults(folder: RunFolder, stages: Sequence[str]) -> dict[str, list[str]]:
-    """What is wrong with the files that finished stages made; reads and hashes them all, so call it once a start."""
+    """Faults of the files that finished stages made; reads and hashes them all, so call it once a start."""
     return {stage: folder.faults(stage) for stage in stages}
 
 
@@ -135,7 +132,7 @@ def left_to_do(
     """
     faults = faults or {}
     for stage in stages:
-        if stage == "pack" or _trains(stage):
+        if stage == "pack" or _trains(stage):  # the other stages are done again under other settings
             folder.refuse_contradiction(stage, stage_inputs(stage, settings))
         if _trains(stage) and faults.get(stage) and not CheckpointStore(folder.checkpoints(stage)).committed():
             raise UserError(

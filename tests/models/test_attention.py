@@ -58,7 +58,7 @@ def test_flops_of_a_vit_are_those_counted_by_hand():
 def test_flops_of_a_head_that_attends_are_those_counted_by_hand():
     """Its query is a parameter, which the counter of torch takes with gradients alone."""
     arguments = VIT | {"global_pool": "map", "class_token": False}
-    network = network_of("vit_tiny_patch16_224", arguments, classes=(), targets={"edge": 1})
+    network = network_of("vit_tiny_patch16_224", arguments, classes=(), heads=heads({"edge": 1}))
     tokens, width = 16, 48
     block = tokens * 12 * width**2 + 2 * tokens**2 * width
     head = (1 + 2 * tokens + 1 + 8) * width**2 + 2 * tokens * width
