@@ -48,8 +48,8 @@ def damaged(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Da
     (cut,) = cut_inside(val, val.num_samples - 1)
     num_steps = math.ceil(2 * base.num_samples / BATCH_SIZE)
     epochs = (num_steps + 0.5) * BATCH_SIZE / (base.num_samples - 0.5)
-    for stage in TRAINED:
-        tree[stage]["training"] |= {"steps": None, "epochs": epochs, "batch_size": BATCH_SIZE, "evaluate_every": 7}
+    for trained in (tree["teachers"]["teacher"], tree["distill"]):
+        trained["training"] |= {"steps": None, "epochs": epochs, "batch_size": BATCH_SIZE, "evaluate_every": 7}
     return Damaged(tree, folder / "run" / "shards", flipped, f"{val.info.shards[-1].name}/{cut}", num_steps)
 
 
