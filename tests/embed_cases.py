@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from dpkd.engine.frozen import Frozen
+from dpkd.engine.network import Frozen
 from dpkd.engine.world import join
 from dpkd.models.saved import load_network
 from dpkd.settings import parse_settings

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from dpkd.backends.deepspeed_engine import DeepSpeedEngine
-from dpkd.engine.batch_norm import StepStatistics
 from dpkd.engine.protocol import Engine
 from dpkd.engine.settings import EngineSettings, OptimizerSettings
 from dpkd.engine.torch_engine import TorchEngine
@@ -89,7 +88,6 @@ def build(
         "accumulation": NUM_MICROS // world.size,
         "micro_batch_size": MICRO,
         "precision": precision,
-        "statistics": StepStatistics(module),
         **options,
     }
     return TorchEngine(module, **parts) if STAGE[kind] is None else DeepSpeedEngine(module, **parts)

@@ -14,7 +14,7 @@ from dpkd.backends.engines import make_frozen
 from dpkd.engine.settings import EngineSettings
 from dpkd.engine.world import World, join
 from dpkd.models.network import build_network
-from dpkd.models.settings import ModelSettings, NetworkSpec
+from dpkd.models.settings import HeadSpec, ModelSettings, NetworkSpec
 
 MODELS = {"vit_tiny_patch16_224": {"depth": 6}, "resnet18": {}}
 SIDE, PASSES = 32, 3
@@ -34,7 +34,7 @@ def case(name: str, arguments: dict[str, Any], world: World, kind: Any) -> dict[
         image_size=SIDE,
         mean=(0.5,) * 3,
         std=(0.2,) * 3,
-        targets={"hog": 9},
+        heads={"prior/hog": HeadSpec(reads="patch", width=9)},
     )
     network = build_network(spec, seed=0)
     shapes = [parameter.shape for parameter in network.parameters()]

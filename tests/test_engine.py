@@ -7,7 +7,6 @@ import timm
 import torch
 from torch import nn
 
-from dpkd.engine.batch_norm import StepStatistics
 from dpkd.engine.ema import WeightAverage
 from dpkd.engine.network import in_fp32
 from dpkd.engine.optimizer import set_learning_rates
@@ -33,7 +32,6 @@ def engine(
         accumulation=2,
         micro_batch_size=4,
         precision=precision,
-        statistics=StepStatistics(module),
     )
 
 

@@ -17,7 +17,6 @@ def main() -> None:
         "gather": world.gather(f"rank {world.rank}"),
         "mean": world.mean_(torch.tensor([1.0, 2.0]) * (1 + world.rank)),
         "first": world.broadcast_(torch.full((2,), float(world.rank))),
-        "concatenated on 1": world.concatenate_on(torch.full((2,), float(world.rank)), rank=1),
         "place": (world.rank, world.size, world.local_rank, str(world.device)),
     }
     world.barrier()

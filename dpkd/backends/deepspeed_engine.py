@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from dpkd.backends.zero_state import placement
+from dpkd.engine.batch_norm import StepStatistics
 from dpkd.engine.network import InPrecision, prepare
 from dpkd.engine.optimizer import ParameterGroup, build_optimizer, by_name, set_learning_rates
-from dpkd.engine.protocol import Statistics
 from dpkd.engine.settings import EngineSettings, OptimizerSettings
 from dpkd.engine.slots import TrainingState
 from dpkd.engine.state import Writer
@@ -39,12 +39,12 @@ class DeepSpeedEngine:
         accumulation: int,
         micro_batch_size: int,
         precision: str,
-        statistics: Statistics | None = None,
     ) -> None:
         deepspeed = import_deepspeed(world)
         prepare(module, settings=settings, world=world)
         self.module = module
-        self._world, self._accumulation, self._statistics = world, accumulation, statistics
+        self._world, self._accumulation = world, accumulation
+        self._statistics = StepStatistics(module)
         self._clip = optimizer.clip or float("inf")
         self._clips_itself = settings.zero_stage == 0  # DeepSpeed computes no norm there
         self._num_micros = 0
@@ -71,11 +71,9 @@ class DeepSpeedEngine:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._engine.train()
         self._mark_boundary()
-        if self._statistics is not None:
-            self._statistics.before_micro()
+        self._statistics.before_micro()
         outputs = self._engine(*args, **kwargs)
-        if self._statistics is not None:
-            self._statistics.after_micro()
+        self._statistics.after_micro()
         return outputs
 
     @torch.no_grad()
@@ -100,8 +98,7 @@ class DeepSpeedEngine:
         set_learning_rates(self._optimizer, learning_rate)
         self._engine.step()
         self._num_micros = 0
-        if self._statistics is not None:
-            self._statistics.commit(self._world.mean_)
+        self._statistics.commit(self._world.mean_)
         self._state.after_update()
         return torch.as_tensor(self._engine.get_global_grad_norm() if norm is None else norm)
 

@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpkd.engine.frozen import Frozen
-from dpkd.engine.network import InPrecision
+from dpkd.engine.network import Frozen, InPrecision
 from dpkd.engine.protocol import Engine
 from dpkd.engine.settings import EngineSettings
 from dpkd.engine.torch_engine import TorchEngine

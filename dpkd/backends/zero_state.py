@@ -7,11 +7,12 @@ must keep equal.
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dpkd.engine.optimizer import set_num_updates
 from dpkd.engine.settings import OptimizerSettings
-from dpkd.engine.slots import Placement, Replicated, Slot, whole
+from dpkd.engine.slots import Placement, Replicated, Slot
 from dpkd.engine.world import World
 
 
@@ -24,18 +25,12 @@ class PartedOptimizer:
     def __init__(self, zero: Any) -> None:
         self._zero = zero
 
-    def held(self, parameter: nn.Parameter) -> torch.Tensor:
-        return parameter
-
     def weight(self, parameter: nn.Parameter) -> Slot:
         return Slot(parameter.shape, ((parameter, 0), *self._part(parameter)))
 
     def quantity(self, parameter: Any, name: str) -> Slot:
         # DeepSpeed gathers on all ranks
-        return Slot(parameter.shape, self._part(parameter, name), lambda _: parameter.get_full_hp_param(name))
-
-    def average(self, parameter: nn.Parameter, tensor: torch.Tensor) -> Slot:  # noqa: ARG002
-        return whole(tensor)
+        return Slot(parameter.shape, self._part(parameter, name), lambda *_: parameter.get_full_hp_param(name))
 
     def _part(self, parameter: Any, quantity: str | None = None) -> tuple[tuple[torch.Tensor, int], ...]:
         """This rank's part of the second copy of a weight, or of a quantity; empty where it lies on other ranks."""
@@ -60,28 +55,28 @@ class Sharded:
         self._zero = zero
         self._world = world
 
-    def held(self, parameter: Any) -> torch.Tensor:
-        shard: torch.Tensor = parameter.ds_tensor
-        return shard
-
-    def weight(self, parameter: nn.Parameter) -> Slot:
+    def weight(self, parameter: Any) -> Slot:
         second = (self._zero.get_local_fp32_param(parameter),) if parameter.requires_grad else ()
-        return self._slot(parameter, self.held(parameter), *second)
+        return self._slot(parameter, parameter.ds_tensor, *second)
 
     def quantity(self, parameter: nn.Parameter, name: str) -> Slot:
         return self._slot(parameter, self._zero.get_local_fp32_param(parameter, name))
 
-    def average(self, parameter: nn.Parameter, tensor: torch.Tensor) -> Slot:
-        return self._slot(parameter, tensor)
-
     def _slot(self, parameter: Any, *shards: torch.Tensor) -> Slot:
-        shape, size = torch.Size(parameter.ds_shape), shards[0].numel()
+        start = self._world.rank * shards[0].numel()
+        return Slot(torch.Size(parameter.ds_shape), tuple((shard, start) for shard in shards), self._gather)
 
-        def gather(rank: int) -> torch.Tensor | None:
-            padded = self._world.concatenate_on(shards[0].detach().flatten(), rank=rank)
-            return None if padded is None else padded[: shape.numel()].view(shape)
-
-        return Slot(shape, tuple((shard, self._world.rank * size) for shard in shards), gather)
+    def _gather(self, slot: Slot, rank: int) -> torch.Tensor | None:
+        shard = slot.copies[0][0].detach().flatten()
+        padded: torch.Tensor | None = None
+        if self._world.size == 1:
+            padded = shard
+        elif self._world.rank == rank:
+            padded = shard.new_empty(self._world.size * shard.numel())
+            dist.gather(shard, list(padded.split(shard.numel())), dst=rank)
+        else:
+            dist.gather(shard, dst=rank)
+        return None if padded is None else padded[: slot.shape.numel()].view(slot.shape)
 
     def set_num_updates(self, settings: OptimizerSettings, number: int) -> None:
         flats = self._zero.fp32_partitioned_groups_flat

@@ -1,5 +1,6 @@
-"""What every engine does to a network: device, first weights, precision, activation checkpointing."""
+"""What every engine does to a network: device, first weights, precision, activation checkpointing; frozen networks."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,22 +43,31 @@ def prepare(module: nn.Module, *, settings: EngineSettings, world: World) -> Non
     Raises `UserError` where the settings ask for activation checkpointing and the model cannot do it.
     """
     module.to(world.device)
-    if settings.activation_checkpointing:
-        _checkpoint_activations(module)
+    if settings.activation_checkpointing:  # recomputes activations in the backward pass
+        parts: list[Any] = [part for part in module.modules() if hasattr(part, "set_grad_checkpointing")]
+        reason = None if parts else "this model has no such switch"
+        try:
+            for part in parts[:1]:
+                part.set_grad_checkpointing()
+        except AssertionError as error:  # how timm says that a model cannot
+            reason = str(error)
+        if reason is not None:
+            raise UserError(f"engine.activation_checkpointing=true: {reason}; set it to false for this model")
     for tensor in module.state_dict().values():
         world.broadcast_(tensor)
 
 
-def _checkpoint_activations(module: nn.Module) -> None:
-    """Makes the network recompute activations in the backward pass, through timm's own switch."""
-    switches: list[Any] = [
-        part.set_grad_checkpointing for part in module.modules() if hasattr(part, "set_grad_checkpointing")
-    ]
-    reason = "this model has no such switch"
-    if switches:
-        try:
-            switches[0]()
-            return
-        except AssertionError as error:  # how timm says that a model cannot
-            reason = str(error)
-    raise UserError(f"engine.activation_checkpointing=true: {reason}; set it to false for this model")
+@dataclass(frozen=True)
+class Frozen:
+    """A network that only predicts; its weights may be sharded over the ranks, so all ranks predict together."""
+
+    spec: Any
+    """What the network was built from."""
+    runner: nn.Module
+    """Runs it in evaluation mode, in its precision, with fp32 outputs."""
+
+    @torch.no_grad()
+    def predict(self, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The network's outputs, without gradients; every rank calls it equally often."""
+        outputs: dict[str, torch.Tensor] = self.runner(*inputs)
+        return outputs

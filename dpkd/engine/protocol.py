@@ -1,6 +1,5 @@
 """The engine protocol: one network in training, its optimizer, and how both are spread over the ranks."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +10,10 @@ from dpkd.engine.state import Writer
 
 
 class Engine(Protocol):
-    """Trains one network. Every verb is called by all ranks together, in the same order."""
+    """Trains one network. Every verb is called by all ranks together, in the same order.
+
+    Batch-norm statistics do not depend on how a step is cut into micro-batches and ranks (batch_norm.py).
+    """
 
     module: nn.Module
 
@@ -43,16 +45,3 @@ class Engine(Protocol):
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The whole fp32 state dict, averaged where the engine averages, on the CPU of rank 0; empty on other ranks."""
-
-
-class Statistics(Protocol):
-    """Makes running batch statistics independent of how a step was cut into micro-batches and ranks."""
-
-    def before_micro(self) -> None:
-        """Called before each forward pass in training mode."""
-
-    def after_micro(self) -> None:
-        """Called after each forward pass in training mode."""
-
-    def commit(self, average: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Called once a step; `average` replaces a tensor by its mean over ranks and returns it."""

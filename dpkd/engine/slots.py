@@ -6,7 +6,7 @@ because reading gathers the parts.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Protocol
@@ -18,7 +18,7 @@ from dpkd.engine.ema import WeightAverage
 from dpkd.engine.network import in_fp32
 from dpkd.engine.optimizer import quantities, set_num_updates
 from dpkd.engine.settings import OptimizerSettings
-from dpkd.engine.state import Counts, Staging, StateReader, Writer, write_part
+from dpkd.engine.state import Counts, StateReader, Writer, write_part
 from dpkd.engine.world import World
 
 
@@ -32,8 +32,8 @@ class Slot:
 
     The first is what is read; writing keeps all of them equal.
     """
-    gather: Callable[[int], torch.Tensor | None] | None = None
-    """The whole tensor on one rank, from the parts of all; none where every rank holds it whole."""
+    gather: "Callable[[Slot, int], torch.Tensor | None] | None" = None
+    """The whole tensor of a slot on one rank, from the parts of all; none where every rank holds it whole."""
 
     @property
     def is_whole_here(self) -> bool:
@@ -48,7 +48,7 @@ class Slot:
 
     def read_on(self, rank: int) -> torch.Tensor | None:
         """The whole tensor on this rank; what the others get is of no use. All call it."""
-        return self.read_here() if self.gather is None else self.gather(rank)
+        return self.read_here() if self.gather is None else self.gather(self, rank)
 
     def write(self, whole: torch.Tensor) -> None:
         """Takes over `whole`, or this rank's part of it."""
@@ -59,6 +59,10 @@ class Slot:
                 part = whole.flatten()[start : start + tensor.numel()]
                 tensor.detach().view(-1)[: part.numel()].copy_(part)
 
+    def like(self, tensor: torch.Tensor) -> "Slot":
+        """The slot of a tensor that lies over the ranks as the first copy does, such as a weight's average."""
+        return replace(self, copies=((tensor, self.copies[0][1]),))
+
 
 def whole(tensor: torch.Tensor) -> Slot:
     """The slot of a tensor that every rank holds whole."""
@@ -68,17 +72,11 @@ def whole(tensor: torch.Tensor) -> Slot:
 class Placement(Protocol):
     """Where an engine keeps the state of each parameter."""
 
-    def held(self, parameter: nn.Parameter) -> torch.Tensor:
-        """The tensor that this rank holds of a parameter, which an average follows."""
-
     def weight(self, parameter: nn.Parameter) -> Slot:
-        """The slot of a parameter."""
+        """The slot of a parameter; its first copy is the tensor that an average follows."""
 
     def quantity(self, parameter: nn.Parameter, name: str) -> Slot:
         """The slot of what the optimizer keeps for a parameter."""
-
-    def average(self, parameter: nn.Parameter, tensor: torch.Tensor) -> Slot:
-        """The slot of a parameter's average, of which this rank holds `tensor`."""
 
     def set_num_updates(self, settings: OptimizerSettings, number: int) -> None:
         """Sets the optimizer's count of updates, and makes its state where it has none."""
@@ -93,17 +91,11 @@ class Replicated:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
 
-    def held(self, parameter: nn.Parameter) -> torch.Tensor:
-        return parameter
-
     def weight(self, parameter: nn.Parameter) -> Slot:
         return whole(parameter)
 
     def quantity(self, parameter: nn.Parameter, name: str) -> Slot:
         return whole(self._optimizer.state[parameter][name])
-
-    def average(self, parameter: nn.Parameter, tensor: torch.Tensor) -> Slot:  # noqa: ARG002
-        return whole(tensor)
 
     def set_num_updates(self, settings: OptimizerSettings, number: int) -> None:
         tensors = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
@@ -128,11 +120,13 @@ class TrainingState:
     ) -> None:
         self._module, self._trained, self._placement = module, trained, placement
         self._optimizer, self._world = optimizer, world
-        held = {name: placement.held(parameter) for name, parameter in trained.items()}
-        followed = held | dict(module.named_buffers())
-        self._average = None if decay is None else WeightAverage(followed, decay=decay)
-        self._staging = Staging()
         self._set_num_updates(0)
+        self._average = None
+        if decay is not None:
+            held = {name: placement.weight(parameter).copies[0][0] for name, parameter in trained.items()}
+            self._average = WeightAverage(held | dict(module.named_buffers()), decay=decay)
+        self._copies: dict[str, torch.Tensor] = {}
+        """The last snapshot, on CPU; its memory is kept, because fresh pages cost more than the copying."""
         here = {name for name, slot in self._slots().items() if slot.is_whole_here}
         self._owners = {name: rank for rank, names in enumerate(world.gather(here)) for name in names}
 
@@ -154,24 +148,23 @@ class TrainingState:
         self._placement.refresh()
 
     def snapshot(self) -> Writer:
-        """Copies this rank's share, and returns what writes the copy into a folder."""
+        """Copies what this rank alone holds whole, and its turns of the rest; returns what writes the copy."""
         rank, size = self._world.rank, self._world.size
-        held = self._staging.hold(self._share())
-        counts = Counts(self._num_updates, 0 if self._average is None else self._average.num_updates)
-        return lambda folder: write_part(folder, held, counts=counts, rank=rank, size=size)
-
-    def _share(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What this rank writes: what it alone holds whole, and its turns of the rest. All ranks iterate to the end."""
         for place, (name, slot) in enumerate(sorted(self._slots().items())):
-            writer = self._owners.get(name, place % self._world.size)
-            tensor: torch.Tensor | None
-            if name in self._owners:
-                tensor = slot.read_here() if writer == self._world.rank else None
-            else:
-                tensor = slot.read_on(writer)
-            if writer == self._world.rank:
+            writer = self._owners.get(name, place % size)
+            tensor = None
+            if name not in self._owners:
+                tensor = slot.read_on(writer)  # all ranks take part
+            elif writer == rank:
+                tensor = slot.read_here()
+            if writer == rank:
                 assert tensor is not None
-                yield name, tensor
+                if name not in self._copies:
+                    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                    self._copies[name] = copy
+                self._copies[name].copy_(tensor.detach())
+        counts = Counts(self._num_updates, 0 if self._average is None else self._average.num_updates)
+        return lambda folder: write_part(folder, self._copies, counts=counts, rank=rank, size=size)
 
     def load(self, folder: Path) -> None:
         """Restores what was written at any world size."""
@@ -202,13 +195,14 @@ class TrainingState:
         self._placement.set_num_updates(self._optimizer, number)
 
     def _slots(self) -> dict[str, Slot]:
-        slots = {f"weight/{name}": self._placement.weight(p) for name, p in self._module.named_parameters()}
-        slots |= {f"buffer/{name}": whole(buffer) for name, buffer in self._module.named_buffers()}
+        weights = {name: self._placement.weight(parameter) for name, parameter in self._module.named_parameters()}
+        buffers = {name: whole(buffer) for name, buffer in self._module.named_buffers()}
+        slots = {f"weight/{name}": slot for name, slot in weights.items()}
+        slots |= {f"buffer/{name}": slot for name, slot in buffers.items()}
         for name, parameter in self._trained.items():
             for quantity in quantities(self._optimizer):
                 slots[f"{quantity}/{name}"] = self._placement.quantity(parameter, quantity)
-        for name, tensor in (self._average.average if self._average is not None else {}).items():
-            trained = name in self._trained
-            slot = self._placement.average(self._trained[name], tensor) if trained else whole(tensor)
-            slots[f"average/{name}"] = slot
+        if self._average is not None:
+            followed = weights | buffers
+            slots |= {f"average/{name}": followed[name].like(t) for name, t in self._average.average.items()}
         return slots

@@ -13,8 +13,8 @@ refused; the checkpoint's manifest finds damaged bytes.
 
 import errno
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,24 +35,6 @@ class Counts:
 
     num_updates: int
     num_average_updates: int = 0
-
-
-@dataclass
-class Staging:
-    """Copies of an engine's tensors in this machine's memory, which is kept: fresh pages cost more than the copying."""
-
-    _copies: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def hold(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The tensors by name, taken one by one, as they are now, on CPU; the next call overwrites them."""
-        held = {}
-        for name, tensor in tensors:
-            copy = self._copies.get(name)
-            if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
-                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            held[name] = copy.copy_(tensor.detach())
-        self._copies = held
-        return held
 
 
 def write_part(folder: Path, tensors: Mapping[str, torch.Tensor], *, counts: Counts, rank: int, size: int) -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dpkd.engine.batch_norm import StepStatistics
 from dpkd.engine.network import InPrecision, prepare
 from dpkd.engine.optimizer import ParameterGroup, build_optimizer, by_name, set_learning_rates
-from dpkd.engine.protocol import Statistics
 from dpkd.engine.settings import EngineSettings, OptimizerSettings
 from dpkd.engine.slots import Replicated, TrainingState
 from dpkd.engine.state import Writer
@@ -38,7 +38,6 @@ class TorchEngine:
         accumulation: int,
         micro_batch_size: int,  # noqa: ARG002 (part of what every engine is given; DeepSpeed's configuration asks for it)
         precision: str,
-        statistics: Statistics | None = None,
         overlap: bool | None = None,
     ) -> None:
         prepare(module, settings=settings, world=world)
@@ -46,7 +45,8 @@ class TorchEngine:
             module.compile()
         self.module = module
         self._network = InPrecision(module, device=world.device, precision=precision)
-        self._world, self._accumulation, self._statistics = world, accumulation, statistics
+        self._world, self._accumulation = world, accumulation
+        self._statistics = StepStatistics(module)
         self._clip = optimizer.clip or float("inf")
         self._num_micros = 0
         trained = by_name(parameter_groups)
@@ -74,16 +74,14 @@ class TorchEngine:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.module.train()
-        if self._statistics is not None:
-            self._statistics.before_micro()
+        self._statistics.before_micro()
         if self._buckets is None:
             outputs = self._network(*args, **kwargs)
         else:
             is_last = self._num_micros + 1 == self._accumulation
             with nullcontext() if is_last else self._buckets.no_sync():
                 outputs = self._buckets(*args, **kwargs)
-        if self._statistics is not None:
-            self._statistics.after_micro()
+        self._statistics.after_micro()
         return outputs
 
     @torch.no_grad()
@@ -113,8 +111,7 @@ class TorchEngine:
         else:
             self._optimizer.zero_grad()
         self._num_micros = 0
-        if self._statistics is not None:
-            self._statistics.commit(self._world.mean_)
+        self._statistics.commit(self._world.mean_)
         self._state.after_update()
         return norm
 

@@ -72,17 +72,6 @@ class World:
             dist.broadcast(tensor, src=0)
         return tensor
 
-    def concatenate_on(self, tensor: torch.Tensor, *, rank: int) -> torch.Tensor | None:
-        """The flat tensors of all ranks (on this world's device, of one length) end to end, on one rank; else none."""
-        if self.size == 1:
-            return tensor
-        whole, pieces = None, None
-        if self.rank == rank:
-            whole = torch.empty(self.size * tensor.numel(), dtype=tensor.dtype, device=tensor.device)
-            pieces = list(whole.split(tensor.numel()))
-        dist.gather(tensor.contiguous(), pieces, dst=rank)
-        return whole
-
     def leave(self) -> None:
         """Shuts down what `join` started."""
         if self.release is not None:
@@ -95,7 +84,16 @@ def join(*, timeout_s: float = 1800.0) -> World:
     Uses a process group that runs already. Raises `UserError` where this machine has fewer GPUs than workers.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device, timeout = _device(local_rank), timedelta(seconds=timeout_s)
+    device, timeout = torch.device("cpu"), timedelta(seconds=timeout_s)
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise UserError(
+                f"launcher.workers: worker {local_rank} of this machine finds no GPU of its own, {count} are visible; "
+                f"set launcher.workers={count}, or CUDA_VISIBLE_DEVICES= to train on the CPU"
+            )
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
     running = dist.is_initialized()
     if not running:
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -115,19 +113,6 @@ def join(*, timeout_s: float = 1800.0) -> World:
         control=dist.new_group(backend="gloo", timeout=timeout) if needs_control else None,
         release=None if running else dist.destroy_process_group,
     )
-
-
-def _device(local_rank: int) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if local_rank >= count:
-        raise UserError(
-            f"launcher.workers: worker {local_rank} of this machine finds no GPU of its own, {count} are visible; "
-            f"set launcher.workers={count}, or CUDA_VISIBLE_DEVICES= to train on the CPU"
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
 
 
 def request_stop() -> None:

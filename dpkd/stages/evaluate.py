@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dpkd.data.labels import visible_labels
 from dpkd.data.shards import Split
-from dpkd.engine.frozen import Frozen
+from dpkd.engine.network import Frozen
 from dpkd.errors import UserError
 from dpkd.evaluation.few_shot import draw_episodes, few_shot_accuracy, score
 from dpkd.evaluation.long_tail import long_tail

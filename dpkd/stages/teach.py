@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from dpkd.backends.engines import make_frozen
-from dpkd.engine.frozen import Frozen
+from dpkd.engine.network import Frozen
 from dpkd.engine.settings import TrainingSettings
 from dpkd.models.network import Network
 from dpkd.objectives.base import Objective, teacher_of

@@ -14,7 +14,6 @@ from dpkd.data.batch import Batch
 from dpkd.data.order import ClassAwareOrder, Order, OrderWithout, SampleOrder
 from dpkd.data.settings import AugmentSettings
 from dpkd.data.stream import training_batches
-from dpkd.engine.batch_norm import StepStatistics
 from dpkd.engine.settings import TrainingSettings
 from dpkd.log import Progress, logger
 from dpkd.models.network import Network, build_network
@@ -126,7 +125,6 @@ def make_learner(
         accumulation=training.batch_size // (micro_batch_size * run.world.size),
         micro_batch_size=micro_batch_size,
         precision=run.precision(training),
-        statistics=StepStatistics(network),
     )
     return Learner(
         engine=engine,

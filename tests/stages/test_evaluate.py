@@ -13,7 +13,7 @@ from sklearn.preprocessing import normalize
 
 from dpkd.data.augment import apply_image, apply_map, centre_view
 from dpkd.data.images import decode_image
-from dpkd.engine.frozen import Frozen
+from dpkd.engine.network import Frozen
 from dpkd.errors import UserError
 from dpkd.evaluation.few_shot import draw_episodes, score
 from dpkd.models.counts import count_parameters

@@ -36,7 +36,6 @@ from dpkd.backends.deepspeed_engine import DeepSpeedEngine, import_deepspeed
 from dpkd.data.batch import Batch, View
 from dpkd.data.order import Order, rank_slice
 from dpkd.engine import world as peers
-from dpkd.engine.batch_norm import StepStatistics
 from dpkd.engine.protocol import Engine
 from dpkd.engine.settings import EngineSettings, OptimizerSettings, TrainingSettings
 from dpkd.engine.state import StateReader
@@ -90,7 +89,6 @@ def build(kind: str, world: World, *, seed: int, optimizer: str, ema: float | No
         "accumulation": BATCH // MICRO // world.size,
         "micro_batch_size": MICRO,
         "precision": "fp32",
-        "statistics": StepStatistics(module),
     }
     return TorchEngine(module, **parts) if STAGE[kind] is None else DeepSpeedEngine(module, **parts)
 
