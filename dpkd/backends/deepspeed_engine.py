@@ -100,7 +100,7 @@ class DeepSpeedEngine:
         self._num_micros = 0
         self._statistics.commit(self._world.mean_)
         self._state.after_update()
-        return torch.as_tensor(self._engine.get_global_grad_norm() if norm is None else norm)
+        return torch.as_tensor(self._engine.get_global_grad_norm() if norm is None else norm, dtype=torch.float64)
 
     def snapshot(self) -> Writer:
         return self._state.snapshot()

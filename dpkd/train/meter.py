@@ -49,7 +49,7 @@ class Meter:
 
     def add_step(self, name: str, gradient_norm: torch.Tensor, *, step: int, learning_rate: float) -> None:
         """Adds one engine's step, whose norm stays on the device."""
-        self._pending.append((name, step, learning_rate, gradient_norm.detach().float()))
+        self._pending.append((name, step, learning_rate, gradient_norm.detach().double()))
 
     def settle(self, step: int, *, log: bool) -> list[Norm]:
         """The norms since the last call, read from the device; with `log` the sinks get the means since the last line.
@@ -60,7 +60,7 @@ class Meter:
         device = self._world.device
         tensors = [torch.as_tensor(self._losses[key], device=device) for key in keys]
         if tensors:
-            tensors = [self._world.mean_(torch.stack(tensors) / self._micro_batches)]
+            tensors = [self._world.mean_(torch.stack(tensors) / self._micro_batches).double()]
         tensors += [torch.stack([norm.to(device) for *_, norm in self._pending])] if self._pending else []
         numbers = torch.cat(tensors).tolist() if tensors else []
         norms = [
