@@ -33,9 +33,9 @@ gradients up in another order. Seen were 5e-7 and 3.4e-5 (a sum over 72 weights)
 def batches_for_six(folder: Path, *, source: Path) -> dict[str, Any]:
     """Settings of a run whose batches one, two and three workers share evenly, and whose dropout no rank draws."""
     tree = tiny(folder, source=source)
-    for stage in ("teach", "distill"):
-        tree[stage]["training"] |= {"steps": STEPS, "batch_size": 12, "micro_batch_size": 2, "checkpoint_every": 3}
-        tree[stage]["training"] |= {"evaluate_every": STEPS // 2, "panels_every": STEPS}
+    for part in (tree["teachers"]["teacher"], tree["distill"]):
+        part["training"] |= {"steps": STEPS, "batch_size": 12, "micro_batch_size": 2, "checkpoint_every": 3}
+        part["training"] |= {"evaluate_every": STEPS // 2, "panels_every": STEPS}
     for network in (tree["teachers"]["teacher"], *tree["distill"]["students"].values()):
         network["optimizer"] = CALM
     model = tree["distill"]["students"]["vit"]["model"]

@@ -29,8 +29,8 @@ def alone(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunF
 
 def long_run(folder: Path, *, source: Path):
     tree = tiny(folder, source=source)
-    for stage in ("teach", "distill"):
-        tree[stage]["training"] |= {"steps": 40, "evaluate_every": 20, "panels_every": 40}
+    for part in (tree["teachers"]["teacher"], tree["distill"]):
+        part["training"] |= {"steps": 40, "evaluate_every": 20, "panels_every": 40}
     tree["launcher"]["workers"] = 2
     return tree
 
