@@ -55,7 +55,7 @@ def stage_inputs(stage: str, settings: Settings) -> dict[str, Any]:
     """The settings that a stage's results depend on, as plain values."""
     data, seed = settings.data.model_dump(mode="json"), {"seed": settings.run.seed}
     if stage == "pack":
-        return seed | _pick(data, "source", "splits", "group_pattern", "samples_per_shard")
+        return seed | _pick(data, "source", "splits", "group_pattern", "samples_per_shard", "window")
     if stage == "prepare":
         return settings.prepare.sealed().model_dump(mode="json")
     if stage == "export":
@@ -70,12 +70,14 @@ def stage_inputs(stage: str, settings: Settings) -> dict[str, Any]:
             name: _pick(teacher, "during_distill", *(() if teacher["objectives"] else ("model", "weights")))
             for name, teacher in teachers.items()
         }
-        part |= {"teachers": followed}
+        results = {"distill": part, "teachers": followed}
     else:
-        part = teachers[teaching_stages(settings)[stage]]
+        name = teaching_stages(settings)[stage]
+        part = teachers[name]
         del part["during_distill"]
+        results = {"teachers": {name: part}}
     part["training"] = {key: value for key, value in part["training"].items() if key not in CADENCE}
-    results = {"data": _pick(data, "image_size", "map_size", "views", "train", "labels"), stage: part}
+    results["data"] = _pick(data, "image_size", "map_size", "views", "train", "labels")
     return seed | results | _attributes(stage, settings)
 
 
