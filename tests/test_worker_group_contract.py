@@ -248,7 +248,7 @@ def test_the_cause_comes_out_where_peers_fail_before_it_is_told(make_worker_grou
 
 @ON_RAY_IN_CHAOS
 def test_a_users_error_comes_out_without_a_restart(make_worker_group, tmp_path):
-    with pytest.raises(UserError, match=r"^teach\.model: no such model$"):
+    with pytest.raises(UserError, match=r"^teachers\.teacher\.model: no such model$"):
         make_worker_group(2, max_restarts=3).run(refuse_in_second_worker, str(tmp_path))
     assert len(list(tmp_path.iterdir())) == 1
 
