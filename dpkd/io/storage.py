@@ -225,7 +225,7 @@ def copy_here(url: str | Path, file: Path) -> None:
 
 
 def remove(url: str | Path) -> None:
-    """Deletes one file; nothing happens where there is none."""
+    """Deletes one file if it exists."""
     path = local_path(url)
     with write_errors(url):
         if path is not None:

@@ -11,7 +11,7 @@ from dpkd.launch.pool import Pool
 
 
 def find(source: FolderSource | TableSource | ShardSource, *, pool: Pool) -> SourceContents:
-    """All samples of a source, in an order that is the same each time; raises `UserError` where there are none.
+    """All samples of a source, in an order that is the same each time; raises `UserError` for a source without any.
 
     A sample with a name that is not UTF-8 is among the bad ones: what is packed must be read again.
     """

@@ -45,7 +45,7 @@ class _Tar(NamedTuple):
 
 
 def find_in_archives(source: ShardSource, *, pool: Pool) -> SourceContents:
-    """All samples of the tars; raises `UserError` where there are none."""
+    """All samples of the tars; raises `UserError` for a source without any."""
     tars, classes = _tars(source.path)
     contents = [SourceContents(())] * len(tars)
     for number, content in pool.map(partial(_list_tar, classes=classes), tars):

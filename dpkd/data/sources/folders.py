@@ -23,7 +23,7 @@ UNLABELLED = frozenset({"unlabelled", "unlabeled"})
 
 
 def find_in_folders(source: FolderSource) -> SourceContents:
-    """All images below the folder; raises `UserError` where there are none or their depths differ."""
+    """All images below the folder; raises `UserError` for a folder without images and for depths that differ."""
     if not storage.exists(source.path):
         raise UserError(f"data.source.path={source.path} does not exist: give the folder that holds the images")
     blobs: dict[str, Blob] = {}
