@@ -33,10 +33,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
-from dpkd.io.lru_cache import MAX_FILES, MAX_INDEXES, LRUCache
-from dpkd.io.record import checked, pack_checked, parse_checked, unpack_checked
-from dpkd.io.shard_cache import ChecksumDiffers, open_shard
-from dpkd.io.untrusted import parse_json
+from dpkd.io.record import checked, pack_checked, parse_checked, parse_json, unpack_checked
+from dpkd.io.shard_cache import MAX_FILES, MAX_INDEXES, ChecksumDiffers, LRUCache, open_shard
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "dataset.json"

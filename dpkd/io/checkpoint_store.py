@@ -11,6 +11,7 @@ readers agree on what the newer one found, without clocks or locks.
 """
 
 import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from dpkd.io import storage
@@ -74,7 +75,7 @@ class CheckpointStore:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._fence = Fence(url)
+        self.fence = Fence(url)
 
     def place(self, checkpoint: CheckpointId, *parts: str) -> str:
         """The location of a checkpoint, or of a file in it."""
@@ -83,10 +84,10 @@ class CheckpointStore:
     def acquire(self) -> tuple[int, list[CheckpointId]]:
         """Begins an attempt; returns its number and the committed checkpoints, oldest first."""
         # a claim may be lost: a number that made a checkpoint is never given again
-        attempt = self._fence.acquire(after=max((found.attempt for found in self._all()), default=0))
+        attempt = self.fence.acquire(after=max((checkpoint.attempt for checkpoint in self._all()), default=0))
         committed = self.committed(before=attempt)  # from here on older attempts publish and sweep nothing
         content = {"committed": [checkpoint.name for checkpoint in committed]}
-        storage.write_bytes_atomic(self._fence.claim(attempt), checked(content))
+        storage.write_bytes_atomic(self.fence.claim(attempt), checked(content))
         return attempt, committed
 
     def committed(self, *, before: int | None = None) -> list[CheckpointId]:
@@ -95,8 +96,13 @@ class CheckpointStore:
         `before` leaves out the claims of this attempt and newer ones.
         """
         names = storage.list_names(self.url)
-        attempts = [attempt for attempt in Fence.attempts(names) if before is None or attempt < before]
-        claims = {attempt: claim for attempt in attempts if (claim := self._read_claim(attempt)) is not None}
+        claims: dict[int, list[str]] = {}
+        for attempt in Fence.attempts(names):
+            if before is None or attempt < before:
+                # an attempt that has not written its claim yet, or whose claim is damaged, excludes nothing:
+                # better a late checkpoint counts than that none does
+                with suppress(*NO_FILE, ValueError):
+                    claims[attempt] = parse_checked(storage.read_bytes(self.fence.claim(attempt)))["committed"]
         return [
             checkpoint
             for checkpoint in self._all(names)
@@ -114,23 +120,18 @@ class CheckpointStore:
             raise ValueError(f"{MANIFEST} cannot be read ({error})") from error
         if content.get("format") != FORMAT:
             raise ValueError(f"{MANIFEST} has format {content.get('format')}, this version reads {FORMAT}")
-        found = CheckpointId(content["step"], content["attempt"])
-        if found != checkpoint:
-            raise ValueError(f"{MANIFEST} is that of step {found.step}, attempt {found.attempt}")
+        if (content["step"], content["attempt"]) != (checkpoint.step, checkpoint.attempt):
+            raise ValueError(f"{MANIFEST} is that of step {content['step']}, attempt {content['attempt']}")
         files = {path: FileFacts(**facts) for path, facts in content["files"].items()}
-        return Manifest(found, content["world_size"], files)
+        return Manifest(checkpoint, content["world_size"], files)
 
     def publish(self, manifest: Manifest) -> None:
         """Commits a checkpoint whose files are all in place; raises `StaleAttempt` where a newer attempt has begun."""
-        self.check_fence(manifest.id.attempt)
+        self.fence.check(manifest.id.attempt)
         content = {"format": FORMAT, **asdict(manifest.id), "world_size": manifest.world_size}
         content["files"] = {path: asdict(facts) for path, facts in manifest.files.items()}
         storage.write_bytes_atomic(self.place(manifest.id, MANIFEST), checked(content))
-        self.check_fence(manifest.id.attempt)  # one that began meanwhile may not count it
-
-    def check_fence(self, attempt: int) -> None:
-        """Raises `StaleAttempt` where a newer attempt than this one has begun."""
-        self._fence.check(attempt)
+        self.fence.check(manifest.id.attempt)  # one that began meanwhile may not count it
 
     def sweep(self, *, attempt: int, base: CheckpointId | None, keep: int) -> None:
         """Removes what this attempt and older ones left, except the newest `keep` checkpoints on its line.
@@ -140,23 +141,29 @@ class CheckpointStore:
         go too, except this attempt's own next checkpoint, which other ranks may have begun. While none is on its line,
         whole ones stay. Raises `StaleAttempt`, and removes nothing, where a newer attempt has begun.
         """
-        self.check_fence(attempt)
-        committed = self.committed()
-        line = [found for found in committed if found.attempt == attempt or (base is not None and found <= base)]
+        self.fence.check(attempt)
+        line = [
+            checkpoint
+            for checkpoint in self.committed()
+            if checkpoint.attempt == attempt or (base is not None and checkpoint <= base)
+        ]
         kept = line[-keep:]
         newest = max(kept, default=CheckpointId(0, 0))
         for name in storage.list_names(self.url):
-            found = CheckpointId.of(name)
+            checkpoint = CheckpointId.of(name)
             claim = re.fullmatch(re.escape(storage.TEMPORARY_PREFIX) + r".*attempt-([0-9]{4,})\.json", name)
-            if found in kept:
-                for hidden in storage.list_names(self.place(found)):
-                    if hidden.startswith("."):  # what writes with an error left
-                        storage.remove_tree(self.place(found, hidden))
-            elif found is not None and (found.attempt < attempt or (found.attempt == attempt and found < newest)):
-                if kept or not storage.exists(self.place(found, MANIFEST)):
-                    self.remove(found)
-            elif claim and int(claim[1]) <= attempt:  # newer attempts may be about to write theirs
+            if claim and int(claim[1]) <= attempt:  # newer attempts may be about to write theirs
                 storage.remove(storage.join(self.url, name))
+            elif checkpoint in kept:
+                for hidden in storage.list_names(self.place(checkpoint)):
+                    if hidden.startswith("."):  # what writes with an error left
+                        storage.remove_tree(self.place(checkpoint, hidden))
+            elif (
+                checkpoint is not None
+                and (checkpoint.attempt, checkpoint) < (attempt, newest)
+                and (kept or not storage.exists(self.place(checkpoint, MANIFEST)))
+            ):
+                self.remove(checkpoint)
 
     def remove(self, checkpoint: CheckpointId) -> None:
         """Removes a checkpoint, or what there is of it."""
@@ -166,12 +173,4 @@ class CheckpointStore:
     def _all(self, names: list[str] | None = None) -> list[CheckpointId]:
         """The checkpoints that there are, committed or not, oldest first."""
         names = storage.list_names(self.url) if names is None else names
-        return sorted(found for name in names if (found := CheckpointId.of(name)) is not None)
-
-    def _read_claim(self, attempt: int) -> list[str] | None:
-        """What an attempt found committed; None where it has not said so yet, or its claim is damaged."""
-        try:
-            committed: list[str] = parse_checked(storage.read_bytes(self._fence.claim(attempt)))["committed"]
-        except (*NO_FILE, ValueError):  # better a late checkpoint counts than that none does
-            return None
-        return committed
+        return sorted(checkpoint for name in names if (checkpoint := CheckpointId.of(name)) is not None)

@@ -17,31 +17,24 @@ from dpkd.errors import StorageError, StorageUnavailable, UserError
 Result = TypeVar("Result")
 
 NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
-"""What reading a place raises where no file stands."""
+"""What reading a place without a file raises."""
 
 WAITS_S = (0.2, 1.0, 5.0, 20.0)
 """Waits before an operation that storage failed is tried again."""
 
+_NO_PERMISSION = "no permission to write there: choose another folder or change its permissions"
 _WAY_OUT = {
     errno.ENOSPC: "the disk is full: free some space or choose another folder, then run the command again",
     errno.EDQUOT: "the disk quota is used up: free some space or choose another folder, then run the command again",
     errno.EFBIG: "the file would be larger than the system allows (ulimit -f): raise that limit",
-    errno.EACCES: "no permission to write there: choose another folder or change its permissions",
-    errno.EPERM: "no permission to write there: choose another folder or change its permissions",
+    errno.EACCES: _NO_PERMISSION,
+    errno.EPERM: _NO_PERMISSION,
     errno.EROFS: "that file system is read-only: choose another folder",
 }
 _MAY_PASS = {
     errno.EAGAIN, errno.EBUSY, errno.EHOSTUNREACH, errno.EIO, errno.ENETUNREACH, errno.EREMOTEIO, errno.ESTALE,
     errno.ETIMEDOUT,
 }  # fmt: skip
-_CREDENTIALS = (
-    "give credentials that may read and write there, on every node: for s3:// AWS_ACCESS_KEY_ID and "
-    "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-)
-_WAIT = (
-    "it was tried again several times: see that the store runs and can be reached from here (another address than the "
-    "provider's own is AWS_ENDPOINT_URL for s3://), then run the command again, which goes on from there"
-)
 
 
 def may_pass(error: Exception) -> bool:
@@ -61,10 +54,6 @@ def retry(act: Callable[[], Result]) -> Result:
                 raise
             time.sleep(wait_s)
     return act()
-
-
-def _failure(error: Exception, message: str) -> StorageError:
-    return StorageUnavailable(message) if may_pass(error) else StorageError(message)
 
 
 @contextmanager
@@ -90,9 +79,12 @@ def read_errors(url: str | Path) -> Iterator[None]:
         message = f"cannot read {url}: no permission; change its permissions or choose another place"
         raise StorageError(message) from error
     except OSError as error:
-        cause = f"cannot read {url}: {error.strerror or error}"
         way_out = "see to the storage, or restore it from a copy, then run the command again"
-        raise _failure(error, f"{cause}; {way_out}") from error
+        raise _failure(error, f"cannot read {url}: {error.strerror or error}; {way_out}") from error
+
+
+def _failure(error: Exception, message: str) -> StorageError:
+    return StorageUnavailable(message) if may_pass(error) else StorageError(message)
 
 
 @contextmanager
@@ -111,19 +103,19 @@ def remote_errors(url: str | Path) -> Iterator[None]:
             raise StorageError(f"{url}: there is no such bucket; create it, or correct the URL") from error
         raise
     except Exception as error:  # each file system of fsspec has its own
+        kind = type(error).__name__
         if type(error).__module__ == "builtins" and not isinstance(error, OSError):
             raise  # a mistake of ours
-        cause, kind = f"{url}: {type(error).__name__}: {error}", type(error).__name__
         if isinstance(error, PermissionError) or re.search("Credential|Token|Profile|Unauthori", kind):
-            raise StorageError(f"{cause}; {_CREDENTIALS}") from error
-        settled = isinstance(error, OSError) and error.errno is not None and not may_pass(error)
-        if settled or "Validation" in kind:
-            raise StorageError(f"{cause}; correct the URL or the settings of the store") from error
-        raise StorageUnavailable(f"{cause}; {_WAIT}") from error
-
-
-def missing_library(url: str | Path, error: Exception) -> UserError:
-    """The error for a URL whose library is not installed, or whose protocol nobody knows."""
-    protocol = str(url).partition("://")[0]
-    install = 'pip install "dpkd[s3]"' if protocol in {"s3", "s3a"} else "install its fsspec package"
-    return UserError(f"{url}: {protocol}:// cannot be opened here ({error}); {install}, on every node, or use a path")
+            raise StorageError(
+                f"{url}: {kind}: {error}; give credentials that may read and write there, on every node: for s3:// "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            ) from error
+        is_final = isinstance(error, OSError) and error.errno is not None and not may_pass(error)
+        if is_final or "Validation" in kind:
+            raise StorageError(f"{url}: {kind}: {error}; correct the URL or the settings of the store") from error
+        raise StorageUnavailable(
+            f"{url}: {kind}: {error}; it was tried again several times: see that the store runs and can be reached "
+            "from here (for s3:// AWS_ENDPOINT_URL is another address than the provider's own), then run the command "
+            "again, which goes on from there"
+        ) from error

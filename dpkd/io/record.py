@@ -1,4 +1,4 @@
-"""The one checksummed record, of JSON or msgpack: its reader notices any change since it was written.
+"""The one checksummed record, of JSON or msgpack, and JSON that others may have written, read without surprises.
 
 {…, "checksum": CRC-32 of the other keys}     as `json.dumps` writes them sorted and without spaces, or as msgpack
 """
@@ -10,9 +10,30 @@ from typing import Any
 
 import msgpack
 
-from dpkd.io.untrusted import parse_json
-
 KEY = "checksum"
+MAX_DEPTH = 64
+"""Lists and objects inside one another; json, pickle and msgpack each give up at some hundreds, and not at the same."""
+
+
+def parse_json(data: str | bytes) -> Any:
+    """The value; raises ValueError for what is not JSON, nests deeper than `MAX_DEPTH`, or holds half a character."""
+    too_deep = f"more than {MAX_DEPTH} lists and objects inside one another"
+    try:
+        value = json.loads(data)
+    except RecursionError:
+        raise ValueError(too_deep) from None
+    left = [(value, 0)]
+    while left:
+        part, depth = left.pop()
+        if depth > MAX_DEPTH:
+            raise ValueError(too_deep)
+        if isinstance(part, str):
+            part.encode()  # half of a surrogate pair, which no file can hold
+        elif isinstance(part, dict):
+            left += ((child, depth + 1) for pair in part.items() for child in pair)
+        elif isinstance(part, list):
+            left += ((child, depth + 1) for child in part)
+    return value
 
 
 def checked(content: dict[str, Any]) -> bytes:

@@ -1,28 +1,32 @@
-"""Shards open for reading: local ones as they stand, remote ones as checked copies on the disk, within a bound.
+"""Shards open for reading: local ones in place, remote ones as verified copies on this disk, within a bound.
 
-<temporary folder>/dpkd-shards-<user>/
-  <sha256>.tar        a whole copy; every process that has it open holds a shared lock on it
-  .tmp-<random>       a copy on its way, of its final size; its process holds an exclusive lock on it
-  lock                held while copies are removed and begun
+<temporary folder>/dpkd-shards-<user>/<sha256>.tar     every process that has the copy open holds a shared lock on it
 
-The kernel drops the locks of a process that dies, however it dies. So a copy that can be locked is in nobody's use, and
-a file on its way that can be locked was left by a process that is gone.
+The kernel drops the locks of a process that dies, however it dies. So a copy that can be locked is in nobody's use.
 """
 
 import fcntl
-import hashlib
 import os
+import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from dpkd.errors import UserError
 from dpkd.io import storage
-from dpkd.io.errors import read_errors
+from dpkd.io.errors import read_errors, write_errors
+from dpkd.io.temporary_folder import lasting_folder
 
-BLOCK_BYTES = 1 << 20
+Value = TypeVar("Value")
+
+MAX_FILES = 64
+"""Shards that one reader keeps open."""
+MAX_INDEXES = 256
+"""Shard indexes that one reader keeps in memory: some 40 MB at 1,024 samples a shard."""
 
 
 class ChecksumDiffers(UserError):
@@ -32,9 +36,9 @@ class ChecksumDiffers(UserError):
 def open_shard(url: str | Path, *, size_bytes: int, sha256_hex: str) -> int:
     """A file descriptor for reading the shard, the caller's to close.
 
-    Copies of remote shards may take half of the disk that is free without them; then those not opened for the longest
-    time go, except what a process has open. Raises one of `NO_FILE` where there is no such shard, `ChecksumDiffers`
-    where it is another than the checksum says, `UserError` where it cannot be read.
+    Copies of remote shards take about half of the disk that is free without them; then those not opened for the longest
+    time go, except what a process has open. Raises one of `NO_FILE` for a missing shard, `ChecksumDiffers` for one that
+    does not match its checksum, `StorageError` for one that cannot be read.
     """
     path = storage.local_path(url)
     if path is not None:
@@ -50,78 +54,56 @@ def open_shard(url: str | Path, *, size_bytes: int, sha256_hex: str) -> int:
             os.utime(descriptor)  # not the access time, which many systems do not keep
             return descriptor
         os.close(descriptor)
-    return _fetch(url, copy, size_bytes=size_bytes, sha256_hex=sha256_hex)
-
-
-def _make_room(folder: Path, *, needed_bytes: int) -> None:
-    """Removes what dead processes left, then the copies not opened for longest, until the file fits the bound."""
-    for path, _ in _files(folder, f"{storage.TEMPORARY_PREFIX}*"):
-        _remove_unused(path)
-    used_bytes = sum(stat.st_size for _, stat in _files(folder, "*"))
-    limit_bytes = (shutil.disk_usage(folder).free + used_bytes) // 2
-    for path, stat in sorted(_files(folder, "*.tar"), key=lambda file: file[1].st_mtime_ns):
-        if used_bytes + needed_bytes <= limit_bytes:
-            return
-        if _remove_unused(path):
-            used_bytes -= stat.st_size
-
-
-def _files(folder: Path, pattern: str) -> list[tuple[Path, os.stat_result]]:
-    """The files of that name and their state; other processes may remove some meanwhile."""
-    files = []
-    for path in folder.glob(pattern):
-        with suppress(FileNotFoundError):
-            files.append((path, path.stat()))
-    return files
-
-
-def _remove_unused(path: Path) -> bool:
-    """Removes the file unless a process holds its lock; whether it did."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink(missing_ok=True)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
-
-
-def _fetch(url: str | Path, copy: Path, *, size_bytes: int, sha256_hex: str) -> int:
-    """Copies the shard, which counts once its checksum is right; returns the copy, open and locked."""
-    digest = hashlib.sha256()
-    with storage.open_read(url) as source, storage.write_errors(copy), _begin(copy, size_bytes=size_bytes) as beside:
-        with beside.open("r+b") as target:
-            while block := source.read(BLOCK_BYTES):
-                digest.update(block)
-                target.write(block)
-            os.fsync(target.fileno())
-        if digest.hexdigest() != sha256_hex:
+    with write_errors(copy):
+        copy.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_room(copy.parent, needed_bytes=size_bytes)
+    with lasting_folder("shard", secrets.token_hex(8)) as folder:
+        file = folder / copy.name
+        storage.copy_here(url, file)
+        if storage.sha256(file) != sha256_hex:
             raise ChecksumDiffers(
                 f"{url} is not the file that dataset.json describes (its checksum differs): pack or copy it again"
             )
-        descriptor = os.open(beside, os.O_RDONLY)
-        beside.replace(copy)
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
+        descriptor = os.open(file, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        storage.deliver(file, copy)
     return descriptor
 
 
-@contextmanager
-def _begin(copy: Path, *, size_bytes: int) -> Iterator[Path]:
-    """A new locked file of that size beside the copy, for which there is room; gone after the block unless renamed."""
-    copy.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with (copy.parent / "lock").open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        _make_room(copy.parent, needed_bytes=size_bytes)
-        descriptor, name = tempfile.mkstemp(dir=copy.parent, prefix=storage.TEMPORARY_PREFIX)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
-        os.ftruncate(descriptor, size_bytes)
-        yield Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)
-        os.close(descriptor)  # with the lock
+def _make_room(folder: Path, *, needed_bytes: int) -> None:
+    """Removes the copies not opened for longest, until the new one fits the bound; other processes may do the same."""
+    state_of = {}
+    for path in folder.glob("*.tar"):
+        with suppress(FileNotFoundError):
+            state_of[path] = path.stat()
+    used_bytes = sum(state.st_size for state in state_of.values())
+    limit_bytes = (shutil.disk_usage(folder).free + used_bytes) // 2
+    for path, state in sorted(state_of.items(), key=lambda item: item[1].st_mtime_ns):
+        if used_bytes + needed_bytes <= limit_bytes:
+            return
+        with suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+            used_bytes -= state.st_size
+
+
+class LRUCache(Generic[Value]):
+    """Values by number; `on_evict` gets those not used for the longest time, and all of them with this object."""
+
+    def __init__(self, limit: int, *, on_evict: Callable[[Value], object] = id) -> None:
+        self._limit = limit
+        self._on_evict = on_evict
+        self._values: OrderedDict[int, Value] = OrderedDict()
+
+    def get(self, number: int, make: Callable[[int], Value]) -> Value:
+        """The value of that number, made where it is not kept."""
+        if number not in self._values:
+            while len(self._values) >= self._limit:  # before: the limit holds while the next is made
+                self._on_evict(self._values.popitem(last=False)[1])
+            self._values[number] = make(number)
+        self._values.move_to_end(number)
+        return self._values[number]
+
+    def __del__(self) -> None:
+        for value in self._values.values():
+            self._on_evict(value)

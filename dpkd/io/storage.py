@@ -8,21 +8,21 @@ are tried again, with growing pauses, by the store's own library (for S3 botocor
 
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import fsspec
 
 from dpkd.errors import StorageUnavailable, UserError
-from dpkd.io.errors import NO_FILE, missing_library, read_errors, remote_errors, write_errors
+from dpkd.io.errors import NO_FILE, read_errors, remote_errors, write_errors
+from dpkd.io.temporary_folder import lasting_folder
 
 TEMPORARY_PREFIX = ".tmp-"
-_BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 20
 
 
 def local_path(url: str | Path) -> Path | None:
@@ -40,7 +40,7 @@ def join(url: str | Path, *parts: str) -> str:
 
 
 def exists(url: str | Path) -> bool:
-    """True where a file or folder stands."""
+    """Whether there is a file or folder."""
     path = local_path(url)
     if path is not None:
         with read_errors(url):
@@ -68,7 +68,7 @@ def size(url: str | Path) -> int:
 
 
 def list_names(url: str | Path) -> list[str]:
-    """Sorted names of what stands directly in a folder, hidden names included; empty where there is no folder."""
+    """Sorted names directly in a folder, hidden ones included; none where there is no folder."""
     path = local_path(url)
     if path is not None:
         with read_errors(url):
@@ -155,21 +155,14 @@ def open_read(url: str | Path) -> Iterator[BinaryIO]:
 def open_atomic(url: str | Path) -> Iterator[BinaryIO]:
     """A new binary file that appears at `url`, whole and flushed to the disk, once the block ends without an error."""
     path = local_path(url)
-    if path is None:
-        with write_errors(url), tempfile.TemporaryFile() as file:  # has no name, so that a kill leaves nothing
-            yield cast(BinaryIO, file)
-            file.flush()
-            with _remote(url) as (filesystem, name):
-                # no makedirs: on S3 it would create a bucket that is misspelt
-                filesystem.put_file(f"/proc/self/fd/{file.fileno()}", name)
-        return
-    beside = path.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}"
-    with write_errors(url):
+    token = secrets.token_hex(8)
+    with write_errors(url), lasting_folder("writing", token) if path is None else nullcontext(path.parent) as folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = folder / f"{TEMPORARY_PREFIX}{token}-{str(url).rpartition('/')[2]}"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             with beside.open("xb") as file:
                 yield file
-            deliver(beside, path)
+            deliver(beside, url)
         finally:
             with suppress(OSError):  # the first error is the one to raise
                 beside.unlink(missing_ok=True)
@@ -182,7 +175,7 @@ def write_bytes_atomic(url: str | Path, data: bytes) -> None:
 
 
 def create(url: str | Path) -> bool:
-    """Makes an empty file where none stands; of several writers at the same time one gets True."""
+    """Makes an empty file unless there is one; of several writers at the same time one gets True."""
     path = local_path(url)
     with write_errors(url):
         if path is None:
@@ -197,7 +190,7 @@ def create(url: str | Path) -> bool:
             path.open("xb").close()
         except FileExistsError:
             return False
-        sync_folder(path.parent)
+        sync(path.parent)
         return True
 
 
@@ -207,13 +200,13 @@ def deliver(file: Path, url: str | Path) -> None:
     with write_errors(url):
         if path is None:
             with _remote(url) as (filesystem, name):
-                filesystem.put_file(str(file), name)
+                filesystem.put_file(str(file), name)  # no makedirs: on S3 it would create a bucket that is misspelt
             file.unlink()
             return
-        sync_file(file)
+        sync(file)
         path.parent.mkdir(parents=True, exist_ok=True)
         file.replace(path)
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
 def copy_here(url: str | Path, file: Path) -> None:
@@ -221,7 +214,7 @@ def copy_here(url: str | Path, file: Path) -> None:
     with read_errors(url), open_read(url) as source, write_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("wb") as target:
-            shutil.copyfileobj(source, target, _BLOCK_BYTES)
+            shutil.copyfileobj(source, target, BLOCK_BYTES)
 
 
 def remove(url: str | Path) -> None:
@@ -253,21 +246,20 @@ def publish(folder_tmp: str | Path, folder: str | Path) -> None:
     source, target = Path(folder_tmp), Path(folder)
     with write_errors(target):
         for parent, _, names in os.walk(source):
-            for name in names:
-                sync_file(Path(parent) / name)
-            sync_folder(Path(parent))
+            for path in (*(Path(parent, name) for name in names), Path(parent)):
+                sync(path)
         if target.exists():
             raise UserError(f"{target} stands already and is never overwritten: remove it or choose another folder")
         target.parent.mkdir(parents=True, exist_ok=True)
         source.rename(target)
-        sync_folder(target.parent)
+        sync(target.parent)
 
 
 def sha256(url: str | Path) -> str:
     """Hexadecimal SHA-256 of a file's content; raises as `read_bytes`."""
     digest = hashlib.sha256()
     with read_errors(url), open_read(url) as file:
-        while block := file.read(_BLOCK_BYTES):
+        while block := file.read(BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
 
@@ -277,14 +269,8 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def sync_file(path: Path) -> None:
-    """Flushes a file's content to the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Flushes a folder's list of names to the disk."""
+def sync(path: Path) -> None:
+    """Flushes a file's content, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -293,7 +279,7 @@ def sync_folder(path: Path) -> None:
 
 
 class _RemoteFile:
-    """A remote file that is read; its failures are those of the other operations."""
+    """A remote file that is read; its errors are those of the other operations."""
 
     def __init__(self, file: Any, url: str | Path) -> None:
         self._file, self._url = file, url
@@ -314,6 +300,10 @@ def _remote(url: str | Path) -> Iterator[tuple[Any, str]]:
         # listings that are kept would hide what other processes write
         filesystem, name = fsspec.core.url_to_fs(str(url), use_listings_cache=False)
     except (ImportError, ValueError) as error:
-        raise missing_library(url, error) from error
+        protocol = str(url).partition("://")[0]
+        install = 'pip install "dpkd[s3]"' if protocol in {"s3", "s3a"} else "install its fsspec package"
+        raise UserError(
+            f"{url}: {protocol}:// cannot be opened here ({error}); {install}, on every node, or use a path"
+        ) from error
     with remote_errors(url):
         yield filesystem, str(name)

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from dpkd.io.errors import write_errors
+
 
 @contextmanager
 def lasting_folder(kind: str, token: str) -> Iterator[Path]:
@@ -29,13 +31,13 @@ def lasting_folder(kind: str, token: str) -> Iterator[Path]:
                 shutil.rmtree(old)
             finally:
                 os.close(handle)
-    # locked before it has the name by which others take it for dead
-    part = tempfile.mkdtemp(prefix=".dpkd-", dir=folder.parent)
-    handle = os.open(part, os.O_RDONLY)
-    try:
+    with write_errors(folder):
+        part = tempfile.mkdtemp(prefix=".dpkd-", dir=folder.parent)
+        handle = os.open(part, os.O_RDONLY)
         with suppress(OSError):  # a file system without locks, where nothing is removed either
             fcntl.flock(handle, fcntl.LOCK_SH)
-        Path(part).rename(folder)
+        Path(part).rename(folder)  # locked before it has the name by which others take it for dead
+    try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

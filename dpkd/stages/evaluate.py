@@ -32,7 +32,7 @@ from dpkd.evaluation.long_tail import long_tail
 from dpkd.evaluation.settings import ProbeSettings
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
-from dpkd.io.untrusted import parse_json
+from dpkd.io.record import parse_json
 from dpkd.log import logger
 from dpkd.models.counts import count_flops, count_parameters
 from dpkd.models.network import Network

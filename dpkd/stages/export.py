@@ -88,7 +88,7 @@ def _replace(folder: Path, made: Path) -> None:
             if earlier.exists():
                 earlier.rename(folder)
             raise
-    storage.sync_folder(folder.parent)
+    storage.sync(folder.parent)
     shutil.rmtree(earlier, ignore_errors=True)
 
 

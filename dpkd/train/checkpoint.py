@@ -142,7 +142,7 @@ class Checkpoints:
         with suppress(OSError):  # the first error is the one to raise, and the next attempt removes it
             if failed not in self._store.committed():  # else a newer attempt may have loaded it
                 self._store.remove(failed)
-            self._store.check_fence(failed.attempt)
+            self._store.fence.check(failed.attempt)
 
     def _sweep(self) -> None:
         """Removes what nobody needs any more; what cannot be removed now is left to the next save."""
@@ -281,7 +281,7 @@ class _Save:
             return
         with storage.write_errors(beside):
             beside.mkdir(parents=True, exist_ok=True)
-            storage.sync_folder(beside.parent)
+            storage.sync(beside.parent)
         with tempfile.TemporaryDirectory(prefix=".rank-", dir=beside) as scratch:
             yield Path(scratch)
 
@@ -295,7 +295,7 @@ class _Save:
         while not wanted.issubset(retry(lambda: storage.list_names(self._store.place(self.id)))):
             if self.cancelled.wait(wait_s):
                 return False
-            retry(lambda: self._store.check_fence(self.id.attempt))  # a newer attempt may have removed them
+            retry(lambda: self._store.fence.check(self.id.attempt))  # a newer attempt may have removed them
             wait_s = min(LONGEST_POLL_S, 2 * wait_s)  # each listing is a request where storage is remote
         return True
 

@@ -77,7 +77,7 @@ class SampleLog:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
-                storage.sync_folder(self._path.parent)
+                storage.sync(self._path.parent)
 
         return write
 

@@ -64,7 +64,7 @@ def test_a_split_pickles_small_and_reads_on_the_other_side(dataset):
 
 
 def test_a_remote_data_set_is_packed_and_read_through_a_local_copy(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     make_folder(tmp_path / "images", counts={"train/cat": 5})
     url = f"memory://{tmp_path.name}"
     remote = pack_at(tmp_path / "images", url)
@@ -146,7 +146,7 @@ def test_a_shard_put_in_the_place_of_another_gives_none_of_its_samples(dataset):
 
 
 def test_a_damaged_remote_shard_gives_no_sample_and_a_reason_for_each(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     make_folder(tmp_path / "images", counts={"train/cat": 5})
     url = f"memory://{tmp_path.name}"
     split = pack_at(tmp_path / "images", url).split("train")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpkd.errors import UserError
-from dpkd.io.untrusted import MAX_DEPTH, parse_json
+from dpkd.io.record import MAX_DEPTH, parse_json
 from dpkd.report.summary import write_summary
 from tests.fuzz.damage import outcome
 

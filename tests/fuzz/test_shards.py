@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dpkd.data.shards import Dataset, ShardIndex, ShardInfo
 from dpkd.errors import UserError
-from dpkd.io import record, storage
+from dpkd.io import record
 from tests.data.packing import make_folder, pack_at
 from tests.fuzz.damage import any_bytes, outcome, unvouched
 
@@ -71,7 +71,7 @@ def test_a_shard_is_a_file_of_its_own_folder(own, name):
 
 
 def test_a_checksum_that_is_a_path_never_names_a_copy(own, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path / "cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "cache"))
     with pytest.raises(ValueError, match="sha256"):
         ShardInfo(name="a.tar", num_samples=1, size_bytes=1, sha256="../../../stray")
 

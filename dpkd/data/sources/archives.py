@@ -30,7 +30,7 @@ from dpkd.data.tars import Member, list_members
 from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE, read_errors
-from dpkd.io.untrusted import parse_json
+from dpkd.io.record import parse_json
 from dpkd.launch.pool import Pool
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst")

@@ -16,7 +16,7 @@ from dpkd.data.sources.text import cell_name, cell_text, cell_value, class_of_la
 from dpkd.errors import UserError, without_secrets
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
-from dpkd.io.untrusted import parse_json
+from dpkd.io.record import parse_json
 
 Row = dict[str, Any]
 
