@@ -26,7 +26,7 @@ import io
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -39,9 +39,10 @@ from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
 
-GRADED, ONE_OF = "graded", "one_of"
 MAX_SHOWN = 12
 """Faults of a file that an error shows."""
+_UNKNOWN = ("", "~", "null")
+"""Cells of what is not known."""
 
 
 @dataclass(frozen=True)
@@ -55,26 +56,22 @@ class AttributeTable:
 
     def rows(self, classes: Sequence[str]) -> NDArray[np.float32]:
         """The rows of these classes, in their order; raises `UserError` that names those which are missing."""
-        missing = [name for name in classes if name not in self.classes]
-        if missing:
+        place = {name: position for position, name in enumerate(self.classes)}
+        if missing := [name for name in classes if name not in place]:
             named = ", ".join(f"{name!r}{nearest(name, self.classes)}" for name in missing[:MAX_SHOWN])
             more = f" and {len(missing) - MAX_SHOWN} more" if len(missing) > MAX_SHOWN else ""
             raise UserError(
                 f"data.attributes {self.path} lacks {len(missing)} of {len(classes)} classes that are "
                 f"trained on: {named}{more}; add a row for each, an empty one where nothing is known"
             )
-        place = {name: position for position, name in enumerate(self.classes)}
         return self.value_KA[[place[name] for name in classes]]
 
     def known(self) -> dict[str, dict[str, float]]:
         """What is known of each class, as plain values by attribute."""
+        rows = (dict(zip(self.names, row_A, strict=True)) for row_A in self.value_KA.tolist())
         return {
-            name: {
-                attribute: round(value, 6)
-                for attribute, value in zip(self.names, row_A, strict=True)
-                if not math.isnan(value)
-            }
-            for name, row_A in zip(self.classes, self.value_KA.tolist(), strict=True)
+            name: {attribute: round(value, 6) for attribute, value in row.items() if not math.isnan(value)}
+            for name, row in zip(self.classes, rows, strict=True)
         }
 
 
@@ -115,46 +112,42 @@ def read_attributes(path: str) -> AttributeTable:
         raise UserError(f"data.attributes {path} cannot be read as .{suffix}: {error}") from None
     except ValueError as error:
         raise UserError(f"data.attributes {path}: {error}") from None
-    return _table(path, attributes, rows)
-
-
-def _table(path: str, attributes: "dict[str, _Attribute]", rows: list[tuple[str, dict[str, str]]]) -> AttributeTable:
-    """Reads the cells; raises `UserError` with all faults."""
-    columns = [column for attribute in attributes.values() for column in attribute.columns]
+    columns = [column for attribute in attributes for column in attribute.columns]
     classes = [name for name, _ in rows]
     value_KA = np.full((len(rows), len(columns)), np.nan, np.float32)
     faults = [f"the attribute {name!r} is given twice" for name, count in Counter(columns).items() if count > 1]
     faults += [f"the class {name!r} is given twice" for name, count in Counter(classes).items() if count > 1]
-    for row, (class_name, cells) in enumerate(rows):
+    by_name = {attribute.name: attribute for attribute in attributes}
+    for row_A, (class_name, cells) in zip(value_KA, rows, strict=True):
         for name, text in cells.items():
             try:
-                if name not in attributes:
-                    hint = nearest(name, attributes) or f" (declared are {', '.join(attributes)})"
-                    raise ValueError(f"no such attribute{hint}")
+                if name not in by_name:
+                    raise ValueError(f"no such attribute{nearest(name, by_name)} (declared are {', '.join(by_name)})")
                 if text not in _UNKNOWN:
-                    start = columns.index(attributes[name].columns[0])
-                    value_KA[row, start : start + len(attributes[name].columns)] = attributes[name].values(text)
+                    values = by_name[name].values(text)
+                    start = columns.index(by_name[name].columns[0])
+                    row_A[start : start + len(values)] = values
             except ValueError as error:
                 faults.append(f"{class_name}.{name}: {error}")
-    for name, attribute in attributes.items() if not faults else ():
-        if np.isnan(value_KA[:, columns.index(attribute.columns[0])]).all():
-            faults.append(f"the attribute {name!r} is known of no class: give a value of some class, or take it out")
+    if not faults:
+        faults = [
+            f"the attribute {attribute.name!r} is known of no class: give a value of some class, or take it out"
+            for attribute in attributes
+            if np.isnan(value_KA[:, columns.index(attribute.columns[0])]).all()
+        ]
     if faults:
         more = [f"and {len(faults) - MAX_SHOWN} more"] if len(faults) > MAX_SHOWN else []
         lines = "\n  ".join([*faults[:MAX_SHOWN], *more])
-        count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise UserError(f"data.attributes {path} has {count}; mend the file:\n  {lines}")
     return AttributeTable(path=path, names=tuple(columns), classes=tuple(classes), value_KA=value_KA)
-
-
-_UNKNOWN = ("", "~", "null")
-"""Cells of what is not known."""
 
 
 @dataclass(frozen=True)
 class _Attribute:
     """The columns that an attribute of the file becomes, and what its cells may hold."""
 
+    name: str
     columns: tuple[str, ...]
     grades: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """Name of a grade or an option -> the value in each column."""
@@ -168,27 +161,26 @@ class _Attribute:
             number = float(text)
         except ValueError:
             number = None
-        if self.takes_numbers and number is not None and 0 <= number <= 1:
-            return (number,)
-        if self.takes_numbers and number is not None:
+        if number is None or not self.takes_numbers:
+            near = f"grade{nearest(text, self.grades)} of {', '.join(self.grades)}" if self.grades else "number"
+            raise ValueError(f"{text!r} is no {near}")
+        if not 0 <= number <= 1:
             raise ValueError(f"{text} is out of range: a value is a number from 0 to 1")
-        if not self.grades:
-            raise ValueError(f"{text!r} is no number")
-        or_number = ", nor a number" if self.takes_numbers else ""
-        raise ValueError(f"{text!r} is no grade{nearest(text, self.grades)} of {', '.join(self.grades)}{or_number}")
+        return (number,)
 
 
-_Table = tuple[dict[str, _Attribute], list[tuple[str, dict[str, str]]]]
-"""Attributes by name, and (class, attribute -> cell) of each row."""
+_Table = tuple[list[_Attribute], list[tuple[str, dict[str, str]]]]
+"""The attributes, and (class, attribute -> cell) of each row."""
 
 
 def _read_yaml(text: str) -> _Table:
     tree = read_yaml(text, scalars_as_text=True)
-    if not isinstance(tree, dict) or not {"attributes", "classes"} <= set(tree):
+    sections = ("attributes", "classes")
+    if not isinstance(tree, dict) or not set(sections) <= set(tree):
         raise ValueError("a table has the two sections `attributes` and `classes`")
     for key, section in tree.items():
-        if key not in ("attributes", "classes"):
-            raise ValueError(f"no such section {key!r}{nearest(key, ('attributes', 'classes'))}: leave it out")
+        if key not in sections:
+            raise ValueError(f"no such section {key!r}{nearest(key, sections)}: leave it out")
         if not isinstance(section, dict) or not section:
             raise ValueError(f"the section `{key}` holds nothing: name each of the {key} with what is known of it")
     rows: list[tuple[str, dict[str, str]]] = []
@@ -197,24 +189,25 @@ def _read_yaml(text: str) -> _Table:
         if not isinstance(cells, dict) or not all(isinstance(cell, str) for cell in cells.values()):
             raise ValueError(f"the class {name!r} holds {row!r}: write {{attribute: value, …}}, one value each")
         rows.append((name, cells))
-    return {name: _declared(name, value) for name, value in tree["attributes"].items()}, rows
+    return [_declared(name, value) for name, value in tree["attributes"].items()], rows
 
 
 def _declared(name: str, value: Any) -> _Attribute:
     """What the YAML declares an attribute to be; raises `ValueError`."""
-    if value == GRADED:
-        return _Attribute((name,))
+    plain = _Attribute(name, (name,))
+    if value == "graded":
+        return plain
     if isinstance(value, dict) and all(isinstance(number, str) for number in value.values()):
         try:
-            return _Attribute((name,), {grade: _Attribute((name,)).values(number) for grade, number in value.items()})
+            return replace(plain, grades={grade: plain.values(number) for grade, number in value.items()})
         except ValueError as error:
             raise ValueError(f"attributes.{name}: {error}") from None
-    one_of = isinstance(value, dict) and list(value) == [ONE_OF]
-    listed = value[ONE_OF] if one_of else value
+    one_of = isinstance(value, dict) and list(value) == ["one_of"]
+    listed = value["one_of"] if one_of else value
     if not isinstance(listed, list):
         raise ValueError(  # noqa: TRY004 (a fault of the file)
-            f"attributes.{name}: {value!r} declares no attribute: write {GRADED}, a list of grades from least to most, "
-            f"{{grade: value, …}}, or {{{ONE_OF}: [option, …]}}"
+            f"attributes.{name}: {value!r} declares no attribute: write graded, a list of grades from least to most, "
+            "{grade: value, …}, or {one_of: [option, …]}"
         )
     if len(listed) < 2:
         raise ValueError(f"attributes.{name}: a list has two grades or more, this one {len(listed)}")
@@ -223,29 +216,24 @@ def _declared(name: str, value: Any) -> _Attribute:
             raise ValueError(f"attributes.{name}: the grade {grade!r} is no name of its own: name each grade once")
     if one_of:
         options = {option: tuple(float(option == other) for other in listed) for option in listed}
-        return _Attribute(tuple(f"{name}={option}" for option in listed), options, takes_numbers=False)
-    return _Attribute((name,), {grade: (place / (len(listed) - 1),) for place, grade in enumerate(listed)})
+        return _Attribute(name, tuple(f"{name}={option}" for option in listed), options, takes_numbers=False)
+    return replace(plain, grades={grade: (place / (len(listed) - 1),) for place, grade in enumerate(listed)})
 
 
 def _read_csv(text: str) -> _Table:
     lines = [
         [cell.strip() for cell in line] for line in csv.reader(io.StringIO(text, newline=""), strict=True) if any(line)
     ]
-    if not lines or lines[0][0] != "class":
-        found = ", ".join(lines[0]) if lines else "nothing"
-        raise ValueError(f"the first column is called 'class', the others by attributes; the first line holds {found}")
-    head = lines[0][1:]
-    if not head or not all(head):
-        raise ValueError("the first line names no attribute, or a column has no name: name each after `class`")
-    if len(set(head)) < len(head):
-        raise ValueError(f"the attribute {Counter(head).most_common(1)[0][0]!r} is given twice")
+    head = lines[0] if lines else ["nothing"]
+    if head[0] != "class" or len(head) == 1 or not all(head):
+        raise ValueError(f"the first line must be 'class' and the name of each attribute, and is {', '.join(head)}")
     if len(lines) == 1:
         raise ValueError("there is no class: add a line for each")
     for number, line in enumerate(lines[1:], start=2):
-        if len(line) != len(head) + 1 or not line[0]:
+        if len(line) != len(head) or not line[0]:
             raise ValueError(
                 f"row {number} has {len(line)} cells with the class {line[0]!r}; a row names its class and has "
-                f"{len(head) + 1} cells"
+                f"{len(head)} cells"
             )
-    rows = [(line[0], dict(zip(head, line[1:], strict=True))) for line in lines[1:]]
-    return {name: _Attribute((name,)) for name in head}, rows
+    rows = [(line[0], dict(zip(head[1:], line[1:], strict=True))) for line in lines[1:]]
+    return [_Attribute(name, (name,)) for name in head[1:]], rows

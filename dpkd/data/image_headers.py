@@ -8,10 +8,10 @@ import io
 import re
 import struct
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from PIL import Image, TiffImagePlugin
 
 from dpkd.errors import without_secrets
@@ -39,12 +39,10 @@ class Header:
     """Of one value."""
     number: Literal["unsigned", "signed", "float"] = "unsigned"
     num_scans: int = 1
-    """Passes over the pixels that the decoder makes."""
+    """Passes over the pixels that the decoder of a JPEG makes."""
     compression: int = 1
-    """TIFF's number of its compression."""
-    one_band: bool = False
-    """True where a TIFF declares a single band of numbers, of which 0 is the lowest."""
-    white_is_zero: bool = False
+    photometric: int = 1
+    """TIFF's numbers of its compression and of its colours; 0 is white at zero, 1 black at zero."""
     alpha: bool = False
     """True where a TIFF has alpha beside its colours."""
 
@@ -60,20 +58,7 @@ def image_format(data: bytes) -> Literal["jpg", "png", "webp"] | None:
         return "jpg"
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         return "png"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    return None
-
-
-def image_size(data: bytes) -> tuple[int, int]:
-    """Width and height before any rotation; raises `BrokenImage` where none can be read. Ends before a JPEG's scans."""
-    if image_format(data) == "jpg":
-        for marker, at in _jpeg_segments(data):
-            if marker in _JPEG_FRAMES:
-                return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 3 : at + 5], "big")
-        raise BrokenImage("the jpg is cut short")
-    header = read_header(data)
-    return header.width, header.height
+    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
 
 
 def read_header(data: bytes) -> Header:
@@ -95,31 +80,23 @@ def read_header(data: bytes) -> Header:
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 """Of JPEG: neither a stuffed 0xFF, nor a restart within a scan, nor a filling byte."""
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_JPEG_SCAN, _JPEG_END = 0xDA, 0xD9
+_JPEG_START, _JPEG_END, _JPEG_SCAN, _JPEG_EMPTY = 0xD8, 0xD9, 0xDA, 0x01
 
 
-def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """(marker, offset after it) of the segments up to the first end mark that no segment holds (ISO 10918-1, B.1).
+def _jpeg(data: bytes) -> Header:
+    """Walks the segments up to the first end mark that no segment holds (ISO 10918-1, B.1).
 
     What follows the end mark (the video of a motion photo) and what is inside a segment (a thumbnail) is passed
     over. Bytes between segments are skipped, as decoders do.
     """
-    at = 2
-    while found := _MARKER.search(data, at):
-        marker, at = data[found.end() - 1], found.end()
-        yield marker, at
-        if marker == _JPEG_END:
-            return
-        if marker not in (0x01, 0xD8):
-            at += int.from_bytes(data[at : at + 2], "big")
-
-
-def _jpeg(data: bytes) -> Header:
-    frame, num_scans, marker = -1, 0, 0
-    for marker, at in _jpeg_segments(data):
+    frame, num_scans, marker, at = -1, 0, _JPEG_START, 2
+    while marker != _JPEG_END and (match := _MARKER.search(data, at)):
+        marker, at = data[match.end() - 1], match.end()
         num_scans += marker == _JPEG_SCAN
         if marker in _JPEG_FRAMES and frame < 0:
             frame = at
+        if marker not in (_JPEG_START, _JPEG_END, _JPEG_EMPTY):
+            at += int.from_bytes(data[at : at + 2], "big")
     if marker != _JPEG_END or not num_scans or frame < 0:
         raise BrokenImage("the jpg is cut short")
     bits, height, width = struct.unpack_from(">BHH", data, frame + 2)
@@ -174,42 +151,35 @@ def _tiff(data: bytes) -> Header:
             tags.load(file)
 
         def numbers(tag: int, default: int) -> list[int]:
-            value = tags.get(tag, default)
-            return [int(number) for number in value] if isinstance(value, tuple) else [int(value)]
+            return [int(number) for number in np.ravel(tags.get(tag, default))]
 
         width, height = int(tags[256]), int(tags[257])
-        (samples, *_), (photometric, *_), (extra, *_) = numbers(277, 1), numbers(262, 1), numbers(338, 0)
-        (compression, *_), bits, kinds = numbers(259, 1), set(numbers(258, 1)), set(numbers(339, 1))
+        bands, photometric, extra, compression = (
+            numbers(tag, default)[0] for tag, default in ((277, 1), (262, 1), (338, 0), (259, 1))
+        )
+        bits, kinds = set(numbers(258, 1)), set(numbers(339, 1))
     except UNREADABLE as error:
         raise BrokenImage(f"the tiff is damaged or cut short: {error}") from error
     colours = _TIFF_COLOURS.get(photometric)
     if colours is None:
         raise BrokenImage(f"the tiff holds colours of a kind that is not read (photometric {photometric}): save as RGB")
-    if samples != colours and (samples != colours + 1 or extra not in (1, 2)):
+    alpha = bands == colours + 1 and extra in (1, 2)
+    if bands != colours and not alpha:
         raise BrokenImage(
-            f"the tiff has {samples} bands, of which {colours} should hold its colours, and the others are not "
-            "declared as alpha: save the 1 or 3 bands that networks should see"
+            f"the tiff has {bands} bands, {colours} of them for its colours, and declares no alpha: save the 1 or 3 "
+            "bands that networks should see"
         )
     if len(bits) > 1 or not bits <= {1, 2, 4, 8, 16, 32, 64} or len(kinds) > 1 or not kinds <= set(_TIFF_NUMBERS):
         raise BrokenImage(
             f"the tiff holds values of {'/'.join(map(str, sorted(bits)))} bits (sample format "
             f"{'/'.join(map(str, sorted(kinds)))}), which are not read: save it with 8 or 16 bits"
         )
-    header = Header(
-        "tiff",
-        width,
-        height,
-        bits=bits.pop(),
-        number=_TIFF_NUMBERS[kinds.pop()],
-        compression=compression,
-        one_band=samples == 1 and photometric == 1,
-        white_is_zero=photometric == 0,
-        alpha=samples > colours,
-    )
-    if header.deep and (photometric not in (0, 1, 2) or (header.alpha and extra == 1)):
+    number = _TIFF_NUMBERS[kinds.pop()]
+    header = Header("tiff", width, height, bits.pop(), number, 1, compression, photometric, alpha)
+    if header.deep and (photometric not in (0, 1, 2) or (alpha and extra == 1)):
         raise BrokenImage(
-            f"the tiff holds {header.number} {header.bits}-bit values of colours that are not RGB, or are multiplied "
-            "by their alpha: save it as plain RGB"
+            f"the tiff holds {number} {header.bits}-bit values of colours that are not RGB, or are multiplied by their "
+            "alpha: save it as plain RGB"
         )
     return header
 

@@ -5,12 +5,11 @@ Axes: H height, W width, C channels (RGB).
 
 import io
 import warnings
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 from PIL import Image
 
 from dpkd.data.image_headers import UNREADABLE, BrokenImage, Header, image_format, read_header
@@ -22,7 +21,7 @@ MAX_SCAN_PIXELS = 16 * MAX_PIXELS
 """A progressive JPEG goes over its pixels once a scan, and a scan may take a dozen bytes; files have about ten."""
 
 
-def decode_image(data: bytes, *, window: Window | None = None) -> npt.NDArray[np.uint8]:
+def decode_image(data: bytes, *, window: Window | None = None) -> NDArray[np.uint8]:
     """The image as uint8 HWC RGB, upright by its EXIF orientation.
 
     Grey becomes three equal channels, alpha is dropped in every format. Numbers that are not 8-bit (16 or 32 bits,
@@ -30,10 +29,92 @@ def decode_image(data: bytes, *, window: Window | None = None) -> npt.NDArray[np
     that are no image, are cut short, or hold more than `MAX_PIXELS` pixels.
     """
     header = _checked_header(data)
-    if not header.deep and (header.format == "pnm" or header.alpha):
-        return _by_pillow(data, header)
-    if not header.deep:
+    if header.deep:
+        return _to_8_bit(data, header, window)
+    if header.format != "pnm" and not header.alpha:
         return np.asarray(cv2.cvtColor(_decode(data, header, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB), dtype=np.uint8)
+    # OpenCV multiplies a TIFF by its alpha, and does not scale a PNM by its largest value
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return np.array(Image.open(io.BytesIO(data), formats=("PPM", "TIFF")).convert("RGB"))
+    except UNREADABLE as error:
+        raise BrokenImage(f"the {header.format} cannot be decoded: {error}") from error
+
+
+def decode_mask(data: bytes) -> NDArray[np.uint8 | np.uint16]:
+    """A mask as it is stored, HW, uint8 or uint16; raises `BrokenImage` as `decode_image` does, and for colour."""
+    header = _checked_header(data)
+    mask = _decode(data, header, cv2.IMREAD_UNCHANGED)
+    if mask.ndim != 2:
+        raise BrokenImage(f"the mask has {mask.shape[2]} channels, and one is needed")
+    if header.number != "unsigned" or mask.dtype not in (np.uint8, np.uint16):
+        raise BrokenImage(f"the mask holds {header.number} {header.bits}-bit values, and uint8 or uint16 is needed")
+    if header.format == "tiff" and (header.photometric != 1 or header.alpha) and header.bits > 1:
+        raise BrokenImage("the mask is a tiff whose numbers are not one band with black at 0: save it as PNG")
+    return mask
+
+
+def encode_png(image: NDArray[np.uint8 | np.uint16]) -> bytes:
+    """PNG bytes of an HW or an HWC RGB array, the same for the same array."""
+    ordered = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    written, data = cv2.imencode(".png", ordered)
+    assert written, "OpenCV could not write a PNG"
+    return data.tobytes()
+
+
+class CheckedImage(NamedTuple):
+    """Image bytes that decode, in a format that shards hold."""
+
+    data: bytes
+    extension: str
+    image_HWC: NDArray[np.uint8]
+
+
+def check_image(data: bytes, *, window: Window | None = None) -> CheckedImage:
+    """Decodes once, and keeps 8-bit JPEG, PNG and WebP bytes as they are; of any other image it makes a PNG."""
+    image = decode_image(data, window=window)
+    extension = image_format(data)
+    if extension is None or read_header(data).deep:
+        return CheckedImage(encode_png(image), "png", image)
+    return CheckedImage(data, extension, image)
+
+
+def check_mask(data: bytes, *, height: int, width: int) -> bytes:
+    """PNG bytes of a mask that fits its image; raises `BrokenImage` where it does not."""
+    mask = decode_mask(data)
+    if mask.shape != (height, width):
+        raise BrokenImage(f"the mask is {mask.shape[1]}x{mask.shape[0]} and the image {width}x{height}")
+    return data if image_format(data) == "png" else encode_png(mask)
+
+
+def _checked_header(data: bytes) -> Header:
+    """The header; raises `BrokenImage` for an image that takes too much memory or time."""
+    header = read_header(data)
+    size, num_pixels = f"{header.width}x{header.height}", header.width * header.height
+    if num_pixels > MAX_PIXELS:
+        raise BrokenImage(f"the image is {size}, more than {MAX_PIXELS} pixels: cut it into tiles")
+    if num_pixels * header.num_scans > MAX_SCAN_PIXELS:
+        raise BrokenImage(f"the jpg is {size} in {header.num_scans} scans, which takes too long: save it anew")
+    if header.format == "jpg" and header.deep:
+        raise BrokenImage(f"the jpg holds {header.bits}-bit values, which are not read: save it with 8 bits")
+    return header
+
+
+def _decode(data: bytes, header: Header, flags: int) -> NDArray[Any]:
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error as error:
+        raise BrokenImage(f"the image cannot be decoded: {error.err}") from error
+    if image is None:
+        kind = f" of {header.number} {header.bits}-bit values" if header.deep else ""
+        compression = f" (compression {header.compression})" if header.compression != 1 else ""
+        raise BrokenImage(f"the {header.format}{kind}{compression} cannot be decoded: it is damaged, or of a rare kind")
+    return image
+
+
+def _to_8_bit(data: bytes, header: Header, window: Window | None) -> NDArray[np.uint8]:
+    """Values of more bits, of signed numbers or of floats by the window."""
     flags = cv2.IMREAD_UNCHANGED if header.format == "tiff" else cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH
     stored = _decode(data, header, flags)
     if header.number == "signed" and stored.dtype.kind == "u":  # as releases of OpenCV before 5 give them
@@ -50,91 +131,5 @@ def decode_image(data: bytes, *, window: Window | None = None) -> npt.NDArray[np
     for y, row in enumerate(stored):  # a row at a time: in float64 a large image would take gigabytes
         colour_WC = row.reshape(len(row), -1)[:, 2::-1].astype(np.float64)
         share_WC = ((colour_WC - window.low) / (window.high - window.low)).clip(0, 1)
-        image[y] = (255 * (1 - share_WC if header.white_is_zero else share_WC)).round()
+        image[y] = (255 * (1 - share_WC if header.photometric == 0 else share_WC)).round()
     return image
-
-
-def decode_mask(data: bytes) -> npt.NDArray[np.uint8 | np.uint16]:
-    """A mask as it is stored, HW, uint8 or uint16; raises `BrokenImage` as `decode_image` does, and for colour."""
-    header = _checked_header(data)
-    mask = _decode(data, header, cv2.IMREAD_UNCHANGED)
-    if mask.ndim != 2:
-        raise BrokenImage(f"the mask has {mask.shape[2]} channels, and one is needed")
-    if header.number != "unsigned" or mask.dtype not in (np.uint8, np.uint16):
-        raise BrokenImage(f"the mask holds {header.number} {header.bits}-bit values, and uint8 or uint16 is needed")
-    if header.format == "tiff" and not header.one_band and header.bits > 1:
-        raise BrokenImage("the mask is a tiff whose numbers are not one band with black at 0: save it as PNG")
-    return mask
-
-
-def encode_png(image: npt.NDArray[np.uint8 | np.uint16]) -> bytes:
-    """PNG bytes of an HW or an HWC RGB array, the same for the same array."""
-    ordered = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-    written, data = cv2.imencode(".png", ordered)
-    assert written, "OpenCV could not write a PNG"
-    return data.tobytes()
-
-
-@dataclass(frozen=True)
-class CheckedImage:
-    """Image bytes that decode, in a format that shards hold."""
-
-    data: bytes
-    extension: str
-    image_HWC: npt.NDArray[np.uint8]
-
-
-def check_image(data: bytes, *, window: Window | None = None) -> CheckedImage:
-    """Decodes once, and keeps 8-bit JPEG, PNG and WebP bytes as they are; of any other image it makes a PNG."""
-    image = decode_image(data, window=window)
-    extension = image_format(data)
-    if extension is None or read_header(data).deep:
-        return CheckedImage(data=encode_png(image), extension="png", image_HWC=image)
-    return CheckedImage(data=data, extension=extension, image_HWC=image)
-
-
-def check_mask(data: bytes, *, height: int, width: int) -> bytes:
-    """PNG bytes of a mask that fits its image; raises `BrokenImage` where it does not."""
-    mask = decode_mask(data)
-    if mask.shape != (height, width):
-        raise BrokenImage(f"the mask is {mask.shape[1]}x{mask.shape[0]} and the image {width}x{height}")
-    return data if image_format(data) == "png" else encode_png(mask)
-
-
-def _checked_header(data: bytes) -> Header:
-    """The header; raises `BrokenImage` for an image that takes too much memory or time."""
-    header = read_header(data)
-    num_pixels = header.width * header.height
-    if num_pixels > MAX_PIXELS:
-        raise BrokenImage(
-            f"the image is {header.width}x{header.height}, more than {MAX_PIXELS} pixels: cut it into tiles"
-        )
-    if num_pixels * header.num_scans > MAX_SCAN_PIXELS:
-        raise BrokenImage(
-            f"the jpg is {header.width}x{header.height} in {header.num_scans} scans, which takes too long: save it anew"
-        )
-    if header.format == "jpg" and header.deep:
-        raise BrokenImage(f"the jpg holds {header.bits}-bit values, which are not read: save it with 8 bits")
-    return header
-
-
-def _decode(data: bytes, header: Header, flags: int) -> npt.NDArray[Any]:
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error as error:
-        raise BrokenImage(f"the image cannot be decoded: {error.err}") from error
-    if image is None:
-        kind = f" of {header.number} {header.bits}-bit values" if header.deep else ""
-        compression = f" (compression {header.compression})" if header.compression != 1 else ""
-        raise BrokenImage(f"the {header.format}{kind}{compression} cannot be decoded: it is damaged, or of a rare kind")
-    return image
-
-
-def _by_pillow(data: bytes, header: Header) -> npt.NDArray[np.uint8]:
-    """For what OpenCV changes: it multiplies a TIFF by its alpha, and does not scale a PNM by its largest value."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return np.array(Image.open(io.BytesIO(data), formats=("PPM", "TIFF")).convert("RGB"))
-    except UNREADABLE as error:
-        raise BrokenImage(f"the {header.format} cannot be decoded: {error}") from error

@@ -21,13 +21,13 @@ import zlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from dpkd.errors import UserError
@@ -101,12 +101,12 @@ class ShardIndex:
     """The index beside a shard, in columns; an offset of -1 means that the sample has no such member."""
 
     keys: tuple[str, ...]
-    label_N: npt.NDArray[np.int64]
+    label_N: NDArray[np.int64]
     groups: tuple[str | None, ...]
-    members: dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]
+    members: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]
     """extension -> (offset of each sample's data, size of it)."""
     shard: ShardInfo
-    checksum_N: npt.NDArray[np.uint32]
+    checksum_N: NDArray[np.uint32]
     """`checksum` of each sample."""
     plan: str = ""
     """Digest of what the shard was to be made from."""
@@ -118,19 +118,20 @@ class ShardIndex:
     def to_bytes(self) -> bytes:
         """The file's content."""
         columns = {ext: [offset.tolist(), size.tolist()] for ext, (offset, size) in sorted(self.members.items())}
-        content = {
-            "format_version": FORMAT_VERSION,
-            "shard": self.shard.model_dump(),
-            "plan": self.plan,
-            "keys": self.keys,
-            "labels": self.label_N.tolist(),
-            "groups": self.groups,
-            "members": columns,
-            "bad": self.bad,
-            "pixel_counts": self.pixel_counts,
-            "checksums": self.checksum_N.tolist(),
-        }
-        return pack_checked(content)
+        return pack_checked(
+            {
+                "format_version": FORMAT_VERSION,
+                "shard": self.shard.model_dump(),
+                "plan": self.plan,
+                "keys": self.keys,
+                "labels": self.label_N.tolist(),
+                "groups": self.groups,
+                "members": columns,
+                "bad": self.bad,
+                "pixel_counts": self.pixel_counts,
+                "checksums": self.checksum_N.tolist(),
+            }
+        )
 
     @staticmethod
     def from_bytes(data: bytes) -> "ShardIndex":
@@ -139,22 +140,23 @@ class ShardIndex:
         try:
             columns = content["members"].items()
             return ShardIndex(
-                keys=content["keys"],
+                **{name: content[name] for name in ("keys", "groups", "plan", "bad", "pixel_counts")},
                 label_N=np.array(content["labels"], np.int64),
-                groups=content["groups"],
                 members={ext: (np.array(at, np.int64), np.array(size, np.int64)) for ext, (at, size) in columns},
                 shard=ShardInfo(**content["shard"]),
                 checksum_N=np.array(content["checksums"], np.uint32),
-                plan=content["plan"],
-                bad=content["bad"],
-                pixel_counts=content["pixel_counts"],
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a shard index: {error!r}") from error
 
 
+def is_given(extension: str) -> bool:
+    """True for the members that hold what an expert gave: `mask.png` and `expert-<name>.png`."""
+    return extension == MASK_EXTENSION or (extension.startswith(EXPERT_PREFIX) and extension.endswith(".png"))
+
+
 def given_name(extension: str) -> str:
-    """`mask` of mask.png, and `<name>` of expert-<name>.png."""
+    """The name of what an expert gave: `mask`, the figure and ground, of mask.png; `<name>` of expert-<name>.png."""
     return extension.removeprefix(EXPERT_PREFIX).removesuffix(".png")
 
 
@@ -163,24 +165,17 @@ def index_name(shard_name: str) -> str:
     return shard_name.removesuffix(".tar") + ".index.msgpack"
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """One sample as its shard holds it."""
 
     key: str
     image: bytes
     meta: dict[str, Any]
-    mask: bytes | None = None
-    experts: dict[str, bytes] = field(default_factory=dict)
-
-    @property
-    def given(self) -> dict[str, bytes]:
-        """What an expert gave with the image: image files by name; the mask of figure and ground is "mask"."""
-        return self.experts if self.mask is None else {"mask": self.mask, **self.experts}
+    given: dict[str, bytes]
+    """What an expert gave with the image: image files by `given_name`."""
 
 
-@dataclass(frozen=True)
-class Unreadable:
+class Unreadable(NamedTuple):
     """A sample whose bytes are missing or damaged, and why it cannot be read."""
 
     key: str
@@ -206,10 +201,8 @@ class Dataset:
             raise ManifestDamaged(
                 f"{place} is not a data set's manifest: {error}; restore it from a copy, or pack the images again"
             ) from error
-        if manifest.format_version != FORMAT_VERSION:
-            raise UserError(
-                f"{place} has format version {manifest.format_version}, this dpkd reads {FORMAT_VERSION}: pack it again"
-            )
+        if (version := manifest.format_version) != FORMAT_VERSION:
+            raise UserError(f"{place} has format version {version}, this dpkd reads {FORMAT_VERSION}: pack it again")
         return Dataset(url=url, manifest=manifest)
 
     def split(self, name: str) -> "Split":
@@ -220,11 +213,11 @@ class Dataset:
         return Split(self.url, name, self.manifest.splits[name])
 
     def given(self) -> dict[str, int]:
-        """How many samples came with each expert map; the mask of figure and ground is "mask"."""
+        """How many samples came with each map of an expert, by `given_name`."""
         count: Counter[str] = Counter()
         for index in (index for name in self.manifest.splits for index in self.split(name).indexes()):
             for extension, (offset_N, _) in index.members.items():
-                if extension == MASK_EXTENSION or extension.startswith(EXPERT_PREFIX):
+                if is_given(extension):
                     count[given_name(extension)] += int((offset_N >= 0).sum())
         return dict(sorted(count.items()))
 
@@ -241,7 +234,7 @@ class Split:
         self.info = info
         self.num_samples = info.num_samples
         self.shard_sizes = [shard.num_samples for shard in info.shards]
-        self._ends = list(accumulate(self.shard_sizes))
+        self._start_of = list(accumulate(self.shard_sizes, initial=0))
         self._files: LRUCache[int] = LRUCache(MAX_FILES, on_evict=os.close)
         self._indexes: LRUCache[ShardIndex] = LRUCache(MAX_INDEXES)
         self._fault_of: dict[int, str | None] = {}
@@ -252,7 +245,7 @@ class Split:
         return [key for index in self.indexes() for key in index.keys]
 
     @cached_property
-    def label_N(self) -> npt.NDArray[np.int64]:  # noqa: N802 (the axis)
+    def label_N(self) -> NDArray[np.int64]:  # noqa: N802 (the axis)
         """The class of every sample, as its place in `Manifest.classes`; -1 without a label."""
         return np.concatenate([np.empty(0, np.int64), *(index.label_N for index in self.indexes())])
 
@@ -268,17 +261,20 @@ class Split:
         """(shard number, position in the shard) of sample `i`."""
         if not 0 <= i < self.num_samples:
             raise IndexError(f"sample {i} of split {self.name!r}, which has {self.num_samples}")
-        shard = bisect_right(self._ends, i)
-        return shard, i - (self._ends[shard] - self.shard_sizes[shard])
+        shard = bisect_right(self._start_of, i) - 1
+        return shard, i - self._start_of[shard]
 
     def read(self, i: int) -> Sample:
         """Sample `i`; raises `UserError` that names shard and key where its bytes are missing or damaged."""
-        shard, row = self.locate(i)
-        sample = self._read(shard, row)
+        sample = self._read(*self.locate(i))
         if isinstance(sample, Unreadable):
-            place = f"{self._place(shard)}, sample {sample.key!r}"
-            raise UserError(f"{place}: {sample.reason}; restore the shard, or pack the images again")
+            raise UserError(f"{self.describe(i)}: {sample.reason}; restore the shard, or pack the images again")
         return sample
+
+    def describe(self, i: int) -> str:
+        """The shard and the key of sample `i`, for messages."""
+        shard, row = self.locate(i)
+        return f"{self._place(shard)}, sample {self.index(shard).keys[row]!r}"
 
     def read_shard(self, k: int) -> Iterator[Sample | Unreadable]:
         """The samples of shard `k`, in order, with the reason in the place of one that cannot be read.
@@ -305,12 +301,10 @@ class Split:
                     size_bytes += len(block)
             except ChecksumDiffers:  # of a remote shard, of which no copy is kept
                 size_bytes = info.size_bytes
-            if digest.hexdigest() == info.sha256:
-                self._fault_of[k] = None
-            elif size_bytes < info.size_bytes:
-                self._fault_of[k] = f"it is cut short: {size_bytes:,} of {info.size_bytes:,} bytes are there"
-            else:
-                self._fault_of[k] = "its checksum differs from the one in dataset.json"
+            fault = None if digest.hexdigest() == info.sha256 else "its checksum differs from the one in dataset.json"
+            if size_bytes < info.size_bytes:
+                fault = f"it is cut short: {size_bytes:,} of {info.size_bytes:,} bytes are there"
+            self._fault_of[k] = fault
         return self._fault_of[k]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -334,8 +328,7 @@ class Split:
             key=key,
             image=next(members[extension] for extension in IMAGE_EXTENSIONS if extension in members),
             meta=parse_json(members["json"]),
-            mask=members.get(MASK_EXTENSION),
-            experts={given_name(ext): data for ext, data in members.items() if ext.startswith(EXPERT_PREFIX)},
+            given={given_name(ext): data for ext, data in members.items() if is_given(ext)},
         )
 
     def _read_index(self, shard: int) -> ShardIndex:
@@ -348,9 +341,7 @@ class Split:
         except ValueError as error:
             raise UserError(f"{place} cannot be read: {error}; pack or copy it again") from error
         if index.shard != info:
-            raise UserError(
-                f"{place} does not belong to the {info.name} that dataset.json lists: pack the data set again"
-            )
+            raise UserError(f"{place} does not belong to the {info.name} of dataset.json: pack the data set again")
         return index
 
     def _open(self, shard: int) -> int:

@@ -7,7 +7,7 @@ Axes: B images of a micro-batch, C channels, H and W pixels, N samples of the sp
 
 import multiprocessing
 import signal
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import forkserver
@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from dpkd.data.augment import Crop, apply_image, apply_map, centre_view, random_views
+from dpkd.data.augment import apply_image, apply_map, centre_view, random_views
 from dpkd.data.batch import Batch, View
 from dpkd.data.images import decode_image
 from dpkd.data.order import SampleOrder, rank_micro_batches
@@ -85,10 +85,11 @@ def training_batches(
     Raises `UserError` that names shard and key for a sample that cannot be read.
     """
     steps = (step for step in range(start_step, stop_step) if step not in skipped)
-    own = rank_micro_batches(order, steps, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
     work = (
         _Work(index_B, epoch_B, {name: target_N[index_B] for name, target_N in targets.items()})
-        for index_B, epoch_B in own
+        for index_B, epoch_B in rank_micro_batches(
+            order, steps, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size
+        )
     )
     return _load(_Reader(split, maps, views, seed), work, workers=loader.workers, prefetch=loader.prefetch)
 
@@ -119,79 +120,73 @@ class _Work(NamedTuple):
     targets: dict[str, NDArray[np.int64]]
 
 
+class _Seen(NamedTuple):
+    """One view of one image."""
+
+    image_CHW: NDArray[np.uint8]
+    maps: dict[str, NDArray[np.float32]]
+    """By name, CHW."""
+
+
 @dataclass(frozen=True)
-class _Failure:
-    """Why a sample could not be read: a value, so that the user sees one line and not a worker's traceback."""
+class _Reader(torch.utils.data.Dataset[Batch | UserError]):
+    """What a worker does: one micro-batch from its list of samples.
 
-    message: str
-
-
-@dataclass(frozen=True)
-class _Reader(torch.utils.data.Dataset[Batch | _Failure]):
-    """What a worker does: one micro-batch from its list of samples."""
+    An error comes back as a value, so that the user sees one line and not a worker's traceback.
+    """
 
     split: Split
     maps: MapReader | None
     views: Mapping[str, ViewPlan]
     seed: int
 
-    def __getitem__(self, work: _Work) -> Batch | _Failure:
-        num_images = len(work.index_B)
-        views = {name: _View(plan, num_images) for name, plan in self.views.items()}
-        for row, (index, epoch) in enumerate(zip(work.index_B.tolist(), work.epoch_B.tolist(), strict=True)):
+    def __getitem__(self, work: _Work) -> Batch | UserError:
+        samples = []
+        for index, epoch in zip(work.index_B.tolist(), work.epoch_B.tolist(), strict=True):
             try:
-                self._read(index, epoch, row=row, views=views)
+                samples.append(self._read(index, epoch))
             except (UserError, StorageError) as error:
-                return _Failure(str(error))
+                return UserError(str(error))
             except (ValueError, OSError) as error:
-                return _Failure(f"{self._place(index)}: {error}; restore the shard, or pack the images again")
+                place = self.split.describe(index)
+                return UserError(f"{place}: {error}; restore the shard, or pack the images again")
+        views = {}
+        for name, plan in self.views.items():
+            seen = [sample[name][turn] for turn in range(plan.count) for sample in samples]
+            maps = {key: _stack([view.maps[key] for view in seen]) for key in seen[0].maps}
+            views[name] = View(_stack([view.image_CHW for view in seen]), maps)
         return Batch(
-            views={name: view.finished() for name, view in views.items()},
+            views=views,
             targets={name: torch.from_numpy(target_B) for name, target_B in work.targets.items()},
             index_B=torch.from_numpy(work.index_B.copy()),  # the order may keep and share it
             epoch_B=torch.from_numpy(work.epoch_B.copy()),
         )
 
-    def _read(self, index: int, epoch: int, *, row: int, views: "Mapping[str, _View]") -> None:
-        """Reads one sample, and puts all its views into row `row`."""
+    def _read(self, index: int, epoch: int) -> dict[str, list[_Seen]]:
+        """The views of one sample, by their kind."""
         sample = self.split.read(index)
         image_HWC = decode_image(sample.image)
         maps = {} if self.maps is None else self.maps.read(index, sample)
-        rows = [(view, view.num_images * turn + row) for view in views.values() for turn in range(view.plan.count)]
-        augments = [view.plan.augment for view, _ in rows]
         size = (image_HWC.shape[0], image_HWC.shape[1])
-        random = random_views([each for each in augments if each], size, seed=self.seed, epoch=epoch, index=index)
-        drawn = iter(random)
-        for (view, place), augment in zip(rows, augments, strict=True):
-            crop = next(drawn) if augment else centre_view(size)
-            view.image_BCHW[place] = apply_image(crop, image_HWC, size=view.plan.size).transpose(2, 0, 1)
-            for name, map_HWC in maps.items():
-                view.put_map(name, place, crop, map_HWC, reader=self.maps)
+        plans = [(name, plan) for name, plan in self.views.items() for _ in range(plan.count)]
+        augments = [plan.augment for _, plan in plans if plan.augment is not None]
+        random = iter(random_views(augments, size, seed=self.seed, epoch=epoch, index=index))
+        views: dict[str, list[_Seen]] = {name: [] for name in self.views}
+        for name, plan in plans:
+            crop = centre_view(size) if plan.augment is None else next(random)
+            seen = _Seen(apply_image(crop, image_HWC, size=plan.size).transpose(2, 0, 1), {})
+            for key, map_HWC in maps.items():
+                assert self.maps is not None, "maps come from a reader"
+                nearest, flip = self.maps.nearest(key), partial(self.maps.flip, key)
+                seen_HWC = apply_map(crop, map_HWC, size=plan.map_size, nearest=nearest, flip=flip)
+                seen.maps[key] = seen_HWC.transpose(2, 0, 1)
+            views[name].append(seen)
+        return views
 
-    def _place(self, index: int) -> str:
-        shard, row = self.split.locate(index)
-        return f"{self.split.url}/{self.split.info.shards[shard].name}, sample {self.split.index(shard).keys[row]!r}"
 
-
-class _View:
-    """The arrays of one kind of view, filled image by image."""
-
-    def __init__(self, plan: ViewPlan, num_images: int) -> None:
-        self.plan, self.num_images = plan, num_images
-        self.image_BCHW = np.empty((plan.count * num_images, 3, plan.size, plan.size), np.uint8)
-        self.maps: dict[str, NDArray[np.float32]] = {}
-
-    def put_map(self, name: str, row: int, crop: Crop, map_HWC: NDArray[Any], *, reader: MapReader | None) -> None:
-        assert reader is not None, "maps come from a reader"
-        size = self.plan.map_size
-        seen_HWC = apply_map(crop, map_HWC, size=size, nearest=reader.nearest(name), flip=partial(reader.flip, name))
-        if name not in self.maps:
-            self.maps[name] = np.empty((len(self.image_BCHW), seen_HWC.shape[2], size, size), np.float32)
-        self.maps[name][row] = seen_HWC.transpose(2, 0, 1)
-
-    def finished(self) -> View:
-        maps = {name: torch.from_numpy(map_BCHW) for name, map_BCHW in self.maps.items()}
-        return View(torch.from_numpy(self.image_BCHW), maps)
+def _stack(arrays: Sequence[NDArray[Any]]) -> torch.Tensor:
+    # without `out` the stack would have the memory layout of the arrays, which are transposed
+    return torch.from_numpy(np.stack(arrays, out=np.empty((len(arrays), *arrays[0].shape), arrays[0].dtype)))
 
 
 def _load(reader: _Reader, work: Iterable[_Work], *, workers: int, prefetch: int) -> Generator[Batch, None, None]:
@@ -207,27 +202,22 @@ def _load(reader: _Reader, work: Iterable[_Work], *, workers: int, prefetch: int
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own: a loader must not move the random state of training
     )
-    for batch in _begun(batches):
-        if isinstance(batch, _Failure):
-            raise UserError(batch.message)
+    for batch in _begin(batches):
+        if isinstance(batch, UserError):
+            raise batch
         yield batch
 
 
-def _begun(batches: DataLoader[Batch | _Failure]) -> Iterator[Batch | _Failure]:
-    """The loader at work; whoever keeps it (a traceback, say) keeps its workers."""
-    if not batches.num_workers:
-        return iter(batches)
-    with block_stop_signals(), one_thread_each():  # until they are up, and say how they take a signal
+def _begin(batches: DataLoader[Batch | UserError]) -> Iterator[Batch | UserError]:
+    """Starts the workers; they end with the iterator, so nothing (such as a traceback) may keep it."""
+    with block_stop_signals(), one_thread_each():  # until the workers are up and have set how they take a signal
         return iter(batches)
 
 
 def load_ahead() -> None:
     """Starts the process that workers are forked from, which loads what they need while this one goes on."""
     if _processes().get_start_method() == "forkserver":
-        with (
-            block_stop_signals(),
-            one_thread_each(),
-        ):  # workers inherit its environment, and the libraries that it has loaded
+        with block_stop_signals(), one_thread_each():  # workers inherit its environment and what it has loaded
             forkserver.ensure_running()
 
 

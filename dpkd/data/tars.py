@@ -6,9 +6,7 @@ two blocks of zeros. Nothing of the writer enters a header: no time, owner or ho
 
 import hashlib
 import tarfile
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import BinaryIO, cast
+from typing import BinaryIO, NamedTuple, cast
 
 from dpkd.launch.heartbeat import pulse
 
@@ -17,8 +15,7 @@ MAX_HEADER_BYTES = 1 << 20
 """Longer headers of long names and attributes are taken for damage."""
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """Where the data of one member is in its tar."""
 
     name: str
@@ -26,12 +23,11 @@ class Member:
     size: int
 
 
-@dataclass(frozen=True)
-class Listing:
+class Listing(NamedTuple):
     """The whole members of a tar, in order, and what is wrong with its end, if anything."""
 
-    members: Sequence[Member]
-    refused: Sequence[tuple[str, str]]
+    members: list[Member]
+    refused: list[tuple[str, str]]
     """(name, reason) of members that are no plain files; folders are passed over."""
     fault: str | None
 
@@ -53,8 +49,7 @@ class TarWriter:
         """Appends a member; returns where its data is."""
         info = tarfile.TarInfo(name)
         info.size, info.mode, info.mtime = len(data), 0o444, 0
-        header = info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict")
-        self._write(header)
+        self._write(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict"))
         member = Member(name, self.size_bytes, len(data))
         self._write(data)
         self._write(bytes(-len(data) % BLOCK))
@@ -75,10 +70,9 @@ def list_members(file: BinaryIO, *, size_bytes: int) -> Listing:
     members: list[Member] = []
     refused: list[tuple[str, str]] = []
     end, cause = 0, "it has no end mark"
+    short_reads = cast(BinaryIO, _ShortReads(file))
     try:
-        with tarfile.open(
-            fileobj=cast(BinaryIO, _ShortReads(file)), mode="r:", encoding="utf-8", errors="surrogateescape"
-        ) as tar:
+        with tarfile.open(fileobj=short_reads, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
             while (info := tar.next()) is not None:
                 pulse()  # a read for each member where the tar is remote
                 tar.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
@@ -88,8 +82,10 @@ def list_members(file: BinaryIO, *, size_bytes: int) -> Listing:
                 if plain:
                     members.append(Member(info.name, info.offset_data, info.size))
                 elif not info.isdir():
-                    kind = "a link" if info.issym() or info.islnk() else "a sparse file" if info.isreg() else "a device"
-                    refused.append((info.name, f"it is {kind}, which is not read: store the file itself in the tar"))
+                    reason = (
+                        "it is a link, a device or a sparse file, which is not read: store the file itself in the tar"
+                    )
+                    refused.append((info.name, reason))
                 end = tar.offset
             file.seek(tar.offset)  # the library takes a damaged header, and the end of the file, for the end of the tar
             mark = file.read(BLOCK)

@@ -6,13 +6,13 @@ from typing import Any
 
 import cv2
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 
 from dpkd.data.image_headers import BrokenImage
 from dpkd.data.images import check_image, check_mask
 from dpkd.data.settings import Window
-from dpkd.data.shards import EXPERT_PREFIX, FORMAT_VERSION, ShardIndex, ShardInfo, checksum, index_name
-from dpkd.data.sources.records import Record
+from dpkd.data.shards import FORMAT_VERSION, MASK_EXTENSION, ShardIndex, ShardInfo, checksum, given_name, index_name
+from dpkd.data.sources.records import Blob, Record
 from dpkd.data.tars import Member, TarWriter
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
@@ -54,16 +54,12 @@ class ShardJob:
     def plan(self) -> str:
         """Digest of what the shard is to be made from."""
         # all that decides the bytes, as far as it is known before the images are read
-        samples = [
-            [
-                sample.key,
-                sample.meta,
-                sample.record.image.size,
-                sample.record.mask and sample.record.mask.size,
-                [[name, blob.size] for name, blob in sample.record.experts],
-            ]
-            for sample in self.samples
-        ]
+        samples = []
+        for sample in self.samples:
+            given = dict(_given(sample.record))
+            mask = given.pop(MASK_EXTENSION, None)
+            experts = [[given_name(extension), blob.size] for extension, blob in given.items()]
+            samples.append([sample.key, sample.meta, sample.record.image.size, mask and mask.size, experts])
         parts: list[Any] = [FORMAT_VERSION, self.name, samples]
         if self.window is not None:
             parts.append([self.window.low, self.window.high])
@@ -78,7 +74,8 @@ def write_shard(job: ShardJob) -> ShardIndex:
 
     Raises `StorageError` where the place cannot be written.
     """
-    if (finished := _finished(job)) is not None:
+    place, index_place = storage.join(job.url, job.name), storage.join(job.url, index_name(job.name))
+    if (finished := _finished(job, place, index_place)) is not None:
         return finished
     cv2.setNumThreads(1)
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # broken images are reported by name
@@ -87,7 +84,7 @@ def write_shard(job: ShardJob) -> ShardIndex:
     checksums: list[int] = []
     bad: list[tuple[str, str]] = []
     pixel_counts = np.zeros((3, 256), np.int64)
-    with storage.open_atomic(storage.join(job.url, job.name)) as file:
+    with storage.open_atomic(place) as file:
         writer = TarWriter(file)
         for sample in job.samples:
             pulse()
@@ -104,8 +101,7 @@ def write_shard(job: ShardJob) -> ShardIndex:
         writer.finish()
     columns = {}
     for ext in sorted({ext for row in rows for ext in row}):
-        members_N = [row.get(ext, Member("", -1, 0)) for row in rows]
-        spans = np.array([(member.offset, member.size) for member in members_N], np.int64)
+        spans = np.array([row.get(ext, Member("", -1, 0))[1:] for row in rows], np.int64)
         columns[ext] = spans[:, 0], spans[:, 1]
     index = ShardIndex(
         keys=tuple(sample.key for sample in samples),
@@ -118,37 +114,39 @@ def write_shard(job: ShardJob) -> ShardIndex:
         pixel_counts=tuple(tuple(counts) for counts in pixel_counts.tolist()),
         checksum_N=np.array(checksums, np.uint32),
     )
-    storage.write_bytes_atomic(storage.join(job.url, index_name(job.name)), index.to_bytes())
+    storage.write_bytes_atomic(index_place, index.to_bytes())
     return index
 
 
-def _finished(job: ShardJob) -> ShardIndex | None:
+def _finished(job: ShardJob, place: str, index_place: str) -> ShardIndex | None:
     """The index of a shard that is whole and was made from the same plan; None where it must be written."""
-    place = storage.join(job.url, job.name)
-    local = storage.local_path(place)
     try:
-        index = ShardIndex.from_bytes(storage.read_bytes(storage.join(job.url, index_name(job.name))))
-        if index.plan != job.plan or storage.size(place) != index.shard.size_bytes:
-            return None
-        return index if local is None or storage.sha256(local) == index.shard.sha256 else None
+        index = ShardIndex.from_bytes(storage.read_bytes(index_place))
+        is_whole = index.plan == job.plan and storage.size(place) == index.shard.size_bytes
+        if is_whole and storage.local_path(place) is not None:
+            is_whole = storage.sha256(place) == index.shard.sha256
     except (*NO_FILE, ValueError):
         return None
+    return index if is_whole else None
 
 
-def _members(sample: Planned, window: Window | None) -> tuple[dict[str, bytes], npt.NDArray[np.uint8]]:
+def _members(sample: Planned, window: Window | None) -> tuple[dict[str, bytes], NDArray[np.uint8]]:
     """Extension -> bytes, in the order of the tar, and the decoded image; raises `BrokenImage` with the reason."""
-    record = sample.record
-    image = check_image(record.image.read(), window=window)
+    image = check_image(sample.record.image.read(), window=window)
     members = {image.extension: image.data, "json": _json(sample.meta)}
-    masks = [("mask", "mask.png", record.mask)] if record.mask is not None else []
-    masks += [(f"expert map {name}", f"{EXPERT_PREFIX}{name}.png", blob) for name, blob in record.experts]
     height, width = image.image_HWC.shape[:2]
-    for name, extension, blob in masks:
+    for extension, blob in _given(sample.record):
         try:
             members[extension] = check_mask(blob.read(), height=height, width=width)
         except BrokenImage as error:
+            name = "mask" if extension == MASK_EXTENSION else f"expert map {given_name(extension)}"
             raise BrokenImage(f"{name}: {error}") from error
     return members, image.image_HWC
+
+
+def _given(record: Record) -> list[tuple[str, Blob]]:
+    """The maps of an expert in the order of the tar: the mask first."""
+    return sorted(record.given.items(), key=lambda item: (item[0] != MASK_EXTENSION, item[0]))
 
 
 def _json(content: Any) -> bytes:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from dpkd.data.image_headers import image_size
+from dpkd.data.image_headers import read_header
 
 Map = npt.NDArray[np.float32 | np.int32]
 """HWC: float32 in [0, 1], or int32 region labels."""
@@ -157,7 +157,8 @@ def _encode_image(extension: str, map_HWC: npt.NDArray[np.integer], parameters: 
 def _decode_image(data: bytes, shape: Shape) -> npt.NDArray[np.integer]:
     """The channels of an image file that has them side by side."""
     height, width, channels = shape
-    as_declared = image_size(data) == (channels * width, height)  # the header decides what is allocated
+    header = read_header(data)
+    as_declared = (header.width, header.height) == (channels * width, height)  # it decides what is allocated
     image: npt.NDArray[Any] | None = (
         cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if as_declared else None
     )

@@ -19,6 +19,7 @@ from dpkd.data.settings import FileSplits, Window
 from dpkd.data.shards import (
     FORMAT_VERSION,
     MANIFEST_NAME,
+    MASK_EXTENSION,
     Dataset,
     Manifest,
     ManifestDamaged,
@@ -137,10 +138,13 @@ def plan_shards(contents: SourceContents, data: DataSettings, *, seed: int, dest
 def _made_from(records: Sequence[Record], data: DataSettings, *, seed: int) -> dict[str, str]:
     """All that decides the bytes of the data set, by the names that a user knows; not the place of the source."""
     assert data.source is not None
-    described = [
-        [r.name, r.image.size, r.class_name, r.split, r.group, r.mask and r.mask.size, len(r.experts), r.attributes]
-        for r in sorted(records, key=lambda record: record.name)
-    ]
+    described = []
+    for r in sorted(records, key=lambda record: record.name):
+        mask = r.given.get(MASK_EXTENSION)
+        num_maps = len(r.given) - (mask is not None)
+        described.append(
+            [r.name, r.image.size, r.class_name, r.split, r.group, mask and mask.size, num_maps, r.attributes]
+        )
     digest = storage.digest(json.dumps(described, default=str).encode())
     return {
         "data.source": f"{data.source.kind}, {len(records)} samples, {digest[:16]}",

@@ -116,7 +116,7 @@ def test_a_fault_of_a_yaml_is_named(tmp_path: Path, text: str, named: list[str])
         ("class,x\na,1\na,0\n", ["the class 'a' is given twice"]),
         ("class,x,x\na,1,1\n", ["the attribute 'x' is given twice"]),
         ("class,x,y\na,1,\n", ["'y' is known of no class"]),
-        ("class\na\n", ["names no attribute"]),
+        ("class\na\n", ["'class' and the name of each attribute"]),
         ("class,x\n", ["no class"]),
         ("name,x\na,1\n", ["'class'", "name, x"]),
         ("", ["'class'", "nothing"]),

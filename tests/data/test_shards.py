@@ -30,12 +30,12 @@ def test_samples_come_back_by_number_as_they_went_in(dataset, tmp_path):
         sample = split.read(i)
         assert sample.key == key
         assert sample.image == (tmp_path / "images" / f"{key}.jpg").read_bytes()
-        assert sample.mask == mask_bytes()
+        assert sample.given["mask"] == mask_bytes()
         assert sample.meta["source"] == f"{key}.jpg"
         label = int(split.label_N[i])
         assert sample.meta["class_name"] == (dataset.manifest.classes[label] if label >= 0 else None)
         assert sample.meta["label"] == (label if label >= 0 else None)
-        assert list(sample.experts) == (["eye"] if key == "train/cat/000" else [])
+        assert set(sample.given) == ({"mask", "eye"} if key == "train/cat/000" else {"mask"})
     assert [sample.key for k in range(3) for sample in split.read_shard(k)] == split.keys
     assert dataset.manifest.splits["train"].class_counts == (5, 3)
     assert dataset.manifest.splits["train"].num_unlabelled == 2

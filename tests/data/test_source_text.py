@@ -75,12 +75,12 @@ NAMES = {"a/0.jpg": 0, "a/0": 0, "b/sub dir/1.png": 1, "b/sub dir/1": 1}
 )
 def test_lists_of_other_systems_name_the_same_samples(lines):
     found = match_lines(lines, NAMES)
-    assert (found.numbers, found.unknown) == (tuple(zip(lines, (0, 1), strict=True)), ())
+    assert (found.numbers, found.unknown) == (list(zip(lines, (0, 1), strict=True)), [])
 
 
 def test_lines_that_would_need_two_prefixes_or_are_no_sample_are_unknown():
-    assert match_lines(["x/a/0.jpg", "y/b/sub dir/1.png"], NAMES).unknown == ("x/a/0.jpg", "y/b/sub dir/1.png")
-    assert match_lines(["a/0.jpg", "a/1.jpg", "0.jpg"], NAMES).unknown == ("a/1.jpg", "0.jpg")
+    assert match_lines(["x/a/0.jpg", "y/b/sub dir/1.png"], NAMES).unknown == ["x/a/0.jpg", "y/b/sub dir/1.png"]
+    assert match_lines(["a/0.jpg", "a/1.jpg", "0.jpg"], NAMES).unknown == ["a/1.jpg", "0.jpg"]
 
 
 def find(source):

@@ -43,8 +43,9 @@ def test_masks_and_expert_maps_belong_to_their_image_and_other_files_stay_out(tm
     (tmp_path / "cat" / "._000.jpg").write_text("x")
     found = find(FolderSource(path=str(tmp_path)))
     assert [record.name for record in found.records] == ["cat/000.jpg", "cat/001.jpg", "cat/001.v2.png"]
-    assert found.records[0].mask.url.endswith("cat/000.mask.png")
-    assert [name for name, _ in found.records[0].experts] == ["nucleus"]
+    given = found.records[0].given
+    assert set(given) == {"mask.png", "expert-nucleus.png"}
+    assert given["mask.png"].url.endswith("cat/000.mask.png")
     assert found.bad == (("cat/lost.mask.png", "a mask file without its image cat/lost.*"),)
 
 
@@ -90,9 +91,9 @@ def test_tables_of_every_kind_say_the_same(suffix, tmp_path):
     assert found.bad == ()
     first, second = found.records
     assert (first.name, first.class_name, first.split, first.group) == ("cat/000.jpg", "cat", "train", "p1")
-    assert first.mask.read() == mask_bytes()
+    assert first.given["mask.png"].read() == mask_bytes()
     assert str(first.attributes["age"]) == "4"
-    assert (second.class_name, second.split, second.group, second.mask) == (None, "test", None, None)
+    assert (second.class_name, second.split, second.group, second.given) == (None, "test", None, {})
 
 
 def test_rows_that_cannot_be_used_are_named_with_their_reason(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from PIL import Image
 
-from dpkd.data.image_headers import BrokenImage, image_size
+from dpkd.data.image_headers import BrokenImage, read_header
 from dpkd.data.images import MAX_PIXELS, check_image, decode_mask
 from tests.fuzz.damage import any_bytes, in_child, outcome
 
@@ -20,6 +20,11 @@ def encoded(image: Image.Image, image_format: str, **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, image_format, **options)
     return buffer.getvalue()
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    header = read_header(data)
+    return header.width, header.height
 
 
 def files() -> list[bytes]:

@@ -309,7 +309,7 @@ def test_a_packed_set_packed_again_keeps_samples_labels_and_classes(images, tmp_
         assert two.keys == one.keys
         assert two.label_N.tolist() == one.label_N.tolist()
         assert two.read(1).image == one.read(1).image
-        assert two.read(1).mask == one.read(1).mask
+        assert two.read(1).given == one.read(1).given
 
 
 def test_a_cut_tar_as_source_is_reported_and_its_whole_samples_are_packed(tmp_path):

@@ -24,7 +24,7 @@ def find(source: FolderSource | TableSource | ShardSource, *, pool: Pool) -> Sou
             contents = find_in_archives(source, pool=pool)
     records, bad = [], list(contents.bad)
     for record in contents.records:
-        names = (record.name, record.class_name, record.split, record.group, *(name for name, _ in record.experts))
+        names = (record.name, record.class_name, record.split, record.group, *record.given)
         try:
             "".join(name for name in names if name is not None).encode()
             records.append(record)

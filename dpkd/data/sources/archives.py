@@ -16,13 +16,13 @@ from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 from braceexpand import braceexpand
 
 from dpkd.data.image_headers import BrokenImage
 from dpkd.data.settings import ShardSource
-from dpkd.data.shards import EXPERT_PREFIX, MANIFEST_NAME, Dataset
+from dpkd.data.shards import MANIFEST_NAME, Dataset, is_given
 from dpkd.data.sources.folders import is_split_name
 from dpkd.data.sources.records import Blob, Record, SourceContents, passed_over_as, refuse_no_file, system_folder
 from dpkd.data.sources.text import IMAGE_SUFFIXES, cell_name, class_of_label, decode_text
@@ -37,11 +37,8 @@ COMPRESSED = (".tar.gz", ".tgz", ".tar.zst")
 MAX_TEXT_BYTES = 1 << 20
 """Longer members that should hold a label are not read."""
 
-
-class _Tar(NamedTuple):
-    url: str
-    name: str
-    """Its path below the source."""
+Tar = tuple[str, str]
+"""Its location, and its path below the source."""
 
 
 def find_in_archives(source: ShardSource, *, pool: Pool) -> SourceContents:
@@ -54,8 +51,8 @@ def find_in_archives(source: ShardSource, *, pool: Pool) -> SourceContents:
     if len({record.name.rpartition(".")[0] for record in records}) < len(records):
         # two tars use the same key for different samples
         records = [
-            replace(record, name=f"{tar.name.removesuffix('.tar')}/{record.name}")
-            for tar, content in zip(tars, contents, strict=True)
+            replace(record, name=f"{name.removesuffix('.tar')}/{record.name}")
+            for (_, name), content in zip(tars, contents, strict=True)
             for record in content.records
         ]
     return SourceContents(
@@ -67,28 +64,24 @@ def find_in_archives(source: ShardSource, *, pool: Pool) -> SourceContents:
     )
 
 
-def _tars(path: str) -> tuple[list[_Tar], tuple[str, ...] | None]:
+def _tars(path: str) -> tuple[list[Tar], tuple[str, ...] | None]:
     """The tars of a folder or pattern, in order, and the classes where the folder is a data set of ours."""
     if storage.exists(storage.join(path, MANIFEST_NAME)):
         manifest = Dataset.open(path).manifest
         names = [shard.name for split in manifest.splits.values() for shard in split.shards]
-        return [_Tar(storage.join(path, name), name) for name in names], manifest.classes
-    if any(sign in path for sign in "{*?["):
+        return [(storage.join(path, name), name) for name in names], manifest.classes
+    if any(sign in path for sign in "{*?[") or path.endswith((".tar", *COMPRESSED)):
         try:
             patterns = list(braceexpand(path))
         except ValueError as error:
             raise UserError(f"data.source.path={path}: {error}; every brace needs its other half") from error
-        urls = [
-            url for pattern in patterns for url in (storage.glob(pattern) if set("*?[") & set(pattern) else [pattern])
-        ]
-        tars = [_Tar(url, PurePosixPath(url).name) for url in urls]
-    elif path.endswith((".tar", *COMPRESSED)):
-        tars = [_Tar(path, PurePosixPath(path).name)]
+        matches = (storage.glob(pattern) if set("*?[") & set(pattern) else [pattern] for pattern in patterns)
+        tars = [(url, PurePosixPath(url).name) for urls in matches for url in urls]
     else:
-        tars = [_Tar(storage.join(path, name), name) for name, _ in storage.walk(path)] if storage.exists(path) else []
-    if packed := [tar.name for tar in tars if tar.name.endswith(COMPRESSED)]:
+        tars = [(storage.join(path, name), name) for name, _ in storage.walk(path)] if storage.exists(path) else []
+    if packed := [name for _, name in tars if name.endswith(COMPRESSED)]:
         raise UserError(f"data.source.path={path} holds compressed tars, such as {packed[0]}: uncompress them first")
-    tars = [tar for tar in tars if tar.name.endswith(".tar")]
+    tars = [tar for tar in tars if tar[1].endswith(".tar")]
     if not tars:
         raise UserError(
             f"data.source.path={path} holds no .tar: give a folder of WebDataset tars, or a pattern with braces"
@@ -96,17 +89,18 @@ def _tars(path: str) -> tuple[list[_Tar], tuple[str, ...] | None]:
     return tars, None
 
 
-def _list_tar(tar: _Tar, *, classes: tuple[str, ...] | None) -> SourceContents:
+def _list_tar(tar: Tar, *, classes: tuple[str, ...] | None) -> SourceContents:
     """The samples of one tar; those that may have lost members, and the reason, are among the bad ones."""
+    url, tar_name = tar
     try:
-        refuse_no_file(tar.url)
-        with read_errors(tar.url), storage.open_read(tar.url) as file:
-            listing = list_members(file, size_bytes=storage.size(tar.url))
-    except (*NO_FILE, BrokenImage) as error:
-        reason = str(error) if isinstance(error, BrokenImage) else "the tar does not exist"
-        return SourceContents((), bad=((tar.name, reason),))
-    records: list[Record] = []
-    bad = [(f"{tar.name}/{name}", reason) for name, reason in listing.refused]
+        refuse_no_file(url)
+        with read_errors(url), storage.open_read(url) as file:
+            listing = list_members(file, size_bytes=storage.size(url))
+    except BrokenImage as error:
+        return SourceContents((), bad=((tar_name, str(error)),))
+    except NO_FILE:
+        return SourceContents((), bad=((tar_name, "the tar does not exist"),))
+    bad = [(f"{tar_name}/{name}", reason) for name, reason in listing.refused]
     parts: list[tuple[str, str, Member]] = []
     passed_over: Counter[str] = Counter()
     for member in listing.members:
@@ -115,65 +109,59 @@ def _list_tar(tar: _Tar, *, classes: tuple[str, ...] | None) -> SourceContents:
             passed_over[passed_over_as(member.name)] += 1
             continue
         key, extension = match[1], match[2].lower()
-        if f".{extension}" not in IMAGE_SUFFIXES and not re.fullmatch(r"json|cls|mask\.png|expert-.*\.png", extension):
+        if f".{extension}" not in (*IMAGE_SUFFIXES, ".json", ".cls") and not is_given(extension):
             passed_over[f".{extension}"] += 1
         parts.append((key, extension, member))
     # members that follow one another and share a key, as WebDataset groups them
     samples = [(key, list(run)) for key, run in groupby(parts, key=itemgetter(0))]
     if listing.fault is not None:
-        bad.append((tar.name, listing.fault))
+        bad.append((tar_name, listing.fault))
         if samples:
             key, _ = samples.pop()
-            bad.append((f"{tar.name}/{key}", "the last sample of a tar that was cut: members may be missing"))
+            bad.append((f"{tar_name}/{key}", "the last sample of a tar that was cut: members may be missing"))
     counts = Counter(key for key, _ in samples)
+    records: list[Record] = []
     for key, run in samples:
         try:
             if counts[key] > 1:
                 raise ValueError("the key is used in two places of the tar")
             records.append(_record(tar, run, classes=classes))
         except ValueError as error:
-            bad.append((f"{tar.name}/{key}", str(error)))
+            bad.append((f"{tar_name}/{key}", str(error)))
     return SourceContents(tuple(records), tuple(bad), passed_over=passed_over)
 
 
-def _record(tar: _Tar, parts: list[tuple[str, str, Member]], *, classes: tuple[str, ...] | None) -> Record:
+def _record(tar: Tar, parts: list[tuple[str, str, Member]], *, classes: tuple[str, ...] | None) -> Record:
     """The sample of (key, extension, member); raises `ValueError` with the reason why it cannot be used."""
-    blob_of = {extension: Blob(tar.url, member.offset, member.size) for _, extension, member in parts}
+    blob_of = {extension: Blob(tar[0], member.offset, member.size) for _, extension, member in parts}
     images = [extension for extension in blob_of if f".{extension}" in IMAGE_SUFFIXES]
     if len(images) != 1 or len(blob_of) < len(parts):
         listed = ", ".join(extension for _, extension, _ in parts)
         raise ValueError(f"one image and no member twice are needed, and the members are: {listed}")
-    text_of = {}
-    for extension in [name for name in ("json", "cls") if name in blob_of]:
-        size = blob_of[extension].size
-        if size > MAX_TEXT_BYTES:
-            raise ValueError(f"its {extension} member has {size:,} bytes, more than {MAX_TEXT_BYTES:,}")
-        text_of[extension] = blob_of[extension].read()
-    meta: Any = parse_json(text_of["json"]) if "json" in text_of else {}
+    texts = {extension: blob for extension, blob in blob_of.items() if extension in ("json", "cls")}
+    for extension, blob in texts.items():
+        if blob.size > MAX_TEXT_BYTES:
+            raise ValueError(f"its {extension} member has {blob.size:,} bytes, more than {MAX_TEXT_BYTES:,}")
+    meta: Any = parse_json(texts["json"].read()) if "json" in texts else {}
     if not isinstance(meta, dict) or not isinstance(meta.get("attributes") or {}, dict):
         raise ValueError("the json member, or its attributes, is not an object")  # noqa: TRY004 (a fault of the data)
     return Record(
         name=f"{parts[0][0]}.{images[0]}",
         image=blob_of[images[0]],
-        class_name=_class(meta, text_of.get("cls"), classes=classes),
-        split=_split(tar.name),
+        class_name=_class(meta, texts["cls"].read() if "cls" in texts else None, classes=classes),
+        split=_split(tar[1]),
         group=cell_name(meta.get("group")),
-        mask=blob_of.get("mask.png"),
-        experts=tuple(
-            (extension.removeprefix(EXPERT_PREFIX).removesuffix(".png"), blob)
-            for extension, blob in sorted(blob_of.items())
-            if extension.startswith(EXPERT_PREFIX) and extension.endswith(".png")
-        ),
+        given={extension: blob for extension, blob in blob_of.items() if is_given(extension)},
         attributes=meta.get("attributes") or {},
     )
 
 
 def _class(meta: dict[str, Any], cls: bytes | None, *, classes: tuple[str, ...] | None) -> str | None:
     """The class by name or number; raises `ValueError` where it is out of range, or two members contradict."""
-    name, label = meta.get("class_name"), class_of_label(meta.get("label"))
-    if name is not None and not isinstance(name, str):
-        raise ValueError("the class name is no text")
-    name = cell_name(name)
+    label = class_of_label(meta.get("label"))
+    if not isinstance(meta.get("class_name"), str | None):
+        raise ValueError("the class name is no text")  # noqa: TRY004 (a fault of the data)
+    name = cell_name(meta.get("class_name"))
     if cls is not None:
         in_cls = class_of_label(decode_text(cls))
         if label is not None and in_cls is not None and in_cls not in (label, name):

@@ -26,51 +26,37 @@ def find_in_folders(source: FolderSource) -> SourceContents:
     """All images below the folder; raises `UserError` for a folder without images and for depths that differ."""
     if not storage.exists(source.path):
         raise UserError(f"data.source.path={source.path} does not exist: give the folder that holds the images")
-    blobs: dict[str, Blob] = {}
+    images: dict[str, Blob] = {}
+    maps: list[tuple[str, str, Blob]] = []
     passed_over: Counter[str] = Counter()
     for name, size in storage.walk(source.path):
-        if is_image(name) and not system_folder(name):
-            blobs[name] = Blob(storage.join(source.path, name), size=size)
-        else:
+        blob = Blob(storage.join(source.path, name), size=size)
+        if not is_image(name) or system_folder(name):
             passed_over[passed_over_as(name)] += 1
-    maps_of: dict[str, dict[str, Blob]] = {name.rpartition(".")[0]: {} for name in blobs if not _map_kind(name)}
-    bad = []
-    for name, blob in blobs.items():
-        if kind := _map_kind(name):
-            owner = name.removesuffix(f".{kind}.png")
-            if owner in maps_of:
-                maps_of[owner][kind] = blob
-            else:
-                bad.append((name, f"a {kind} file without its image {owner}.*"))
-    images = [name for name in blobs if not _map_kind(name)]
+        elif match := re.fullmatch(rf"(.*[^/])\.((?:mask|instances|{EXPERT_PREFIX}[^./]+)\.png)", name, re.DOTALL):
+            maps.append((match[1], match[2], blob))
+        else:
+            images[name] = blob
     if not images:
         others = f", but {describe_counts(passed_over)}" if passed_over else ""
         raise UserError(
-            f"data.source.path={source.path} holds {'masks and ' if blobs else ''}no image (.jpg, .png, .webp, .bmp, "
+            f"data.source.path={source.path} holds {'masks and ' if maps else ''}no image (.jpg, .png, .webp, .bmp, "
             f".tif){others}: give another folder"
         )
-    places, layout = _places(images, path=source.path)
+    given_of: dict[str, dict[str, Blob]] = {name.rpartition(".")[0]: {} for name in images}
+    bad = []
+    for stem, ending, blob in maps:
+        if stem not in given_of:
+            bad.append((f"{stem}.{ending}", f"a {ending.removesuffix('.png')} file without its image {stem}.*"))
+        elif ending != "instances.png":
+            given_of[stem][ending] = blob
+    places, layout = _places(list(images), path=source.path)
     records = []
-    for name in images:
-        maps, (split, class_name) = maps_of[name.rpartition(".")[0]], places[name]
-        experts = [(kind, blob) for kind, blob in sorted(maps.items()) if kind.startswith(EXPERT_PREFIX)]
-        records.append(
-            Record(
-                name=name,
-                image=blobs[name],
-                class_name=class_name,
-                split=split,
-                mask=maps.get("mask"),
-                experts=tuple((kind.removeprefix(EXPERT_PREFIX), blob) for kind, blob in experts),
-            )
-        )
+    for name, blob in images.items():
+        split, class_name = places[name]
+        given = given_of[name.rpartition(".")[0]]
+        records.append(Record(name=name, image=blob, class_name=class_name, split=split, given=given))
     return SourceContents(records=tuple(records), bad=tuple(bad), layout=layout, passed_over=passed_over)
-
-
-def _map_kind(name: str) -> str | None:
-    """`mask`, `instances` or `expert-<name>` of a file that belongs to the image beside it, None for an image."""
-    match = re.search(rf"[^/]\.(mask|instances|{EXPERT_PREFIX}[^./]+)\.png$", name)
-    return match and match[1]
 
 
 def _places(images: list[str], *, path: str) -> tuple[dict[str, tuple[str | None, str | None]], str]:
@@ -88,12 +74,12 @@ def _places(images: list[str], *, path: str) -> tuple[dict[str, tuple[str | None
         return dict.fromkeys(images, (None, None)), "all images in one folder, without labels"
     if depth == 1 and all(is_split_name(parts[0]) for parts in parts_of.values()):
         return {name: (parts[0], None) for name, parts in parts_of.items()}, "<split>/*, without labels"
-    folders = {name: parts[depth - 1] for name, parts in parts_of.items()}
-    unlabelled = sorted({folder for folder in folders.values() if _class(folder) is None})
-    layout = ("<class>/*" if depth == 1 else "<split>/<class>/*") + (
-        f", without a label in {', '.join(unlabelled)}" if unlabelled else ""
-    )
-    return {name: (parts[0] if depth == 2 else None, _class(folders[name])) for name, parts in parts_of.items()}, layout
+    class_of = {folder: _class(folder) for folder in {parts[depth - 1] for parts in parts_of.values()}}
+    unlabelled = ", ".join(sorted(folder for folder, name in class_of.items() if name is None))
+    layout = "<class>/*" if depth == 1 else "<split>/<class>/*"
+    return {
+        name: (parts[0] if depth == 2 else None, class_of[parts[depth - 1]]) for name, parts in parts_of.items()
+    }, layout + (f", without a label in {unlabelled}" if unlabelled else "")
 
 
 def is_split_name(folder: str) -> bool:

@@ -16,6 +16,12 @@ from dpkd.io.errors import NO_FILE, read_errors
 MAX_FILE_BYTES = 1 << 31
 """Larger image files are not read: no image that is small enough to be decoded takes that much."""
 _BAD_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+_SYSTEM_FOLDERS = frozenset(
+    {
+        "@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "@__thumb", "__macosx", "$recycle.bin", "lost+found",
+        "system volume information", "__pycache__",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +62,8 @@ class Record:
     split: str | None = None
     """The split that the source itself names."""
     group: str | None = None
-    mask: Blob | None = None
-    experts: tuple[tuple[str, Blob], ...] = ()
+    given: dict[str, Blob] = field(default_factory=dict)
+    """Maps of an expert by the ending of their member: `mask.png`, `expert-<name>.png`."""
     attributes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -88,9 +94,8 @@ def refuse_no_file(url: str) -> None:
 def sorted_classes(names: Iterable[str | None]) -> tuple[str, ...]:
     """The distinct names in order: numbers by value, anything else by letters."""
     distinct = {name for name in names if name is not None}
-    if all(name.isdecimal() for name in distinct):
-        return tuple(sorted(distinct, key=lambda name: (int(name), name)))
-    return tuple(sorted(distinct))
+    are_numbers = all(name.isdecimal() for name in distinct)
+    return tuple(sorted(distinct, key=lambda name: (int(name) if are_numbers else 0, name)))
 
 
 def keys_of(names: Sequence[str]) -> list[str]:
@@ -127,11 +132,3 @@ def describe_counts(counts: Mapping[str, int], *, limit: int = 12) -> str:
 def system_folder(name: str) -> str | None:
     """The folder on the way to a file that an operating system or a NAS made for itself, or None."""
     return next((part for part in name.split("/")[:-1] if part.lower() in _SYSTEM_FOLDERS), None)
-
-
-_SYSTEM_FOLDERS = frozenset(
-    {
-        "@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "@__thumb", "__macosx", "$recycle.bin", "lost+found",
-        "system volume information", "__pycache__",
-    }
-)  # fmt: skip

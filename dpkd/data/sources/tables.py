@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpkd.data.settings import TableSource
+from dpkd.data.shards import MASK_EXTENSION
 from dpkd.data.sources.records import Blob, Record, SourceContents, nearest
 from dpkd.data.sources.text import cell_name, cell_text, cell_value, class_of_label, decode_text, split_lines
 from dpkd.errors import UserError, without_secrets
@@ -18,7 +19,8 @@ from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
 from dpkd.io.record import parse_json
 
-Row = dict[str, Any]
+Row = dict[Any, Any]
+"""By column; `None` is no column."""
 
 MAX_EXPANSION = 100
 MIN_TABLE_BYTES = 1 << 26
@@ -54,27 +56,22 @@ def find_in_table(source: TableSource) -> SourceContents:
 
 def _record(row: Row, *, source: TableSource, folder: str) -> Record:
     """The sample of a row; raises `ValueError` with the reason why it cannot be used."""
-
-    def cell(column: str | None) -> Any:
-        return row.get(column) if column else None
-
     if error := row.get(_ERROR):
         raise ValueError(str(error))
-    path, mask, split = cell_text(cell(source.path_column)), cell_text(cell(source.mask_column)), None
+    path, split = cell_text(row.get(source.path_column)), cell_name(row.get(source.split_column))
     if path is None:
         raise ValueError(f"column {source.path_column!r} is empty")
-    if source.split_column:
-        split = cell_name(cell(source.split_column))
-        if split is None:
-            raise ValueError(f"column {source.split_column!r} is empty")
+    if source.split_column and split is None:
+        raise ValueError(f"column {source.split_column!r} is empty")
+    mask = cell_text(row.get(source.mask_column))
     name, image = _file(folder, path)
     return Record(
         name=without_secrets(name),
         image=image,
-        class_name=class_of_label(cell(source.label_column)),
+        class_name=class_of_label(row.get(source.label_column)),
         split=split,
-        group=cell_name(cell(source.group_column)),
-        mask=_file(folder, mask)[1] if mask else None,
+        group=cell_name(row.get(source.group_column)),
+        given={MASK_EXTENSION: _file(folder, mask)[1]} if mask else {},
         attributes={column: cell_value(row.get(column)) for column in source.attribute_columns},
     )
 
@@ -109,9 +106,7 @@ def _require_columns(source: TableSource, rows: list[Row]) -> None:
 
 def _read(path: str, *, suffix: str) -> list[Row]:
     if suffix not in _READERS:
-        raise UserError(
-            f"data.source.path={path} is none of {', '.join('.' + s for s in _READERS)}: give one of these tables"
-        )
+        raise UserError(f"data.source.path={path} is none of .{', .'.join(_READERS)}: give one of these tables")
     try:
         data = storage.read_bytes(path)
     except NO_FILE as error:
@@ -134,10 +129,9 @@ def _read_jsonl(data: bytes) -> Iterator[Row]:
     for line in split_lines(data):
         try:
             row = parse_json(line)
+            yield row if isinstance(row, dict) else {_ERROR: "the line is not a JSON object"}
         except ValueError as error:
             yield {_ERROR: f"the line is not JSON: {error}"}
-            continue
-        yield row if isinstance(row, dict) else {_ERROR: "the line is not a JSON object"}
 
 
 def _read_parquet(data: bytes) -> Iterator[Row]:

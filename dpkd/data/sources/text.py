@@ -4,11 +4,9 @@ import codecs
 import math
 import re
 import reprlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpkd.errors import UserError
 from dpkd.io import storage
@@ -68,9 +66,10 @@ def cell_text(cell: Any) -> str | None:
 def cell_name(cell: Any) -> str | None:
     """The cell as the name of a class, group or split, None where it is missing; whole floats are integers."""
     value = cell_value(cell)
+    if value is None:
+        return None
     text = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
-    whole = re.fullmatch(r"(-?\d+)\.0*", text)
-    return None if value is None else whole[1] if whole else text
+    return re.sub(r"^(-?\d+)\.0*$", r"\1", text)
 
 
 def class_of_label(label: Any) -> str | None:
@@ -83,11 +82,11 @@ def class_of_label(label: Any) -> str | None:
     text = cell_name(label) or ""
     if len(text) > MAX_LABEL_LENGTH:
         raise ValueError(f"the label is {len(text)} characters long")
-    if re.fullmatch(r"-\d+", text):
-        if int(text) < -1:
-            raise ValueError(f"label {text} is out of range: labels are names, numbers from 0, or -1 or empty for none")
-        return None if int(text) == -1 else "0"
-    return text
+    if not re.fullmatch(r"-\d+", text):
+        return text
+    if int(text) < -1:
+        raise ValueError(f"label {text} is out of range: labels are names, numbers from 0, or -1 or empty for none")
+    return None if int(text) == -1 else "0"
 
 
 def is_image(name: str) -> bool:
@@ -107,14 +106,13 @@ def key_of(name: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f\\]", "_", "/".join(parts))
 
 
-@dataclass(frozen=True)
-class Listed:
+class Listed(NamedTuple):
     """The samples that the lines of a list name."""
 
-    numbers: tuple[tuple[str, int], ...]
+    numbers: list[tuple[str, int]]
     """(line, number of its sample)."""
-    unknown: tuple[str, ...]
-    prefix: str = ""
+    unknown: list[str]
+    prefix: str
     """What was taken off lines that name samples by a longer path."""
 
 
@@ -124,28 +122,26 @@ def match_lines(lines: Sequence[str], number_of: Mapping[str, int]) -> Listed:
     Besides the plain name a line may have `./` before it, backslashes, a label after it (`a/0.jpg 3`), and folders
     before it that are no part of the names, where they are the same for all lines that need it.
     """
-    found: dict[str, int] = {}
-    longer: dict[str, tuple[str, int]] = {}
+    by_name: dict[str, int] = {}
+    by_longer_path: dict[str, tuple[str, int]] = {}
     for line in lines:
         without_label = re.sub(r"[\s,;]+\S+$", "", line)
         plain = [re.sub(r"^(\./+)+", "", text.replace("\\", "/")) for text in (line, without_label)]
-        for name in (line, *plain, *map(key_of, plain)):
-            if name in number_of:
-                found[line] = number_of[name]
-                break
-        else:
-            for path in plain:
-                parts = path.split("/")
-                for count in range(1, len(parts)):
-                    shorter = "/".join(parts[count:])
-                    number = number_of.get(shorter, number_of.get(key_of(shorter)))
-                    if number is not None:
-                        longer.setdefault(line, ("/".join(parts[:count]) + "/", number))
-    prefixes = Counter(prefix for prefix, _ in longer.values())
+        number = next((number_of[name] for name in (line, *plain, *map(key_of, plain)) if name in number_of), None)
+        if number is not None:
+            by_name[line] = number
+            continue
+        for path in plain:
+            for slash in re.finditer("/", path):
+                shorter = path[slash.end() :]
+                number = number_of.get(shorter, number_of.get(key_of(shorter)))
+                if number is not None:
+                    by_longer_path.setdefault(line, (path[: slash.end()], number))
+    prefixes = {prefix for prefix, _ in by_longer_path.values()}
     if len(prefixes) == 1:
-        found |= {line: number for line, (_, number) in longer.items()}
+        by_name |= {line: number for line, (_, number) in by_longer_path.items()}
     return Listed(
-        numbers=tuple((line, found[line]) for line in lines if line in found),
-        unknown=tuple(line for line in lines if line not in found),
-        prefix=next(iter(prefixes)) if len(prefixes) == 1 else "",
+        numbers=[(line, by_name[line]) for line in lines if line in by_name],
+        unknown=[line for line in lines if line not in by_name],
+        prefix=prefixes.pop() if len(prefixes) == 1 else "",
     )
