@@ -18,7 +18,7 @@ from dpkd import __version__, pretrain
 from dpkd.launch.signals import install_stop_handlers
 from dpkd.run.folder import RunFolder
 from dpkd.settings import load_settings
-from dpkd.stages.plan import STAGES, find_faults, left_to_do, log_plan, stages_of
+from dpkd.stages.plan import plan_run, stages_of
 from dpkd.verbs.doctor import doctor
 from dpkd.verbs.inspect import draw_samples, inspect_dataset
 
@@ -55,13 +55,11 @@ def _act(options: argparse.Namespace) -> None:
     else:
         settings = load_settings(options.config, options.overrides)
         if options.verb == "plan":
-            folder = RunFolder(settings.run.dir)
-            stages = stages_of(settings)
-            left = left_to_do(folder, settings, stages, faults=find_faults(folder, stages))
-            log_plan(settings, folder, left=left, stages=stages)
+            plan_run(settings, RunFolder(settings.run.dir), stages_of(settings))
+        elif options.verb == "pretrain":
+            pretrain.run(settings, stages=pretrain.stage_names(options.stages))
         else:
-            named = pretrain.stage_names(options.stages) if options.verb == "pretrain" else [options.verb]
-            pretrain.run(settings, stages=named)
+            pretrain.run(settings, stages=[options.verb])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,15 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, purpose in OF_SETTINGS.items():
         verb = verbs.add_parser(name, help=purpose)
-        verb.add_argument("--config", required=True, metavar="FILE", help="settings, YAML")
-        verb.add_argument(
-            "overrides", nargs="*", metavar="key.path=value", help="settings that replace those of the file"
-        )
+        pretrain.add_settings(verb)
         if name == "pretrain":
-            verb.add_argument("--stages", metavar="A,B", help=f"only these of {','.join(STAGES)}")
-    inspect = verbs.add_parser(
-        "inspect", help="what a data set and its priors hold, all checked; or a picture of samples"
-    )
+            pretrain.add_stages(verb)
+    purpose = "what a data set and its priors hold, all checked; or a picture of samples"
+    inspect = verbs.add_parser("inspect", help=purpose)
     inspect.add_argument("dataset", metavar="DATASET", help="folder or URL of the shards")
     inspect.add_argument("keys", nargs="*", metavar="KEY", help="samples to draw; none takes a few of all splits")
     inspect.add_argument("--picture", type=Path, metavar="FILE.png", help="draw samples with all their maps instead")

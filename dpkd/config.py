@@ -1,17 +1,17 @@
 """The base of all settings, how they are read from YAML and the command line, and what a wrong one is answered with."""
 
-import difflib
 import re
 from collections.abc import Hashable, Iterator
+from functools import reduce
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from dpkd.errors import UserError
+from dpkd.errors import UserError, did_you_mean
 
 MAX_FAULTS = 12
 """Faults that one message lists; more are counted."""
@@ -86,7 +86,7 @@ def apply_override(tree: dict[str, Any], override: str, *, root: type[BaseModel]
         raise UserError(f"{override!r}: an override is written key.path=value, for example distill.training.steps=100")
     *parents, last = key.split(".")
     try:
-        value = text if _is_text(text, _annotation_at(root, [*parents, last])) else read_yaml(text)
+        value = text if _is_text(text, reduce(_step, [*parents, last], root)) else read_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"{override!r}: the value is not valid YAML: {error}") from None
     node: Any = tree
@@ -110,12 +110,13 @@ def _place(node: Any, name: str, override: str) -> Any:
 
 def _is_text(text: str, annotation: Any) -> bool:
     """Whether a field of this type takes the text as it is written."""
-    if annotation is None or (text in ("null", "~", "") and type(None) in _options(annotation)):
+    members = list(_members(annotation))
+    types = {member for member, _ in members}
+    if text in ("null", "~", "") and NoneType in types:
         return False
-    if TAKES_TEXT in getattr(annotation, "__metadata__", ()):
+    if any(TAKES_TEXT in metadata for _, metadata in members):
         return not text.startswith(("{", "["))
-    options = [_bare(option) for option in _options(annotation) if option is not type(None)]
-    return options == [str]
+    return types - {NoneType} == {str}
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
@@ -132,19 +133,15 @@ def _line(fault: ErrorDetails, root: type[BaseModel]) -> str:
     path, kind = ".".join(keys), fault["type"]
     if kind == "extra_forbidden":
         known = list(owner.model_fields)
-        near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
-        hint = f", did you mean {near[0]!r}?" if near else f" (known here: {', '.join(known)})"
+        hint = did_you_mean(keys[-1], known) or f" (known here: {', '.join(known)})"
         return f"{path}: no such key{hint}"
     if kind == "missing":
         return f"{path}: is missing and has no default"
-    if kind in ("union_tag_not_found", "union_tag_invalid"):
-        kinds = list(_models_by_kind(annotation))
-        if kind == "union_tag_not_found":
-            return f"{path}: needs a `kind`, one of {', '.join(kinds)}"
-        tag = str(fault["ctx"]["tag"])
-        near = difflib.get_close_matches(tag, kinds, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        return f"{path}: no such kind {tag!r}{hint} (one of {', '.join(kinds)})"
+    if kind == "union_tag_not_found":
+        return f"{path}: needs a `kind`, one of {', '.join(_models_by_kind(annotation))}"
+    if kind == "union_tag_invalid":
+        tag, kinds = str(fault["ctx"]["tag"]), list(_models_by_kind(annotation))
+        return f"{path}: no such kind {tag!r}{did_you_mean(tag, kinds)} (one of {', '.join(kinds)})"
     if kind == "value_error":
         return f"{path}: {fault['ctx']['error']}" if path else str(fault["ctx"]["error"])
     value = repr(fault["input"])
@@ -157,51 +154,40 @@ def _user_keys(location: tuple[int | str, ...], root: type[BaseModel]) -> tuple[
     keys: list[str] = []
     here, owner = root, root
     for part in location:
+        models = [member for member, _ in _members(here) if _is_model(member)]
         by_kind = _models_by_kind(here)
-        if not _is_model(here) and part in by_kind:
+        if len(models) > 1 and part in by_kind:
             here = by_kind[str(part)]
             continue
         keys.append(str(part))
-        owner = here if _is_model(here) else owner
+        owner = models[0] if len(models) == 1 else owner
         here = _step(here, str(part))
     return keys, owner, here
 
 
-def _annotation_at(root: type[BaseModel], keys: list[str]) -> Any:
-    """The declared type of a key, None where the settings have no such key."""
-    here: Any = root
-    for key in keys:
-        here = _step(here, key)
-    return here
-
-
 def _step(annotation: Any, key: str) -> Any:
-    """The type one key further down: of a field, or of the values of a mapping or list."""
-    for option in _options(annotation):
-        if _is_model(option) and key in option.model_fields:
-            field = option.model_fields[key]
+    """The type one key further down: of a field, or of the values of a mapping or list; None for an unknown key."""
+    for member, _ in _members(annotation):
+        if _is_model(member) and key in member.model_fields:
+            field = member.model_fields[key]
             metadata: Any = (field.annotation, *field.metadata)
             return Annotated[metadata] if field.metadata else field.annotation
-        if get_origin(option) is dict:
-            return get_args(option)[1]
-        if get_origin(option) in (tuple, list):
-            return get_args(option)[0]
+        if get_origin(member) is dict:
+            return get_args(member)[1]
+        if get_origin(member) in (tuple, list):
+            return get_args(member)[0]
     return None
 
 
-def _options(annotation: Any) -> Iterator[Any]:
-    """The types that a union (annotated or not) is made of; the type itself where it is none."""
-    if get_origin(annotation) is Annotated and _bare(annotation) is not str:
-        yield from _options(get_args(annotation)[0])
+def _members(annotation: Any, metadata: tuple[Any, ...] = ()) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """(type, metadata) of each type that a union is made of; of the type itself where it is no union."""
+    if get_origin(annotation) is Annotated:
+        yield from _members(get_args(annotation)[0], (*metadata, *get_args(annotation)[1:]))
     elif get_origin(annotation) in (Union, UnionType):
         for option in get_args(annotation):
-            yield from _options(option)
+            yield from _members(option, metadata)
     else:
-        yield annotation
-
-
-def _bare(annotation: Any) -> Any:
-    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+        yield annotation, metadata
 
 
 def _is_model(annotation: Any) -> bool:
@@ -210,5 +196,5 @@ def _is_model(annotation: Any) -> bool:
 
 def _models_by_kind(annotation: Any) -> dict[str, type[BaseModel]]:
     """The models of a union of several kinds, by kind."""
-    models = [option for option in _options(annotation) if _is_model(option) and "kind" in option.model_fields]
+    models = [member for member, _ in _members(annotation) if _is_model(member) and "kind" in member.model_fields]
     return {str(model.model_fields["kind"].default): model for model in models}

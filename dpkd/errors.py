@@ -1,7 +1,9 @@
 """The errors that end a run, each with the exit code of the command, and what keeps the secrets of URLs out of text."""
 
+import difflib
 import pickle
 import re
+from collections.abc import Iterable
 from typing import Any
 
 # one slash is what a path makes of two
@@ -41,6 +43,12 @@ def portable(error: Exception) -> Exception:
     except Exception:  # noqa: BLE001  whatever an exception's own pickling raises
         copy = None
     return error if type(copy) is type(error) else RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The hint `, did you mean 'x'?` for a misspelt name, empty where no known name is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f", did you mean {near[0]!r}?" if near else ""
 
 
 def without_secrets(text: str) -> str:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +14,7 @@ from dpkd.data.settings import (
     AllLabels,
     AugmentSettings,
     ClassSplits,
+    FileSplits,
     FractionSplits,
     GivenSplits,
     LoaderSettings,
@@ -45,18 +46,14 @@ class RunSettings(Config):
     dir: PathText = "runs/default"
     """A path that every worker sees."""
     checkpoints: PathText | None = None
-    """Where checkpoints are written: a path, or any fsspec URL of a place that is this run's alone; none puts them
-    into the run folder."""
+    """A path or any fsspec URL of a place that is this run's alone; none puts checkpoints into the run folder."""
     seed: int = Field(0, ge=0)
 
     @field_validator("dir")
     @classmethod
     def _is_a_path(cls, value: str) -> str:
         if "://" in value:
-            raise ValueError(
-                f"{value!r} is a URL, and a run folder is a path: give one on a disk that all workers see; "
-                "data.source, data.shards and run.checkpoints may be URLs"
-            )
+            raise ValueError(f"{value!r} is a URL: give a path on a disk that all workers see")
         return value
 
 
@@ -108,16 +105,13 @@ class DataSettings(Config):
 
     def check_splits(self) -> None:
         """Raises `ValueError` where `train`, `val` or `test` names a split that `splits` does not make."""
-        splits = self.splits
-        if isinstance(splits, GivenSplits):
-            return
-        if isinstance(splits, FractionSplits):
-            made = list(splits.fractions)
-        else:
-            made = list(splits.classes if isinstance(splits, ClassSplits) else splits.files)
-        for role, split in (("train", self.train), ("val", self.val), ("test", self.test)):
-            if split is not None and split not in made:
-                raise ValueError(f"data.{role} names the split {split!r}, but data.splits makes {', '.join(made)}")
+        made: Mapping[str, Any]
+        match self.splits:
+            case FractionSplits(fractions=made) | ClassSplits(classes=made) | FileSplits(files=made):
+                for role, split in (("train", self.train), ("val", self.val), ("test", self.test)):
+                    if split is not None and split not in made:
+                        known = ", ".join(made)
+                        raise ValueError(f"data.{role} names the split {split!r}, but data.splits makes {known}")
 
     @property
     def evaluated_splits(self) -> tuple[str, ...]:
@@ -125,20 +119,22 @@ class DataSettings(Config):
         return tuple(dict.fromkeys(split for split in (self.val, self.test) if split is not None))
 
 
+def _none_for_auto(value: Any) -> Any:
+    return None if value == "auto" else value
+
+
 class PrepareSettings(Config):
     """The prior maps computed once for every sample."""
 
     name: str = Field("default", pattern=r"^\w[\w.-]*$")
     """Name of the prior set: `<shards>/priors/<name>`."""
-    priors: Annotated[tuple[Prior, ...] | None, BeforeValidator(lambda value: None if value == "auto" else value)] = (
-        None
-    )
+    priors: Annotated[tuple[Prior, ...] | None, BeforeValidator(_none_for_auto)] = None
     """`auto` (and none) computes what the objectives and poolings of this run need."""
 
     @property
     def chosen(self) -> tuple[Prior, ...]:
-        """The priors, which `Settings` chooses where they are `auto`."""
-        assert self.priors is not None, "Settings chooses the priors"
+        """The priors."""
+        assert self.priors is not None, "Settings chooses those of auto"
         return self.priors
 
     def sealed(self) -> "PrepareSettings":
@@ -146,17 +142,22 @@ class PrepareSettings(Config):
         return self.model_copy(update={"priors": sealed(self.chosen)})
 
 
-class TeacherSettings(Config):
-    """A teacher; one without objectives is never trained."""
+class NetworkSettings(Config):
+    """What teachers and students have in common."""
 
     model: Model
     weights: PathText | None = None
     """A safetensors file or PyTorch state dict to start from; none starts from scratch."""
     objectives: tuple[AnyObjective, ...] = ()
-    augment: AugmentSettings = AugmentSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     engine: EngineSettings = EngineSettings()
+
+
+class TeacherSettings(NetworkSettings):
+    """A teacher; one without objectives is never trained."""
+
+    augment: AugmentSettings = AugmentSettings()
     training: TrainingSettings = TrainingSettings(epochs=100)
     during_distill: Literal["frozen", "live", "ema"] = "frozen"
     """`live` goes on learning its own objectives in the same steps; with `ema` students follow its averaged weights."""
@@ -172,16 +173,10 @@ class TeacherSettings(Config):
         return self
 
 
-class StudentSettings(Config):
+class StudentSettings(NetworkSettings):
     """One student: its network, objectives, optimizer, schedule and engine."""
 
-    model: Model
-    weights: PathText | None = None
-    """A safetensors file or PyTorch state dict to start from; none starts from scratch."""
     objectives: tuple[AnyObjective, ...] = (Supervised(), LogitDistillation())
-    optimizer: OptimizerSettings = OptimizerSettings()
-    schedule: ScheduleSettings = ScheduleSettings()
-    engine: EngineSettings = EngineSettings()
     baseline: bool = False
     """Also train the same network on labels alone: same images and steps, mean pooling; see `baselines`."""
 
@@ -257,16 +252,11 @@ class Settings(Config):
 
     @property
     def world_sizes(self) -> tuple[int, ...]:
-        """The numbers of training processes that may share every batch equally, ascending; empty where the launcher
-        is to choose.
-        """
-        workers = self.launcher.workers
-        if workers is None:
-            return ()
-        fewest = workers if self.launcher.min_workers is None else self.launcher.min_workers
-        return tuple(
-            size for size in range(fewest, workers + 1) if all(each.divides(size) for each in self.trainings.values())
-        )
+        """The numbers of workers that may share every batch equally, ascending; empty where the launcher chooses."""
+        most = self.launcher.workers or 0
+        sizes = range(self.launcher.min_workers or most, most + 1) if most else ()
+        trainings = self.trainings.values()
+        return tuple(size for size in sizes if all(training.divides(size) for training in trainings))
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "Settings":
@@ -274,22 +264,19 @@ class Settings(Config):
         for key, objective in self.objectives.items():
             self._check_objective(key, objective)
         for key, network in self.networks.items():
-            names = Counter(objective.name for objective in network.objectives if objective.name is not None)
-            if names and names.most_common(1)[0][1] > 1:
-                raise ValueError(f"{key}.objectives has two of the name {names.most_common(1)[0][0]!r}: rename one")
-        if self.data.attributes is not None and not self._uses_attributes():
-            raise ValueError(
-                f"data.attributes={self.data.attributes} is used by no objective: add {{kind: attributes}} to the "
-                "objectives of a network, or leave the table out"
-            )
+            for name, count in Counter(objective.name for objective in network.objectives).items():
+                if name is not None and count > 1:
+                    raise ValueError(f"{key}.objectives has two of the name {name!r}: rename one")
+        uses_table = any("attributes" in objective.needs().targets for objective in self.objectives.values())
+        if self.data.attributes is not None and not uses_table:
+            unused = f"data.attributes={self.data.attributes} is used by no objective"
+            raise ValueError(f"{unused}: add {{kind: attributes}} to some, or leave the table out")
         most = self.launcher.workers or 1
         for key, training in self.trainings.items():
             training.check_division(key, self.launcher.min_workers or most, most)
         if self.launcher.workers is not None and not self.world_sizes:
-            raise ValueError(
-                f"no number of workers from {self.launcher.min_workers} to {self.launcher.workers} shares the batches "
-                f"of {', '.join(self.trainings)} equally"
-            )
+            workers = f"{self.launcher.min_workers} to {most} workers"
+            raise ValueError(f"no number of {workers} shares the batches of {', '.join(self.trainings)} equally")
         if self.prepare.priors is None:
             prepare = self.prepare.model_copy(update={"priors": tuple(self._needed_priors())})
             object.__setattr__(self, "prepare", prepare)  # the model is frozen, and this is still its making
@@ -297,16 +284,12 @@ class Settings(Config):
             self._check_map(key, name)
         return self
 
-    def _uses_attributes(self) -> bool:
-        return any("attributes" in objective.needs().targets for objective in self.objectives.values())
-
     def _check_objective(self, key: str, objective: Objective) -> None:
         """The objective has its teacher, its table, its views and its maps, and images keep the colours it reads."""
-        needs, student = objective.needs(), key.startswith("distill.")
-        network = key.split(".")[2 if student else 1]
+        needs, section, names = objective.needs(), key.rpartition(".objectives.")[0], list(self.teachers)
+        teacher = section.removeprefix("teachers.") if section.startswith("teachers.") else None
         if needs.teacher:
-            names = list(self.teachers)
-            self._check_teacher(key, objective, among=names if student else names[: names.index(network)])
+            self._check_teacher(key, objective, among=names[: names.index(teacher)] if teacher else names)
         if "attributes" in needs.targets and self.data.attributes is None:
             raise ValueError(f"{key} learns attributes, and data.attributes names no table: give a .yaml or .csv file")
         for view in needs.views:
@@ -314,33 +297,22 @@ class Settings(Config):
                 raise ValueError(f"{key} reads the view {view!r}; data.views has {', '.join(self.data.views)}")
         if objective.control == "shuffle" and not needs.maps:
             raise ValueError(f"{key}.control=shuffle exchanges prior maps, and {objective.kind!r} reads none")
-        for part, augment in self._augments(network, student=student) if needs.own_colours else ():
+        augments = {section: self.teachers[teacher].augment} if teacher else {}
+        if teacher is None or self.teachers[teacher].during_distill != "frozen":
+            augments["distill"] = self.distill.augment
+        for part, augment in augments.items() if needs.own_colours else ():
             if augment.brightness or augment.contrast or augment.saturation:
-                raise ValueError(
-                    f"{key} {needs.own_colours}, and {part}.augment changes colours: set its brightness, contrast and "
-                    "saturation to 0, or leave the bound out"
-                )
+                changed = f"{key} {needs.own_colours}, and {part}.augment changes colours"
+                raise ValueError(f"{changed}: set its brightness, contrast and saturation to 0, or leave the bound out")
 
     def _check_teacher(self, key: str, objective: Objective, *, among: list[str]) -> None:
         """The objective follows one of these teachers, and that has the outputs which the objective needs."""
         known = ", ".join(among) or "none"
         name = teacher_of(objective) or (among[0] if len(among) == 1 else None)
-        if name is None:
-            raise ValueError(f"{key}.teacher: {objective.kind!r} follows a teacher; name one (there are: {known})")
-        if name not in among:
-            raise ValueError(f"{key}.teacher: no teacher {name!r} comes before this network (there are: {known})")
+        if name is None or name not in among:
+            raise ValueError(f"{key}.teacher={name!r}: name a teacher that comes before this network ({known})")
         if "logits" in objective.needs().teacher and not self.teachers[name].objectives:
-            raise ValueError(
-                f"{key}: the teacher {name!r} is never trained, so it has no logits of these classes: follow its "
-                "features, or give it objectives"
-            )
-
-    def _augments(self, name: str, *, student: bool) -> Iterator[tuple[str, AugmentSettings]]:
-        """The augmentations under which a network learns, by their section."""
-        if not student:
-            yield f"teachers.{name}", self.teachers[name].augment
-        if student or self.teachers[name].during_distill != "frozen":
-            yield "distill", self.distill.augment
+            raise ValueError(f"{key}: {name!r} is never trained and has no logits: follow its features")
 
     def _maps_used(self) -> Iterator[tuple[str, str]]:
         for key, network in self.networks.items():
@@ -352,17 +324,12 @@ class Settings(Config):
     def _needed_priors(self) -> Iterator[Prior]:
         """A prior with its defaults for every stored map that this run uses."""
         key_of = {name: key for key, name in self._maps_used() if name not in VIEW_MAPS or key.endswith(".pooling")}
-        stored = {
-            each: key_of[name] for name in key_of for each in (DERIVED[name].needs if name in DERIVED else [name])
-        }
         kinds = {prior.model_fields["kind"].default: prior for prior in BUILT_IN}
-        for name, key in stored.items():
-            kind, _, of = name.partition("-")
+        for stored, key in {stored: key for name, key in key_of.items() for stored in _stored(name)}.items():
+            kind, _, of = stored.partition("-")
             if kind not in kinds or kind == "learned":
-                raise ValueError(
-                    f"{key} uses the prior {name!r}, which no built-in prior computes: add "
-                    f"{_as_prior(name)} to prepare.priors (built in: {', '.join(kinds)})"
-                )
+                unknown = f"{key} uses the prior {stored!r}, which no built-in prior computes"
+                raise ValueError(f"{unknown}: add {_as_prior(stored)} to prepare.priors (built in: {', '.join(kinds)})")
             yield kinds[kind](of=of) if of else kinds[kind]()  # type: ignore[call-arg]
 
     def _check_map(self, key: str, name: str) -> None:
@@ -372,16 +339,18 @@ class Settings(Config):
         if name in derivable(prepared) or (name in VIEW_MAPS and name not in prepared and not pooling):
             return
         if name not in prepared:
-            missing = [each for each in (DERIVED[name].needs if name in DERIVED else [name]) if each not in prepared]
-            raise ValueError(
-                f"{key} uses the prior {name!r}; prepare.priors makes {', '.join(sorted(prepared)) or 'none'}: "
-                f"add {', '.join(_as_prior(each) for each in missing)} to prepare.priors, or leave it at auto"
-            )
+            missing = ", ".join(_as_prior(stored) for stored in _stored(name) if stored not in prepared)
+            made = ", ".join(sorted(prepared)) or "none"
+            raise ValueError(f"{key} uses the prior {name!r}; prepare.priors makes {made}: add {missing}, or set auto")
         if prepared[name].nearest:
             raise ValueError(f"{key}: {name!r} holds region labels, which are no amounts to predict or weigh by")
-        amount = pooling or name in self.objectives[key].needs().amounts
-        if amount and prepared[name].channels > 1:
+        if prepared[name].channels > 1 and (pooling or name in self.objectives[key].needs().amounts):
             raise ValueError(f"{key}: {name!r} has several channels; one amount a patch is needed, as of 'saliency'")
+
+
+def _stored(name: str) -> tuple[str, ...]:
+    """The stored maps that a map is made from: itself, where it is stored."""
+    return DERIVED[name].needs if name in DERIVED else (name,)
 
 
 def _as_prior(name: str) -> str:

@@ -14,7 +14,6 @@ from dpkd.models.saved import load_network
 from dpkd.settings import parse_settings
 from dpkd.stages.embed import embed_networks
 from dpkd.stages.run import Run
-from dpkd.stages.worker import open_run
 
 
 def main() -> None:
@@ -22,7 +21,7 @@ def main() -> None:
     torch.set_num_threads(1)
     world = join()
     for count in map(int, sys.argv[3:]):
-        np.savez(results / f"{count}-{world.rank}.npz", **embed(open_run(settings, world), count=count))
+        np.savez(results / f"{count}-{world.rank}.npz", **embed(Run.open(settings, world), count=count))
     world.leave()
 
 

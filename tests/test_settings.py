@@ -50,6 +50,7 @@ def bounded(*bounds: dict[str, Any], of: str = "saliency", **extra: Any) -> dict
     [
         (changed(data__image_sise=64), ["data.image_sise", "did you mean 'image_size'"]),
         (changed(teechers={}), ["teechers", "did you mean 'teachers'"]),
+        (changed(teachers__teacher__model={"nmae": "x"}), ["teachers.teacher.model.nmae", "did you mean 'name'"]),
         (
             changed(teachers__teacher__optimizer={"kind": "adamw", "lr": 1}),
             ["teachers.teacher.optimizer.lr", "no such key"],
@@ -101,7 +102,7 @@ def bounded(*bounds: dict[str, Any], of: str = "saliency", **extra: Any) -> dict
                     "pooling": {"kind": "figure_ground", "prior": "foreground"},
                 },
             ),
-            ["teachers.teacher.model.pooling", "'foreground'", "add {kind: superpixel} to prepare.priors"],
+            ["teachers.teacher.model.pooling", "'foreground'", "prepare.priors makes saliency: add {kind: superpixel}"],
         ),
         (
             changed(teachers__teacher__objectives=[{"kind": "masked_prior", "targets": {"learned-depth": 1}}]),

@@ -124,16 +124,6 @@ def stopped(tree: dict[str, Any], stage: str, capfd: pytest.CaptureFixture[str])
     return capfd.readouterr().err
 
 
-def test_rows_of_no_class_of_the_data_set_are_said_and_do_no_harm(
-    whole: RunFolder, table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    text = table.read_text()
-    (tmp_path / "table.yaml").write_text(text + "  dragon: {colour: red}\n")
-    tree = stated(tmp_path / "run", tmp_path / "table.yaml", shards=whole.path / "shards")
-    pretrain.run(settings_of(tree), stages=["prepare"])
-    assert "rows of no class of the data set train nothing: 'dragon'" in capfd.readouterr().out
-
-
 def test_a_bound_on_a_class_that_is_not_trained_on_is_named(
     whole: RunFolder, table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,13 +27,6 @@ class Attempt:
         self._reader, self._account = EventReader(folder.events), TimeAccount()
         self._writing = threading.Lock()
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """The body is a stage that the driver runs."""
-        self.events.write("stage_began", stage=name)
-        yield
-        self.events.write("stage_ended", stage=name)
-
     def write(self, kind: str, **facts: Any) -> None:
         """Appends an event and writes the account until now.
 

@@ -169,12 +169,15 @@ class RunFolder:
     ) -> Iterator[None]:
         """Records the stage as running, then as done; its seconds add up over attempts, also one that failed.
 
+        An attempt writes `stage_began` and `stage_ended` to `events.jsonl` too.
         `makes` returns, once it is done, the files that it made. Raises `StaleAttempt` where a newer attempt has begun.
         """
         before = self.stages().get(stage, {}).get("seconds", 0.0)
         started = time.monotonic()
         record: dict[str, Any] = {"status": "running", "seconds": before, "given": _as_json(given)}
         self._write(stage, record)
+        if self.attempt is not None:
+            self.event_log().write("stage_began", stage=stage)
         try:
             yield
         except BaseException:
@@ -183,6 +186,8 @@ class RunFolder:
         made = {self._place(where): storage.sha256(where) for where in makes()}
         seconds = round(before + time.monotonic() - started, 3)
         self._write(stage, record | {"status": "done", "seconds": seconds, "made": made})
+        if self.attempt is not None:
+            self.event_log().write("stage_ended", stage=stage)
 
     def _place(self, where: str | Path) -> str:
         path = storage.local_path(where)

@@ -9,7 +9,7 @@
               "probes": {split: {"knn", "linear"}}, "classification": {split: {"overall", "balanced", …}},
               "zero_shot": {split: {"overall", "balanced", "chance"}}}      classes known by their attributes alone
 
-Samples that cannot be read take no part. Axes: N sample that can be read, D feature, E episode, K class.
+Samples that cannot be read take no part. Axes: N sample that can be read, D feature, E episode, K class, A attribute.
 """
 
 import json
@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpkd.data.labels import visible_labels
-from dpkd.data.shards import Split
+from dpkd.data.shards import Dataset, Split
 from dpkd.engine.network import Frozen
 from dpkd.errors import UserError
+from dpkd.evaluation.attributes import zero_shot_accuracy
 from dpkd.evaluation.few_shot import draw_episodes, few_shot_accuracy, score
 from dpkd.evaluation.long_tail import long_tail
-from dpkd.evaluation.settings import ProbeSettings
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
 from dpkd.io.record import parse_json
@@ -42,14 +42,13 @@ from dpkd.report.quarantine import Quarantine
 from dpkd.report.summary import EVALUATION_NAME, figure_or_none, figures_markdown
 from dpkd.report.tensorboard import Board
 from dpkd.run.folder import RunFolder
-from dpkd.settings import EvaluateSettings
-from dpkd.stages.attributes import zero_shot
+from dpkd.settings import DataSettings, EvaluateSettings
 from dpkd.stages.embed import Embedded, embed_networks, spread
+from dpkd.stages.networks import teacher_network
+from dpkd.stages.plan import attribute_table, trained_classes
 from dpkd.stages.run import Run
-from dpkd.stages.training import teacher_network
 from dpkd.train.task import Predictor
 
-Accuracies = Mapping[str, NDArray[np.float64]]
 Figures = dict[str, dict[str, Any]]
 """Figures of one kind by network."""
 
@@ -64,33 +63,41 @@ def evaluate(run: Run) -> None:
 
     Every rank embeds its share; rank 0 measures and writes. Raises `UserError` where a split is too small.
     """
-    settings = run.settings.evaluate
+    settings, device, threads = run.settings.evaluate, run.world.device, torch.get_num_threads()
+    on_cpu = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
     assert settings is not None, "the stage is left out without settings"
-    networks = {name: network.to(run.world.device) for name, network in load_networks(run).items()}
-    tables = {name: describe(name, network) for name, network in networks.items()} if run.world.rank == 0 else {}
+    networks = {place: network.to(device) for place, network in load_networks(run).items()}
+    report: dict[str, Any] = {
+        "protocol": {**settings.episodes.model_dump(mode="json"), "seed": run.seed},
+        "splits": {"val": run.data.val, "test": run.data.test},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu,
+        "teachers": {},
+        "students": {},
+        "baselines": {},
+    }
+    tables: dict[str, dict[str, Any]] = {}
+    for place, network in networks.items() if run.world.rank == 0 else ():
+        kind, _, name = place.partition(".")
+        tables[place] = report.setdefault(kind, {})[name] = {
+            "model": network.spec.model.name,
+            "image_size": network.spec.image_size,
+            "pooling": network.spec.model.pooling.kind,
+            "parameters": count_parameters(network),
+            "flops": figure_or_none(f"FLOPs of {network.spec.model.name}", partial(count_flops, network)),
+            "images_per_s": figure_or_none(f"images/s of {place}", partial(images_per_s, network)),
+        }
     for split in run.data.evaluated_splits:
         for kind, figures in _measure(run, networks, run.dataset.split(split), settings).items():
-            for name, figure in figures.items():
-                tables[name].setdefault(kind, {})[split] = figure
+            for place, figure in figures.items():
+                tables[place].setdefault(kind, {})[split] = figure
     if run.world.rank == 0:
-        report: dict[str, Any] = {
-            "protocol": {**settings.episodes.model_dump(mode="json"), "seed": run.seed},
-            "splits": {"val": run.data.val, "test": run.data.test},
-            "device": device_words(run.world.device),
-            "teachers": {},
-            "students": {},
-            "baselines": {},
-        }
-        for place, table in tables.items():
-            kind, _, name = place.partition(".")
-            report.setdefault(kind, {})[name] = table
         run.folder.check_fence()
         board = Board(run.folder.tensorboard / "evaluate", start_step=-1)
         board.show(0, "summary", figures_markdown(report))
         board.quarantine(0, Quarantine(run.folder.quarantine, limit=1.0))
         board.close()
         data = (json.dumps(report, indent=1) + "\n").encode()
-        storage.write_bytes_atomic(str(run.folder.path / EVALUATION_NAME), data)
+        storage.write_bytes_atomic(run.folder.path / EVALUATION_NAME, data)
     run.world.barrier()
 
 
@@ -111,19 +118,6 @@ def load_networks(run: Run) -> dict[str, Network]:
         paths = [path for path in sorted(parent.glob("[!.]*")) if path.is_dir()]
         networks |= {f"{kind}.{path.name}": load_network(path)[1] for path in paths}
     return networks
-
-
-def describe(name: str, network: Network) -> dict[str, Any]:
-    """The figures of a network that depend on no split."""
-    rate = figure_or_none(f"images/s of {name}", partial(images_per_s, network))
-    return {
-        "model": network.spec.model.name,
-        "image_size": network.spec.image_size,
-        "pooling": network.spec.model.pooling.kind,
-        "parameters": count_parameters(network),
-        "flops": figure_or_none(f"FLOPs of {network.spec.model.name}", partial(count_flops, network)),
-        "images_per_s": None if rate is None else round(rate, 1),
-    }
 
 
 class PlainlyPooled(Frozen):
@@ -161,59 +155,42 @@ def _measure(run: Run, networks: Mapping[str, Network], split: Split, settings: 
         name: few_shot_accuracy(outputs["embedding"], episodes, settings=settings.episodes, base_mean_D=means.get(name))
         for name, outputs in embedded.items()
     }
+    scores = {name: {key: score(own_E) for key, own_E in own.items()} for name, own in accuracies.items()}
+    over_baseline = {}
+    for name in networks:
+        baseline = name.replace("students.", "baselines.")
+        if baseline != name and baseline in networks:
+            gains = {key: own_E - accuracies[baseline][key] for key, own_E in accuracies[name].items()}
+            over_baseline[name] = {key: score(gain_E) for key, gain_E in gains.items()}
     specs = {name: network.spec for name, network in networks.items()}
     return {
-        **_few_shot(specs, accuracies),
-        "probes": _probe(specs, embedded, label_N, split=split.name, seed=run.seed, settings=settings.probes),
-        "classification": _classify(specs, embedded, label_N, run=run),
+        "few_shot": {name: scores[name] for name in networks},
+        "plain_pooling": {name: scores[name + PLAIN] for name in networks if name + PLAIN in scores},
+        "over_baseline": over_baseline,
+        "probes": _probe(run, embedded, label_N, split=split.name),
+        "classification": _classify(run, specs, embedded, label_N),
         "zero_shot": zero_shot(specs, embedded, label_N, dataset=run.dataset, data=run.data, split=split.name),
     }
 
 
-def _few_shot(specs: Mapping[str, NetworkSpec], accuracies: Mapping[str, Accuracies]) -> dict[str, Figures]:
-    """Accuracy of each network, of those that are pooled plainly too, and of students over their baselines."""
-    scores = {name: {key: score(own_E) for key, own_E in own.items()} for name, own in accuracies.items()}
-    over_baseline = {}
-    for name in specs:
-        baseline = name.replace("students.", "baselines.")
-        if baseline != name and baseline in specs:
-            base = accuracies[baseline]
-            over_baseline[name] = {key: score(own_E - base[key]) for key, own_E in accuracies[name].items()}
-    return {
-        "few_shot": {name: scores[name] for name in specs},
-        "plain_pooling": {name: scores[name + PLAIN] for name in specs if name + PLAIN in scores},
-        "over_baseline": over_baseline,
-    }
-
-
-def _probe(
-    specs: Mapping[str, NetworkSpec],
-    embedded: Mapping[str, Embedded],
-    label_N: NDArray[np.int64],
-    *,
-    split: str,
-    seed: int,
-    settings: ProbeSettings | None,
-) -> Figures:
+def _probe(run: Run, embedded: Mapping[str, Embedded], label_N: NDArray[np.int64], *, split: str) -> Figures:
     """KNN and linear probe of each network; none without settings, and none on a split that is too small."""
     # brings in scikit-learn, which is slow to load: a restart of the workers must not wait for it
     from dpkd.evaluation.probes import probe, probe_split  # noqa: PLC0415
 
-    halves = probe_split(label_N, settings, seed=seed) if settings is not None else None
-    if settings is None or halves is None:
-        return {}
-    measured = {
-        name: figure_or_none(
-            f"probes of {name} on {split}",
-            partial(probe, embedded[name]["embedding"], label_N, split=halves, settings=settings),
-        )
-        for name in specs
-    }
-    return {name: scores for name, scores in measured.items() if scores is not None}
+    settings = run.settings.evaluate.probes if run.settings.evaluate is not None else None
+    halves = probe_split(label_N, settings, seed=run.seed) if settings is not None else None
+    figures = {}
+    if settings is not None and halves is not None:
+        for name, outputs in embedded.items():
+            measure = partial(probe, outputs["embedding"], label_N, split=halves, settings=settings)
+            if not name.endswith(PLAIN) and (scores := figure_or_none(f"probes of {name} on {split}", measure)):
+                figures[name] = scores
+    return figures
 
 
 def _classify(
-    specs: Mapping[str, NetworkSpec], embedded: Mapping[str, Embedded], label_N: NDArray[np.int64], *, run: Run
+    run: Run, specs: Mapping[str, NetworkSpec], embedded: Mapping[str, Embedded], label_N: NDArray[np.int64]
 ) -> Figures:
     """Accuracy of the logits of those networks that know all classes of the split."""
     names = run.dataset.manifest.classes
@@ -228,6 +205,48 @@ def _classify(
             label_K = np.array([names.index(class_name) for class_name in spec.classes])
             prediction_N = label_K[embedded[name]["logits"].argmax(1)]
             figures[name] = long_tail(prediction_N, label_N, train_count_K=train_count_K)
+    return figures
+
+
+def zero_shot(
+    specs: Mapping[str, NetworkSpec],
+    embedded: Mapping[str, Mapping[str, NDArray[np.float32]]],
+    label_N: NDArray[np.int64],
+    *,
+    dataset: Dataset,
+    data: DataSettings,
+    split: str,
+) -> dict[str, dict[str, float]]:
+    """Accuracy of each network on the split's classes that the table describes and training did not see.
+
+    `embedded` holds logits `attributes` NA by network. A network that predicts none has no figure; with fewer than two
+    such classes there is none at all. Raises `UserError` for a network that was trained on other attributes than the
+    table has.
+    """
+    table, learned = attribute_table(data), {name: spec for name, spec in specs.items() if spec.attributes}
+    if table is None or not learned:
+        return {}
+    names, trained, known = dataset.manifest.classes, trained_classes(dataset, data), table.known()
+    unseen = [label for label in np.unique(label_N[label_N >= 0]).tolist() if names[label] not in trained]
+    class_K = np.array([label for label in unseen if known.get(names[label])])
+    if len(class_K) < len(unseen):
+        left_out = ", ".join(names[label] for label in unseen if label not in class_K)
+        logger.info(f"evaluate {split}: data.attributes says nothing of {left_out}: left out of zero-shot accuracy")
+    if len(class_K) < 2:
+        return {}
+    value_KA = table.rows([names[label] for label in class_K])
+    figures = {}
+    for name, spec in learned.items():
+        if spec.attributes != table.names:
+            raise UserError(
+                f"{name} was trained on the attributes {', '.join(spec.attributes)}, and data.attributes {table.path} "
+                f"has {', '.join(table.names)}: give the earlier table back, or train anew in another run.dir"
+            )
+        # an attribute that is known of no trained class was never learned
+        was_learned_A = ~np.isnan(table.rows(spec.classes)).all(0)
+        value_of_learned_KA = np.where(was_learned_A, value_KA, np.float32(np.nan))
+        logit_NA = embedded[name]["attributes"]
+        figures[name] = zero_shot_accuracy(logit_NA, label_N, class_K=class_K, value_KA=value_of_learned_KA)
     return figures
 
 
@@ -249,15 +268,7 @@ def images_per_s(network: Network) -> float:
     while time.perf_counter() - began < TIMING_S:
         run_batch()
         batches += 1
-    return batches * TIMING_BATCH / (time.perf_counter() - began)
-
-
-def device_words(device: torch.device) -> str:
-    """The device that speeds were measured on, for a reader."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    return round(batches * TIMING_BATCH / (time.perf_counter() - began), 1)
 
 
 def read_evaluation(folder: RunFolder) -> dict[str, Any]:

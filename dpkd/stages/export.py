@@ -11,7 +11,6 @@ Axes: B image, C channel, H W height and width, D feature.
 
 import json
 import math
-import shutil
 import warnings
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,6 @@ from torch import Tensor, nn
 
 from dpkd.errors import UserError
 from dpkd.io import storage
-from dpkd.io.errors import write_errors
 from dpkd.log import logger
 from dpkd.models.network import Network
 from dpkd.models.saved import load_network
@@ -58,12 +56,10 @@ def export(run: Run) -> None:
             write_timm_folder(made, network)
             difference = None
             if settings.onnx:
-                difference = write_onnx(
-                    made / "model.onnx", network, map_size=run.map_size, tolerance=settings.tolerance
-                )
-            card = partial(
-                model_card, name, evaluation=evaluation, spec=spec.model_dump(mode="json"), onnx_difference=difference
-            )
+                onnx = made / "model.onnx"
+                difference = write_onnx(onnx, network, map_size=run.map_size, tolerance=settings.tolerance)
+            plain = spec.model_dump(mode="json")
+            card = partial(model_card, name, evaluation=evaluation, spec=plain, onnx_difference=difference)
             (made / "README.md").write_text(figure_or_none(f"model card of {name}", card) or f"# {name}\n")
             run.folder.check_fence()
             _replace(run.folder.export / name, made)
@@ -71,25 +67,15 @@ def export(run: Run) -> None:
 
 
 def _replace(folder: Path, made: Path) -> None:
-    """Puts the folder `made` in the place of an earlier export, which stays whole until then.
+    """Puts the folder `made` in the place of an earlier export.
 
     Where `made` is gone, which a newer attempt took away, nothing is changed.
     """
-    new, earlier = (folder.with_name(f".{folder.name}.{age}") for age in ("new", "old"))
-    for left in (new, earlier):
-        shutil.rmtree(left, ignore_errors=True)
+    new = folder.with_name(f".{folder.name}.new")
+    storage.remove_tree(new)
     storage.publish(made, new)
-    with write_errors(folder):
-        if folder.exists():
-            folder.rename(earlier)
-        try:
-            new.rename(folder)
-        except OSError:
-            if earlier.exists():
-                earlier.rename(folder)
-            raise
-    storage.sync(folder.parent)
-    shutil.rmtree(earlier, ignore_errors=True)
+    storage.remove_tree(folder)
+    storage.publish(new, folder)
 
 
 def write_timm_folder(folder: Path, network: Network) -> None:
@@ -98,42 +84,16 @@ def write_timm_folder(folder: Path, network: Network) -> None:
     Those of a figure-ground network are pooled plainly, which a blank map gives. Raises `UserError` where the model has
     no such pooling.
     """
-    state = network.backbone.timm.state_dict()
-    tensors = {name: tensor.contiguous().clone() for name, tensor in state.items()}
+    spec, backbone = network.spec, network.backbone
+    tensors = {name: tensor.contiguous().clone() for name, tensor in backbone.timm.state_dict().items()}
     (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
-    image_BCHW, weight_B1HW = _inputs(network.spec, batch_size=2, map_size=1)
-    with torch.inference_mode():
-        expected = network(image_BCHW, torch.zeros_like(weight_B1HW))
-    differences = []
-    for arguments in _possible_arguments(network.spec):
-        (folder / "config.json").write_text(json.dumps(timm_config(network, arguments), indent=2) + "\n")
-        try:
-            model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        except (RuntimeError, TypeError):
-            differences.append(math.inf)
-            continue
-        with torch.inference_mode():
-            embedding_BD = model.forward_head(model.forward_features(image_BCHW), pre_logits=True)
-            outputs = {"embedding": embedding_BD, "logits": model(image_BCHW)}
-        names = _output_names(network.spec)
-        differences.append(max(_difference(outputs[name], expected[name]) for name in names))
-        if differences[-1] <= TIMM_TOLERANCE:
-            return
-    raise UserError(
-        f"model {network.spec.model.name!r} cannot leave as a timm folder: timm gives other outputs, by "
-        f"{min(differences):.2g} of the largest; a model that pools by its mean (model.arguments.global_pool=avg) can"
-    )
-
-
-def timm_config(network: Network, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The content of `config.json` in timm's format, for a model made with these arguments."""
-    spec, own = network.spec, network.backbone.timm.pretrained_cfg
-    return {
+    own = backbone.timm.pretrained_cfg
+    config = {
         "architecture": spec.model.name.split(".")[0],
         "num_classes": len(spec.classes),
-        "num_features": network.backbone.embedding_dim,
+        "num_features": backbone.embedding_dim,
         "label_names": list(spec.classes),
-        "model_args": arguments,
+        "model_args": {},
         "pretrained_cfg": {
             "input_size": [3, spec.image_size, spec.image_size],
             "fixed_input_size": bool(own.get("fixed_input_size", False)),
@@ -149,6 +109,26 @@ def timm_config(network: Network, arguments: dict[str, Any]) -> dict[str, Any]:
             "custom_load": False,
         },
     }
+    image_BCHW, weight_B1HW = _inputs(spec, batch_size=2, map_size=1)
+    with torch.inference_mode():
+        expected = network(image_BCHW, torch.zeros_like(weight_B1HW))
+    smallest = math.inf
+    for arguments in _possible_arguments(spec):
+        (folder / "config.json").write_text(json.dumps(config | {"model_args": arguments}, indent=2) + "\n")
+        try:
+            model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        except (RuntimeError, TypeError):
+            continue
+        with torch.inference_mode():
+            embedding_BD = model.forward_head(model.forward_features(image_BCHW), pre_logits=True)
+            outputs = {"embedding": embedding_BD, "logits": model(image_BCHW)}
+        smallest = min(smallest, max(_difference(outputs[name], expected[name]) for name in _output_names(spec)))
+        if smallest <= TIMM_TOLERANCE:
+            return
+    raise UserError(
+        f"model {spec.model.name!r} cannot leave as a timm folder: timm gives other outputs, by {smallest:.2g} of the "
+        "largest; a model that pools by its mean (model.arguments.global_pool=avg) can"
+    )
 
 
 def _possible_arguments(spec: NetworkSpec) -> list[dict[str, Any]]:

@@ -17,8 +17,9 @@ from dpkd.evaluation.few_shot import Episodes, draw_episodes, few_shot_accuracy,
 from dpkd.evaluation.settings import EpisodeSettings
 from dpkd.log import EventReader, Progress
 from dpkd.models.attention import with_attention
-from dpkd.report.goodput import StepTimer, TimeAccount
+from dpkd.report.goodput import TimeAccount
 from dpkd.report.pictures import panel
+from dpkd.report.quarantine import Quarantine
 from dpkd.report.summary import figure_or_none
 from dpkd.report.tensorboard import Board
 from dpkd.stages.embed import embed_networks
@@ -30,40 +31,65 @@ PANEL = "panel/image_priors_predictions_attention"
 
 
 class Monitor:
-    """Evaluates and draws every network of a task; the board is rank 0's, the other ranks take part without one."""
+    """Evaluates and draws every network of a task on all ranks; rank 0 writes: TensorBoard, events, the progress."""
 
-    def __init__(self, run: Run, task: Task, board: Board | None) -> None:
-        self._run, self._task, self._board = run, task, board
+    def __init__(self, run: Run, task: Task, *, stage: str, start_step: int, progress: Progress) -> None:
+        self._run, self._task, self._stage, self._progress = run, task, stage, progress
+        self._writes = run.world.rank == 0
+        self._events, self._account = run.folder.event_log(), TimeAccount()
+        self._reader = EventReader(run.folder.events)
+        self._board = Board(run.folder.tensorboard / stage, start_step=start_step)
+        if self._writes:
+            self._board.quarantine(start_step, Quarantine(run.folder.quarantine, limit=1.0))
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._board.close()
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Shows losses, rates and speeds; the progress line has images/s and the sum of each network's losses."""
+        self._board.write(step, numbers)
+        self._events.write("train", stage=self._stage, step=step, **numbers)
+        losses: dict[str, float] = defaultdict(float)
+        for key, value in numbers.items():
+            if key.startswith("loss/"):
+                losses[key.split("/")[1]] += value
+        words = ", ".join(f"{network} {loss:.3f}" for network, loss in losses.items())
+        self._progress.reach(step, note=f"{numbers['speed/images_per_s']:,.0f} images/s, loss {words}")
+
+    def write_time(self, kind: str, *, step: int, **numbers: float | bool) -> None:
+        """Takes what a `StepTimer` writes; TensorBoard shows the shares of the whole run so far."""
+        self._events.write(kind, stage=self._stage, step=step, **numbers)
+        self._account.add(self._reader.new())
+        if kind == "spent":
+            shares = {f"goodput/{name}": share for name, share in self._account.shares.items()}
+            self._board.write(step, shares | {"goodput/step_goodput": self._account.step_goodput})
 
     @cached_property
-    def _settings(self) -> EpisodeSettings:
-        evaluate = self._run.settings.evaluate
-        assert evaluate is not None, "only due where something is evaluated"
+    def _protocol(self) -> tuple[EpisodeSettings, Episodes]:
+        """The episodes drawn from the validation split, fewer than those of the evaluation at the end."""
+        run, evaluate, name = self._run, self._run.settings.evaluate, self._run.data.val
+        assert evaluate is not None and name is not None, "only due where something is evaluated"  # noqa: PT018
         # centring needs a pass over the training split, which is left to the evaluation at the end
         transform = "l2" if evaluate.episodes.transform == "centred_l2" else evaluate.episodes.transform
         changes = {"episodes": evaluate.episodes_while_training, "transform": transform}
-        return evaluate.episodes.model_copy(update=changes)
-
-    @cached_property
-    def _episodes(self) -> Episodes:
-        name = self._run.data.val
-        assert name is not None, "only due where there is a validation split"
-        label_N = self._run.dataset.split(name).label_N[self._run.readable(name)]
-        return draw_episodes(label_N, self._settings, seed=self._run.seed, split=name)
+        settings = evaluate.episodes.model_copy(update=changes)
+        label_N = run.dataset.split(name).label_N[run.readable(name)]
+        return settings, draw_episodes(label_N, settings, seed=run.seed, split=name)
 
     def evaluate(self, step: int) -> None:
         """Few-shot accuracy of every network on the validation split."""
-        run, board, name = self._run, self._board, self._run.data.val
-        assert name is not None, "only due where there is a validation split"
+        run, name = self._run, str(self._run.data.val)
         embedded = embed_networks(run, self._task.learners, run.dataset.split(name), indices=run.readable(name))
-        if board is None:
+        if not self._writes:
             return
+        settings, episodes = self._protocol
         for network, outputs in embedded.items():
-            accuracy = few_shot_accuracy(outputs["embedding"], self._episodes, settings=self._settings)
+            accuracy = few_shot_accuracy(outputs["embedding"], episodes, settings=settings)
             scores = {key: score(accuracy_E) for key, accuracy_E in accuracy.items()}
-            board.few_shot(step, network=network, split=name, scores=scores)
+            self._board.few_shot(step, network=network, split=name, scores=scores)
             means = {key: round(table["mean"], 4) for key, table in scores.items()}
-            run.events.write("few_shot", network=network, step=step, split=name, **means)
+            self._events.write("few_shot", network=network, step=step, split=name, **means)
 
     def panels(self, step: int, batch: Batch) -> None:
         """Image, priors, the network's predictions of them and its attention, side by side."""
@@ -71,20 +97,17 @@ class Monitor:
         for name, learner in self._task.learners.items():
             inputs = network_inputs(learner.spec, view)
             outputs = with_attention(learner.network.backbone, partial(learner.engine.predict, *inputs))
-            if self._board is None:
+            if not self._writes:
                 continue
-            predictions = {}
-            for key, output in outputs.items():
-                if key.startswith("prior/"):
-                    predictions[key.removeprefix("prior/")] = _array(output)
-            for key, output in outputs.items():
-                if key.startswith("region/"):
-                    predictions[key.replace("/", " of ")] = _array(output.sigmoid())
+            priors = {key.removeprefix("prior/"): _array(outputs[key]) for key in outputs if key.startswith("prior/")}
+            regions = {
+                key.replace("/", " of "): _array(outputs[key].sigmoid()) for key in outputs if key.startswith("region/")
+            }
             drawing = partial(
                 panel,
                 view.image_BCHW.cpu().numpy(),
                 priors={key: _array(map_BCHW) for key, map_BCHW in view.maps.items()},
-                predictions=predictions,
+                predictions=priors | regions,
                 attention_B1HW=_array(outputs["attention"]),
             )
             picture = figure_or_none(f"panel of {name}", drawing)
@@ -95,44 +118,3 @@ class Monitor:
 def _array(tensor: Tensor) -> NDArray[np.float32]:
     array: NDArray[np.float32] = tensor.detach().float().cpu().numpy()
     return array
-
-
-class EventSink:
-    """Losses, rates and speeds as lines of `events.jsonl`."""
-
-    def __init__(self, run: Run, *, stage: str) -> None:
-        self._events, self._stage = run.events, stage
-
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Appends one line."""
-        self._events.write("train", stage=self._stage, step=step, **numbers)
-
-
-class ProgressSink:
-    """Moves the progress line on, with images/s and the sum of each network's losses."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Shows the numbers of this step."""
-        losses: dict[str, float] = defaultdict(float)
-        for key, value in numbers.items():
-            if key.startswith("loss/"):
-                losses[key.split("/")[1]] += value
-        words = ", ".join(f"{network} {loss:.3f}" for network, loss in losses.items())
-        self._progress.reach(step, note=f"{numbers['speed/images_per_s']:,.0f} images/s, loss {words}")
-
-
-def step_timer(run: Run, board: Board, *, stage: str) -> StepTimer:
-    """A timer that writes to `events.jsonl`; TensorBoard shows the shares of the whole run so far."""
-    reader, account = EventReader(run.folder.events), TimeAccount()
-
-    def write(kind: str, *, step: int, **numbers: float | bool) -> None:
-        run.events.write(kind, stage=stage, step=step, **numbers)
-        account.add(reader.new())
-        if kind == "spent":
-            shares = {f"goodput/{name}": share for name, share in account.shares.items()}
-            board.write(step, shares | {"goodput/step_goodput": account.step_goodput})
-
-    return StepTimer(write)

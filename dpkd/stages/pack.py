@@ -10,6 +10,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +41,6 @@ from dpkd.report.quarantine import Quarantine
 from dpkd.settings import DataSettings
 
 STAGE = "pack"
-Rgb = tuple[float, float, float]
 PACKING_NAME = "packing.json"
 """Is in a folder while it is being packed, and marks unfinished shards as ours."""
 
@@ -94,7 +94,14 @@ def pack(
         progress(num_done, num_planned)
     indexes = [index_of[number] for number in range(len(plan.jobs))]
     manifest = _manifest(plan, indexes, train=data.train, num_quarantined=quarantine.counts.get(STAGE, 0))
-    _publish(destination, manifest)
+    shards = {shard.name for split in manifest.splits.values() for shard in split.shards}
+    kept = shards | {index_name(name) for name in shards}
+    for name in storage.list_names(destination):  # what other attempts left
+        left_over = name.endswith((".tar", ".index.msgpack")) or name.startswith(storage.TEMPORARY_PREFIX)
+        if left_over and name not in kept:
+            storage.remove(storage.join(destination, name))
+    storage.write_bytes_atomic(storage.join(destination, MANIFEST_NAME), manifest.to_bytes())  # now it exists
+    storage.remove(storage.join(destination, PACKING_NAME))
     _log_what_was_packed(manifest, contents, window=data.window)
     return Dataset(url=destination, manifest=manifest)
 
@@ -107,9 +114,9 @@ def plan_shards(contents: SourceContents, data: DataSettings, *, seed: int, dest
     listed = {split: read_lines(path, key=f"data.splits.files.{split}") for split, path in files.items()}
     assignment = assign(records, data.splits, seed=seed, train=data.train, listed=listed)
     kept = [(record, split) for record, split in zip(records, assignment.splits, strict=True) if split is not None]
-    classes = (
-        contents.classes if contents.classes is not None else sorted_classes(record.class_name for record, _ in kept)
-    )
+    classes = contents.classes
+    if classes is None:
+        classes = sorted_classes(record.class_name for record, _ in kept)
     label_of = {name: label for label, name in enumerate(classes)} | {None: -1}
     samples: dict[str, list[Planned]] = defaultdict(list)
     for (record, split), key in zip(kept, keys_of([record.name for record, _ in kept]), strict=True):
@@ -120,9 +127,7 @@ def plan_shards(contents: SourceContents, data: DataSettings, *, seed: int, dest
     jobs = []
     for split, planned in sorted(samples.items()):
         if not re.fullmatch(r"\w[\w.-]*", split):
-            raise UserError(
-                f"the split {split!r} cannot name a file: use letters, digits, '_', '-' and '.' in split names"
-            )
+            raise UserError(f"the split {split!r} cannot name a file: use letters, digits, '_', '-' and '.'")
         for number, start in enumerate(range(0, len(planned), data.samples_per_shard)):
             part, name = tuple(planned[start : start + data.samples_per_shard]), f"{split}-{number:06d}.tar"
             jobs.append(ShardJob(url=destination, split=split, name=name, samples=part, window=data.window))
@@ -146,7 +151,7 @@ def _made_from(records: Sequence[Record], data: DataSettings, *, seed: int) -> d
             [r.name, r.image.size, r.class_name, r.split, r.group, mask and mask.size, num_maps, r.attributes]
         )
     digest = storage.digest(json.dumps(described, default=str).encode())
-    return {
+    made_from = {
         "data.source": f"{data.source.kind}, {len(records)} samples, {digest[:16]}",
         "data.splits": json.dumps(data.splits.model_dump(mode="json")),
         "data.group_pattern": str(data.group_pattern),
@@ -154,8 +159,10 @@ def _made_from(records: Sequence[Record], data: DataSettings, *, seed: int) -> d
         "data.train": data.train,
         "run.seed": str(seed),
         "format_version": str(FORMAT_VERSION),
-        **({"data.window": f"{data.window.low:g} to {data.window.high:g}"} if data.window is not None else {}),
     }
+    if data.window is not None:
+        made_from["data.window"] = f"{data.window.low:g} to {data.window.high:g}"
+    return made_from
 
 
 def _take_place(destination: str, plan: Plan) -> None:
@@ -163,10 +170,10 @@ def _take_place(destination: str, plan: Plan) -> None:
 
     A damaged manifest is written anew where the indexes show that the shards were made by this very plan.
     """
-    names = storage.list_names(destination)
+    names, now = storage.list_names(destination), plan.made_from
     if MANIFEST_NAME in names:
         try:
-            before, now = Dataset.open(destination).manifest.made_from, plan.made_from
+            before = Dataset.open(destination).manifest.made_from
         except ManifestDamaged as error:
             logger.info(f"{error}: it is written anew, once each shard is found to be as planned")
         else:
@@ -176,77 +183,53 @@ def _take_place(destination: str, plan: Plan) -> None:
             differences = "; ".join(f"{key} was {before.get(key)} and is {now.get(key)}" for key in changed)
             raise UserError(
                 f"the data set at {destination} was packed from something else: {differences}. Choose another "
-                f"data.shards (or run.dir), or remove that folder, {MANIFEST_NAME} and all, to pack it anew"
+                "data.shards (or run.dir), or remove that folder to pack it anew"
             )
     plan_of = {job.name: job.plan for job in plan.jobs}
-    for name in names if PACKING_NAME not in names else ():
-        if not name.endswith(".tar"):
-            continue
-        try:
-            ours = ShardIndex.from_bytes(storage.read_bytes(storage.join(destination, index_name(name)))).plan
-        except (*NO_FILE, ValueError):
-            ours = ""
-        if ours != plan_of.get(name):
+    for name in (name for name in names if name.endswith(".tar") and PACKING_NAME not in names):
+        index: ShardIndex | None = None
+        with suppress(*NO_FILE, ValueError):
+            index = ShardIndex.from_bytes(storage.read_bytes(storage.join(destination, index_name(name))))
+        if index is None or index.plan != plan_of.get(name):
             raise UserError(
                 f"{destination} holds tars that are no data set of dpkd, or one of other images, such as {name}: "
                 "choose an empty folder for data.shards"
             )
-    storage.write_bytes_atomic(storage.join(destination, PACKING_NAME), json.dumps(plan.made_from, indent=1).encode())
+    storage.write_bytes_atomic(storage.join(destination, PACKING_NAME), json.dumps(now, indent=1).encode())
 
 
 def _manifest(plan: Plan, indexes: Sequence[ShardIndex], *, train: str, num_quarantined: int) -> Manifest:
     by_split: dict[str, list[ShardIndex]] = defaultdict(list)
     for job, index in zip(plan.jobs, indexes, strict=True):
         by_split[job.split].append(index)
-    for split, parts in by_split.items():
-        if not any(index.shard.num_samples for index in parts):
-            raise UserError(
-                f"not one sample of the split {split!r} can be used, as with {parts[0].bad[0]}; see the quarantine"
-            )
-    mean, std = _image_statistics(by_split.get(train, indexes))
     splits = {}
     for split, parts in by_split.items():
         label_N = np.concatenate([index.label_N for index in parts])
+        if not len(label_N):
+            raise UserError(
+                f"not one sample of the split {split!r} can be used, as with {parts[0].bad[0]}; see the quarantine"
+            )
         splits[split] = SplitInfo(
             num_samples=len(label_N),
             num_unlabelled=int((label_N < 0).sum()),
             class_counts=tuple(np.bincount(label_N[label_N >= 0], minlength=len(plan.classes)).tolist()),
             shards=tuple(index.shard for index in parts if index.shard.num_samples),
         )
+    means, deviations = [], []
+    counts_CV = np.array([index.pixel_counts for index in by_split.get(train, indexes)]).sum(axis=0)
+    for counts in counts_CV.tolist():  # Python's whole numbers until the last division
+        num, total, squares = (sum(count * value**power for value, count in enumerate(counts)) for power in range(3))
+        means.append(total / num / 255)
+        deviations.append(((squares * num - total * total) / num**2) ** 0.5 / 255)
     return Manifest(
         classes=plan.classes,
         splits=splits,
-        image_mean=mean,
-        image_std=std,
+        image_mean=(means[0], means[1], means[2]),
+        image_std=(deviations[0], deviations[1], deviations[2]),
         num_left_out=plan.num_left_out,
         num_quarantined=num_quarantined,
         made_from=plan.made_from,
     )
-
-
-def _image_statistics(indexes: Sequence[ShardIndex]) -> tuple[Rgb, Rgb]:
-    """Mean and standard deviation of R, G and B in 0..1 over all pixels; whole numbers until the last division."""
-    count_CV = np.array([index.pixel_counts for index in indexes], dtype=object).sum(axis=0)
-    value_V = np.arange(256).astype(object)
-    num_C, total_C, squares_C = (count_CV @ power_V for power_V in (value_V**0, value_V, value_V**2))
-    statistics = zip(num_C, total_C, squares_C, strict=True)
-    red, green, blue = (
-        (total / num / 255, ((squares * num - total * total) / num**2) ** 0.5 / 255)
-        for num, total, squares in statistics
-    )
-    return (red[0], green[0], blue[0]), (red[1], green[1], blue[1])
-
-
-def _publish(destination: str, manifest: Manifest) -> None:
-    """Removes what other attempts left, then writes the manifest: from then on the data set exists."""
-    shards = {shard.name for split in manifest.splits.values() for shard in split.shards}
-    kept = shards | {index_name(name) for name in shards}
-    for name in storage.list_names(destination):
-        left_over = name.endswith((".tar", ".index.msgpack")) or name.startswith(storage.TEMPORARY_PREFIX)
-        if left_over and name not in kept:
-            storage.remove(storage.join(destination, name))
-    storage.write_bytes_atomic(storage.join(destination, MANIFEST_NAME), manifest.to_bytes())
-    storage.remove(storage.join(destination, PACKING_NAME))
 
 
 def _log_what_was_packed(manifest: Manifest, contents: SourceContents, *, window: Window | None) -> None:
@@ -255,9 +238,9 @@ def _log_what_was_packed(manifest: Manifest, contents: SourceContents, *, window
         logger.info(f"pack: the folders are {contents.layout}")
     if window is not None:
         logger.info(f"pack: values of more than 8 bits from {window.low:g} to {window.high:g} became 0 to 255")
-    num_classes = len(manifest.classes)
-    names = ", ".join([*manifest.classes[:10], *(["…"] if num_classes > 10 else [])])
-    logger.info(f"pack: {num_classes:,} classes{': ' if names else ''}{names}")
+    num_classes, names = len(manifest.classes), list(manifest.classes[:10])
+    named = f": {', '.join(names + ['…'] * (num_classes > 10))}" if names else ""
+    logger.info(f"pack: {num_classes:,} classes{named}")
     for name, split in manifest.splits.items():
         logger.info(
             f"pack: split {name}: {split.num_samples:,} samples, {split.num_samples - split.num_unlabelled:,} labelled "

@@ -1,12 +1,19 @@
-"""What each stage of a run depends on and makes, which stages are left to do, and the first screen that shows it."""
+"""What each stage of a run depends on and makes, which stages are left to do, and the first screen that shows it.
+
+Loads no heavy package, because the driver of a run uses it too.
+"""
 
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dpkd import __version__
+from dpkd.data.attributes import AttributeTable, read_attributes
 from dpkd.data.shards import MANIFEST_NAME as DATASET_NAME
-from dpkd.engine.settings import TrainingSettings
+from dpkd.data.shards import Dataset
+from dpkd.data.sources.records import nearest
 from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.checkpoint_store import CheckpointStore
@@ -15,8 +22,7 @@ from dpkd.priors.store import MANIFEST_NAME as PRIORS_NAME
 from dpkd.priors.store import set_url
 from dpkd.report.summary import EVALUATION_NAME
 from dpkd.run.folder import RunFolder
-from dpkd.settings import Settings
-from dpkd.stages.attributes import recorded_attributes
+from dpkd.settings import DataSettings, Settings
 
 STAGES = ("pack", "prepare", "teach", "distill", "evaluate", "export")
 """The stages by the names that a command takes; a teacher that is not called `teacher` has a stage `teach-<name>`."""
@@ -27,6 +33,13 @@ CADENCE = frozenset(
     {"log_every", "evaluate_every", "panels_every", "checkpoint_every", "keep_checkpoints", "max_skipped_steps"}
 )
 """Training settings that may change while a stage is under way, because its weights do not depend on them."""
+MAX_NAMED = 5
+"""Classes that an error names."""
+
+
+def dataset_url(folder: RunFolder, data: DataSettings) -> str:
+    """Where the packed images are."""
+    return data.shards or str(folder.path / "shards")
 
 
 def teaching_stages(settings: Settings) -> dict[str, str]:
@@ -36,55 +49,62 @@ def teaching_stages(settings: Settings) -> dict[str, str]:
 
 def stages_of(settings: Settings, names: Collection[str] = STAGES) -> list[str]:
     """The stages of these names that the settings ask for, in order."""
-    wanted = {
-        "pack": ["pack"],
-        "prepare": ["prepare"],
-        "teach": list(teaching_stages(settings)),
-        "distill": ["distill"],
-        "evaluate": ["evaluate"] if settings.evaluate is not None else [],
-        "export": ["export"] if settings.export is not None else [],
-    }
-    return [stage for name, stages in wanted.items() if name in names for stage in stages]
-
-
-def _trains(stage: str) -> bool:
-    return stage == "distill" or stage.startswith("teach")
+    left_out = {"evaluate": settings.evaluate is None, "export": settings.export is None}
+    stages: list[str] = []
+    for name in STAGES:
+        if name in names and not left_out.get(name):
+            stages += teaching_stages(settings) if name == "teach" else [name]
+    return stages
 
 
 def stage_inputs(stage: str, settings: Settings) -> dict[str, Any]:
     """The settings that a stage's results depend on, as plain values."""
-    data, seed = settings.data.model_dump(mode="json"), {"seed": settings.run.seed}
+    tree: dict[str, Any] = settings.model_dump(mode="json")
+    data, seed, prefix = tree["data"], {"seed": settings.run.seed}, ""
     if stage == "pack":
         return seed | _pick(data, "source", "splits", "group_pattern", "samples_per_shard", "window")
     if stage == "prepare":
         return settings.prepare.sealed().model_dump(mode="json")
     if stage == "export":
-        return settings.model_dump(mode="json")["export"]
+        return dict(tree["export"])
     if stage == "evaluate":
-        evaluate = settings.model_dump(mode="json")["evaluate"]
-        return seed | {"data": _pick(data, "train", "val", "test"), stage: evaluate} | _attributes(stage, settings)
-    teachers = {name: teacher.model_dump(mode="json") for name, teacher in settings.teachers.items()}
-    if stage == "distill":
-        part = settings.distill.model_dump(mode="json")
-        followed = {
-            name: _pick(teacher, "during_distill", *(() if teacher["objectives"] else ("model", "weights")))
-            for name, teacher in teachers.items()
-        }
-        results = {"distill": part, "teachers": followed}
+        results = {"data": _pick(data, "train", "val", "test"), "evaluate": tree["evaluate"]}
     else:
-        name = teaching_stages(settings)[stage]
-        part = teachers[name]
-        del part["during_distill"]
-        results = {"teachers": {name: part}}
-    part["training"] = {key: value for key, value in part["training"].items() if key not in CADENCE}
-    results["data"] = _pick(data, "image_size", "map_size", "views", "train", "labels")
-    return seed | results | _attributes(stage, settings)
+        if stage == "distill":
+            part, teachers = tree["distill"], tree["teachers"]
+            for name, teacher in teachers.items():
+                untrained = () if teacher["objectives"] else ("model", "weights")
+                teachers[name] = _pick(teacher, "during_distill", *untrained)
+            if all(teacher["during_distill"] == "frozen" for teacher in teachers.values()):
+                prefix = "distill."
+            results = {"distill": part, "teachers": teachers}
+        else:
+            name = teaching_stages(settings)[stage]
+            part, prefix = tree["teachers"][name], f"teachers.{name}."
+            del part["during_distill"]
+            results = {"teachers": {name: part}}
+        part["training"] = {key: value for key, value in part["training"].items() if key not in CADENCE}
+        results["data"] = _pick(data, "image_size", "map_size", "views", "train", "labels")
+    learned = [objective for key, objective in settings.objectives.items() if key.startswith(prefix)]
+    table = attribute_table(settings.data)
+    if table is not None and any("attributes" in objective.needs().targets for objective in learned):
+        # the rows of other classes may change, for the zero-shot evaluation of trained networks
+        url, classes = dataset_url(RunFolder(settings.run.dir), settings.data), table.classes
+        if stage != "evaluate" and storage.exists(storage.join(url, DATASET_NAME)):
+            classes = tuple(trained_classes(Dataset.open(url), settings.data))
+        known = {name: row for name, row in table.known().items() if name in classes}
+        results["attributes"] = {"names": list(table.names), "classes": known}
+    return seed | results
+
+
+def _pick(tree: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: tree[key] for key in keys}
 
 
 def stage_outputs(stage: str, settings: Settings) -> list[str | Path]:
     """The files that a finished stage has made, as far as other stages build on them or users take them away."""
     folder = RunFolder(settings.run.dir)
-    shards = settings.data.shards or str(folder.path / "shards")
+    shards = dataset_url(folder, settings.data)
     if stage == "pack":
         return [] if settings.data.source is None else [storage.join(shards, DATASET_NAME)]
     if stage == "prepare":
@@ -104,23 +124,9 @@ def stage_outputs(stage: str, settings: Settings) -> list[str | Path]:
     return sorted(path for made in folders for path in made.glob("[!.]*"))
 
 
-def _attributes(stage: str, settings: Settings) -> dict[str, Any]:
-    """The rows of the table of attributes, where the stage's results depend on them."""
-    teaching, prefix = teaching_stages(settings), ""
-    if stage in teaching:
-        prefix = f"teachers.{teaching[stage]}."
-    elif stage == "distill" and all(teacher.during_distill == "frozen" for teacher in settings.teachers.values()):
-        prefix = "distill."
-    learned = [objective for key, objective in settings.objectives.items() if key.startswith(prefix)]
-    if not any("attributes" in objective.needs().targets for objective in learned):
-        return {}
-    url = settings.data.shards or str(RunFolder(settings.run.dir).path / "shards")
-    return {"attributes": recorded_attributes(settings.data, url=url, everywhere=stage == "evaluate")}
-
-
-def find_faults(folder: RunFolder, stages: Sequence[str]) -> dict[str, list[str]]:
-    """Faults of the files that finished stages made; reads and hashes them all, so call it once a start."""
-    return {stage: folder.faults(stage) for stage in stages}
+def recorded(stage: str, folder: RunFolder, settings: Settings) -> AbstractContextManager[None]:
+    """The body is the stage: the run folder records it as running, and then as done, with the files that it made."""
+    return folder.running(stage, stage_inputs(stage, settings), makes=partial(stage_outputs, stage, settings))
 
 
 def left_to_do(
@@ -132,11 +138,11 @@ def left_to_do(
     since are found and made anew. Raises `UserError` with the difference where a finished or interrupted stage began
     with other settings, and where a network is damaged that its stage cannot make again from a checkpoint.
     """
-    faults = faults or {}
+    faults, trained = faults or {}, {*teaching_stages(settings), "distill"}
     for stage in stages:
-        if stage == "pack" or _trains(stage):  # the other stages are done again under other settings
+        if stage == "pack" or stage in trained:  # the other stages are done again under other settings
             folder.refuse_contradiction(stage, stage_inputs(stage, settings))
-        if _trains(stage) and faults.get(stage) and not CheckpointStore(folder.checkpoints(stage)).committed():
+        if stage in trained and faults.get(stage) and not CheckpointStore(folder.checkpoints(stage)).committed():
             raise UserError(
                 f"{'; '.join(faults[stage])}, and the stage {stage} has no checkpoint that it could be made from "
                 "again: restore it from a copy, or choose another run.dir to train anew"
@@ -147,15 +153,21 @@ def left_to_do(
         for stage in stages
         if faults.get(stage) or not folder.is_done(stage, stage_inputs(stage, settings)) or stage in again
     ]
-    trains = any(_trains(stage) for stage in left)
+    trains = not trained.isdisjoint(left)
     return [stage for stage in stages if stage in left or (trains and stage in ("evaluate", "export"))]
 
 
-def log_plan(settings: Settings, folder: RunFolder, *, left: Sequence[str], stages: Sequence[str]) -> None:
-    """The first screen: what happens, stage by stage, and what is done already."""
+def plan_run(settings: Settings, folder: RunFolder, stages: Sequence[str]) -> list[str]:
+    """The stages that are left to do; logs the first screen: what happens, stage by stage, and what is done already."""
+    faults = {stage: folder.faults(stage) for stage in stages}
+    left = left_to_do(folder, settings, stages, faults=faults)
     logger.info(f"dpkd {__version__} · {folder.path} · seed {settings.run.seed}")
     for stage in stages:
         logger.info(f"  {stage:<9} {'' if stage in left else 'done: '}{_describe(stage, settings)}")
+    for stage in stages:
+        for fault in faults[stage]:
+            logger.info(f"{fault}: the stage {stage} makes it again")
+    return left
 
 
 def _describe(stage: str, settings: Settings) -> str:
@@ -164,31 +176,45 @@ def _describe(stage: str, settings: Settings) -> str:
         return "uses the shards of data.shards" if source is None else f"{source.kind} {source.path} into shards"
     if stage == "prepare":
         return "prior maps: " + (", ".join(prior.name for prior in settings.prepare.chosen) or "none")
-    if stage == "distill":
-        students = [f"{name} ({student.model.name})" for name, student in settings.distill.students.items()]
-        baselines = [name for name, student in settings.distill.students.items() if student.baseline]
-        beside = f", beside {', '.join(baselines)} on labels alone" if baselines else ""
-        teachers = ", ".join(f"{teacher.during_distill} {name}" for name, teacher in settings.teachers.items())
-        return f"{teachers or 'no teacher'} into {', '.join(students)}{beside}, {_length(settings.distill.training)}"
-    if stage == "evaluate":
-        assert settings.evaluate is not None, "the stage is left out without settings"
-        episodes = settings.evaluate.episodes
-        shots = ", ".join(str(shot) for shot in episodes.shots)
+    if stage == "evaluate" and settings.evaluate is not None:
         splits = ", ".join(settings.data.evaluated_splits) or "no split"
-        return f"{episodes.episodes:,} episodes, {episodes.way}-way {shots}-shot, on {splits}"
+        return f"{settings.evaluate.episodes.episodes:,} episodes on {splits}"
     if stage == "export":
         return "students as timm folders" + (" and ONNX" if settings.export and settings.export.onnx else "")
-    teacher = settings.teachers[teaching_stages(settings)[stage]]
-    return f"{teacher.model.name}, {_length(teacher.training)}"
-
-
-def _length(training: TrainingSettings) -> str:
-    if training.steps is not None:
-        length = f"{training.steps:,} step{'' if training.steps == 1 else 's'}"
+    if stage == "distill":
+        training = settings.distill.training
+        teachers = ", ".join(f"{teacher.during_distill} {name}" for name, teacher in settings.teachers.items())
+        students = ", ".join(f"{name} ({student.model.name})" for name, student in settings.distill.students.items())
+        networks = f"{teachers or 'no teacher'} into {students}"
     else:
-        length = f"{training.epochs:g} epoch{'' if training.epochs == 1 else 's'}"
-    return f"{length} of {training.batch_size} images"
+        teacher = settings.teachers[teaching_stages(settings)[stage]]
+        networks, training = teacher.model.name, teacher.training
+    length = f"{training.epochs:g} epochs" if training.steps is None else f"{training.steps:,} steps"
+    return f"{networks}, {length} of {training.batch_size} images"
 
 
-def _pick(tree: dict[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: tree[key] for key in keys}
+def attribute_table(data: DataSettings) -> AttributeTable | None:
+    """The table that `data.attributes` names, or None; raises `UserError` for a faulty table."""
+    return None if data.attributes is None else read_attributes(data.attributes)
+
+
+def trained_classes(dataset: Dataset, data: DataSettings) -> list[str]:
+    """Classes of which the training split has labelled samples, in the data set's order."""
+    counts = dataset.split(data.train).info.class_counts
+    return [name for name, count in zip(dataset.manifest.classes, counts, strict=True) if count]
+
+
+def refuse_unknown_classes(dataset: Dataset, settings: Settings) -> None:
+    """Raises `UserError` where the table lacks a class that is trained on, or an objective names one that is not."""
+    trained, table = trained_classes(dataset, settings.data), attribute_table(settings.data)
+    if table is not None:
+        table.rows(trained)
+    for key, objective in settings.objectives.items():
+        for field, names in objective.needs().classes.items():
+            for name in names:
+                if name not in trained:
+                    known = ", ".join(trained[:MAX_NAMED]) or "no label"
+                    raise UserError(
+                        f"{key}.{field} names {name!r}, of which the split {settings.data.train!r} has no sample"
+                        f"{nearest(name, trained) or f' (it has: {known})'}: correct it"
+                    )

@@ -1,7 +1,7 @@
 """Prepare: image shards in, a prior set out (`dpkd.priors.store` draws it). Each shard is one piece of work.
 
-A shard that was made from the same images with the same priors is kept. Any other is written anew, and the maps of the
-shard in its place that still hold, by the fingerprint of the prior and the hash of the image, are carried over: a
+A shard that was made from the same images with the same priors is kept. Any other is written anew. Where the one in its
+place is whole, the maps that still hold, by the fingerprint of the prior and the hash of the image, are carried over: a
 changed prior is computed alone, and so is a changed image.
 
 With an accelerator, a first pass computes the maps of the priors that ask for one and writes shards that hold these
@@ -14,6 +14,7 @@ samples that are proved sound, and to trust whatever decodes would let damage in
 """
 
 import io
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -26,7 +27,7 @@ import numpy as np
 from dpkd.data.image_headers import BrokenImage
 from dpkd.data.images import decode_image
 from dpkd.data.shards import Dataset, Sample, ShardInfo, Split, SplitInfo, Unreadable, index_name
-from dpkd.data.tars import TarWriter, list_members
+from dpkd.data.tars import Member, TarWriter
 from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
@@ -57,7 +58,7 @@ STAGE = "prepare"
 
 @dataclass(frozen=True, repr=False)
 class _Task:
-    """One shard to prepare: a split of that shard alone, which is little to send to a worker."""
+    """One shard to prepare in one pass: a split of that shard alone, which is little to send to a worker."""
 
     split: Split
     url: str
@@ -65,20 +66,15 @@ class _Task:
     """Those of the set."""
     computed: tuple[Prior, ...]
     """Those of this pass."""
+    before: tuple[Prior, ...] = ()
+    """Those of the pass before."""
     device: str = "cpu"
     """Where priors run that take images in batches, as torch names it."""
-    after_first_pass: bool = False
-    """Whether an accelerator has computed its priors before."""
 
     @property
     def images(self) -> ShardInfo:
         """The image shard."""
         return self.split.info.shards[0]
-
-    @property
-    def place(self) -> str:
-        """The location of the prior shard."""
-        return storage.join(self.url, self.images.name)
 
     def __repr__(self) -> str:
         return f"priors of {storage.join(self.split.url, self.images.name)}"
@@ -112,14 +108,12 @@ def prepare(
             alone = SplitInfo(num_samples=shard.num_samples, num_unlabelled=0, class_counts=(), shards=(shard,))
             tasks.append(_Task(Split(dataset.url, name, alone), url, priors, computed=priors))
     passes = [(pool, tasks)]
-    first = accelerated(priors)
-    if accelerator is not None and first:
+    if accelerator is not None and (first := accelerated(priors)):
         on_accelerator = [replace(task, computed=first, device=accelerator.device) for task in tasks]
-        passes = [(accelerator.pool, on_accelerator), (pool, [replace(task, after_first_pass=True) for task in tasks])]
-    total = sum(task.split.num_samples for task in tasks)
+        passes = [(accelerator.pool, on_accelerator), (pool, [replace(task, before=first) for task in tasks])]
+    total, num_done = sum(task.split.num_samples for task in tasks), 0
     quarantine.begin(STAGE)
     indexes: dict[int, PriorIndex] = {}
-    num_done = 0
     for pool_of_pass, tasks_of_pass in passes:
         for number, index in pool_of_pass.map(_prepare_shard, tasks_of_pass):
             indexes[number] = index
@@ -138,21 +132,20 @@ def prepare(
 
 def _check(dataset: Dataset, priors: Sequence[Prior]) -> None:
     """Raises `UserError` for two maps of one name, and for an expert map that no sample has."""
-    names = [prior.name for prior in priors]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(
-                f"prepare.priors makes the map {name!r} {names.count(name)} times, and a set holds one map of a name: "
-                "leave one, or prepare the other in a set of its own (prepare.name)"
-            )
-    experts = [prior for prior in priors if isinstance(prior, Expert)]
+    name, count = Counter(prior.name for prior in priors).most_common(1)[0] if priors else ("", 0)
+    if count > 1:
+        raise UserError(
+            f"prepare.priors makes the map {name!r} {count} times: leave one, or prepare the other in a set of its own "
+            "(prepare.name)"
+        )
+    experts = [prior.of for prior in priors if isinstance(prior, Expert)]
     given = dataset.given() if experts else {}
     for expert in experts:
-        if expert.of not in given:
-            given_names = ", ".join(f"{name} ({count:,} samples)" for name, count in given.items()) or "none"
+        if expert not in given:
+            known = ", ".join(f"{name} ({count:,} samples)" for name, count in given.items()) or "none"
             raise UserError(
-                f"prepare.priors asks for the expert map {expert.of!r}, which no sample of {dataset.url} has; given "
-                f"are: {given_names}; a map N of IMAGE.jpg is the file IMAGE.expert-N.png beside it, or IMAGE.mask.png"
+                f"prepare.priors asks for the expert map {expert!r}, which no sample of {dataset.url} has; given are: "
+                f"{known}; a map N of IMAGE.jpg is the file IMAGE.expert-N.png beside it, or IMAGE.mask.png"
             )
 
 
@@ -172,19 +165,19 @@ def _manifest(dataset: Dataset, priors: tuple[Prior, ...], indexes: list[PriorIn
         of_split = list(islice(remaining, len(info.shards)))
         splits[name] = tuple(index.shard for index in of_split)
         starts = accumulate((index.shard.num_samples for index in of_split), initial=0)
-        unreadable[name] = tuple(
-            start + row for start, index in zip(starts, of_split, strict=False) for row in index.unreadable
-        )
-    totals = {
-        prior.name: sum((index.moments[prior.name] for index in indexes), RunningMoments.zero(prior.channels))
-        for prior in priors
-        if not prior.nearest
-    }
+        rows = [(start, index.unreadable) for start, index in zip(starts, of_split, strict=False)]
+        unreadable[name] = tuple(start + row for start, lost in rows for row in lost)
+    statistics = {}
+    for prior in priors:
+        if not prior.nearest:
+            moments = sum((index.moments[prior.name] for index in indexes), RunningMoments.zero(prior.channels))
+            if moments.count:
+                statistics[prior.name] = moments.statistics()
     return PriorManifest(
         dataset=dataset.manifest.fingerprint,
         priors=priors,
         fingerprints=fingerprints(priors),
-        statistics={name: moments.statistics() for name, moments in totals.items() if moments.count},
+        statistics=statistics,
         splits=splits,
         unreadable=unreadable,
         num_flat=sum(len(index.bad) - len(index.unreadable) for index in indexes),
@@ -195,102 +188,87 @@ def _prepare_shard(task: _Task) -> PriorIndex:
     """Makes one prior shard and its index where they lack something; returns the index."""
     cv2.setNumThreads(1)  # the pool has a process for every core
     keep_freed_memory()
-    index, first = _index(task), fingerprints(accelerated(task.priors))
-    if index is not None:
+    place = storage.join(task.url, task.images.name)
+    index, data = None, b""
+    with suppress(*NO_FILE, ValueError):
+        data = storage.read_bytes(place)
+        index = PriorIndex.from_bytes(storage.read_bytes(index_name(place)))
+    if index is None or storage.digest(data) != index.shard.sha256:
+        return _write_shard(task, place, {})
+    if index.images == task.images.sha256 and _is_complete(index, task):
+        return index
+    records = {}
+    for offset, size in zip(index.offsets, index.sizes, strict=True):
+        with suppress(ValueError):  # of another format
+            record = Record.from_bytes(data[offset : offset + size])
+            if record.bad is None or index.fingerprints == fingerprints(task.before):  # else it is tried again
+                records[record.key] = record
+    return _write_shard(task, place, records)
+
+
+def _is_complete(index: PriorIndex, task: _Task) -> bool:
+    """Whether the shard of this index, made from these images, has the maps of this pass."""
+    if index.fingerprints == fingerprints(task.priors):
         # dataset.json is the same, but a damaged image shard may be mended since, and a local one damaged; a remote one
         # is not fetched for the question alone
         local = storage.local_path(task.split.url) is not None
-        complete = index.fingerprints == fingerprints(task.priors)
-        if complete and index.fault is None and not (local and task.split.fault(0) is not None):
-            return index
-        lacks_none = not index.bad and fingerprints(task.computed).items() <= index.fingerprints.items()
-        if task.computed != task.priors and lacks_none:
-            return index
-    before = _read_records(task.place)
-    if not (task.after_first_pass and index is not None and index.fingerprints == first):
-        before = {key: record for key, record in before.items() if record.bad is None}  # what failed is tried again
-    index, tar = _make_shard(task, before=before)
-    storage.write_bytes_atomic(task.place, tar)
-    storage.write_bytes_atomic(index_name(task.place), index.to_bytes())  # after the tar: it vouches for it
-    return index
+        if index.fault is None and not (local and task.split.fault(0) is not None):
+            return True
+    computed = fingerprints(task.computed).items() <= index.fingerprints.items()
+    return task.computed != task.priors and computed and not index.bad
 
 
-def _index(task: _Task) -> PriorIndex | None:
-    """The index of the prior shard if it is whole and was made from these images."""
-    try:
-        index = PriorIndex.from_bytes(storage.read_bytes(index_name(task.place)))
-        whole = index.images == task.images.sha256 and storage.sha256(task.place) == index.shard.sha256
-    except (*NO_FILE, ValueError):
-        return None
-    return index if whole else None
-
-
-def _read_records(place: str) -> dict[str, Record]:
-    """The records of the prior shard at `place` that can be read, by key, whatever they were made from."""
-    records: dict[str, Record] = {}
-    try:
-        data = storage.read_bytes(place)
-    except NO_FILE:
-        return records
-    for member in list_members(io.BytesIO(data), size_bytes=len(data)).members:
-        with suppress(ValueError):  # a damaged record is computed again
-            record = Record.from_bytes(data[member.offset : member.offset + member.size])
-            records[record.key] = record
-    return records
-
-
-def _make_shard(task: _Task, *, before: Mapping[str, Record]) -> tuple[PriorIndex, bytes]:
-    """The shard's index and bytes; `before` holds the records whose maps are carried over where they still hold."""
-    records = _make_records(task, before=before)
-    moments = {prior.name: RunningMoments.zero(prior.channels) for prior in task.computed if not prior.nearest}
-    for record in (record for record in records if record.bad is None):
-        for name in moments:
-            moments[name] += RunningMoments.of(record.maps[name].decode())
-    file = io.BytesIO()
-    tar = TarWriter(file)
-    members = [tar.add(f"{record.key}.{MEMBER_EXTENSION}", record.to_bytes()) for record in records]
-    tar.finish()
-    data = file.getvalue()
-    digest = storage.digest(data)
-    index = PriorIndex(
-        shard=ShardInfo(name=task.images.name, num_samples=len(records), size_bytes=len(data), sha256=digest),
-        images=task.images.sha256,
-        fingerprints=fingerprints(task.computed),
-        offsets=tuple(member.offset for member in members),
-        sizes=tuple(member.size for member in members),
-        moments=moments,
-        bad=tuple((record.key, record.bad) for record in records if record.bad is not None),
-        unreadable=tuple(row for row, record in enumerate(records) if not record.source),
-        fault=task.split.fault(0),
-    )
-    return index, data
-
-
-def _make_records(task: _Task, *, before: Mapping[str, Record]) -> list[Record]:
-    """The record of every sample of the shard, in order: without maps where it cannot be read, flat where a map fails.
+def _write_shard(task: _Task, place: str, records: dict[str, Record]) -> PriorIndex:
+    """Writes the shard and its index; `records` are those from before, whose maps are kept where they still hold.
 
     Which images share a batch depends on the shard alone, not on what is lacking or cannot be read, so that the same
     maps come out whenever they are made. An error of a batch is not the fault of a sample, and stops the stage.
     """
-    records = dict(before)
     for prior in task.computed:
         if isinstance(prior, BatchExtractor):
             samples = task.split.read_shard(0)
             while batch := list(islice(samples, prior.batch_size)):
                 pulse()
-                records |= _run_batch(batch, prior, before=records, device=task.device)
-    made = []
-    for sample in task.split.read_shard(0):
+                records |= _run_batch(batch, prior, records, device=task.device)
+    moments = {prior.name: RunningMoments.zero(prior.channels) for prior in task.computed if not prior.nearest}
+    members: list[Member] = []
+    bad: list[tuple[str, str]] = []
+    unreadable: list[int] = []
+    file = io.BytesIO()
+    tar = TarWriter(file)
+    for row, sample in enumerate(task.split.read_shard(0)):
         pulse()
-        made.append(_make_record(sample, task, before=records.get(sample.key)))
-    return made
+        record = _make_record(sample, task, records)
+        members.append(tar.add(f"{record.key}.{MEMBER_EXTENSION}", record.to_bytes()))
+        if record.bad is not None:
+            bad.append((record.key, record.bad))
+            unreadable += [] if record.source else [row]
+            continue
+        for name in moments:
+            moments[name] += RunningMoments.of(record.maps[name].decode())
+    tar.finish()
+    shard = ShardInfo(name=task.images.name, num_samples=len(members), size_bytes=tar.size_bytes, sha256=tar.sha256)
+    index = PriorIndex(
+        shard=shard,
+        images=task.images.sha256,
+        fingerprints=fingerprints(task.computed),
+        offsets=tuple(member.offset for member in members),
+        sizes=tuple(member.size for member in members),
+        moments=moments,
+        bad=tuple(bad),
+        unreadable=tuple(unreadable),
+        fault=task.split.fault(0),
+    )
+    storage.write_bytes_atomic(place, file.getvalue())
+    storage.write_bytes_atomic(index_name(place), index.to_bytes())  # after the tar: it vouches for it
+    return index
 
 
 def _run_batch(
-    samples: list[Sample | Unreadable], prior: BatchExtractor, *, before: Mapping[str, Record], device: str
+    samples: list[Sample | Unreadable], prior: BatchExtractor, records: Mapping[str, Record], *, device: str
 ) -> dict[str, Record]:
     """The records, with the map of `prior`, of those samples that lack it and whose image can be read."""
-    own = {sample.key: _own_record(sample, before.get(sample.key)) for sample in samples if isinstance(sample, Sample)}
+    own = {sample.key: _own_record(sample, records) for sample in samples if isinstance(sample, Sample)}
     lacking = {key for key, record in own.items() if record.bad is None and not _holds(record.maps, prior)}
     if not lacking:
         return {}
@@ -312,10 +290,11 @@ def _run_batch(
     return made
 
 
-def _make_record(sample: Sample | Unreadable, task: _Task, *, before: Record | None) -> Record:
+def _make_record(sample: Sample | Unreadable, task: _Task, records: Mapping[str, Record]) -> Record:
+    """The record of a sample: without maps where it cannot be read, with flat ones where a map fails."""
     if isinstance(sample, Unreadable):
         return Record(sample.key, b"", bad=sample.reason)
-    own = _own_record(sample, before)
+    own = _own_record(sample, records)
     maps, bad = own.maps, own.bad
     missing = [prior for prior in task.computed if not _holds(maps, prior)]
     if missing and bad is None:  # else the image was decoded when its maps were made
@@ -341,9 +320,9 @@ def _views(sample: Sample | Unreadable) -> ImageViews | str:
         return str(error)
 
 
-def _own_record(sample: Sample, before: Record | None) -> Record:
-    """The record before, where it was made of this very sample, else one without a map."""
-    source = source_hash(sample)
+def _own_record(sample: Sample, records: Mapping[str, Record]) -> Record:
+    """The record from before, where it was made of this very sample, else one without a map."""
+    source, before = source_hash(sample), records.get(sample.key)
     return before if before is not None and before.source == source else Record(sample.key, source)
 
 

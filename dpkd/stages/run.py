@@ -1,39 +1,27 @@
 """The run that a training stage is part of, as one worker sees it, and its training split."""
 
-from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from dpkd.data.attributes import score_weights
 from dpkd.data.labels import visible_labels
 from dpkd.data.settings import GLOBAL, AugmentSettings
 from dpkd.data.shards import Dataset, Split
 from dpkd.data.stream import ViewPlan
-from dpkd.engine.protocol import Engine
-from dpkd.engine.settings import EngineSettings, TrainingSettings
+from dpkd.engine.settings import TrainingSettings
 from dpkd.engine.world import World
 from dpkd.errors import UserError
-from dpkd.log import EventLog
 from dpkd.objectives.base import VIEW_MAPS, ClassAttributes, Objective, Supervision
 from dpkd.objectives.supervised import log_class_prior
 from dpkd.priors.store import PriorSet, PriorSplit, fingerprints
 from dpkd.run.folder import RunFolder
 from dpkd.settings import DataSettings, Settings
-from dpkd.stages.attributes import attribute_table
-
-
-class EngineFactory(Protocol):
-    """Makes the engine that the settings name around a network."""
-
-    def __call__(self, module: nn.Module, *, settings: EngineSettings, **arguments: Any) -> Engine:
-        """`TorchEngine` documents the arguments."""
+from dpkd.stages.plan import attribute_table, dataset_url
 
 
 @dataclass(frozen=True)
@@ -43,7 +31,12 @@ class Run:
     folder: RunFolder
     world: World
     settings: Settings
-    make_engine: EngineFactory
+
+    @staticmethod
+    def open(settings: Settings, world: World, *, attempt: int | None = None) -> "Run":
+        """The run of these settings; `attempt` is the number of the one that writes, None for who only reads."""
+        folder = RunFolder(settings.run.dir, checkpoints=settings.run.checkpoints, attempt=attempt)
+        return Run(folder, world, settings)
 
     @property
     def seed(self) -> int:
@@ -54,11 +47,6 @@ class Run:
     def data(self) -> DataSettings:
         """The settings of the images."""
         return self.settings.data
-
-    @cached_property
-    def events(self) -> EventLog:
-        """Where events are written; rank 0 alone does so."""
-        return self.folder.event_log()
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -125,6 +113,10 @@ class Run:
             )
         return size
 
+    def micro_batches(self, training: TrainingSettings) -> int:
+        """Micro-batches of one worker in a step."""
+        return training.batch_size // (self.micro_batch_size(training) * self.world.size)
+
 
 @dataclass(frozen=True)
 class TrainingSet:
@@ -141,12 +133,6 @@ class TrainingSet:
     def num_samples(self) -> int:
         """Samples that are drawn in an epoch."""
         return self.split.num_samples - len(self.unreadable)
-
-    @property
-    def shard_sizes(self) -> list[int]:
-        """Samples of each shard that are drawn."""
-        lost = Counter(self.split.locate(i)[0] for i in self.unreadable.tolist())
-        return [size - lost[shard] for shard, size in enumerate(self.split.shard_sizes)]
 
 
 def training_set(run: Run, training: TrainingSettings, objectives: Iterable[Objective]) -> TrainingSet:
@@ -168,8 +154,7 @@ def training_set(run: Run, training: TrainingSettings, objectives: Iterable[Obje
         names = [run.dataset.manifest.classes[label] for label in classes]
         raise UserError(
             f"the split {split.name!r} holds {len(classes)} labelled {'class' if len(classes) == 1 else 'classes'} "
-            f"({', '.join(names) or 'none'}); training "
-            "needs two or more: check the folder layout or the label column of data.source"
+            f"({', '.join(names) or 'none'}), and training needs two: check the folders or the labels of data.source"
         )
     own_label_N = np.where(split.label_N < 0, -1, np.searchsorted(classes, split.label_N))
     label_N = visible_labels(own_label_N, run.data.labels, keys=split.keys, seed=run.seed, unreadable=unreadable)
@@ -193,8 +178,3 @@ def supervision(run: Run, data: TrainingSet) -> Supervision:
     log_prior_K = log_class_prior(torch.from_numpy(data.label_N), len(data.class_names)).to(device)
     share = float((data.label_N >= 0).sum() / data.num_samples)
     return Supervision(data.class_names, share, log_prior_K, attributes)
-
-
-def dataset_url(folder: RunFolder, data: DataSettings) -> str:
-    """Where the packed images are."""
-    return data.shards or str(folder.path / "shards")

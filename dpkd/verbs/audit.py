@@ -12,11 +12,10 @@ from dpkd.engine.world import World
 from dpkd.errors import UserError
 from dpkd.io.checkpoint_store import CheckpointStore
 from dpkd.log import logger, show
-from dpkd.settings import Settings, load_settings
+from dpkd.settings import DistillSettings, TeacherSettings, load_settings
 from dpkd.stages.plan import teaching_stages
 from dpkd.stages.run import Run, training_set
 from dpkd.stages.training import sample_order
-from dpkd.stages.worker import open_run
 from dpkd.train.divergence import read_skipped
 from dpkd.train.sample_log import History, checksum, read_history
 
@@ -34,13 +33,15 @@ def audit(folder: str) -> None:
     if not path.exists():
         raise UserError(f"{folder}: no settings.yaml there; give the folder of a run")
     settings = load_settings(path, [])
-    alone = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-    run = open_run(settings, alone)
+    run = Run.open(settings, World(rank=0, size=1, local_rank=0, device=torch.device("cpu")))
+    parts: dict[str, TeacherSettings | DistillSettings] = {
+        stage: settings.teachers[name] for stage, name in teaching_stages(settings).items()
+    }
     table = Table("stage", "steps", "attempts", "rolled back", "skipped", "samples", "times each")
     faults: list[str] = []
-    for stage in (*teaching_stages(settings), "distill"):
+    for stage, part in (parts | {"distill": settings.distill}).items():
         if run.folder.sample_log(stage).is_dir():
-            row, found = _audit_stage(run, settings, stage)
+            row, found = _audit_stage(run, stage, part)
             table.add_row(stage, *row)
             faults += found
     if not table.rows:
@@ -49,27 +50,22 @@ def audit(folder: str) -> None:
     if faults:
         more = f"; and {len(faults) - NUM_NAMED:,} more" if len(faults) > NUM_NAMED else ""
         raise UserError(
-            f"{folder}: {len(faults):,} steps did not use just what the order says: "
-            f"{'; '.join(faults[:NUM_NAMED])}{more}. "
-            "What was trained on them is not what the settings describe: keep the folder, and report it"
+            f"{folder}: {len(faults):,} steps did not use just what the order says: {'; '.join(faults[:NUM_NAMED])}"
+            f"{more}. What was trained on them is not what the settings describe: keep the folder, and report it"
         )
     logger.info("every step used just the samples that the order gives it, each once")
 
 
-def _audit_stage(run: Run, settings: Settings, stage: str) -> tuple[list[str], list[str]]:
+def _audit_stage(run: Run, stage: str, part: TeacherSettings | DistillSettings) -> tuple[list[str], list[str]]:
     """The cells of a stage's row, and what is wrong, step by step."""
-    teaching = teaching_stages(settings)
-    part = settings.teachers[teaching[stage]] if stage in teaching else settings.distill
-    training = part.training
-    key = f"teachers.{teaching[stage]}." if stage in teaching else "distill."
-    objectives = [objective for name, objective in settings.objectives.items() if name.startswith(key)]
-    samples = training_set(run, training, objectives)
-    order = sample_order(run, training, samples)
+    networks = part.students.values() if isinstance(part, DistillSettings) else [part]
+    objectives = [objective for network in networks for objective in network.objectives]
+    samples = training_set(run, part.training, objectives)
+    order = sample_order(run, part.training, samples)
     history = read_history(run.folder.sample_log(stage))
     skipped = read_skipped(run.folder.skipped(stage))
-    record = run.folder.stages().get(stage)
-    if record is not None and record["status"] == "done":
-        last = training.num_steps(samples.num_samples)
+    if run.folder.stages().get(stage, {}).get("status") == "done":
+        last = part.training.num_steps(samples.num_samples)
     else:  # the steps that the newest checkpoint covers
         last = max((mark.step for mark in CheckpointStore(run.folder.checkpoints(stage)).committed()), default=0)
     steps = [step for step in range(last) if step not in skipped]
@@ -81,9 +77,8 @@ def _audit_stage(run: Run, settings: Settings, stage: str) -> tuple[list[str], l
     drawn = np.delete(used, samples.unreadable)
     times = f"{drawn.min()} to {drawn.max()}" if last else ""
     numbers = (last, history.num_attempts, history.num_rolled_back, len(skipped), int(drawn.sum()))
-    return [*(f"{number:,}" for number in numbers), times], [
-        f"{stage} step {step + 1}: {fault}" for step, fault in faults.items()
-    ]
+    named = [f"{stage} step {step + 1}: {fault}" for step, fault in faults.items()]
+    return [*(f"{number:,}" for number in numbers), times], named
 
 
 def judge(history: History, order: SampleOrder, steps: Iterable[int]) -> dict[int, str]:

@@ -26,12 +26,12 @@ def doctor() -> None:
         # here, not at the top: the command line loads this module, and torch takes seconds or may be missing
         import torch  # noqa: PLC0415
 
-        for index in range(torch.cuda.device_count()):
-            gpu = torch.cuda.get_device_properties(index)
+        gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        for index, gpu in enumerate(gpus):
             logger.info(f"  GPU {index}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
-        if not torch.cuda.device_count():
+        if not gpus:
             logger.info("  no GPU: training runs on the CPU with the plain PyTorch engine")
             for name, (programs, way_out) in CPU_TOOLS.items():
-                there = any(map(shutil.which, programs))
-                logger.info(f"  {name}: {'found' if there else f'missing; engine.kind=deepspeed needs it: {way_out}'}")
+                missing = "" if any(map(shutil.which, programs)) else f"; engine.kind=deepspeed needs it: {way_out}"
+                logger.info(f"  {name}: {'missing' if missing else 'found'}{missing}")
     logger.info(f"  disk: {shutil.disk_usage('.').free / 1e9:.0f} GB free here")

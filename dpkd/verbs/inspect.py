@@ -41,8 +41,15 @@ def inspect_dataset(url: str) -> None:
         counted = ", ".join(f"{name} of {count:,} samples" for name, count in given.items())
         logger.info(f"given with the images: {counted}")
     set_names = prior_sets(url)
+    num_samples = sum(split.num_samples for split in manifest.splits.values())
     for name in set_names:
-        _show_left_out(dataset, name)
+        priors = read_manifest(set_url(url, name))
+        if priors is None or priors.dataset != manifest.fingerprint:
+            continue  # `_inspect_priors` says what is wrong with the set
+        logger.info(f"prior set {name}: {priors.num_flat:,} of {num_samples:,} samples have flat maps")
+        lost = [dataset.split(split).keys[i] for split, numbers in priors.unreadable.items() for i in numbers]
+        if lost:
+            logger.info(f"prior set {name}: {len(lost):,} could not be read and are left out: {_first(lost, ', ')}")
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     _check_shards(url, shards, way_out="pack again, which makes the damaged ones anew")
     logger.info("every shard is as its manifest says")
@@ -64,38 +71,24 @@ def draw_samples(url: str, picture: Path, *, set_name: str, keys: Sequence[str] 
     if picture.suffix != ".png":
         raise UserError(f"{picture} would hold a PNG: give --picture a path that ends in .png")
     dataset, priors = Dataset.open(url), PriorSet.open(url, set_name)
-    places = {}
-    for name in dataset.manifest.splits:
-        lost = () if keys else set(priors.unreadable(name).tolist())
-        for i, key in enumerate(dataset.split(name).keys):
-            if key in keys or (not keys and i not in lost):
-                places[key] = (name, i)
+    splits = {name: dataset.split(name) for name in dataset.manifest.splits}
+    places = {key: (name, i) for name, split in splits.items() for i, key in enumerate(split.keys)}
     for key in keys:
         if key not in places:
             raise UserError(f"{url} has no sample {key!r}; a key is an image's path without its extension")
-    count = min(NUM_SHOWN, len(places))
-    chosen = keys or [list(places)[(2 * k + 1) * len(places) // (2 * count)] for k in range(count)]
+    lost = {(name, i) for name in splits for i in priors.unreadable(name).tolist()}
+    readable = [key for key, place in places.items() if place not in lost]
+    count = min(NUM_SHOWN, len(readable))
+    chosen = keys or [readable[(2 * k + 1) * len(readable) // (2 * count)] for k in range(count)]
     samples = []
     for name, i in map(places.__getitem__, chosen):
-        sample = dataset.split(name).read(i)
+        sample = splits[name].read(i)
         maps = priors.split(name).only(priors.channels).read(i, sample)
         samples.append(ShownSample(decode_image(sample.image), maps))
     done, png = cv2.imencode(".png", cv2.cvtColor(sheet(samples), cv2.COLOR_RGB2BGR))
     assert done, "OpenCV could not write a PNG"
     storage.write_bytes_atomic(picture, png.tobytes())
     logger.info(f"{len(samples)} samples with {len(samples[0].maps)} maps each: {picture}")
-
-
-def _show_left_out(dataset: Dataset, name: str) -> None:
-    """Prints how many samples of a prior set have flat maps, and which have none because they cannot be read."""
-    manifest = read_manifest(set_url(dataset.url, name))
-    if manifest is None or manifest.dataset != dataset.manifest.fingerprint:
-        return  # `_inspect_priors` says what is wrong with the set
-    num_samples = sum(split.num_samples for split in dataset.manifest.splits.values())
-    logger.info(f"prior set {name}: {manifest.num_flat:,} of {num_samples:,} samples have flat maps")
-    lost = [dataset.split(split).keys[i] for split, numbers in manifest.unreadable.items() for i in numbers]
-    if lost:
-        logger.info(f"prior set {name}: {len(lost):,} could not be read and are left out: {_first(lost, ', ')}")
 
 
 def _check_shards(url: str, shards: Sequence[ShardInfo], *, way_out: str) -> None:
@@ -138,9 +131,8 @@ def _inspect_priors(dataset: Dataset, name: str) -> None:
         table.add_row(prior.name, str(prior.channels), f"{size_bytes[prior.name] / num_samples:,.0f}", *cells)
     show(table)
     _refuse(url, damaged, way_out=again)
-    logger.info(
-        f"every sample that can be read has its {len(priors.manifest.priors)} maps, each of its own image and readable"
-    )
+    num_maps = len(priors.manifest.priors)
+    logger.info(f"every sample that can be read has its {num_maps} maps, each of its own image and readable")
 
 
 def _refuse(url: str, damaged: Sequence[str], *, way_out: str) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpkd.backends.engines import make_engine
 from dpkd.engine.world import World
 from dpkd.launch.pool import LocalPool
 from dpkd.models.network import build_network
@@ -54,7 +53,7 @@ def untrained_run(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory)
         }
     )
     world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-    run = Run(folder=RunFolder(place), world=world, settings=settings, make_engine=make_engine)
+    run = Run(folder=RunFolder(place), world=world, settings=settings)
     run.folder.path.mkdir()
     pool, quarantine = LocalPool(1), Quarantine(run.folder.quarantine, limit=0.0)
     url = str(run.folder.path / "shards")

@@ -21,7 +21,7 @@ from dpkd.priors.catalogue.hog import Hog
 from dpkd.priors.catalogue.superpixel import Superpixel
 from dpkd.priors.codecs import CODECS
 from dpkd.priors.record import Record, StoredMap
-from dpkd.priors.store import PriorSet
+from dpkd.priors.store import PriorIndex, PriorSet
 from dpkd.report.quarantine import Quarantine
 from dpkd.settings import PrepareSettings
 from dpkd.stages.prepare import prepare
@@ -62,9 +62,13 @@ def mark(dataset: Dataset, kind: str) -> None:
             marked.append(dataclasses.replace(record, maps={**record.maps, kind: stored}))
         with path.open("wb") as file:
             tar = TarWriter(file)
-            for record in marked:
-                tar.add(f"{record.key}.priors.msgpack", record.to_bytes())
+            members = [tar.add(f"{record.key}.priors.msgpack", record.to_bytes()) for record in marked]
             tar.finish()
+        place = path.with_name(path.name.replace(".tar", ".index.msgpack"))
+        index = PriorIndex.from_bytes(place.read_bytes())
+        shard = index.shard.model_copy(update={"size_bytes": tar.size_bytes, "sha256": tar.sha256})
+        offsets, sizes = ([getattr(member, name) for member in members] for name in ("offset", "size"))
+        place.write_bytes(dataclasses.replace(index, shard=shard, offsets=offsets, sizes=sizes).to_bytes())
 
 
 def is_marked(stored: StoredMap) -> bool:

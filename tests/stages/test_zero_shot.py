@@ -10,7 +10,7 @@ from dpkd.errors import UserError
 from dpkd.evaluation.attributes import zero_shot_accuracy
 from dpkd.models.saved import load_network
 from dpkd.models.settings import NetworkSpec
-from dpkd.stages.attributes import zero_shot
+from dpkd.stages.evaluate import zero_shot
 from dpkd.stages.run import Run
 from tests.runs import with_data
 
