@@ -119,16 +119,14 @@ class DataSettings(Config):
         return tuple(dict.fromkeys(split for split in (self.val, self.test) if split is not None))
 
 
-def _none_for_auto(value: Any) -> Any:
-    return None if value == "auto" else value
-
-
 class PrepareSettings(Config):
     """The prior maps computed once for every sample."""
 
     name: str = Field("default", pattern=r"^\w[\w.-]*$")
     """Name of the prior set: `<shards>/priors/<name>`."""
-    priors: Annotated[tuple[Prior, ...] | None, BeforeValidator(_none_for_auto)] = None
+    priors: Annotated[tuple[Prior, ...] | None, BeforeValidator(lambda given: None if given == "auto" else given)] = (
+        None
+    )
     """`auto` (and none) computes what the objectives and poolings of this run need."""
 
     @property
@@ -253,9 +251,8 @@ class Settings(Config):
     @property
     def world_sizes(self) -> tuple[int, ...]:
         """The numbers of workers that may share every batch equally, ascending; empty where the launcher chooses."""
-        most = self.launcher.workers or 0
+        most, trainings = self.launcher.workers or 0, self.trainings.values()
         sizes = range(self.launcher.min_workers or most, most + 1) if most else ()
-        trainings = self.trainings.values()
         return tuple(size for size in sizes if all(training.divides(size) for training in trainings))
 
     @model_validator(mode="after")

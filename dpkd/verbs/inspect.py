@@ -102,7 +102,8 @@ def _check_shards(url: str, shards: Sequence[ShardInfo], *, way_out: str) -> Non
             elif storage.sha256(place) != shard.sha256:
                 damaged.append(f"{shard.name} has another sha256 than its manifest says")
             progress.advance()
-    _refuse(url, damaged, way_out=way_out)
+    if damaged:
+        raise UserError(f"{url}: {_first(damaged, '; ')}; {way_out}")
 
 
 def _inspect_priors(dataset: Dataset, name: str) -> None:
@@ -130,14 +131,10 @@ def _inspect_priors(dataset: Dataset, name: str) -> None:
         cells = (" ".join(f"{value:.2f}" for value in values) for values in numbers)
         table.add_row(prior.name, str(prior.channels), f"{size_bytes[prior.name] / num_samples:,.0f}", *cells)
     show(table)
-    _refuse(url, damaged, way_out=again)
+    if damaged:
+        raise UserError(f"{url}: {_first(damaged, '; ')}; {again}")
     num_maps = len(priors.manifest.priors)
     logger.info(f"every sample that can be read has its {num_maps} maps, each of its own image and readable")
-
-
-def _refuse(url: str, damaged: Sequence[str], *, way_out: str) -> None:
-    if damaged:
-        raise UserError(f"{url}: {_first(damaged, '; ')}; {way_out}")
 
 
 def _first(words: Sequence[str], separator: str) -> str:
