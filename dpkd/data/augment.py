@@ -54,27 +54,24 @@ def random_views(
 
     The draws of a view depend on its place among the views, so that the first is the same whatever follows.
     """
-    draws = uniform(_NUM_DRAWS * len(settings), seed=seed, purpose=Purpose.VIEWS, place=(epoch, index)).tolist()
-    return [
-        _random_view(own, image_size, draws[place * _NUM_DRAWS : (place + 1) * _NUM_DRAWS])
-        for place, own in enumerate(settings)
-    ]
-
-
-def _random_view(settings: AugmentSettings, image_size: tuple[int, int], draws: list[float]) -> Crop:
-    height, width = _crop_size(settings, image_size, draws[: 2 * _NUM_CROPS])
-    at_top, at_left, flip, brightness, contrast, saturation = draws[2 * _NUM_CROPS :]
-    return Crop(
-        *image_size,
-        top=int(at_top * (image_size[0] - height + 1)),
-        left=int(at_left * (image_size[1] - width + 1)),
-        height=height,
-        width=width,
-        flip=flip < settings.flip,
-        brightness=_factor(settings.brightness, brightness),
-        contrast=_factor(settings.contrast, contrast),
-        saturation=_factor(settings.saturation, saturation),
-    )
+    all_draws = uniform(_NUM_DRAWS * len(settings), seed=seed, purpose=Purpose.VIEWS, place=(epoch, index))
+    views = []
+    for own, draws in zip(settings, all_draws.reshape(-1, _NUM_DRAWS).tolist(), strict=True):
+        height, width = _crop_size(own, image_size, draws[: 2 * _NUM_CROPS])
+        at_top, at_left, flip, brightness, contrast, saturation = draws[2 * _NUM_CROPS :]
+        view = Crop(
+            *image_size,
+            top=int(at_top * (image_size[0] - height + 1)),
+            left=int(at_left * (image_size[1] - width + 1)),
+            height=height,
+            width=width,
+            flip=flip < own.flip,
+            brightness=_factor(own.brightness, brightness),
+            contrast=_factor(own.contrast, contrast),
+            saturation=_factor(own.saturation, saturation),
+        )
+        views.append(view)
+    return views
 
 
 def centre_view(image_size: tuple[int, int]) -> Crop:
@@ -100,10 +97,14 @@ def apply_map(view: Crop, map_HWC: Map, *, size: int, nearest: bool, flip: Calla
 
     `nearest` takes the value of the cell below each centre, for labels. `flip` gives the map of the mirrored image.
     """
-    rows, columns = map_HWC.shape[0] / view.image_height, map_HWC.shape[1] / view.image_width
-    y = (view.top * rows, view.height * rows, map_HWC.shape[0], size)
-    x = (view.left * columns, view.width * columns, map_HWC.shape[1], size)
-    seen = map_HWC[_nearest_cells(*y)[:, None], _nearest_cells(*x)] if nearest else _resample(map_HWC, y, x)
+    height, width, channels = map_HWC.shape
+    y = (view.top * (height / view.image_height), view.height * (height / view.image_height), height, size)
+    x = (view.left * (width / view.image_width), view.width * (width / view.image_width), width, size)
+    if nearest:
+        seen = map_HWC[_nearest_cells(*y)[:, None], _nearest_cells(*x)]
+    else:
+        tall = _triangle_weights(*y) @ map_HWC.astype(np.float32, copy=False).reshape(height, width * channels)
+        seen = np.matmul(_triangle_weights(*x), tall.reshape(-1, width, channels))
     return np.asarray(flip(seen) if view.flip else seen, np.float32)
 
 
@@ -151,16 +152,6 @@ def _colour_matrix(view: Crop, *, mean_RGB: Sequence[float]) -> NDArray[np.float
     matrix[:, :3] *= view.brightness * view.contrast
     matrix[:, 3] = (1 - view.contrast) * view.brightness * float(GREY @ mean_RGB)
     return matrix
-
-
-Span = tuple[float, float, int, int]
-"""A crop along one axis: its start and length in cells, the cells there are, and the samples wanted."""
-
-
-def _resample(map_HWC: Map, y: Span, x: Span) -> NDArray[np.float32]:
-    height, width, channels = map_HWC.shape
-    tall = _triangle_weights(*y) @ map_HWC.astype(np.float32, copy=False).reshape(height, width * channels)
-    return np.matmul(_triangle_weights(*x), tall.reshape(-1, width, channels))
 
 
 @lru_cache(64)

@@ -12,13 +12,9 @@ from dpkd.errors import UserError
 
 Labels = NDArray[np.int64]
 
-_NONE: Labels = np.empty(0, np.int64)
-_NUM_NAMED = 3
-"""Keys that an error names."""
-
 
 def visible_labels(
-    label_N: Labels, settings: VisibleLabels, *, keys: Sequence[str], seed: int, unreadable: Labels = _NONE
+    label_N: Labels, settings: VisibleLabels, *, keys: Sequence[str], seed: int, unreadable: Labels | Sequence[int] = ()
 ) -> Labels:
     """The labels [N] that training may see, -1 for the others.
 
@@ -29,7 +25,7 @@ def visible_labels(
     Raises `UserError` for a list that does not fit the split.
     """
     readable_N = label_N.copy()
-    readable_N[unreadable] = -1
+    readable_N[np.asarray(unreadable, np.int64)] = -1
     if isinstance(settings, AllLabels):
         return readable_N
     if isinstance(settings, ListedLabels):
@@ -53,14 +49,13 @@ def visible_labels(
 
 def _listed(label_N: Labels, path: str, *, keys: Sequence[str]) -> NDArray[np.int64]:
     """The samples that the file lists by key, one a line."""
-    lines = read_lines(path, key="data.labels.path")
-    found = match_lines(lines, {key: i for i, key in enumerate(keys)})
-    shown = sorted({number for _, number in found.numbers})
+    numbers, unknown, _ = match_lines(read_lines(path, key="data.labels.path"), {key: i for i, key in enumerate(keys)})
+    shown = sorted({number for _, number in numbers})
     without_label = {keys[i] for i in shown if label_N[i] < 0}
-    unknown = "are not in the split that networks are trained on (data.train)"
-    for wrong, reason in ((set(found.unknown), unknown), (without_label, "have no label")):
+    elsewhere = "are not in the split that networks are trained on (data.train)"
+    for wrong, reason in ((set(unknown), elsewhere), (without_label, "have no label")):
         if wrong:
-            named = ", ".join(repr(key) for key in sorted(wrong)[:_NUM_NAMED])
+            named = ", ".join(map(repr, sorted(wrong)[:3]))
             raise UserError(
                 f"data.labels.path={path}: {len(wrong)} of the keys it lists {reason}, as {named}: take them out"
             )

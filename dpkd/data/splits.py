@@ -4,7 +4,8 @@ import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from dpkd.data.settings import ClassSplits, FileSplits, FractionSplits, GivenSplits
 from dpkd.data.sources.records import Record, keys_of, nearest
@@ -15,12 +16,11 @@ from dpkd.log import logger
 Splits = GivenSplits | FractionSplits | ClassSplits | FileSplits
 
 
-@dataclass(frozen=True)
-class Assignment:
+class Assignment(NamedTuple):
     """The split of every sample, None for one that the settings leave out, and the listed names that are no sample."""
 
-    splits: tuple[str | None, ...]
-    unknown: tuple[tuple[str, str], ...] = ()
+    splits: Sequence[str | None]
+    unknown: Sequence[tuple[str, str]] = ()
 
 
 def draw(seed: int, name: str) -> bytes:
@@ -42,15 +42,10 @@ def group_by_pattern(records: Sequence[Record], pattern: str | None) -> tuple[li
         raise UserError(f"data.group_pattern={pattern!r} is not a regular expression: {error}") from error
     if not compiled.groups:
         raise UserError(f"data.group_pattern={pattern!r} has no group: put the part that names it in parentheses")
-    grouped: list[Record] = []
-    stray: list[tuple[str, str]] = []
     reason = f"data.group_pattern={pattern!r} does not match the path; let it match every one"
-    for record in records:
-        match = compiled.search(record.name)
-        if match and match[1] is not None:
-            grouped.append(replace(record, group=match[1]))
-        else:
-            stray.append((record.name, reason))
+    matches = [(record, compiled.search(record.name)) for record in records]
+    grouped = [replace(record, group=match[1]) for record, match in matches if match and match[1] is not None]
+    stray = [(record.name, reason) for record, match in matches if not match or match[1] is None]
     if records and not grouped:
         raise UserError(
             f"data.group_pattern={pattern!r} matches no sample; a sample's path is, for one, {records[0].name!r}"
@@ -69,24 +64,23 @@ def assign(
     """
     match splits:
         case GivenSplits():
-            wanted, assignment = set(), Assignment(tuple(record.split or train for record in records))
+            wanted, assignment = set(), Assignment([record.split or train for record in records])
         case FractionSplits():
-            wanted = set(splits.fractions)
-            assignment = Assignment(tuple(_by_fraction(records, splits.fractions, seed=seed)))
+            wanted, assignment = set(splits.fractions), Assignment(_by_fraction(records, splits.fractions, seed=seed))
         case ClassSplits():
             wanted = set(splits.classes)
-            assignment = Assignment(tuple(_by_class(records, splits.classes, seed=seed, train=train)))
+            assignment = Assignment(_by_class(records, splits.classes, seed=seed, train=train))
         case FileSplits():
             wanted, assignment = set(splits.files), _by_file(records, listed)
-    first: dict[str, int] = {}
-    for i, record in enumerate(records):
-        if record.group is None or assignment.splits[i] is None:
+    first: dict[str, tuple[str, str]] = {}
+    for record, split in zip(records, assignment.splits, strict=True):
+        if record.group is None or split is None:
             continue
-        j = first.setdefault(record.group, i)
-        if assignment.splits[j] != assignment.splits[i]:
+        other, its_split = first.setdefault(record.group, (record.name, split))
+        if split != its_split:
             raise UserError(
-                f"the group {record.group!r} would be cut: {records[j].name} is in split {assignment.splits[j]!r} and "
-                f"{record.name} in {assignment.splits[i]!r}; change data.splits, or what puts them into one group"
+                f"the group {record.group!r} would be cut: {other} is in split {its_split!r} and {record.name} in "
+                f"{split!r}; change data.splits, or what puts them into one group"
             )
     if empty := sorted(wanted - set(assignment.splits)):
         raise UserError(
@@ -102,7 +96,7 @@ def _by_fraction(records: Sequence[Record], fractions: Mapping[str, float], *, s
         raise UserError(f"data.splits.fractions={dict(fractions)} must be above 0 and sum to 1")
     members: dict[tuple[bool, str], list[int]] = defaultdict(list)
     for i, record in enumerate(records):
-        members[record.group is not None, record.name if record.group is None else record.group].append(i)
+        members[(False, record.name) if record.group is None else (True, record.group)].append(i)
     strata: dict[str, list[tuple[bool, str]]] = defaultdict(list)
     for unit, rows in members.items():
         counts = Counter(records[i].class_name or "" for i in rows)
@@ -155,20 +149,20 @@ def _by_file(records: Sequence[Record], listed: Mapping[str, Sequence[str]]) -> 
         for name in (record.name, record.name.rpartition(".")[0], key):
             number_of.setdefault(name, i)
     split_of: list[str | None] = [None] * len(records)
-    unknown: list[tuple[str, str]] = []
+    lost: list[tuple[str, str]] = []
     for split, lines in listed.items():
-        found = match_lines(lines, number_of)
-        if lines and not found.numbers:
+        numbers, unknown, prefix = match_lines(lines, number_of)
+        if lines and not numbers:
             raise UserError(
                 f"data.splits.files.{split} lists {len(lines)} names, and the source has no such sample: a line such "
                 f"as {lines[0]!r} must name a sample by its path below the source, such as {records[0].name!r}"
             )
-        if found.prefix:
-            logger.info(f"data.splits.files.{split}: {found.prefix!r} before the names is passed over")
-        for name, number in found.numbers:
+        if prefix:
+            logger.info(f"data.splits.files.{split}: {prefix!r} before the names is passed over")
+        for name, number in numbers:
             before = split_of[number]
             if before not in (None, split):
                 raise UserError(f"data.splits.files lists {name!r} for {before!r} and for {split!r}: keep one")
             split_of[number] = split
-        unknown += [(name, f"listed for split {split!r}, and the source has no such sample") for name in found.unknown]
-    return Assignment(tuple(split_of), tuple(unknown))
+        lost += [(name, f"listed for split {split!r}, and the source has no such sample") for name in unknown]
+    return Assignment(split_of, lost)

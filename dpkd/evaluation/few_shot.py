@@ -29,11 +29,6 @@ class Episodes:
     """Classes with too few samples to be drawn."""
 
 
-def few_shot_key(way: int, shot: int) -> str:
-    """The name of a setting in reports: `5way_1shot`."""
-    return f"{way}way_{shot}shot"
-
-
 def draw_episodes(label_N: Integers, settings: EpisodeSettings, *, seed: int, split: str = "evaluation") -> Episodes:
     """Draws the episodes of a split from its labels, the settings and the seed alone; label -1 is never drawn.
 
@@ -74,30 +69,14 @@ def _distinct(rng: np.random.Generator, size_R: Integers, count: int) -> Integer
     return pick_RS
 
 
-def transform(embedding_ND: Floats, settings: EpisodeSettings, *, base_mean_D: Floats | None = None) -> Floats:
-    """Embeddings [N, D] of unit length, after what the settings name is done to them.
+def few_shot_accuracy(
+    embedding_ND: Floats, episodes: Episodes, *, settings: EpisodeSettings, base_mean_D: Floats | None = None
+) -> dict[str, NDArray[np.float64]]:
+    """The share of queries classified rightly in each episode, float64 [E], for every number of shots (`5way_1shot`).
 
-    `l2` does nothing more; `centred_l2` subtracts the training split's mean embedding (SimpleShot, Wang et al. 2019);
-    `power_l2` takes square roots (Hu et al. 2021), of the magnitude with its sign kept, for features below zero.
-    """
-    x_ND = np.asarray(embedding_ND, np.float32)
-    if settings.transform == "centred_l2":
-        assert base_mean_D is not None, "centred_l2 needs the mean embedding of the training split"
-        x_ND = x_ND - np.asarray(base_mean_D, np.float32)
-    elif settings.transform == "power_l2":
-        x_ND = np.sign(x_ND) * np.sqrt(np.abs(x_ND))
-    return x_ND / np.maximum(np.linalg.norm(x_ND, axis=1, keepdims=True), 1e-12)
-
-
-def episode_accuracy(
-    embedding_ND: Floats,
-    episodes: Episodes,
-    *,
-    shot: int,
-    settings: EpisodeSettings,
-    base_mean_D: Floats | None = None,
-) -> NDArray[np.float64]:
-    """The share of queries classified rightly in each episode, float64 [E].
+    Embeddings get unit length, after `settings.transform`: `l2` does nothing more; `centred_l2` subtracts the training
+    split's mean embedding (SimpleShot, Wang et al. 2019); `power_l2` takes square roots (Hu et al. 2021), of the
+    magnitude with its sign kept, for features below zero.
 
     Raises `UserError` when an embedding is not finite, since a diverged network has no accuracy.
     """
@@ -106,18 +85,26 @@ def episode_accuracy(
             "the network's embeddings hold NaN or infinity: training diverged; lower optimizer.learning_rate "
             "or set optimizer.clip"
         )
-    x_ND = transform(embedding_ND, settings, base_mean_D=base_mean_D)
-    support_EWK = episodes.support_EWK[..., :shot]
+    x_ND = np.asarray(embedding_ND, np.float32)
+    if settings.transform == "centred_l2":
+        assert base_mean_D is not None, "centred_l2 needs the mean embedding of the training split"
+        x_ND = x_ND - np.asarray(base_mean_D, np.float32)
+    elif settings.transform == "power_l2":
+        x_ND = np.sign(x_ND) * np.sqrt(np.abs(x_ND))
+    x_ND = x_ND / np.maximum(np.linalg.norm(x_ND, axis=1, keepdims=True), 1e-12)
+    classify = _nearest_centroid if settings.classifier == "nearest_centroid" else _logistic
     num_episodes, way, queries = episodes.query_EWQ.shape
     chunk = max(1, CHUNK_BYTES // (4 * way * queries * x_ND.shape[1]))
-    classify = _nearest_centroid if settings.classifier == "nearest_centroid" else _logistic
-    guesses = [
-        classify(x_ND, support_EWK[i : i + chunk], episodes.query_EWQ[i : i + chunk])
-        for i in range(0, num_episodes, chunk)
-    ]
     truth_M = np.repeat(np.arange(way), queries)
-    share_E: NDArray[np.float64] = (np.concatenate(guesses) == truth_M).mean(axis=1, dtype=np.float64)
-    return share_E
+    accuracy = {}
+    for shot in settings.shots:
+        support_EWK = episodes.support_EWK[..., :shot]
+        guesses = [
+            classify(x_ND, support_EWK[i : i + chunk], episodes.query_EWQ[i : i + chunk])
+            for i in range(0, num_episodes, chunk)
+        ]
+        accuracy[f"{settings.way}way_{shot}shot"] = (np.concatenate(guesses) == truth_M).mean(axis=1, dtype=np.float64)
+    return accuracy
 
 
 def _nearest_centroid(x_ND: Floats, support_EWK: Integers, query_EWQ: Integers) -> Integers:
@@ -126,8 +113,7 @@ def _nearest_centroid(x_ND: Floats, support_EWK: Integers, query_EWQ: Integers) 
     query_EMD = x_ND[query_EWQ.reshape(len(query_EWQ), -1)]
     # |q - c|² without |q|², which is the same for every class
     distance_EMW = (centroid_EWD**2).sum(-1)[:, None] - 2 * query_EMD @ centroid_EWD.transpose(0, 2, 1)
-    guess_EM: Integers = distance_EMW.argmin(-1)
-    return guess_EM
+    return distance_EMW.argmin(-1)
 
 
 def _logistic(x_ND: Floats, support_EWK: Integers, query_EWQ: Integers) -> Integers:
@@ -142,18 +128,6 @@ def _logistic(x_ND: Floats, support_EWK: Integers, query_EWQ: Integers) -> Integ
             for support_WK, query_WQ in zip(support_EWK, query_EWQ, strict=True)
         ]
     )
-
-
-def few_shot_accuracy(
-    embedding_ND: Floats, episodes: Episodes, *, settings: EpisodeSettings, base_mean_D: Floats | None = None
-) -> dict[str, NDArray[np.float64]]:
-    """`episode_accuracy` for every number of shots in the settings, by its key (`5way_1shot`)."""
-    return {
-        few_shot_key(settings.way, shot): episode_accuracy(
-            embedding_ND, episodes, shot=shot, settings=settings, base_mean_D=base_mean_D
-        )
-        for shot in settings.shots
-    }
 
 
 def score(accuracy_E: NDArray[np.float64]) -> dict[str, float]:

@@ -21,7 +21,7 @@ def with_attention(backbone: Backbone, predict: Callable[[], dict[str, Tensor]])
     all. For any other model, and where a compiled graph hides the block, it is the energy of the patch features, Σ_D f²
     (Zagoruyko & Komodakis 2017). Queries and keys are read as they pass, so the weights may be spread over ranks.
     """
-    attention = _last_attention(backbone)
+    attention = attention_layer(backbone)
     seen: list[Tensor] = []
     norms = [] if attention is None else [attention.q_norm, attention.k_norm]
     handles = [norm.register_forward_hook(lambda _module, _inputs, output: seen.append(output)) for norm in norms]
@@ -33,25 +33,16 @@ def with_attention(backbone: Backbone, predict: Callable[[], dict[str, Tensor]])
     if attention is None or len(seen) != len(norms):
         map_B1HW = outputs["patch"].float().square().sum(1, keepdim=True)
     else:
-        map_B1HW = _received(*seen, scale=attention.scale, backbone=backbone)
+        query_BAND, key_BAND = seen
+        weight_BANN = (query_BAND.float() * attention.scale @ key_BAND.float().transpose(-2, -1)).softmax(-1)
+        num_prefix = backbone.num_prefix_tokens
+        received_BAN = weight_BANN[:, :, 0] if num_prefix else weight_BANN.mean(2)
+        map_B1HW = received_BAN.mean(1)[:, num_prefix:].unflatten(1, backbone.grid).unsqueeze(1)
     return outputs | {"attention": map_B1HW / map_B1HW.amax((2, 3), keepdim=True).clamp(min=1e-12)}
 
 
-def attends(backbone: Backbone) -> bool:
-    """Whether `with_attention` reads the attention of this model, rather than the energy of its features."""
-    return _last_attention(backbone) is not None
-
-
-def _received(query_BAND: Tensor, key_BAND: Tensor, *, scale: float, backbone: Backbone) -> Tensor:
-    """What each patch receives, mean over heads; B1HW."""
-    weight_BANN = (query_BAND.float() * scale @ key_BAND.float().transpose(-2, -1)).softmax(-1)
-    num_prefix = backbone.num_prefix_tokens
-    rows_BAN = weight_BANN[:, :, 0] if num_prefix else weight_BANN.mean(2)
-    return rows_BAN.mean(1)[:, num_prefix:].unflatten(1, backbone.grid).unsqueeze(1)
-
-
-def _last_attention(backbone: Backbone) -> Any:
-    """The attention layer of a ViT's last block, none where the model has no such thing."""
+def attention_layer(backbone: Backbone) -> Any:
+    """The attention layer of a ViT's last block, whose map `with_attention` gives; None for any other model."""
     blocks = getattr(backbone.timm, "blocks", None)
     attention = getattr(blocks[-1], "attn", None) if isinstance(blocks, (nn.Sequential, nn.ModuleList)) else None
     plain = all(hasattr(attention, name) for name in ("qkv", "q_norm", "k_norm", "num_heads", "scale"))

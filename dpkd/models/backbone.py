@@ -43,8 +43,7 @@ class Backbone(nn.Module):
 
     def features(self, image_BCHW: Tensor) -> Tensor:
         """The model's last features, in its own layout."""
-        features: Tensor = self.timm.forward_features(image_BCHW)
-        return features
+        return self.timm.forward_features(image_BCHW)
 
     def patches(self, features: Tensor, image_size: tuple[int, int]) -> Tensor:
         """The features as a map BDHW: channels-last maps turned, prefix tokens dropped, tokens put on their grid.
@@ -59,8 +58,7 @@ class Backbone(nn.Module):
 
     def embed(self, features: Tensor) -> Tensor:
         """What the model pools of its features before its classifier, BD."""
-        embedding_BD: Tensor = self.timm.forward_head(features, pre_logits=True)
-        return embedding_BD
+        return self.timm.forward_head(features, pre_logits=True)
 
     def embed_pooled(self, pooled_BD: Tensor) -> Tensor:
         """The embedding of patch features that are pooled already: the model's own head after its pooling.
@@ -73,17 +71,16 @@ class Backbone(nn.Module):
 
     def classify(self, embedding_BD: Tensor) -> Tensor:
         """Logits BK of embeddings; the mean over its classifiers where the model has several (LeViT)."""
-        found = self.timm.get_classifier()
-        classifiers = found if isinstance(found, (tuple, list, nn.ModuleList)) else (found,)
+        own = self.timm.get_classifier()
         logits = []
-        for classifier in classifiers:
+        for classifier in own if isinstance(own, (tuple, list, nn.ModuleList)) else (own,):
             convolves = isinstance(classifier, nn.Conv2d)
             logits.append(classifier(embedding_BD[:, :, None, None] if convolves else embedding_BD).flatten(1))
         return torch.stack(logits).mean(0) if len(logits) > 1 else logits[0]
 
     @torch.no_grad()
     def _probe(self, num_classes: int) -> None:
-        """Runs one image through, learns the layout and widths, and checks that the face fits this model."""
+        """Runs one image through, learns layout and widths, and checks that the logits are those of the embedding."""
         was_training, side = self.timm.training, self._image_size
         self.timm.eval()
         device = next(self.timm.parameters()).device
@@ -95,33 +92,32 @@ class Backbone(nn.Module):
             raise UserError(f"model {self.name!r} does not run on {side} px images: {_first_line(error)}") from error
         if not isinstance(features, Tensor) or features.ndim not in (3, 4):
             raise UserError(f"model {self.name!r} gives no grid of patch features; choose another model")
-        self._is_map, width = features.ndim == 4, int(self.timm.num_features)
-        self._channels_last = self._is_map and features.shape[1] != width and features.shape[3] == width
+        self._is_map, dim = features.ndim == 4, int(self.timm.num_features)
+        self._channels_last = self._is_map and features.shape[1] != dim and features.shape[3] == dim
         if self._is_map:
-            shape = features.shape[1:3] if self._channels_last else features.shape[2:]
-            self.grid = (int(shape[0]), int(shape[1]))
+            height, width = features.shape[1:3] if self._channels_last else features.shape[2:]
         else:
             num_patches = features.shape[1] - self.num_prefix_tokens
-            cells = round(num_patches**0.5)
-            if cells * cells != num_patches:
+            height = width = round(num_patches**0.5)
+            if height * width != num_patches:
                 raise UserError(
                     f"model {self.name!r} gives {num_patches} tokens, which are no square grid; choose another model"
                 )
-            self.grid = (cells, cells)
+        self.grid = (height, width)
         if embedding_BD.ndim != 2:
             raise UserError(f"model {self.name!r} gives no embedding vector (global_pool is empty?); choose a pooling")
         self.embedding_dim = embedding_BD.shape[1]
         self.patch_dim = self.patches(features, (side, side)).shape[1]
-        if num_classes and not self._classifies(image_BCHW, embedding_BD):
-            raise UserError(f"the logits of model {self.name!r} are no function of its embedding; choose another model")
+        if num_classes:
+            try:
+                same = torch.allclose(self.classify(embedding_BD), self.timm(image_BCHW), atol=1e-4, rtol=1e-3)
+            except (RuntimeError, TypeError, LookupError):
+                same = False
+            if not same:
+                raise UserError(
+                    f"the logits of model {self.name!r} are no function of its embedding; choose another model"
+                )
         self.timm.train(was_training)
-
-    def _classifies(self, image_BCHW: Tensor, embedding_BD: Tensor) -> bool:
-        """Whether `classify` of the embedding is what the model itself answers."""
-        try:
-            return bool(torch.allclose(self.classify(embedding_BD), self.timm(image_BCHW), atol=1e-4, rtol=1e-3))
-        except (RuntimeError, TypeError, LookupError):
-            return False
 
 
 def create_timm_model(settings: ModelSettings, *, num_classes: int, image_size: int) -> nn.Module:
@@ -148,7 +144,7 @@ def create_timm_model(settings: ModelSettings, *, num_classes: int, image_size: 
                 f"model.arguments: timm refuses {settings.name!r} with {given}: {_first_line(error)}"
             ) from error
         return model
-    raise AssertionError("the second call knows no img_size")
+    raise AssertionError("the second call has no img_size")
 
 
 def _first_line(error: Exception) -> str:

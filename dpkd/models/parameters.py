@@ -1,7 +1,6 @@
 """Parameter groups for the optimizer: weight decay, and a learning rate that shrinks towards the input."""
 
 import re
-from typing import Any
 
 from timm.models import group_parameters
 from torch import nn
@@ -26,7 +25,11 @@ def parameter_groups(module: nn.Module, *, weight_decay: float, layer_decay: flo
             if hasattr(model, "no_weight_decay"):  # positions and class tokens
                 without_decay |= {prefix + parameter for parameter in model.no_weight_decay()}
             if layer_decay != 1.0:
-                depth_of: dict[str, int] = group_parameters(model, _matcher(model), reverse=True)
+                if hasattr(model, "group_matcher"):
+                    matcher = model.group_matcher(coarse=False)
+                else:  # a model that timm cuts into no layers is cut at its top children
+                    matcher = {f"group{i}": f"^{re.escape(part)}" for i, (part, _) in enumerate(model.named_children())}
+                depth_of: dict[str, int] = group_parameters(model, matcher, reverse=True)
                 deepest = max(depth_of.values(), default=0)
                 scale_of |= {prefix + key: layer_decay ** (deepest - depth) for key, depth in depth_of.items()}
     groups: dict[tuple[float, float], ParameterGroup] = {}
@@ -41,10 +44,3 @@ def parameter_groups(module: nn.Module, *, weight_decay: float, layer_decay: flo
     if not groups:
         raise UserError("the network has no trainable parameter: unfreeze a part of it, or do not train it")
     return list(groups.values())
-
-
-def _matcher(model: Any) -> Any:
-    """How timm cuts this model into layers; a model without a matcher is cut at its top children."""
-    if hasattr(model, "group_matcher"):
-        return model.group_matcher(coarse=False)
-    return {f"group{position}": f"^{re.escape(name)}" for position, (name, _) in enumerate(model.named_children())}

@@ -6,6 +6,7 @@ import struct
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -37,27 +38,26 @@ def load_weights(model: nn.Module, path: str) -> None:
         raise UserError(f"weights {path} holds no state dict of tensors; save the model's state_dict() alone")
     own = {name.removeprefix(OWN_PREFIX): tensor for name, tensor in state.items() if name.startswith(OWN_PREFIX)}
     state = _converted(model, own or state, path=path)
-    expected, classifier = model.state_dict(), _classifier_prefixes(model)
-    given = {
+    configuration: Any = model.pretrained_cfg
+    named = configuration.get("classifier") or ()
+    classifier = tuple(f"{name}." for name in ((named,) if isinstance(named, str) else named))
+    expected = model.state_dict()
+    # older files do not count the batches that a batch norm has seen
+    may_miss = {
+        name: expected[name] for name in expected if name.startswith(classifier) or name.endswith("num_batches_tracked")
+    }
+    fitting = {
         name: tensor
         for name, tensor in state.items()
-        if not (name.startswith(classifier) and tensor.shape != expected.get(name, tensor.new_empty(0)).shape)
+        if not name.startswith(classifier) or (name in expected and tensor.shape == expected[name].shape)
     }
-    wrong = {name for name in expected.keys() & given.keys() if expected[name].shape != given[name].shape}
-    missing = {
-        name
-        for name in expected.keys() - given.keys()
-        # older files do not count the batches that a batch norm has seen
-        if not (name.startswith(classifier) or name.endswith("num_batches_tracked"))
-    }
-    unknown = given.keys() - expected.keys()
-    if wrong or missing or unknown:
+    try:
+        model.load_state_dict({**may_miss, **fitting})
+    except RuntimeError as error:
         raise UserError(
-            f"weights {path} does not fit the model: {len(missing)} tensors missing, {len(unknown)} unknown, "
-            f"{len(wrong)} of another shape ({', '.join(sorted(wrong | missing | unknown)[:5])}); give weights of this "
-            "very model and its arguments"
-        )
-    model.load_state_dict({**expected, **given})
+            f"weights {path} does not fit the model: {' '.join(str(error).split())[:500]}; give weights of this very "
+            "model and its arguments"
+        ) from error
 
 
 def _converted(model: nn.Module, state: dict[str, Tensor], *, path: str) -> dict[str, Tensor]:
@@ -70,9 +70,3 @@ def _converted(model: nn.Module, state: dict[str, Tensor], *, path: str) -> dict
             return dict(convert(state, model))
     except (RuntimeError, KeyError, AssertionError, ValueError) as error:
         raise UserError(f"weights {path} does not fit the model ({type(error).__name__}: {error})") from error
-
-
-def _classifier_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """Prefixes of the classifier's tensors, as the model's own configuration names them."""
-    names = model.pretrained_cfg.get("classifier") or ()  # type: ignore[operator, union-attr]
-    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))

@@ -119,7 +119,7 @@ def test_file_splits_take_paths_and_keys_and_report_the_rest():
     settings = FileSplits(files={"train": "t", "test": "u"})
     listed = {"train": ["0000.jpg", "0001"], "test": ["0002.jpg", "nothing.jpg"]}
     found = assign(samples, settings, seed=0, train="train", listed=listed)
-    assert found.splits == ("train", "train", "test", None)
+    assert list(found.splits) == ["train", "train", "test", None]
     assert [name for name, _ in found.unknown] == ["nothing.jpg"]
     with pytest.raises(UserError, match="for 'train' and for 'test'"):
         assigned(samples, settings, listed={"train": ["0000.jpg"], "test": ["0000"]})

@@ -10,13 +10,7 @@ from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import normalize
 
 from dpkd.errors import UserError
-from dpkd.evaluation.few_shot import (
-    _distinct,
-    draw_episodes,
-    episode_accuracy,
-    few_shot_accuracy,
-    score,
-)
+from dpkd.evaluation.few_shot import _distinct, draw_episodes, few_shot_accuracy, score
 from dpkd.evaluation.settings import EpisodeSettings
 
 SMALL = EpisodeSettings(way=4, shots=(1, 3), queries=5, episodes=60)
@@ -45,7 +39,8 @@ def test_accuracy_is_that_of_scikit_learn_on_each_episode(transform: str, classi
     settings = SMALL.model_copy(update={"transform": transform, "classifier": classifier, "episodes": 25})
     episodes = draw_episodes(label_N, settings, seed=1)
     base_mean_D = embedding_ND[:9].mean(0)
-    accuracy_E = episode_accuracy(embedding_ND, episodes, shot=shot, settings=settings, base_mean_D=base_mean_D)
+    accuracy = few_shot_accuracy(embedding_ND, episodes, settings=settings, base_mean_D=base_mean_D)
+    accuracy_E = accuracy[f"4way_{shot}shot"]
 
     x_ND = prepared(embedding_ND, transform, base_mean_D)
     for accuracy, support_WK, query_WQ in zip(accuracy_E, episodes.support_EWK, episodes.query_EWQ, strict=True):
