@@ -13,9 +13,6 @@ from pydantic_core import ErrorDetails
 
 from dpkd.errors import UserError, did_you_mean
 
-MAX_FAULTS = 12
-"""Faults that one message lists; more are counted."""
-
 
 class Config(BaseModel):
     """A frozen group of settings; an unknown key is an error."""
@@ -121,11 +118,8 @@ def _is_text(text: str, annotation: Any) -> bool:
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
     """One line a fault, in the order of the file: the key, its value, what was expected, the nearest known key."""
-    faults = error.errors(include_url=False)
-    lines = [_line(fault, root) for fault in faults[:MAX_FAULTS]]
-    if len(faults) > MAX_FAULTS:
-        lines.append(f"and {len(faults) - MAX_FAULTS} more")
-    return lines[0] if len(lines) == 1 else f"{len(faults)} faults\n  " + "\n  ".join(lines)
+    lines = [_line(fault, root) for fault in error.errors(include_url=False)]
+    return lines[0] if len(lines) == 1 else f"{len(lines)} faults\n  " + "\n  ".join(lines)
 
 
 def _line(fault: ErrorDetails, root: type[BaseModel]) -> str:

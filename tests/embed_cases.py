@@ -12,7 +12,7 @@ from dpkd.engine.network import Frozen
 from dpkd.engine.world import join
 from dpkd.models.saved import load_network
 from dpkd.settings import parse_settings
-from dpkd.stages.embed import embed_networks
+from dpkd.stages.networks import embed_networks
 from dpkd.stages.run import Run
 
 

@@ -43,10 +43,6 @@ MASK_EXTENSION = "mask.png"
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 
 
-class ManifestDamaged(UserError):
-    """A dataset.json that cannot be read, or was changed since it was written."""
-
-
 class ShardInfo(BaseModel):
     """One shard of a split."""
 
@@ -191,15 +187,16 @@ class Dataset:
 
     @staticmethod
     def open(url: str) -> "Dataset":
-        """Reads dataset.json; raises `UserError` without one, `ManifestDamaged` for one that cannot be used."""
+        """Reads dataset.json; raises `UserError` without one, or for one that cannot be used."""
         place = storage.join(url, MANIFEST_NAME)
         try:
             manifest = Manifest.model_validate(parse_checked(storage.read_bytes(place)))
         except NO_FILE as error:
             raise UserError(f"no data set at {url}: {MANIFEST_NAME} is missing; pack one first (dpkd pack)") from error
         except ValueError as error:
-            raise ManifestDamaged(
-                f"{place} is not a data set's manifest: {error}; restore it from a copy, or pack the images again"
+            raise UserError(
+                f"{place} is not a data set's manifest: {error}; restore it from a copy, or remove the folder and pack "
+                "it again"
             ) from error
         if (version := manifest.format_version) != FORMAT_VERSION:
             raise UserError(f"{place} has format version {version}, this dpkd reads {FORMAT_VERSION}: pack it again")

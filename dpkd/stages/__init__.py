@@ -1,1 +1,1 @@
-"""The stages of a run, one file each: what it needs, what it makes, and whether it is done."""
+"""The stages of a run: what each needs and makes, and whether it is done."""

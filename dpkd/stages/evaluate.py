@@ -43,8 +43,7 @@ from dpkd.report.summary import EVALUATION_NAME, figure_or_none, figures_markdow
 from dpkd.report.tensorboard import Board
 from dpkd.run.folder import RunFolder
 from dpkd.settings import DataSettings, EvaluateSettings
-from dpkd.stages.embed import Embedded, embed_networks, spread
-from dpkd.stages.networks import teacher_network
+from dpkd.stages.networks import Embedded, embed_networks, spread, teacher_network
 from dpkd.stages.plan import attribute_table, trained_classes
 from dpkd.stages.run import Run
 from dpkd.train.task import Predictor

@@ -22,7 +22,7 @@ from dpkd.report.pictures import panel
 from dpkd.report.quarantine import Quarantine
 from dpkd.report.summary import figure_or_none
 from dpkd.report.tensorboard import Board
-from dpkd.stages.embed import embed_networks
+from dpkd.stages.networks import embed_networks
 from dpkd.stages.run import Run
 from dpkd.train.task import Task, network_inputs, with_view_maps
 

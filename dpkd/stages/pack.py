@@ -10,7 +10,6 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +22,6 @@ from dpkd.data.shards import (
     MASK_EXTENSION,
     Dataset,
     Manifest,
-    ManifestDamaged,
     ShardIndex,
     SplitInfo,
     index_name,
@@ -34,7 +32,6 @@ from dpkd.data.splits import assign, draw, group_by_pattern
 from dpkd.data.writer import Planned, ShardJob, write_shard
 from dpkd.errors import UserError
 from dpkd.io import storage
-from dpkd.io.errors import NO_FILE
 from dpkd.launch.pool import Pool
 from dpkd.log import logger
 from dpkd.report.quarantine import Quarantine
@@ -42,7 +39,7 @@ from dpkd.settings import DataSettings
 
 STAGE = "pack"
 PACKING_NAME = "packing.json"
-"""Is in a folder while it is being packed, and marks unfinished shards as ours."""
+"""Is in a folder while it is being packed, and marks its unfinished shards as ours."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ def pack(
         quarantine.check(len(contents.records) + len(contents.bad))
 
     report(plan.bad)
-    _take_place(destination, plan)
+    _take_place(destination, plan.made_from)
     index_of: dict[int, ShardIndex] = {}
     num_done, num_planned = 0, sum(len(job.samples) for job in plan.jobs)
     for number, index in pool.map(write_shard, plan.jobs):
@@ -165,37 +162,26 @@ def _made_from(records: Sequence[Record], data: DataSettings, *, seed: int) -> d
     return made_from
 
 
-def _take_place(destination: str, plan: Plan) -> None:
-    """Makes the destination ours, or raises `UserError` where another data set or somebody's tars are there.
-
-    A damaged manifest is written anew where the indexes show that the shards were made by this very plan.
-    """
-    names, now = storage.list_names(destination), plan.made_from
+def _take_place(destination: str, made_from: dict[str, str]) -> None:
+    """Makes the destination ours, or raises `UserError` where another data set or somebody's tars are there."""
+    names = storage.list_names(destination)
     if MANIFEST_NAME in names:
-        try:
-            before = Dataset.open(destination).manifest.made_from
-        except ManifestDamaged as error:
-            logger.info(f"{error}: it is written anew, once each shard is found to be as planned")
-        else:
-            changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-            if not changed:
-                return
-            differences = "; ".join(f"{key} was {before.get(key)} and is {now.get(key)}" for key in changed)
+        before = Dataset.open(destination).manifest.made_from
+        changed = [key for key in {**before, **made_from} if before.get(key) != made_from.get(key)]
+        if changed:
+            differences = "; ".join(f"{key} was {before.get(key)} and is {made_from.get(key)}" for key in changed)
             raise UserError(
                 f"the data set at {destination} was packed from something else: {differences}. Choose another "
                 "data.shards (or run.dir), or remove that folder to pack it anew"
             )
-    plan_of = {job.name: job.plan for job in plan.jobs}
-    for name in (name for name in names if name.endswith(".tar") and PACKING_NAME not in names):
-        index: ShardIndex | None = None
-        with suppress(*NO_FILE, ValueError):
-            index = ShardIndex.from_bytes(storage.read_bytes(storage.join(destination, index_name(name))))
-        if index is None or index.plan != plan_of.get(name):
-            raise UserError(
-                f"{destination} holds tars that are no data set of dpkd, or one of other images, such as {name}: "
-                "choose an empty folder for data.shards"
-            )
-    storage.write_bytes_atomic(storage.join(destination, PACKING_NAME), json.dumps(now, indent=1).encode())
+        return
+    tars = [name for name in names if name.endswith(".tar")]
+    if tars and PACKING_NAME not in names:
+        raise UserError(
+            f"{destination} holds tars without a {MANIFEST_NAME}, such as {tars[0]}: restore that file, give an empty "
+            "folder as data.shards, or remove this one"
+        )
+    storage.write_bytes_atomic(storage.join(destination, PACKING_NAME), json.dumps(made_from, indent=1).encode())
 
 
 def _manifest(plan: Plan, indexes: Sequence[ShardIndex], *, train: str, num_quarantined: int) -> Manifest:

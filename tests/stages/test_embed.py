@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dpkd.stages.embed import NUM_MEAN_SAMPLES, spread
+from dpkd.stages.networks import NUM_MEAN_SAMPLES, spread
 from dpkd.stages.run import Run
 from tests.embed_cases import embed
 from tests.processes import run_ranks

@@ -18,8 +18,8 @@ from dpkd.errors import UserError
 from dpkd.evaluation.few_shot import draw_episodes, score
 from dpkd.models.counts import count_parameters
 from dpkd.models.saved import load_network
-from dpkd.stages.embed import embed_networks
 from dpkd.stages.evaluate import evaluate, load_networks, read_evaluation, refuse_small_splits
+from dpkd.stages.networks import embed_networks
 from dpkd.stages.run import Run
 from tests.runs import with_data
 
