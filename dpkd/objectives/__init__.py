@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field, SerializeAsAny, ValidationError, WrapValidator
 
 from dpkd.objectives.attributes import Attributes
-from dpkd.objectives.base import ObjectiveConfig
+from dpkd.objectives.base import Objective
 from dpkd.objectives.decoupled_logits import DecoupledLogits
 from dpkd.objectives.features import FeatureDistillation
 from dpkd.objectives.logits import LogitDistillation
@@ -37,7 +37,7 @@ BuiltIn = Annotated[
 
 def _of_any_package(value: Any, built_in: Any) -> Any:
     """Settings of `kind: package.module:Class` as an object of that class; all others as the built-in kinds."""
-    if isinstance(value, ObjectiveConfig):
+    if isinstance(value, Objective):
         return value
     kind = value.get("kind") if isinstance(value, Mapping) else None
     if not isinstance(kind, str) or ":" not in kind:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from dpkd.objectives.base import Context, Head, Needs, ObjectiveConfig, Weight
+from dpkd.objectives.base import Context, Head, Needs, Objective, Weight
 from dpkd.objectives.supervised import supervised
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Attributes(ObjectiveConfig):
+class Attributes(Objective):
     """Predicts the attributes that `data.attributes` gives the class of each labelled sample, from the embedding."""
 
     kind: Literal["attributes"] = "attributes"
@@ -24,20 +24,16 @@ class Attributes(ObjectiveConfig):
     """Weight of cross-entropy over the trained classes, scored by the predicted attributes alone."""
 
     def needs(self) -> Needs:
-        """A head for the attributes, and the table that describes the classes."""
         return Needs(heads={"attributes": Head("embedding", "attributes")}, targets=("attributes",))
 
     def loss(self, context: Context) -> dict[str, Tensor]:
-        """The weighted loss of predicting attributes, and of classifying by them."""
         table, share = context.supervision.attributes, context.supervision.labelled_share
         assert table is not None, "settings require a table of attributes"
         logit_BA, label_B = context.student("attributes"), context.batch.targets["class"]
         losses = {"predict": self.weight * predict_attributes(logit_BA, label_B, table.value_KA, labelled_share=share)}
         if self.classify:
-            loss = classify_by_attributes(
-                logit_BA, label_B, weight_KA=table.weight_KA, bias_K=table.bias_K, labelled_share=share
-            )
-            losses["classify"] = self.weight * self.classify * loss
+            logit_BK = logit_BA.float() @ table.weight_KA.T + table.bias_K
+            losses["classify"] = self.weight * self.classify * supervised(logit_BK, label_B, labelled_share=share)
         return losses
 
 
@@ -58,13 +54,3 @@ def predict_attributes(logit_BA: Tensor, label_B: Tensor, value_KA: Tensor, *, l
     )
     num_samples, num_attributes = logit_BA.shape
     return (loss_BA * known_BA).sum() / (num_samples * labelled_share * num_attributes)
-
-
-def classify_by_attributes(
-    logit_BA: Tensor, label_B: Tensor, *, weight_KA: Tensor, bias_K: Tensor, labelled_share: float = 1.0
-) -> Tensor:
-    """Cross-entropy over classes scored by predicted attributes, with the weights of `score_weights`; a scalar.
-
-    Samples without a label (-1) do not count; normalised as `supervised` is.
-    """
-    return supervised(logit_BA.float() @ weight_KA.T + bias_K, label_B, labelled_share=labelled_share)

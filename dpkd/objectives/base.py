@@ -1,8 +1,5 @@
 """What an objective is: frozen settings that declare what they need and compute a loss.
 
-To add one: write a file with the verbs of `Objective`, and name its class in `dpkd/objectives/__init__.py`.
-One of your own package needs no change here: name it in the settings as `kind: package.module:Class`.
-
 Axes: B sample, C channel, H W height and width, K class, A attribute.
 """
 
@@ -10,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -58,7 +55,7 @@ class Needs:
     targets: tuple[str, ...] = ()
     """What must be known of samples: `class` (a visible label), `attributes` (a table that describes the classes)."""
     classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Classes that training must have samples of, by the key that names them."""
+    """Classes that training must have samples of, by the key that lists them."""
     own_colours: str | None = None
     """What depends on the colours of the image, so that augmentation must not change them."""
 
@@ -134,51 +131,28 @@ class Context:
         size = len(self.batch.index_B)
         return tensor if len(tensor) == size else tensor[:size]
 
-    def seen_by(self, objective: Objective) -> Context:
-        """The context of one objective: its teacher, and with `control: shuffle` the maps of other images."""
-        batch = self.batch.with_shifted_maps() if objective.control == "shuffle" else self.batch
-        only = next(iter(self.teachers)) if len(self.teachers) == 1 else None
-        return replace(self, batch=batch, teacher_name=teacher_of(objective) or only)
 
+class Objective(Config):
+    """One term of what a network minimises: the settings that all have, and two verbs."""
 
-class Objective(Protocol):
-    """One term of what a network minimises."""
-
-    @property
-    def kind(self) -> str:
-        """Names the class in settings."""
-
-    @property
-    def name(self) -> str | None:
-        """Names the objective in TensorBoard and messages; none takes the kind."""
-
-    @property
-    def weight(self) -> float:
-        """Factor on the loss."""
-
-    @property
-    def control(self) -> Literal["none", "shuffle"]:
-        """`shuffle` gives it the maps of another image: what is gained then is not the map's."""
-
-    def needs(self) -> Needs:
-        """What it needs of the network, the batch and a teacher."""
-
-    def loss(self, context: Context) -> Tensor | Mapping[str, Tensor]:
-        """The weighted loss, a scalar mean over the micro-batch; or several by name, which are added."""
-
-
-class ObjectiveConfig(Config):
-    """The settings that all objectives have."""
-
+    kind: str
     name: str | None = Field(None, pattern=r"^\w[\w.-]*$")
-    """Names the objective in TensorBoard; none takes the kind."""
+    """Names the objective in TensorBoard and messages; none takes the kind."""
     weight: Weight = 1.0
     control: Literal["none", "shuffle"] = "none"
     """`shuffle` gives it the prior maps of another image of the batch: a control of what the maps bring."""
 
+    def needs(self) -> Needs:
+        """What it needs of the network, the batch and a teacher."""
+        raise NotImplementedError
 
-class DistillationConfig(ObjectiveConfig):
-    """The settings of objectives that follow a teacher."""
+    def loss(self, context: Context) -> Tensor | Mapping[str, Tensor]:
+        """The weighted loss, a scalar mean over the micro-batch; or several by name, which are added."""
+        raise NotImplementedError
+
+
+class Distillation(Objective):
+    """An objective that follows a teacher."""
 
     teacher: str | None = None
     """Name of the teacher; none where the run has one."""
@@ -186,26 +160,32 @@ class DistillationConfig(ObjectiveConfig):
 
 def teacher_of(objective: Objective) -> str | None:
     """The teacher that an objective names."""
-    return objective.teacher if isinstance(objective, DistillationConfig) else None
+    return objective.teacher if isinstance(objective, Distillation) else None
 
 
 def named(objectives: Sequence[Objective]) -> dict[str, Objective]:
     """The objectives under names of their own, in order: the second `features` is `features-2`."""
-    found: dict[str, Objective] = {}
+    by_name: dict[str, Objective] = {}
     for objective in objectives:
-        base = objective.name or objective.kind.rpartition(":")[2]
+        name = base = objective.name or objective.kind.rpartition(":")[2]
         number = 1
-        while (name := base if number == 1 else f"{base}-{number}") in found:
+        while name in by_name:
             number += 1
-        found[name] = objective
-    return found
+            name = f"{base}-{number}"
+        by_name[name] = objective
+    return by_name
 
 
 def losses_of(objectives: Sequence[Objective], context: Context) -> dict[str, Tensor]:
-    """The weighted losses of all objectives of a network, by the names of `named`; parts as `<name>.<part>`."""
+    """The weighted losses of all objectives of a network, by the names of `named`; parts as `<name>.<part>`.
+
+    Each reads the outputs of its own teacher, and with `control: shuffle` the maps of other images.
+    """
     losses: dict[str, Tensor] = {}
+    only_teacher = next(iter(context.teachers)) if len(context.teachers) == 1 else None
     for name, objective in named(objectives).items():
-        loss = objective.loss(context.seen_by(objective))
+        batch = context.batch.with_shifted_maps() if objective.control == "shuffle" else context.batch
+        loss = objective.loss(replace(context, batch=batch, teacher_name=teacher_of(objective) or only_teacher))
         if isinstance(loss, Mapping):
             losses |= {f"{name}.{part}": value for part, value in loss.items()}
         else:

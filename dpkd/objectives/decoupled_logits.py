@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from dpkd.objectives.base import Context, DistillationConfig, Needs
+from dpkd.objectives.base import Context, Distillation, Needs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +15,7 @@ HIDDEN = 1000.0
 """Subtracted from the target's logit, so that it has no share among the other classes."""
 
 
-class DecoupledLogits(DistillationConfig):
+class DecoupledLogits(Distillation):
     """`alpha · TCKD + beta · NCKD` (Zhao et al. 2022); a sample without a label takes the teacher's class."""
 
     kind: Literal["decoupled_logits"] = "decoupled_logits"
@@ -26,11 +26,9 @@ class DecoupledLogits(DistillationConfig):
     temperature: float = Field(4.0, gt=0)
 
     def needs(self) -> Needs:
-        """Logits of both networks."""
         return Needs(student=("logits",), teacher=("logits",))
 
     def loss(self, context: Context) -> Tensor:
-        """The weighted sum of both divergences."""
         teacher_BK, label_B = context.teacher("logits"), context.batch.targets["class"]
         target_B = teacher_BK.argmax(1).where(label_B < 0, label_B)
         tckd, nckd = decoupled_logits(

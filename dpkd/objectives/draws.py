@@ -1,23 +1,41 @@
 """Random draws for samples of a batch, as functions of seed, step and sample index: the same on any rank and device.
 
-Axes: B sample.
+Axes: B sample, C channel, H W height and width, N patches.
 """
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
-
-
-def random_keys(index_B: Tensor, *, step: int, seed: int) -> Tensor:
-    """An int64 of even bits for each sample, B."""
-    return mix(mix(index_B.long() + _signed(seed * 0x9E3779B97F4A7C15)) + step)
 
 
 def random_share(index_B: Tensor, *, step: int, share: float, seed: int) -> Tensor:
     """Chooses each sample with probability `share`; bool B."""
-    uniform_B = (_shift_right(mix(random_keys(index_B, step=step, seed=seed) + 1), 11)).double() / 2**53
+    uniform_B = _shift_right(_mix(_random_keys(index_B, step=step, seed=seed) + 1), 11).double() / 2**53
     return uniform_B < share
 
 
-def mix(value: Tensor) -> Tensor:
+def random_patch_mask(index_B: Tensor, *, step: int, grid: tuple[int, int], ratio: float, seed: int) -> Tensor:
+    """Hides `round(ratio * H * W)` patches of each sample; bool B1HW, true where hidden."""
+    num_patches = grid[0] * grid[1]
+    position_N = torch.arange(num_patches, device=index_B.device)
+    key_B = _random_keys(index_B, step=step, seed=seed)
+    rank_BN = _mix(key_B[:, None] + position_N).argsort(dim=1, stable=True).argsort(dim=1)
+    return (rank_BN < round(ratio * num_patches)).view(-1, 1, *grid)
+
+
+def hide_patches(image_BCHW: Tensor, mask_B1HW: Tensor) -> Tensor:
+    """The normalised images with hidden patches set to zero, the mean colour."""
+    height, width = image_BCHW.shape[2:]
+    hidden_B1HW = F.interpolate(mask_B1HW.to(image_BCHW.dtype), size=(height, width), mode="nearest-exact")
+    return image_BCHW * (1 - hidden_B1HW)
+
+
+def _random_keys(index_B: Tensor, *, step: int, seed: int) -> Tensor:
+    """An int64 of even bits for each sample, B."""
+    return _mix(_mix(index_B.long() + _signed(seed * 0x9E3779B97F4A7C15)) + step)
+
+
+def _mix(value: Tensor) -> Tensor:
     """The finaliser of splitmix64 (Steele et al. 2014) on int64, whose arithmetic wraps around."""
     value = value + _signed(0x9E3779B97F4A7C15)
     value = (value ^ _shift_right(value, 30)) * _signed(0xBF58476D1CE4E5B9)

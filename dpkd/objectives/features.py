@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from dpkd.objectives.base import Context, DistillationConfig, Head, Needs
+from dpkd.objectives.base import Context, Distillation, Head, Needs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class FeatureDistillation(DistillationConfig):
+class FeatureDistillation(Distillation):
     """`0.5 (1 - cosine) + 0.5 smooth-L1` between standardised embeddings (UNIC, Sariyildiz et al. 2024)."""
 
     kind: Literal["features"] = "features"
 
     def needs(self) -> Needs:
-        """A head as wide as the teacher's embedding."""
         head = Head("embedding", "teacher.embedding")
         return Needs(heads={teacher_head(self.teacher, "embedding"): head}, teacher=("embedding",))
 
     def loss(self, context: Context) -> Tensor:
-        """The weighted distance."""
         student_BD = context.student(teacher_head(self.teacher, "embedding"))
-        return self.weight * distil_embedding(student_BD, context.teacher("embedding"))
+        return self.weight * feature_distance(student_BD, context.teacher("embedding"), dim=1).mean()
 
 
 def teacher_head(teacher: str | None, output: str) -> str:
@@ -31,16 +29,11 @@ def teacher_head(teacher: str | None, output: str) -> str:
     return f"to_teacher/{teacher}/{output}" if teacher else f"to_teacher/{output}"
 
 
-def distil_embedding(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
-    """`0.5 (1 - cosine) + 0.5 smooth-L1` between standardised embeddings of one width, mean over samples; a scalar.
+def feature_distance(student: Tensor, teacher: Tensor, *, dim: int) -> Tensor:
+    """`0.5 (1 - cosine) + 0.5 smooth-L1` of the standardised vectors along `dim`; float32 without that dimension.
 
     UNIC (Sariyildiz et al. 2024), eq. 1 and 2, with each vector standardised by itself and not by running statistics.
     """
-    return feature_distance(student_BD, teacher_BD, dim=1).mean()
-
-
-def feature_distance(student: Tensor, teacher: Tensor, *, dim: int) -> Tensor:
-    """`0.5 (1 - cosine) + 0.5 smooth-L1` of the standardised vectors along `dim`; float32 without that dimension."""
     import torch.nn.functional as F
 
     student, teacher = standardise(student, dim=dim), standardise(teacher, dim=dim)

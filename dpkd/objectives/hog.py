@@ -22,7 +22,11 @@ def hog(image_BCHW: Tensor, *, bins: int = BINS, cell: int = CELL) -> Tensor:
     Channel k is centred at (k + 0.5) · 180 / bins degrees. The bins are summed up one by one, so that memory stays at a
     few planes of the images.
     """
-    dx_B1HW, dy_B1HW = _largest_gradient(image_BCHW.float())
+    padded_BCHW = F.pad(image_BCHW.float(), (1, 1, 1, 1), mode="reflect")  # no gradient across the frame
+    dx_BCHW = padded_BCHW[:, :, 1:-1, 2:] - padded_BCHW[:, :, 1:-1, :-2]
+    dy_BCHW = padded_BCHW[:, :, 2:, 1:-1] - padded_BCHW[:, :, :-2, 1:-1]
+    largest_B1HW = (dx_BCHW.square() + dy_BCHW.square()).argmax(1, keepdim=True)  # the colour of largest gradient
+    dx_B1HW, dy_B1HW = dx_BCHW.gather(1, largest_B1HW), dy_BCHW.gather(1, largest_B1HW)
     magnitude_B1HW = torch.hypot(dx_B1HW, dy_B1HW)
     position_B1HW = torch.atan2(dy_B1HW, dx_B1HW) * (bins / torch.pi) - 0.5
     height, width = image_BCHW.shape[2:]
@@ -34,12 +38,3 @@ def hog(image_BCHW: Tensor, *, bins: int = BINS, cell: int = CELL) -> Tensor:
         planes.append(area_resample(magnitude_B1HW * share_B1HW, grid))
     histogram_BKHW = torch.cat(planes, dim=1)
     return histogram_BKHW / (histogram_BKHW.square().sum(1, keepdim=True) + 1e-10).sqrt()
-
-
-def _largest_gradient(image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Derivatives along x and y, B1HW, of the colour of largest gradient at each pixel; 0 across the frame."""
-    padded_BCHW = F.pad(image_BCHW, (1, 1, 1, 1), mode="reflect")
-    dx_BCHW = padded_BCHW[:, :, 1:-1, 2:] - padded_BCHW[:, :, 1:-1, :-2]
-    dy_BCHW = padded_BCHW[:, :, 2:, 1:-1] - padded_BCHW[:, :, :-2, 1:-1]
-    largest_B1HW = (dx_BCHW.square() + dy_BCHW.square()).argmax(1, keepdim=True)
-    return dx_BCHW.gather(1, largest_B1HW), dy_BCHW.gather(1, largest_B1HW)

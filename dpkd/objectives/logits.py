@@ -6,24 +6,22 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from dpkd.objectives.base import Context, DistillationConfig, Needs
+from dpkd.objectives.base import Context, Distillation, Needs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class LogitDistillation(DistillationConfig):
+class LogitDistillation(Distillation):
     """`temperature² · KL(teacher ‖ student)` on softened logits (Hinton et al. 2015)."""
 
     kind: Literal["logits"] = "logits"
     temperature: float = Field(2.0, gt=0)
 
     def needs(self) -> Needs:
-        """Logits of both networks."""
         return Needs(student=("logits",), teacher=("logits",))
 
     def loss(self, context: Context) -> Tensor:
-        """The weighted divergence."""
         student_BK, teacher_BK = context.student("logits"), context.teacher("logits")
         return self.weight * distil_logits(student_BK, teacher_BK, temperature=self.temperature)
 

@@ -1,6 +1,6 @@
 """Masked prior prediction: prior maps from the features of a partly hidden view (MaskFeat, Wei et al. 2022).
 
-Axes: B sample, C channel, H W height and width, N patches.
+Axes: B sample, C channel, H W height and width.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from dpkd.data.settings import GLOBAL
-from dpkd.objectives.base import Context, Head, Needs, ObjectiveConfig, Weight, hidden_view
+from dpkd.objectives.base import Context, Head, Needs, Objective, Weight, hidden_view
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,7 @@ SPREAD_FLOOR = 0.05
 """Added to a map's standard deviation, so that a flat map is not blown up to noise."""
 
 
-class MaskedPrior(ObjectiveConfig):
+class MaskedPrior(Objective):
     """Predicts prior maps from the patch features of a partly masked view (MaskFeat, Wei et al. 2022)."""
 
     kind: Literal["masked_prior"] = "masked_prior"
@@ -29,12 +29,10 @@ class MaskedPrior(ObjectiveConfig):
     """Weight of each prior map to predict; `hog` need not be prepared."""
 
     def needs(self) -> Needs:
-        """A head and a map for each target, and the partly hidden view."""
         heads = {f"prior/{name}": Head("patch", f"map.{name}") for name in self.targets}
         return Needs(heads=heads, maps=tuple(self.targets), hidden_share=self.mask_ratio)
 
     def loss(self, context: Context) -> dict[str, Tensor]:
-        """The weighted error of each map."""
         view = hidden_view(self.mask_ratio) if self.mask_ratio else GLOBAL
         losses = {}
         for name, weight in self.targets.items():
@@ -42,31 +40,6 @@ class MaskedPrior(ObjectiveConfig):
             target_BCHW = prior_target(context.map(name), (prediction_BCHW.shape[2], prediction_BCHW.shape[3]))
             losses[name] = self.weight * weight * masked_prior(prediction_BCHW, target_BCHW, context.masks.get(view))
         return losses
-
-
-def random_patch_mask(index_B: Tensor, *, step: int, grid: tuple[int, int], ratio: float, seed: int) -> Tensor:
-    """Hides `round(ratio * H * W)` patches of each sample; bool B1HW, true where hidden.
-
-    A function of seed, step and sample index alone: the same on any rank, device and cut of the batch.
-    """
-    import torch
-
-    from dpkd.objectives.draws import mix, random_keys
-
-    num_patches = grid[0] * grid[1]
-    position_N = torch.arange(num_patches, device=index_B.device)
-    key_B = random_keys(index_B, step=step, seed=seed)
-    rank_BN = mix(key_B[:, None] + position_N).argsort(dim=1, stable=True).argsort(dim=1)
-    return (rank_BN < round(ratio * num_patches)).view(-1, 1, *grid)
-
-
-def hide_patches(image_BCHW: Tensor, mask_B1HW: Tensor) -> Tensor:
-    """The normalised images with hidden patches set to zero, the mean colour."""
-    import torch.nn.functional as F
-
-    height, width = image_BCHW.shape[2:]
-    hidden_B1HW = F.interpolate(mask_B1HW.to(image_BCHW.dtype), size=(height, width), mode="nearest-exact")
-    return image_BCHW * (1 - hidden_B1HW)
 
 
 def prior_target(map_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:

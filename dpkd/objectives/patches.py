@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from dpkd.objectives.base import Context, DistillationConfig, Head, Needs, Weight
+from dpkd.objectives.base import Context, Distillation, Head, Needs, Weight
 from dpkd.objectives.features import feature_distance, teacher_head
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class PatchDistillation(DistillationConfig):
+class PatchDistillation(Distillation):
     """Distance between patch features, patch i weighted by `1 + saliency · S_i + edge · E_i`."""
 
     kind: Literal["patches"] = "patches"
@@ -19,19 +19,15 @@ class PatchDistillation(DistillationConfig):
     edge: Weight = 2.0
 
     def needs(self) -> Needs:
-        """A head as wide as the teacher's patch features, and the maps of those weights that are not 0."""
         maps = tuple(name for name, weight in (("saliency", self.saliency), ("edge", self.edge)) if weight)
         head = Head("patch", "teacher.patch")
         return Needs(heads={teacher_head(self.teacher, "patch"): head}, teacher=("patch",), maps=maps, amounts=maps)
 
     def loss(self, context: Context) -> Tensor:
-        """The weighted distance."""
-        weight_B1HW = patch_weight(
-            saliency_B1HW=context.map("saliency") if self.saliency else None,
-            edge_B1HW=context.map("edge") if self.edge else None,
-            saliency=self.saliency,
-            edge=self.edge,
-        )
+        weight_B1HW = None
+        for name, factor in (("saliency", self.saliency), ("edge", self.edge)):
+            if factor:
+                weight_B1HW = factor * context.map(name) + (1 if weight_B1HW is None else weight_B1HW)
         student_BDHW = context.student(teacher_head(self.teacher, "patch"))
         return self.weight * distil_patches(student_BDHW, context.teacher("patch"), weight_B1HW)
 
@@ -52,17 +48,6 @@ def distil_patches(student_BDHW: Tensor, teacher_BDHW: Tensor, weight_B1HW: Tens
         return distance_BHW.mean()
     weight_BHW = area_resample(weight_B1HW, grid).squeeze(1)
     return ((weight_BHW * distance_BHW).sum((1, 2)) / weight_BHW.sum((1, 2))).mean()
-
-
-def patch_weight(
-    *, saliency_B1HW: Tensor | None = None, edge_B1HW: Tensor | None = None, saliency: float = 1.0, edge: float = 2.0
-) -> Tensor | None:
-    """`1 + saliency · S + edge · E`, B1HW; a map that is not given counts nothing, none at all gives none."""
-    weight_B1HW = None
-    for map_B1HW, factor in ((saliency_B1HW, saliency), (edge_B1HW, edge)):
-        if map_B1HW is not None and factor:
-            weight_B1HW = factor * map_B1HW + (1 if weight_B1HW is None else weight_B1HW)
-    return weight_B1HW
 
 
 def resample_features(patch_BDHW: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from dpkd.config import Config
-from dpkd.objectives.base import Context, Head, Needs, ObjectiveConfig
+from dpkd.objectives.base import Context, Head, Needs, Objective
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,21 +26,14 @@ XYZ_OF_RGB = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0
 """Linear sRGB to CIE XYZ, D65."""
 WHITE_XYZ = (0.950456, 1.0, 1.088754)
 
-STATISTICS: dict[str, tuple[float, float]] = {
-    "area": (0, 1),
-    "row": (0, 1),
-    "column": (0, 1),
-    "compactness": (0, 1),
-    "red": (0, 1),
-    "green": (0, 1),
-    "blue": (0, 1),
-    "lightness": (0, 100),
-    "a": (-128, 128),
-    "b": (-128, 128),
+STATISTICS = {
+    **dict.fromkeys(("area", "row", "column", "compactness", "red", "green", "blue"), (0.0, 1.0)),
+    "lightness": (0.0, 100.0),
+    "a": (-128.0, 128.0),
+    "b": (-128.0, 128.0),
 }
 """What is measured of a predicted region (`region_statistic` defines each), with the least and greatest it can be."""
-
-COLOUR_STATISTICS = ("red", "green", "blue", "lightness", "a", "b")
+COLOURS = ("red", "green", "blue", "lightness", "a", "b")
 
 
 class Bound(Config):
@@ -55,8 +48,7 @@ class Bound(Config):
     @model_validator(mode="after")
     def _can_be_met(self) -> Bound:
         low, high = STATISTICS[self.statistic]
-        given = {"at_least": self.at_least, "at_most": self.at_most}
-        for key, value in given.items():
+        for key, value in (("at_least", self.at_least), ("at_most", self.at_most)):
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{key} {value:g} is out of range: {self.statistic} lies between {low:g} and {high:g}")
         if self.at_least is None and self.at_most is None:
@@ -65,8 +57,18 @@ class Bound(Config):
             raise ValueError(f"at_least {self.at_least:g} is above at_most {self.at_most:g}: no region can be both")
         return self
 
+    def penalty(self, value_B: Tensor) -> Tensor:
+        """`max(0, at_least - V)² + max(0, V - at_most)²` of each sample, V in shares of the statistic's range; B."""
+        low, high = STATISTICS[self.statistic]
+        penalty_B = value_B.new_zeros(len(value_B))
+        if self.at_least is not None:
+            penalty_B = penalty_B + ((self.at_least - value_B) / (high - low)).clamp(min=0).square()
+        if self.at_most is not None:
+            penalty_B = penalty_B + ((value_B - self.at_most) / (high - low)).clamp(min=0).square()
+        return penalty_B
 
-class RegionBounds(ObjectiveConfig):
+
+class RegionBounds(Objective):
     """Predicts a region from the patch features: like a prior map where that is known, within bounds everywhere.
 
     `weight` is that of the penalty on statistics out of bounds.
@@ -80,8 +82,7 @@ class RegionBounds(ObjectiveConfig):
     bounds: tuple[Bound, ...] = Field(min_length=1)
 
     def needs(self) -> Needs:
-        """A head for the region, its map, and samples of the classes that bounds name."""
-        colours = [bound.statistic for bound in self.bounds if bound.statistic in COLOUR_STATISTICS]
+        colours = [bound.statistic for bound in self.bounds if bound.statistic in COLOURS]
         return Needs(
             heads={f"region/{self.of}": Head("patch", 1)},
             maps=(self.of,),
@@ -91,30 +92,19 @@ class RegionBounds(ObjectiveConfig):
         )
 
     def loss(self, context: Context) -> dict[str, Tensor]:
-        """The weighted fit to the map, and the penalty of each bounded statistic."""
+        import torch
+
         logit_B1HW = context.student(f"region/{self.of}")
         losses = {"fit": self.fit * fit_region(logit_B1HW, context.map(self.of))}
         region_B1HW, image_BCHW = logit_B1HW.float().sigmoid(), context.image()
+        label_B, class_names = context.batch.targets["class"], context.supervision.class_names
         for bound in self.bounds:
-            penalty = bound_penalty(
-                region_statistic(bound.statistic, region_B1HW, image_BCHW),
-                statistic=bound.statistic,
-                at_least=bound.at_least,
-                at_most=bound.at_most,
-                bound_B=_samples_of(bound.classes, context),
-            )
-            losses[bound.statistic] = losses.get(bound.statistic, 0) + self.weight * penalty
+            penalty_B = bound.penalty(region_statistic(bound.statistic, region_B1HW, image_BCHW))
+            if bound.classes:  # samples of other classes, and those without a label, count as within the bound
+                bound_K = torch.tensor([class_names.index(name) for name in bound.classes], device=label_B.device)
+                penalty_B = penalty_B * torch.isin(label_B, bound_K)
+            losses[bound.statistic] = losses.get(bound.statistic, 0) + self.weight * penalty_B.mean()
         return losses
-
-
-def _samples_of(classes: tuple[str, ...], context: Context) -> Tensor | None:
-    """Which samples have a visible label of these classes, bool B; all where no class is named."""
-    import torch
-
-    if not classes:
-        return None
-    label_B, names = context.batch.targets["class"], context.supervision.class_names
-    return torch.isin(label_B, torch.tensor([names.index(name) for name in classes], device=label_B.device))
 
 
 def fit_region(logit_B1HW: Tensor, map_B1HW: Tensor) -> Tensor:
@@ -134,29 +124,6 @@ def fit_region(logit_B1HW: Tensor, map_B1HW: Tensor) -> Tensor:
     return (loss_B1HW * known_B1HW).mean()
 
 
-def bound_penalty(
-    value_B: Tensor,
-    *,
-    statistic: str,
-    at_least: float | None = None,
-    at_most: float | None = None,
-    bound_B: Tensor | None = None,
-) -> Tensor:
-    """`max(0, at_least - V)² + max(0, V - at_most)²`, V in shares of the statistic's range; its mean over samples.
-
-    With `bound_B` (bool) only those samples are bound; the others count as met. A scalar.
-    """
-    import torch
-
-    low, high = STATISTICS[statistic]
-    penalty_B = torch.zeros_like(value_B)
-    if at_least is not None:
-        penalty_B = penalty_B + ((at_least - value_B) / (high - low)).clamp(min=0).square()
-    if at_most is not None:
-        penalty_B = penalty_B + ((value_B - at_most) / (high - low)).clamp(min=0).square()
-    return (penalty_B if bound_B is None else penalty_B * bound_B).mean()
-
-
 def region_statistic(name: str, region_B1HW: Tensor, image_BCHW: Tensor) -> Tensor:
     """A statistic of soft regions in [0, 1]; B, in the units of `STATISTICS`.
 
@@ -174,14 +141,15 @@ def region_statistic(name: str, region_B1HW: Tensor, image_BCHW: Tensor) -> Tens
     if name == "compactness":
         return compactness(region_BHW)
     height, width = region_BHW.shape[1:]
+    weight_B = region_BHW.sum((1, 2)).clamp(min=SMALLEST)
     if name in ("row", "column"):
         size, dim = (height, 2) if name == "row" else (width, 1)
         place = (torch.arange(size, device=region_BHW.device) + 0.5) / size
-        weight_B = region_BHW.sum((1, 2)).clamp(min=SMALLEST)
         return (region_BHW.sum(dim) * place).sum(1) / weight_B
-    assert name in COLOUR_STATISTICS, f"no such statistic {name!r}"
-    colour_BHW = _colour(name, area_resample(image_BCHW, (height, width)) / 255)
-    return (region_BHW * colour_BHW).sum((1, 2)) / region_BHW.sum((1, 2)).clamp(min=SMALLEST)
+    rgb_B3HW = area_resample(image_BCHW, (height, width)) / 255
+    planes_B3HW = rgb_B3HW if name in COLOURS[:3] else lab(rgb_B3HW)
+    colour_BHW = planes_B3HW[:, COLOURS.index(name) % 3]
+    return (region_BHW * colour_BHW).sum((1, 2)) / weight_B
 
 
 def compactness(region_BHW: Tensor) -> Tensor:
@@ -202,13 +170,6 @@ def compactness(region_BHW: Tensor) -> Tensor:
     down = (lower_left + lower_right - upper_left - upper_right) / 2
     perimeter_B = (across.square() + down.square() + FLAT).sqrt().sum((1, 2))
     return 4 * torch.pi * region_BHW.square().sum((1, 2)) / perimeter_B.square()
-
-
-def _colour(name: str, rgb_B3HW: Tensor) -> Tensor:
-    """One channel of images in 0..1, BHW."""
-    if name in ("red", "green", "blue"):
-        return rgb_B3HW[:, ("red", "green", "blue").index(name)]
-    return lab(rgb_B3HW)[:, ("lightness", "a", "b").index(name)]
 
 
 def lab(rgb_B3HW: Tensor) -> Tensor:

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from dpkd.objectives.base import Context, DistillationConfig, Needs
+from dpkd.objectives.base import Context, Distillation, Needs
 from dpkd.objectives.logits import distil_logits
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class StandardisedLogits(DistillationConfig):
+class StandardisedLogits(Distillation):
     """Distillation of logits that have mean 0 and variance 1 in each sample (Sun et al. 2024)."""
 
     kind: Literal["standardised_logits"] = "standardised_logits"
@@ -21,11 +21,9 @@ class StandardisedLogits(DistillationConfig):
     temperature: float = Field(2.0, gt=0)
 
     def needs(self) -> Needs:
-        """Logits of both networks."""
         return Needs(student=("logits",), teacher=("logits",))
 
     def loss(self, context: Context) -> Tensor:
-        """The weighted divergence."""
         student_BK, teacher_BK = standardise_logits(context.student("logits")), context.teacher("logits")
         return self.weight * distil_logits(student_BK, standardise_logits(teacher_BK), temperature=self.temperature)
 

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from dpkd.objectives.base import Context, Needs, ObjectiveConfig
+from dpkd.objectives.base import Context, Needs, Objective
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Supervised(ObjectiveConfig):
+class Supervised(Objective):
     """Cross-entropy on the visible labels; samples without one do not count."""
 
     kind: Literal["supervised"] = "supervised"
@@ -22,11 +22,9 @@ class Supervised(ObjectiveConfig):
     tau: float = Field(1.0, ge=0)
 
     def needs(self) -> Needs:
-        """Logits and visible labels."""
         return Needs(student=("logits",), targets=("class",))
 
     def loss(self, context: Context) -> Tensor:
-        """The weighted cross-entropy."""
         return self.weight * supervised(
             context.student("logits"),
             context.batch.targets["class"],

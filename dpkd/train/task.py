@@ -19,9 +19,8 @@ from dpkd.engine.settings import OptimizerSettings, ScheduleSettings
 from dpkd.models.network import Network
 from dpkd.models.settings import FigureGroundPooling, NetworkSpec
 from dpkd.objectives.base import Context, Objective, Outputs, Supervision, hidden_view, losses_of, teacher_of
-from dpkd.objectives.draws import random_share
+from dpkd.objectives.draws import hide_patches, random_patch_mask, random_share
 from dpkd.objectives.hog import hog
-from dpkd.objectives.masked_prior import hide_patches, random_patch_mask
 
 
 class Predictor(Protocol):

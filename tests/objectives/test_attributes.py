@@ -6,7 +6,8 @@ import torch
 from sklearn.metrics import log_loss
 
 from dpkd.data.attributes import score_weights
-from dpkd.objectives.attributes import classify_by_attributes, predict_attributes
+from dpkd.objectives.attributes import predict_attributes
+from dpkd.objectives.supervised import supervised
 
 RNG = np.random.default_rng(0)
 NAN = float("nan")
@@ -53,11 +54,10 @@ def test_the_losses_do_not_depend_on_how_a_batch_is_cut():
     logit_BA = torch.randn(8, 3)
 
     def both(logits, labels):
-        scores = {"weight_KA": weight_KA, "bias_K": bias_K, "labelled_share": 0.75}
         return torch.stack(
             [
                 predict_attributes(logits, labels, value_KA, labelled_share=0.75),
-                classify_by_attributes(logits, labels, **scores),
+                supervised(logits @ weight_KA.T + bias_K, labels, labelled_share=0.75),
             ]
         )
 
@@ -73,7 +73,7 @@ def test_a_batch_without_labels_gives_zero_and_zero_gradients():
     weight_KA, bias_K = (torch.from_numpy(array) for array in score_weights(VALUE_KA))
     label_B = torch.full((4,), -1)
     loss = predict_attributes(logit_BA, label_B, torch.tensor(VALUE_KA))
-    loss = loss + classify_by_attributes(logit_BA, label_B, weight_KA=weight_KA, bias_K=bias_K)
+    loss = loss + supervised(logit_BA @ weight_KA.T + bias_K, label_B)
     loss.backward()
     assert float(loss.detach()) == 0
     assert torch.equal(logit_BA.grad, torch.zeros(4, 3))
@@ -88,9 +88,7 @@ def test_classes_are_as_likely_as_their_rows():
     divergence_BK = (one * np.log(one / other) + (1 - one) * np.log((1 - one) / (1 - other))).sum(2)
     chance_BK = np.exp(-divergence_BK) / np.exp(-divergence_BK).sum(1, keepdims=True)
     expected = -np.log(chance_BK[np.arange(6), label_B])[label_B >= 0].sum() / 6
-    loss = classify_by_attributes(
-        torch.tensor(logit_BA), torch.tensor(label_B), weight_KA=weight_KA.float(), bias_K=bias_K.float()
-    )
+    loss = supervised(torch.tensor(logit_BA) @ weight_KA.T + bias_K, torch.tensor(label_B))
     assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 

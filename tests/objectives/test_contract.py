@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dpkd.data.batch import Batch, View
 from dpkd.objectives import BuiltIn
-from dpkd.objectives.base import Context, Head, Needs, Objective, ObjectiveConfig, Supervision, losses_of, named
+from dpkd.objectives.base import Context, Head, Needs, Objective, Supervision, losses_of, named
 from dpkd.objectives.features import FeatureDistillation
 from dpkd.objectives.logits import LogitDistillation
 from dpkd.objectives.supervised import Supervised
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dpkd.run.folder import RunFolder
 
 
-class Brightness(ObjectiveConfig):
+class Brightness(Objective):
     """Predicts the mean colour of the view from the embedding: an objective that no file of dpkd knows."""
 
     kind: str = f"{__name__}:Brightness"

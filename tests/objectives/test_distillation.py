@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from dpkd.data.batch import Batch, View
+from dpkd.objectives.base import Context, Supervision, losses_of
 from dpkd.objectives.decoupled_logits import decoupled_logits
-from dpkd.objectives.features import distil_embedding, standardise
+from dpkd.objectives.features import feature_distance, standardise
 from dpkd.objectives.logits import distil_logits
-from dpkd.objectives.patches import distil_patches, patch_weight, resample_features
+from dpkd.objectives.patches import PatchDistillation, distil_patches, resample_features
 from dpkd.objectives.standardised_logits import standardise_logits
 
 RNG = np.random.default_rng(0)
@@ -52,19 +54,18 @@ def test_logits_pull_the_student_towards_the_teacher():
 def test_embeddings_are_compared_standardised():
     student_BD, teacher_BD = RNG.normal(size=(5, 7)), 10 * RNG.normal(size=(5, 7)) + 3
     expected = np.mean([distance(student, teacher) for student, teacher in zip(student_BD, teacher_BD, strict=True)])
-    assert float(distil_embedding(torch.tensor(student_BD), torch.tensor(teacher_BD))) == pytest.approx(
-        expected, rel=1e-4
-    )
+    loss = feature_distance(torch.tensor(student_BD), torch.tensor(teacher_BD), dim=1).mean()
+    assert float(loss) == pytest.approx(expected, rel=1e-4)
 
 
 def test_scale_and_offset_of_an_embedding_do_not_count():
     embedding_BD = torch.randn(4, 32)
-    assert float(distil_embedding(embedding_BD, 5 * embedding_BD + 2)) == pytest.approx(0, abs=1e-5)
+    assert feature_distance(embedding_BD, 5 * embedding_BD + 2, dim=1).numpy() == pytest.approx(0, abs=1e-5)
 
 
 def test_a_constant_embedding_gives_finite_gradients():
     student_BD = torch.ones(2, 8, requires_grad=True)
-    distil_embedding(student_BD, torch.randn(2, 8)).backward()
+    feature_distance(student_BD, torch.randn(2, 8), dim=1).mean().backward()
     assert student_BD.grad.isfinite().all()
     assert torch.equal(standardise(torch.ones(2, 8), dim=1), torch.zeros(2, 8))
 
@@ -97,12 +98,17 @@ def test_the_losses_do_not_depend_on_how_a_batch_is_cut():
 
 
 def test_weights_add_saliency_and_edges():
-    saliency, edge = torch.rand(2, 1, 4, 4), torch.rand(2, 1, 4, 4)
-    weight = patch_weight(saliency_B1HW=saliency, edge_B1HW=edge, saliency=0.5, edge=3.0)
-    torch.testing.assert_close(weight, 1 + 0.5 * saliency + 3 * edge)
-    torch.testing.assert_close(patch_weight(edge_B1HW=edge, edge=2.0), 1 + 2 * edge)
-    assert patch_weight() is None
-    assert patch_weight(saliency_B1HW=saliency, saliency=0) is None
+    maps = {"saliency": torch.rand(2, 1, 4, 4), "edge": torch.rand(2, 1, 4, 4)}
+    student_BDHW, teacher_BDHW = torch.randn(2, 2, 6, 4, 4)
+    view = View(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), maps)
+    batch = Batch({"global": view}, {}, torch.arange(2), torch.zeros(2))
+    outputs, taught = {"to_teacher/patch": student_BDHW}, {"t": {"global": {"patch": teacher_BDHW}}}
+    supervision = Supervision((), 1.0, torch.zeros(0))
+    context = Context(batch, {"global": outputs}, taught, supervision, step=0, seed=0)
+    for saliency, edge in ((0.5, 3.0), (0, 2.0), (1.0, 0), (0, 0)):
+        (loss,) = losses_of([PatchDistillation(saliency=saliency, edge=edge)], context).values()
+        weight_B1HW = 1 + saliency * maps["saliency"] + edge * maps["edge"]
+        torch.testing.assert_close(loss, distil_patches(student_BDHW, teacher_BDHW, weight_B1HW))
 
 
 @pytest.mark.parametrize(("size", "grid"), [((10, 10), (5, 5)), ((4, 6), (8, 12))])

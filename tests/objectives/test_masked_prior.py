@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpkd.objectives.masked_prior import hide_patches, masked_prior, prior_target, random_patch_mask
+from dpkd.objectives.draws import hide_patches, random_patch_mask
+from dpkd.objectives.masked_prior import masked_prior, prior_target
 
 MASK_64 = (1 << 64) - 1
 

@@ -7,7 +7,7 @@ from skimage.color import rgb2lab
 from skimage.draw import disk
 from skimage.measure import regionprops
 
-from dpkd.objectives.region_bounds import STATISTICS, bound_penalty, compactness, fit_region, lab, region_statistic
+from dpkd.objectives.region_bounds import STATISTICS, Bound, compactness, fit_region, lab, region_statistic
 
 RNG = np.random.default_rng(0)
 GREY_BCHW = torch.full((1, 3, 8, 8), 128, dtype=torch.uint8)
@@ -108,35 +108,31 @@ def test_gradients_are_those_of_finite_differences(name: str):
     def penalty(logits):
         value_B = region_statistic(name, logits.sigmoid(), image_BCHW)
         low, high = STATISTICS[name]
-        return bound_penalty(value_B, statistic=name, at_least=high, at_most=low)  # both sides pull
+        return Bound(statistic=name, at_least=high).penalty(value_B) + Bound(statistic=name, at_most=low).penalty(value_B)
 
     assert torch.autograd.gradcheck(penalty, (logit_B1HW,))
 
 
 def test_the_penalty_is_the_square_beyond_each_bound_in_shares_of_the_range():
     value_B = torch.tensor([10.0, 40.0, 95.0, 60.0])
-    penalty = bound_penalty(value_B, statistic="lightness", at_least=30, at_most=80)
-    assert float(penalty) == pytest.approx((0.2**2 + 0.15**2) / 4)
-    assert float(bound_penalty(value_B, statistic="lightness", at_least=30)) == pytest.approx(0.2**2 / 4)
-    bound_B = torch.tensor([False, True, True, True])
-    penalty = bound_penalty(value_B, statistic="lightness", at_least=30, at_most=80, bound_B=bound_B)
-    assert float(penalty) == pytest.approx(0.15**2 / 4)
+    both_B = Bound(statistic="lightness", at_least=30, at_most=80).penalty(value_B)
+    torch.testing.assert_close(both_B, torch.tensor([0.2**2, 0, 0.15**2, 0]))
+    low_B = Bound(statistic="lightness", at_least=30).penalty(value_B)
+    torch.testing.assert_close(low_B, torch.tensor([0.2**2, 0, 0, 0]))
 
 
 def test_the_losses_do_not_depend_on_how_a_batch_is_cut():
     logit_B1HW, map_B1HW = torch.randn(8, 1, 4, 4), torch.rand(8, 1, 8, 8)
     map_B1HW[[1, 4, 5]] = float("nan")
-    bound_B = torch.arange(8) % 3 == 0
 
-    def losses(logits, maps, bound):
+    def losses(logits, maps):
         value_B = region_statistic("area", logits.sigmoid(), GREY_BCHW)
-        penalty = bound_penalty(value_B, statistic="area", at_most=0.2, bound_B=bound)
-        return torch.stack([fit_region(logits, maps), penalty])
+        return torch.stack([fit_region(logits, maps), Bound(statistic="area", at_most=0.2).penalty(value_B).mean()])
 
-    whole = losses(logit_B1HW, map_B1HW, bound_B)
+    whole = losses(logit_B1HW, map_B1HW)
     assert (whole > 0).all()
     for size in (1, 2, 4):
-        parts = zip(logit_B1HW.split(size), map_B1HW.split(size), bound_B.split(size), strict=True)
+        parts = zip(logit_B1HW.split(size), map_B1HW.split(size), strict=True)
         torch.testing.assert_close(torch.stack([losses(*part) for part in parts]).mean(0), whole)
 
 
@@ -157,7 +153,7 @@ def test_an_empty_region_has_finite_statistics_and_gradients():
     for name in STATISTICS:
         logit_B1HW = torch.full((1, 1, 4, 4), -80.0, requires_grad=True)
         value_B = region_statistic(name, logit_B1HW.sigmoid(), GREY_BCHW)
-        bound_penalty(value_B, statistic=name, at_least=STATISTICS[name][1]).backward()
+        Bound(statistic=name, at_least=STATISTICS[name][1]).penalty(value_B).mean().backward()
         assert value_B.isfinite().all(), name
         assert logit_B1HW.grad.isfinite().all(), name
 
@@ -175,7 +171,7 @@ def test_training_under_a_bound_moves_the_region_of_a_toy_network_into_it(statis
         region_B1HW = network(image_BCHW.float() / 255).view(-1, 1, 8, 8).sigmoid()
         value_B = region_statistic(statistic_name, region_B1HW, image_BCHW)
         before.append(value_B.detach())
-        loss = bound_penalty(value_B, statistic=statistic_name, at_least=bounds[0], at_most=bounds[1])
+        loss = Bound(statistic=statistic_name, at_least=bounds[0], at_most=bounds[1]).penalty(value_B).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

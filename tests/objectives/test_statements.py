@@ -5,9 +5,10 @@ import torch
 
 from dpkd.data.attributes import score_weights
 from dpkd.data.batch import Batch, View
-from dpkd.objectives.attributes import Attributes, classify_by_attributes, predict_attributes
+from dpkd.objectives.attributes import Attributes, predict_attributes
 from dpkd.objectives.base import ClassAttributes, Context, Objective, Supervision, losses_of
-from dpkd.objectives.region_bounds import Bound, RegionBounds, bound_penalty, fit_region
+from dpkd.objectives.region_bounds import Bound, RegionBounds, fit_region
+from dpkd.objectives.supervised import supervised
 
 VALUE_KA = torch.tensor([[0.0, 1.0, float("nan")], [0.5, 0.2, 1.0]])
 WEIGHT_KA, BIAS_K = (torch.from_numpy(array) for array in score_weights(VALUE_KA.numpy()))
@@ -52,7 +53,7 @@ def test_each_loss_is_weighted_and_each_bound_binds_its_samples() -> None:
     losses, attribute_BA = losses_of(OBJECTIVES, context), context.student("attributes")
     region_B1HW = context.student("region/saliency")
     attributes = predict_attributes(attribute_BA, LABEL_B, VALUE_KA, labelled_share=0.75)
-    classes = classify_by_attributes(attribute_BA, LABEL_B, weight_KA=WEIGHT_KA, bias_K=BIAS_K, labelled_share=0.75)
+    classes = supervised(attribute_BA @ WEIGHT_KA.T + BIAS_K, LABEL_B, labelled_share=0.75)
     area_B = region_B1HW.sigmoid().mean((1, 2, 3))
     owls_B = LABEL_B == 1
     beyond = (area_B - 0.1).clamp(min=0).square().sum() + (0.9 - area_B[owls_B]).clamp(min=0).square().sum()
@@ -78,6 +79,6 @@ def test_bounds_without_classes_need_no_label() -> None:
     context = context_of(label_B=torch.full((8,), -1), share=0.0)
     losses = losses_of([RegionBounds(of="saliency", bounds=(Bound(statistic="area", at_most=0.1),))], context)
     area_B = context.student("region/saliency").sigmoid().mean((1, 2, 3))
-    expected = bound_penalty(area_B, statistic="area", at_most=0.1)
+    expected = (area_B - 0.1).clamp(min=0).square().mean()
     assert float(losses["region_bounds.area"]) == pytest.approx(float(expected))
     assert float(expected) > 0
