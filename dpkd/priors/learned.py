@@ -32,7 +32,6 @@ Scale = Literal["unit", "sigmoid", "softmax", "largest", "minmax"]
 SLACK = 0.1
 """How far beyond 0 and 1 values of `scale=unit` may be: resampling inside a model overshoots."""
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class TimmModel(Config):
@@ -102,37 +101,34 @@ class OnnxModel(Config):
     def load(self, size: tuple[int, int], *, device: str) -> Run:  # noqa: ARG002 (the file knows it)
         """The ONNX model as a function of images BCHW; on the CPU it takes one thread.
 
-        Raises `UserError` where onnxruntime has no provider for the device, or the model has no single image input or
-        not the output; and what onnxruntime raises for a file that is no model.
+        Raises `UserError` where onnxruntime has no provider for the device, or the model has not the output; and what
+        onnxruntime raises for a file that is no model.
         """
         import onnxruntime  # noqa: PLC0415
 
-        provider, available = PROVIDERS[device.partition(":")[0]], onnxruntime.get_available_providers()
-        if provider not in available:
-            raise UserError(
-                f"this onnxruntime runs on {', '.join(available)} alone: install onnxruntime-gpu in its place, or set "
-                "device=cpu for this prior"
-            )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1  # the pool has a process for every core
         options.log_severity_level = 3
+        provider = PROVIDERS[device.partition(":")[0]]
         session = onnxruntime.InferenceSession(self.file, options, providers=[provider])
-        if provider not in session.get_providers():  # onnxruntime would go on without
-            raise UserError(f"onnxruntime could not start its {provider}; see its message above, or set device=cpu")
-        inputs, names = session.get_inputs(), [output.name for output in session.get_outputs()]
-        if len(inputs) != 1 or inputs[0].type not in FLOATS:
-            taken = ", ".join(f"{value.name} {value.type}" for value in inputs)
-            raise UserError(f"it takes {taken}, and a prior gives one float batch of images: export it with that input")
+        if provider not in session.get_providers():  # onnxruntime goes on with another in silence
+            raise UserError(
+                f"onnxruntime could not start {provider}: install onnxruntime-gpu in the place of onnxruntime, or set "
+                "device=cpu for this prior"
+            )
+        names = [output.name for output in session.get_outputs()]
         choices: dict[str | int | None, str] = {name: name for name in names}
         choices |= {**dict(enumerate(names)), **dict(enumerate(names, -len(names)))}
         if len(names) == 1:
             choices[None] = names[0]
         if self.output not in choices:
             raise UserError(f"model.output={self.output!r} names none of its {len(names)} outputs: {', '.join(names)}")
+        image = session.get_inputs()[0]
+        dtype = np.float16 if image.type == "tensor(float16)" else np.float32
 
         def run(image_BCHW: Array) -> Array:
-            image = image_BCHW.astype(FLOATS[inputs[0].type], copy=False)
-            return np.asarray(session.run([choices[self.output]], {inputs[0].name: image})[0], np.float32)
+            inputs = {image.name: image_BCHW.astype(dtype, copy=False)}
+            return np.asarray(session.run([choices[self.output]], inputs)[0], np.float32)
 
         return run
 
@@ -202,7 +198,7 @@ class Learned(PriorDefaults, Config):
 
         Raises `UserError` that names the file where it is missing, or is not the one of `sha256`.
         """
-        with _named(self, "it cannot be read"):
+        with _named(self, "it cannot be read as a model"):
             try:
                 digest = checksum(self.model)
             except FileNotFoundError as error:
@@ -241,8 +237,26 @@ class Learned(PriorDefaults, Config):
         return [cell_means(np.asarray(map_HWC, np.float32), grid) for map_HWC, grid in zip(maps, grids, strict=True)]
 
 
-def _batch(prior: Learned, images: Sequence[ImageViews]) -> Array:
-    """The images as the model takes them; places that are left over are of the mean colour."""
+@lru_cache(maxsize=4)
+def _loaded(prior: Learned, device: str) -> Run:
+    """The model on a device, loaded once a process and tried on blank images before any map is taken from it."""
+    with _named(prior, "it cannot be loaded; every worker needs a whole copy at this place"):
+        digest = checksum(prior.model)
+        if prior.model.sha256 not in (None, digest):
+            raise UserError(f"its sha256 on this machine is {digest}, not {prior.model.sha256}: copy it here again")
+        run = prior.model.load(prior.input_size, device=device)
+    blank_BCHW = _values(prior, run, [])
+    with _named(prior, "it fails"):
+        if not np.isfinite(blank_BCHW).all():
+            raise UserError("the model gives values that are not finite for blank images; check mean, std and weights")
+    return run
+
+
+def _values(prior: Learned, run: Run, images: Sequence[ImageViews]) -> Array:
+    """The model's output in [0, 1] for a full batch: the images, then blank ones of the mean colour.
+
+    Raises `UserError` where the output is no map of the prior's channels.
+    """
     assert len(images) <= prior.batch_size, f"{len(images)} images in a batch of {prior.batch_size}"
     height, width = prior.input_size
     mean_C, std_C = np.asarray(prior.mean, np.float32), np.asarray(prior.std, np.float32)
@@ -257,26 +271,6 @@ def _batch(prior: Learned, images: Sequence[ImageViews]) -> Array:
             resized_HWC = cv2.cvtColor(resized_HWC, cv2.COLOR_RGB2GRAY)[:, :, None]
         unit_HWC = resized_HWC.astype(np.float32) * np.float32(1 / 255)
         input_CHW[:] = ((unit_HWC - mean_C) / std_C).transpose(2, 0, 1)
-    return batch_BCHW
-
-
-@lru_cache(maxsize=4)
-def _loaded(prior: Learned, device: str) -> Run:
-    """The model on a device, loaded once a process and tried on blank images before any map is taken from it."""
-    with _named(prior, "it cannot be loaded; every worker needs a whole copy at this place"):
-        digest = checksum(prior.model)
-        if prior.model.sha256 not in (None, digest):
-            raise UserError(f"its sha256 on this machine is {digest}, not {prior.model.sha256}: copy it here again")
-        run = prior.model.load(prior.input_size, device=device)
-    if not np.isfinite(_values(prior, run, [])).all():
-        with _named(prior, "it fails"):
-            raise UserError("the model gives values that are not finite for blank images; check mean, std and weights")
-    return run
-
-
-def _values(prior: Learned, run: Run, images: Sequence[ImageViews]) -> Array:
-    """The model's output for the images, in [0, 1]; raises `UserError` where it is no map of the prior's channels."""
-    batch_BCHW = _batch(prior, images)
     what = f"the model does not run on float32 of {batch_BCHW.shape}: set size, colour and batch_size to what it takes"
     with _named(prior, what):
         output = run(batch_BCHW)
@@ -330,43 +324,34 @@ def scaled(values_BCHW: Array, scale: Scale) -> Array:
 def checksum(model: TimmModel | OnnxModel) -> str:
     """SHA-256 of the model's files as they are now, 64 hex digits; read again only where size or date have changed.
 
-    Raises `FileNotFoundError` where one is missing, and `UserError` for one that is no ONNX model.
+    Raises `FileNotFoundError` where one is missing, and what onnx raises for a file that is no ONNX model.
     """
-    path = Path(model.file)
-    if path.is_dir():
-        raise UserError("it is a folder: name the file of the weights in it")
-    external = _external_data(_state(path)) if isinstance(model, OnnxModel) else ()
-    return _digest(tuple(_state(file) for file in (path, *external)))
+    state = _state(Path(model.file))
+    external = _external_data(*state) if isinstance(model, OnnxModel) else ()
+    return _digest(state, *(_state(path) for path in external))
 
 
-FileState = tuple[str, int, int]
-
-
-def _state(path: Path) -> FileState:
+def _state(path: Path) -> tuple[Path, int, int]:
     """What changes whenever a file does: its absolute path, size, and time of change."""
     status = path.stat()
-    return str(path.absolute()), status.st_size, status.st_mtime_ns
+    return path.absolute(), status.st_size, status.st_mtime_ns
 
 
 @lru_cache(maxsize=64)
-def _digest(files: tuple[FileState, ...]) -> str:
+def _digest(*files: tuple[Path, int, int]) -> str:
     digest = hashlib.sha256()
-    for name, _, _ in files:
-        with Path(name).open("rb") as file:
+    for path, _, _ in files:
+        with path.open("rb") as file:
             hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 
 @lru_cache(maxsize=64)
-def _external_data(state: FileState) -> tuple[Path, ...]:
+def _external_data(path: Path, _size: int, _changed_ns: int) -> tuple[Path, ...]:
     """The files beside an ONNX model that hold its larger tensors, by name."""
     import onnx  # noqa: PLC0415 (slow to load, and only for such models)
     from onnx.external_data_helper import ExternalDataInfo, uses_external_data  # noqa: PLC0415
 
-    path = Path(state[0])
-    try:
-        graph = onnx.load_model(path, load_external_data=False).graph
-    except Exception as error:  # protobuf and onnx have no error in common
-        raise UserError(f"it cannot be read as an ONNX model ({error})") from error
+    graph = onnx.load_model(path, load_external_data=False).graph
     names = {ExternalDataInfo(tensor).location for tensor in graph.initializer if uses_external_data(tensor)}
     return tuple(path.parent / name for name in sorted(names))

@@ -89,21 +89,22 @@ def test_the_odds_are_the_weighed_sum_of_the_logarithms_of_the_cues(photograph):
 def test_strength_along_a_line_agrees_with_scipy():
     random = np.random.default_rng(0)
     planes_CHW = random.normal(size=(3, 20, 24)).astype(np.float32)
-    gradient_HWC = gradients(planes_CHW, scale=1.0)
-    tensor_3HW = np.stack([cv2.GaussianBlur(part_HW, (0, 0), 2) for part_HW in tensor(gradient_HWC)])
+    gradient_2CHW = gradients(planes_CHW, scale=1.0)
+    tensor_3HW = np.stack([cv2.GaussianBlur(part_HW, (0, 0), 2) for part_HW in tensor(gradient_2CHW)])
     weight_K = np.array([1, 0.7, 0.2], np.float32)
     angle_HW = 0.5 * np.arctan2(2 * tensor_3HW[2], tensor_3HW[0] - tensor_3HW[1])
     across = np.cos(angle_HW), np.sin(angle_HW)
     place = np.mgrid[:20, :24]
-    total_HW3 = 0
+    total_CHW = 0
     for k in range(-2, 3):
         at = [place[0] + 2 * k * across[0], place[1] - 2 * k * across[1]]
-        part_HWC = [ndimage.map_coordinates(each, np.rint(at), order=0) for each in np.moveaxis(gradient_HWC, 2, 0)]
-        total_HW3 += weight_K[abs(k)] * np.array(
-            [across[0] * x + across[1] * y for x, y in np.reshape(part_HWC, (3, 2, 20, 24))]
+        x_CHW, y_CHW = (
+            np.array([ndimage.map_coordinates(plane_HW, np.rint(at), order=0) for plane_HW in part_CHW])
+            for part_CHW in gradient_2CHW
         )
-    expected_HW = np.sqrt((total_HW3**2).sum(0)) / (1 + 2 * 0.9)
-    found_HW = line_strength(gradient_HWC, tensor_3HW, weight_K=weight_K, step=2.0)
+        total_CHW += weight_K[abs(k)] * (across[0] * x_CHW + across[1] * y_CHW)
+    expected_HW = np.sqrt((total_CHW**2).sum(0)) / (1 + 2 * 0.9)
+    found_HW = line_strength(gradient_2CHW, tensor_3HW, weight_K=weight_K, step=2.0)
     np.testing.assert_allclose(found_HW[5:-5, 5:-5], expected_HW[5:-5, 5:-5], atol=1e-4)
 
 

@@ -258,7 +258,7 @@ def test_a_model_that_cannot_work_is_named_before_its_first_map(wrong, name):
 
 def test_what_is_no_onnx_model_is_named_when_it_is_sealed(tmp_path):
     (tmp_path / "text.onnx").write_text("no model")
-    with pytest.raises(UserError, match=r"'learned-depth'.*cannot be read as an ONNX model"):
+    with pytest.raises(UserError, match=r"'learned-depth'.*cannot be read as a model"):
         depth_prior(tmp_path / "text.onnx").sealed()
 
 

@@ -101,13 +101,13 @@ def levels(lab_HWC: Image) -> list[Cues]:
     variance_HW = halved(light_HW * light_HW) - np.square(cell_HWC[:, :, 0])
     contrast_HW = np.sqrt(np.sqrt(np.maximum(variance_HW, 0)) + np.float32(0.25))
 
-    gradient_HWC, tensor_3HW = _smoothed(planes, 0.8)
+    gradient_2CHW, tensor_3HW = _smoothed(planes, 0.8)
     step_HW, spread_3HW = strengths(tensor_3HW)[0], _spread(tensor_3HW)
     aligned_HW = np.sqrt(cv2.magnitude(spread_3HW[0] - spread_3HW[1], 2 * spread_3HW[2]))
     first = {
         "step": step_HW,
-        "light": _length(gradient_HWC),
-        "line": line_strength(gradient_HWC, spread_3HW, weight_K=LINE_WEIGHT_K, step=2.0),
+        "light": _length(gradient_2CHW),
+        "line": line_strength(gradient_2CHW, spread_3HW),
         "mean": np.sqrt(_blurred(tensor_3HW[0] + tensor_3HW[1], 1)),
     }
     planes = [halved(plane_HW) for plane_HW in planes]
@@ -118,8 +118,8 @@ def levels(lab_HWC: Image) -> list[Cues]:
         "around": _blurred(around_HW, 4),
     }
     planes = [halved(plane_HW) for plane_HW in planes]
-    gradient_HWC, tensor_3HW = _smoothed(planes, 1.0)
-    third = {"line": line_strength(gradient_HWC, _spread(tensor_3HW), weight_K=LINE_WEIGHT_K, step=2.0)}
+    gradient_2CHW, tensor_3HW = _smoothed(planes, 1.0)
+    third = {"line": line_strength(gradient_2CHW, _spread(tensor_3HW))}
     planes = [halved(plane_HW) for plane_HW in planes]
     fourth = {
         "cross": strengths(_smoothed(planes, 1.0)[1])[1],
@@ -144,13 +144,13 @@ def halved(image: Image) -> Image:
 
 def _smoothed(planes: Sequence[Image], scale: float) -> tuple[Image, Image]:
     """Gradients of the planes at a scale, times the scale (γ-normalised, Lindeberg 1998), and their tensor."""
-    gradient_HWC = gradients(np.stack([_blurred(plane_HW, scale) for plane_HW in planes]), scale=scale)
-    return gradient_HWC, tensor(gradient_HWC)
+    gradient_2CHW = gradients(np.stack([_blurred(plane_HW, scale) for plane_HW in planes]), scale=scale)
+    return gradient_2CHW, tensor(gradient_2CHW)
 
 
-def _length(gradient_HWC: Image) -> Image:
+def _length(gradient_2CHW: Image) -> Image:
     """Length of the gradient of the first plane."""
-    return np.asarray(cv2.magnitude(gradient_HWC[:, :, 0].copy(), gradient_HWC[:, :, 1].copy()), np.float32)
+    return np.asarray(cv2.magnitude(gradient_2CHW[0, 0], gradient_2CHW[1, 0]), np.float32)
 
 
 def _spread(tensor_3HW: Image) -> Image:
@@ -175,61 +175,43 @@ def crests(map_HW: Image, *, direction_px: float, fine_px: float, least: float =
     return np.asarray(_suppress(np.pad(fine_HW, 1, mode="edge"), yy_HW - xx_HW, -2 * xy_HW, np.float32(least)))
 
 
-@Kernel
-def gradients(planes_CHW, scale):  # type: ignore[no-untyped-def]
-    """`scale` times the central differences of C planes, HW2C: x and y of each plane, 0 across the frame."""
-    channels, height, width = planes_CHW.shape
+def gradients(planes_CHW: Image, scale: float) -> Image:
+    """`scale` times the central differences of C planes, 2CHW: along x, then along y; 0 across the frame."""
+    gradient_2CHW = np.zeros((2, *planes_CHW.shape), np.float32)
     factor = np.float32(0.5 * scale)
-    gradient_HWC = np.zeros((height, width, 2 * channels), np.float32)
-    for c in range(channels):
-        for y in range(height):
-            for x in range(1, width - 1):
-                gradient_HWC[y, x, 2 * c] = factor * (planes_CHW[c, y, x + 1] - planes_CHW[c, y, x - 1])
-        for y in range(1, height - 1):
-            for x in range(width):
-                gradient_HWC[y, x, 2 * c + 1] = factor * (planes_CHW[c, y + 1, x] - planes_CHW[c, y - 1, x])
-    return gradient_HWC
+    gradient_2CHW[0, :, :, 1:-1] = factor * (planes_CHW[:, :, 2:] - planes_CHW[:, :, :-2])
+    gradient_2CHW[1, :, 1:-1] = factor * (planes_CHW[:, 2:] - planes_CHW[:, :-2])
+    return gradient_2CHW
 
 
-@Kernel
-def tensor(gradient_HWC):  # type: ignore[no-untyped-def]
+def tensor(gradient_2CHW: Image) -> Image:
     """The structure tensor (Di Zenzo 1986) of `gradients`, 3HW: xx, yy, xy, summed over the planes."""
-    height, width, channels = gradient_HWC.shape
-    tensor_3HW = np.empty((3, height, width), np.float32)
-    for y in range(height):
-        for x in range(width):
-            xx, yy, xy = np.float32(0), np.float32(0), np.float32(0)
-            for c in range(0, channels, 2):
-                dx, dy = gradient_HWC[y, x, c], gradient_HWC[y, x, c + 1]
-                xx += dx * dx
-                yy += dy * dy
-                xy += dx * dy
-            tensor_3HW[0, y, x], tensor_3HW[1, y, x], tensor_3HW[2, y, x] = xx, yy, xy
-    return tensor_3HW
+    x_CHW, y_CHW = gradient_2CHW
+    return np.stack([(x_CHW * x_CHW).sum(0), (y_CHW * y_CHW).sum(0), (x_CHW * y_CHW).sum(0)])
 
 
-@Kernel
-def strengths(tensor_3HW):  # type: ignore[no-untyped-def]
+def strengths(tensor_3HW: Image) -> tuple[Image, Image]:
     """Square roots of the tensor's larger and smaller eigenvalue, HW each."""
-    larger_HW, smaller_HW = np.empty_like(tensor_3HW[0]), np.empty_like(tensor_3HW[0])
-    half = np.float32(0.5)
-    for y in range(larger_HW.shape[0]):
-        for x in range(larger_HW.shape[1]):
-            xx, yy, twice = tensor_3HW[0, y, x], tensor_3HW[1, y, x], tensor_3HW[2, y, x] + tensor_3HW[2, y, x]
-            root = np.sqrt((xx - yy) * (xx - yy) + twice * twice)
-            larger_HW[y, x] = np.sqrt(half * (xx + yy + root))
-            smaller_HW[y, x] = np.sqrt(half * max(xx + yy - root, np.float32(0)))
-    return larger_HW, smaller_HW
+    xx_HW, yy_HW, xy_HW = tensor_3HW
+    root_HW = np.sqrt(np.square(xx_HW - yy_HW) + np.square(2 * xy_HW))
+    return np.sqrt(0.5 * (xx_HW + yy_HW + root_HW)), np.sqrt(0.5 * np.maximum(xx_HW + yy_HW - root_HW, 0))
 
 
-@Kernel
-def line_strength(gradient_HW6, tensor_3HW, weight_K, step):  # type: ignore[no-untyped-def]
+def line_strength(
+    gradient_2CHW: Image, tensor_3HW: Image, *, weight_K: Image = LINE_WEIGHT_K, step: float = 2.0
+) -> Image:
     """The gradient along a straight line through each pixel, HW; of three planes.
 
     The line runs along the tensor's smaller eigenvector. Of the gradients at `step` times 0, ±1, ..., ±(K - 1) pixels
     along it the part across the line is averaged with `weight_K`, plane by plane, so that opposite steps, as texture
     has them, cancel; the root of the sum of squares over the planes is given.
     """
+    x_and_y = [part_HW for plane_2HW in gradient_2CHW.swapaxes(0, 1) for part_HW in plane_2HW]
+    return np.asarray(_along_lines(np.asarray(cv2.merge(x_and_y)), tensor_3HW, weight_K, step))
+
+
+@Kernel
+def _along_lines(gradient_HW6, tensor_3HW, weight_K, step):  # type: ignore[no-untyped-def]
     height, width = gradient_HW6.shape[:2]
     strength_HW, share = np.empty((height, width), np.float32), np.float32(1 / (2 * weight_K.sum() - weight_K[0]))
     reach = int(np.ceil(np.float32(step) * np.float32(len(weight_K) - 1))) + 1
