@@ -11,9 +11,9 @@ from dpkd.data.settings import FolderSource
 from dpkd.data.shards import Dataset
 from dpkd.launch.pool import never
 from dpkd.priors.catalogue.edge import Edge
-from dpkd.priors.catalogue.hog import Hog
+from dpkd.priors.catalogue.orientation import Hog
+from dpkd.priors.catalogue.regions import Superpixel
 from dpkd.priors.catalogue.saliency import Saliency
-from dpkd.priors.catalogue.superpixel import Superpixel
 from dpkd.priors.store import PriorSet
 from dpkd.report.quarantine import Quarantine
 from dpkd.settings import DataSettings, PrepareSettings

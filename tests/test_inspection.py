@@ -13,7 +13,7 @@ from dpkd.errors import UserError
 from dpkd.io.record import checked
 from dpkd.io.storage import digest
 from dpkd.priors.catalogue.edge import Edge
-from dpkd.priors.catalogue.expert import Expert
+from dpkd.priors.catalogue.regions import Expert
 from dpkd.priors.record import Record
 from dpkd.priors.store import MANIFEST_NAME, PriorIndex
 from dpkd.verbs.inspect import draw_samples, inspect_dataset, prior_sets

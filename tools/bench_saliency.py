@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from dpkd.data.images import decode_image
 from dpkd.log import Progress
 from dpkd.priors.base import ImageViews
+from dpkd.priors.catalogue.regions import Superpixel
 from dpkd.priors.catalogue.saliency import Saliency
-from dpkd.priors.catalogue.superpixel import Superpixel
 from dpkd.priors.derived import DERIVED
 
 Map = NDArray[np.float32]

@@ -1,7 +1,7 @@
 """Histograms of oriented gradients on the training device, of the very view that the network sees.
 
-The definition is that of `dpkd.priors.catalogue.hog`; a map of the view itself needs no storage, and a crop keeps its
-full detail (MaskFeat, Wei et al. 2022, computes its target so). Axes: B sample, C colour, H W height and width, K bins.
+The definition is that of the prior `Hog`; a map of the view itself needs no storage, and a crop keeps its full detail
+(MaskFeat, Wei et al. 2022, computes its target so). Axes: B sample, C colour, H W height and width, K bins.
 """
 
 import torch

@@ -1,33 +1,70 @@
-"""Prior maps: one file a prior, a frozen settings model whose `map(image)` does the work; `Prior` is their union.
+"""Prior maps: each is a frozen settings model whose `map(image)` does the work; `Prior` is their union.
 
-To add a prior: write its file with the verbs of `dpkd.priors.base.Extractor`, and name its class here. Other
-packages bring theirs by an entry point (`dpkd.priors.installed`).
+To add one: write a class with the verbs of `dpkd.priors.base.Extractor`, and name it here. Other packages bring theirs
+under the entry point group `dpkd.priors`; once a package is installed, settings know its prior by its `kind`:
+
+    [project.entry-points."dpkd.priors"]
+    depth = "my_package.depth:Depth"
 """
 
-from typing import TYPE_CHECKING, Annotated, Union
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
-from dpkd.priors.base import Extractor
-from dpkd.priors.catalogue.colour import Colour
+from dpkd.errors import UserError
+from dpkd.priors.base import BatchExtractor, Extractor
+from dpkd.priors.catalogue.colour import Colour, Hue
 from dpkd.priors.catalogue.edge import Edge
-from dpkd.priors.catalogue.expert import Expert
-from dpkd.priors.catalogue.gabor import Gabor
-from dpkd.priors.catalogue.glcm import Glcm
-from dpkd.priors.catalogue.hog import Hog
-from dpkd.priors.catalogue.hue import Hue
-from dpkd.priors.catalogue.lbp import Lbp
-from dpkd.priors.catalogue.orientation import Orientation
-from dpkd.priors.catalogue.ridge import Ridge
+from dpkd.priors.catalogue.orientation import Hog, Orientation
+from dpkd.priors.catalogue.regions import Expert, Superpixel
 from dpkd.priors.catalogue.saliency import Saliency
-from dpkd.priors.catalogue.superpixel import Superpixel
-from dpkd.priors.catalogue.symmetry import Symmetry
-from dpkd.priors.installed import installed_priors
+from dpkd.priors.catalogue.shape import Ridge, Symmetry
+from dpkd.priors.catalogue.texture import Gabor, Glcm, Lbp
 from dpkd.priors.learned import Learned
 
 DEFAULT = (Edge, Orientation, Superpixel, Saliency, Lbp, Gabor, Colour, Ridge)
 BUILT_IN = (*DEFAULT, Hog, Hue, Symmetry, Glcm, Expert, Learned)
-KINDS = (*BUILT_IN, *installed_priors(BUILT_IN))
+
+
+def _installed_priors() -> list[type[BaseModel]]:
+    """The classes that installed packages bring, sorted by entry point.
+
+    Raises `UserError` that names package and entry point for one that cannot be imported, lacks a verb, or takes a kind
+    that is taken already.
+    """
+    owners = {str(prior.model_fields["kind"].default): "dpkd" for prior in BUILT_IN}
+    priors = []
+    for entry in sorted(entry_points(group="dpkd.priors"), key=lambda entry: (entry.name, entry.value)):
+        package = entry.dist.name if entry.dist is not None else "an installed package"
+        place = f"the prior {entry.name!r} of {package} ({entry.value})"
+        prior = _load(entry, place)
+        kind = prior.model_fields["kind"].default
+        if kind in owners:
+            raise UserError(f"{place}: the kind {kind!r} is {owners[kind]}'s already; give it another kind")
+        owners[kind] = place
+        priors.append(prior)
+    return priors
+
+
+def _load(entry: EntryPoint, place: str) -> type[BaseModel]:
+    try:
+        prior: Any = entry.load()
+    except Exception as error:  # whatever somebody else's module raises
+        fault = f"{type(error).__name__}: {error}"
+        raise UserError(f"{place} cannot be imported ({fault}); mend or uninstall the package") from error
+    if not (isinstance(prior, type) and issubclass(prior, BaseModel)) or "kind" not in prior.model_fields:
+        raise UserError(f"{place} is no pydantic model with a `kind`; a prior is one")
+    verbs = [*vars(Extractor), *(vars(BatchExtractor) if hasattr(prior, "maps") else ())]
+    known = {*dir(prior), *prior.model_fields}
+    if missing := [verb for verb in verbs if not verb.startswith("_") and verb not in known]:
+        raise UserError(f"{place} lacks {', '.join(missing)}; see dpkd.priors.base.Extractor")
+    if not prior.model_config.get("frozen"):
+        raise UserError(f"{place} is not frozen; set model_config = ConfigDict(frozen=True, extra='forbid')")
+    return prior
+
+
+KINDS = (*BUILT_IN, *_installed_priors())
 """The classes of all priors that settings can name."""
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from dpkd.config import Config
 from dpkd.priors.codecs import Codec, Map
 
 Value = TypeVar("Value", np.uint8, np.float32)
@@ -33,11 +34,6 @@ class ImageViews:
         """CIE L*a*b* in its own units, float32: L from 0 to 100."""
         rgb_HWC = self.rgb_HWC.astype(np.float32) * np.float32(1 / 255)
         return _locked(np.asarray(cv2.cvtColor(rgb_HWC, cv2.COLOR_RGB2Lab), np.float32))
-
-    @cached_property
-    def lab8_HWC(self) -> npt.NDArray[np.uint8]:  # noqa: N802
-        """CIE L*a*b* in bytes: L · 255/100, a + 128, b + 128."""
-        return _locked(np.asarray(cv2.cvtColor(self.rgb_HWC, cv2.COLOR_RGB2Lab), np.uint8))
 
     @cached_property
     def grey8_HW(self) -> npt.NDArray[np.uint8]:  # noqa: N802
@@ -96,14 +92,15 @@ class Extractor(Protocol):
     def __hash__(self) -> int: ...
 
 
-class PriorDefaults:
+class PriorConfig(Config):
     """What most priors have in common: the kind names the map, which holds amounts and is mirrored with its image."""
 
+    kind: str
     version: ClassVar[int] = 1
     nearest: ClassVar[bool] = False
 
     @property
-    def name(self: Extractor) -> str:
+    def name(self) -> str:
         """Names the map in a prior set."""
         return self.kind
 

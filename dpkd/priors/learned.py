@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from dpkd.config import Config
 from dpkd.errors import UserError
-from dpkd.priors.base import ImageViews, PriorDefaults, grid_size
+from dpkd.priors.base import ImageViews, PriorConfig, grid_size
 from dpkd.priors.catalogue.kernels import cell_means
 from dpkd.priors.codecs import BYTES, Codec, JpegCodec, Map
 
@@ -133,7 +133,7 @@ class OnnxModel(Config):
         return run
 
 
-class Learned(PriorDefaults, Config):
+class Learned(PriorConfig):
     """An output of a model, as the map `learned-<of>` in [0, 1], on the grid of the model or of `stride`.
 
     Images are stretched to `size`, and run in batches that are always filled up to `batch_size`, so that an image at

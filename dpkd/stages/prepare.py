@@ -37,7 +37,7 @@ from dpkd.launch.pool import Accelerator, Pool
 from dpkd.log import logger
 from dpkd.priors import Prior
 from dpkd.priors.base import BatchExtractor, Extractor, ImageViews, accelerated, fingerprint
-from dpkd.priors.catalogue.expert import Expert
+from dpkd.priors.catalogue.regions import Expert
 from dpkd.priors.memory import keep_freed_memory
 from dpkd.priors.record import MEMBER_EXTENSION, Record, StoredMap, flat_map, source_hash, store_map
 from dpkd.priors.store import (

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from dpkd.io.shard_cache import MAX_FILES, LRUCache
-from dpkd.priors.catalogue.hog import Hog
+from dpkd.priors.catalogue.orientation import Hog
 from tests.data.packing import make_folder, pack_at
 from tests.prior_cases import prepare_all
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpkd.priors.catalogue.edge import Edge
-from dpkd.priors.catalogue.superpixel import Superpixel
+from dpkd.priors.catalogue.regions import Superpixel
 from dpkd.priors.codecs import CODECS, MAX_VALUES
 from dpkd.priors.record import Record, StoredMap, flat_map, store_map
 from dpkd.priors.store import PriorIndex

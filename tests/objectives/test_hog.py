@@ -4,7 +4,7 @@ import torch
 
 from dpkd.objectives.hog import hog
 from dpkd.priors.base import ImageViews
-from dpkd.priors.catalogue.hog import Hog
+from dpkd.priors.catalogue.orientation import Hog
 
 
 def drawn(*, height: int, width: int, count: int = 3) -> np.ndarray:

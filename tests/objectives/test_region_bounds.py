@@ -108,7 +108,9 @@ def test_gradients_are_those_of_finite_differences(name: str):
     def penalty(logits):
         value_B = region_statistic(name, logits.sigmoid(), image_BCHW)
         low, high = STATISTICS[name]
-        return Bound(statistic=name, at_least=high).penalty(value_B) + Bound(statistic=name, at_most=low).penalty(value_B)
+        return Bound(statistic=name, at_least=high).penalty(value_B) + Bound(statistic=name, at_most=low).penalty(
+            value_B
+        )
 
     assert torch.autograd.gradcheck(penalty, (logit_B1HW,))
 

@@ -5,8 +5,8 @@ from skimage import filters
 
 from dpkd.priors.base import ImageViews
 from dpkd.priors.catalogue.edge import Edge
+from dpkd.priors.catalogue.regions import Superpixel
 from dpkd.priors.catalogue.saliency import Saliency
-from dpkd.priors.catalogue.superpixel import Superpixel
 from dpkd.priors.derived import DERIVED, STRONG, derivable
 
 Foreground, BoundaryDistance = DERIVED["foreground"], DERIVED["boundary_distance"]

@@ -9,7 +9,7 @@ from dpkd.data.shards import Dataset
 from dpkd.errors import UserError
 from dpkd.priors.base import ImageViews
 from dpkd.priors.catalogue.edge import Edge
-from dpkd.priors.catalogue.expert import Expert
+from dpkd.priors.catalogue.regions import Expert
 from dpkd.priors.record import store_map
 from dpkd.priors.store import PriorSet
 from tests.prior_cases import draw_images, pack_folder, prepare_all

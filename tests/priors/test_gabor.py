@@ -4,7 +4,7 @@ from scipy import ndimage
 from skimage import filters
 
 from dpkd.priors.base import ImageViews
-from dpkd.priors.catalogue.gabor import FULL_SCALE, SIGMA_PX, WAVELENGTH_PX, Gabor
+from dpkd.priors.catalogue.texture import FULL_SCALE, SIGMA_PX, WAVELENGTH_PX, Gabor
 from tests.priors.gratings import grating, picture_of
 
 

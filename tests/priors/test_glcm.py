@@ -3,7 +3,7 @@ import pytest
 from skimage import feature
 
 from dpkd.priors.base import ImageViews
-from dpkd.priors.catalogue.glcm import Glcm
+from dpkd.priors.catalogue.texture import Glcm
 from tests.priors.gratings import picture_of
 
 ANGLES = (0, np.pi / 4, np.pi / 2, 3 * np.pi / 4)

@@ -3,7 +3,7 @@ import pytest
 from skimage import feature
 
 from dpkd.priors.base import ImageViews
-from dpkd.priors.catalogue.hog import Hog
+from dpkd.priors.catalogue.orientation import Hog
 
 
 def reference_hog(image_HWC, bins, cell):

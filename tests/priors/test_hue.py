@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dpkd.priors.base import ImageViews
-from dpkd.priors.catalogue.hue import Hue
+from dpkd.priors.catalogue.colour import Hue
 
 
 def test_shares_agree_with_the_hues_of_the_standard_library(photograph):

@@ -3,7 +3,7 @@ import pytest
 from skimage import feature
 
 from dpkd.priors.base import ImageViews
-from dpkd.priors.catalogue.lbp import Lbp, uniform_patterns
+from dpkd.priors.catalogue.texture import Lbp, uniform_patterns
 from tests.priors.gratings import picture_of
 
 

@@ -13,8 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 from dpkd.priors import BUILT_IN, DEFAULT_PRIORS, Prior
 from dpkd.priors.base import ImageViews, fingerprint
 from dpkd.priors.catalogue.edge import Edge
-from dpkd.priors.catalogue.expert import Expert
-from dpkd.priors.catalogue.hog import Hog
+from dpkd.priors.catalogue.orientation import Hog
+from dpkd.priors.catalogue.regions import Expert
 from dpkd.priors.learned import Learned
 from tests.model_cases import edge_prior, save_edges
 

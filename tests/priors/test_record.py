@@ -5,7 +5,7 @@ import webdataset
 
 from dpkd.priors.base import ImageViews
 from dpkd.priors.catalogue.edge import Edge
-from dpkd.priors.catalogue.hog import Hog
+from dpkd.priors.catalogue.orientation import Hog
 from dpkd.priors.record import Record, flat_map, store_map
 from tests.prior_cases import draw_images, pack_folder, prepare_all
 

@@ -4,7 +4,7 @@ from scipy import ndimage
 from skimage import feature
 
 from dpkd.priors.base import ImageViews
-from dpkd.priors.catalogue.ridge import FULL_SCALE, Ridge
+from dpkd.priors.catalogue.shape import FULL_SCALE, Ridge
 from tests.priors.gratings import picture_of
 
 

@@ -2,7 +2,7 @@ import numpy as np
 from scipy import ndimage
 
 from dpkd.priors.base import ImageViews
-from dpkd.priors.catalogue.superpixel import Superpixel
+from dpkd.priors.catalogue.regions import Superpixel
 
 
 def test_labels_count_from_zero_without_gaps_and_are_about_as_many_as_asked_for(scene):

@@ -2,7 +2,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dpkd.priors.catalogue.symmetry import Symmetry, radial_votes
+from dpkd.priors.catalogue.shape import Symmetry, radial_votes
 from tests.priors.gratings import picture_of
 
 

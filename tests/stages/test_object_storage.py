@@ -14,7 +14,7 @@ from dpkd.data.shards import MANIFEST_NAME, Dataset
 from dpkd.errors import StorageUnavailable, UserError
 from dpkd.launch.pool import LocalPool
 from dpkd.priors.catalogue.edge import Edge
-from dpkd.priors.catalogue.hog import Hog
+from dpkd.priors.catalogue.orientation import Hog
 from dpkd.priors.store import PriorSet
 from dpkd.report.quarantine import Quarantine
 from dpkd.settings import DataSettings

@@ -17,8 +17,8 @@ from dpkd.data.tars import TarWriter
 from dpkd.errors import StorageError, UserError
 from dpkd.launch.pool import LocalPool
 from dpkd.priors.catalogue.edge import Edge
-from dpkd.priors.catalogue.hog import Hog
-from dpkd.priors.catalogue.superpixel import Superpixel
+from dpkd.priors.catalogue.orientation import Hog
+from dpkd.priors.catalogue.regions import Superpixel
 from dpkd.priors.codecs import CODECS
 from dpkd.priors.record import Record, StoredMap
 from dpkd.priors.store import PriorIndex, PriorSet

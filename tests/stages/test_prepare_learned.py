@@ -22,7 +22,7 @@ from dpkd.launch.pool import Accelerator, LocalPool
 from dpkd.priors import learned
 from dpkd.priors.base import ImageViews
 from dpkd.priors.catalogue.edge import Edge
-from dpkd.priors.catalogue.hog import Hog
+from dpkd.priors.catalogue.orientation import Hog
 from dpkd.priors.record import Record
 from dpkd.report.quarantine import Quarantine
 from dpkd.settings import PrepareSettings

@@ -14,8 +14,8 @@ from dpkd.data.writer import Planned, ShardJob, write_shard
 from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.priors.catalogue.edge import Edge
-from dpkd.priors.catalogue.expert import Expert
-from dpkd.priors.catalogue.hog import Hog
+from dpkd.priors.catalogue.orientation import Hog
+from dpkd.priors.catalogue.regions import Expert
 from dpkd.priors.store import PriorMismatch, PriorSet
 from tests.damage import change_member, cut_inside, flip_header, vouch, zeros
 from tests.data.packing import make_folder, pack_at

@@ -1,4 +1,4 @@
-"""What colour things have: mean and deviation of each cell."""
+"""Colour: its mean and deviation in each cell, and histograms of hue."""
 
 from typing import ClassVar, Literal
 
@@ -6,10 +6,9 @@ import cv2
 import numpy as np
 from pydantic import Field
 
-from dpkd.config import Config
-from dpkd.priors.base import ImageViews, PriorDefaults, grid_size
-from dpkd.priors.catalogue.kernels import cell_means
-from dpkd.priors.codecs import BYTES, Codec, Map
+from dpkd.priors.base import ImageViews, PriorConfig, grid_size
+from dpkd.priors.catalogue.kernels import cell_histogram, cell_means
+from dpkd.priors.codecs import BYTES, NIBBLES, Codec, Map
 
 LOWEST, SPAN = (0.0, -128.0, -128.0), (100.0, 256.0, 256.0)
 """Of L*, a* and b*: what is stored as 0, and what more is stored as 1."""
@@ -17,7 +16,7 @@ LARGEST_DEVIATION = 50.0
 """In units of Lab; stored as 1, and larger ones with it."""
 
 
-class Colour(PriorDefaults, Config):
+class Colour(PriorConfig):
     """Mean of L*, a* and b*, then their standard deviations, in a cell every `stride` pixels: six channels in [0, 1].
 
     Stored as L/100, (a + 128)/256, (b + 128)/256 and deviation/50. These are colours of the image as it is: a target
@@ -43,3 +42,28 @@ class Colour(PriorDefaults, Config):
         deviation_HWC = np.sqrt(np.maximum(variance_HWC, 0)) * np.float32(1 / LARGEST_DEVIATION)
         scaled_HWC = (mean_HWC - np.asarray(LOWEST, np.float32)) / np.asarray(SPAN, np.float32)
         return np.clip(np.concatenate([scaled_HWC, deviation_HWC], axis=2), 0, 1)
+
+
+class Hue(PriorConfig):
+    """Square root of each hue's share of a cell every `stride` pixels, by saturation: `bins` channels in [0, 1].
+
+    Hue and saturation are those of HSV (Smith 1978; van de Weijer et al. 2006 weigh hue so, since grey has none). Bin k
+    holds hues from k · 360/bins degrees, red at 0. The squares add up to the mean saturation of the cell.
+    """
+
+    kind: Literal["hue"] = "hue"
+    bins: int = Field(12, ge=2, le=180)
+    stride: int = Field(16, ge=2)
+
+    codec: ClassVar[Codec] = NIBBLES
+
+    @property
+    def channels(self) -> int:
+        return self.bins
+
+    def map(self, image: ImageViews) -> Map:
+        hue_HW, saturation_HW, _ = cv2.split(cv2.cvtColor(image.rgb_HWC, cv2.COLOR_RGB2HSV_FULL))
+        bin_HW = np.asarray(cv2.LUT(hue_HW, (np.arange(256) * self.bins // 256).astype(np.uint8)), np.uint8)
+        size, weight_HW = grid_size(image, self.stride), np.asarray(saturation_HW, np.uint8)
+        histogram_HWC = cell_histogram(bin_HW, num_bins=self.bins, size=size, weight_HW=weight_HW)
+        return np.sqrt(histogram_HWC * np.float32(1 / 255))

@@ -8,15 +8,12 @@ from typing import ClassVar, Literal
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 from pydantic import Field
 
-from dpkd.config import Config
-from dpkd.priors.base import ImageViews, PriorDefaults, grid_size
-from dpkd.priors.catalogue.kernels import Kernel, cell_means
+from dpkd.priors.base import ImageViews, PriorConfig, grid_size
+from dpkd.priors.catalogue.kernels import Image, Kernel, cell_means
 from dpkd.priors.codecs import NIBBLES, Codec, Map
 
-Image = npt.NDArray[np.float32]
 Cues = dict[str, Image]
 
 LEAST, SURE = 0.11, 0.22
@@ -40,7 +37,7 @@ WEIGHTS: tuple[dict[str, float], ...] = (
 """Of each level's cues: `tools/fit_edge.py`."""
 
 
-class Edge(PriorDefaults, Config):
+class Edge(PriorConfig):
     """Probability that a person draws a boundary, one channel, a cell every `stride` pixels.
 
     logit P = b + Σ_k w_k ln(c_k + 1/2), a weighted product of cues c_k of the Lab image (`levels`): gradients over

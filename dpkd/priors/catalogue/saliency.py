@@ -8,8 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from dpkd.config import Config
-from dpkd.priors.base import ImageViews, PriorDefaults, grid_size
+from dpkd.priors.base import ImageViews, PriorConfig, grid_size
 from dpkd.priors.catalogue.kernels import Kernel
 from dpkd.priors.codecs import Codec, JpegCodec, Map
 
@@ -19,7 +18,7 @@ LOWEST_THRESHOLD = 0.1
 """Never lower, so that noise on even ground is no figure."""
 
 
-class Saliency(PriorDefaults, Config):
+class Saliency(PriorConfig):
     """Saliency in [0, 1], one channel, a cell every `stride` pixels.
 
     After MB+ of Zhang et al. 2015 ("Minimum barrier salient object detection at 80 FPS"): the minimum barrier distance

@@ -1,0 +1,214 @@
+"""Texture: local binary patterns, Gabor energy, and the co-occurrence of grey levels."""
+
+from functools import lru_cache
+from typing import ClassVar, Literal
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from dpkd.priors.base import ImageViews, PriorConfig, grid_size
+from dpkd.priors.catalogue.kernels import Image, Kernel, cell_histogram, cell_means
+from dpkd.priors.codecs import BYTES, NIBBLES, Codec, Map
+
+CORNER, SIDE, CENTRE = 512, 212, 88
+"""Local binary patterns: bilinear weights, in 1,024ths, of the pixels around a diagonal neighbour at radius 1. Whole
+numbers that add up to 1,024: neighbours as bright as the centre stay as bright."""
+DIRECTIONS = 4
+"""Gabor: 0, 45, 90 and 135 degrees."""
+WAVELENGTH_PX = 4.0
+"""Gabor: of the finest octave; each further one is twice as long."""
+SIGMA_PX = 0.56 * WAVELENGTH_PX
+"""Gabor: of the Gaussian envelope, for a bandwidth of one octave (Daugman 1985)."""
+FULL_SCALE = 48.0
+"""Gabor: the amplitude, in grey levels, that is stored as 1."""
+LEVELS = 8
+"""Co-occurrence: levels of luma."""
+
+
+class Lbp(PriorConfig):
+    """Square roots of the shares of ten patterns in a cell every `stride` pixels: ten channels in [0, 1].
+
+    Rotation-invariant uniform patterns of 8 neighbours at radius 1 (Ojala, Pietikäinen & Mäenpää 2002, LBP^riu2_8,1)
+    of luma: channels 0 to 8 count neighbours that are no darker than the centre, 9 is any pattern with more than two
+    changes around the circle. No change of the light that keeps the order of the grey levels changes the map.
+    """
+
+    kind: Literal["lbp"] = "lbp"
+    stride: int = Field(16, ge=2)
+
+    channels: ClassVar[int] = 10
+    codec: ClassVar[Codec] = NIBBLES
+
+    def map(self, image: ImageViews) -> Map:
+        pattern_HW = uniform_patterns(image.grey8_HW)
+        return np.sqrt(cell_histogram(pattern_HW, num_bins=self.channels, size=grid_size(image, self.stride)))
+
+
+def uniform_patterns(grey_HW: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """The rotation-invariant uniform pattern of each pixel, 0 to 9; the frame is continued by its own pixels."""
+    bit_KN = np.arange(256)[:, None] >> np.arange(8) & 1  # of each code of 8 bits
+    num_changes_K = (bit_KN != np.roll(bit_KN, 1, axis=1)).sum(1)
+    uniform_K = np.where(num_changes_K <= 2, bit_KN.sum(1), 9).astype(np.uint8)
+    code_HW = _codes(cv2.copyMakeBorder(grey_HW, 1, 1, 1, 1, cv2.BORDER_REPLICATE))
+    return np.asarray(cv2.LUT(code_HW, uniform_K), np.uint8)
+
+
+@Kernel
+def _codes(grey_HW):  # type: ignore[no-untyped-def]
+    """For each pixel inside a frame of one, which of its neighbours are no darker: a bit each, from the right on."""
+    height, width = grey_HW.shape[0] - 2, grey_HW.shape[1] - 2
+    code_HW = np.empty((height, width), np.uint8)
+    for y in range(height):
+        above, level, below, code_W = grey_HW[y], grey_HW[y + 1], grey_HW[y + 2], code_HW[y]
+        for x in range(width):
+            a, b, c = np.int32(above[x]), np.int32(above[x + 1]), np.int32(above[x + 2])
+            d, e, f = np.int32(level[x]), np.int32(level[x + 1]), np.int32(level[x + 2])
+            g, h, i = np.int32(below[x]), np.int32(below[x + 1]), np.int32(below[x + 2])
+            centre = e * (1024 - CENTRE)
+            code = np.int32(f >= e) | np.int32(b >= e) << 2 | np.int32(d >= e) << 4 | np.int32(h >= e) << 6
+            code |= np.int32(c * CORNER + (b + f) * SIDE >= centre) << 1
+            code |= np.int32(a * CORNER + (b + d) * SIDE >= centre) << 3
+            code |= np.int32(g * CORNER + (d + h) * SIDE >= centre) << 5
+            code |= np.int32(i * CORNER + (f + h) * SIDE >= centre) << 7
+            code_W[x] = np.uint8(code)
+    return code_HW
+
+
+class Gabor(PriorConfig):
+    """Square root of the filters' amplitude in a cell every `stride` pixels: 4 directions in each octave, in [0, 1].
+
+    Quadrature pairs (Gabor energy, Adelson & Bergen 1985) of luma, of wavelengths 4, 8, 16 ... px on a pyramid:
+    amplitude √(even² + odd²), its mean over the cell divided by 48 grey levels, clipped, square-rooted. Channel 4·o + d
+    is octave o from the finest, and d the direction of the wave: 0, 45, 90 or 135 degrees from x towards y, y down.
+    """
+
+    kind: Literal["gabor"] = "gabor"
+    octaves: int = Field(3, ge=1, le=5)
+    stride: int = Field(16, ge=2)
+
+    codec: ClassVar[Codec] = NIBBLES
+
+    @property
+    def channels(self) -> int:
+        return DIRECTIONS * self.octaves
+
+    def map(self, image: ImageViews) -> Map:
+        size = grid_size(image, self.stride)
+        grey_HW, planes = image.grey_HW, []
+        for octave in range(self.octaves):
+            if octave:  # by area, which a mirrored image shares
+                height, width = ((side + 1) // 2 for side in grey_HW.shape)
+                grey_HW = np.asarray(cv2.resize(grey_HW, (width, height), interpolation=cv2.INTER_AREA), np.float32)
+            planes.append(cell_means(_amplitudes(grey_HW), size))
+        return np.sqrt(np.minimum(np.concatenate(planes, axis=2) * np.float32(1 / FULL_SCALE), np.float32(1)))
+
+    def flip(self, map_HWC: Map) -> Map:
+        """The map of the mirrored image: mirrored, with 45 and 135 degrees exchanged."""
+        order_C = [octave + d for octave in range(0, self.channels, DIRECTIONS) for d in (0, 3, 2, 1)]
+        return np.ascontiguousarray(map_HWC[:, ::-1, order_C])
+
+
+def _amplitudes(grey_HW: Image) -> Image:
+    """√(even² + odd²) of the four directions, HWC.
+
+    exp(i(ux + vy)) is a product of a filter along x and one along y, so each pair is made of separable filters.
+    """
+    flat, cos, sin = _filters(1.0)
+    _, slant_cos, slant_sin = _filters(np.sqrt(0.5))
+
+    def filtered(along_x: Image, along_y: Image) -> Image:
+        return np.asarray(cv2.sepFilter2D(grey_HW, -1, along_x, along_y), np.float32)
+
+    across_HW = cv2.magnitude(filtered(cos, flat), filtered(sin, flat))
+    down_HW = cv2.magnitude(filtered(flat, cos), filtered(flat, sin))
+    cc_HW, ss_HW = filtered(slant_cos, slant_cos), filtered(slant_sin, slant_sin)
+    cs_HW, sc_HW = filtered(slant_cos, slant_sin), filtered(slant_sin, slant_cos)
+    falling_HW = cv2.magnitude(cv2.subtract(cc_HW, ss_HW), cv2.add(cs_HW, sc_HW))
+    rising_HW = cv2.magnitude(cv2.add(cc_HW, ss_HW), cv2.subtract(sc_HW, cs_HW))
+    return np.asarray(cv2.merge([across_HW, falling_HW, down_HW, rising_HW]), np.float32)
+
+
+@lru_cache(maxsize=2)
+def _filters(share: float) -> tuple[Image, Image, Image]:
+    """A Gaussian, and it times cos and sin of `share` times the frequency; the cosine answers 0 to an even image.
+
+    Each is scaled so that a wave of amplitude 1 that runs along the filter gives an amplitude of 1 (two of them on the
+    slant likewise).
+    """
+    radius = int(np.ceil(2.5 * SIGMA_PX))
+    x_N = np.arange(-radius, radius + 1)
+    gauss_N = np.exp(-0.5 * (x_N / SIGMA_PX) ** 2)
+    gauss_N /= gauss_N.sum()
+    phase_N = 2 * np.pi * share * x_N / WAVELENGTH_PX
+    even_N = gauss_N * (np.cos(phase_N) - (gauss_N * np.cos(phase_N)).sum())
+    scale = np.sqrt(2) if share < 1 else 2.0
+    return (
+        gauss_N.astype(np.float32),
+        (scale * even_N).astype(np.float32),
+        (scale * gauss_N * np.sin(phase_N)).astype(np.float32),
+    )
+
+
+class Glcm(PriorConfig):
+    """Contrast, homogeneity, energy, entropy and correlation in a cell every `stride` pixels: five channels in [0, 1].
+
+    Of the cell's grey-level co-occurrence matrix P (Haralick et al. 1973) with 8 levels of luma, counted both ways over
+    neighbours at 0, 45, 90 and 135 degrees within the cell. With i, j in 0..7: contrast √(Σ P (i-j)² / 49),
+    homogeneity Σ P / (1 + (i-j)²), energy √(Σ P²), entropy -Σ P log P / log 64, (1 + correlation) / 2; an even cell has
+    correlation 1.
+    """
+
+    kind: Literal["glcm"] = "glcm"
+    stride: int = Field(16, ge=2)
+
+    channels: ClassVar[int] = 5
+    codec: ClassVar[Codec] = BYTES
+
+    def map(self, image: ImageViews) -> Map:
+        level_HW = np.right_shift(image.grey8_HW, 5, dtype=np.uint8)
+        size = grid_size(image, self.stride)
+        rows, columns = (  # whole pixels: the nearest borders where the grid does not divide the image
+            np.rint(np.arange(num_cells + 1) * num_pixels / num_cells).astype(np.int64)
+            for num_pixels, num_cells in zip(level_HW.shape, size, strict=True)
+        )
+        count_HWKK = np.zeros((*size, LEVELS, LEVELS), np.float32)
+        _add_neighbours(level_HW, rows, columns, count_HWKK)
+        count_HWKK += count_HWKK.transpose(0, 1, 3, 2).copy()
+        p_HWKK = count_HWKK / count_HWKK.sum((2, 3), keepdims=True)
+        i_K = np.arange(LEVELS, dtype=np.float32)
+        square_KK = (i_K[:, None] - i_K) ** 2
+        contrast_HW = np.sqrt(np.tensordot(p_HWKK, square_KK / (LEVELS - 1) ** 2, 2))
+        homogeneity_HW = np.tensordot(p_HWKK, 1 / (1 + square_KK), 2)
+        energy_HW = np.sqrt(np.square(p_HWKK).sum((2, 3)))
+        entropy_HW = -(p_HWKK * np.log(np.maximum(p_HWKK, 1e-12))).sum((2, 3)) / np.log(LEVELS**2)
+        share_HWK = p_HWKK.sum(3)
+        mean_HW = share_HWK @ i_K
+        variance_HW = share_HWK @ i_K**2 - mean_HW**2
+        covariance_HW = np.tensordot(p_HWKK, np.outer(i_K, i_K), 2) - mean_HW**2
+        correlation_HW = np.where(variance_HW > 1e-5, covariance_HW / np.maximum(variance_HW, 1e-5), 1)
+        channels = [contrast_HW, homogeneity_HW, energy_HW, entropy_HW, (1 + correlation_HW) / 2]
+        return np.clip(np.stack(channels, axis=2), 0, 1).astype(np.float32)
+
+
+@Kernel
+def _add_neighbours(level_HW, rows, columns, count_HWKK):  # type: ignore[no-untyped-def]
+    """Counts the pairs of levels of neighbours within each cell, one way; `rows` and `columns` are borders of cells."""
+    for i in range(len(rows) - 1):
+        for j in range(len(columns) - 1):
+            top, bottom, left, right = rows[i], rows[i + 1], columns[j], columns[j + 1]
+            count_KK = count_HWKK[i, j]
+            if bottom - top == 1 and right - left == 1:  # a single pixel is its own neighbour
+                count_KK[level_HW[top, left], level_HW[top, left]] = 1
+            for y in range(top, bottom):
+                for x in range(left, right):
+                    here = level_HW[y, x]
+                    if x + 1 < right:
+                        count_KK[here, level_HW[y, x + 1]] += 1
+                    if y + 1 < bottom:
+                        count_KK[here, level_HW[y + 1, x]] += 1
+                        if x + 1 < right:
+                            count_KK[here, level_HW[y + 1, x + 1]] += 1
+                        if x > left:
+                            count_KK[here, level_HW[y + 1, x - 1]] += 1
