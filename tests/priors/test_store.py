@@ -1,4 +1,3 @@
-import dataclasses
 import pickle
 import shutil
 from pathlib import Path
@@ -89,7 +88,7 @@ def test_the_maps_of_another_sample_or_of_another_image_are_not_served(prepared)
     with pytest.raises(PriorMismatch, match=f"they belong to '{own.key}'"):
         maps.read(0, other)
     with pytest.raises(PriorMismatch, match=r"another image.*run the prepare stage again"):
-        maps.read(0, dataclasses.replace(own, image=other.image))
+        maps.read(0, own._replace(image=other.image))
 
 
 def test_damaged_maps_are_not_served_and_name_shard_and_sample(own):
