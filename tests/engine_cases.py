@@ -120,7 +120,7 @@ def train(engine: Engine, world: World, *, first: int, last: int) -> Trace:
         trace.norms.append(float(norm))
         trace.losses.append(float(world.mean_(total)) * world.size / NUM_MICROS)
         trace.predictions.append(engine.predict(micro_batch(step, 0)[0].to(world.device))["logits"].cpu())
-    trace.weights = engine.weights()
+    trace.weights = engine.state.weights()
     return trace
 
 
@@ -146,7 +146,7 @@ def distil(kinds: tuple[str, str], world: World) -> Trace:
 def refusal(engine: Engine, folder: Path) -> str:
     """What the engine says of a state it cannot load."""
     try:
-        engine.load(folder)
+        engine.state.load(folder)
     except UserError as error:
         return str(error)
     return ""
@@ -168,25 +168,25 @@ def run(kind: str, world: World, folder: Path) -> dict[str, Any]:
     state = folder / f"state-{world.size}-{kind}"
     engine = build(kind, world)
     start = train(engine, world, first=0, last=SAVED_AT)
-    engine.snapshot()(state)
+    engine.state.snapshot()(state)
     world.barrier()
     rest = train(engine, world, first=SAVED_AT, last=STEPS)
     found: dict[str, Any] = {"start": start, "rest": rest}
     sources = [f"{world.size}-{kind}"] + ([f"1-{other}" for other in ("torch", "zero3")] if world.size > 1 else [])
     for source in sources:
         fresh = build(kind, world, seed=1 + world.rank)
-        fresh.load(folder / f"state-{source}")
+        fresh.state.load(folder / f"state-{source}")
         found[f"from {source}"] = train(fresh, world, first=SAVED_AT, last=STEPS)
         found[f"optimizer from {source}"] = optimizer_facts(fresh)
     sgd = build(kind, world, optimizer=SGD, ema=None)
     found["refused"] = refusal(sgd, state)
     found["sgd start"] = train(sgd, world, first=0, last=1)
-    sgd.snapshot()(state / "sgd")
+    sgd.state.snapshot()(state / "sgd")
     world.barrier()
     found["sgd rest"] = train(sgd, world, first=1, last=SAVED_AT)
     if world.size == 1:
         resumed = build(kind, world, optimizer=SGD, ema=None, seed=3)
-        resumed.load(state / "sgd")
+        resumed.state.load(state / "sgd")
         found["bf16"] = train(build(kind, world, precision="bf16"), world, first=0, last=SAVED_AT)
         found["sgd resumed"] = train(resumed, world, first=1, last=SAVED_AT)
     return found

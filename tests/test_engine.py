@@ -40,7 +40,7 @@ def one_step(trained: TorchEngine) -> tuple[float, dict[str, torch.Tensor]]:
     for _ in range(2):
         image_BCHW = torch.randn(4, 3, 32, 32, generator=generator)
         trained.backward(trained.forward(image_BCHW).square().mean())
-    return float(trained.step(learning_rate=1e-3)), trained.weights()
+    return float(trained.step(learning_rate=1e-3)), trained.state.weights()
 
 
 def make(name: str, **arguments: Any) -> nn.Module:
@@ -90,9 +90,9 @@ def test_learning_rates_are_scaled_by_group() -> None:
 
 def test_outputs_come_as_fp32_at_any_depth() -> None:
     half, whole = torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64)
-    outputs = in_fp32({"a": half, "b": [half, (whole, None)]})
-    assert outputs["a"].dtype == outputs["b"][0].dtype == torch.float32
-    assert outputs["b"][1][0].dtype == torch.int64
+    outputs = in_fp32({"a": half, "b": {"c": half, "d": whole}})
+    assert outputs["a"].dtype == outputs["b"]["c"].dtype == torch.float32
+    assert outputs["b"]["d"].dtype == torch.int64
 
 
 def test_bf16_keeps_fp32_weights_and_comes_near_fp32() -> None:

@@ -13,7 +13,6 @@ def main() -> None:
     found = {
         "any of (true, false), (false, false)": world.any_of(world.rank == 0, False),
         "broadcast": world.broadcast({"from": world.rank}),
-        "broadcast from 1": world.broadcast({"from": world.rank}, source=1),
         "gather": world.gather(f"rank {world.rank}"),
         "mean": world.mean_(torch.tensor([1.0, 2.0]) * (1 + world.rank)),
         "first": world.broadcast_(torch.full((2,), float(world.rank))),

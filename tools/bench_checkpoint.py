@@ -103,7 +103,7 @@ class _Timed:
 
     def snapshot(self) -> Writer:
         began_s = time.perf_counter()
-        write = self.engine.snapshot()
+        write = self.engine.state.snapshot()
         self.snapshot_s = time.perf_counter() - began_s
 
         def timed_write(folder: Path) -> None:
@@ -114,7 +114,7 @@ class _Timed:
         return timed_write
 
     def load(self, folder: Path) -> None:
-        self.engine.load(folder)
+        self.engine.state.load(folder)
 
 
 def _engine(case: Case, peers: world.World) -> Engine:

@@ -8,7 +8,6 @@ dpkd/engine/state.py, not in DeepSpeed's own checkpoints, which fit one stage an
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from dpkd.engine.network import InPrecision, prepare
 from dpkd.engine.optimizer import ParameterGroup, build_optimizer, by_name, set_learning_rates
 from dpkd.engine.settings import EngineSettings, OptimizerSettings
 from dpkd.engine.slots import TrainingState
-from dpkd.engine.state import Writer
 from dpkd.engine.world import World
 from dpkd.errors import UserError
 
@@ -59,7 +57,7 @@ class DeepSpeedEngine:
         )
         if settings.compile:
             self._engine.compile()
-        self._state = TrainingState(
+        self.state = TrainingState(
             module,
             trained=trained,
             placement=placement(self._engine.optimizer, stage=settings.zero_stage, world=world),
@@ -71,15 +69,13 @@ class DeepSpeedEngine:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._engine.train()
         self._mark_boundary()
-        self._statistics.before_micro()
-        outputs = self._engine(*args, **kwargs)
-        self._statistics.after_micro()
-        return outputs
+        with self._statistics.micro_batch():
+            return self._engine(*args, **kwargs)
 
     @torch.no_grad()
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         self._engine.eval()
-        with self._state.average_in_place():
+        with self.state.average_in_place():
             return self._engine(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -99,17 +95,8 @@ class DeepSpeedEngine:
         self._engine.step()
         self._num_micros = 0
         self._statistics.commit(self._world.mean_)
-        self._state.after_update()
+        self.state.after_update()
         return torch.as_tensor(self._engine.get_global_grad_norm() if norm is None else norm, dtype=torch.float64)
-
-    def snapshot(self) -> Writer:
-        return self._state.snapshot()
-
-    def load(self, folder: Path) -> None:
-        self._state.load(folder)
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        return self._state.weights()
 
 
 def shard_frozen(network: nn.Module, *, world: World) -> nn.Module:

@@ -1,6 +1,7 @@
 """Batch-norm running statistics that do not depend on the number of ranks or on accumulation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -11,41 +12,38 @@ class StepStatistics:
     """Moves running statistics once a step: `(1 - m) · old + m · mean over all micro-batches and ranks`.
 
     Plain batch norm moves them once a forward pass, with what its own rank saw, so a run on two ranks ends with others
-    than a run on one. Call `before_micro` and `after_micro` around every training forward and `commit` once a step, on
-    all ranks. Until the commit the buffers hold the statistics of the last step, for an evaluation within the step too.
-    The norms' momentum is taken over: outside of those calls nothing moves the statistics.
+    than a run on one. Run every training forward within `micro_batch` and call `commit` once a step, on all ranks.
+    Until the commit the buffers hold the statistics of the last step, for an evaluation within the step too. The
+    momentum of the norms is taken over: nothing else moves the statistics.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
         self._momenta = [norm.momentum for norm in self._norms]
-        self._kept: list[Tensor] = []
         self._sums: list[Tensor] = []
         self._counts: list[Tensor] = []
         self._num_micros = 0
         # 0 and not the true one: activation checkpointing runs forwards again, within the backward
         self._set_momentum(0.0)
 
-    def before_micro(self) -> None:
-        """Lets the next forward leave its own batch's statistics in the buffers."""
+    @contextmanager
+    def micro_batch(self) -> Iterator[None]:
+        """The body is one training forward, whose statistics are added to the sums of the step."""
+        if not self._norms:
+            yield
+            return
         if not self._num_micros:
             self._counts = [counter.clone() for counter in self._counters()]
-        self._kept = [buffer.clone() for buffer in self._buffers()]
-        self._set_momentum(1.0)
-
-    def after_micro(self) -> None:
-        """Adds what the forward left to the step's sums, and puts the last step's statistics back."""
-        if not self._norms:
-            return
-        assert self._kept, "after_micro without before_micro"
+        kept = [buffer.clone() for buffer in self._buffers()]
+        self._set_momentum(1.0)  # the forward leaves its own batch's statistics in the buffers
+        yield
         buffers = self._buffers()
         if self._num_micros:
             torch._foreach_add_(self._sums, buffers)
         else:
             self._sums = [buffer.clone() for buffer in buffers]
         self._num_micros += 1
-        torch._foreach_copy_(buffers, self._kept)
-        self._kept = []
+        torch._foreach_copy_(buffers, kept)
         self._set_momentum(0.0)
 
     def commit(self, average: Callable[[Tensor], Tensor]) -> None:

@@ -27,14 +27,10 @@ class InPrecision(nn.Module):
 
 
 def in_fp32(outputs: Any) -> Any:
-    """`outputs` (a tensor, or dicts, lists and tuples of them) with floating-point tensors as fp32, for the losses."""
-    if isinstance(outputs, torch.Tensor):
-        return outputs.float() if outputs.is_floating_point() else outputs
+    """A tensor, or each of a dict, as fp32 where it is floating-point."""
     if isinstance(outputs, dict):
         return {name: in_fp32(output) for name, output in outputs.items()}
-    if isinstance(outputs, (list, tuple)):
-        return type(outputs)(in_fp32(output) for output in outputs)
-    return outputs
+    return outputs.float() if outputs.is_floating_point() else outputs
 
 
 def prepare(module: nn.Module, *, settings: EngineSettings, world: World) -> None:
@@ -44,15 +40,14 @@ def prepare(module: nn.Module, *, settings: EngineSettings, world: World) -> Non
     """
     module.to(world.device)
     if settings.activation_checkpointing:  # recomputes activations in the backward pass
-        parts: list[Any] = [part for part in module.modules() if hasattr(part, "set_grad_checkpointing")]
-        reason = None if parts else "this model has no such switch"
+        switches: list[Any] = [
+            part.set_grad_checkpointing for part in module.modules() if hasattr(part, "set_grad_checkpointing")
+        ]
         try:
-            for part in parts[:1]:
-                part.set_grad_checkpointing()
+            assert switches, "this model has no such switch"
+            switches[0]()
         except AssertionError as error:  # how timm says that a model cannot
-            reason = str(error)
-        if reason is not None:
-            raise UserError(f"engine.activation_checkpointing=true: {reason}; set it to false for this model")
+            raise UserError(f"engine.activation_checkpointing=true: {error}; set it to false for this model") from error
     for tensor in module.state_dict().values():
         world.broadcast_(tensor)
 

@@ -1,12 +1,11 @@
 """The engine protocol: one network in training, its optimizer, and how both are spread over the ranks."""
 
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from dpkd.engine.state import Writer
+from dpkd.engine.slots import TrainingState
 
 
 class Engine(Protocol):
@@ -16,6 +15,8 @@ class Engine(Protocol):
     """
 
     module: nn.Module
+    state: TrainingState
+    """Its weights, optimizer and average: a part of checkpoints, and what gives the weights."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the network in training mode, in the engine's precision; floating-point outputs come as fp32."""
@@ -33,15 +34,3 @@ class Engine(Protocol):
         every rank; reading it waits for the device. Not finite means that the weights are spoilt: stop, and go back to
         a checkpoint.
         """
-
-    def snapshot(self) -> Writer:
-        """Copies this rank's share of weights, optimizer and average; what it returns writes the copy into a folder.
-
-        The copy lives until the next snapshot, which must wait for the writing. File names differ between ranks.
-        """
-
-    def load(self, folder: Path) -> None:
-        """Restores what any engine wrote at any world size, bit for bit (the format: state.py)."""
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The whole fp32 state dict, averaged where the engine averages, on the CPU of rank 0; empty on other ranks."""

@@ -18,7 +18,7 @@ from dpkd.engine.ema import WeightAverage
 from dpkd.engine.network import in_fp32
 from dpkd.engine.optimizer import quantities, set_num_updates
 from dpkd.engine.settings import OptimizerSettings
-from dpkd.engine.state import Counts, StateReader, Writer, write_part
+from dpkd.engine.state import StateReader, Writer, write_part
 from dpkd.engine.world import World
 
 
@@ -106,7 +106,10 @@ class Replicated:
 
 
 class TrainingState:
-    """Weights, buffers, optimizer state and averages of a network in training, by the names of state.py."""
+    """Weights, buffers, optimizer state and averages of a network in training, by the names of state.py.
+
+    It is a part of checkpoints. Every verb is called by all ranks together.
+    """
 
     def __init__(
         self,
@@ -125,8 +128,7 @@ class TrainingState:
         if decay is not None:
             held = {name: placement.weight(parameter).copies[0][0] for name, parameter in trained.items()}
             self._average = WeightAverage(held | dict(module.named_buffers()), decay=decay)
-        self._copies: dict[str, torch.Tensor] = {}
-        """The last snapshot, on CPU; its memory is kept, because fresh pages cost more than the copying."""
+        self._copies: dict[str, torch.Tensor] = {}  # the last snapshot; fresh memory costs more than the copying
         here = {name for name, slot in self._slots().items() if slot.is_whole_here}
         self._owners = {name: rank for rank, names in enumerate(world.gather(here)) for name in names}
 
@@ -148,7 +150,11 @@ class TrainingState:
         self._placement.refresh()
 
     def snapshot(self) -> Writer:
-        """Copies what this rank alone holds whole, and its turns of the rest; returns what writes the copy."""
+        """Copies this rank's share of the state; what it returns writes the copy into a folder.
+
+        The share is what this rank alone holds whole, and its turns of the rest. The copy lives until the next
+        snapshot, which must wait for the writing. File names differ between ranks.
+        """
         rank, size = self._world.rank, self._world.size
         for place, (name, slot) in enumerate(sorted(self._slots().items())):
             writer = self._owners.get(name, place % size)
@@ -163,31 +169,32 @@ class TrainingState:
                     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                     self._copies[name] = copy
                 self._copies[name].copy_(tensor.detach())
-        counts = Counts(self._num_updates, 0 if self._average is None else self._average.num_updates)
+        num_average_updates = 0 if self._average is None else self._average.num_updates
+        counts = {"num_updates": self._num_updates, "num_average_updates": num_average_updates}
         return lambda folder: write_part(folder, self._copies, counts=counts, rank=rank, size=size)
 
     def load(self, folder: Path) -> None:
-        """Restores what was written at any world size."""
+        """Restores what any engine wrote at any world size, bit for bit; raises `UserError` where it does not fit."""
         reader = StateReader(folder)
         slots = self._slots()
         reader.check({name: slot.shape for name, slot in slots.items()})
         for name, slot in slots.items():
             slot.write(reader.read(name))
         self._placement.refresh()
-        self._set_num_updates(reader.counts.num_updates)
+        self._set_num_updates(reader.counts["num_updates"])
         if self._average is not None:
-            self._average.num_updates = reader.counts.num_average_updates
+            self._average.num_updates = reader.counts["num_average_updates"]
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The fp32 state dict on the CPU of rank 0, tensor by tensor; empty on the other ranks."""
+        """The whole fp32 state dict, averaged where the engine averages, on the CPU of rank 0; empty on other ranks."""
         slots, weights = self._slots(), {}
         names = {tensor: name for name, tensor in chain(self._module.named_parameters(), self._module.named_buffers())}
         for name, tensor in self._module.state_dict(keep_vars=True).items():
             keys = [f"{kind}/{names[tensor]}" for kind in ("average", "weight", "buffer")]
-            found = next(slots[key] for key in keys if key in slots).read_on(0)
+            whole_tensor = next(slots[key] for key in keys if key in slots).read_on(0)
             if self._world.rank == 0:
-                assert found is not None
-                weights[name] = in_fp32(found).to("cpu", copy=True)
+                assert whole_tensor is not None
+                weights[name] = in_fp32(whole_tensor).to("cpu", copy=True)
         return weights
 
     def _set_num_updates(self, number: int) -> None:

@@ -14,7 +14,6 @@ refused; the checkpoint's manifest finds damaged bytes.
 import errno
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,25 +23,19 @@ from safetensors.torch import save_file
 from dpkd.errors import UserError
 
 FORMAT = "1"
+COUNTS = ("num_updates", "num_average_updates")
 
 Writer = Callable[[Path], None]
 """Writes a copy of a rank's share of some state into a folder, whenever and in whatever thread it is called."""
 
 
-@dataclass(frozen=True)
-class Counts:
-    """The numbers of an engine's state."""
-
-    num_updates: int
-    num_average_updates: int = 0
-
-
-def write_part(folder: Path, tensors: Mapping[str, torch.Tensor], *, counts: Counts, rank: int, size: int) -> None:
+def write_part(
+    folder: Path, tensors: Mapping[str, torch.Tensor], *, counts: Mapping[str, int], rank: int, size: int
+) -> None:
     """Writes this rank's tensors, which are on CPU; raises `OSError` where the disk takes no more."""
     folder.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": FORMAT, **{name: str(number) for name, number in vars(counts).items()}}
-    path = folder / f"part-{rank:05d}-of-{size:05d}.safetensors"
-    write_tensors(path, tensors, metadata=metadata)
+    metadata = {"format": FORMAT, **{name: str(number) for name, number in counts.items()}}
+    write_tensors(folder / f"part-{rank:05d}-of-{size:05d}.safetensors", tensors, metadata=metadata)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], *, metadata: dict[str, str] | None = None) -> None:
@@ -65,31 +58,28 @@ class StateReader:
             raise UserError(f"{folder}: not all parts of the state are there ({there}, …); use another checkpoint")
         self._folder = folder
         try:
-            self._parts = [safe_open(path, framework="pt") for path in paths]
-            metadata = self._parts[0].metadata() or {}
+            parts = [safe_open(path, framework="pt") for path in paths]
+            metadata = parts[0].metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"its format is {metadata.get('format')}, and this version of dpkd reads {FORMAT}")
-            self.counts = Counts(int(metadata["num_updates"]), int(metadata["num_average_updates"]))
+            self.counts = {name: int(metadata[name]) for name in COUNTS}
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise UserError(f"{folder}: the state cannot be read ({error}); use another checkpoint") from error
-        self._part_with = {name: part for part in self._parts for name in part.keys()}  # noqa: SIM118 (not a mapping)
+        self._part_with = {name: part for part in parts for name in part.keys()}  # noqa: SIM118 (not a mapping)
 
     def check(self, shapes: Mapping[str, torch.Size]) -> None:
         """Raises unless exactly these tensors are there, in these shapes."""
+        way_out = "train with the settings of the checkpoint, or into another run.dir"
         odd = sorted(set(shapes).symmetric_difference(self._part_with))
         if odd:
             where = "only on disk" if odd[0] in self._part_with else "not on disk"
-            raise UserError(
-                f"{self._folder}: {len(odd)} tensors differ from this network, optimizer or average, first {odd[0]} "
-                f"({where}); train with the settings of the checkpoint, or into another run.dir"
-            )
+            differ = f"{len(odd)} tensors differ from this network, optimizer or average, first {odd[0]} ({where})"
+            raise UserError(f"{self._folder}: {differ}; {way_out}")
         for name, shape in shapes.items():
-            found = tuple(self._part_with[name].get_slice(name).get_shape())
-            if found != tuple(shape):
-                raise UserError(
-                    f"{self._folder}: {name} has shape {found}, this network has {tuple(shape)}; "
-                    "train with the settings of the checkpoint, or into another run.dir"
-                )
+            stored = tuple(self._part_with[name].get_slice(name).get_shape())
+            if stored != tuple(shape):
+                differ = f"{name} has shape {stored}, this network has {tuple(shape)}"
+                raise UserError(f"{self._folder}: {differ}; {way_out}")
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor, on CPU."""

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from dpkd.engine.network import InPrecision, prepare
 from dpkd.engine.optimizer import ParameterGroup, build_optimizer, by_name, set_learning_rates
 from dpkd.engine.settings import EngineSettings, OptimizerSettings
 from dpkd.engine.slots import Replicated, TrainingState
-from dpkd.engine.state import Writer
 from dpkd.engine.world import World
 
 
@@ -62,8 +60,11 @@ class TorchEngine:
                     self._network, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
                 )
         elif world.size > 1:
-            self._flat_gradient = flat_gradient(self._parameters)
-        self._state = TrainingState(
+            sizes = [parameter.numel() for parameter in self._parameters]
+            self._flat_gradient = self._parameters[0].new_zeros(sum(sizes))
+            for parameter, part in zip(self._parameters, self._flat_gradient.split(sizes), strict=True):
+                parameter.grad = part.view_as(parameter)
+        self.state = TrainingState(
             module,
             trained=trained,
             placement=Replicated(self._optimizer),
@@ -74,20 +75,17 @@ class TorchEngine:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.module.train()
-        self._statistics.before_micro()
-        if self._buckets is None:
-            outputs = self._network(*args, **kwargs)
-        else:
-            is_last = self._num_micros + 1 == self._accumulation
+        is_last = self._num_micros + 1 == self._accumulation
+        with self._statistics.micro_batch():
+            if self._buckets is None:
+                return self._network(*args, **kwargs)
             with nullcontext() if is_last else self._buckets.no_sync():
-                outputs = self._buckets(*args, **kwargs)
-        self._statistics.after_micro()
-        return outputs
+                return self._buckets(*args, **kwargs)
 
     @torch.no_grad()
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         self.module.eval()
-        with self._state.average_in_place():
+        with self.state.average_in_place():
             return self._network(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -112,23 +110,5 @@ class TorchEngine:
             self._optimizer.zero_grad()
         self._num_micros = 0
         self._statistics.commit(self._world.mean_)
-        self._state.after_update()
+        self.state.after_update()
         return norm
-
-    def snapshot(self) -> Writer:
-        return self._state.snapshot()
-
-    def load(self, folder: Path) -> None:
-        self._state.load(folder)
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        return self._state.weights()
-
-
-def flat_gradient(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
-    """One flat tensor of zeros in which the gradients of all parameters lie, end to end."""
-    flat = parameters[0].new_zeros(sum(parameter.numel() for parameter in parameters))
-    parts = flat.split([parameter.numel() for parameter in parameters])
-    for parameter, part in zip(parameters, parts, strict=True):
-        parameter.grad = part.view_as(parameter)
-    return flat

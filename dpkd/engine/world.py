@@ -43,12 +43,12 @@ class World:
         dist.all_reduce(counts, group=self.control)
         return tuple(bool(count) for count in counts)
 
-    def broadcast(self, thing: Thing, *, source: int = 0) -> Thing:
-        """`thing` as rank `source` has it; it must pickle."""
+    def broadcast(self, thing: Thing) -> Thing:
+        """`thing` as rank 0 has it; it must pickle."""
         if self.size == 1:
             return thing
         box = [thing]
-        dist.broadcast_object_list(box, src=source, group=self.control)
+        dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
     def gather(self, thing: Thing) -> list[Thing]:

@@ -11,19 +11,14 @@ append to `events.jsonl`. The account reads these kinds, each with `time` (s) an
     spent {stage, step, data_wait_s, checkpoint_s, evaluation_s}        since the event before; the rest was training
     loop_ended {stage, step, finished, data_wait_s, …}                  the same at the end of the loop
 
-So the driver owns what a dead worker cannot measure, and `StepTimer` in the worker owns its steps. The time between two
-events belongs to the newest attempt: what an older one still writes does not count. A kill writes nothing: the last
-event of an attempt is its end, and idle time follows.
+The driver reports what a dead worker cannot, and `Meter` in rank 0 its steps. The time between two events belongs to
+the newest attempt: what an older one still writes does not count. A kill writes nothing: the last event of an attempt
+is its end, and idle time follows.
 """
 
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
-
-from dpkd.errors import StopRequested
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple, get_args
 
 Interruption = Literal["checkpoint", "evaluation", "data_wait"]
 INTERRUPTIONS: tuple[Interruption, ...] = get_args(Interruption)
@@ -49,85 +44,29 @@ STAGES: dict[str, Category] = {
 """What the stages without training count as."""
 
 
-class StepTimer:
-    """Measures on rank 0 where the time of the training loop goes, and writes it as events.
-
-    `write` takes `kind, *, step, **numbers`; the other ranks have none.
-    """
-
-    def __init__(self, write: Callable[..., None] = lambda *_, **__: None) -> None:
-        self.seconds = dict.fromkeys(INTERRUPTIONS, 0.0)
-        """What each interruption took until now."""
-        self._write, self._written = write, dict(self.seconds)
-        self._done, self._first = 0, True
-
-    @contextmanager
-    def loop(self, start_step: int) -> Iterator[None]:
-        """The body is the training loop, from `start_step` on."""
-        self._done = start_step
-        self._write("loop_began", step=start_step)
-        finished, begun = False, 1  # an error comes in the middle of a step
-        try:
-            yield
-            finished, begun = True, 0
-        except StopRequested:
-            begun = 0
-            raise
-        finally:
-            self._write_spent("loop_ended", self._done + begun, finished=finished)
-
-    @contextmanager
-    def interrupted(self, by: Interruption) -> Iterator[None]:
-        """The body is no training."""
-        began_s = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[by] += time.perf_counter() - began_s
-
-    def after_step(self, done: int, *, due: bool) -> None:
-        """Step number `done` has ended; writes what was spent where that is due, and after the first step."""
-        self._done = done
-        if due or self._first:
-            self._first = False
-            self._write_spent("spent", done)
-
-    def _write_spent(self, kind: str, step: int, **facts: bool) -> None:
-        spent = {f"{name}_s": round(total - self._written[name], 4) for name, total in self.seconds.items()}
-        self._written = dict(self.seconds)
-        self._write(kind, step=step, **facts, **spent)
-
-
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """Steps of a stage after `start` up to `end`, and the milliseconds that they took by category."""
 
     start: int
     end: int
-    spent: dict[Category, int]
+    spent: Counter[Category]
 
 
 class TimeAccount:
     """The time of a run by category, in whole milliseconds, so that the parts add up to the whole exactly.
 
-    Takes events in the order written. A clock that goes back stops until it has caught up. Where an attempt is under
-    way, or was killed and nothing followed, its open loop counts as training: nothing has rolled it back.
+    Takes events in the order written. A clock that goes back stops until it has caught up. The open loop of an attempt
+    that runs, or was killed and not followed, counts as training: nothing has rolled it back.
     """
 
     def __init__(self, events: Iterable[Mapping[str, Any]] = ()) -> None:
         self.attempts = self.restarts = self.lost_steps = 0
-        self._segments: dict[str, list[Segment]] = defaultdict(list)
-        """What may still be rolled back, by stage: segments without a gap from step 0 on."""
-        self._spent: dict[Category, int] = dict.fromkeys(MEANINGS, 0)
-        """All time up to `_open`, that of the segments too."""
-        self._doing: Category = "idle"
-        """What the time since `_open` is for; `training` between the events of a loop."""
-        self._stage, self._step = "", -1
-        """Where the loop under way is; -1 outside a loop."""
-        self._attempt, self._running, self._unfinished = 0, False, False
-        """The newest attempt, whether it runs, and whether it left work."""
-        self._open = self._alive = self._now = 0
-        """Accounted up to here; the newest attempt's last event; the last event (ms)."""
+        self._segments: dict[str, list[Segment]] = defaultdict(list)  # by stage, from step 0 on, without a gap
+        self._spent: Counter[Category] = Counter(dict.fromkeys(MEANINGS, 0))  # all time up to `_open`
+        self._doing: Category = "idle"  # what the time since `_open` is for
+        self._stage, self._step = "", -1  # the last event's place in the loop under way; -1 outside a loop
+        self._attempt, self._running, self._unfinished = 0, False, False  # the newest attempt, and whether it left work
+        self._open = self._alive = self._now = 0  # accounted up to; newest attempt's last event; last event (ms)
         self.add(events)
 
     def add(self, events: Iterable[Mapping[str, Any]]) -> None:
@@ -172,10 +111,9 @@ class TimeAccount:
 
     @property
     def step_goodput(self) -> float:
-        """Steps that count over all steps that were done, 1 before the first.
+        """Steps that count over all steps that were done, 1 before the first; restarts take no part in it.
 
-        As the preemption benchmark of Ray Train has it (ray-project/ray, pull request 65047): 1,600 steps that count
-        of 2,117 done are 75.6 %, of 1,691 they are 94.6 %. It says nothing of the time that restarts take.
+        As in the preemption benchmark of Ray Train (ray-project/ray, pull request 65047): 1,600 of 2,117 are 75.6 %.
         """
         done = self.steps + self.lost_steps
         return self.steps / done if done else 1.0
@@ -222,38 +160,35 @@ class TimeAccount:
         self._open, self._step = max(until, self._open), -1
 
     def _begin_loop(self, stage: str, start: int) -> None:
-        """The stage goes on after step `start`: what was done beyond it is lost."""
+        """The stage goes on after step `start`: what was done beyond it is lost.
+
+        Each save writes an event, so that a segment is lost as a whole.
+        """
         self._leave(self._now)
         self._stage, self._step, segments = stage, start, self._segments[stage]
         while segments and segments[-1].end > start:
             segment = segments.pop()
-            length, kept = segment.end - segment.start, max(0, start - segment.start)
-            kept_spent = {name: ms * kept // max(1, length) for name, ms in segment.spent.items()}
-            for name in kept_spent.keys() - {"start_up", "recovery"}:  # those were lost to the failure before
-                lost = segment.spent[name] - kept_spent[name]
-                self._spent[name] -= lost
-                self._spent["lost_work"] += lost
-            if kept:
-                segments.append(Segment(segment.start, start, kept_spent))
-            self.lost_steps += length - kept
+            self.lost_steps += segment.end - max(start, segment.start)
+            lost = {name: ms for name, ms in segment.spent.items() if name not in ("start_up", "recovery")}
+            self._spent.subtract(lost)
+            self._spent["lost_work"] += sum(lost.values())
         reached = segments[-1].end if segments else 0
         if start > reached:  # saved, but the worker died before it wrote the event; that time counts as lost
-            segments.append(Segment(reached, start, {}))
+            segments.append(Segment(reached, start, Counter()))
 
     def _spend(self, event: Mapping[str, Any]) -> None:
         """The loop's time since the event before, up to the event's step."""
         stage, step = event["stage"], event["step"]
         if self._step < 0 or stage != self._stage or step < self._step:
             self._begin_loop(stage, step)  # its `loop_began` is missing: a kill tore the line
-        left, spent = self._now - self._open, dict[Category, int]()
+        left, spent = self._now - self._open, Counter[Category]()
         for interruption in INTERRUPTIONS:
             spent[interruption] = min(left, round(1000 * event.get(f"{interruption}_s", 0.0)))
             left -= spent[interruption]
         spent["training"] = left
         if self._doing != "training":  # the loader starts with the first batch
-            spent[self._doing] = spent.pop("data_wait")
-        for name, ms in spent.items():
-            self._spent[name] += ms
+            spent[self._doing] += spent.pop("data_wait")
+        self._spent.update(spent)
         self._segments[stage].append(Segment(self._step, step, spent))
         self._open, self._step, self._doing = self._now, step, "training"
         if event["kind"] == "loop_ended":

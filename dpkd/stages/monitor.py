@@ -4,7 +4,6 @@ Axes: N sample that can be read, D feature.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
 from functools import cached_property, partial
 
 import numpy as np
@@ -46,22 +45,22 @@ class Monitor:
         """Closes the files."""
         self._board.close()
 
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Shows losses, rates and speeds; the progress line has images/s and the sum of each network's losses."""
-        self._board.write(step, numbers)
-        self._events.write("train", stage=self._stage, step=step, **numbers)
-        losses: dict[str, float] = defaultdict(float)
-        for key, value in numbers.items():
-            if key.startswith("loss/"):
-                losses[key.split("/")[1]] += value
-        words = ", ".join(f"{network} {loss:.3f}" for network, loss in losses.items())
-        self._progress.reach(step, note=f"{numbers['speed/images_per_s']:,.0f} images/s, loss {words}")
+    def report(self, kind: str, *, step: int, **numbers: float) -> None:
+        """Takes the reports of a `Meter`; the progress line has images/s and the sum of each network's losses.
 
-    def write_time(self, kind: str, *, step: int, **numbers: float | bool) -> None:
-        """Takes what a `StepTimer` writes; TensorBoard shows the shares of the whole run so far."""
+        TensorBoard also shows where the time of the whole run went so far.
+        """
         self._events.write(kind, stage=self._stage, step=step, **numbers)
         self._account.add(self._reader.new())
-        if kind == "spent":
+        if kind == "train":
+            self._board.write(step, numbers)
+            losses: dict[str, float] = defaultdict(float)
+            for key, value in numbers.items():
+                if key.startswith("loss/"):
+                    losses[key.split("/")[1]] += value
+            words = ", ".join(f"{network} {loss:.3f}" for network, loss in losses.items())
+            self._progress.reach(step, note=f"{numbers['speed/images_per_s']:,.0f} images/s, loss {words}")
+        elif kind == "spent":
             shares = {f"goodput/{name}": share for name, share in self._account.shares.items()}
             self._board.write(step, shares | {"goodput/step_goodput": self._account.step_goodput})
 

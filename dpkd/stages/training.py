@@ -21,14 +21,13 @@ from dpkd.log import Progress, logger
 from dpkd.models.saved import save_network
 from dpkd.models.settings import MeanPooling
 from dpkd.objectives.supervised import Supervised
-from dpkd.report.goodput import StepTimer
 from dpkd.settings import DistillSettings, StudentSettings, TeacherSettings
 from dpkd.stages.monitor import Monitor
 from dpkd.stages.networks import followed_teachers, frozen_teacher, make_learner, new_network, teacher_network
 from dpkd.stages.run import Run, TrainingSet, supervision, training_set
 from dpkd.train.checkpoint import Checkpoints, Part
-from dpkd.train.divergence import NormGuard, Skipped, train_past_divergence
-from dpkd.train.loop import Hooks, Plan, train
+from dpkd.train.divergence import NormGuard, train_past_divergence
+from dpkd.train.loop import Plan, train
 from dpkd.train.meter import Meter
 from dpkd.train.parts import Inputs, RandomState
 from dpkd.train.sample_log import SampleLog, truncate
@@ -108,7 +107,8 @@ def _train_task(
     digests = {"packed images": run.dataset.manifest.fingerprint}
     digests |= {f"map {name!r}": digest for name, digest in maps.digests.items()} if maps is not None else {}
     inputs = Inputs(digests, tuple(data.unreadable.tolist()), world)
-    parts: dict[str, Part] = {**task.engines, "random": RandomState(world), "inputs": inputs}
+    parts: dict[str, Part] = {name: engine.state for name, engine in task.engines.items()}
+    parts |= {"random": RandomState(world), "inputs": inputs}
     total_steps = training.num_steps(data.num_samples)
     evaluates = run.data.val is not None and run.settings.evaluate is not None
     plan = Plan(
@@ -134,10 +134,16 @@ def _train_task(
             parts=parts,
         )
 
-    skipped = Skipped(run.folder.skipped(stage), limit=training.max_skipped_steps, world=world)
-    train_past_divergence(attempt, checkpoints=checkpoints, parts=parts, skipped=skipped, world=world)
+    train_past_divergence(
+        attempt,
+        checkpoints=checkpoints,
+        parts=parts,
+        skipped=run.folder.skipped(stage),
+        limit=training.max_skipped_steps,
+        world=world,
+    )
     for name, learner in task.learners.items():
-        weights = learner.engine.weights()
+        weights = learner.engine.state.weights()
         if world.rank == 0:
             run.folder.check_fence()
             save_network(folder_of(name), learner.spec, weights)
@@ -188,7 +194,6 @@ def _attempt(
         closing(Monitor(run, task, stage=stage, start_step=start_step, progress=progress)) as monitor,
         closing(batches),
     ):
-        timer = StepTimer(monitor.write_time) if shown else StepTimer()
         train(
             task,
             sample_log.record(batches, steps=plan.steps_from(start_step), micro_batches=plan.micro_batches),
@@ -196,9 +201,12 @@ def _attempt(
             start_step=start_step,
             checkpoints=checkpoints,
             parts={**parts, "sample_log": sample_log},
-            meter=Meter(sinks=(monitor,), world=world, images_per_step=training.batch_size, timer=timer),
+            meter=Meter(
+                world=world, images_per_step=training.batch_size, report=monitor.report if shown else None
+            ),
             guard=NormGuard(spike=training.spike),
-            hooks=Hooks(evaluate=monitor.evaluate, panels=monitor.panels),
+            evaluate=monitor.evaluate,
+            draw_panels=monitor.panels,
             world=world,
         )
 

@@ -10,10 +10,10 @@ import secrets
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar, cast
+from typing import Protocol, TypeVar
 
 from dpkd.engine.state import Writer
 from dpkd.engine.world import World
@@ -28,7 +28,7 @@ from dpkd.io.checkpoint_store import (
     read_files,
     write_files,
 )
-from dpkd.io.errors import NO_FILE, retry
+from dpkd.io.errors import NO_FILE, retry, write_errors
 from dpkd.io.fence import StaleAttempt
 from dpkd.io.temporary_folder import lasting_folder, place
 from dpkd.log import logger
@@ -74,11 +74,12 @@ class Checkpoints:
         """
         self.finish()
         self._saved_steps = set()
-        self._attempt, committed = self._on_rank_zero(lambda: retry(self._store.acquire))
+        outcome, *_ = self._on_all_ranks(lambda: retry(self._store.acquire) if self.world.rank == 0 else None)
+        assert outcome is not None
+        self._attempt, committed = outcome
         self._base = None
         for checkpoint in reversed(committed):
-            with self._local_copy(checkpoint) as (folder, verify):
-                faults = self._agreed_faults(verify)
+            with self._verified(checkpoint) as (folder, faults):
                 if not faults:
                     for name, part in parts.items():
                         part.load(folder / name)
@@ -105,8 +106,7 @@ class Checkpoints:
             return
         self._saved_steps.add(step)
         writers = {name: part.snapshot() for name, part in parts.items()}
-        committed = self._sweep if self.world.rank == 0 else None
-        self._save = _Save(self._store, CheckpointId(step, self.attempt), self.world, writers, committed=committed)
+        self._save = _Save(self._store, CheckpointId(step, self.attempt), self.world, writers, committed=self._sweep)
 
     def failed(self) -> bool:
         """Whether this rank's part of the save under way has failed: time for all to call `finish`."""
@@ -126,23 +126,25 @@ class Checkpoints:
             save.cancelled.set()  # files of another rank are missing
         save.thread.join()
         committed, error = self.world.broadcast((save.committed, save.error))
-        if committed:  # whatever a rank met once its files stood; from here on a newer attempt may load it
+        if committed:  # whatever failed after that: a newer attempt may load it already
             return
         if error is not None:
             errors.append(error)
-        self._on_rank_zero(lambda: self._remove(save.id))
+
+        def remove() -> None:
+            if self.world.rank != 0:
+                return
+            with suppress(OSError):  # the first error is the one to raise, and the next attempt removes it
+                if save.id not in self._store.committed():  # else a newer attempt may have loaded it
+                    self._store.remove(save.id)
+                self._store.fence.check(save.id.attempt)
+
+        self._on_all_ranks(remove)
         raise StorageError(
             f"checkpoint at step {save.id.step} could not be written to {self._store.url} "
             f"({'; '.join(map(str, errors))}); the earlier ones stand. "
             "Free space or mend the storage, then give the same command again"
         )
-
-    def _remove(self, failed: CheckpointId) -> None:
-        """Removes a save that failed; raises `StaleAttempt` where the cause may be that a newer attempt has begun."""
-        with suppress(OSError):  # the first error is the one to raise, and the next attempt removes it
-            if failed not in self._store.committed():  # else a newer attempt may have loaded it
-                self._store.remove(failed)
-            self._store.fence.check(failed.attempt)
 
     def _sweep(self) -> None:
         """Removes what nobody needs any more; what cannot be removed now is left to the next save."""
@@ -154,24 +156,26 @@ class Checkpoints:
             logger.info(f"{self._store.url}: older checkpoints cannot be removed ({error}); the next save tries again")
 
     @contextmanager
-    def _local_copy(self, checkpoint: CheckpointId) -> Iterator[tuple[Path, Callable[[], list[str]]]]:
-        """The checkpoint's folder on this machine, and what verifies this rank's share of its files.
+    def _verified(self, checkpoint: CheckpointId) -> Iterator[tuple[Path, list[str]]]:
+        """The checkpoint's folder on this machine, and what the ranks found wrong with its files.
 
         On storage that is a path, all ranks together verify every file once; else the first rank of each machine
         copies the checkpoint, and verifies the copies.
         """
-        path = storage.local_path(self._store.place(checkpoint))
-        if path is not None:
-            yield path, partial(self._faults, checkpoint, path, share=(self.world.rank, self.world.size))
-            return
-        named = ("checkpoint", self.world.broadcast(secrets.token_hex(8)))
-        if self.world.local_rank > 0:
-            yield place(*named), list
-            self.world.barrier()
-            return
-        with lasting_folder(*named) as copy:
-            yield copy, partial(self._fetch, checkpoint, copy)
-            self.world.barrier()  # nobody removes what another still loads
+        shared = storage.local_path(self._store.place(checkpoint))
+        copy = ("checkpoint", self.world.broadcast(secrets.token_hex(8)))
+        verify: Callable[[], list[str]] = list
+        with ExitStack() as copies:
+            if shared is not None:
+                folder, verify = shared, partial(self._faults, checkpoint, shared, self.world.rank, self.world.size)
+            elif self.world.local_rank == 0:
+                folder = copies.enter_context(lasting_folder(*copy))
+                verify = partial(self._fetch, checkpoint, folder)
+            else:
+                folder = place(*copy)
+            yield folder, sorted({fault for faults in self._on_all_ranks(verify) for fault in faults})
+            if shared is None:
+                self.world.barrier()  # nobody removes what another still loads
 
     def _fetch(self, checkpoint: CheckpointId, copy: Path) -> list[str]:
         """Copies a remote checkpoint to this machine; returns what is wrong with it."""
@@ -179,49 +183,47 @@ class Checkpoints:
             for path in retry(lambda: self._store.manifest(checkpoint)).files:
                 with suppress(*NO_FILE):  # `_faults` says that it is missing
                     retry(partial(storage.copy_here, self._store.place(checkpoint, path), copy / path))
-        return self._faults(checkpoint, copy, share=(0, 1))
+        return self._faults(checkpoint, copy, 0, 1)
 
-    def _faults(self, checkpoint: CheckpointId, folder: Path, *, share: tuple[int, int]) -> list[str]:
-        """What is wrong with a share (rank, of how many) of the files in a local folder."""
+    def _faults(self, checkpoint: CheckpointId, folder: Path, rank: int, size: int) -> list[str]:
+        """What is wrong with the files in a local folder, with every `size`-th one from `rank` on."""
         try:
             files = retry(lambda: self._store.manifest(checkpoint)).files
         except ValueError as error:
             return [str(error)]
-        rank, size = share
-        mine = list(files.items())[rank::size]
-        faults = [fault for path, facts in mine if (fault := _fault(folder / path, facts))]
+        faults = []
+        for name, facts in list(files.items())[rank::size]:
+            path = folder / name
+            try:
+                num_bytes = retry(path.stat).st_size
+                if num_bytes != facts.size_bytes:
+                    faults.append(f"{path.name} has {num_bytes} bytes, expected {facts.size_bytes}")
+                elif retry(partial(storage.sha256, path)) != facts.sha256:
+                    faults.append(f"{path.name} has another sha256 than its {MANIFEST} says")
+            except NO_FILE:
+                faults.append(f"{path.name} is missing")
+            except OSError as error:
+                if type(error) is StorageError:  # no permission, which says nothing of the checkpoint
+                    raise
+                faults.append(f"{path.name} cannot be read ({error})")
         if rank == 0:  # files that the manifest does not list, and that a part might read all the same
             there = (path.relative_to(folder).as_posix() for path in folder.glob("[!.]*/**/*") if path.is_file())
             faults += [f"{name} is not in its {MANIFEST}" for name in there if name not in files]
         return faults
 
-    def _agreed_faults(self, verify: Callable[[], list[str]]) -> list[str]:
-        """What all ranks together found wrong; the error of one that could not verify is raised on all."""
-        faults: list[str] = []
-        error: Exception | None = None
+    def _on_all_ranks(self, act: Callable[[], Result]) -> list[Result]:
+        """What `act` returns on each rank, on every rank; so is the error of the first that fails."""
+        own: Result | UserError | StorageError
         try:
-            faults = verify()
-        except (UserError, StorageError) as failure:
-            error = failure
-        outcomes = self.world.gather((faults, error))
-        for _, error in outcomes:
-            if error is not None:
-                raise error
-        return sorted({fault for of_rank, _ in outcomes for fault in of_rank})
-
-    def _on_rank_zero(self, act: Callable[[], Result]) -> Result:
-        """What `act` returns on rank 0, on every rank; its error is raised on all."""
-        result: Result | None = None
-        error: Exception | None = None
-        if self.world.rank == 0:
-            try:
-                result = act()
-            except (UserError, StorageError) as failure:
-                error = failure
-        result, error = self.world.broadcast((result, error))
-        if error is not None:
-            raise error
-        return cast(Result, result)
+            own = act()
+        except (UserError, StorageError) as error:
+            own = error
+        results = []
+        for outcome in self.world.gather(own):
+            if isinstance(outcome, UserError | StorageError):
+                raise outcome
+            results.append(outcome)
+        return results
 
 
 class _Save:
@@ -234,9 +236,9 @@ class _Save:
         world: World,
         writers: Mapping[str, Writer],
         *,
-        committed: Callable[[], None] | None,
+        committed: Callable[[], None],
     ) -> None:
-        """`committed` is called on rank 0 once the checkpoint counts, and is None on the other ranks."""
+        """`committed` is called on rank 0 once the checkpoint counts."""
         self.id = checkpoint
         self.error: Exception | None = None
         self.committed = False
@@ -249,10 +251,10 @@ class _Save:
         try:
             retry(self._write)
             self.written.set()
-            if self._when_committed is not None and self._all_written():
+            if self._world.rank == 0:
                 self._commit()
-                self.committed = True
-                self._when_committed()
+                if self.committed:
+                    self._when_committed()
         except Exception as error:  # noqa: BLE001  it is raised where `finish` is called
             self.error = portable(error)
         finally:
@@ -261,7 +263,15 @@ class _Save:
     def _write(self) -> None:
         """Writes this rank's files beside, hashes, flushes and moves each to its place, and lists them last."""
         files = {}
-        with self._scratch() as scratch:
+        beside = storage.local_path(self._store.place(self.id))
+        with ExitStack() as stack:
+            if beside is None:
+                scratch = stack.enter_context(lasting_folder("saving", secrets.token_hex(8)))
+            else:  # on the disk where the files will stand
+                with write_errors(beside):
+                    beside.mkdir(parents=True, exist_ok=True)
+                    storage.sync(beside.parent)
+                scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".rank-", dir=beside)))
             for name, write in self._writers.items():
                 (scratch / name).mkdir()
                 write(scratch / name)
@@ -269,54 +279,21 @@ class _Save:
                 name = path.relative_to(scratch).as_posix()
                 files[name] = FileFacts(size_bytes=path.stat().st_size, sha256=storage.sha256(path))
                 storage.deliver(path, self._store.place(self.id, name))
-        write_files(self._place_of_list(self._world.rank), files)
+        write_files(self._store.place(self.id, self._list_name(self._world.rank)), files)
 
-    @contextmanager
-    def _scratch(self) -> Iterator[Path]:
-        """An empty folder on the disk where the files will stand, or on any where that is remote."""
-        beside = storage.local_path(self._store.place(self.id))
-        if beside is None:
-            with lasting_folder("saving", secrets.token_hex(8)) as folder:
-                yield folder
-            return
-        with storage.write_errors(beside):
-            beside.mkdir(parents=True, exist_ok=True)
-            storage.sync(beside.parent)
-        with tempfile.TemporaryDirectory(prefix=".rank-", dir=beside) as scratch:
-            yield Path(scratch)
-
-    def _place_of_list(self, rank: int) -> str:
-        return self._store.place(self.id, f"files-{rank:05d}-of-{self._world.size:05d}.json")
-
-    def _all_written(self) -> bool:
-        """Waits for the lists of all ranks; False where the save was cancelled before."""
-        wait_s = POLL_S
-        wanted = {self._place_of_list(rank).rpartition("/")[2] for rank in range(self._world.size)}
-        while not wanted.issubset(retry(lambda: storage.list_names(self._store.place(self.id)))):
-            if self.cancelled.wait(wait_s):
-                return False
-            retry(lambda: self._store.fence.check(self.id.attempt))  # a newer attempt may have removed them
-            wait_s = min(LONGEST_POLL_S, 2 * wait_s)  # each listing is a request where storage is remote
-        return True
+    def _list_name(self, rank: int) -> str:
+        return f"files-{rank:05d}-of-{self._world.size:05d}.json"
 
     def _commit(self) -> None:
+        """Publishes the manifest once all ranks have listed their files, unless the save is cancelled before."""
+        names, wait_s = [self._list_name(rank) for rank in range(self._world.size)], POLL_S
+        while not set(names).issubset(retry(lambda: storage.list_names(self._store.place(self.id)))):
+            if self.cancelled.wait(wait_s):
+                return
+            retry(lambda: self._store.fence.check(self.id.attempt))  # a newer attempt may have removed them
+            wait_s = min(LONGEST_POLL_S, 2 * wait_s)  # each listing is a request where storage is remote
         files: dict[str, FileFacts] = {}
-        for rank in range(self._world.size):
-            files |= retry(partial(read_files, self._place_of_list(rank)))
+        for name in names:
+            files |= retry(partial(read_files, self._store.place(self.id, name)))
         retry(lambda: self._store.publish(Manifest(self.id, self._world.size, files)))
-
-
-def _fault(path: Path, facts: FileFacts) -> str | None:
-    try:
-        size = retry(path.stat).st_size
-        if size != facts.size_bytes:
-            return f"{path.name} has {size} bytes, expected {facts.size_bytes}"
-        if retry(partial(storage.sha256, path)) != facts.sha256:
-            return f"{path.name} has another sha256 than its {MANIFEST} says"
-    except NO_FILE:
-        return f"{path.name} is missing"
-    except OSError as error:
-        if type(error) is StorageError:  # no permission, which says nothing of the checkpoint
-            raise
-        return f"{path.name} cannot be read ({error})"
-    return None
+        self.committed = True

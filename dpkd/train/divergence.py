@@ -19,9 +19,9 @@ from dpkd.log import logger
 from dpkd.train.checkpoint import Checkpoints, Part
 
 NUM_NORMS, NUM_NEEDED = 64, 16
-"""Norms that a spike is measured by, and how many of them it takes to call anything one."""
+"""Last norms that a spike is measured by, and how many of them it takes to call anything one."""
 SMALL_NORM = 1.0
-"""What a median counts as at least: norms of a network that knows its images by heart are next to nothing."""
+"""Least value of their median: the norms of a network that has learnt its images by heart are next to nothing."""
 
 
 class Diverged(Exception):
@@ -42,10 +42,7 @@ class Norm(NamedTuple):
 
 
 class NormGuard:
-    """Checks the norm of every gradient: it must be finite, and no more than `spike` times the median of the last.
-
-    A median below `SMALL_NORM` counts as that.
-    """
+    """Checks the norm of every gradient: it must be finite, and no more than `spike` times the median of the last."""
 
     def __init__(self, *, spike: float | None) -> None:
         self._spike = spike
@@ -68,33 +65,6 @@ class NormGuard:
             last.append(norm.value)
 
 
-class Skipped:
-    """The steps of a stage that are passed over, at most `limit` of them; the same on every rank."""
-
-    def __init__(self, path: Path, *, limit: int, world: World) -> None:
-        self._path, self._limit, self._world = path, limit, world
-        self._reasons: dict[int, str] = world.broadcast(read_skipped(path) if world.rank == 0 else {})
-
-    @property
-    def steps(self) -> frozenset[int]:
-        """Their numbers."""
-        return frozenset(self._reasons)
-
-    def add(self, fault: Diverged) -> None:
-        """Passes one more over from now on; raises `UserError` on every rank past the limit."""
-        if len(self._reasons) >= self._limit:
-            before = f"; {len(self._reasons)} earlier steps were skipped for the like" if self._reasons else ""
-            raise UserError(
-                f"step {fault.step + 1}: {fault.reason}{before}. The last checkpoint stands: lower learning_rate or "
-                f"optimizer.clip, look at the batch, or raise training.max_skipped_steps ({self._limit})"
-            )
-        self._reasons[fault.step] = fault.reason
-        if self._world.rank == 0:
-            reasons = {**read_skipped(self._path), **self._reasons}  # a newer attempt may have added some
-            content = {"steps": {str(step): reason for step, reason in sorted(reasons.items())}}
-            storage.write_bytes_atomic(self._path, checked(content))
-
-
 def read_skipped(path: Path) -> dict[int, str]:
     """Step -> reason, of those that a stage passes over; raises `UserError` that names the file where it is damaged."""
     try:
@@ -107,33 +77,49 @@ def read_skipped(path: Path) -> dict[int, str]:
         ) from error
 
 
+def write_skipped(path: Path, reasons: Mapping[int, str]) -> None:
+    """Adds to the steps that a stage passes over."""
+    reasons = {**read_skipped(path), **reasons}  # a newer attempt may have added some
+    content = {"steps": {str(step): reason for step, reason in sorted(reasons.items())}}
+    storage.write_bytes_atomic(path, checked(content))
+
+
 def train_past_divergence(
     attempt: Callable[[int, frozenset[int]], None],
     *,
     checkpoints: Checkpoints,
     parts: Mapping[str, Part],
-    skipped: Skipped,
+    skipped: Path,
+    limit: int,
     world: World,
 ) -> None:
     """Calls `attempt` with the step of the newest checkpoint, which it loads, and the steps to pass over.
 
-    Where that raises `Diverged`, the step is skipped from now on, and it begins again. Raises `UserError` past the
-    limit of skipped steps, and where no checkpoint stands to go back to.
+    Where that raises `Diverged`, the file `skipped` gets the step, and it begins again. Raises `UserError`, on every
+    rank, past `limit` skipped steps, and without a checkpoint to go back to.
     """
+    reasons = world.broadcast(read_skipped(skipped) if world.rank == 0 else {})
     start_step = checkpoints.load_newest(parts)
     while True:
         try:
-            attempt(start_step, skipped.steps)
+            attempt(start_step, frozenset(reasons))
             return
         except Diverged as fault:
-            skipped.add(fault)
+            step = f"step {fault.step + 1}"
+            if len(reasons) >= limit:
+                before = f"; {len(reasons)} earlier steps were skipped for the like" if reasons else ""
+                raise UserError(
+                    f"{step}: {fault.reason}{before}. The last checkpoint stands: lower learning_rate or "
+                    f"optimizer.clip, look at the batch, or raise training.max_skipped_steps ({limit})"
+                ) from fault
+            reasons[fault.step] = fault.reason
+            if world.rank == 0:
+                write_skipped(skipped, reasons)
             start_step = checkpoints.load_newest(parts)
             if not start_step:
                 raise UserError(
-                    f"step {fault.step + 1}: {fault.reason}, and no checkpoint stands to go back to: lower "
+                    f"{step}: {fault.reason}, and no checkpoint stands to go back to: lower "
                     "learning_rate or optimizer.clip, or save earlier (training.checkpoint_every)"
                 ) from fault
             if world.rank == 0:
-                logger.info(
-                    f"step {fault.step + 1} is skipped: {fault.reason}; back to the checkpoint after step {start_step}"
-                )
+                logger.info(f"{step} is skipped: {fault.reason}; back to the checkpoint after step {start_step}")

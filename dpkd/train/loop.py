@@ -56,14 +56,6 @@ class Plan:
         return every is not None and (step % every == 0 or step == self.total_steps)
 
 
-@dataclass(frozen=True)
-class Hooks:
-    """What the loop calls beside training; every rank calls both."""
-
-    evaluate: Callable[[int], None]
-    panels: Callable[[int, Batch], None]
-
-
 def train(
     task: TrainingTask,
     batches: Iterator[Batch],
@@ -74,17 +66,19 @@ def train(
     parts: Mapping[str, Part],
     meter: Meter,
     guard: NormGuard,
-    hooks: Hooks,
+    evaluate: Callable[[int], None],
+    draw_panels: Callable[[int, Batch], None],
     world: World,
 ) -> None:
     """Trains from `start_step` to the end of the plan; `batches` begins at that step, `parts` are what is saved.
 
-    Raises `StopRequested` after a save when any rank was asked to stop, `Diverged` when a step has spoilt a network,
-    `UserError` when a checkpoint cannot be written. Norms and losses stay on the device until something is due: before
-    a line, an evaluation and a save all norms since the last are checked.
+    `evaluate` and `draw_panels` take the number of finished steps; every rank calls them. Raises `StopRequested` after
+    a save when any rank was asked to stop, `Diverged` when a step has spoilt a network, `StorageError` when a save
+    fails. Norms and losses stay on the device until something is due: before a line, an evaluation and a
+    save all norms since the last are checked.
     """
     batch: Batch | None = None
-    with meter.timer.loop(start_step):
+    with meter.loop(start_step):
         for step in range(start_step, plan.total_steps):
             heartbeat(STEADY, step=step)
             if step not in plan.skipped:
@@ -97,36 +91,35 @@ def train(
             evaluate_due = plan.due(plan.evaluate_every, done)
             if save_due or log_due or panels_due or evaluate_due:
                 guard.check(meter.settle(done, log=log_due))
-            with meter.timer.interrupted("evaluation"):
+            with meter.interrupted("evaluation"):
                 if batch is not None and panels_due:
                     heartbeat("panels", step=done)
-                    hooks.panels(done, batch)
+                    draw_panels(done, batch)
                 if evaluate_due:
                     heartbeat("evaluate", step=done)
-                    hooks.evaluate(done)
+                    evaluate(done)
             if save_due:
                 heartbeat("save", step=done)
-                with meter.timer.interrupted("checkpoint"):
+                with meter.interrupted("checkpoint"):
                     checkpoints.save(done, parts)
-            meter.timer.after_step(done, due=save_due or log_due)
+            meter.end_step(done, due=save_due or log_due)
             if stop and done < plan.total_steps:
-                with meter.timer.interrupted("checkpoint"):
+                with meter.interrupted("checkpoint"):
                     checkpoints.finish()
                 raise StopRequested(f"stopped after step {done} of {plan.total_steps}, saved")
         heartbeat("save", step=plan.total_steps)
-        with meter.timer.interrupted("checkpoint"):
+        with meter.interrupted("checkpoint"):
             checkpoints.finish()
 
 
 def _train_step(task: TrainingTask, batches: Iterator[Batch], *, step: int, plan: Plan, meter: Meter) -> Batch:
     """One step of every engine; returns its last micro-batch."""
     for _ in range(plan.micro_batches):
-        batch = meter.wait_for(batches)
+        batch = meter.next_batch(batches)
         for name, losses in task.losses(batch, step=step):
             task.engines[name].backward(torch.stack(list(losses.values())).sum())
             meter.add_losses(name, losses)
-        meter.end_micro_batch()
     for name, engine in task.engines.items():
         rate = task.learning_rate(name, step=step)
-        meter.add_step(name, engine.step(learning_rate=rate), step=step, learning_rate=rate)
+        meter.add_norm(name, engine.step(learning_rate=rate), step=step, learning_rate=rate)
     return batch

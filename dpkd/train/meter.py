@@ -1,40 +1,82 @@
-"""Counts what training costs and yields between two log lines: losses, rates, norms, images/s, waits for data."""
+"""What training costs and yields: losses, rates, norms and images/s of a log line, and where the loop's time goes."""
 
 import time
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
 from dpkd.data.batch import Batch
 from dpkd.engine.world import World
-from dpkd.report.goodput import StepTimer
+from dpkd.errors import StopRequested
+from dpkd.report.goodput import INTERRUPTIONS, Interruption
 from dpkd.train.divergence import Norm
 
 
-class Sink(Protocol):
-    """Where numbers go, on rank 0."""
-
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Takes the numbers of one step by name, such as `loss/<network>/<objective>` and `speed/images_per_s`."""
-
-
 class Meter:
-    """Sums on the device, reads it only when a line is due, and averages over ranks."""
+    """Sums on the device, reads it only when something is due, and averages over ranks; times the loop.
 
-    def __init__(
-        self, *, sinks: tuple[Sink, ...], world: World, images_per_step: int, timer: StepTimer | None = None
-    ) -> None:
-        self.timer = timer or StepTimer()
-        self._sinks = sinks
-        self._world = world
-        self._images_per_step = images_per_step
+    `report` takes `kind, *, step, **numbers`: a log line's numbers (`loss/<network>/<objective>`, …) as `train`, and
+    the events of the loop (report/goodput.py). Rank 0 alone has one.
+    """
+
+    def __init__(self, *, world: World, images_per_step: int, report: Callable[..., None] | None = None) -> None:
+        self.seconds: dict[Interruption, float] = dict.fromkeys(INTERRUPTIONS, 0.0)
+        """What each interruption took until now."""
+        self._world, self._images_per_step, self._report = world, images_per_step, report
+        self._done, self._any_event = 0, False
+        self._event_seconds = dict(self.seconds)  # as of the last event
         self._pending: list[tuple[str, int, float, torch.Tensor]] = []
-        self._reset()
+        self._begin_line()
 
-    def wait_for(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch on this rank's device; the wait is counted."""
-        with self.timer.interrupted("data_wait"):
+    def _begin_line(self) -> None:
+        self._line_began_s, self._line_seconds = time.perf_counter(), dict(self.seconds)
+        self._losses: dict[str, torch.Tensor | float] = {}
+        self._num_micros = 0
+        self._settled: list[Norm] = []
+
+    @contextmanager
+    def loop(self, start_step: int) -> Iterator[None]:
+        """The body is the training loop, from `start_step` on."""
+        self._done = start_step
+        if self._report is not None:
+            self._report("loop_began", step=start_step)
+        finished, step_begun = False, 1  # an error comes in the middle of a step
+        try:
+            yield
+            finished, step_begun = True, 0
+        except StopRequested:
+            step_begun = 0
+            raise
+        finally:
+            self._write_spent("loop_ended", self._done + step_begun, finished=finished)
+
+    @contextmanager
+    def interrupted(self, by: Interruption) -> Iterator[None]:
+        """The body is no training."""
+        began_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[by] += time.perf_counter() - began_s
+
+    def end_step(self, done: int, *, due: bool) -> None:
+        """Step number `done` has ended; reports what was spent where that is due, and after the first step."""
+        self._done = done
+        if due or not self._any_event:
+            self._any_event = True
+            self._write_spent("spent", done)
+
+    def _write_spent(self, kind: str, step: int, **facts: bool) -> None:
+        spent = {f"{name}_s": round(total - self._event_seconds[name], 4) for name, total in self.seconds.items()}
+        self._event_seconds = dict(self.seconds)
+        if self._report is not None:
+            self._report(kind, step=step, **facts, **spent)
+
+    def next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """The next micro-batch of all networks, on this rank's device; the wait is timed."""
+        self._num_micros += 1
+        with self.interrupted("data_wait"):
             return next(batches).to(self._world.device)
 
     def add_losses(self, name: str, losses: Mapping[str, torch.Tensor]) -> None:
@@ -43,56 +85,46 @@ class Meter:
             key = f"loss/{name}/{objective}"
             self._losses[key] = self._losses.get(key, 0.0) + loss.detach().float()
 
-    def end_micro_batch(self) -> None:
-        """Counts one micro-batch of all networks."""
-        self._micro_batches += 1
-
-    def add_step(self, name: str, gradient_norm: torch.Tensor, *, step: int, learning_rate: float) -> None:
-        """Adds one engine's step, whose norm stays on the device."""
+    def add_norm(self, name: str, gradient_norm: torch.Tensor, *, step: int, learning_rate: float) -> None:
+        """Adds the gradient norm of one network's step; it stays on the device."""
         self._pending.append((name, step, learning_rate, gradient_norm.detach().double()))
 
     def settle(self, step: int, *, log: bool) -> list[Norm]:
-        """The norms since the last call, read from the device; with `log` the sinks get the means since the last line.
+        """The norms since the last call, read from the device; with `log` the means since the last line are reported.
 
-        Losses and norms are read at once. Every rank calls it; nothing is logged where no step was trained.
+        Losses and norms are read at once. Every rank calls it; nothing is reported where no step was trained.
         """
         keys = sorted(self._losses) if log else []
         device = self._world.device
         tensors = [torch.as_tensor(self._losses[key], device=device) for key in keys]
         if tensors:
-            tensors = [self._world.mean_(torch.stack(tensors) / self._micro_batches).double()]
+            tensors = [self._world.mean_(torch.stack(tensors) / self._num_micros).double()]
         tensors += [torch.stack([norm.to(device) for *_, norm in self._pending])] if self._pending else []
-        numbers = torch.cat(tensors).tolist() if tensors else []
+        values = torch.cat(tensors).tolist() if tensors else []
         norms = [
             Norm(name, step_of, rate, value)
-            for (name, step_of, rate, _), value in zip(self._pending, numbers[len(keys) :], strict=True)
+            for (name, step_of, rate, _), value in zip(self._pending, values[len(keys) :], strict=True)
         ]
         self._pending = []
         self._settled += norms
         if log and self._settled:
-            self._write(step, dict(zip(keys, numbers, strict=False)))
+            if self._report is not None:
+                self._report("train", step=step, **self._line(dict(zip(keys, values, strict=False))))
+            self._begin_line()
         return norms
 
-    def _write(self, step: int, values: dict[str, float]) -> None:
-        spent = {name: total_s - self._spent_before[name] for name, total_s in self.timer.seconds.items()}
-        elapsed = time.perf_counter() - self._began - spent["checkpoint"] - spent["evaluation"]
+    def _line(self, losses: dict[str, float]) -> dict[str, float]:
+        """The numbers of a log line: the mean losses, and what else was measured since the line before."""
+        numbers = dict(losses)
         for name in dict.fromkeys(norm.name for norm in self._settled):
             own = [norm for norm in self._settled if norm.name == name]
-            values[f"gradient_norm/{name}"] = sum(norm.value for norm in own) / len(own)
-            values[f"learning_rate/{name}"] = own[-1].learning_rate
-        steps = len({norm.step for norm in self._settled})
-        values["speed/images_per_s"] = steps * self._images_per_step / elapsed
-        values["speed/data_wait"] = spent["data_wait"] / elapsed
+            numbers[f"gradient_norm/{name}"] = sum(norm.value for norm in own) / len(own)
+            numbers[f"learning_rate/{name}"] = own[-1].learning_rate
+        spent = {name: total_s - self._line_seconds[name] for name, total_s in self.seconds.items()}
+        elapsed_s = time.perf_counter() - self._line_began_s - spent["checkpoint"] - spent["evaluation"]
+        num_steps = len({norm.step for norm in self._settled})
+        numbers["speed/images_per_s"] = num_steps * self._images_per_step / elapsed_s
+        numbers["speed/data_wait"] = spent["data_wait"] / elapsed_s
         if self._world.device.type == "cuda":
-            values["speed/gpu_memory_gb"] = torch.cuda.max_memory_allocated(self._world.device) / 1e9
-        if self._world.rank == 0:
-            for sink in self._sinks:
-                sink.write(step, values)
-        self._reset()
-
-    def _reset(self) -> None:
-        self._began = time.perf_counter()
-        self._spent_before = dict(self.timer.seconds)
-        self._micro_batches = 0
-        self._losses: dict[str, torch.Tensor | float] = {}
-        self._settled: list[Norm] = []
+            numbers["speed/gpu_memory_gb"] = torch.cuda.max_memory_allocated(self._world.device) / 1e9
+        return numbers

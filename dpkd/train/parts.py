@@ -63,14 +63,13 @@ class Inputs:
         changed = [name for name, digest in before["digests"].items() if self.digests.get(name) != digest]
         if changed:
             raise UserError(
-                f"the stage began with other {' and '.join(changed)} than stand now: bring back what it began with, or "
+                f"the stage began with other {' and '.join(changed)} than stand now: bring them back, or "
                 "start the stage anew by deleting its checkpoints"
             )
         differing = sorted(set(before["left_out"]) ^ set(self.left_out))
         if differing:
             raise UserError(
                 f"{len(before['left_out'])} samples of the training split could not be read when the stage began, and "
-                f"{len(self.left_out)} now (sample {differing[0]} is one that changed): to go on would repeat some and "
-                "skip others. Bring the shards and their prior maps back to what they were, or start the stage "
-                "anew by deleting its checkpoints"
+                f"{len(self.left_out)} now (sample {differing[0]} changed), so the order is another: bring the "
+                "shards and prior maps back, or start the stage anew by deleting its checkpoints"
             )

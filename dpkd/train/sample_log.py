@@ -10,7 +10,6 @@ kill cuts off at its end belongs to steps that are done again.
 
 import json
 import os
-import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
 
-_NAME = re.compile(r"attempt-([0-9]{4,})-rank-([0-9]{5,})\.log")
+_LOGS = "attempt-*-rank-*.log"
 
 
 def checksum(samples: NDArray[np.int64]) -> str:
@@ -61,9 +60,9 @@ class SampleLog:
         self._unwritten.append(f"{step} {checksum(samples)}\n")
 
     def snapshot(self) -> Writer:
-        """Takes the new lines; the writer that it returns puts them onto the disk, with the checkpoint they belong to.
+        """Takes the new lines; the writer appends them to the file on the disk, whatever folder it is given.
 
-        So all ranks learn of a disk that takes no more, and lines that a disk failed to take are written again.
+        It is a part's writer so that all ranks learn of a full disk, and lines that a disk failed to take come again.
         """
         data, offset = "".join(self._unwritten).encode(), self._size_bytes
         self._unwritten = []
@@ -86,14 +85,13 @@ class SampleLog:
 
 
 def truncate(folder: Path, *, from_attempt: int) -> None:
-    """Removes the logs of an attempt that is about to begin, and of later ones: their checkpoints were deleted.
+    """Removes the logs of an attempt that is about to begin, and of later ones, whose checkpoints were deleted.
 
     One rank calls it.
     """
     with storage.write_errors(folder):
-        for path in folder.glob("attempt-*-rank-*.log"):
-            match = _NAME.fullmatch(path.name)
-            if match is not None and int(match[1]) >= from_attempt:
+        for path in folder.glob(_LOGS):
+            if int(path.name.split("-")[1]) >= from_attempt:
                 path.unlink()
 
 
@@ -122,14 +120,26 @@ def read_history(folder: Path) -> History:
     """All logs of a stage, net of what was rolled back: a step counts as the last attempt made it that covers it.
 
     A line cut short at a file's end is left out. Raises `UserError` that names a file which is no log, or contradicts
-    its name or another rank's of its attempt.
+    that of another rank of its attempt.
     """
     attempts: dict[int, AttemptLog] = {}
-    for path in sorted(folder.glob("attempt-*-rank-*.log")):
+    for path in sorted(folder.glob(_LOGS)):
         try:
-            whole = storage.read_bytes(path).decode().split("\n")[:-1]
-            if whole:  # else a kill at its first flush, before any checkpoint
-                _add(path.name, json.loads(whole[0]), whole[1:], attempts)
+            lines = storage.read_bytes(path).decode().split("\n")[:-1]
+            if not lines:  # a kill at its first flush, before any checkpoint
+                continue
+            head: dict[str, int] = json.loads(lines[0])
+            rank = head.pop("rank")
+            log = AttemptLog(**head)
+            if attempts.setdefault(log.attempt, log) != log:
+                raise ValueError(f"it contradicts the logs of other ranks of attempt {log.attempt}")
+            next_step = log.start_step
+            for line in lines[1:]:
+                step, crc = line.split(" ")
+                if int(step) < next_step:
+                    raise ValueError(f"step {int(step) + 1} is in it twice, or before the attempt began")
+                next_step = int(step) + 1
+                attempts[log.attempt].checksums.setdefault(int(step), {})[rank] = crc
         except (*NO_FILE, ValueError, TypeError, LookupError) as error:
             raise UserError(f"{path} cannot be audited ({error}); restore it from a copy") from error
     steps: dict[int, AttemptLog] = {}
@@ -139,21 +149,3 @@ def read_history(folder: Path) -> History:
         steps = {step: made for step, made in steps.items() if step < log.start_step}
         steps |= dict.fromkeys(sorted(log.checksums), log)
     return History(steps, len(attempts), num_rolled_back)
-
-
-def _add(name: str, head: dict[str, int], lines: list[str], attempts: dict[int, AttemptLog]) -> None:
-    """Adds the lines of one rank's file to its attempt; raises ValueError for a contradiction."""
-    rank = head.pop("rank")
-    log = AttemptLog(**head)
-    match = _NAME.fullmatch(name)
-    if match is None or (int(match[1]), int(match[2])) != (log.attempt, rank):
-        raise ValueError(f"it is the log of attempt {log.attempt}, rank {rank}")
-    if attempts.setdefault(log.attempt, log) != log:
-        raise ValueError(f"it contradicts the logs of other ranks of attempt {log.attempt}")
-    least = log.start_step
-    for line in lines:
-        step, crc = line.split(" ")
-        if int(step) < least:
-            raise ValueError(f"step {int(step) + 1} stands in it twice, or before the attempt began")
-        least = int(step) + 1
-        attempts[log.attempt].checksums.setdefault(int(step), {})[rank] = crc

@@ -24,7 +24,7 @@ from dpkd.objectives.hog import hog
 
 
 class Predictor(Protocol):
-    """A network that teaches without gradients, such as a frozen teacher."""
+    """A network that predicts without gradients, such as a frozen teacher."""
 
     @property
     def spec(self) -> NetworkSpec:
@@ -51,29 +51,19 @@ class Learner:
         return self.network.spec
 
     def predict(self, *args: Any) -> dict[str, Tensor]:
-        """Runs the network without gradients, with the averaged weights where there are any: so it is a `Predictor`."""
+        """Runs the network without gradients, with the averaged weights where it has some: so it is a `Predictor`."""
         outputs: dict[str, Tensor] = self.engine.predict(*args)
         return outputs
-
-    def learning_rate(self, step: int) -> float:
-        """The rate at a step, before layer-wise decay."""
-        base = self.optimizer.learning_rate
-        return learning_rate(step, total_steps=self.total_steps, base=base, settings=self.schedule)
 
     @property
     def maps(self) -> frozenset[str]:
         """Names of the prior maps that its objectives and its pooling read."""
-        return frozenset(name for each in self.objectives for name in each.needs().maps) | pooling_maps(self.spec)
+        return pooling_maps(self.spec).union(*(objective.needs().maps for objective in self.objectives))
 
     @property
     def views(self) -> frozenset[str]:
         """Names of the views that it sees."""
-        return frozenset({GLOBAL}.union(*(each.needs().views for each in self.objectives)))
-
-    @property
-    def hidden_shares(self) -> list[float]:
-        """Shares of patches that its objectives hide, ascending."""
-        return sorted({each.needs().hidden_share for each in self.objectives} - {0.0})
+        return frozenset({GLOBAL}.union(*(objective.needs().views for objective in self.objectives)))
 
 
 class Task:
@@ -106,7 +96,7 @@ class Task:
         objectives = [objective for learner in learners.values() for objective in learner.objectives]
         following = [objective for objective in objectives if objective.needs().teacher]
         only = [*self.teachers, *self.live_teachers]
-        self._taught_views = {
+        self._followed_views = {
             name: {
                 view
                 for objective in following
@@ -123,26 +113,30 @@ class Task:
         its graph first.
         """
         batch = with_view_maps(batch, self.maps)
-        taught: dict[str, Mapping[str, Outputs]] = {
+        teacher_outputs: dict[str, Mapping[str, Outputs]] = {
             name: {
                 view: teacher.predict(*network_inputs(teacher.spec, batch.views[view]))
-                for view in sorted(self._taught_views[name])
+                for view in sorted(self._followed_views[name])
             }
             for name, teacher in self.teachers.items()
         }
         for name, learner in self.learners.items():
             outputs, masks = forward_views(learner, batch, step=step, seed=self._seed)
-            context = Context(batch, outputs, taught, self._supervision, step=step, seed=self._seed, masks=masks)
+            context = Context(
+                batch, outputs, teacher_outputs, self._supervision, step=step, seed=self._seed, masks=masks
+            )
             yield name, losses_of(learner.objectives, context)
             if name in self.live_teachers:
-                taught[name] = {
+                teacher_outputs[name] = {
                     view: {key: output.detach() for key, output in outputs[view].items()}
-                    for view in self._taught_views[name]
+                    for view in self._followed_views[name]
                 }
 
     def learning_rate(self, name: str, *, step: int) -> float:
-        """Learning rate of one network at a step."""
-        return self.learners[name].learning_rate(step)
+        """Learning rate of one network at a step, before layer-wise decay."""
+        learner = self.learners[name]
+        base = learner.optimizer.learning_rate
+        return learning_rate(step, total_steps=learner.total_steps, base=base, settings=learner.schedule)
 
 
 def with_view_maps(batch: Batch, names: Collection[str]) -> Batch:
@@ -160,18 +154,24 @@ def forward_views(
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Runs a network in training mode: its outputs by view, and the mask of each hidden view.
 
-    Hidden views share the forward pass of the global one.
+    Hidden views share the forward pass of the global one. A figure-ground network pools a share of the samples plainly.
     """
     outputs, masks = {}, {}
+    pooling = learner.spec.model.pooling
+    blank = pooling.blank if isinstance(pooling, FigureGroundPooling) else 0.0
+    hidden_shares = sorted({objective.needs().hidden_share for objective in learner.objectives} - {0.0})
     for name in sorted(learner.views):
         view = batch.views[name]
         image_BCHW, *weights = network_inputs(learner.spec, view)
-        weights = [blank_share(weight, learner.spec, batch.index_B, step=step, seed=seed) for weight in weights]
-        images, names = [image_BCHW], [name]
-        for share in learner.hidden_shares if name == GLOBAL else ():
-            mask_B1HW = random_patch_mask(
-                batch.index_B, step=step, grid=learner.network.backbone.grid, ratio=share, seed=seed
+        if blank:
+            blank_B = random_share(batch.index_B, step=step, share=blank, seed=seed).repeat(
+                len(image_BCHW) // len(batch.index_B)
             )
+            weights = [weight_B1HW.masked_fill(blank_B[:, None, None, None], 1.0) for weight_B1HW in weights]
+        images, names = [image_BCHW], [name]
+        for share in hidden_shares if name == GLOBAL else ():
+            grid = learner.network.backbone.grid
+            mask_B1HW = random_patch_mask(batch.index_B, step=step, grid=grid, ratio=share, seed=seed)
             masks[hidden_view(share)] = mask_B1HW
             images.append(hide_patches(image_BCHW[: len(mask_B1HW)], mask_B1HW))
             names.append(hidden_view(share))
@@ -182,14 +182,14 @@ def forward_views(
         whole = [torch.cat([weight[:size] for size in sizes]) for weight in weights]
         together = learner.engine.forward(torch.cat(images), *whole)
         parts = {key: output.split(sizes) for key, output in together.items()}
-        outputs |= {each: {key: parts[key][place] for key in parts} for place, each in enumerate(names)}
+        outputs |= {view_name: {key: parts[key][place] for key in parts} for place, view_name in enumerate(names)}
     return outputs, masks
 
 
 def network_inputs(spec: NetworkSpec, view: View) -> list[Tensor]:
-    """A view as the network takes it: normalised images, and where its pooling weighs patches the map that it does by.
+    """A view as the network takes it: normalised images, and the map by which its pooling weighs patches, if it does.
 
-    A map that is not known weighs all patches alike.
+    An unknown map weighs all patches alike.
     """
     image_BCHW = normalise(view.image_BCHW, mean=spec.mean, std=spec.std)
     return [image_BCHW, *(view.maps[name].nan_to_num(nan=1.0) for name in pooling_maps(spec))]
@@ -199,12 +199,3 @@ def pooling_maps(spec: NetworkSpec) -> frozenset[str]:
     """Name of the prior map that the network's pooling reads, if it reads one."""
     pooling = spec.model.pooling
     return frozenset({pooling.prior} if isinstance(pooling, FigureGroundPooling) else ())
-
-
-def blank_share(weight_B1HW: Tensor, spec: NetworkSpec, index_B: Tensor, *, step: int, seed: int) -> Tensor:
-    """The weight map with a share of the samples pooled plainly, as the pooling asks."""
-    pooling = spec.model.pooling
-    if not isinstance(pooling, FigureGroundPooling) or not pooling.blank:
-        return weight_B1HW
-    blank_B = random_share(index_B, step=step, share=pooling.blank, seed=seed)
-    return weight_B1HW.masked_fill(blank_B.repeat(len(weight_B1HW) // len(index_B))[:, None, None, None], 1.0)

@@ -43,7 +43,7 @@ from dpkd.launch.worker_group import UNSUPERVISED, Supervision
 from dpkd.run.folder import RunFolder
 from dpkd.stages import evaluate
 from dpkd.stages import worker as session
-from dpkd.train.divergence import Diverged, Skipped
+from dpkd.train.divergence import write_skipped
 from tests.chaos.file_faults import damage, names_file, obey_permissions
 from tests.runs import CONV, FIGURE_GROUND, VIT, settings_of, train_events
 
@@ -349,8 +349,7 @@ def newest(names: list[str]) -> list[str]:
 def skip_first_steps(run: Path) -> None:
     """Has both stages pass over their first step, as if it had spoilt the network."""
     for stage in ("teach", "distill"):
-        skipped = Skipped(run / "skipped" / f"{stage}.json", limit=1, world=ALONE)
-        skipped.add(Diverged(0, "as if the gradient had been nan"))
+        write_skipped(run / "skipped" / f"{stage}.json", {0: "as if the gradient had been nan"})
 
 
 def draw_images(folder: Path) -> None:

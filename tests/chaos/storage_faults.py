@@ -58,7 +58,7 @@ def attempt(world: World, folder: Path, *, saves: tuple[int, ...], said: Callabl
     `said` hears of the step that was found, and of each that is trained before a save, and saved.
     """
     engine = build("torch", world)
-    parts: dict[str, Any] = {"net": engine, "random": RandomState(world)}
+    parts: dict[str, Any] = {"net": engine.state, "random": RandomState(world)}
     checkpoints = Checkpoints(folder / CHECKPOINTS, world=world, keep=2)
     step = checkpoints.load_newest(parts)
     said("found", step)

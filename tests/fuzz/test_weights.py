@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpkd.engine.state import Counts, StateReader, write_part
+from dpkd.engine.state import StateReader, write_part
 from dpkd.errors import UserError
 from dpkd.models.network import build_network
 from dpkd.models.saved import load_network, save_network
@@ -134,7 +134,7 @@ def test_any_bytes_are_the_head_of_a_network_or_refused(network_folder, data, tm
 
 
 def state_bytes(folder: Path) -> bytes:
-    write_part(folder, SMALL, counts=Counts(3), rank=0, size=1)
+    write_part(folder, SMALL, counts={"num_updates": 3, "num_average_updates": 0}, rank=0, size=1)
     return (folder / "part-00000-of-00001.safetensors").read_bytes()
 
 

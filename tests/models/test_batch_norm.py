@@ -24,9 +24,8 @@ def buffers_of(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def step(module, statistics, micros, average=lambda vector: vector):
     for micro in micros:
-        statistics.before_micro()
-        module(micro)
-        statistics.after_micro()
+        with statistics.micro_batch():
+            module(micro)
     statistics.commit(average)
 
 
@@ -78,9 +77,8 @@ def test_a_step_is_the_formula_in_float64():
 def test_the_last_steps_statistics_stand_within_a_step():
     module = net()
     statistics, before = StepStatistics(module), buffers_of(module)
-    statistics.before_micro()
-    module(torch.randn(4, 3, 6, 6))
-    statistics.after_micro()
+    with statistics.micro_batch():
+        module(torch.randn(4, 3, 6, 6))
     after = buffers_of(module)
     assert all(torch.equal(after[name], before[name]) for name in before if "num_batches" not in name)
 
@@ -88,12 +86,10 @@ def test_the_last_steps_statistics_stand_within_a_step():
 def test_backward_works_after_the_buffers_were_put_back():
     module = net()
     statistics = StepStatistics(module)
-    statistics.before_micro()
-    first = module(torch.randn(4, 3, 6, 6))
-    statistics.after_micro()
-    statistics.before_micro()
-    second = module(torch.randn(4, 3, 6, 6))
-    statistics.after_micro()
+    with statistics.micro_batch():
+        first = module(torch.randn(4, 3, 6, 6))
+    with statistics.micro_batch():
+        second = module(torch.randn(4, 3, 6, 6))
     (first.square().sum() + second.square().sum()).backward()
     assert module[0].weight.grad.abs().sum() > 0
 
@@ -103,9 +99,8 @@ def test_activation_checkpointing_changes_nothing():
     image_BCHW = torch.randn(4, 3, 6, 6, requires_grad=True)
     for module, run in ((plain, plain), (recomputed, lambda x: checkpoint(recomputed, x, use_reentrant=False))):
         statistics = StepStatistics(module)
-        statistics.before_micro()
-        output = run(image_BCHW)
-        statistics.after_micro()
+        with statistics.micro_batch():
+            output = run(image_BCHW)
         output.square().sum().backward()
         statistics.commit(lambda vector: vector)
     for name, buffer in buffers_of(plain).items():
@@ -147,9 +142,8 @@ def test_a_commit_costs_as_much_for_each_norm_however_many_there_are():
     for num_norms in (10, 40):
         module = nn.Sequential(*(CountedNorm(2) for _ in range(num_norms)))
         statistics = StepStatistics(module)
-        statistics.before_micro()
-        module(torch.randn(3, 2))
-        statistics.after_micro()
+        with statistics.micro_batch():
+            module(torch.randn(3, 2))
         before = CountedNorm.num_reads
         statistics.commit(lambda vector: vector)
         reads.append((CountedNorm.num_reads - before) / num_norms)

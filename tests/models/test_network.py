@@ -198,9 +198,8 @@ def test_the_whole_network_compiles_once_to_one_graph(name):
     compiled = torch.compile(network, backend=counter, fullgraph=True)
     image_BCHW, weight_B1HW = torch.randn(2, 3, 64, 64), torch.rand(2, 1, 16, 16)
     for _ in range(3):
-        statistics.before_micro()
-        outputs = compiled(image_BCHW, weight_B1HW)
-        statistics.after_micro()
+        with statistics.micro_batch():
+            outputs = compiled(image_BCHW, weight_B1HW)
         statistics.commit(lambda vector: vector)
     assert counter.frame_count == 1
     torch.testing.assert_close(outputs, network(image_BCHW, weight_B1HW))

@@ -16,8 +16,8 @@ from dpkd.engine.world import World
 from dpkd.errors import UserError
 from dpkd.models.parameters import parameter_groups
 from dpkd.train.checkpoint import Checkpoints
-from dpkd.train.divergence import Diverged, Norm, NormGuard, Skipped, read_skipped, train_past_divergence
-from dpkd.train.loop import Hooks, Plan, train
+from dpkd.train.divergence import Diverged, Norm, NormGuard, read_skipped, train_past_divergence, write_skipped
+from dpkd.train.loop import Plan, train
 from dpkd.train.meter import Meter
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -66,10 +66,10 @@ def batches(steps: list[int]) -> Iterator[Batch]:
 def run(folder: Path, *, poisoned: tuple[int, ...], limit: int = 3, skipped: tuple[int, ...] = ()) -> Regression:
     """Trains to the end, past what is poisoned; `skipped` steps are passed over from the start."""
     task = Regression(poisoned=poisoned)
-    skips = Skipped(folder / "skipped.json", limit=limit, world=ALONE)
-    for step in skipped:
-        skips.add(Diverged(step, "of old"))
-    checkpoints, parts = Checkpoints(folder / "checkpoints", world=ALONE, keep=2), {"net": task.engine}
+    path = folder / "skipped.json"
+    if skipped:
+        write_skipped(path, dict.fromkeys(skipped, "of old"))
+    checkpoints, parts = Checkpoints(folder / "checkpoints", world=ALONE, keep=2), {"net": task.engine.state}
 
     def attempt(start_step: int, passed: frozenset[int]) -> None:
         plan = Plan(TOTAL, 1, 1, SAVED_EVERY, None, None, skipped=passed)
@@ -80,13 +80,14 @@ def run(folder: Path, *, poisoned: tuple[int, ...], limit: int = 3, skipped: tup
             start_step=start_step,
             checkpoints=checkpoints,
             parts=parts,
-            meter=Meter(sinks=(), world=ALONE, images_per_step=4),
+            meter=Meter(world=ALONE, images_per_step=4),
             guard=NormGuard(spike=None),
-            hooks=Hooks(evaluate=lambda _: None, panels=lambda *_: None),
+            evaluate=lambda _: None,
+            draw_panels=lambda *_: None,
             world=ALONE,
         )
 
-    train_past_divergence(attempt, checkpoints=checkpoints, parts=parts, skipped=skips, world=ALONE)
+    train_past_divergence(attempt, checkpoints=checkpoints, parts=parts, skipped=path, limit=limit, world=ALONE)
     return task
 
 
@@ -94,7 +95,9 @@ def run(folder: Path, *, poisoned: tuple[int, ...], limit: int = 3, skipped: tup
 def test_a_run_ends_as_if_the_poisoned_steps_had_never_been(tmp_path: Path, poisoned: tuple[int, ...]) -> None:
     task = run(tmp_path / "poisoned", poisoned=poisoned)
     clean = run(tmp_path / "clean", poisoned=(), skipped=poisoned)
-    assert all(torch.equal(task.engine.weights()[name], weight) for name, weight in clean.engine.weights().items())
+    assert all(
+        torch.equal(task.engine.state.weights()[name], weight) for name, weight in clean.engine.state.weights().items()
+    )
     assert read_skipped(tmp_path / "poisoned" / "skipped.json").keys() == set(poisoned)
     assert not set(clean.seen) & set(poisoned)
 
@@ -115,7 +118,8 @@ def test_without_a_checkpoint_there_is_no_way_back(tmp_path: Path) -> None:
 
 def test_a_later_attempt_passes_over_the_same_steps(tmp_path: Path) -> None:
     run(tmp_path, poisoned=(5,))
-    assert Skipped(tmp_path / "skipped.json", limit=3, world=ALONE).steps == {5}
+    (tmp_path / "checkpoints").rename(tmp_path / "aside")
+    assert 5 not in run(tmp_path, poisoned=()).seen
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"steps": {"x": 1}}', b'{"steps": 7}'])
@@ -123,7 +127,7 @@ def test_a_damaged_list_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "skipped.json"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"skipped\.json cannot be read"):
-        Skipped(path, limit=3, world=ALONE)
+        run(tmp_path, poisoned=())
 
 
 def test_a_spike_is_one_against_the_median_of_the_norms_before() -> None:

@@ -121,13 +121,6 @@ def test_a_step_before_the_attempt_began_is_named(tmp_path: Path) -> None:
         read_history(tmp_path)
 
 
-def test_a_log_under_another_name_is_named(tmp_path: Path) -> None:
-    use(tmp_path, attempt=1, steps=range(5))
-    log_of(tmp_path).rename(log_of(tmp_path, attempt=2))
-    with pytest.raises(UserError, match=r"attempt-0002.* is the log of attempt 1, rank 0"):
-        read_history(tmp_path)
-
-
 def test_ranks_that_do_not_agree_on_their_attempt_are_refused(tmp_path: Path) -> None:
     use(tmp_path / "two", attempt=1, steps=range(3), world_size=2)
     use(tmp_path / "later", attempt=1, steps=range(1, 3), world_size=2)

@@ -44,8 +44,8 @@ from dpkd.engine.world import World
 from dpkd.errors import StopRequested
 from dpkd.io.checkpoint_store import CheckpointStore
 from dpkd.train.checkpoint import Checkpoints
-from dpkd.train.divergence import Diverged, NormGuard, Skipped, read_skipped, train_past_divergence
-from dpkd.train.loop import Hooks, Plan, train
+from dpkd.train.divergence import NormGuard, read_skipped, train_past_divergence, write_skipped
+from dpkd.train.loop import Plan, train
 from dpkd.train.meter import Meter
 from dpkd.train.parts import RandomState
 from dpkd.train.sample_log import SampleLog, read_history
@@ -144,17 +144,19 @@ def live(world: World, *, folder: Path, segment: Mapping[str, Any], student: str
     world = peers.join()  # alone, the fork has no process group yet
     task = Distilling(segment, world, student=student)
     checkpoints = Checkpoints(folder / "checkpoints", world=world, keep=2)
-    parts: dict[str, Any] = {**task.engines, "random": RandomState(world)}
+    parts: dict[str, Any] = {name: engine.state for name, engine in task.engines.items()}
+    parts["random"] = RandomState(world)
     if not trains:
         checkpoints.save(checkpoints.load_newest(parts), parts)
         checkpoints.finish()
         return
-    skipped = Skipped(folder / SKIPPED, limit=1, world=world)
-    for step in set(segment.get("skipped", ())) - skipped.steps:
-        skipped.add(Diverged(step, "passed over from the start"))
+    if world.rank == 0 and segment.get("skipped"):
+        write_skipped(folder / SKIPPED, dict.fromkeys(segment["skipped"], "passed over from the start"))
     attempt = partial(_train, task, checkpoints, parts, folder=folder, world=world)
     with suppress(StopRequested):
-        train_past_divergence(attempt, checkpoints=checkpoints, parts=parts, skipped=skipped, world=world)
+        train_past_divergence(
+            attempt, checkpoints=checkpoints, parts=parts, skipped=folder / SKIPPED, limit=1, world=world
+        )
     world.barrier()
 
 
@@ -182,9 +184,10 @@ def _train(
         start_step=start,
         checkpoints=checkpoints,
         parts={**parts, "sample_log": sample_log},
-        meter=Meter(sinks=(), world=world, images_per_step=BATCH),
+        meter=Meter(world=world, images_per_step=BATCH),
         guard=NormGuard(spike=SPIKE),
-        hooks=Hooks(evaluate=lambda _: None, panels=lambda *_: None),
+        evaluate=lambda _: None,
+        draw_panels=lambda *_: None,
         world=world,
     )
 
@@ -196,7 +199,7 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
     for name in NAMES:
         reader = StateReader(Path(store.place(store.committed()[-1], name)))
         tensors |= {f"{name}/{key}": reader.read(key) for key in sorted(reader._part_with)}
-        tensors |= {f"{name}/{key}": torch.tensor(number) for key, number in vars(reader.counts).items()}
+        tensors |= {f"{name}/{key}": torch.tensor(number) for key, number in reader.counts.items()}
     return tensors
 
 
