@@ -32,10 +32,7 @@ _bars: list[RichBar] = []
 
 @contextmanager
 def safe_output() -> Iterator[None]:
-    """The body prints. Characters that the stream lacks are replaced, and a stream that takes no more ends nothing.
-
-    Where the reader is gone (a closed terminal, `| head`), the rest of standard output goes nowhere.
-    """
+    """The body prints. Characters that the stream lacks are replaced; where its reader is gone, the rest is dropped."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -47,7 +44,7 @@ def safe_output() -> Iterator[None]:
 
 
 class _Terminal(logging.Handler):
-    """Prints each line to standard output, above the bar where one is shown; `printable` escapes and masks."""
+    """Prints each line to standard output, above a bar that is shown; `printable` escapes and masks."""
 
     def emit(self, record: logging.LogRecord) -> None:
         line = printable(record.getMessage())
@@ -111,13 +108,13 @@ class Progress:
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=30),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}{task.fields[note]}"),
+                TextColumn("{task.fields[rate]}"),
                 TimeRemainingColumn(),
                 console=_bars[-1].console if _bars else Console(file=sys.stdout),  # nested bars share a console
                 transient=True,
             )
             self._task = self._bar.add_task(
-                escape(self._title), total=self._total, completed=self._done, rate=self._unit, note=""
+                escape(self._title), total=self._total, completed=self._done, rate=self._unit
             )
             with safe_output():
                 self._bar.start()
@@ -130,8 +127,9 @@ class Progress:
             with safe_output():
                 self._bar.stop()
         if self._shown and kind is None:
+            rate = self._rate()[1]
             count, elapsed = self._done - self._start, duration(self._clock() - self._began_s)
-            logger.info(f"{self._title}: {count:,} {self._unit} in {elapsed}, {self._rate_text}{self._note}")
+            logger.info(f"{self._title}: {count:,} {self._unit} in {elapsed}, {rate}{self._note}")
 
     def advance(self, count: int = 1) -> None:
         """Counts `count` more as done."""
@@ -141,24 +139,20 @@ class Progress:
         """Takes how much is done, how much there is (where the work finds out its own size), and words for the line."""
         self._done, self._total = done, self._total if total is None else total
         self._note = self._note if note is None else f", {note}"
+        per_s, rate = self._rate()
         if self._bar is not None:
-            self._bar.update(
-                self._task, total=self._total, completed=done, rate=self._rate_text, note=escape(self._note)
-            )
+            self._bar.update(self._task, total=self._total, completed=done, rate=escape(rate + self._note))
         elif self._shown and self._clock() - self._line_s >= INTERVAL_S:
             self._line_s = self._clock()
             share = f" ({done / self._total:.0%})" if self._total else ""
-            left = f", {duration((self._total - done) / self._rate)} left" if done > self._start else ""
+            left = f", {duration((self._total - done) / per_s)} left" if done > self._start else ""
             count = f"{done:,} of {self._total:,} {self._unit}{share}"
-            logger.info(f"{self._title}: {count}, {self._rate_text}{left}{self._note}")
+            logger.info(f"{self._title}: {count}, {rate}{left}{self._note}")
 
-    @property
-    def _rate(self) -> float:
-        return (self._done - self._start) / max(self._clock() - self._began_s, 1e-9)
-
-    @property
-    def _rate_text(self) -> str:
-        return f"{self._rate:,.0f} {self._unit}/s" if self._rate >= 10 else f"{self._rate:.1f} {self._unit}/s"
+    def _rate(self) -> tuple[float, str]:
+        """What is done in a second, as a number and in words."""
+        per_s = (self._done - self._start) / max(self._clock() - self._began_s, 1e-9)
+        return per_s, f"{per_s:,.{0 if per_s >= 10 else 1}f} {self._unit}/s"
 
 
 def append_json(path: Path, record: Mapping[str, Any]) -> None:

@@ -23,9 +23,8 @@ from dpkd.log import Progress, duration, logger, safe_output
 from dpkd.priors.base import accelerated
 from dpkd.report.quarantine import Quarantine
 from dpkd.report.summary import final_words, write_summary
-from dpkd.run.attempt import Attempt, attempt_at, supervision
+from dpkd.run.attempt import Attempt, attempt_at, supervision, write_provenance
 from dpkd.run.folder import RunFolder
-from dpkd.run.provenance import write_provenance
 from dpkd.settings import Settings, load_settings
 from dpkd.stages.pack import pack
 from dpkd.stages.plan import POOL_STAGES, STAGES, dataset_url, plan_run, recorded, refuse_unknown_classes, stages_of

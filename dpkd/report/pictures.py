@@ -80,7 +80,7 @@ def panel(
             small_HWC = _heat(np.nan_to_num(_stretched(map_1HW[0])))
             heat_HWC = cv2.resize(small_HWC, image_HWC.shape[1::-1], interpolation=cv2.INTER_CUBIC)
             grey_HWC = cv2.cvtColor(cv2.cvtColor(image_HWC, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-            rows["attention"].append(_bytes(cv2.addWeighted(heat_HWC, 0.6, grey_HWC, 0.4, 0)))
+            rows["attention"].append(np.asarray(cv2.addWeighted(heat_HWC, 0.6, grey_HWC, 0.4, 0), np.uint8))
     width = count * (CELL + GAP)
     return np.concatenate([part for title, cells in rows.items() for part in (_title(title, width=width), _row(cells))])
 
@@ -102,7 +102,7 @@ def draw_maps(maps: Sequence[Map], *, images: Sequence[Picture]) -> list[Picture
             drawn.append(np.where(border_HW[:, :, None], BORDER, image_HWC).astype(np.uint8))
         else:
             small_HWC = _heat(map_HWC[:, :, 0]) if map_HWC.shape[2] == 1 else _colours(map_HWC, known)
-            drawn.append(_bytes(cv2.resize(small_HWC, size, interpolation=cv2.INTER_NEAREST)))
+            drawn.append(np.asarray(cv2.resize(small_HWC, size, interpolation=cv2.INTER_NEAREST), np.uint8))
     return drawn
 
 
@@ -110,8 +110,8 @@ def _target(map_CHW: Map, size: tuple[int, ...]) -> Map:
     """The map on a grid of height x width, each channel with mean 0 and deviation 1."""
     planes_CHW = np.asarray(map_CHW, np.float32)
     coarse_CHW = np.stack([cv2.resize(plane_HW, size[::-1], interpolation=cv2.INTER_AREA) for plane_HW in planes_CHW])
-    deviation_C11 = coarse_CHW.std((1, 2), keepdims=True)
-    return np.asarray((coarse_CHW - coarse_CHW.mean((1, 2), keepdims=True)) / (deviation_C11 + 1e-6), np.float32)
+    mean_C11, deviation_C11 = coarse_CHW.mean((1, 2), keepdims=True), coarse_CHW.std((1, 2), keepdims=True)
+    return (coarse_CHW - mean_C11) / (deviation_C11 + 1e-6)
 
 
 def _stretched(map_HWC: Map) -> Map:
@@ -119,13 +119,13 @@ def _stretched(map_HWC: Map) -> Map:
     values = np.asarray(map_HWC, np.float32)
     if values.ndim == 3 and values.shape[2] > 3:
         return values
-    return np.asarray((values - values.min()) / max(float(np.ptp(values)), 1e-6), np.float32)
+    return (values - values.min()) / max(float(np.ptp(values)), 1e-6)
 
 
 def _heat(map_HW: NDArray[Any]) -> Picture:
     """Dark for 0 to bright for 1."""
     level_HW = np.rint(np.clip(map_HW, 0, 1) * 255).astype(np.uint8)
-    return _bytes(cv2.cvtColor(cv2.applyColorMap(level_HW, cv2.COLORMAP_VIRIDIS), cv2.COLOR_BGR2RGB))
+    return cv2.cvtColor(cv2.applyColorMap(level_HW, cv2.COLORMAP_VIRIDIS), cv2.COLOR_BGR2RGB)
 
 
 def _colours(map_HWC: Map, shown: Sequence[Map]) -> Picture:
@@ -133,7 +133,7 @@ def _colours(map_HWC: Map, shown: Sequence[Map]) -> Picture:
     channels = map_HWC.shape[2]
     if channels <= 3:
         shown_HWC = np.pad(map_HWC, ((0, 0), (0, 0), (0, 3 - channels)))
-        return _bytes(np.rint(np.clip(shown_HWC, 0, 1) * 255))
+        return np.rint(np.clip(shown_HWC, 0, 1) * 255).astype(np.uint8)
     cell_NC = np.concatenate([shown_HWC.reshape(-1, channels) for shown_HWC in shown])
     mean_C = cell_NC.mean(0)
     _, _, axis_CC = np.linalg.svd(cell_NC - mean_C, full_matrices=False)
@@ -142,7 +142,7 @@ def _colours(map_HWC: Map, shown: Sequence[Map]) -> Picture:
     spread = max(float((high_3 - low_3).max()), 1e-6)  # one for all: the first component shows as the strongest
     component_HWC = ((map_HWC - mean_C) @ axis_3C.T - (low_3 + high_3) / 2) / spread + 0.5
     padded_HWC = np.pad(component_HWC, ((0, 0), (0, 0), (0, 3 - len(axis_3C))), constant_values=0.5)
-    return _bytes(np.clip(padded_HWC, 0, 1) * 255)
+    return (np.clip(padded_HWC, 0, 1) * 255).astype(np.uint8)
 
 
 def _fitted(image_HWC: Picture) -> Picture:
@@ -150,7 +150,8 @@ def _fitted(image_HWC: Picture) -> Picture:
     height, width = image_HWC.shape[:2]
     scale = CELL / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return _bytes(cv2.resize(image_HWC, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC))
+    way = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    return np.asarray(cv2.resize(image_HWC, size, interpolation=way), np.uint8)
 
 
 def _row(cells: Iterable[Picture]) -> Picture:
@@ -158,10 +159,9 @@ def _row(cells: Iterable[Picture]) -> Picture:
     squares = []
     for cell_HWC in cells:
         height, width = cell_HWC.shape[:2]
-        square_HWC = np.full((CELL + GAP, CELL + GAP, 3), 255, np.uint8)
         top, left = (CELL - height) // 2, (CELL - width) // 2
-        square_HWC[top : top + height, left : left + width] = cell_HWC
-        squares.append(square_HWC)
+        edges = (top, CELL + GAP - height - top, left, CELL + GAP - width - left)
+        squares.append(cv2.copyMakeBorder(cell_HWC, *edges, cv2.BORDER_CONSTANT, value=(255, 255, 255)))
     return np.concatenate(squares, axis=1)
 
 
@@ -169,7 +169,3 @@ def _title(text: str, *, width: int) -> Picture:
     title_HWC = np.full((TITLE_HEIGHT, width, 3), 255, np.uint8)
     cv2.putText(title_HWC, text, (1, TITLE_HEIGHT - 6), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (40, 40, 40), 1, cv2.LINE_AA)
     return title_HWC
-
-
-def _bytes(values: NDArray[Any]) -> Picture:
-    return np.asarray(values, np.uint8)

@@ -85,6 +85,17 @@ def write_summary(folder: Path) -> dict[str, Any]:
     return summary
 
 
+def _read(path: Path, *, parse: Callable[[bytes], Any] = json.loads) -> dict[str, Any]:
+    """A JSON file that a stage wrote; empty before it did."""
+    try:
+        content: dict[str, Any] = parse(storage.read_bytes(path))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}); run the stage that writes it again") from error
+    return content
+
+
 def final_words(summary: dict[str, Any]) -> str:
     """What a run ends with on the screen: the table, the exported students, the TensorBoard command."""
     lines = []
@@ -111,7 +122,15 @@ def markdown(summary: dict[str, Any]) -> str:
     stages = [[name, stage["status"], duration(stage["seconds"])] for name, stage in summary["stages"].items()]
     lines += ["## Stages", "", *markdown_table([["stage", "status", "time"], *stages])]
     if "goodput" in summary:
-        lines += ["", "## Where the time went", "", *markdown_table(_time_table(summary["goodput"]))]
+        goodput, rows = summary["goodput"], [["", "time", "share", "what it is"]]
+        for name, meaning in sorted(MEANINGS.items(), key=lambda item: -goodput["seconds"][item[0]]):
+            if seconds := goodput["seconds"][name]:
+                share = f"{100 * goodput['shares'][name]:.1f} %"
+                rows.append([name.replace("_", " "), duration(seconds), share, meaning])
+        counts = [f"{goodput[kind]} {kind if goodput[kind] != 1 else kind[:-1]}" for kind in ("attempts", "restarts")]
+        counts.append(f"{goodput['steps']:,} steps that count, {goodput['lost_steps']:,} lost")
+        rows.append(["all", duration(goodput["total_s"]), "100 %", ", ".join(counts)])
+        lines += ["", "## Where the time went", "", *markdown_table(rows)]
     if summary["quarantine"]:
         lines += ["", "## Quarantined", "", _quarantined(summary)]
     if summary["exports"]:
@@ -151,11 +170,6 @@ def networks(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return named
 
 
-def _report_split(summary: dict[str, Any]) -> str:
-    """The test split, or the validation split where there is no other."""
-    return str(summary["splits"]["test"] or summary["splits"]["val"])
-
-
 def _heading(summary: dict[str, Any]) -> str:
     protocol = summary["protocol"]
     return (
@@ -164,35 +178,29 @@ def _heading(summary: dict[str, Any]) -> str:
     )
 
 
+def _report_split(summary: dict[str, Any]) -> str:
+    """The test split, or the validation split where there is no other."""
+    return str(summary["splits"]["test"] or summary["splits"]["val"])
+
+
 def _few_shot_table(summary: dict[str, Any]) -> Table:
     """A row a network with its accuracy on the test split, then the students' gains over labels alone."""
     split = _report_split(summary)
     settings = list(next(iter(networks(summary).values()))["few_shot"][split])
     shots = [key.split("_")[1].replace("shot", "-shot") for key in settings]
     rows = [["", "parameters", "images/s", *shots]]
+
+    def add(title: str, scores: dict[str, Any], *facts: str, sign: str = "") -> None:
+        rows.append([title, *(facts or ("", "")), *(percent(scores[split][key], sign=sign) for key in settings)])
+
     for name, network in networks(summary).items():
-        size, rate = count_words(network["parameters"]), rate_words(network["images_per_s"])
-        rows.append([name, size, rate, *(percent(network["few_shot"][split][key]) for key in settings)])
+        add(name, network["few_shot"], count_words(network["parameters"]), rate_words(network["images_per_s"]))
         if "plain_pooling" in network:
-            plain = network["plain_pooling"][split]
-            rows.append(["  without its prior map", "", "", *(percent(plain[key]) for key in settings)])
+            add("  without its prior map", network["plain_pooling"])
     for name, student in summary["students"].items():
         if "over_baseline" in student:
-            gains = [percent(student["over_baseline"][split][key], sign="+") for key in settings]
-            rows.append([f"{name}: gain over labels alone", "", "", *gains])
+            add(f"{name}: gain over labels alone", student["over_baseline"], sign="+")
     return rows
-
-
-def _time_table(goodput: dict[str, Any]) -> Table:
-    """The account of `goodput.json`, largest first, without what took no time."""
-    rows = [["", "time", "share", "what it is"]]
-    for name, meaning in sorted(MEANINGS.items(), key=lambda item: -goodput["seconds"][item[0]]):
-        if seconds := goodput["seconds"][name]:
-            share = f"{100 * goodput['shares'][name]:.1f} %"
-            rows.append([name.replace("_", " "), duration(seconds), share, meaning])
-    counts = [f"{goodput[kind]} {kind if goodput[kind] != 1 else kind[:-1]}" for kind in ("attempts", "restarts")]
-    steps = f"{goodput['steps']:,} steps that count, {goodput['lost_steps']:,} lost"
-    return [*rows, ["all", duration(goodput["total_s"]), "100 %", ", ".join([*counts, steps])]]
 
 
 def _quarantined(summary: dict[str, Any]) -> str:
@@ -201,14 +209,3 @@ def _quarantined(summary: dict[str, Any]) -> str:
     total, stages = sum(counts.values()), ", ".join(f"{count:,} in {stage}" for stage, count in counts.items())
     samples = "sample" if total == 1 else "samples"
     return f"{total:,} {samples} ({stages}), named with reasons in {summary['run']}/{QUARANTINE_NAME}"
-
-
-def _read(path: Path, *, parse: Callable[[bytes], Any] = json.loads) -> dict[str, Any]:
-    """A JSON file that a stage wrote; empty before it did."""
-    try:
-        content: dict[str, Any] = parse(storage.read_bytes(path))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error}); run the stage that writes it again") from error
-    return content

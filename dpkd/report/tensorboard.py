@@ -27,7 +27,7 @@ class Board:
     """
 
     def __init__(self, folder: Path | str, *, start_step: int = 0) -> None:
-        threading.excepthook = _without_writers
+        threading.excepthook = _print_unless_writer
         self._folder = Path(folder)
         self._start_step = start_step
         self._writers: dict[str, SummaryWriter] = {}
@@ -97,7 +97,7 @@ class Board:
             self._writers[network].flush()
 
 
-def _without_writers(failed: threading.ExceptHookArgs) -> None:
-    """Prints no traceback for a thread that writes event files: the writer raises its error at the next use."""
+def _print_unless_writer(failed: threading.ExceptHookArgs) -> None:
+    """Prints no traceback of a thread that writes event files: the writer raises its error at the next use."""
     if not isinstance(failed.thread, _AsyncWriterThread):
         threading.__excepthook__(failed)

@@ -1,10 +1,16 @@
-"""What the driver of a run writes of an attempt: that it lives, every restart, and where the time went."""
+"""What the driver of a run writes of an attempt: with what it is made, that it lives, restarts, where the time goes."""
 
 import json
+import platform
+import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from dpkd.errors import StopRequested
 from dpkd.io import storage
@@ -16,6 +22,23 @@ from dpkd.run.folder import RunFolder
 
 ALIVE_S = 30.0
 """Seconds between two `alive` events of a driver: a kill of everything leaves at most so much unaccounted."""
+PACKAGES = ("dpkd", "torch", "torchvision", "timm", "deepspeed", "ray", "numpy", "opencv-contrib-python-headless")
+
+
+def write_provenance(folder: RunFolder, settings: dict[str, Any]) -> None:
+    """Writes `settings.yaml`, every default filled in, and `versions.json` with the git commit that dpkd runs from."""
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    storage.write_bytes_atomic(folder.path / "settings.yaml", text.encode())
+    commit = None
+    try:
+        describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+        commit = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        pass  # no checkout
+    installed = {package.metadata["Name"].lower(): package.version for package in metadata.distributions()}
+    versions: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
+    versions |= {name: installed.get(name) for name in PACKAGES} | {"git": commit}
+    storage.write_bytes_atomic(folder.path / "versions.json", (json.dumps(versions, indent=1) + "\n").encode())
 
 
 class Attempt:
@@ -28,10 +51,7 @@ class Attempt:
         self._writing = threading.Lock()
 
     def write(self, kind: str, **facts: Any) -> None:
-        """Appends an event and writes the account until now.
-
-        Where neither can be written the run goes on, and an error that ended it stays the one that is shown.
-        """
+        """Appends an event and writes the account until now; where that fails, the run goes on."""
         try:
             with self._writing:
                 self.events.write(kind, **facts)
@@ -71,7 +91,7 @@ def supervision(folder: RunFolder, attempt: Attempt) -> Supervision:
     def progress() -> tuple[int, ...]:
         stages = folder.stages()
         running = [name for name, record in stages.items() if record["status"] != "done"]
-        steps = [mark.step for name in running for mark in CheckpointStore(folder.checkpoints(name)).committed()]
+        steps = [saved.step for name in running for saved in CheckpointStore(folder.checkpoints(name)).committed()]
         return len(stages) - len(running), max(steps, default=0)
 
     def on_restart(restart: Restart) -> None:

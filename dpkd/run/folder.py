@@ -1,4 +1,4 @@
-"""The run folder: where everything stands, what each stage was given, whether it is done, and what it made.
+"""The run folder: its paths, what each stage was given, whether it is done, and what it made.
 
 runs/<name>/stages.json   {"<stage>": {"status": "running" | "done", "seconds": float, "given": {key: value},
                                        "made": {place: sha256}}, …, "checksum": …}; "made" of a stage that is done
@@ -9,7 +9,7 @@ runs/<name>/attempts/0003.tmp/            where it writes stages.json and export
 A place is a path below the run folder, any other path, or a URL. A stage whose files were changed since is not done.
 
 An attempt that finds a newer one neither begins a stage, nor ends one, nor writes a result. One that was stopped
-between that check and its write finds its temporary folder gone, which the newer one removed before it read anything.
+between that check and its write finds its temporary folder gone: the newer one removed it before it read anything.
 """
 
 import json
@@ -57,8 +57,8 @@ class RunFolder:
         attempt = self._fence.acquire()
         with write_errors(self._attempts):
             for name in storage.list_names(self._attempts):
-                number, dot, rest = name.partition(".")
-                if dot + rest == _TEMPORARY and int(number) <= attempt:  # a newer one may have begun meanwhile
+                number = name.removesuffix(_TEMPORARY)
+                if number != name and int(number) <= attempt:  # a newer one may have begun meanwhile
                     aside = self._attempts / f"{storage.TEMPORARY_PREFIX}{uuid.uuid4().hex}"
                     with suppress(FileNotFoundError):
                         (self._attempts / name).rename(aside)  # at once: the older one may still be at work in it
@@ -90,7 +90,7 @@ class RunFolder:
             shutil.rmtree(folder, ignore_errors=True)
 
     def event_log(self) -> EventLog:
-        """Where what happens is written down, as of this attempt."""
+        """The log of the run's events, written as this attempt."""
         return EventLog(self.events, attempt=None if self.attempt is None else str(self.attempt))
 
     def teacher(self, name: str) -> Path:
@@ -150,18 +150,19 @@ class RunFolder:
     def refuse_contradiction(self, stage: str, given: dict[str, Any]) -> None:
         """Raises `UserError` with the difference where the stage began with other settings."""
         record = self.stages().get(stage)
-        if record is None or record["given"] == _as_json(given):
+        if record is None:
             return
-        before, now = flatten(record["given"]), flatten(_as_json(given))
+        before, now = _leaves(record["given"]), _leaves(_as_json(given))
         lines = [
             f"  {key}: {before.get(key, '(absent)')!r} on disk, {now.get(key, '(absent)')!r} now"
             for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
+            if before.get(key, "(absent)") != now.get(key, "(absent)")
         ]
-        raise UserError(
-            f"{self._stages}: the stage {stage} began with other settings:\n" + "\n".join(lines) + "\n"
-            "Give the old values back, choose another run.dir, or delete the run folder to start anew."
-        )
+        if lines:
+            raise UserError(
+                f"{self._stages}: the stage {stage} began with other settings:\n" + "\n".join(lines) + "\n"
+                "Give the old values back, choose another run.dir, or delete the run folder to start anew."
+            )
 
     @contextmanager
     def running(
@@ -172,44 +173,43 @@ class RunFolder:
         An attempt writes `stage_began` and `stage_ended` to `events.jsonl` too.
         `makes` returns, once it is done, the files that it made. Raises `StaleAttempt` where a newer attempt has begun.
         """
-        before = self.stages().get(stage, {}).get("seconds", 0.0)
-        started = time.monotonic()
-        record: dict[str, Any] = {"status": "running", "seconds": before, "given": _as_json(given)}
-        self._write(stage, record)
+        before_s, began_s = self.stages().get(stage, {}).get("seconds", 0.0), time.monotonic()
+
+        def write(status: str, **facts: Any) -> None:
+            self.check_fence()
+            seconds = round(before_s + time.monotonic() - began_s, 3)
+            record = {"status": status, "seconds": seconds, "given": _as_json(given), **facts}
+            data = checked(self.stages() | {stage: record})
+            with self.scratch("record") as folder, write_errors(self._stages):
+                (folder / self._stages.name).write_bytes(data)
+                storage.deliver(folder / self._stages.name, self._stages)
+
+        write("running")
         if self.attempt is not None:
             self.event_log().write("stage_began", stage=stage)
         try:
             yield
         except BaseException:
-            self._write(stage, record | {"seconds": round(before + time.monotonic() - started, 3)})
+            write("running")
             raise
-        made = {self._place(where): storage.sha256(where) for where in makes()}
-        seconds = round(before + time.monotonic() - started, 3)
-        self._write(stage, record | {"status": "done", "seconds": seconds, "made": made})
+        made = {}
+        for where in makes():
+            path, place = storage.local_path(where), str(where)
+            if path is not None:
+                place = str(path.relative_to(self.path) if path.is_relative_to(self.path) else path.absolute())
+            made[place] = storage.sha256(where)
+        write("done", made=made)
         if self.attempt is not None:
             self.event_log().write("stage_ended", stage=stage)
 
-    def _place(self, where: str | Path) -> str:
-        path = storage.local_path(where)
-        if path is None:
-            return str(where)
-        return str(path.relative_to(self.path) if path.is_relative_to(self.path) else path.absolute())
 
-    def _write(self, stage: str, record: dict[str, Any]) -> None:
-        self.check_fence()
-        data = checked(self.stages() | {stage: record})
-        with self.scratch("record") as folder, write_errors(self._stages):
-            (folder / self._stages.name).write_bytes(data)
-            storage.deliver(folder / self._stages.name, self._stages)
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     """A tree of plain values as {dotted key: leaf}."""
     if not isinstance(tree, dict | list) or not tree:
         return {prefix: tree}
     leaves: dict[str, Any] = {}
     for key, child in tree.items() if isinstance(tree, dict) else enumerate(tree):
-        leaves |= flatten(child, f"{prefix}.{key}" if prefix else str(key))
+        leaves |= _leaves(child, f"{prefix}.{key}" if prefix else str(key))
     return leaves
 
 

@@ -4,6 +4,7 @@ Axes: N sample, D feature, K class, A attribute.
 """
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from dpkd.data.settings import GLOBAL
 from dpkd.data.shards import Split
 from dpkd.data.stream import evaluation_batches
 from dpkd.engine.network import Frozen
+from dpkd.engine.optimizer import learning_rate
 from dpkd.engine.settings import TrainingSettings
 from dpkd.launch.heartbeat import pulse
 from dpkd.log import Progress
@@ -129,9 +131,12 @@ def make_learner(
         engine=engine,
         network=network,
         objectives=settings.objectives,
-        optimizer=optimizer,
-        schedule=settings.schedule,
-        total_steps=training.num_steps(data.num_samples),
+        rate=partial(
+            learning_rate,
+            total_steps=training.num_steps(data.num_samples),
+            base=optimizer.learning_rate,
+            settings=settings.schedule,
+        ),
     )
 
 

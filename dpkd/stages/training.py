@@ -17,6 +17,7 @@ import torch
 from dpkd.data.order import ClassAwareOrder, Order, OrderWithout, SampleOrder
 from dpkd.data.stream import training_batches
 from dpkd.engine.settings import TrainingSettings
+from dpkd.io import storage
 from dpkd.log import Progress, logger
 from dpkd.models.saved import save_network
 from dpkd.models.settings import MeanPooling
@@ -106,9 +107,9 @@ def _train_task(
     maps = run.maps_of(data.split.name, task.maps)
     digests = {"packed images": run.dataset.manifest.fingerprint}
     digests |= {f"map {name!r}": digest for name, digest in maps.digests.items()} if maps is not None else {}
-    inputs = Inputs(digests, tuple(data.unreadable.tolist()), world)
+    digests["readable samples"] = storage.digest(data.unreadable.tobytes())
     parts: dict[str, Part] = {name: engine.state for name, engine in task.engines.items()}
-    parts |= {"random": RandomState(world), "inputs": inputs}
+    parts |= {"random": RandomState(world), "inputs": Inputs(digests, world)}
     total_steps = training.num_steps(data.num_samples)
     evaluates = run.data.val is not None and run.settings.evaluate is not None
     plan = Plan(
@@ -201,9 +202,7 @@ def _attempt(
             start_step=start_step,
             checkpoints=checkpoints,
             parts={**parts, "sample_log": sample_log},
-            meter=Meter(
-                world=world, images_per_step=training.batch_size, report=monitor.report if shown else None
-            ),
+            meter=Meter(world=world, images_per_step=training.batch_size, report=monitor.report if shown else None),
             guard=NormGuard(spike=training.spike),
             evaluate=monitor.evaluate,
             draw_panels=monitor.panels,

@@ -43,13 +43,11 @@ class Inputs:
 
     digests: Mapping[str, str]
     """Of what it is trained from, by name."""
-    left_out: tuple[int, ...]
-    """The samples that it never draws; the order of the others depends on them."""
     world: World
 
     def snapshot(self) -> Writer:
         """The writer of rank 0 writes `inputs.json`."""
-        content = json.dumps({"digests": dict(self.digests), "left_out": self.left_out})
+        content = json.dumps({"digests": dict(self.digests)})
 
         def write(folder: Path) -> None:
             if self.world.rank == 0:
@@ -59,17 +57,10 @@ class Inputs:
 
     def load(self, folder: Path) -> None:
         """Compares; raises `UserError`, on every rank, where the stage began with others."""
-        before = json.loads((folder / "inputs.json").read_text())
-        changed = [name for name, digest in before["digests"].items() if self.digests.get(name) != digest]
+        before = json.loads((folder / "inputs.json").read_text())["digests"]
+        changed = [name for name, digest in before.items() if self.digests.get(name) != digest]
         if changed:
             raise UserError(
                 f"the stage began with other {' and '.join(changed)} than stand now: bring them back, or "
                 "start the stage anew by deleting its checkpoints"
-            )
-        differing = sorted(set(before["left_out"]) ^ set(self.left_out))
-        if differing:
-            raise UserError(
-                f"{len(before['left_out'])} samples of the training split could not be read when the stage began, and "
-                f"{len(self.left_out)} now (sample {differing[0]} changed), so the order is another: bring the "
-                "shards and prior maps back, or start the stage anew by deleting its checkpoints"
             )

@@ -3,7 +3,7 @@
 Axes: B sample, V views of one kind, C channel, H W height and width.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -13,9 +13,7 @@ from torch import Tensor
 from dpkd.data.augment import normalise
 from dpkd.data.batch import Batch, View
 from dpkd.data.settings import GLOBAL
-from dpkd.engine.optimizer import learning_rate
 from dpkd.engine.protocol import Engine
-from dpkd.engine.settings import OptimizerSettings, ScheduleSettings
 from dpkd.models.network import Network
 from dpkd.models.settings import FigureGroundPooling, NetworkSpec
 from dpkd.objectives.base import Context, Objective, Outputs, Supervision, hidden_view, losses_of, teacher_of
@@ -36,14 +34,13 @@ class Predictor(Protocol):
 
 @dataclass(frozen=True)
 class Learner:
-    """One network that is trained: its engine, what it minimises, and its learning rate over the stage."""
+    """One network that is trained, and what it minimises."""
 
     engine: Engine
     network: Network
     objectives: Sequence[Objective]
-    optimizer: OptimizerSettings
-    schedule: ScheduleSettings
-    total_steps: int
+    rate: Callable[[int], float]
+    """The learning rate at a step, before layer-wise decay."""
 
     @property
     def spec(self) -> NetworkSpec:
@@ -134,9 +131,7 @@ class Task:
 
     def learning_rate(self, name: str, *, step: int) -> float:
         """Learning rate of one network at a step, before layer-wise decay."""
-        learner = self.learners[name]
-        base = learner.optimizer.learning_rate
-        return learning_rate(step, total_steps=learner.total_steps, base=base, settings=learner.schedule)
+        return self.learners[name].rate(step)
 
 
 def with_view_maps(batch: Batch, names: Collection[str]) -> Batch:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from dpkd.run.attempt import write_provenance
 from dpkd.run.folder import RunFolder
-from dpkd.run.provenance import write_provenance
 from dpkd.verbs.audit import audit
 from tests.chaos import report
 from tests.runs import Command, all_weights, settings_of, tiny
