@@ -15,7 +15,6 @@ def main() -> None:
         "broadcast": world.broadcast({"from": world.rank}),
         "gather": world.gather(f"rank {world.rank}"),
         "mean": world.mean_(torch.tensor([1.0, 2.0]) * (1 + world.rank)),
-        "first": world.broadcast_(torch.full((2,), float(world.rank))),
         "place": (world.rank, world.size, world.local_rank, str(world.device)),
     }
     world.barrier()

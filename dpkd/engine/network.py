@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dpkd.engine.settings import EngineSettings
@@ -48,8 +49,8 @@ def prepare(module: nn.Module, *, settings: EngineSettings, world: World) -> Non
             switches[0]()
         except AssertionError as error:  # how timm says that a model cannot
             raise UserError(f"engine.activation_checkpointing=true: {error}; set it to false for this model") from error
-    for tensor in module.state_dict().values():
-        world.broadcast_(tensor)
+    for tensor in module.state_dict().values() if world.size > 1 else ():
+        dist.broadcast(tensor, src=0)
 
 
 @dataclass(frozen=True)

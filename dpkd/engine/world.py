@@ -66,12 +66,6 @@ class World:
             tensor.div_(self.size)
         return tensor
 
-    def broadcast_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Replaces `tensor` (on this world's device) by rank 0's, and returns it."""
-        if self.size > 1:
-            dist.broadcast(tensor, src=0)
-        return tensor
-
     def leave(self) -> None:
         """Shuts down what `join` started."""
         if self.release is not None:

@@ -67,8 +67,12 @@ def panel(
         shown = [np.asarray(map_HWC, np.int32) if name in LABEL_MAPS else _stretched(map_HWC) for map_HWC in maps]
         rows[name] = draw_maps(shown, images=images)
     for name, predicted_BCHW in predictions.items():
-        size = predicted_BCHW.shape[2:]
-        targets = [_target(map_CHW, size) for map_CHW in priors[name][:count]] if name in priors else []
+        targets = []  # the map on the patch grid, each channel with mean 0 and deviation 1
+        for map_CHW in np.asarray(priors[name][:count], np.float32) if name in priors else ():
+            size = predicted_BCHW.shape[:1:-1]
+            coarse_CHW = np.stack([cv2.resize(plane_HW, size, interpolation=cv2.INTER_AREA) for plane_HW in map_CHW])
+            mean_C11, deviation_C11 = coarse_CHW.mean((1, 2), keepdims=True), coarse_CHW.std((1, 2), keepdims=True)
+            targets.append((coarse_CHW - mean_C11) / (deviation_C11 + 1e-6))
         maps = [_stretched(np.moveaxis(map_CHW, 0, -1)) for map_CHW in (*targets, *predicted_BCHW[:count])]
         drawn = draw_maps(maps, images=images * 2 if targets else images)  # together: their colours mean the same
         if targets:
@@ -104,14 +108,6 @@ def draw_maps(maps: Sequence[Map], *, images: Sequence[Picture]) -> list[Picture
             small_HWC = _heat(map_HWC[:, :, 0]) if map_HWC.shape[2] == 1 else _colours(map_HWC, known)
             drawn.append(np.asarray(cv2.resize(small_HWC, size, interpolation=cv2.INTER_NEAREST), np.uint8))
     return drawn
-
-
-def _target(map_CHW: Map, size: tuple[int, ...]) -> Map:
-    """The map on a grid of height x width, each channel with mean 0 and deviation 1."""
-    planes_CHW = np.asarray(map_CHW, np.float32)
-    coarse_CHW = np.stack([cv2.resize(plane_HW, size[::-1], interpolation=cv2.INTER_AREA) for plane_HW in planes_CHW])
-    mean_C11, deviation_C11 = coarse_CHW.mean((1, 2), keepdims=True), coarse_CHW.std((1, 2), keepdims=True)
-    return (coarse_CHW - mean_C11) / (deviation_C11 + 1e-6)
 
 
 def _stretched(map_HWC: Map) -> Map:
