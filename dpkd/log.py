@@ -165,20 +165,8 @@ def append_json(path: Path, record: Mapping[str, Any]) -> None:
             file.write(b"\n" * torn + line.encode())
 
 
-class EventLog:
-    """Appends the events of a run to a JSON-lines file, each with the attempt that wrote it."""
-
-    def __init__(self, path: Path | str, *, attempt: str | None = None) -> None:
-        self._path = Path(path)
-        self._attempt = {} if attempt is None else {"attempt": attempt}
-
-    def write(self, kind: str, **numbers: Any) -> None:
-        """Appends one event, with the time."""
-        append_json(self._path, {"time": round(time.time(), 3), "kind": kind, **self._attempt, **numbers})
-
-
 class EventReader:
-    """Reads the lines of JSON of a run as they come; a line that a kill has torn is left out and counted."""
+    """Reads the lines of a JSON-lines file as they come; a line that a kill has torn is left out and counted."""
 
     def __init__(self, path: Path | str) -> None:
         self._path = Path(path)

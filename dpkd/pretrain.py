@@ -19,11 +19,12 @@ from dpkd.backends.factory import make_accelerator, make_pool, make_worker_group
 from dpkd.data.shards import Dataset
 from dpkd.errors import StopRequested, StorageError, UserError, WorkerFailed, did_you_mean, printable
 from dpkd.launch.signals import install_stop_handlers, start_resource_tracker, stop_handlers
+from dpkd.launch.worker_group import Supervision
 from dpkd.log import Progress, duration, logger, safe_output
 from dpkd.priors.base import accelerated
 from dpkd.report.quarantine import Quarantine
 from dpkd.report.summary import final_words, write_summary
-from dpkd.run.attempt import Attempt, attempt_at, supervision, write_provenance
+from dpkd.run.attempt import attempt_at, write_provenance
 from dpkd.run.folder import RunFolder
 from dpkd.settings import Settings, load_settings
 from dpkd.stages.pack import pack
@@ -83,9 +84,9 @@ def run(settings: Settings, *, stages: Sequence[str] = STAGES) -> None:
         write_provenance(folder, settings.model_dump(mode="json"))
         start_resource_tracker()
         folder = folder.acquire()
-        with attempt_at(folder, left) as attempt:
+        with attempt_at(folder, left) as supervision:
             run_pool_stages(settings, folder, [stage for stage in left if stage in POOL_STAGES])
-            _run_training_stages(settings, folder, [stage for stage in left if stage not in POOL_STAGES], attempt)
+            _run_training_stages(settings, folder, [stage for stage in left if stage not in POOL_STAGES], supervision)
     logger.info(final_words(write_summary(folder.path)))
     logger.info(f"{'done' if left else 'all was done before; nothing to do'}, {duration(time.monotonic() - began)}")
 
@@ -118,7 +119,9 @@ def run_pool_stages(settings: Settings, folder: RunFolder, stages: Sequence[str]
             )
 
 
-def _run_training_stages(settings: Settings, folder: RunFolder, stages: Sequence[str], attempt: Attempt) -> None:
+def _run_training_stages(
+    settings: Settings, folder: RunFolder, stages: Sequence[str], supervision: Supervision
+) -> None:
     """Runs the named stages in the training workers."""
     if not stages:
         return
@@ -127,7 +130,7 @@ def _run_training_stages(settings: Settings, folder: RunFolder, stages: Sequence
     from dpkd.stages.worker import train_stages  # noqa: PLC0415
 
     argument = (settings.model_dump(mode="json"), list(stages), folder.attempt)
-    workers.run(train_stages, argument, supervision=supervision(folder, attempt))
+    workers.run(train_stages, argument, supervision=supervision)
 
 
 def interrupt(_number: int, _frame: FrameType | None) -> None:

@@ -7,7 +7,6 @@ Axes: B image, C channels, H W height and width, N cells.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -28,20 +27,15 @@ LABEL_MAPS = frozenset({"superpixel"})
 """Maps of a batch whose values are names of regions, not amounts."""
 
 
-@dataclass(frozen=True)
-class ShownSample:
-    """One row of the sheet: an RGB image uint8 HWC, and its maps HWC by name; int32 maps hold region labels."""
+def sheet(samples: Sequence[tuple[Picture, Mapping[str, Map]]]) -> Picture:
+    """A row a sample, a column a map, as RGB uint8 HWC; all samples have maps of the same names.
 
-    image_HWC: Picture
-    maps: Mapping[str, Map]
-
-
-def sheet(samples: Sequence[ShownSample]) -> Picture:
-    """A row a sample, a column a map, as RGB uint8 HWC; all samples have maps of the same names."""
-    images = [_fitted(sample.image_HWC) for sample in samples]
+    A sample is an RGB image uint8 HWC, and its maps HWC by name; int32 maps hold region labels.
+    """
+    images = [_fitted(image_HWC) for image_HWC, _ in samples]
     columns = {"image": images}
-    for name in samples[0].maps:
-        columns[name] = draw_maps([sample.maps[name] for sample in samples], images=images)
+    for name in samples[0][1]:
+        columns[name] = draw_maps([maps[name] for _, maps in samples], images=images)
     titles = np.concatenate([_title(name, width=CELL + GAP) for name in columns], axis=1)
     return np.concatenate([titles, *(_row(cells) for cells in zip(*columns.values(), strict=True))])
 

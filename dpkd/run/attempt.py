@@ -6,6 +6,7 @@ import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -41,61 +42,48 @@ def write_provenance(folder: RunFolder, settings: dict[str, Any]) -> None:
     storage.write_bytes_atomic(folder.path / "versions.json", (json.dumps(versions, indent=1) + "\n").encode())
 
 
-class Attempt:
-    """One submission of a run, with its own number in `events.jsonl`; `goodput.json` is kept up to date."""
+@contextmanager
+def attempt_at(folder: RunFolder, stages: Sequence[str]) -> Iterator[Supervision]:
+    """An attempt at these stages, until the block ends; what it yields is for those that train.
 
-    def __init__(self, folder: RunFolder) -> None:
-        self.events = folder.event_log()
-        self._goodput = folder.goodput
-        self._reader, self._account = EventReader(folder.events), TimeAccount()
-        self._writing = threading.Lock()
+    It has its own number in `events.jsonl`. `goodput.json` is kept up to date; where that fails, the run goes on. Hangs
+    are reported to `<run>/hangs`, restarts to `events.jsonl`; a finished stage or a checkpoint is progress.
+    """
+    reader, account = EventReader(folder.events), TimeAccount()
+    writing, ended = threading.Lock(), threading.Event()
 
-    def write(self, kind: str, **facts: Any) -> None:
-        """Appends an event and writes the account until now; where that fails, the run goes on."""
+    def write(kind: str, **facts: Any) -> None:
         try:
-            with self._writing:
-                self.events.write(kind, **facts)
-                self._account.add(self._reader.new())
-                table = self._account.table() | {"torn_events": self._reader.num_torn}
-                storage.write_bytes_atomic(self._goodput, (json.dumps(table, indent=1) + "\n").encode())
+            with writing:
+                folder.write_event(kind, **facts)
+                account.add(reader.new())
+                table = account.table() | {"torn_events": reader.num_torn}
+                storage.write_bytes_atomic(folder.goodput, (json.dumps(table, indent=1) + "\n").encode())
         except OSError as error:
             logger.info(f"where the time went could not be written: {error}")
 
-
-@contextmanager
-def attempt_at(folder: RunFolder, stages: Sequence[str]) -> Iterator[Attempt]:
-    """An attempt at these stages, until the block ends."""
-    attempt, ended = Attempt(folder), threading.Event()
-    attempt.events.write("attempt_began", stages=list(stages))
-
     def keep_alive() -> None:
         while not ended.wait(ALIVE_S):
-            attempt.write("alive")
+            write("alive")
 
+    def progress() -> tuple[int, ...]:
+        records = folder.stages()
+        running = [name for name, record in records.items() if record["status"] != "done"]
+        steps = [saved.step for name in running for saved in CheckpointStore(folder.checkpoints(name)).committed()]
+        return len(records) - len(running), max(steps, default=0)
+
+    def on_restart(restart: Restart) -> None:
+        write("restart", **asdict(restart) | {"since_failure_s": round(restart.since_failure_s, 3)})
+
+    folder.write_event("attempt_began", stages=list(stages))
     threading.Thread(target=keep_alive, name="dpkd-alive", daemon=True).start()
     status = "failed"
     try:
-        yield attempt
+        yield Supervision(hangs=folder.hangs, progress=progress, on_restart=on_restart)
         status = "done"
     except (StopRequested, KeyboardInterrupt):
         status = "stopped"
         raise
     finally:
         ended.set()
-        attempt.write("attempt_ended", status=status)
-
-
-def supervision(folder: RunFolder, attempt: Attempt) -> Supervision:
-    """Reports of hangs go to `<run>/hangs`, restarts to `events.jsonl`; a stage done or a checkpoint is progress."""
-
-    def progress() -> tuple[int, ...]:
-        stages = folder.stages()
-        running = [name for name, record in stages.items() if record["status"] != "done"]
-        steps = [saved.step for name in running for saved in CheckpointStore(folder.checkpoints(name)).committed()]
-        return len(stages) - len(running), max(steps, default=0)
-
-    def on_restart(restart: Restart) -> None:
-        since_failure_s = round(restart.since_failure_s, 3)
-        attempt.write("restart", rank=restart.rank, cause=restart.cause, since_failure_s=since_failure_s)
-
-    return Supervision(hangs=folder.hangs, progress=progress, on_restart=on_restart)
+        write("attempt_ended", status=status)

@@ -26,7 +26,7 @@ from dpkd.io import storage
 from dpkd.io.errors import NO_FILE, write_errors
 from dpkd.io.fence import Fence
 from dpkd.io.record import checked, parse_checked
-from dpkd.log import EventLog
+from dpkd.log import append_json
 
 _TEMPORARY = ".tmp"
 
@@ -89,9 +89,10 @@ class RunFolder:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def event_log(self) -> EventLog:
-        """The log of the run's events, written as this attempt."""
-        return EventLog(self.events, attempt=None if self.attempt is None else str(self.attempt))
+    def write_event(self, kind: str, **facts: Any) -> None:
+        """Appends an event to `events.jsonl`, with the time and this attempt."""
+        attempt = {} if self.attempt is None else {"attempt": str(self.attempt)}
+        append_json(self.events, {"time": round(time.time(), 3), "kind": kind, **attempt, **facts})
 
     def teacher(self, name: str) -> Path:
         """Folder of a teacher as its stage made it."""
@@ -186,7 +187,7 @@ class RunFolder:
 
         write("running")
         if self.attempt is not None:
-            self.event_log().write("stage_began", stage=stage)
+            self.write_event("stage_began", stage=stage)
         try:
             yield
         except BaseException:
@@ -200,7 +201,7 @@ class RunFolder:
             made[place] = storage.sha256(where)
         write("done", made=made)
         if self.attempt is not None:
-            self.event_log().write("stage_ended", stage=stage)
+            self.write_event("stage_ended", stage=stage)
 
 
 def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:

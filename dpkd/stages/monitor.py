@@ -35,8 +35,7 @@ class Monitor:
     def __init__(self, run: Run, task: Task, *, stage: str, start_step: int, progress: Progress) -> None:
         self._run, self._task, self._stage, self._progress = run, task, stage, progress
         self._writes = run.world.rank == 0
-        self._events, self._account = run.folder.event_log(), TimeAccount()
-        self._reader = EventReader(run.folder.events)
+        self._reader, self._account = EventReader(run.folder.events), TimeAccount()
         self._board = Board(run.folder.tensorboard / stage, start_step=start_step)
         if self._writes:
             self._board.quarantine(start_step, Quarantine(run.folder.quarantine, limit=1.0))
@@ -50,7 +49,7 @@ class Monitor:
 
         TensorBoard also shows where the time of the whole run went so far.
         """
-        self._events.write(kind, stage=self._stage, step=step, **numbers)
+        self._run.folder.write_event(kind, stage=self._stage, step=step, **numbers)
         self._account.add(self._reader.new())
         if kind == "train":
             self._board.write(step, numbers)
@@ -88,7 +87,7 @@ class Monitor:
             scores = {key: score(accuracy_E) for key, accuracy_E in accuracy.items()}
             self._board.few_shot(step, network=network, split=name, scores=scores)
             means = {key: round(table["mean"], 4) for key, table in scores.items()}
-            self._events.write("few_shot", network=network, step=step, split=name, **means)
+            run.folder.write_event("few_shot", network=network, step=step, split=name, **means)
 
     def panels(self, step: int, batch: Batch) -> None:
         """Image, priors, the network's predictions of them and its attention, side by side."""

@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -55,16 +56,11 @@ class Checkpoints:
         self.world = world
         self.keep = keep
         self._store = CheckpointStore(str(url))
-        self._attempt: int | None = None
+        self.attempt = 0
+        """Number of the attempt that `load_newest` began."""
         self._base: CheckpointId | None = None
         self._saved_steps: set[int] = set()
         self._save: _Save | None = None
-
-    @property
-    def attempt(self) -> int:
-        """Number of the attempt that `load_newest` began."""
-        assert self._attempt is not None, "load_newest begins it"
-        return self._attempt
 
     def load_newest(self, parts: Mapping[str, Part]) -> int:
         """Begins an attempt: loads the newest committed checkpoint whose every file is as its manifest says.
@@ -76,7 +72,7 @@ class Checkpoints:
         self._saved_steps = set()
         outcome, *_ = self._on_all_ranks(lambda: retry(self._store.acquire) if self.world.rank == 0 else None)
         assert outcome is not None
-        self._attempt, committed = outcome
+        self.attempt, committed = outcome
         self._base = None
         for checkpoint in reversed(committed):
             with self._verified(checkpoint) as (folder, faults):
@@ -106,7 +102,7 @@ class Checkpoints:
             return
         self._saved_steps.add(step)
         writers = {name: part.snapshot() for name, part in parts.items()}
-        self._save = _Save(self._store, CheckpointId(step, self.attempt), self.world, writers, committed=self._sweep)
+        self._save = _Save(self._store, CheckpointId(step, self.attempt), self.world, writers, self._sweep)
 
     def failed(self) -> bool:
         """Whether this rank's part of the save under way has failed: time for all to call `finish`."""
@@ -226,24 +222,22 @@ class Checkpoints:
         return results
 
 
+@dataclass(eq=False)
 class _Save:
     """One checkpoint on its way: a thread writes this rank's files, and on rank 0 commits the checkpoint."""
 
-    def __init__(
-        self,
-        store: CheckpointStore,
-        checkpoint: CheckpointId,
-        world: World,
-        writers: Mapping[str, Writer],
-        *,
-        committed: Callable[[], None],
-    ) -> None:
-        """`committed` is called on rank 0 once the checkpoint counts."""
-        self.id = checkpoint
-        self.error: Exception | None = None
-        self.committed = False
-        self.written, self.cancelled = threading.Event(), threading.Event()
-        self._store, self._world, self._writers, self._when_committed = store, world, writers, committed
+    store: CheckpointStore
+    id: CheckpointId
+    world: World
+    writers: Mapping[str, Writer]
+    on_commit: Callable[[], None]
+    """Called on rank 0 once the checkpoint counts."""
+    error: Exception | None = None
+    committed: bool = False
+    written: threading.Event = field(default_factory=threading.Event)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
         self.thread = threading.Thread(target=self._run, name="dpkd-checkpoint", daemon=True)
         self.thread.start()
 
@@ -251,10 +245,10 @@ class _Save:
         try:
             retry(self._write)
             self.written.set()
-            if self._world.rank == 0:
+            if self.world.rank == 0:
                 self._commit()
                 if self.committed:
-                    self._when_committed()
+                    self.on_commit()
         except Exception as error:  # noqa: BLE001  it is raised where `finish` is called
             self.error = portable(error)
         finally:
@@ -263,7 +257,7 @@ class _Save:
     def _write(self) -> None:
         """Writes this rank's files beside, hashes, flushes and moves each to its place, and lists them last."""
         files = {}
-        beside = storage.local_path(self._store.place(self.id))
+        beside = storage.local_path(self.store.place(self.id))
         with ExitStack() as stack:
             if beside is None:
                 scratch = stack.enter_context(lasting_folder("saving", secrets.token_hex(8)))
@@ -272,28 +266,28 @@ class _Save:
                     beside.mkdir(parents=True, exist_ok=True)
                     storage.sync(beside.parent)
                 scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".rank-", dir=beside)))
-            for name, write in self._writers.items():
+            for name, write in self.writers.items():
                 (scratch / name).mkdir()
                 write(scratch / name)
             for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
                 name = path.relative_to(scratch).as_posix()
                 files[name] = FileFacts(size_bytes=path.stat().st_size, sha256=storage.sha256(path))
-                storage.deliver(path, self._store.place(self.id, name))
-        write_files(self._store.place(self.id, self._list_name(self._world.rank)), files)
+                storage.deliver(path, self.store.place(self.id, name))
+        write_files(self.store.place(self.id, self._list_name(self.world.rank)), files)
 
     def _list_name(self, rank: int) -> str:
-        return f"files-{rank:05d}-of-{self._world.size:05d}.json"
+        return f"files-{rank:05d}-of-{self.world.size:05d}.json"
 
     def _commit(self) -> None:
         """Publishes the manifest once all ranks have listed their files, unless the save is cancelled before."""
-        names, wait_s = [self._list_name(rank) for rank in range(self._world.size)], POLL_S
-        while not set(names).issubset(retry(lambda: storage.list_names(self._store.place(self.id)))):
+        names, wait_s = [self._list_name(rank) for rank in range(self.world.size)], POLL_S
+        while not set(names).issubset(retry(lambda: storage.list_names(self.store.place(self.id)))):
             if self.cancelled.wait(wait_s):
                 return
-            retry(lambda: self._store.fence.check(self.id.attempt))  # a newer attempt may have removed them
+            retry(lambda: self.store.fence.check(self.id.attempt))  # a newer attempt may have removed them
             wait_s = min(LONGEST_POLL_S, 2 * wait_s)  # each listing is a request where storage is remote
         files: dict[str, FileFacts] = {}
         for name in names:
-            files |= retry(partial(read_files, self._store.place(self.id, name)))
-        retry(lambda: self._store.publish(Manifest(self.id, self._world.size, files)))
+            files |= retry(partial(read_files, self.store.place(self.id, name)))
+        retry(lambda: self.store.publish(Manifest(self.id, self.world.size, files)))
         self.committed = True

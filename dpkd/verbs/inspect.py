@@ -14,7 +14,7 @@ from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.log import Progress, logger, show
 from dpkd.priors.store import MANIFEST_NAME, PriorSet, read_manifest, set_url
-from dpkd.report.pictures import ShownSample, sheet
+from dpkd.report.pictures import sheet
 
 NUM_NAMED = 20
 """Keys and damages that a line names; more are counted."""
@@ -84,11 +84,11 @@ def draw_samples(url: str, picture: Path, *, set_name: str, keys: Sequence[str] 
     for name, i in map(places.__getitem__, chosen):
         sample = splits[name].read(i)
         maps = priors.split(name).only(priors.channels).read(i, sample)
-        samples.append(ShownSample(decode_image(sample.image), maps))
+        samples.append((decode_image(sample.image), maps))
     done, png = cv2.imencode(".png", cv2.cvtColor(sheet(samples), cv2.COLOR_RGB2BGR))
     assert done, "OpenCV could not write a PNG"
     storage.write_bytes_atomic(picture, png.tobytes())
-    logger.info(f"{len(samples)} samples with {len(samples[0].maps)} maps each: {picture}")
+    logger.info(f"{len(samples)} samples with {len(samples[0][1])} maps each: {picture}")
 
 
 def _check_shards(url: str, shards: Sequence[ShardInfo], *, way_out: str) -> None:

@@ -1,4 +1,4 @@
-"""Weights, networks and engine state from elsewhere: no code of theirs runs, and no size of theirs is believed."""
+"""Weights and networks from elsewhere: no code of theirs runs, and no size of theirs is believed."""
 
 import io
 import json
@@ -14,7 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpkd.engine.state import StateReader, write_part
 from dpkd.errors import UserError
 from dpkd.models.network import build_network
 from dpkd.models.saved import load_network, save_network
@@ -131,36 +130,6 @@ def test_any_bytes_are_the_head_of_a_network_or_refused(network_folder, data, tm
     told = outcome(lambda: load_network(folder))
     assert told is not None
     assert "network.json" in told
-
-
-def state_bytes(folder: Path) -> bytes:
-    write_part(folder, SMALL, counts={"num_updates": 3, "num_average_updates": 0}, rank=0, size=1)
-    return (folder / "part-00000-of-00001.safetensors").read_bytes()
-
-
-@given(data=st.data())
-def test_any_bytes_are_the_state_of_an_engine_or_refused(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("state")
-    content = data.draw(any_bytes([state_bytes(folder)]))
-    (folder / "part-00000-of-00001.safetensors").write_bytes(content)
-
-    def read() -> None:
-        reader = StateReader(folder)
-        reader.check({name: tensor.shape for name, tensor in SMALL.items()})
-        for name, tensor in SMALL.items():
-            assert reader.read(name).shape == tensor.shape
-
-    told = outcome(read)
-    assert told is None or str(folder) in told
-
-
-@pytest.mark.parametrize("name", ["part-x-of-y", "part-00000-of-99999999999", "part-00000-of-00002", "part--of-"])
-def test_parts_with_odd_names_are_refused(tmp_path, name):
-    content = state_bytes(tmp_path)
-    (tmp_path / "part-00000-of-00001.safetensors").unlink()
-    (tmp_path / f"{name}.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match="not all parts of the state are there"):
-        StateReader(tmp_path)
 
 
 def test_a_model_that_timm_made_still_takes_honest_weights(tmp_path):

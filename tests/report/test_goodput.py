@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from dpkd.engine.world import World
 from dpkd.errors import StopRequested
-from dpkd.log import EventLog, EventReader
+from dpkd.log import EventReader
 from dpkd.report.goodput import INTERRUPTIONS, MEANINGS, TimeAccount
+from dpkd.run.folder import RunFolder
 from dpkd.train.meter import Meter
 
 BEGAN_MS = 1_764_000_000_000
@@ -290,16 +291,16 @@ def test_a_meter_reports_where_its_loop_begins_what_it_spent_and_how_it_ends(err
 @given(st.binary(max_size=60), st.integers(0, 30))
 def test_a_torn_line_is_left_out_and_the_next_event_stands_on_its_own(tmp_path_factory, rest, cut) -> None:
     path: Path = tmp_path_factory.mktemp("log") / "events.jsonl"
-    log, reader = EventLog(path, attempt="a"), EventReader(path)
-    log.write("attempt_began")
-    log.write("spent", stage="teach", step=1)
+    folder, reader = RunFolder(path.parent, attempt=1), EventReader(path)
+    folder.write_event("attempt_began")
+    folder.write_event("spent", stage="teach", step=1)
     whole = path.read_bytes()
     os.truncate(path, len(whole) - 2 - cut)
     with path.open("ab") as file:
         file.write(rest.translate(None, b"\n}"))
-    EventLog(path, attempt="b").write("attempt_began")
+    RunFolder(path.parent, attempt=2).write_event("attempt_began")
     kinds = [(event["kind"], event["attempt"]) for event in reader.new()]
-    assert kinds == [("attempt_began", "a"), ("attempt_began", "b")]
+    assert kinds == [("attempt_began", "1"), ("attempt_began", "2")]
     assert reader.num_torn == 1
     assert reader.new() == []
 
@@ -308,7 +309,7 @@ def test_events_are_read_as_they_come_and_half_a_line_once_it_is_whole(tmp_path:
     path = tmp_path / "events.jsonl"
     reader = EventReader(path)
     assert reader.new() == []
-    EventLog(path, attempt="a").write("attempt_began")
+    RunFolder(tmp_path, attempt=1).write_event("attempt_began")
     assert [event["kind"] for event in reader.new()] == ["attempt_began"]
     line = json.dumps({"time": 1, "kind": "alive"}).encode()
     with path.open("ab") as file:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dpkd.report.pictures import CELL, GAP, MISSING, TITLE_HEIGHT, ShownSample, draw_maps, panel, sheet
+from dpkd.report.pictures import CELL, GAP, MISSING, TITLE_HEIGHT, draw_maps, panel, sheet
 
 IMAGE_HWC = np.full((32, 64, 3), 90, np.uint8)
 
@@ -19,7 +19,7 @@ def cell(drawn_HWC: np.ndarray, row: int, column: int) -> np.ndarray:
 
 def test_a_sheet_has_a_row_a_sample_and_a_column_a_map_in_the_image_s_own_shape():
     maps = {"edge": np.zeros((4, 8, 1), np.float32), "superpixel": np.zeros((4, 8, 1), np.int32)}
-    drawn_HWC = sheet([ShownSample(IMAGE_HWC, maps), ShownSample(IMAGE_HWC, maps)])
+    drawn_HWC = sheet([(IMAGE_HWC, maps), (IMAGE_HWC, maps)])
     assert drawn_HWC.shape == (TITLE_HEIGHT + 2 * (CELL + GAP), 3 * (CELL + GAP), 3)
     for column in range(3):
         used_HW = (cell(drawn_HWC, 1, column) != 255).any(2)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from dpkd.errors import StorageError
-from dpkd.log import EventLog, Progress, duration, logger
+from dpkd.log import Progress, duration, logger
+from dpkd.run.folder import RunFolder
 
 
 class Clock:
@@ -75,9 +76,8 @@ def test_durations_are_words(seconds: float, words: str) -> None:
 
 
 def test_events_are_json_lines_in_order(tmp_path: Path) -> None:
-    log = EventLog(tmp_path / "run" / "events.jsonl")
-    log.write("stage", name="pack", seconds=1.5)
-    EventLog(tmp_path / "run" / "events.jsonl").write("checkpoint", step=200)
+    RunFolder(tmp_path / "run").write_event("stage", name="pack", seconds=1.5)
+    RunFolder(tmp_path / "run").write_event("checkpoint", step=200)
     first, second = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert (first["kind"], first["name"], first["seconds"]) == ("stage", "pack", 1.5)
     assert second["kind"] == "checkpoint"
@@ -88,11 +88,11 @@ def test_events_are_json_lines_in_order(tmp_path: Path) -> None:
 def test_an_event_after_a_line_that_was_cut_short_has_a_line_of_its_own(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_text('{"time": 1, "kind": "tra')
-    EventLog(path).write("stage", name="pack")
+    RunFolder(tmp_path).write_event("stage", name="pack")
     assert json.loads(path.read_text().splitlines()[1])["name"] == "pack"
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").mkdir()
     with pytest.raises(StorageError, match=r"cannot write .*events\.jsonl"):
-        EventLog(tmp_path / "events.jsonl").write("stage")
+        RunFolder(tmp_path).write_event("stage")
