@@ -6,9 +6,14 @@
 import json
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgpack
+
+from dpkd.errors import UserError
+from dpkd.io import storage
+from dpkd.io.errors import NO_FILE
 
 KEY = "checksum"
 MAX_DEPTH = 64
@@ -45,6 +50,18 @@ def checked(content: dict[str, Any]) -> bytes:
 def parse_checked(data: bytes) -> dict[str, Any]:
     """The object without its checksum; raises ValueError where it is none, or its checksum is missing or wrong."""
     return _verified(parse_json(data), _json_checksum)
+
+
+def read_record(
+    path: Path, *, way_out: str, parse: Callable[[bytes], dict[str, Any]] = parse_checked
+) -> dict[str, Any]:
+    """A JSON object that a run wrote, empty before it did; raises `UserError` with the way out where it is damaged."""
+    try:
+        return parse(storage.read_bytes(path))
+    except FileNotFoundError:
+        return {}
+    except (*NO_FILE, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): {way_out}") from error
 
 
 def pack_checked(content: dict[str, Any]) -> bytes:

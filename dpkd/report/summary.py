@@ -15,9 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dpkd.errors import UserError
 from dpkd.io import storage
-from dpkd.io.record import parse_checked
+from dpkd.io.record import parse_json, read_record
 from dpkd.log import EventReader, duration, logger
 from dpkd.report.goodput import MEANINGS, TimeAccount
 from dpkd.report.quarantine import Quarantine
@@ -65,14 +64,13 @@ def markdown_table(rows: Table) -> list[str]:
 
 def write_summary(folder: Path) -> dict[str, Any]:
     """Writes `summary.json` and `summary.md` from what the stages left in the run folder; returns the summary."""
-    stages = {
-        name: {"status": record["status"], "seconds": record["seconds"]}
-        for name, record in _read(folder / "stages.json", parse=parse_checked).items()
-    }
+    way_out = "run the stage that writes it again"
+    records = read_record(folder / "stages.json", way_out=way_out)
+    stages = {name: {key: record[key] for key in ("status", "seconds")} for name, record in records.items()}
     exported = {path.name: str(path) for path in sorted((folder / "export").glob("[!.]*")) if path.is_dir()}
     summary = {
         "run": str(folder),
-        **_read(folder / EVALUATION_NAME),
+        **read_record(folder / EVALUATION_NAME, way_out=way_out, parse=parse_json),
         "stages": stages,
         "exports": exported,
         "quarantine": Quarantine(folder / QUARANTINE_NAME, limit=1.0).counts,
@@ -83,17 +81,6 @@ def write_summary(folder: Path) -> dict[str, Any]:
     storage.write_bytes_atomic(folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     storage.write_bytes_atomic(folder / "summary.md", markdown(summary).encode())
     return summary
-
-
-def _read(path: Path, *, parse: Callable[[bytes], Any] = json.loads) -> dict[str, Any]:
-    """A JSON file that a stage wrote; empty before it did."""
-    try:
-        content: dict[str, Any] = parse(storage.read_bytes(path))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error}); run the stage that writes it again") from error
-    return content
 
 
 def final_words(summary: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE, write_errors
 from dpkd.io.fence import Fence
-from dpkd.io.record import checked, parse_checked
+from dpkd.io.record import checked, read_record
 from dpkd.log import append_json
 
 _TEMPORARY = ".tmp"
@@ -121,14 +121,7 @@ class RunFolder:
 
     def stages(self) -> dict[str, dict[str, Any]]:
         """What each stage was given, its status and its seconds over all attempts; empty before the first."""
-        try:
-            return parse_checked(storage.read_bytes(self._stages))
-        except FileNotFoundError:
-            return {}
-        except (*NO_FILE, ValueError) as error:
-            raise UserError(
-                f"{self._stages} is not the record of a run ({error}); restore it, or start anew in another run.dir"
-            ) from None
+        return read_record(self._stages, way_out="restore it, or start anew in another run.dir")
 
     def is_done(self, stage: str, given: dict[str, Any]) -> bool:
         """Whether the stage finished with just these settings; `faults` checks what it made."""

@@ -31,8 +31,7 @@ from dpkd.evaluation.attributes import zero_shot_accuracy
 from dpkd.evaluation.few_shot import draw_episodes, few_shot_accuracy, score
 from dpkd.evaluation.long_tail import long_tail
 from dpkd.io import storage
-from dpkd.io.errors import NO_FILE
-from dpkd.io.record import parse_json
+from dpkd.io.record import parse_json, read_record
 from dpkd.log import logger
 from dpkd.models.counts import count_flops, count_parameters
 from dpkd.models.network import Network
@@ -273,10 +272,7 @@ def images_per_s(network: Network) -> float:
 def read_evaluation(folder: RunFolder) -> dict[str, Any]:
     """What `evaluate` wrote; raises `UserError` where it has not run."""
     path = folder.path / EVALUATION_NAME
-    try:
-        report: dict[str, Any] = parse_json(storage.read_bytes(path))
-    except NO_FILE as error:
-        raise UserError(f"{path} is missing: run the stage evaluate first") from error
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error}); run the stage evaluate again") from error
+    report = read_record(path, way_out="run the stage evaluate again", parse=parse_json)
+    if not report:
+        raise UserError(f"{path} is missing: run the stage evaluate first")
     return report

@@ -13,8 +13,7 @@ from typing import NamedTuple
 from dpkd.engine.world import World
 from dpkd.errors import UserError
 from dpkd.io import storage
-from dpkd.io.errors import NO_FILE
-from dpkd.io.record import checked, parse_checked
+from dpkd.io.record import checked, read_record
 from dpkd.log import logger
 from dpkd.train.checkpoint import Checkpoints, Part
 
@@ -67,14 +66,8 @@ class NormGuard:
 
 def read_skipped(path: Path) -> dict[int, str]:
     """Step -> reason, of those that a stage passes over; raises `UserError` that names the file where it is damaged."""
-    try:
-        return {int(step): reason for step, reason in parse_checked(storage.read_bytes(path))["steps"].items()}
-    except FileNotFoundError:
-        return {}
-    except (*NO_FILE, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}): restore it, or delete it to go on without skipping any step"
-        ) from error
+    record = read_record(path, way_out="restore it, or delete it to go on without skipping any step")
+    return {int(step): reason for step, reason in record.get("steps", {}).items()}
 
 
 def write_skipped(path: Path, reasons: Mapping[int, str]) -> None:

@@ -75,13 +75,13 @@ def test_a_record_that_was_changed_is_named(tmp_path: Path) -> None:
         pass
     path = tmp_path / "stages.json"
     path.write_text(path.read_text().replace('"lr": 1', '"lr": 2'))
-    with pytest.raises(UserError, match=r"stages\.json is not the record of a run .*changed since it was written"):
+    with pytest.raises(UserError, match=r"stages\.json cannot be read .*changed since it was written"):
         RunFolder(tmp_path).stages()
 
 
 def test_a_folder_in_the_place_of_the_record_is_named(tmp_path: Path) -> None:
     (tmp_path / "stages.json").mkdir()
-    with pytest.raises(UserError, match=r"stages\.json is not the record of a run"):
+    with pytest.raises(UserError, match=r"stages\.json cannot be read"):
         RunFolder(tmp_path).stages()
 
 
