@@ -34,7 +34,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not chaos and not nightly and not serial" -n $(JOBS) --dist loadgroup --no-loadscope-reorder
-	$(BIN)/python -m pytest -m "serial and not chaos and not nightly"
+	$(BIN)/python -m pytest -m "serial and not chaos and not nightly" -n 2 --dist loadgroup --no-loadscope-reorder
 
 nightly: $(INSTALLED)
 	$(BIN)/python -m pytest -m nightly

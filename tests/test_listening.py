@@ -52,6 +52,7 @@ def sampled_listeners() -> Iterator[set[tuple[str, int]]]:
         thread.join()
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_workers_of_one_machine_and_their_driver_listen_on_loopback_alone(tmp_path):
     before = listening(os.getpid())  # what other tests left open

@@ -15,6 +15,7 @@ def traces(folder: Path, environment: dict[str, str] | None = None) -> list[dict
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
+@pytest.mark.nightly
 def test_buckets_give_the_same_numbers_as_one_flat_gradient_which_holds_every_gradient_once(tmp_path: Path) -> None:
     for found in traces(tmp_path):
         flat, buckets = found["flat"], found["buckets"]

@@ -321,6 +321,7 @@ def test_a_live_teacher_goes_on_learning(whole: RunFolder, tmp_path: Path) -> No
     assert summary["live_teachers"]["teacher"]["few_shot"]["novel"]["5way_1shot"]["mean"] > 0
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_full_disk_stops_the_run_with_the_earlier_state_whole(whole: RunFolder, tmp_path: Path) -> None:
     tree = tiny(tmp_path / "full", source=None, shards=shards_of(whole))

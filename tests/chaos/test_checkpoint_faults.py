@@ -90,6 +90,7 @@ def drawn(kind: int, place: tuple[int, int, str], *, num_calls: dict[tuple[int, 
     return {"kind": kind, **where, "next_size": draws.choice([size, 1, 2])}
 
 
+@pytest.mark.nightly
 def test_a_few_faults_lose_nothing_that_was_saved(library, num_calls, tmp_path):
     draws = random.Random(report.seed())
     trials = [drawn(kind, draws.choice(list(num_calls)), num_calls=num_calls, draws=draws) for kind in NAMES]

@@ -60,7 +60,7 @@ def test_what_is_printed_has_an_encoding_and_steers_no_terminal(text):
     assert all(each.isprintable() or each in "\n\t\u00a0" for each in shown)
 
 
-@pytest.mark.serial  # pytest keeps the lines of a log, and two processes cannot exchange half a character
+@pytest.mark.nightly  # pytest keeps the lines of a log, and processes of pytest-xdist cannot exchange half a character
 def test_lines_broken_images_and_quarantine_mask_what_they_are_given(tmp_path, capsys):
     assert not any(secret in f"{BrokenImage(URL)!r} {BrokenImage(URL)}" for secret in SECRETS)
     logger.info(f"{URL} \x1b[31m \udcff")

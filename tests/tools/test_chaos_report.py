@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.chaos import report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +57,7 @@ def pytest_of(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return run("-m", "pytest", *arguments, DPKD_CHAOS_REPORT=str(folder / "chaos.jsonl"))
 
 
+@pytest.mark.nightly
 def test_a_test_that_fails_is_no_fault_that_was_survived(tmp_path: Path) -> None:
     done = pytest_of(TESTS, tmp_path)
     assert "3 failed, 1 passed, 1 xfailed, 1 error" in done.stdout, done.stdout[-3000:] + done.stderr

@@ -35,7 +35,10 @@ class Outcome:
         return [each["step"] for each in given]
 
 
-@pytest.fixture(scope="module", params=["disk", pytest.param("s3", marks=pytest.mark.chaos), "s3 from two machines"])
+TWO_MACHINES = pytest.param("s3 from two machines", marks=pytest.mark.nightly)
+
+
+@pytest.fixture(scope="module", params=["disk", pytest.param("s3", marks=pytest.mark.chaos), TWO_MACHINES])
 def outcome(
     request: pytest.FixtureRequest, object_store_server: ObjectStore, tmp_path_factory: pytest.TempPathFactory
 ) -> Outcome:

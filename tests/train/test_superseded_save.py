@@ -4,6 +4,7 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from dpkd.engine.world import World
@@ -14,6 +15,7 @@ from tests.train.superseded_ranks import GO
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
+@pytest.mark.nightly
 def test_a_save_whose_files_a_newer_attempt_swept_up_ends(tmp_path: Path) -> None:
     place = tmp_path / "checkpoints"
 

@@ -94,6 +94,7 @@ def passes(places: list[tuple[int, str]]) -> list[dict[str, Any]]:
     return [{"size": size, "engines": (kind, kind), "end": LAST} for size, kind in places]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_run_goes_on_at_other_world_sizes(tmp_path: Path) -> None:
     trial = way((1, 2, 3), [("zero3", "zero1")] * 3, kills=(1,))
