@@ -39,7 +39,7 @@ from dpkd.priors import Prior
 from dpkd.priors.base import BatchExtractor, Extractor, ImageViews, accelerated, fingerprint
 from dpkd.priors.catalogue.regions import Expert
 from dpkd.priors.memory import keep_freed_memory
-from dpkd.priors.record import MEMBER_EXTENSION, Record, StoredMap, flat_map, source_hash, store_map
+from dpkd.priors.record import MEMBER_EXTENSION, Record, flat_map, source_hash, store_map
 from dpkd.priors.store import (
     MANIFEST_NAME,
     PriorIndex,
@@ -116,8 +116,13 @@ def prepare(
     indexes: dict[int, PriorIndex] = {}
     for pool_of_pass, tasks_of_pass in passes:
         for number, index in pool_of_pass.map(_prepare_shard, tasks_of_pass):
-            indexes[number] = index
-            _report(index, quarantine)
+            indexes[number], name = index, index.shard.name
+            for key, reason in index.bad:
+                quarantine.add(STAGE, f"{name}/{key}", reason)
+            if index.fault is not None:
+                lost = f"{len(index.unreadable):,} of its {index.shard.num_samples:,} samples cannot be read"
+                quarantine.add(STAGE, name, f"{index.fault}; {lost}: copy or pack it again", counted=False)
+                logger.info(f"{STAGE}: {name} is damaged: {index.fault}; {lost}")
             quarantine.check(total)
             num_done += index.shard.num_samples
             progress(num_done // len(passes), total)
@@ -147,15 +152,6 @@ def _check(dataset: Dataset, priors: Sequence[Prior]) -> None:
                 f"prepare.priors asks for the expert map {expert!r}, which no sample of {dataset.url} has; given are: "
                 f"{known}; a map N of IMAGE.jpg is the file IMAGE.expert-N.png beside it, or IMAGE.mask.png"
             )
-
-
-def _report(index: PriorIndex, quarantine: Quarantine) -> None:
-    for key, reason in index.bad:
-        quarantine.add(STAGE, f"{index.shard.name}/{key}", reason)
-    if index.fault is not None:
-        loss = f"{index.fault}; {len(index.unreadable):,} of its {index.shard.num_samples:,} samples cannot be read"
-        quarantine.add(STAGE, index.shard.name, f"{loss}: copy or pack it again", counted=False)
-        logger.info(f"{STAGE}: {index.shard.name} is damaged: {loss}")
 
 
 def _manifest(dataset: Dataset, priors: tuple[Prior, ...], indexes: list[PriorIndex]) -> PriorManifest:
@@ -197,7 +193,7 @@ def _prepare_shard(task: _Task) -> PriorIndex:
         return _write_shard(task, place, {})
     if index.images == task.images.sha256 and _is_complete(index, task):
         return index
-    records = {}
+    records: dict[str, Record] = {}
     for offset, size in zip(index.offsets, index.sizes, strict=True):
         with suppress(ValueError):  # of another format
             record = Record.from_bytes(data[offset : offset + size])
@@ -218,33 +214,34 @@ def _is_complete(index: PriorIndex, task: _Task) -> bool:
     return task.computed != task.priors and computed and not index.bad
 
 
-def _write_shard(task: _Task, place: str, records: dict[str, Record]) -> PriorIndex:
-    """Writes the shard and its index; `records` are those from before, whose maps are kept where they still hold.
+def _write_shard(task: _Task, place: str, before: Mapping[str, Record]) -> PriorIndex:
+    """Writes the shard and its index; maps of the records from before are kept where they still hold.
 
     Which images share a batch depends on the shard alone, not on what is lacking or cannot be read, so that the same
     maps come out whenever they are made. An error of a batch is not the fault of a sample, and stops the stage.
     """
+    records: dict[str, Record] = {}
+    for sample in task.split.read_shard(0):
+        if isinstance(sample, Unreadable):
+            records[sample.key] = Record(sample.key, b"", bad=sample.reason)
+        else:
+            source, held = source_hash(sample), before.get(sample.key)
+            records[sample.key] = held if held is not None and held.source == source else Record(sample.key, source)
     for prior in task.computed:
         if isinstance(prior, BatchExtractor):
             samples = task.split.read_shard(0)
             while batch := list(islice(samples, prior.batch_size)):
                 pulse()
-                records |= _run_batch(batch, prior, records, device=task.device)
+                _run_batch(batch, prior, records, device=task.device)
     moments = {prior.name: RunningMoments.zero(prior.channels) for prior in task.computed if not prior.nearest}
     members: list[Member] = []
-    bad: list[tuple[str, str]] = []
-    unreadable: list[int] = []
     file = io.BytesIO()
     tar = TarWriter(file)
-    for row, sample in enumerate(task.split.read_shard(0)):
+    for sample in task.split.read_shard(0):
         pulse()
-        record = _make_record(sample, task, records)
+        record = records[sample.key] = _finish(sample, records[sample.key], task)
         members.append(tar.add(f"{record.key}.{MEMBER_EXTENSION}", record.to_bytes()))
-        if record.bad is not None:
-            bad.append((record.key, record.bad))
-            unreadable += [] if record.source else [row]
-            continue
-        for name in moments:
+        for name in moments if record.bad is None else ():
             moments[name] += RunningMoments.of(record.maps[name].decode())
     tar.finish()
     shard = ShardInfo(name=task.images.name, num_samples=len(members), size_bytes=tar.size_bytes, sha256=tar.sha256)
@@ -255,8 +252,8 @@ def _write_shard(task: _Task, place: str, records: dict[str, Record]) -> PriorIn
         offsets=tuple(member.offset for member in members),
         sizes=tuple(member.size for member in members),
         moments=moments,
-        bad=tuple(bad),
-        unreadable=tuple(unreadable),
+        bad=tuple((record.key, record.bad) for record in records.values() if record.bad is not None),
+        unreadable=tuple(row for row, record in enumerate(records.values()) if not record.source),
         fault=task.split.fault(0),
     )
     storage.write_bytes_atomic(place, file.getvalue())
@@ -265,49 +262,45 @@ def _write_shard(task: _Task, place: str, records: dict[str, Record]) -> PriorIn
 
 
 def _run_batch(
-    samples: list[Sample | Unreadable], prior: BatchExtractor, records: Mapping[str, Record], *, device: str
-) -> dict[str, Record]:
-    """The records, with the map of `prior`, of those samples that lack it and whose image can be read."""
-    own = {sample.key: _own_record(sample, records) for sample in samples if isinstance(sample, Sample)}
-    lacking = {key for key, record in own.items() if record.bad is None and not _holds(record.maps, prior)}
-    if not lacking:
-        return {}
+    samples: list[Sample | Unreadable], prior: BatchExtractor, records: dict[str, Record], *, device: str
+) -> None:
+    """Adds the map of `prior` to the records of those samples that lack it and whose image can be read."""
+    own = [records[sample.key] for sample in samples]
+    lacking = [record.bad is None and not _holds(record, prior) for record in own]
+    if not any(lacking):
+        return
     with ThreadPoolExecutor(1 if device == "cpu" else None) as threads:  # an accelerator would wait for one
         images = list(threads.map(_views, samples))
     blank = ImageViews(np.zeros((1, 1, 3), np.uint8))
     maps = prior.maps([blank if isinstance(image, str) else image for image in images], device=device)
-    made = {}
-    for sample, image, map_HWC in zip(samples, images, maps, strict=True):
-        if isinstance(image, str) or sample.key not in lacking:  # `_make_record` meets what cannot be read again
+    for record, lacks, image, map_HWC in zip(own, lacking, images, maps, strict=True):
+        if not lacks or isinstance(image, str):  # `_finish` meets what cannot be read again
             continue
-        record = own[sample.key]
         try:
             if not np.isfinite(map_HWC).all():
                 raise ValueError("has values that are not finite")
-            made[sample.key] = replace(record, maps={**record.maps, prior.name: store_map(prior, map_HWC)})
+            records[record.key] = replace(record, maps={**record.maps, prior.name: store_map(prior, map_HWC)})
         except ValueError as error:
-            made[sample.key] = replace(record, bad=f"the map {prior.name!r} {error}")
-    return made
+            records[record.key] = replace(record, bad=f"the map {prior.name!r} {error}")
 
 
-def _make_record(sample: Sample | Unreadable, task: _Task, records: Mapping[str, Record]) -> Record:
-    """The record of a sample: without maps where it cannot be read, with flat ones where a map fails."""
-    if isinstance(sample, Unreadable):
-        return Record(sample.key, b"", bad=sample.reason)
-    own = _own_record(sample, records)
-    maps, bad = own.maps, own.bad
-    missing = [prior for prior in task.computed if not _holds(maps, prior)]
-    if missing and bad is None:  # else the image was decoded when its maps were made
+def _finish(sample: Sample | Unreadable, record: Record, task: _Task) -> Record:
+    """The record with all maps of this pass; without any where the image cannot be read, flat where one fails."""
+    missing = [prior for prior in task.computed if not _holds(record, prior)]
+    if missing and record.bad is None:  # else the image was decoded when its maps were made
         image = _views(sample)
         if isinstance(image, str):
             return Record(sample.key, b"", bad=image)
         try:
-            maps = maps | {prior.name: store_map(prior, prior.map(image)) for prior in missing}
+            maps = {prior.name: store_map(prior, prior.map(image)) for prior in missing}
+            record = replace(record, maps=record.maps | maps)
         except Exception as error:  # noqa: BLE001 (the one place where a failing prior is survived: named and counted)
-            bad = f"{type(error).__name__}: {error}"
-    if bad is not None:
-        return replace(own, maps={prior.name: flat_map(prior) for prior in task.computed}, bad=bad)
-    return replace(own, maps={prior.name: maps[prior.name] for prior in task.priors if _holds(maps, prior)})
+            record = replace(record, bad=f"{type(error).__name__}: {error}")
+    if record.bad is None:
+        return replace(
+            record, maps={prior.name: record.maps[prior.name] for prior in task.priors if _holds(record, prior)}
+        )
+    return replace(record, maps={prior.name: flat_map(prior) for prior in task.computed} if record.source else {})
 
 
 def _views(sample: Sample | Unreadable) -> ImageViews | str:
@@ -320,12 +313,6 @@ def _views(sample: Sample | Unreadable) -> ImageViews | str:
         return str(error)
 
 
-def _own_record(sample: Sample, records: Mapping[str, Record]) -> Record:
-    """The record from before, where it was made of this very sample, else one without a map."""
-    source, before = source_hash(sample), records.get(sample.key)
-    return before if before is not None and before.source == source else Record(sample.key, source)
-
-
-def _holds(maps: Mapping[str, StoredMap], prior: Extractor) -> bool:
-    """Whether the maps have that of the prior as its settings are now."""
-    return prior.name in maps and maps[prior.name].fingerprint.hex() == fingerprint(prior)
+def _holds(record: Record, prior: Extractor) -> bool:
+    """Whether the record has the map of the prior as its settings are now."""
+    return prior.name in record.maps and record.maps[prior.name].fingerprint.hex() == fingerprint(prior)

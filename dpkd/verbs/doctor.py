@@ -9,11 +9,6 @@ from importlib import metadata
 from dpkd.log import logger
 
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "ray", "tensorboard", "onnx", "onnxruntime")
-CPU_TOOLS = {
-    "a C++ compiler": (("c++", "g++", "clang++"), "install g++"),
-    "ninja": (("ninja",), "pip install ninja, and activate the environment"),
-}
-"""What engine.kind=deepspeed needs on a CPU: programs, any of which will do, and how to get one."""
 
 
 def doctor() -> None:
@@ -31,7 +26,4 @@ def doctor() -> None:
             logger.info(f"  GPU {index}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
         if not gpus:
             logger.info("  no GPU: training runs on the CPU with the plain PyTorch engine")
-            for name, (programs, way_out) in CPU_TOOLS.items():
-                missing = "" if any(map(shutil.which, programs)) else f"; engine.kind=deepspeed needs it: {way_out}"
-                logger.info(f"  {name}: {'missing' if missing else 'found'}{missing}")
     logger.info(f"  disk: {shutil.disk_usage('.').free / 1e9:.0f} GB free here")
