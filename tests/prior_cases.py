@@ -9,7 +9,6 @@ import numpy as np
 
 from dpkd.data.settings import FolderSource
 from dpkd.data.shards import Dataset
-from dpkd.launch.pool import never
 from dpkd.priors.catalogue.edge import Edge
 from dpkd.priors.catalogue.orientation import Hog
 from dpkd.priors.catalogue.regions import Superpixel
@@ -31,12 +30,8 @@ class SerialPool:
 
     num_workers = 1
 
-    def map(
-        self, function: Callable[[Item], Result], items: Sequence[Item], *, until: Callable[[], bool] = never
-    ) -> Iterator[tuple[int, Result]]:
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
         for index, item in enumerate(items):
-            if until():
-                return
             yield index, function(item)
 
 

@@ -23,7 +23,7 @@ from typing import TypeVar
 
 from dpkd.data.settings import FolderSource
 from dpkd.data.shards import Dataset
-from dpkd.launch.pool import LocalPool, Pool, never
+from dpkd.launch.pool import LocalPool, Pool
 from dpkd.report.quarantine import Quarantine
 from dpkd.settings import DataSettings, PrepareSettings
 from dpkd.stages.pack import pack
@@ -67,11 +67,9 @@ class _MarkingPool:
         self._folder = folder
         self.num_workers = pool.num_workers
 
-    def map(
-        self, function: Callable[[Item], Result], items: Sequence[Item], *, until: Callable[[], bool] = never
-    ) -> Iterator[tuple[int, Result]]:
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
         """See `Pool.map`."""
-        return self._pool.map(partial(_marked, function, str(self._folder)), list(enumerate(items)), until=until)
+        return self._pool.map(partial(_marked, function, str(self._folder)), list(enumerate(items)))
 
 
 def _marked(function: Callable[[Item], Result], folder: str, item: tuple[int, Item]) -> Result:

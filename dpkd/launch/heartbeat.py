@@ -4,6 +4,7 @@ import mmap
 import os
 import struct
 import threading
+import time
 from dataclasses import dataclass
 
 STEADY = "train"
@@ -36,6 +37,18 @@ class Heartbeat:
         """The heartbeat in the first `SIZE` bytes of the memory."""
         pulses, beats, allowance, step, thread, phase = _LAYOUT.unpack(memory[:SIZE])
         return cls(pulses, beats, allowance, step, thread, phase.rstrip(b"\0").decode())
+
+
+class RunClock:
+    """The seconds for which this process ran: a pause of it, or of the whole machine, counts little."""
+
+    def __init__(self, tick_s: float) -> None:
+        self._tick_s, self._checked_s = tick_s, time.monotonic()
+
+    def passed_s(self) -> float:
+        """Seconds since the last call, which comes every tick or so, and no more than two ticks."""
+        before_s, self._checked_s = self._checked_s, time.monotonic()
+        return min(self._checked_s - before_s, 2 * self._tick_s)
 
 
 class _Writer:

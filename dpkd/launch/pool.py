@@ -14,10 +14,10 @@ import pickle
 import signal
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from functools import lru_cache
 from itertools import count
 from multiprocessing.connection import Connection, wait
@@ -27,7 +27,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from dpkd.errors import StorageUnavailable, WorkerFailed, portable
 from dpkd.io.errors import may_pass
 from dpkd.launch.forking import ONE_THREAD
-from dpkd.launch.heartbeat import RESTING, heartbeat
+from dpkd.launch.heartbeat import RESTING, RunClock, heartbeat
 from dpkd.launch.settings import START_TIMEOUT_S
 from dpkd.launch.watchdog import WatchOrder, read_hangs, watched
 
@@ -37,76 +37,25 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 NUM_RETRIES = 3
-"""Times that an item whose worker died, or whose storage failed in a way that may pass, is tried again."""
-FIRST_PAUSE_S, PAUSE_GROWTH = 0.5, 3.0
-"""Before an item whose storage failed is tried again: 0.5, 1.5 and 4.5 s."""
-
+"""Times that an item whose worker died is tried again."""
+PAUSES_S = (0.5, 1.5, 4.5)
+"""Before each time that an item whose storage failed is tried again."""
 END_PATIENCE_S = 5.0
 """Seconds in which a worker is to end by itself."""
 POLL_S = 1.0
 
 
-def never() -> bool:
-    """The end of work that nobody cuts short."""
-    return False
-
-
 class Pool(Protocol):
     """Independent work on items, in any order."""
 
-    num_workers: int
-
-    def map(
-        self, function: Callable[[Item], Result], items: Sequence[Item], *, until: Callable[[], bool] = never
-    ) -> Iterator[tuple[int, Result]]:
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
         """Yields (index of the item, result) as they finish; an item whose worker died is tried again elsewhere.
 
-        Ends early, and its workers with it, once `until` is true, which it asks every second or so. Function, items and
-        results must pickle; a worker unpickles the function once and keeps it. An exception of `function` itself is
-        raised here unchanged, and the rest of the work is cancelled, as it is when the iterator is closed. Raises
-        `WorkerFailed` when `NUM_RETRIES` + 1 workers died of an item, which it names, or one after the other before
-        they came up; and `StorageUnavailable`, naming the item, when its storage has failed as often.
+        Function, items and results must pickle; a worker unpickles the function once and keeps it. An exception of
+        `function` itself is raised here unchanged, and the rest of the work is cancelled, as it is when the iterator
+        is closed. Raises `WorkerFailed` when `NUM_RETRIES` + 1 workers died of an item, which it names, or one after
+        the other before they came up; and `StorageUnavailable`, naming the item, when its storage has failed as often.
         """
-
-
-class Deaths(Generic[Item]):
-    """Counts the workers that each item has cost, and gives an item up."""
-
-    def __init__(self, items: Sequence[Item], *, order: WatchOrder | None = None) -> None:
-        self._items, self._order = items, order
-        self._num_deaths: dict[int, int] = {}
-        self.num_failed_starts = 0
-        """One after the other."""
-
-    def add(self, index: int | None, *, number: int, reason: str) -> None:
-        """Counts the death of worker `number` on item `index`, or before it came up (None).
-
-        Raises `WorkerFailed` once there are too many.
-        """
-        try:
-            reason = next((str(hang) for hang in read_hangs(self._order) if hang.rank == number), reason)
-        except OSError as error:
-            reason = f"{reason}; its hang report cannot be read: {error}"
-        if index is None:
-            self.num_failed_starts += 1
-            if self.num_failed_starts > NUM_RETRIES:
-                raise WorkerFailed(f"{self.num_failed_starts} workers did not come up, one after the other: {reason}")
-            _log.warning("a worker did not come up, another is started: %s", reason)
-            return
-        num_deaths = self._num_deaths[index] = self._num_deaths.get(index, 0) + 1
-        if num_deaths > NUM_RETRIES:
-            raise WorkerFailed(
-                f"{num_deaths} workers died, one after the other, on item {index}: {_named(self._items[index])} "
-                f"({reason}). "
-                "Out of memory? Run with fewer launcher.pool_workers, or take the item out."
-            )
-        _log.warning("a worker died (%s), and another does its item: %s", reason, _named(self._items[index]))
-
-
-def _named(item: object) -> str:
-    """The item as an error names it."""
-    text = repr(item)
-    return text if len(text) <= 200 else text[:200] + "…"
 
 
 @dataclass(frozen=True)
@@ -117,40 +66,113 @@ class Accelerator:
     device: str
 
 
-@dataclass
-class _PoolWorker:
-    """A process, our end of its pipe, its own environment variables, and the item that it works on."""
+@dataclass(eq=False, kw_only=True)
+class PoolWorker:
+    """A process that works on one item at a time."""
 
     number: int
-    process: BaseProcess
-    connection: Connection
-    environment: Mapping[str, str]
     index: int | None = None
-    is_up: bool = False
-    starting_s: float = 0.0
-
-    def send(self, message: Any) -> None:
-        """Sends a message; if the worker is dead already, that shows when its answer is read."""
-        with suppress(BrokenPipeError, ConnectionResetError):
-            self.connection.send(message)
-
-    def receive(self) -> bytes | None:
-        """What the worker sent; None if it died, also in the middle of a message."""
-        try:
-            return self.connection.recv_bytes()
-        except (EOFError, OSError):
-            return None
-
-    def end(self) -> str:
-        """Waits for the end of a worker whose pipe is closed; returns how it ended."""
-        self.process.join(END_PATIENCE_S)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
-        late = "" if self.is_up else f", {self.starting_s:.0f} s after its start"
-        return f"exit code {self.process.exitcode}{late}"
+    """The item that it has."""
 
 
+Worker = TypeVar("Worker", bound=PoolWorker)
+
+
+@dataclass(frozen=True)
+class Event(Generic[Worker]):
+    """A worker that came up, answered or died."""
+
+    worker: Worker
+    answer: bytes = b""
+    death: str = ""
+    """How it died, if it did."""
+    node_lost: bool = False
+    """It died with its node, or its answer did: no fault of the item."""
+
+
+class PoolWorkers(Protocol[Worker]):
+    """The workers of one `map`."""
+
+    def start(self, num_expected: int) -> None:
+        """Starts workers until so many come up or work, as far as there is room."""
+
+    def give(self, worker: Worker, item: Any) -> None:
+        """Gives an item to a worker that is free."""
+
+    def end(self, worker: Worker) -> None:
+        """Ends a worker that is free, so that others can have its resources."""
+
+    def end_all(self) -> None:
+        """Ends all workers, also in the middle of an item."""
+
+    def next_event(self) -> Event[Worker] | None:
+        """Waits a second or so for an event."""
+
+
+def map_items(
+    workers: PoolWorkers[Worker], items: Sequence[Any], *, order: WatchOrder | None
+) -> Iterator[tuple[int, Any]]:
+    """What `Pool.map` promises, with these workers, which are watched as ordered."""
+    waiting = deque(range(len(items)))
+    num_working = 0
+    num_deaths: Counter[int | None] = Counter()  # by item; None: before they came up, one after the other
+    try:
+        while waiting or num_working:
+            workers.start(len(waiting) + num_working)
+            event = workers.next_event()
+            if event is None:
+                continue
+            worker, index = event.worker, event.worker.index
+            num_working -= index is not None
+            if event.death:
+                if index is not None:
+                    waiting.appendleft(index)
+                if event.node_lost:
+                    _log.info("lost a worker with its node, its work goes to others: %s", event.death)
+                else:
+                    num_deaths[index] += 1
+                    _judge_death(event, num_deaths[index], items=items, order=order)
+                continue
+            num_deaths[None] = 0
+            if waiting:
+                worker.index = waiting.popleft()
+                num_working += 1
+                workers.give(worker, items[worker.index])
+            else:
+                workers.end(worker)
+            if index is not None:
+                yield index, result_of(event.answer)
+    finally:
+        workers.end_all()
+
+
+def _judge_death(event: Event[Worker], num_deaths: int, *, items: Sequence[Any], order: WatchOrder | None) -> None:
+    """Logs the death of a worker; raises `WorkerFailed` where its item, or the start, has cost too many."""
+    index, reason = event.worker.index, event.death
+    with suppress(OSError):  # a report that cannot be read says no more than the exit code
+        reason = next((str(hang) for hang in read_hangs(order) if hang.rank == event.worker.number), reason)
+    if index is None:
+        warning = f"a worker did not come up, another is started: {reason}"
+        failure = f"{num_deaths} workers did not come up, one after the other: {reason}"
+    else:
+        name = _short(items[index])
+        warning = f"a worker died ({reason}), and another does its item: {name}"
+        failure = (
+            f"{num_deaths} workers died, one after the other, on item {index}: {name} ({reason}). "
+            "Out of memory? Run with fewer launcher.pool_workers, or take the item out."
+        )
+    if num_deaths > NUM_RETRIES:
+        raise WorkerFailed(failure)
+    _log.warning(warning)
+
+
+def _short(item: object) -> str:
+    """The item as an error names it."""
+    text = repr(item)
+    return text if len(text) <= 200 else text[:200] + "…"
+
+
+@dataclass
 class LocalPool:
     """Spawned processes on this machine, started by each `map` and gone with it.
 
@@ -159,104 +181,122 @@ class LocalPool:
     after `start_timeout_s`, by this process.
     """
 
-    def __init__(
-        self,
-        num_workers: int,
-        *,
-        environments: Sequence[Mapping[str, str]] | None = None,
-        order: WatchOrder | None = None,
-        start_timeout_s: float = START_TIMEOUT_S,
-    ) -> None:
-        assert num_workers >= 1, num_workers
-        assert environments is None or len(environments) == num_workers, "one environment a worker"
-        self.num_workers = num_workers
-        self._environments = environments or [{}] * num_workers
-        self._order, self._start_timeout_s, self._numbers = order, start_timeout_s, count()
+    num_workers: int
+    _: KW_ONLY
+    environments: Sequence[Mapping[str, str]] | None = None
+    order: WatchOrder | None = None
+    start_timeout_s: float = START_TIMEOUT_S
+    numbers: Iterator[int] = field(default_factory=count)
+    """Of the workers, over all calls: reports of hangs are named by them."""
 
-    def map(
-        self, function: Callable[[Item], Result], items: Sequence[Item], *, until: Callable[[], bool] = never
-    ) -> Iterator[tuple[int, Result]]:
-        deaths = Deaths(items, order=self._order)
-        waiting = deque(range(len(items)))
-        free = list(self._environments)
-        workers: list[_PoolWorker] = []
-        try:
-            while (waiting or any(worker.index is not None for worker in workers)) and not until():
-                while free and sum(worker.index is None for worker in workers) < len(waiting):
-                    workers.append(self._start_worker(free.pop(0)))
-                for worker in workers:
-                    if worker.is_up and worker.index is None and waiting:
-                        worker.index = waiting.popleft()
-                        worker.send(items[worker.index])
-                for worker in self._ready(workers):
-                    message = worker.receive()
-                    if message is None:
-                        workers.remove(worker)
-                        free.append(worker.environment)
-                        if worker.index is not None:
-                            waiting.appendleft(worker.index)
-                        deaths.add(worker.index, number=worker.number, reason=worker.end())
-                    elif worker.index is None:
-                        worker.is_up = True
-                        deaths.num_failed_starts = 0
-                        worker.send(function)
-                    else:
-                        index, worker.index = worker.index, None
-                        yield index, result_of(message)
-        finally:
-            _end_all(workers)
-
-    def _start_worker(self, environment: Mapping[str, str]) -> _PoolWorker:
-        context, number = multiprocessing.get_context("spawn"), next(self._numbers)
-        ours, theirs = context.Pipe()
-        arguments = (theirs, environment, self._order, number)
-        process = context.Process(target=_serve, args=arguments, name="dpkd-pool", daemon=True)
-        process.start()
-        theirs.close()  # so that its death reads as the end of the pipe
-        return _PoolWorker(number, process, ours, environment)
-
-    def _ready(self, workers: list[_PoolWorker]) -> list[_PoolWorker]:
-        """Waits a little for workers that have come up, answered or died; ends those that do not come up."""
-        expected = {worker.connection: worker for worker in workers if worker.index is not None or not worker.is_up}
-        began_s = time.monotonic()
-        ready = wait(list(expected), timeout=POLL_S)
-        passed_s = min(time.monotonic() - began_s, 2 * POLL_S)  # a pause of the whole machine counts little
-        for worker in expected.values():
-            if not worker.is_up:
-                worker.starting_s += passed_s
-                if worker.starting_s > self._start_timeout_s:
-                    worker.process.kill()
-        return [expected[connection] for connection in ready if isinstance(connection, Connection)]
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
+        return map_items(_LocalWorkers(self, pickle.dumps(function)), items, order=self.order)
 
 
-def _end_all(workers: Sequence[_PoolWorker]) -> None:
-    for worker in workers:
+@dataclass(eq=False, kw_only=True)
+class _LocalWorker(PoolWorker):
+    """A process, our end of its pipe, and its own environment variables."""
+
+    process: BaseProcess
+    connection: Connection
+    environment: Mapping[str, str]
+    is_up: bool = False
+    starting_s: float = 0.0
+
+    def wait_for_end(self) -> None:
+        self.connection.close()
+        self.process.join(END_PATIENCE_S)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+class _LocalWorkers:
+    """Spawned processes, each with a pipe."""
+
+    def __init__(self, pool: LocalPool, function: bytes) -> None:
+        self._pool, self._function = pool, function
+        self._environments = list(pool.environments or [{}] * pool.num_workers)  # those that no worker has
+        assert len(self._environments) == pool.num_workers >= 1, "one environment a worker"
+        self._all: list[_LocalWorker] = []
+        self._expected: dict[Any, _LocalWorker] = {}  # those that come up or work, by our end of the pipe
+        self._ready: deque[Any] = deque()  # of these, what came up, answered or died
+
+    def start(self, num_expected: int) -> None:
+        while self._environments and len(self._expected) < num_expected:
+            environment, number = self._environments.pop(0), next(self._pool.numbers)
+            context = multiprocessing.get_context("spawn")
+            ours, theirs = context.Pipe()
+            arguments = (theirs, self._function, environment, self._pool.order, number)
+            process = context.Process(target=_serve, args=arguments, name="dpkd-pool", daemon=True)
+            process.start()
+            theirs.close()  # so that its death reads as the end of the pipe
+            worker = _LocalWorker(number=number, process=process, connection=ours, environment=environment)
+            self._all.append(worker)
+            self._expected[ours] = worker
+
+    def give(self, worker: _LocalWorker, item: Any) -> None:
+        self._expected[worker.connection] = worker
+        with suppress(BrokenPipeError, ConnectionResetError):  # it died, which shows when its answer is read
+            worker.connection.send(item)
+
+    def end(self, worker: _LocalWorker) -> None:
         worker.connection.close()
-        if worker.index is not None or not worker.is_up:
-            worker.process.terminate()
-    for worker in workers:
-        worker.end()
+
+    def end_all(self) -> None:
+        for worker in self._all:
+            worker.connection.close()
+            if worker.connection in self._expected:
+                worker.process.terminate()
+        for worker in self._all:
+            worker.wait_for_end()
+
+    def next_event(self) -> Event[_LocalWorker] | None:
+        if not self._ready:
+            clock = RunClock(POLL_S)
+            self._ready.extend(wait(list(self._expected), timeout=POLL_S))
+            passed_s = clock.passed_s()
+            for worker in self._expected.values():
+                worker.starting_s += 0.0 if worker.is_up else passed_s
+                if worker.starting_s > self._pool.start_timeout_s:
+                    worker.process.kill()
+        if not self._ready:
+            return None
+        worker = self._expected.pop(self._ready.popleft())
+        try:
+            answer = worker.connection.recv_bytes()
+        except (EOFError, OSError):  # it died, perhaps in the middle of a message
+            self._all.remove(worker)
+            self._environments.append(worker.environment)
+            worker.wait_for_end()
+            late = "" if worker.is_up else f", {worker.starting_s:.0f} s after its start"
+            return Event(worker, death=f"exit code {worker.process.exitcode}{late}")
+        worker.is_up = True
+        return Event(worker, answer)
 
 
-def _serve(connection: Connection, environment: Mapping[str, str], order: WatchOrder | None, number: int) -> None:
-    """The life of a worker: receives the function, then items, until the pipe ends."""
+def _serve(
+    connection: Connection, function: bytes, environment: Mapping[str, str], order: WatchOrder | None, number: int
+) -> None:
+    """The life of a worker: receives items until the pipe ends."""
     for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the parent decides
     os.environ.update({**ONE_THREAD, **environment})  # before the function brings in numpy
     with watched(order, rank=number), suppress(EOFError, BrokenPipeError, ConnectionResetError):
         heartbeat(RESTING)
         connection.send_bytes(b"up")
-        pickled = connection.recv_bytes()
-        load = lru_cache(maxsize=1)(lambda: pickle.loads(pickled))
         while True:
-            connection.send_bytes(answer_to(load, connection.recv_bytes()))
+            connection.send_bytes(answer_to(function, connection.recv_bytes()))
 
 
-def answer_to(load: Callable[[], Callable[[Any], Any]], item: bytes) -> bytes:
+_load = lru_cache(maxsize=1)(pickle.loads)
+
+
+def answer_to(function: bytes, item: bytes) -> bytes:
     """The pickled answer of a worker to a pickled item: (result, error, its traceback)."""
     heartbeat("load")
     try:
-        result = _call_until_storage_answers(load(), pickle.loads(item))
+        result = _call_until_storage_answers(_load(function), pickle.loads(item))
         return pickle.dumps((result, None, ""), pickle.HIGHEST_PROTOCOL)
     except Exception as error:  # noqa: BLE001  crosses to the parent, which raises it
         trace = traceback.format_exc()
@@ -274,18 +314,17 @@ def result_of(answer: bytes) -> Any:
 
 
 def _call_until_storage_answers(function: Callable[[Any], Any], item: Any) -> Any:
-    for attempt in count():
+    for pause_s in (*PAUSES_S, None):
         heartbeat("item")
         try:
             return function(item)
         except Exception as error:  # passed on, unless it is storage that may answer later
             if not may_pass(error):
                 raise
-            if attempt == NUM_RETRIES:
-                message = f"{_named(item)}: storage failed {attempt + 1} times, at last with: {error}"
+            if pause_s is None:
+                message = f"{_short(item)}: storage failed {len(PAUSES_S) + 1} times, at last with: {error}"
                 raise StorageUnavailable(message) from error
-            pause_s = FIRST_PAUSE_S * PAUSE_GROWTH**attempt
-            _log.warning("%s: storage failed, trying again in %.1f s: %s", _named(item), pause_s, error)
+            _log.warning("%s: storage failed, trying again in %.1f s: %s", _short(item), pause_s, error)
         heartbeat(RESTING)
         time.sleep(pause_s)
     raise AssertionError("never reached")

@@ -128,7 +128,7 @@ class Here:
     def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         """See `Pool.map`."""
         for index, item in enumerate(items):
-            yield index, result_of(answer_to(lambda: function, pickle.dumps(item)))
+            yield index, result_of(answer_to(pickle.dumps(function), pickle.dumps(item)))
 
     def run(self, work: Callable[[Any], None], argument: Any, *, supervision: Supervision = UNSUPERVISED) -> None:
         """See `WorkerGroup.run`."""

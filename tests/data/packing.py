@@ -12,7 +12,7 @@ from PIL import Image
 
 from dpkd.data.settings import FolderSource
 from dpkd.data.shards import Dataset
-from dpkd.launch.pool import Item, Pool, Result, never
+from dpkd.launch.pool import Item, Pool, Result
 from dpkd.report.quarantine import Quarantine
 from dpkd.settings import DataSettings
 from dpkd.stages.pack import pack
@@ -26,13 +26,9 @@ class SerialPool:
     def __init__(self, *, last_first: bool = False) -> None:
         self.last_first = last_first
 
-    def map(
-        self, function: Callable[[Item], Result], items: Sequence[Item], *, until: Callable[[], bool] = never
-    ) -> Iterator[tuple[int, Result]]:
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
         numbers = range(len(items))
         for number in reversed(numbers) if self.last_first else numbers:
-            if until():
-                return
             yield number, function(items[number])
 
 
