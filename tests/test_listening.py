@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from dpkd.backends.local_workers import LocalWorkers
+from dpkd.launch.settings import LauncherSettings
 from tests.worker_group_work import listening, write_where_they_listen
 from tools.local_ray_cluster import LocalCluster
 
@@ -57,7 +58,7 @@ def sampled_listeners() -> Iterator[set[tuple[str, int]]]:
 def test_workers_of_one_machine_and_their_driver_listen_on_loopback_alone(tmp_path):
     before = listening(os.getpid())  # what other tests left open
     with sampled_listeners() as of_the_driver:
-        LocalWorkers(2, max_restarts=0, threads=1).run(write_where_they_listen, str(tmp_path))
+        LocalWorkers(2, LauncherSettings(max_restarts=0, threads=1)).run(write_where_they_listen, str(tmp_path))
     assert of_the_driver
     assert all(is_loopback(host) for host, _ in of_the_driver), of_the_driver
     found = {address for path in tmp_path.iterdir() for address in path.read_text().split()} - (before - LOOPBACK)

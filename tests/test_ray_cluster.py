@@ -180,8 +180,9 @@ def test_workers_leave_a_node_that_drains_and_go_on_elsewhere(tmp_path: Path) ->
     script.write_text(
         "import pathlib, ray\n"
         "from dpkd.backends.ray_workers import RayWorkers\n"
+        "from dpkd.launch.settings import LauncherSettings\n"
         "from tests.worker_group_work import save_and_move\n"
-        "workers = RayWorkers(2, max_restarts=0, threads=1)\n"
+        "workers = RayWorkers(2, LauncherSettings(max_restarts=0, threads=1))\n"
         f"pathlib.Path({str(tmp_path)!r}, 'driver').write_text(ray.get_runtime_context().get_node_id())\n"
         f"workers.run(save_and_move, {str(tmp_path)!r})\n"
     )
@@ -213,9 +214,10 @@ def test_a_session_shrinks_with_the_cluster_and_grows_with_it_after_a_save(tmp_p
     script = tmp_path / "driver.py"
     script.write_text(
         "from dpkd.backends.ray_workers import RayWorkers\n"
+        "from dpkd.launch.settings import LauncherSettings\n"
         "from dpkd.launch.world_size import WorldSizeRange\n"
         "from tests.worker_group_work import save_until_the_end\n"
-        "workers = RayWorkers(WorldSizeRange((1, 2), grow_after_s=1.0), max_restarts=1, threads=1)\n"
+        "workers = RayWorkers(WorldSizeRange((1, 2), grow_after_s=1.0), LauncherSettings(max_restarts=1, threads=1))\n"
         f"workers.run(save_until_the_end, {str(tmp_path)!r})\n"
     )
     generations = tmp_path / "generations"

@@ -1,6 +1,5 @@
 """What Ray workers alone has to bear: its coordinator, a lost actor of Ray's own, a cluster that others use too."""
 
-import asyncio
 import os
 import signal
 import subprocess
@@ -18,27 +17,13 @@ from ray._private.state import actors
 from dpkd.backends.ray_coordinator import Coordinator
 from dpkd.backends.ray_workers import RayWorkers
 from dpkd.errors import StopRequested
+from dpkd.launch.settings import LauncherSettings
 from dpkd.launch.worker_group import Restart, Supervision
 from tests.chaos import report
 from tests.worker_group_work import save_alone_when_asked_to_stop, wait_for_go
 from tools.local_ray_cluster import LocalCluster
 
 pytestmark = pytest.mark.serial
-
-
-def test_workers_that_save_keep_the_time_that_they_were_given():
-    async def asked_twice() -> tuple[float, bool, bool]:
-        coordinator = Coordinator()
-        await coordinator.stop(12.0)  # a node is about to leave
-        at_once = asyncio.create_task(coordinator.wait_for_end())
-        await coordinator.stop(30.0)  # a signal to the driver
-        await asyncio.sleep(0.05)
-        before = at_once.done()
-        await coordinator.end()  # a second Ctrl-C
-        await asyncio.wait_for(at_once, timeout=5)
-        return await coordinator.wait_for_stop(), before, at_once.done()
-
-    assert asyncio.run(asked_twice()) == (12.0, False, True)
 
 
 @pytest.mark.chaos
@@ -54,7 +39,9 @@ def test_an_actor_that_is_lost_costs_a_restart_at_most(tmp_path, actor):
 
     threading.Thread(target=strike, daemon=True).start()
     restarts: list[Restart] = []
-    RayWorkers(2, max_restarts=1).run(wait_for_go, str(tmp_path), supervision=Supervision(on_restart=restarts.append))
+    RayWorkers(2, LauncherSettings(max_restarts=1)).run(
+        wait_for_go, str(tmp_path), supervision=Supervision(on_restart=restarts.append)
+    )
     assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
     assert len(restarts) == 1
     report.record(
@@ -99,7 +86,7 @@ def test_what_ray_keeps_of_a_generation_is_of_no_use_to_the_next(tmp_path, monke
         struck = threads.submit(strike)
         struck.add_done_callback(lambda _: (tmp_path / "go").touch())
         try:
-            RayWorkers(2, max_restarts=1).run(
+            RayWorkers(2, LauncherSettings(max_restarts=1)).run(
                 wait_for_go, str(tmp_path), supervision=Supervision(on_restart=restarts.append)
             )
         finally:
@@ -132,9 +119,10 @@ def test_workers_start_with_what_another_job_leaves_them(tmp_path):
     script.write_text(
         "import ray\n"
         "from dpkd.backends.ray_workers import RayWorkers\n"
+        "from dpkd.launch.settings import LauncherSettings\n"
         "from dpkd.backends.ray_coordinator import Coordinator\n"
         "from tests.worker_group_work import say_cpus\n"
-        "workers = RayWorkers(1, max_restarts=0)\n"
+        "workers = RayWorkers(1, LauncherSettings(max_restarts=0))\n"
         "other = ray.remote(num_cpus=2)(Coordinator).remote()\n"
         "ray.get(other.status.remote())\n"
         f"workers.run(say_cpus, {str(tmp_path)!r})\n"
@@ -156,7 +144,7 @@ def test_a_session_that_finds_no_room_may_be_stopped(tmp_path):
     ray.get(other.status.remote())
     threading.Timer(5.0, os.kill, (os.getpid(), 15)).start()
     with pytest.raises(StopRequested, match="before its workers were started"):
-        RayWorkers(2, max_restarts=0).run(save_alone_when_asked_to_stop, str(tmp_path))
+        RayWorkers(2, LauncherSettings(max_restarts=0)).run(save_alone_when_asked_to_stop, str(tmp_path))
     ray.kill(other)
     assert not list(tmp_path.iterdir())
 
@@ -171,8 +159,9 @@ def test_processes_that_start_slowly_have_the_time_that_the_settings_give_them(t
     script.write_text(
         "import sys\n"
         "from dpkd.backends.ray_workers import RayWorkers\n"
+        "from dpkd.launch.settings import LauncherSettings\n"
         "from tests.worker_group_work import touch_for_rank\n"
-        "workers = RayWorkers(1, max_restarts=0, start_timeout_s=float(sys.argv[1]))\n"
+        "workers = RayWorkers(1, LauncherSettings(max_restarts=0, start_timeout_s=float(sys.argv[1])))\n"
         f"workers.run(touch_for_rank, {str(tmp_path)!r})\n"
     )
     root = str(Path(__file__).resolve().parents[1])

@@ -30,6 +30,7 @@ from dpkd.engine.protocol import Engine
 from dpkd.engine.settings import EngineSettings, OptimizerSettings
 from dpkd.engine.state import Writer
 from dpkd.io.checkpoint_store import MANIFEST
+from dpkd.launch.settings import LauncherSettings
 from dpkd.models.parameters import parameter_groups
 from dpkd.train.checkpoint import Checkpoints
 
@@ -55,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         for workers in map(int, options.workers.split(",")):
             with tempfile.TemporaryDirectory(prefix="dpkd-checkpoint-", dir=options.folder) as folder:
                 case = Case(engine, workers, options, folder)
-                LocalWorkers(workers, max_restarts=0, threads=options.threads).run(work, case)
+                settings = LauncherSettings(max_restarts=0, threads=options.threads)
+                LocalWorkers(workers, settings).run(work, case)
                 results.append(_result(case))
             print(json.dumps(results[-1]) if options.json else _line(results[-1]), flush=True)
     return results

@@ -65,7 +65,6 @@ class _MarkingPool:
     def __init__(self, pool: Pool, folder: Path) -> None:
         self._pool = pool
         self._folder = folder
-        self.num_workers = pool.num_workers
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
         """See `Pool.map`."""

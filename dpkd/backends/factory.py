@@ -67,8 +67,6 @@ def make_worker_group(settings: LauncherSettings, *, sizes: Sequence[int] = (), 
 
     `module` holds what they are to run; those of this machine load it from here on.
     """
-    keys = {"max_restarts", "threads", "stop_grace_s", "hang_timeout_s", "start_timeout_s"}
-    options = settings.model_dump(include=keys)
     chosen = WorldSizeRange(tuple(sizes), settings.grow_after_s) if sizes else None
     if launcher_kind(settings) == "local":
         load_ahead("dpkd.backends.local_workers", module)
@@ -77,7 +75,7 @@ def make_worker_group(settings: LauncherSettings, *, sizes: Sequence[int] = (), 
         here, num_workers = node_resources(), None
         if chosen is not None:
             num_workers = chosen.choose([here], threads=settings.threads, use_gpu=here.gpus > 0)
-        return LocalWorkers(num_workers, **options)
+        return LocalWorkers(num_workers, settings)
     from dpkd.backends.ray_workers import RayWorkers  # noqa: PLC0415
 
-    return RayWorkers(chosen, **options)
+    return RayWorkers(chosen, settings)

@@ -33,22 +33,22 @@ import torch
 import torch.distributed as dist
 
 from dpkd.engine import world
-from dpkd.errors import StopRequested, StorageError, UserError
+from dpkd.errors import StopRequested
 from dpkd.io.temporary_folder import lasting_folder
 from dpkd.launch.forking import end_with_parent, fork_server_ends, load_ahead
-from dpkd.launch.settings import START_TIMEOUT_S
-from dpkd.launch.signals import STOP_SIGNALS, block_stop_signals, stop_handlers
-from dpkd.launch.watchdog import WatchOrder, watched
+from dpkd.launch.heartbeat import RunClock
+from dpkd.launch.settings import LauncherSettings
+from dpkd.launch.signals import STOP_SIGNALS, block_stop_signals
+from dpkd.launch.watchdog import watched
 from dpkd.launch.worker_group import (
     FOR_MEMORY,
     UNSUPERVISED,
     Failure,
-    RestartPolicy,
     StopRequests,
     Supervision,
+    Task,
     late_start,
     run_with_restarts,
-    with_reports,
 )
 from dpkd.launch.world_size import NodeResources
 from dpkd.log import safe_output
@@ -58,59 +58,34 @@ END_PATIENCE_S = 5.0
 """What workers have to end by themselves once one has failed, or all are done."""
 SAME_S = 0.5
 FOR_A_PEER = "another had failed"
-LAST_BYTES = 1 << 16
-EXIT_UNSEEN = 255
-"""What `multiprocessing` gives for a process whose fork server ended first."""
 LOOPBACK = "127.0.0.1"
-EXIT_CODES: dict[type[Exception], int] = {UserError: 2, StorageError: 2, StopRequested: 75}
 
 
 class LocalWorkers:
     """`num_workers` processes on this machine (None: one a GPU, or one); the first one's output is the user's.
 
-    `threads` are the CPU threads of one worker (None: the cores shared out, unless OMP_NUM_THREADS says). Workers that
-    were asked to stop are killed after `stop_grace_s`, or at a second Ctrl-C; workers that are not at work after
+    Without `threads` in the settings they share the cores out, unless OMP_NUM_THREADS says otherwise. Workers that were
+    asked to stop are killed after `stop_grace_s`, or at a second Ctrl-C; those that are not at work after
     `start_timeout_s` are killed too.
     """
 
-    def __init__(
-        self,
-        num_workers: int | None = None,
-        *,
-        max_restarts: int,
-        threads: int | None = None,
-        stop_grace_s: float = 30.0,
-        hang_timeout_s: float | None = None,
-        start_timeout_s: float = START_TIMEOUT_S,
-    ) -> None:
+    def __init__(self, num_workers: int | None, settings: LauncherSettings) -> None:
         assert num_workers is None or num_workers >= 1, num_workers
-        self.num_workers = num_workers or max(1, torch.cuda.device_count())
-        self._policy = RestartPolicy(max_restarts)
-        if threads is None and "OMP_NUM_THREADS" not in os.environ:
-            threads = max(1, node_resources().cpus // self.num_workers)
-        self._threads = threads
-        self._stop_grace_s, self._start_timeout_s = stop_grace_s, start_timeout_s
-        self._hang_timeout_s = hang_timeout_s
+        self._num_workers = num_workers or max(1, torch.cuda.device_count())
+        self._settings = settings
+        self._threads = settings.threads
+        if self._threads is None and "OMP_NUM_THREADS" not in os.environ:
+            self._threads = max(1, node_resources().cpus // self._num_workers)
 
     def run(self, work: Callable[[Any], None], argument: Any, *, supervision: Supervision = UNSUPERVISED) -> None:
         modules = (__name__, work.__module__)
-        stop = StopRequests()
-        with lasting_folder("workers", secrets.token_hex(4)) as folder:
+        with lasting_folder("workers", secrets.token_hex(4)) as folder, fork_server_ends(*modules):
 
-            def run_once() -> list[Failure]:
-                order = WatchOrder.begin(supervision.hangs, hang_timeout_s=self._hang_timeout_s)
-                generation = _Generation(
-                    _Task(work, argument, Path(tempfile.mkdtemp(dir=folder)), self.num_workers, self._threads, order),
-                    stop,
-                    grace_s=self._stop_grace_s,
-                    start_timeout_s=self._start_timeout_s,
-                )
-                return with_reports(generation.run(load_ahead(*modules)), order)
+            def run_once(task: Task, stop: StopRequests) -> list[Failure]:
+                place = _Place(Path(tempfile.mkdtemp(dir=folder)), self._num_workers, self._threads)
+                return _Generation(task, place, stop, self._settings).run(load_ahead(*modules))
 
-            with stop_handlers(stop.on_signal), fork_server_ends(*modules):
-                run_with_restarts(
-                    run_once, policy=self._policy, stop_requested=lambda: stop.count > 0, supervision=supervision
-                )
+            run_with_restarts(run_once, work, argument, settings=self._settings, supervision=supervision)
 
 
 def node_resources() -> NodeResources:
@@ -120,30 +95,25 @@ def node_resources() -> NodeResources:
 
 
 @dataclass(frozen=True)
-class _Task:
-    """What the workers of a generation are to do."""
+class _Place:
+    """Where the workers of a generation are, and how many."""
 
-    work: Callable[[Any], None]
-    argument: Any
     folder: Path
-    """Of the generation."""
     num_workers: int
     threads: int | None
-    order: WatchOrder | None
 
 
 class _Generation:
     """The workers of a task from their start until all have ended."""
 
-    def __init__(self, task: _Task, stop: StopRequests, *, grace_s: float, start_timeout_s: float) -> None:
-        self._task, self._stop = task, stop
-        self._grace_s, self._start_timeout_s = grace_s, start_timeout_s
+    def __init__(self, task: Task, place: _Place, stop: StopRequests, settings: LauncherSettings) -> None:
+        self._task, self._place, self._stop, self._settings = task, place, stop, settings
         self._workers: dict[int, BaseProcess] = {}
         self._not_started: list[Failure] = []
         self._asked: set[int] = set()
         self._killed_for: dict[int, str] = {}
         self._ended_s: dict[int, float] = {}
-        self._state, self._state_s, self._clock_s = "working", 0.0, 0.0
+        self._starting_s = self._stopping_s = self._ending_s = 0.0
 
     def run(self, start_method: str) -> list[Failure]:
         """Runs them; returns how they failed, if they did."""
@@ -153,32 +123,25 @@ class _Generation:
         _store = dist.TCPStore(  # type: ignore[attr-defined]
             LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
+        context: Any = multiprocessing.get_context(start_method)
         try:
-            self._start(port, start_method)
-            checked_s = time.monotonic()
+            for rank in range(self._place.num_workers):
+                arguments = (self._task, self._place, rank, port)
+                worker = context.Process(target=_enter, args=arguments, name=f"dpkd-worker-{rank}")
+                try:
+                    with block_stop_signals():  # until it has handlers of its own
+                        worker.start()
+                except Exception as error:  # noqa: BLE001  comes out as a failure
+                    self._not_started.append(Failure.of_error(rank, error))
+                    break
+                self._workers[rank] = worker
+            clock = RunClock(POLL_S)
             while living := self._living():
                 connection.wait([worker.sentinel for worker in living.values()], timeout=POLL_S)
-                before_s, checked_s = checked_s, time.monotonic()
-                self._check(min(checked_s - before_s, 2 * POLL_S))  # a pause of the whole machine counts little
+                self._check(clock.passed_s())
         finally:
             self._kill(self._living(), "")  # none, unless the error is ours
         return self._failures()
-
-    def _start(self, port: int, start_method: str) -> None:
-        """Starts the workers, one after the other, as far as that succeeds."""
-        context: Any = multiprocessing.get_context(start_method)
-        for rank in range(self._task.num_workers):
-            worker = context.Process(target=_enter, args=(self._task, rank, port), name=f"dpkd-worker-{rank}")
-            try:
-                with block_stop_signals():  # until it has handlers of its own
-                    worker.start()
-            except EOFError:
-                self._not_started.append(Failure(rank, "not started: the process to fork it from was ended"))
-                return
-            except Exception as error:  # noqa: BLE001  comes out as a failure
-                self._not_started.append(Failure.of_error(rank, error))
-                return
-            self._workers[rank] = worker
 
     def _living(self) -> dict[int, BaseProcess]:
         living = {rank: worker for rank, worker in self._workers.items() if worker.is_alive()}
@@ -188,31 +151,25 @@ class _Generation:
 
     def _check(self, passed_s: float) -> None:
         """Passes requests to stop on, and kills workers that have had their time."""
-        reported, living = self._reported(), self._living()
+        reported, living, done = self._reported(), self._living(), self._ranks("done")
         if self._stop.count:
             for rank in living.keys() - self._asked:
                 self._asked.add(rank)
                 living[rank].terminate()
-        done = self._ranks("done")
+        self._starting_s += passed_s
         ended = self._workers.keys() - living.keys()
         if self._stop.count or any(isinstance(failure.error, StopRequested) for failure in reported.values()):
-            state = "stopping"
-        elif reported or self._not_started or not ended <= done:
-            state = "failed"
-        else:
-            state = "done" if living.keys() <= done else "working"
-        self._clock_s += passed_s
-        self._state_s = self._state_s + passed_s if state == self._state else 0.0
-        self._state = state
+            self._stopping_s += passed_s
+        elif reported or self._not_started or not ended <= done or living.keys() <= done:
+            self._ending_s += passed_s
         if self._stop.count > 1:
             self._kill(living, "ended at a second Ctrl-C")
-        elif state == "stopping" and self._state_s > self._grace_s:
-            self._kill(living, f"not done {self._grace_s:.0f} s after it was asked to stop")
-        elif state in ("failed", "done") and self._state_s > END_PATIENCE_S:
+        elif self._stopping_s > self._settings.stop_grace_s:
+            self._kill(living, f"not done {self._settings.stop_grace_s:.0f} s after it was asked to stop")
+        elif self._ending_s > END_PATIENCE_S:
             self._kill(living, FOR_A_PEER)
-        elif self._clock_s > self._start_timeout_s:
-            late = living.keys() - self._ranks("up")
-            self._kill(late, late_start(self._start_timeout_s))
+        elif self._starting_s > self._settings.start_timeout_s:
+            self._kill(living.keys() - self._ranks("up"), late_start(self._settings.start_timeout_s))
 
     def _kill(self, ranks: Collection[int], why: str) -> None:
         for rank in ranks:
@@ -221,11 +178,12 @@ class _Generation:
 
     def _ranks(self, word: str) -> set[int]:
         """The ranks that have written a file of this name."""
-        return {int(path.stem) for path in self._task.folder.glob(f"*.{word}")}
+        return {int(path.stem) for path in self._place.folder.glob(f"*.{word}")}
 
     def _reported(self) -> dict[int, Failure]:
         """The failures that workers wrote down."""
-        return {int(path.stem): pickle.loads(path.read_bytes()) for path in sorted(self._task.folder.glob("*.pickle"))}
+        paths = sorted(self._place.folder.glob("*.pickle"))
+        return {int(path.stem): pickle.loads(path.read_bytes()) for path in paths}
 
     def _failures(self) -> list[Failure]:
         """What workers reported, and the deaths of those that reported nothing.
@@ -240,26 +198,22 @@ class _Generation:
             worker.join()
             if rank in reported or rank in done or self._killed_for.get(rank) == FOR_A_PEER:
                 continue
-            assert worker.exitcode is not None, "it has been waited for"
-            cause = self._killed_for.get(rank) or Failure.of_exit_code(rank, worker.exitcode).cause
-            if worker.exitcode == EXIT_UNSEEN:
-                cause = f"died, and with it the process that it was forked from{FOR_MEMORY}"
+            exit_code = worker.exitcode
+            assert exit_code is not None, "it has been waited for"
+            cause = self._killed_for.get(rank) or f"exited with code {exit_code}"
+            if exit_code < 0 and rank not in self._killed_for:
+                known = -exit_code in set(signal.Signals)
+                cause = f"killed by {signal.Signals(-exit_code).name if known else f'signal {-exit_code}'}"
+                cause += FOR_MEMORY if exit_code == -signal.SIGKILL else ""
+            log = self._place.folder / f"{rank}.log"
+            lines = log.read_text(errors="replace").splitlines()[-20:] if log.exists() else []
             ended_s = self._ended_s.get(rank, time.time())
             time_s = first_s if ended_s < first_s + SAME_S else ended_s
-            deaths.append(Failure(rank, cause + self._last_lines(rank), time_s=time_s))
+            deaths.append(Failure(rank, "\n".join([cause, *lines]), time_s=time_s))
         return [*self._not_started, *deaths, *reported.values()]
 
-    def _last_lines(self, rank: int, *, num_lines: int = 20) -> str:
-        path = self._task.folder / f"{rank}.log"
-        if not path.exists():
-            return ""
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - LAST_BYTES))
-            lines = file.read().decode(errors="replace").splitlines()
-        return "\n".join(["", *lines[-num_lines:]])
 
-
-def _enter(task: _Task, rank: int, port: int) -> None:
+def _enter(task: Task, place: _Place, rank: int, port: int) -> None:
     """Runs the task as this rank, then leaves; the workers meet in the store that listens on the port of loopback."""
     end_with_parent()
     # blocked until here; the driver gets them too, and passes them on as one; loader workers inherit this
@@ -268,12 +222,16 @@ def _enter(task: _Task, rank: int, port: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     if rank > 0:
-        _print_to(task.folder / f"{rank}.log")
-    os.environ |= {  # by which torch and DeepSpeed find their place; those of torch's agent stand for the driver
+        with (place.folder / f"{rank}.log").open("wb") as file:
+            for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
+                assert isinstance(stream, io.TextIOWrapper), stream
+                stream.reconfigure(line_buffering=True)  # what was printed before a death is to be read
+                os.dup2(file.fileno(), descriptor)
+    os.environ |= {  # by which torch and DeepSpeed find their place; the driver is what torch's agent would be
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(task.num_workers),
-        "LOCAL_WORLD_SIZE": str(task.num_workers),
+        "WORLD_SIZE": str(place.num_workers),
+        "LOCAL_WORLD_SIZE": str(place.num_workers),
         "MASTER_ADDR": LOOPBACK,
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -282,40 +240,32 @@ def _enter(task: _Task, rank: int, port: int) -> None:
     if sys.platform == "linux":  # a laptop's host name often resolves to nowhere, and nobody else is to connect
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    if task.threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(task.threads)
-        torch.set_num_threads(task.threads)
-    exit_code = 1
+    if place.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(place.threads)
+        torch.set_num_threads(place.threads)
+    is_done = False
     try:
         with watched(task.order, rank=rank):
-            exit_code = _work(task, rank)
+            (place.folder / f"{rank}.up").touch()
+            is_done = _work(task, rank, folder=place.folder)
     except BaseException:  # noqa: BLE001  this is a process's end
         traceback.print_exc()
-    if exit_code:
+    if not is_done:
         # without unwinding this process: what torch has open aborts or hangs when its peers are gone
         with safe_output():
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(exit_code)
+        os._exit(1)
 
 
-def _work(task: _Task, rank: int) -> int:
-    """Does the work, and writes down how it ended; returns the exit code."""
-    (task.folder / f"{rank}.up").touch()
+def _work(task: Task, rank: int, *, folder: Path) -> bool:
+    """Does the work, and writes down how it ended; returns whether it is done."""
     try:
         task.work(task.argument)
     except Exception as error:  # noqa: BLE001  crosses to the driver, which raises it
-        part = task.folder / f"{rank}.part"
+        part = folder / f"{rank}.part"
         part.write_bytes(pickle.dumps(Failure.of_error(rank, error)))
         part.rename(part.with_suffix(".pickle"))
-        return EXIT_CODES.get(type(error), 1)
-    (task.folder / f"{rank}.done").touch()
-    return 0
-
-
-def _print_to(path: Path) -> None:
-    with path.open("wb") as file:
-        for number, stream in ((1, sys.stdout), (2, sys.stderr)):
-            assert isinstance(stream, io.TextIOWrapper), stream
-            stream.reconfigure(line_buffering=True)  # what was printed before a death is to be read
-            os.dup2(file.fileno(), number)
+        return False
+    (folder / f"{rank}.done").touch()
+    return True

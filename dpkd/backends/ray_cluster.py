@@ -13,7 +13,6 @@ import socket
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import Any, Self
 
 import ray
@@ -30,8 +29,6 @@ CHECK_S = 3.0
 POLL_S = 0.2
 QUIET_S = 10.0
 """Seconds of waiting before the user reads what it waits for."""
-SHORTEST_GRACE_S = 5.0
-"""For a node that should have left by now, and is there all the same."""
 
 
 def connect() -> None:
@@ -87,11 +84,9 @@ def _answers(node: dict[str, Any]) -> bool:
         return False
 
 
-def draining_nodes() -> dict[str, float]:
-    """The nodes that are about to leave, by id, each with the seconds it has left; one question to the head."""
-    left = ray._private.state.state.get_draining_nodes()  # noqa: SLF001  as Ray Train and Ray Data ask
-    now_s = time.time()
-    return {node: deadline_ms / 1000 - now_s if deadline_ms else math.inf for node, deadline_ms in left.items()}
+def draining_nodes() -> set[str]:
+    """The ids of the nodes that are about to leave; one question to the head."""
+    return set(ray._private.state.state.get_draining_nodes())  # noqa: SLF001  as Ray Train and Ray Data ask
 
 
 def living_nodes() -> list[dict[str, float]]:
@@ -144,35 +139,26 @@ def wait_for_resources(num_workers: int, needs: dict[str, float], *, stop_reques
 class ResizeMonitor:
     """Finds a reason to move while one generation works: a node that leaves, or room for more workers.
 
-    `cause` is empty until there is one, and `stop` is called once then, with the grace period in seconds. Use it as a
-    context manager: the resources that it holds for more workers are given back at the end.
+    `cause` is empty until there is one. Use it as a context manager: the resources that it holds for more workers are
+    given back at the end.
     """
 
-    def __init__(
-        self,
-        sizes: WorldSizeRange,
-        *,
-        size: int,
-        needs: dict[str, float],
-        grace_s: float,
-        stop: Callable[[float], None],
-    ) -> None:
+    def __init__(self, sizes: WorldSizeRange, *, size: int, needs: dict[str, float]) -> None:
         """`size` workers are at work, each of which takes at least `needs` of a node's resources."""
         self.cause = ""
         self.began_s = 0.0
-        self._stop, self._grace_s = stop, grace_s
         more = sizes.above(size)
         self._wanted = [dict(needs)] * (more - size) if more is not None else []
         self._cause_of_growth = f"there is room for {more} workers instead of {size}"
         self._grow_after_s = sizes.grow_after_s
         self._group: PlacementGroup | None = None
         self._checked_s = 0.0
-        self._ready_since_s: float | None = None
+        self._ready_since_s = math.inf
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._group is not None:
             remove_placement_group(self._group)
 
@@ -181,26 +167,13 @@ class ResizeMonitor:
         if self.cause or not nodes or time.monotonic() < self._checked_s + CHECK_S:
             return
         self._checked_s = time.monotonic()
-        draining = draining_nodes()
-        left_s = [draining[node] for node in nodes if node in draining]
-        if left_s:
-            self._move("a node is about to leave the cluster", min(self._grace_s, max(SHORTEST_GRACE_S, min(left_s))))
-        elif self._has_room_for_more():
-            self._move(self._cause_of_growth, self._grace_s)
-
-    def _move(self, cause: str, grace_s: float) -> None:
-        self.cause, self.began_s = cause, time.time()
-        self._stop(grace_s)
-
-    def _has_room_for_more(self) -> bool:
-        """Whether the resources of more workers have been had for a while; they are asked for at the first call."""
-        if not self._wanted:
-            return False
-        if self._group is None:
-            self._group = placement_group(self._wanted, strategy="PACK")
-        if not self._group.wait(timeout_seconds=0.01):
-            self._ready_since_s = None
-            return False
-        if self._ready_since_s is None:
-            self._ready_since_s = time.monotonic()
-        return time.monotonic() >= self._ready_since_s + self._grow_after_s
+        if draining_nodes() & set(nodes):
+            self.cause = "a node is about to leave the cluster"
+        elif self._wanted:
+            if self._group is None:
+                self._group = placement_group(self._wanted, strategy="PACK")
+            is_ready = self._group.wait(timeout_seconds=0.01)
+            self._ready_since_s = min(self._ready_since_s, time.monotonic()) if is_ready else math.inf
+            if time.monotonic() >= self._ready_since_s + self._grow_after_s:
+                self.cause = self._cause_of_growth
+        self.began_s = time.time()

@@ -31,67 +31,37 @@ class Coordinator:
     """The actor's class."""
 
     def __init__(self) -> None:
-        self._failures: list[Failure] = []
-        self._output: list[str] = []
-        self._node_of: dict[int, str] = {}
-        self._done: set[int] = set()
-        self._grace_s: float | None = None
-        self._at_once = False
-        self._changed = asyncio.Condition()
+        self._status = Status()
+        self._stop = asyncio.Event()
 
     async def enter(self, rank: int, node: str) -> None:
         """Notes that a worker is at work, on this node."""
-        self._node_of[rank] = node
+        self._status.node_of[rank] = node
 
     async def done(self, rank: int) -> None:
         """Notes that a worker has done its work."""
-        self._done.add(rank)
-
-    async def write(self, text: str) -> None:
-        """Takes output of the first worker."""
-        self._output.append(text)
-
-    async def status(self) -> Status:
-        """How far the workers are, and the first one's output since the last call."""
-        output = "".join(self._output)
-        self._output.clear()
-        return Status(output, dict(self._node_of), set(self._done), list(self._failures))
-
-    async def stop(self, grace_s: float) -> None:
-        """Asks the workers to stop within a time; once asked, they keep the time that they were given."""
-        async with self._changed:
-            if self._grace_s is None:
-                self._grace_s = grace_s
-            self._changed.notify_all()
-
-    async def end(self) -> None:
-        """Asks the workers to end at once."""
-        async with self._changed:
-            self._grace_s, self._at_once = self._grace_s or 0.0, True
-            self._changed.notify_all()
-
-    async def wait_for_stop(self) -> float:
-        """Waits for a request to stop; returns its grace period in seconds."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._grace_s is not None)
-        assert self._grace_s is not None
-        return self._grace_s
-
-    async def wait_for_end(self) -> None:
-        """Waits for a request to end at once."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._at_once)
+        self._status.done.add(rank)
 
     async def fail(self, failure: Failure) -> None:
         """Takes a worker's failure, at the time by this clock: those of the nodes differ."""
-        async with self._changed:
-            self._failures.append(replace(failure, time_s=time.time()))
-            self._changed.notify_all()
+        self._status.failures.append(replace(failure, time_s=time.time()))
 
-    async def wait_for_cause(self) -> None:
-        """Waits for a failure that is no symptom of another."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: any(not failure.symptom for failure in self._failures))
+    async def write(self, text: str) -> None:
+        """Takes output of the first worker."""
+        self._status = replace(self._status, output=self._status.output + text)
+
+    async def status(self) -> Status:
+        """How far the workers are, and the first one's output since the last call."""
+        status, self._status = self._status, replace(self._status, output="")
+        return status
+
+    async def stop(self) -> None:
+        """Asks the workers to stop."""
+        self._stop.set()
+
+    async def wait_for_stop(self) -> None:
+        """Waits for a request to stop."""
+        await self._stop.wait()
 
 
 class Output(io.TextIOBase):

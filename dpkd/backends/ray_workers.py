@@ -21,7 +21,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +46,18 @@ from dpkd.backends.ray_coordinator import Coordinator, Output, Status
 from dpkd.engine import world
 from dpkd.errors import StopRequested
 from dpkd.io.temporary_folder import lasting_folder
-from dpkd.launch.settings import START_TIMEOUT_S
-from dpkd.launch.signals import stop_handlers
-from dpkd.launch.watchdog import WatchOrder, watched
+from dpkd.launch.heartbeat import RunClock
+from dpkd.launch.settings import LauncherSettings
+from dpkd.launch.watchdog import watched
 from dpkd.launch.worker_group import (
     UNSUPERVISED,
     Failure,
     Restart,
-    RestartPolicy,
     StopRequests,
     Supervision,
+    Task,
     late_start,
     run_with_restarts,
-    with_reports,
 )
 from dpkd.launch.world_size import WorldSizeRange, cpus_per_worker
 from dpkd.log import logger, safe_output
@@ -67,10 +65,7 @@ from dpkd.log import logger, safe_output
 CONTROLLER = "TrainController"
 """The actor that leads a generation, of which Ray Train gives no handle."""
 POLL_S = 0.3
-END_PATIENCE_S = 20.0
-"""What Ray Train has to end workers beyond their grace period."""
 CAUSE_PATIENCE_S = 2.0
-EXIT_STOPPED = 75
 DRIVER_SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -85,152 +80,92 @@ class RayWorkers:
     """Processes on the cluster, as many as `num_workers` says (None: one for each of its GPUs, or one).
 
     The first one's output is shown. Each worker takes an equal share of the nodes' CPUs, or `threads`, and a GPU if
-    the cluster has any. Workers that were asked to stop end after `stop_grace_s`, or at a second Ctrl-C; a generation
-    that is not at work after `start_timeout_s` fails.
+    the cluster has any. Workers that were asked to stop are ended after `stop_grace_s`, or at a second Ctrl-C; a
+    generation that is not at work after `start_timeout_s` fails.
     """
 
-    def __init__(
-        self,
-        num_workers: int | WorldSizeRange | None = None,
-        *,
-        max_restarts: int,
-        threads: int | None = None,
-        stop_grace_s: float = 30.0,
-        hang_timeout_s: float | None = None,
-        start_timeout_s: float = START_TIMEOUT_S,
-    ) -> None:
+    def __init__(self, num_workers: int | WorldSizeRange | None, settings: LauncherSettings) -> None:
         connect()
         num_gpus = sum(int(node.get("GPU", 0)) for node in living_nodes())
-        self._sizes = (
-            num_workers
-            if isinstance(num_workers, WorldSizeRange)
-            else WorldSizeRange((num_workers or max(1, num_gpus),))
-        )
+        if not isinstance(num_workers, WorldSizeRange):
+            num_workers = WorldSizeRange((num_workers or max(1, num_gpus),))
+        self._sizes, self._settings = num_workers, settings
         self._gpu = {"GPU": 1.0} if num_gpus else {}
-        self._policy = RestartPolicy(max_restarts)
-        self._threads = threads
-        self._stop_grace_s, self._start_timeout_s = stop_grace_s, start_timeout_s
-        self._hang_timeout_s = hang_timeout_s
-        self._needs = {"CPU": float(threads or 1)} | self._gpu
+        self._needs = {"CPU": float(settings.threads or 1)} | self._gpu
 
     def run(self, work: Callable[[Any], None], argument: Any, *, supervision: Supervision = UNSUPERVISED) -> None:
         for name, value in DRIVER_SETTINGS.items():
             os.environ.setdefault(name, value)
-        stop = StopRequests()
+        run_with_restarts(self._run_once, work, argument, settings=self._settings, supervision=supervision)
 
-        def run_once() -> list[Failure]:
-            is_crowded = False
-            while True:
-                size, cpus = self._wait_for_size(stop, is_crowded=is_crowded)
-                order = WatchOrder.begin(supervision.hangs, hang_timeout_s=self._hang_timeout_s)
-                coordinator = on_this_node(Coordinator, max_concurrency=100_000)
-                generation = _Generation(
-                    _Task(work, argument, coordinator, str(Path.cwd()), self._threads, order),
-                    num_workers=size,
-                    resources={"CPU": float(cpus)} | self._gpu,
-                    grace_s=self._stop_grace_s,
-                    start_timeout_s=self._start_timeout_s,
-                )
-                try:
-                    with ResizeMonitor(
-                        self._sizes,
-                        size=size,
-                        needs=self._needs,
-                        grace_s=self._stop_grace_s,
-                        stop=generation.ask_to_stop,
-                    ) as resize:
-                        failures = with_reports(generation.run(stop, resize), order)
-                finally:
-                    ray.kill(coordinator)  # which lives on as long as a traceback that holds it
-                is_crowded = generation.found_no_room
-                if is_crowded:
-                    logger.info(
-                        f"no room came free for {size} workers with {cpus} CPUs each; they start with what is free now"
-                    )
-                    continue
-                saved = any(isinstance(failure.error, StopRequested) for failure in failures)
-                if stop.count or not (saved and resize.cause):
-                    return failures
-                logger.info(f"{resize.cause}; all saved and start again")
-                supervision.on_restart(Restart(-1, resize.cause, time.time() - resize.began_s))
-
-        with stop_handlers(stop.on_signal):
-            run_with_restarts(
-                run_once, policy=self._policy, stop_requested=lambda: stop.count > 0, supervision=supervision
-            )
+    def _run_once(self, task: Task, stop: StopRequests) -> list[Failure] | Restart:
+        is_crowded = False
+        while True:
+            size, cpus = self._wait_for_size(stop, is_crowded=is_crowded)
+            resources = {"CPU": float(cpus)} | self._gpu
+            generation = _Generation(task, num_workers=size, resources=resources, settings=self._settings)
+            with ResizeMonitor(self._sizes, size=size, needs=self._needs) as resize:
+                failures = generation.run(stop, resize)
+            is_crowded = generation.found_no_room
+            if not is_crowded:
+                break
+            logger.info(f"no room came free for {size} workers with {cpus} CPUs each; they start with what is free now")
+        has_saved = any(isinstance(failure.error, StopRequested) for failure in failures)
+        if has_saved and resize.cause and not stop.count:
+            return Restart(-1, resize.cause, time.time() - resize.began_s)
+        return failures
 
     def _wait_for_size(self, stop: StopRequests, *, is_crowded: bool) -> tuple[int, int]:
         """The number of workers to start and the CPUs for each, once these are free; raises `StopRequested`.
 
         They share out what the nodes have, or what they have free if another job holds some of it.
         """
-        use_gpu = bool(self._gpu)
+        use_gpu, threads = bool(self._gpu), self._settings.threads
         while True:
             nodes = node_resources(free=is_crowded)
-            size = self._sizes.choose(nodes, threads=self._threads, use_gpu=use_gpu)
+            size = self._sizes.choose(nodes, threads=threads, use_gpu=use_gpu)
             cpus = cpus_per_worker(nodes, num_workers=size, use_gpu=use_gpu)
             wait_for_resources(self._sizes.fewest, self._needs, stop_requested=lambda: stop.count > 0)
             if cpus:
                 if len(self._sizes.allowed) > 1:
                     logger.info(f"starts {size} workers ({self._sizes.fewest} to {self._sizes.allowed[-1]} will do)")
-                return size, self._threads or cpus
+                return size, threads or cpus
             is_crowded = False  # resources came free meanwhile
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What the workers of a generation are to do."""
-
-    work: Callable[[Any], None]
-    argument: Any
-    coordinator: Any
-    folder: str
-    """The driver's working folder."""
-    threads: int | None
-    order: WatchOrder | None
 
 
 class _Generation:
     """So many workers of a task, each with its resources, from their start until all have ended."""
 
     def __init__(
-        self,
-        task: _Task,
-        *,
-        num_workers: int,
-        resources: dict[str, float],
-        grace_s: float,
-        start_timeout_s: float,
+        self, task: Task, *, num_workers: int, resources: dict[str, float], settings: LauncherSettings
     ) -> None:
-        self._task, self._num_workers, self._resources = task, num_workers, resources
-        self._grace_s, self._start_timeout_s = grace_s, start_timeout_s
-        self._error: Exception | None = None
-        self._ended: Failure | None = None
-        """Why it was ended from here."""
+        self._task, self._num_workers, self._resources, self._settings = task, num_workers, resources, settings
+        self._coordinator = on_this_node(Coordinator, max_concurrency=100_000)
         self._status = Status()
-
-    def ask_to_stop(self, grace_s: float) -> None:
-        """Asks the workers to save, and to end within the grace period."""
-        self._task.coordinator.stop.remote(grace_s)
+        self._error: Exception | None = None
+        """Of Ray Train."""
 
     def run(self, stop: StopRequests, resize: ResizeMonitor) -> list[Failure]:
         """Runs them until they have ended; returns how they failed, if they did."""
-        with lasting_folder("workers", secrets.token_hex(4)) as folder:
-            fit = threading.Thread(target=self._fit, args=(str(folder),), name="dpkd-ray-train", daemon=True)
-            fit.start()  # so that this thread stays free for signals and output
-            try:
-                self._ended = self._watch(fit, stop, resize)
-            except RayActorError as error:
-                self._ended = Failure(
-                    -1, f"the actor in which driver and workers meet was lost: {cause_of_death(error)}"
-                )
-            except GetTimeoutError:
-                meeting = "the actor in which driver and workers meet was"
-                self._ended = Failure(-1, f"{meeting} {late_start(self._start_timeout_s)}")
-            while fit.is_alive():
-                kill_actors(CONTROLLER)  # the workers go with it
-                fit.join(POLL_S)
-        return self._deaths() + self._status.failures
+        ended: Failure | None = None
+        try:
+            with lasting_folder("workers", secrets.token_hex(4)) as folder:
+                fit = threading.Thread(target=self._fit, args=(str(folder),), name="dpkd-ray-train", daemon=True)
+                fit.start()  # so that this thread stays free for signals and output
+                try:
+                    ended = self._watch(fit, stop, resize)
+                except RayActorError as error:
+                    cause = cause_of_death(error)
+                    ended = Failure(-1, f"the actor in which driver and workers meet was lost: {cause}")
+                except GetTimeoutError:
+                    late = late_start(self._settings.start_timeout_s)
+                    ended = Failure(-1, f"the actor in which driver and workers meet was {late}")
+                while fit.is_alive():
+                    kill_actors(CONTROLLER)  # the workers go with it
+                    fit.join(POLL_S)
+        finally:
+            ray.kill(self._coordinator)  # which lives on as long as a traceback that holds it
+        return self._failures(ended)
 
     @property
     def found_no_room(self) -> bool:
@@ -242,9 +177,10 @@ class _Generation:
     def _fit(self, folder: str) -> None:
         # threads that wait must not spin, as on one machine; read once, when the process loads torch
         variables = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+        config = {"task": self._task, "coordinator": self._coordinator, "folder": str(Path.cwd())}
         trainer = TorchTrainer(
             _enter,
-            train_loop_config={"task": self._task},
+            train_loop_config=config | {"threads": self._settings.threads},
             scaling_config=ScalingConfig(
                 num_workers=self._num_workers, use_gpu="GPU" in self._resources, resources_per_worker=self._resources
             ),
@@ -257,7 +193,7 @@ class _Generation:
         )
         try:
             trainer.fit()
-        except Exception as error:  # noqa: BLE001  `_deaths` makes failures of it
+        except Exception as error:  # noqa: BLE001  `_failures` reads it
             self._error = error
 
     def _watch(self, fit: threading.Thread, stop: StopRequests, resize: ResizeMonitor) -> Failure | None:
@@ -265,86 +201,82 @@ class _Generation:
 
         Returns early with a failure if they are not at work, or do not end, in time.
         """
-        coordinator, num_passed_on, checked_s = self._task.coordinator, 0, time.monotonic()
-        starting_s = stopping_s = 0.0
+        clock, starting_s, stopping_s = RunClock(POLL_S), 0.0, 0.0
+        start_timeout_s, grace_s = self._settings.start_timeout_s, self._settings.stop_grace_s
         while True:
             is_over = not fit.is_alive()
-            self._status = ray.get(coordinator.status.remote(), timeout=self._start_timeout_s)
+            self._status = ray.get(self._coordinator.status.remote(), timeout=start_timeout_s)
             with safe_output():
                 sys.stdout.write(self._status.output)
                 sys.stdout.flush()
             if is_over:
                 return None
-            if stop.count > num_passed_on:
-                num_passed_on = stop.count
-                if num_passed_on == 1:
-                    self.ask_to_stop(self._grace_s)
-                else:
-                    coordinator.end.remote()
-            elif not num_passed_on:
+            if not stop.count:
                 resize.check(set(self._status.node_of.values()))
+            is_stopping = stop.count > 0 or bool(resize.cause)
+            if is_stopping and not stopping_s:
+                self._coordinator.stop.remote()
             fit.join(POLL_S)
-            before_s, checked_s = checked_s, time.monotonic()
-            passed_s = min(checked_s - before_s, 1.0)  # a pause of the whole machine counts little
+            passed_s = clock.passed_s()
             starting_s += passed_s
-            stopping_s += passed_s if num_passed_on or resize.cause else 0.0
+            stopping_s += passed_s if is_stopping else 0.0
             late = set(range(self._num_workers)) - set(self._status.node_of)
-            if late and starting_s > self._start_timeout_s:
-                return Failure(min(late), late_start(self._start_timeout_s))
-            if stopping_s > self._grace_s + END_PATIENCE_S:
-                return Failure(-1, f"not done {stopping_s:.0f} s after they were asked to stop")
+            if late and starting_s > start_timeout_s:
+                return Failure(min(late), late_start(start_timeout_s))
+            if stop.count > 1:
+                return Failure(-1, "ended at a second Ctrl-C")
+            if stopping_s > grace_s:
+                return Failure(-1, f"not done {grace_s:.0f} s after they were asked to stop")
 
-    def _deaths(self) -> list[Failure]:
-        """The failures of workers that reported none: they died before the others."""
+    def _failures(self, ended: Failure | None) -> list[Failure]:
+        """What workers reported, and the deaths of those that reported nothing: they died before the others."""
         reported = self._status.failures
         if len(self._status.done) == self._num_workers:
-            return []
-        if self._ended is not None:
-            return [] if reported else [self._ended]
+            return reported
+        if ended is not None:
+            return reported or [ended]
         if self._error is None:
-            return []
+            return reported
         if not isinstance(self._error, WorkerGroupError):
-            return [Failure(-1, f"Ray Train failed: {self._error}")]
+            return [Failure(-1, f"Ray Train failed: {self._error}"), *reported]
         first_s = min((failure.time_s for failure in reported), default=time.time())
-        ranks = {failure.rank for failure in reported}
+        ranks = {failure.rank for failure in reported} | self._status.done
         deaths = {rank: error for rank, error in self._error.worker_failures.items() if rank not in ranks}
-        return [Failure(rank, f"died ({cause_of_death(error)})", time_s=first_s) for rank, error in deaths.items()]
+        return [
+            *(Failure(rank, f"died ({cause_of_death(error)})", time_s=first_s) for rank, error in deaths.items()),
+            *reported,
+        ]
 
 
 def _enter(config: dict[str, Any]) -> None:
     """Runs the `task` of the config as the rank that Ray Train gave this process, in a thread of Ray's."""
-    task: _Task = config["task"]
-    enter_folder(task.folder)
-    if task.threads is not None:
-        torch.set_num_threads(task.threads)
+    task, coordinator = config["task"], config["coordinator"]
+    enter_folder(config["folder"])
+    if config["threads"] is not None:
+        torch.set_num_threads(config["threads"])
     rank = int(os.environ["RANK"])
-    ray.get(task.coordinator.enter.remote(rank, ray.get_runtime_context().get_node_id()))
-    threading.Thread(target=_end_when_asked, args=(task.coordinator,), daemon=True).start()
-    output = Output(task.coordinator)
+    ray.get(coordinator.enter.remote(rank, ray.get_runtime_context().get_node_id()))
+    threading.Thread(target=_pass_on_stop, args=(coordinator,), daemon=True).start()
+    output = Output(coordinator)
     with contextlib.redirect_stdout(output) if rank == 0 else contextlib.nullcontext():
         try:
             with watched(task.order, rank=rank):
-                _work(task, rank)
+                task.work(task.argument)
+                ray.get(coordinator.done.remote(rank))
+        except Exception as error:  # crosses to the driver too
+            failure = Failure.of_error(rank, error)
+            ray.get(coordinator.fail.remote(failure))
+            if failure.symptom:  # Ray Train ends all once one has raised: the peer that caused this shall report first
+                time.sleep(CAUSE_PATIENCE_S)
+            raise
         finally:
             output.close()
 
 
-def _work(task: _Task, rank: int) -> None:
-    """Does the work, and reports how it ended."""
+def _pass_on_stop(coordinator: Any) -> None:
+    """Waits for the request to stop; ends this process at once where the coordinator is lost."""
     try:
-        task.work(task.argument)
-    except Exception as error:  # crosses to the driver too
-        ray.get(task.coordinator.fail.remote(Failure.of_error(rank, error)))
-        # Ray Train ends all once one has raised: the peer that caused this shall report first
-        ray.wait([task.coordinator.wait_for_cause.remote()], timeout=CAUSE_PATIENCE_S)
-        raise
-    ray.get(task.coordinator.done.remote(rank))
-
-
-def _end_when_asked(coordinator: Any) -> None:
-    """Waits for the request to stop, then for the grace period, then ends this process; at once without coordinator."""
-    with contextlib.suppress(RayActorError):
-        grace_s = ray.get(coordinator.wait_for_stop.remote())
-        world.request_stop()
-        ray.wait([coordinator.wait_for_end.remote()], timeout=grace_s)
-    os._exit(EXIT_STOPPED)
+        ray.get(coordinator.wait_for_stop.remote())
+    except RayActorError:
+        os._exit(1)
+    world.request_stop()

@@ -1,4 +1,4 @@
-"""The worker group protocol: N processes that train as one; and the decision to start them again after a failure."""
+"""The worker group protocol: N processes that train as one, and start again after a failure."""
 
 import signal
 import time
@@ -11,6 +11,8 @@ from types import FrameType
 from typing import Any, Protocol
 
 from dpkd.errors import StopRequested, StorageError, StorageUnavailable, UserError, WorkerFailed, portable
+from dpkd.launch.settings import LauncherSettings
+from dpkd.launch.signals import stop_handlers
 from dpkd.launch.watchdog import COLLECTIVES, Hang, WatchOrder, read_hangs
 from dpkd.log import logger
 
@@ -92,15 +94,6 @@ class Failure:
         symptom = bool(frames) and COLLECTIVES in frames[-1].filename
         return cls(rank, "".join(traceback.format_exception(error)), portable(error), symptom=symptom)
 
-    @classmethod
-    def of_exit_code(cls, rank: int, exit_code: int) -> "Failure":
-        """The failure of a worker that died without an error; negative codes are signals."""
-        if exit_code < 0:
-            name = signal.Signals(-exit_code).name if -exit_code in set(signal.Signals) else f"signal {-exit_code}"
-            hint = FOR_MEMORY if exit_code == -signal.SIGKILL else ""
-            return cls(rank, f"killed by {name}{hint}")
-        return cls(rank, f"exited with code {exit_code}")
-
     @property
     def who(self) -> str:
         """The worker, or the session if it was none of them."""
@@ -114,90 +107,95 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class RestartPolicy:
-    """Decides whether the workers start again."""
+class Task:
+    """What the workers of one generation are to do, and how they are watched."""
 
-    max_restarts: int
-    """Without progress in between."""
-
-    def decide(self, attempts: Sequence[Sequence[Failure]], *, stop_requested: bool) -> float:
-        """Seconds to wait before all start again: none after the first failure, then 1, 2, 4 … and a minute at most.
-
-        `attempts` are the generations since the session last got further, each with its failures, in any order. Raises
-        the error that ends the session. A user's error or a stop counts whichever rank raised it: ranks agree before
-        they stop, and a user's error would come again, unless it is storage that fails for a while.
-        """
-        for kind in (UserError, StorageError, StopRequested):
-            for failure in attempts[-1]:
-                if isinstance(failure.error, kind) and not isinstance(failure.error, StorageUnavailable):
-                    raise failure.error
-        if stop_requested:
-            first = by_cause(attempts[-1])[0]
-            why = first.line.removesuffix(FOR_MEMORY)  # most likely it took too long, and was ended for it
-            raise StopRequested(
-                f"the workers ended before they had saved ({first.who}: {why}); the last checkpoint is kept"
-            )
-        if len(attempts) > self.max_restarts:
-            raise WorkerFailed(_account(attempts))
-        return min(LONGEST_WAIT_S, 2.0 ** (len(attempts) - 2)) if len(attempts) > 1 else 0.0
+    work: Callable[[Any], None]
+    argument: Any
+    order: WatchOrder | None
 
 
 def run_with_restarts(
-    run_once: Callable[[], list[Failure]],
+    run_once: Callable[[Task, StopRequests], list[Failure] | Restart],
+    work: Callable[[Any], None],
+    argument: Any,
     *,
-    policy: RestartPolicy,
-    stop_requested: Callable[[], bool],
+    settings: LauncherSettings,
     supervision: Supervision,
 ) -> None:
-    """Runs generations of workers until one has done its work; `run_once` runs one and returns how workers failed.
+    """Runs generations of workers until one has done its work, and answers the stop signals meanwhile.
 
-    Raises what the policy decides, and `StopRequested` between two generations. Any other error of `run_once`, such as
-    too little memory, counts as a failure.
+    `run_once` runs one; it returns how workers failed, or why all saved and start again. Any other error of it, such
+    as too little memory, counts as a failure. Raises what `wait_before_restart` does.
     """
     furthest: tuple[int, ...] = ()
     with suppress(OSError):  # storage that fails says nothing about progress
         furthest = supervision.progress()
     attempts: list[list[Failure]] = []
-    while True:
-        try:
-            failures = run_once()
-        except StopRequested:
-            raise
-        except Exception as error:  # noqa: BLE001  comes out once no restart is left
-            failures = [Failure.of_error(-1, error)]
-        if not failures:
-            return
-        with suppress(OSError):
-            reached = supervision.progress()
-            if reached > furthest:
-                furthest, attempts = reached, []
-        attempts.append(failures)
-        wait_s = policy.decide(attempts, stop_requested=stop_requested())
-        first = by_cause(failures)[0]
-        logger.info(
-            f"{first.who} failed: {first.line}; all start again {f'in {wait_s:.0f} s' if wait_s else 'at once'}, "
-            f"{policy.max_restarts - len(attempts)} restarts left until there is progress"
-        )
-        supervision.on_restart(Restart(first.rank, first.line, time.time() - first.time_s))
-        deadline_s = time.monotonic() + wait_s
-        while not stop_requested() and time.monotonic() < deadline_s:
-            time.sleep(0.05)
-        if stop_requested():
-            raise StopRequested("stopped between two attempts; the last checkpoint is kept")
+    stop = StopRequests()
+    with stop_handlers(stop.on_signal):
+        while True:
+            order = WatchOrder.begin(supervision.hangs, hang_timeout_s=settings.hang_timeout_s)
+            try:
+                failures = run_once(Task(work, argument, order), stop)
+            except StopRequested:
+                raise
+            except Exception as error:  # noqa: BLE001  comes out once no restart is left
+                failures = [Failure.of_error(-1, error)]
+            if isinstance(failures, Restart):
+                logger.info(f"{failures.cause}; all saved and start again")
+                supervision.on_restart(failures)
+                continue
+            if not failures:
+                return
+            with suppress(OSError):
+                failures = with_hangs(failures, read_hangs(order))
+            with suppress(OSError):
+                reached = supervision.progress()
+                if reached > furthest:
+                    furthest, attempts = reached, []
+            attempts.append(failures)
+            wait_s = wait_before_restart(attempts, max_restarts=settings.max_restarts, stop_requested=stop.count > 0)
+            first = by_cause(failures)[0]
+            logger.info(
+                f"{first.who} failed: {first.line}; all start again {f'in {wait_s:.0f} s' if wait_s else 'at once'}, "
+                f"{settings.max_restarts - len(attempts)} restarts left until there is progress"
+            )
+            supervision.on_restart(Restart(first.rank, first.line, time.time() - first.time_s))
+            deadline_s = time.monotonic() + wait_s
+            while not stop.count and time.monotonic() < deadline_s:
+                time.sleep(0.05)
+            if stop.count:
+                raise StopRequested("stopped between two attempts; the last checkpoint is kept")
 
 
-def _account(attempts: Sequence[Sequence[Failure]]) -> str:
-    """The first failure in full, and a line each for what followed it."""
+def wait_before_restart(attempts: Sequence[Sequence[Failure]], *, max_restarts: int, stop_requested: bool) -> float:
+    """Seconds to wait before all start again: none after the first failure, then 1, 2, 4 … and a minute at most.
+
+    `attempts` are the generations since the session last got further, each with its failures, in any order. Raises
+    the error that ends the session: a user's error or a stop, whichever rank raised it (ranks agree before they stop,
+    and a user's error would come again, unless it is storage that fails for a while); `StopRequested` where workers
+    were to stop and did not save; `WorkerFailed` after more than `max_restarts`.
+    """
+    for kind in (UserError, StorageError, StopRequested):
+        for failure in attempts[-1]:
+            if isinstance(failure.error, kind) and not isinstance(failure.error, StorageUnavailable):
+                raise failure.error
     first, *others = by_cause(attempts[0])
+    last = by_cause(attempts[-1])[0]
+    if stop_requested:
+        why = last.line.removesuffix(FOR_MEMORY)  # most likely it took too long, and was ended for it
+        raise StopRequested(f"the workers ended before they had saved ({last.who}: {why}); the last checkpoint is kept")
+    if len(attempts) <= max_restarts:
+        return min(LONGEST_WAIT_S, 2.0 ** (len(attempts) - 2)) if len(attempts) > 1 else 0.0
     lines = [f"{first.who}: {first.cause.rstrip()}"]
     lines += [f"after it {other.who}: {other.line}" for other in others[:1]]
     if len(attempts) > 1:
-        last = by_cause(attempts[-1])[0]
         lines.append(
             f"{len(attempts)} attempts failed without getting further; this was the first, "
             f"the last: {last.who}: {last.line}"
         )
-    return "\n".join(lines)
+    raise WorkerFailed("\n".join(lines))
 
 
 def late_start(timeout_s: float) -> str:
@@ -211,15 +209,6 @@ def late_start(timeout_s: float) -> str:
 def by_cause(failures: Sequence[Failure]) -> list[Failure]:
     """Failures, the most likely cause first: what a rank did by itself before what it suffered, each by time."""
     return sorted(failures, key=lambda failure: (failure.symptom, failure.time_s))
-
-
-def with_reports(failures: Sequence[Failure], order: WatchOrder | None) -> list[Failure]:
-    """The failures of a generation, with the hangs that its watchdogs reported, as far as these can be read."""
-    try:
-        return with_hangs(failures, read_hangs(order))
-    except OSError as error:
-        logger.info(f"the reports of hung workers cannot be read: {error}")
-        return list(failures)
 
 
 def with_hangs(failures: Sequence[Failure], hangs: Sequence[Hang]) -> list[Failure]:
