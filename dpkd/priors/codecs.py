@@ -121,24 +121,11 @@ class LabelCodec:
         return _decode_image(data, shape).astype(np.int32)
 
 
-@dataclass(frozen=True)
-class AbsentCodec:
-    """No bytes, for a map that the sample came without."""
-
-    name: ClassVar[str] = "absent"
-    scale: ClassVar[float] = 1.0
-
-    def encode(self, map_HWC: Map) -> bytes:
-        assert np.isnan(map_HWC).all(), "a map that was given is stored"
-        return b""
-
-    def decode(self, data: bytes, shape: Shape) -> npt.NDArray[np.float32]:  # noqa: ARG002
-        return np.full(shape, np.nan, np.float32)
-
-
-NIBBLES, BYTES, LABELS, ABSENT = PackedCodec("nibbles", 4), PackedCodec("bytes", 8), LabelCodec(), AbsentCodec()
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (JpegCodec(), NIBBLES, BYTES, LABELS, ABSENT)}
+NIBBLES, BYTES, LABELS = PackedCodec("nibbles", 4), PackedCodec("bytes", 8), LabelCodec()
+CODECS: dict[str, Codec] = {codec.name: codec for codec in (JpegCodec(), NIBBLES, BYTES, LABELS)}
 """The codecs by the name that stored maps bear."""
+ABSENT = "absent"
+"""The name in the place of a codec's where the sample came without the map."""
 
 
 def _quantise(map_HWC: Map, levels: int) -> npt.NDArray[np.uint8]:

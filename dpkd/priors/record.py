@@ -45,6 +45,8 @@ class StoredMap(NamedTuple):
         height, width, channels = self.shape
         if min(self.shape) < 1 or height * width * channels > MAX_VALUES:
             raise ValueError(f"a map of {height} x {width} x {channels} values is none that dpkd makes")
+        if self.codec == ABSENT:
+            return np.full(self.shape, np.nan, np.float32)
         if self.codec not in CODECS:
             raise ValueError(f"the codec {self.codec!r} is not one of {', '.join(CODECS)}")
         try:
@@ -94,9 +96,10 @@ def store_map(prior: Extractor, map_HWC: Map) -> StoredMap:
         raise ValueError(
             f"the map {prior.name} of {height} x {width} x {channels} values is too large: raise its stride"
         )
-    codec = ABSENT if np.isnan(map_HWC[0, 0, 0]) else prior.codec
-    mark, data = bytes.fromhex(fingerprint(prior)), codec.encode(map_HWC)
-    return StoredMap(codec.name, (height, width, channels), codec.scale, mark, data)
+    shape, digest = (height, width, channels), bytes.fromhex(fingerprint(prior))
+    if np.isnan(map_HWC[0, 0, 0]):
+        return StoredMap(ABSENT, shape, 1.0, digest, b"")
+    return StoredMap(prior.codec.name, shape, prior.codec.scale, digest, prior.codec.encode(map_HWC))
 
 
 def flat_map(prior: Extractor) -> StoredMap:

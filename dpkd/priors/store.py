@@ -11,10 +11,8 @@ Manifest and index have a checksum of their own each.
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -43,37 +41,8 @@ class PriorMismatch(UserError):
     """Maps that are damaged, or belong to another image or another prior: they are not served."""
 
 
-@dataclass(frozen=True, eq=False)
-class RunningMoments:
-    """What mean and deviation of a map follow from; moments of disjoint samples add up."""
-
-    count: int
-    """Cells."""
-    sums_2C: npt.NDArray[np.float64]
-    """The sum over the cells, and the sum of squares, of each channel."""
-
-    @staticmethod
-    def zero(channels: int) -> "RunningMoments":
-        """The moments of no sample."""
-        return RunningMoments(0, np.zeros((2, channels)))
-
-    @staticmethod
-    def of(map_HWC: Map) -> "RunningMoments":
-        """The moments of one sample's map; a map that nobody gave (NaN) does not count."""
-        height, width, channels = map_HWC.shape
-        if np.isnan(map_HWC[0, 0, 0]):
-            return RunningMoments.zero(channels)
-        sums = np.einsum("hwc->c", map_HWC), np.einsum("hwc,hwc->c", map_HWC, map_HWC)
-        return RunningMoments(height * width, np.array(sums, np.float64))
-
-    def __add__(self, other: "RunningMoments") -> "RunningMoments":
-        return RunningMoments(self.count + other.count, self.sums_2C + other.sums_2C)
-
-    def statistics(self) -> "ChannelStatistics":
-        """Mean and standard deviation of each channel, of at least one cell."""
-        mean_C, square_C = self.sums_2C / self.count
-        deviation_C = np.sqrt(np.maximum(square_C - mean_C**2, 0))
-        return ChannelStatistics(mean=tuple(mean_C.tolist()), deviation=tuple(deviation_C.tolist()))
+Moments = npt.NDArray[np.float64]
+"""3C: cells of each channel, their sum, and the sum of their squares; moments of disjoint samples add up."""
 
 
 class ChannelStatistics(BaseModel):
@@ -82,6 +51,23 @@ class ChannelStatistics(BaseModel):
     model_config = ConfigDict(frozen=True)
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
+
+
+def map_moments(map_HWC: Map) -> Moments:
+    """The moments of one sample's map; a map that nobody gave (NaN) does not count."""
+    height, width, channels = map_HWC.shape
+    if np.isnan(map_HWC[0, 0, 0]):
+        return np.zeros((3, channels))
+    num_cells = np.full(channels, height * width)
+    return np.array([num_cells, np.einsum("hwc->c", map_HWC), np.einsum("hwc,hwc->c", map_HWC, map_HWC)], np.float64)
+
+
+def channel_statistics(moments_3C: Moments) -> ChannelStatistics:
+    """Mean and deviation by the moments of at least one cell."""
+    num_cells_C, sum_C, square_C = moments_3C
+    mean_C = sum_C / num_cells_C
+    deviation_C = np.sqrt(np.maximum(square_C / num_cells_C - mean_C**2, 0))
+    return ChannelStatistics(mean=tuple(mean_C.tolist()), deviation=tuple(deviation_C.tolist()))
 
 
 class PriorManifest(BaseModel):
@@ -114,7 +100,7 @@ class PriorIndex:
     """name -> fingerprint of the prior whose map every sample has, in the order of the settings."""
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    moments: dict[str, RunningMoments]
+    moments: dict[str, Moments]
     """name -> moments of the map's channels, without region labels and the samples in `bad`."""
     bad: tuple[tuple[str, str], ...] = ()
     """(key, reason) of samples whose maps are flat, or that could not be read."""
@@ -125,7 +111,7 @@ class PriorIndex:
 
     def to_bytes(self) -> bytes:
         """The file's content."""
-        moments = {name: (each.count, *each.sums_2C.tolist()) for name, each in self.moments.items()}
+        moments = {name: (int(array_3C[0, 0]), *array_3C[1:].tolist()) for name, array_3C in self.moments.items()}
         content = {"format_version": FORMAT_VERSION, **vars(self), "shard": self.shard.model_dump(), "moments": moments}
         return pack_checked(content)
 
@@ -135,7 +121,10 @@ class PriorIndex:
         content = unpack_checked(data)
         if content.pop("format_version", None) != FORMAT_VERSION:
             raise ValueError("it is of another format version")
-        moments = {name: RunningMoments(count, np.array(sums)) for name, (count, *sums) in content["moments"].items()}
+        moments = {
+            name: np.array([np.full(len(sum_C), count), sum_C, square_C], np.float64)
+            for name, (count, sum_C, square_C) in content["moments"].items()
+        }
         return PriorIndex(**{**content, "shard": ShardInfo(**content["shard"]), "moments": moments})
 
 
@@ -154,8 +143,7 @@ class PriorSet:
         if manifest is None:
             raise UserError(f"no whole prior set at {url}: {MANIFEST_NAME} is missing or cannot be read; {WAY_OUT}")
         if manifest.dataset != Dataset.open(dataset_url).manifest.fingerprint:
-            fault = f"was prepared from other images than those at {dataset_url}"
-            raise UserError(f"the prior set at {url} {fault}; {WAY_OUT}")
+            raise UserError(f"the prior set at {url} was prepared from other images than {dataset_url}; {WAY_OUT}")
         if manifest.fingerprints != fingerprints(manifest.priors):
             raise UserError(f"the prior set at {url} was prepared by another version of dpkd; {WAY_OUT}")
         return PriorSet(url=url, manifest=manifest)
@@ -191,10 +179,11 @@ class PriorSplit:
 
     def __post_init__(self) -> None:
         self._prior_of: dict[str, Prior] = {prior.name: prior for prior in self.priors}
+        self._fingerprints = fingerprints(self.priors)
         self._derived = derivable(self._prior_of)
-        derived = [self._derived[name] for name in self.names if name in self._derived]
-        self._decoded = {*self.names, *(need for each in derived for need in each.needs)} - {*self._derived}
-        self._ends = list(accumulate(shard.num_samples for shard in self.shards))
+        needed = {need for name in self.names if name in self._derived for need in self._derived[name].needs}
+        self._decoded = {*self.names, *needed} - {*self._derived}
+        self._start_of = list(accumulate((shard.num_samples for shard in self.shards), initial=0))
         self._files: LRUCache[int] = LRUCache(MAX_FILES, on_evict=os.close)
         self._indexes: LRUCache[PriorIndex] = LRUCache(MAX_INDEXES)
 
@@ -213,10 +202,6 @@ class PriorSplit:
                 raise UserError(f"the prior set at {self.url} has no map {name!r}; it has: {', '.join(known)}")
         return PriorSplit(self.url, self.priors, self.shards, wanted)
 
-    @cached_property
-    def _fingerprints(self) -> dict[str, str]:
-        return fingerprints(self.priors)
-
     @property
     def digests(self) -> dict[str, str]:
         """The fingerprint of each prior whose map is read, by its name."""
@@ -225,8 +210,7 @@ class PriorSplit:
     def read(self, i: int, sample: Sample) -> dict[str, Map]:
         """The maps of sample `i` by name, HWC; raises `PriorMismatch` unless they are whole and `sample`'s own."""
         record = self.record(i, sample)
-        with self._named(i, sample):
-            stored = {name: record.maps[name].decode() for name in self._decoded}
+        stored = {name: record.maps[name].decode() for name in self._decoded}
         return {name: stored[name] if name in stored else self._derived[name].derive(stored) for name in self.names}
 
     def nearest(self, name: str) -> bool:
@@ -239,9 +223,9 @@ class PriorSplit:
 
     def record(self, i: int, sample: Sample) -> Record:
         """The maps of sample `i` as they are stored; raises `PriorMismatch` unless they are `sample`'s own."""
-        shard = bisect_right(self._ends, i)
-        row = i - (self._ends[shard] - self.shards[shard].num_samples)
-        with self._named(i, sample):
+        shard = bisect_right(self._start_of, i) - 1
+        row = i - self._start_of[shard]
+        try:
             index, file = self._indexes.get(shard, self._read_index), self._files.get(shard, self._open)
             record = Record.from_bytes(read_span(file, index.offsets[row], index.sizes[row]))
             if record.key != sample.key:
@@ -252,16 +236,10 @@ class PriorSplit:
                 raise ValueError("they were made from another image of that name")
             if {name: stored.fingerprint.hex() for name, stored in record.maps.items()} != self._fingerprints:
                 raise ValueError("they were made with other settings or another version")
-        return record
-
-    @contextmanager
-    def _named(self, i: int, sample: Sample) -> Iterator[None]:
-        """Names shard and sample of maps that are missing, damaged or another's."""
-        try:
-            yield
         except (*NO_FILE, ValueError) as error:
-            place = storage.join(self.url, self.shards[bisect_right(self._ends, i)].name)
+            place = storage.join(self.url, self.shards[shard].name)
             raise PriorMismatch(f"{place}, maps of {sample.key!r}: {error}; {WAY_OUT}") from error
+        return record
 
     def _read_index(self, shard: int) -> PriorIndex:
         index = PriorIndex.from_bytes(storage.read_bytes(storage.join(self.url, index_name(self.shards[shard].name))))

@@ -36,17 +36,17 @@ from dpkd.launch.heartbeat import pulse
 from dpkd.launch.pool import Accelerator, Pool
 from dpkd.log import logger
 from dpkd.priors import Prior
-from dpkd.priors.base import BatchExtractor, Extractor, ImageViews, accelerated, fingerprint
+from dpkd.priors.base import BatchExtractor, Extractor, ImageViews, accelerated, fingerprint, keep_freed_memory
 from dpkd.priors.catalogue.regions import Expert
-from dpkd.priors.memory import keep_freed_memory
 from dpkd.priors.record import MEMBER_EXTENSION, Record, flat_map, source_hash, store_map
 from dpkd.priors.store import (
     MANIFEST_NAME,
     PriorIndex,
     PriorManifest,
     PriorSet,
-    RunningMoments,
+    channel_statistics,
     fingerprints,
+    map_moments,
     read_manifest,
     set_url,
 )
@@ -166,9 +166,9 @@ def _manifest(dataset: Dataset, priors: tuple[Prior, ...], indexes: list[PriorIn
     statistics = {}
     for prior in priors:
         if not prior.nearest:
-            moments = sum((index.moments[prior.name] for index in indexes), RunningMoments.zero(prior.channels))
-            if moments.count:
-                statistics[prior.name] = moments.statistics()
+            moments_3C = sum((index.moments[prior.name] for index in indexes), np.zeros((3, prior.channels)))
+            if moments_3C.any():
+                statistics[prior.name] = channel_statistics(moments_3C)
     return PriorManifest(
         dataset=dataset.manifest.fingerprint,
         priors=priors,
@@ -233,7 +233,7 @@ def _write_shard(task: _Task, place: str, before: Mapping[str, Record]) -> Prior
             while batch := list(islice(samples, prior.batch_size)):
                 pulse()
                 _run_batch(batch, prior, records, device=task.device)
-    moments = {prior.name: RunningMoments.zero(prior.channels) for prior in task.computed if not prior.nearest}
+    moments = {prior.name: np.zeros((3, prior.channels)) for prior in task.computed if not prior.nearest}
     members: list[Member] = []
     file = io.BytesIO()
     tar = TarWriter(file)
@@ -242,7 +242,7 @@ def _write_shard(task: _Task, place: str, before: Mapping[str, Record]) -> Prior
         record = records[sample.key] = _finish(sample, records[sample.key], task)
         members.append(tar.add(f"{record.key}.{MEMBER_EXTENSION}", record.to_bytes()))
         for name in moments if record.bad is None else ():
-            moments[name] += RunningMoments.of(record.maps[name].decode())
+            moments[name] += map_moments(record.maps[name].decode())
     tar.finish()
     shard = ShardInfo(name=task.images.name, num_samples=len(members), size_bytes=tar.size_bytes, sha256=tar.sha256)
     index = PriorIndex(
