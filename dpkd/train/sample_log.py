@@ -4,12 +4,11 @@
         {"attempt": 3, "rank": 1, "world_size": 2, "micro_batch_size": 32, "start_step": 200}    a line of JSON, then
         417 9f3a11bc      a line a step: its number, and `checksum` of the rank's samples in its micro-batches' order
 
-It is flushed to the disk before a checkpoint counts, so that it covers every step that any checkpoint covers; what a
-kill cuts off at its end belongs to steps that are done again.
+It is written before a checkpoint counts, so that it covers every step that any checkpoint covers; what a kill loses
+belongs to steps that are done again.
 """
 
 import json
-import os
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -40,8 +39,7 @@ class SampleLog:
         self._path = folder / f"attempt-{attempt:04d}-rank-{world.rank:05d}.log"
         head = {"attempt": attempt, "rank": world.rank, "world_size": world.size}
         head |= {"micro_batch_size": micro_batch_size, "start_step": start_step}
-        self._unwritten = [json.dumps(head) + "\n"]
-        self._size_bytes = 0
+        self._lines = [json.dumps(head) + "\n"]
 
     def record(self, batches: Iterable[Batch], *, steps: Iterable[int], micro_batches: int) -> Iterator[Batch]:
         """The batches of the coming `steps`; a step is added as the last of its `micro_batches` is given out."""
@@ -57,28 +55,15 @@ class SampleLog:
 
     def add(self, step: int, samples: NDArray[np.int64]) -> None:
         """Adds what a step used."""
-        self._unwritten.append(f"{step} {checksum(samples)}\n")
+        self._lines.append(f"{step} {checksum(samples)}\n")
 
     def snapshot(self) -> Writer:
-        """Takes the new lines; the writer appends them to the file on the disk, whatever folder it is given.
+        """The writer puts all lines until now into the log, whatever folder it is given.
 
-        It is a part's writer so that all ranks learn of a full disk, and lines that a disk failed to take come again.
+        The log is a part of checkpoints so that it covers each of them, and so that all ranks learn of a full disk.
         """
-        data, offset = "".join(self._unwritten).encode(), self._size_bytes
-        self._unwritten = []
-        self._size_bytes += len(data)
-
-        def write(_: Path) -> None:
-            with storage.write_errors(self._path):
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                with self._path.open("ab") as file:
-                    file.truncate(offset)  # a try before this one may have left some of them
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                storage.sync(self._path.parent)
-
-        return write
+        data = "".join(self._lines).encode()
+        return lambda _: storage.write_bytes_atomic(self._path, data)
 
     def load(self, folder: Path) -> None:
         """Does nothing: an attempt begins a log of its own."""
