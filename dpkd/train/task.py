@@ -3,6 +3,7 @@
 Axes: B sample, V views of one kind, C channel, H W height and width.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -90,18 +91,12 @@ class Task:
         self.views = frozenset().union(*(learner.views for learner in learners.values()))
         """Names of the views that a batch must bring."""
         self._supervision, self._seed = supervision, seed
-        objectives = [objective for learner in learners.values() for objective in learner.objectives]
-        following = [objective for objective in objectives if objective.needs().teacher]
-        only = [*self.teachers, *self.live_teachers]
-        self._followed_views = {
-            name: {
-                view
-                for objective in following
-                if teacher_of(objective) == name or (teacher_of(objective) is None and only == [name])
-                for view in objective.needs().views
-            }
-            for name in only
-        }
+        names = [*self.teachers, *self.live_teachers]
+        self._followed_views: dict[str, set[str]] = defaultdict(set)
+        for learner in learners.values():
+            for objective in learner.objectives:
+                if objective.needs().teacher:  # one that names none follows the only teacher
+                    self._followed_views[teacher_of(objective) or names[0]].update(objective.needs().views)
 
     def losses(self, batch: Batch, *, step: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """(network, its weighted losses by objective) for one micro-batch, network by network.
@@ -159,9 +154,8 @@ def forward_views(
         view = batch.views[name]
         image_BCHW, *weights = network_inputs(learner.spec, view)
         if blank:
-            blank_B = random_share(batch.index_B, step=step, share=blank, seed=seed).repeat(
-                len(image_BCHW) // len(batch.index_B)
-            )
+            num_views = len(image_BCHW) // len(batch.index_B)
+            blank_B = random_share(batch.index_B, step=step, share=blank, seed=seed).repeat(num_views)
             weights = [weight_B1HW.masked_fill(blank_B[:, None, None, None], 1.0) for weight_B1HW in weights]
         images, names = [image_BCHW], [name]
         for share in hidden_shares if name == GLOBAL else ():
