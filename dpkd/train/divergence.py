@@ -4,7 +4,7 @@
 """
 
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import median
@@ -45,7 +45,7 @@ class NormGuard:
 
     def __init__(self, *, spike: float | None) -> None:
         self._spike = spike
-        self._norms: dict[str, deque[float]] = {}
+        self._norms: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=NUM_NORMS))
 
     def check(self, norms: Iterable[Norm]) -> None:
         """Raises `Diverged` for the first of the norms, in the order of steps, that shows a spoilt network."""
@@ -53,7 +53,7 @@ class NormGuard:
             if not math.isfinite(norm.value):
                 rate = f"learning rate {norm.learning_rate:.2g}"
                 raise Diverged(norm.step, f"{norm.name}: the gradient is {norm.value} ({rate})")
-            last = self._norms.setdefault(norm.name, deque(maxlen=NUM_NORMS))
+            last = self._norms[norm.name]
             usual = median(last) if len(last) >= NUM_NEEDED else math.inf
             if self._spike is not None and norm.value > self._spike * max(usual, SMALL_NORM):
                 raise Diverged(

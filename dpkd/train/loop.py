@@ -6,32 +6,17 @@ functions of it, so a resumed run goes on as if it had never stopped.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from dpkd.data.batch import Batch
-from dpkd.engine.protocol import Engine
 from dpkd.engine.world import World, stop_requested
 from dpkd.errors import StopRequested
 from dpkd.launch.heartbeat import STEADY, heartbeat
 from dpkd.train.checkpoint import Checkpoints, Part
 from dpkd.train.divergence import NormGuard
 from dpkd.train.meter import Meter
-
-
-class TrainingTask(Protocol):
-    """What is trained: engines by name, and what each minimises on a batch."""
-
-    @property
-    def engines(self) -> Mapping[str, Engine]:
-        """The networks that are trained, by name."""
-
-    def losses(self, batch: Batch, *, step: int) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        """(engine, its weighted losses by objective, each a mean over the micro-batch), engine by engine."""
-
-    def learning_rate(self, name: str, *, step: int) -> float:
-        """Learning rate of an engine at a step."""
+from dpkd.train.task import Task
 
 
 @dataclass(frozen=True)
@@ -57,7 +42,7 @@ class Plan:
 
 
 def train(
-    task: TrainingTask,
+    task: Task,
     batches: Iterator[Batch],
     *,
     plan: Plan,
@@ -112,7 +97,7 @@ def train(
             checkpoints.finish()
 
 
-def _train_step(task: TrainingTask, batches: Iterator[Batch], *, step: int, plan: Plan, meter: Meter) -> Batch:
+def _train_step(task: Task, batches: Iterator[Batch], *, step: int, plan: Plan, meter: Meter) -> Batch:
     """One step of every engine; returns its last micro-batch."""
     for _ in range(plan.micro_batches):
         batch = meter.next_batch(batches)

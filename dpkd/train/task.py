@@ -99,7 +99,7 @@ class Task:
                     self._followed_views[teacher_of(objective) or names[0]].update(objective.needs().views)
 
     def losses(self, batch: Batch, *, step: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """(network, its weighted losses by objective) for one micro-batch, network by network.
+        """(network, its weighted losses by objective, each a mean over the micro-batch), network by network.
 
         Each network runs forward when its losses are asked for, so that the backward pass of the one before can free
         its graph first.
