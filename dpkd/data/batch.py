@@ -3,12 +3,10 @@
 Axes: B images of a micro-batch, V views of one kind, C channels, H and W pixels.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-
-from dpkd.data.settings import GLOBAL
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,8 @@ class Batch:
         return self._map(torch.Tensor.pin_memory)
 
     def first(self, count: int) -> "Batch":
-        """The first images of the batch in their first global view; fewer where it has fewer."""
-        return self._map(lambda tensor: tensor[:count], names=[GLOBAL])
+        """The first images of the batch, each in the first of its views of each kind; fewer where it has fewer."""
+        return self._map(lambda tensor: tensor[:count])
 
     def with_shifted_maps(self) -> "Batch":
         """The same batch with each image given the prior maps of the image before it: a control of what maps bring."""
@@ -59,12 +57,10 @@ class Batch:
         }
         return Batch(views, self.targets, self.index_B, self.epoch_B)
 
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor], names: Iterable[str] | None = None) -> "Batch":
-        """The batch of these views (all without names), each tensor changed."""
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         views = {
             name: View(change(view.image_BCHW), {key: change(map_BCHW) for key, map_BCHW in view.maps.items()})
             for name, view in self.views.items()
-            if names is None or name in names
         }
         targets = {name: change(target) for name, target in self.targets.items()}
         return Batch(views, targets, change(self.index_B), change(self.epoch_B))

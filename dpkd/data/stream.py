@@ -7,7 +7,7 @@ Axes: B images of a micro-batch, C channels, H and W pixels, N samples of the sp
 
 import multiprocessing
 import signal
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import forkserver
@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader
 from dpkd.data.augment import apply_image, apply_map, centre_view, random_views
 from dpkd.data.batch import Batch, View
 from dpkd.data.images import decode_image
-from dpkd.data.order import SampleOrder, rank_micro_batches
 from dpkd.data.settings import GLOBAL, AugmentSettings, LoaderSettings
 from dpkd.data.shards import Sample, Split
 from dpkd.errors import StorageError, UserError
@@ -38,9 +37,6 @@ class MapReader(Protocol):
 
     def read(self, i: int, sample: Sample) -> dict[str, NDArray[Any]]:
         """The maps of sample `i` by name, HWC over the whole image; raises `ValueError` if they are not its own."""
-
-    def only(self, names: Iterable[str]) -> "MapReader":
-        """The same reader for these maps alone."""
 
     def nearest(self, name: str) -> bool:
         """Whether the values of this map are labels, which must not be mixed."""
@@ -62,36 +58,42 @@ class ViewPlan:
     count: int = 1
 
 
-def training_batches(
+def load_batches(
     split: Split,
+    draws: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]],
     *,
-    order: SampleOrder,
     targets: Mapping[str, NDArray[np.int64]],
     maps: MapReader | None,
     views: Mapping[str, ViewPlan],
     seed: int,
-    rank: int,
-    world_size: int,
-    micro_batch_size: int,
-    start_step: int,
-    stop_step: int,
-    skipped: Collection[int] = (),
     loader: LoaderSettings,
 ) -> Generator[Batch, None, None]:
-    """The micro-batches of this rank from `start_step` up to but not including `stop_step`, in order, randomly viewed.
+    """A micro-batch for each of `draws`, in order: samples [B], and how often each was drawn before [B].
 
-    `targets` holds an array [N] for each target of the batch. Steps in `skipped` have no batch.
+    `targets` holds an array [N] for each target of the batch; random views are drawn from the seed.
 
     Raises `UserError` that names shard and key for a sample that cannot be read.
     """
-    steps = (step for step in range(start_step, stop_step) if step not in skipped)
+    cv2.setNumThreads(1)  # images are small, and its threads would take the cores from training
     work = (
         _Work(index_B, epoch_B, {name: target_N[index_B] for name, target_N in targets.items()})
-        for index_B, epoch_B in rank_micro_batches(
-            order, steps, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size
-        )
+        for index_B, epoch_B in draws
     )
-    return _load(_Reader(split, maps, views, seed), work, workers=loader.workers, prefetch=loader.prefetch)
+    batches: DataLoader[Batch | UserError] = DataLoader(
+        _Reader(split, maps, views, seed),
+        batch_size=None,
+        sampler=work,
+        num_workers=loader.workers,
+        prefetch_factor=loader.prefetch if loader.workers else None,
+        worker_init_fn=_start_worker,
+        multiprocessing_context=_processes() if loader.workers else None,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # its own: a loader must not move the random state of training
+    )
+    for batch in _begin(batches):
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 def evaluation_batches(
@@ -109,9 +111,15 @@ def evaluation_batches(
     Raises `UserError` that names shard and key for a sample that cannot be read.
     """
     cuts = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-    work = (_Work(cut, np.zeros_like(cut), {"class": split.label_N[cut]}) for cut in cuts)
-    reader = _Reader(split, maps, {GLOBAL: ViewPlan(image_size, map_size, augment=None)}, seed=0)
-    return _load(reader, work, workers=min(loader.workers, len(cuts)), prefetch=loader.prefetch)
+    return load_batches(
+        split,
+        ((cut, np.zeros_like(cut)) for cut in cuts),
+        targets={"class": split.label_N},
+        maps=maps,
+        views={GLOBAL: ViewPlan(image_size, map_size, augment=None)},
+        seed=0,
+        loader=loader.model_copy(update={"workers": min(loader.workers, len(cuts))}),
+    )
 
 
 class _Work(NamedTuple):
@@ -187,25 +195,6 @@ class _Reader(torch.utils.data.Dataset[Batch | UserError]):
 def _stack(arrays: Sequence[NDArray[Any]]) -> torch.Tensor:
     # without `out` the stack would have the memory layout of the arrays, which are transposed
     return torch.from_numpy(np.stack(arrays, out=np.empty((len(arrays), *arrays[0].shape), arrays[0].dtype)))
-
-
-def _load(reader: _Reader, work: Iterable[_Work], *, workers: int, prefetch: int) -> Generator[Batch, None, None]:
-    cv2.setNumThreads(1)  # images are small, and its threads would take the cores from training
-    batches = DataLoader(
-        reader,
-        batch_size=None,
-        sampler=work,
-        num_workers=workers,
-        prefetch_factor=prefetch if workers else None,
-        worker_init_fn=_start_worker,
-        multiprocessing_context=_processes() if workers else None,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # its own: a loader must not move the random state of training
-    )
-    for batch in _begin(batches):
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
 
 
 def _begin(batches: DataLoader[Batch | UserError]) -> Iterator[Batch | UserError]:

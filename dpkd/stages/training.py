@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dpkd.data.order import ClassAwareOrder, Order, OrderWithout, SampleOrder
-from dpkd.data.stream import training_batches
+from dpkd.data.order import ClassAwareOrder, Order, OrderWithout, SampleOrder, rank_micro_batches
+from dpkd.data.stream import load_batches
 from dpkd.engine.settings import TrainingSettings
 from dpkd.io import storage
 from dpkd.log import Progress, logger
@@ -174,19 +174,14 @@ def _attempt(
     sample_log = SampleLog(
         log_folder, attempt=attempt, world=world, micro_batch_size=micro_batch_size, start_step=start_step
     )
-    batches = training_batches(
+    order, steps = sample_order(run, training, data), plan.steps_from(start_step)
+    batches = load_batches(
         data.split,
-        order=sample_order(run, training, data),
+        rank_micro_batches(order, steps, rank=world.rank, world_size=world.size, micro_batch_size=micro_batch_size),
         targets={"class": data.label_N},
         maps=run.maps_of(data.split.name, task.maps),
         views=run.view_plans(task.views, settings.augment),
         seed=run.seed,
-        rank=world.rank,
-        world_size=world.size,
-        micro_batch_size=micro_batch_size,
-        start_step=start_step,
-        stop_step=plan.total_steps,
-        skipped=plan.skipped,
         loader=run.data.loader,
     )
     shown = world.rank == 0

@@ -18,10 +18,10 @@ import torch
 from dpkd.data.augment import apply_image, random_views
 from dpkd.data.batch import Batch
 from dpkd.data.images import decode_image, encode_png
-from dpkd.data.order import Order
+from dpkd.data.order import Order, rank_micro_batches
 from dpkd.data.settings import AugmentSettings, LoaderSettings
 from dpkd.data.shards import Dataset, Manifest, Sample, ShardIndex, ShardInfo, Split, SplitInfo, checksum, index_name
-from dpkd.data.stream import ViewPlan, evaluation_batches, training_batches
+from dpkd.data.stream import ViewPlan, evaluation_batches, load_batches
 from dpkd.data.tars import TarWriter
 from dpkd.errors import UserError
 from dpkd.launch.forking import ONE_THREAD
@@ -111,21 +111,21 @@ def _train(
     split: Split, start: int, stop: int, *, loader=HERE, maps=None, rank=0, world_size=1, views=None
 ) -> list[Batch]:
     order = Order(split.shard_sizes, seed=5, global_batch_size=8, block_shards=2)
-    batches = training_batches(
+    batches = load_batches(
         split,
-        order=order,
+        rank_micro_batches(order, range(start, stop), rank=rank, world_size=world_size, micro_batch_size=2),
         targets={"class": split.label_N},
         maps=maps,
         views=views or one_view(24, 24),
         seed=5,
-        rank=rank,
-        world_size=world_size,
-        micro_batch_size=2,
-        start_step=start,
-        stop_step=stop,
         loader=loader,
     )
     return list(batches)
+
+
+def _one_rank(split: Split, steps: range, *, batch_size: int):
+    order = Order(split.shard_sizes, seed=0, global_batch_size=batch_size, block_shards=3)
+    return rank_micro_batches(order, steps, rank=0, world_size=1, micro_batch_size=batch_size)
 
 
 def _assert_equal(found: list[Batch], expected: list[Batch]) -> None:
@@ -173,12 +173,10 @@ def test_ranks_together_see_the_batches_of_one(split, world_size):
 
 def test_maps_follow_their_images(split):
     plain = AugmentSettings(brightness=0, contrast=0, saturation=0)
-    order = Order(split.shard_sizes, seed=0, global_batch_size=NUM_SAMPLES, block_shards=3)
-    (batch,) = training_batches(
-        split, order=order, targets={"class": split.label_N}, maps=ImageAsMaps(),
-        views=one_view(24, 24, plain), seed=0,
-        rank=0, world_size=1, micro_batch_size=NUM_SAMPLES, start_step=0, stop_step=1, loader=HERE,
-    )  # fmt: skip
+    draws = _one_rank(split, range(1), batch_size=NUM_SAMPLES)
+    views = one_view(24, 24, plain)
+    targets = {"class": split.label_N}
+    (batch,) = load_batches(split, draws, targets=targets, maps=ImageAsMaps(), views=views, seed=0, loader=HERE)
     image_BCHW = batch.views["global"].image_BCHW.float() / 255
     assert batch.views["global"].maps["colour"].shape == image_BCHW.shape
     assert batch.views["global"].maps["label"].shape == (NUM_SAMPLES, 1, 24, 24)
@@ -190,11 +188,10 @@ def test_maps_follow_their_images(split):
 
 def test_hidden_labels_stay_hidden_in_training_and_show_in_evaluation(split):
     hidden = np.full(NUM_SAMPLES, -1)
-    order = Order(split.shard_sizes, seed=0, global_batch_size=4, block_shards=3)
-    batches = training_batches(
-        split, order=order, targets={"class": hidden}, maps=None, views=one_view(16, 4), seed=0,
-        rank=0, world_size=1, micro_batch_size=4, start_step=0, stop_step=2, loader=HERE,
-    )  # fmt: skip
+    draws = _one_rank(split, range(2), batch_size=4)
+    batches = load_batches(
+        split, draws, targets={"class": hidden}, maps=None, views=one_view(16, 4), seed=0, loader=HERE
+    )
     assert all(batch.targets["class"].tolist() == [-1] * 4 for batch in batches)
     shown = list(_evaluate(split, np.arange(NUM_SAMPLES)))
     assert torch.cat([batch.targets["class"] for batch in shown]).tolist() == [i % 3 for i in range(NUM_SAMPLES)]
