@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from dpkd.errors import UserError
 from dpkd.models.settings import ModelSettings
-from dpkd.models.weights import load_weights
 
 OWN_ARGUMENTS = {
     "num_classes": "the classes of data.train",
@@ -29,13 +28,9 @@ class Backbone(nn.Module):
     Raises `UserError` where the model gives no grid of patch features, or its logits are no function of its embedding.
     """
 
-    def __init__(
-        self, settings: ModelSettings, *, num_classes: int, image_size: int, weights: str | None = None
-    ) -> None:
+    def __init__(self, settings: ModelSettings, *, num_classes: int, image_size: int) -> None:
         super().__init__()
         self.timm: Any = create_timm_model(settings, num_classes=num_classes, image_size=image_size)
-        if weights is not None:
-            load_weights(self.timm, weights)
         self.name = settings.name
         self.num_prefix_tokens = int(getattr(self.timm, "num_prefix_tokens", 0))
         self._image_size = image_size

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dpkd.models.backbone import Backbone
 from dpkd.models.resample import area_resample
 from dpkd.models.settings import FigureGroundPooling, NetworkSpec
+from dpkd.models.weights import load_weights
 
 PLAIN_SHARE = 1e-3
 """What every patch weighs beside its figure-ground weight, so that a blank map gives the plain mean."""
@@ -17,12 +18,12 @@ PLAIN_SHARE = 1e-3
 class Network(nn.Module):
     """Embedding, patch features, logits, and the outputs of its heads, from one forward."""
 
-    def __init__(self, spec: NetworkSpec, *, weights: str | None = None) -> None:
+    def __init__(self, spec: NetworkSpec) -> None:
         super().__init__()
         self.spec = spec
         pooling = spec.model.pooling
         self.figure_ground_floor = pooling.floor if isinstance(pooling, FigureGroundPooling) else None
-        self.backbone = Backbone(spec.model, num_classes=len(spec.classes), image_size=spec.image_size, weights=weights)
+        self.backbone = Backbone(spec.model, num_classes=len(spec.classes), image_size=spec.image_size)
         self.heads = nn.ModuleDict()
         for name, head in spec.heads.items():
             if head.reads == "embedding":
@@ -37,17 +38,15 @@ class Network(nn.Module):
         each head: [B, width], or [B, width, H, W] on the patch grid. Raises `ValueError` where the pooling needs a
         weight and none is given.
         """
-        size = (image_BCHW.shape[2], image_BCHW.shape[3])
         features = self.backbone.features(image_BCHW)
-        patch_BDHW = self.backbone.patches(features, size)
+        patch_BDHW = self.backbone.patches(features, (image_BCHW.shape[2], image_BCHW.shape[3]))
         if self.figure_ground_floor is None:
             embedding_BD = self.backbone.embed(features)
+        elif weight_B1HW is None:
+            raise ValueError("figure-ground pooling needs a saliency map: give weight_B1HW")
         else:
-            if weight_B1HW is None:
-                raise ValueError("figure-ground pooling needs a saliency map: give weight_B1HW")
-            embedding_BD = self.backbone.embed_pooled(
-                figure_ground(patch_BDHW, weight_B1HW, floor=self.figure_ground_floor)
-            )
+            pooled_BD = figure_ground(patch_BDHW, weight_B1HW, floor=self.figure_ground_floor)
+            embedding_BD = self.backbone.embed_pooled(pooled_BD)
         outputs = {"embedding": embedding_BD, "patch": patch_BDHW}
         if self.spec.classes:
             outputs["logits"] = self.backbone.classify(embedding_BD)
@@ -74,8 +73,10 @@ def build_network(spec: NetworkSpec, *, seed: int | None = None, weights: str | 
     `weights` is a file that the backbone starts from. Raises `UserError` for names and arguments that timm refuses, for
     models without patch features, and for weights that do not fit.
     """
-    if seed is None:
-        return Network(spec, weights=weights)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Network(spec, weights=weights)
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        network = Network(spec)
+    if weights is not None:
+        load_weights(network.backbone.timm, weights)
+    return network

@@ -62,9 +62,11 @@ class TimmModel(Config):
         from dpkd.models.attention import attention_layer, with_attention  # noqa: PLC0415
         from dpkd.models.backbone import Backbone  # noqa: PLC0415
         from dpkd.models.settings import ModelSettings  # noqa: PLC0415
+        from dpkd.models.weights import load_weights  # noqa: PLC0415
 
         settings = ModelSettings(name=self.name, arguments=self.arguments)
-        backbone = Backbone(settings, num_classes=0, image_size=size[0], weights=self.file)
+        backbone = Backbone(settings, num_classes=0, image_size=size[0])
+        load_weights(backbone.timm, self.file)
         if self.output == "attention" and attention_layer(backbone) is None:
             raise UserError(f"the timm model {self.name!r} has no class attention that can be read; set output=energy")
         backbone = backbone.eval().to(device)

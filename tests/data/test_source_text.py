@@ -12,7 +12,7 @@ import pytest
 from dpkd.data import sources
 from dpkd.data.labels import visible_labels
 from dpkd.data.settings import FileSplits, FolderSource, ListedLabels, ShardSource, TableSource
-from dpkd.data.sources.text import cell_name, cell_text, class_of_label, decode_text, match_lines, split_lines
+from dpkd.data.sources.text import cell_name, class_of_label, decode_text, match_lines, split_lines
 from dpkd.errors import UserError
 from tests.data.packing import SerialPool, image_bytes, make_folder, make_tar, pack_at, reasons
 
@@ -39,7 +39,7 @@ def test_what_is_no_label_is_refused(cell):
 
 def test_names_and_texts_of_cells():
     assert [cell_name(cell) for cell in (12.0, "12.0", 12, " p1 ", "nan", None)] == ["12", "12", "12", "p1", None, None]
-    assert [cell_text(cell) for cell in ("12.0", " a b.jpg", "NaN")] == ["12.0", "a b.jpg", None]
+    assert [cell_name(cell) for cell in (" a b.jpg", "NaN")] == ["a b.jpg", None]
     assert cell_name(dt.date(2026, 1, 2)) == "2026-01-02"
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from dpkd.data.settings import TableSource
 from dpkd.data.shards import MASK_EXTENSION
 from dpkd.data.sources.records import Blob, Record, SourceContents, nearest
-from dpkd.data.sources.text import cell_name, cell_text, cell_value, class_of_label, decode_text, split_lines
+from dpkd.data.sources.text import cell_name, cell_value, class_of_label, decode_text, split_lines
 from dpkd.errors import UserError, without_secrets
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
@@ -58,12 +58,12 @@ def _record(row: Row, *, source: TableSource, folder: str) -> Record:
     """The sample of a row; raises `ValueError` with the reason why it cannot be used."""
     if error := row.get(_ERROR):
         raise ValueError(str(error))
-    path, split = cell_text(row.get(source.path_column)), cell_name(row.get(source.split_column))
+    path, split = cell_name(row.get(source.path_column)), cell_name(row.get(source.split_column))
     if path is None:
         raise ValueError(f"column {source.path_column!r} is empty")
     if source.split_column and split is None:
         raise ValueError(f"column {source.split_column!r} is empty")
-    mask = cell_text(row.get(source.mask_column))
+    mask = cell_name(row.get(source.mask_column))
     name, image = _file(folder, path)
     return Record(
         name=without_secrets(name),

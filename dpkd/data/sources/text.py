@@ -57,14 +57,8 @@ def cell_value(cell: Any) -> Any:
     return cell if isinstance(cell, int | float | bool | list | dict) else cell_value(str(cell))
 
 
-def cell_text(cell: Any) -> str | None:
-    """The cell as text without white space around it, None where it is missing."""
-    value = cell_value(cell)
-    return None if value is None else str(value).strip()
-
-
 def cell_name(cell: Any) -> str | None:
-    """The cell as the name of a class, group or split, None where it is missing; whole floats are integers."""
+    """The cell as the name of a file, class, group or split, None where it is missing; whole floats are integers."""
     value = cell_value(cell)
     if value is None:
         return None
