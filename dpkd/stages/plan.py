@@ -112,16 +112,12 @@ def stage_outputs(stage: str, settings: Settings) -> list[str | Path]:
     if stage == "evaluate":
         return [folder.path / EVALUATION_NAME]
     if stage == "distill":
-        students = settings.distill.students.items()
-        folders = [folder.students / name for name, _ in students]
-        folders += [folder.baselines / name for name, student in students if student.baseline]
-        live = [name for name, teacher in settings.teachers.items() if teacher.during_distill != "frozen"]
-        folders += [folder.live_teachers / name for name in live]
+        parents = [folder.students, folder.baselines, folder.live_teachers]
     elif stage == "export":
-        folders = [folder.export / name for name in settings.distill.students]
+        parents = [folder.export]
     else:
-        folders = [folder.teacher(teaching_stages(settings)[stage])]
-    return sorted(path for made in folders for path in made.glob("[!.]*"))
+        return sorted(folder.teacher(teaching_stages(settings)[stage]).glob("[!.]*"))
+    return sorted(path for parent in parents for path in parent.glob("[!.]*/[!.]*"))
 
 
 def recorded(stage: str, folder: RunFolder, settings: Settings) -> AbstractContextManager[None]:
