@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpkd.data.labels import visible_labels
-from dpkd.data.shards import Dataset, Split
+from dpkd.data.shards import Split
 from dpkd.engine.network import Frozen
 from dpkd.errors import UserError
 from dpkd.evaluation.attributes import zero_shot_accuracy
@@ -41,12 +41,16 @@ from dpkd.report.quarantine import Quarantine
 from dpkd.report.summary import EVALUATION_NAME, figure_or_none, figures_markdown
 from dpkd.report.tensorboard import Board
 from dpkd.run.folder import RunFolder
-from dpkd.settings import DataSettings, EvaluateSettings
+from dpkd.settings import EvaluateSettings
 from dpkd.stages.networks import Embedded, embed_networks, spread, teacher_network
 from dpkd.stages.plan import attribute_table, trained_classes
 from dpkd.stages.run import Run
 from dpkd.train.task import Predictor
 
+Labels = NDArray[np.int64]
+Specs = Mapping[str, NetworkSpec]
+Outputs = Mapping[str, Embedded]
+"""By network."""
 Figures = dict[str, dict[str, Any]]
 """Figures of one kind by network."""
 
@@ -167,11 +171,11 @@ def _measure(run: Run, networks: Mapping[str, Network], split: Split, settings: 
         "over_baseline": over_baseline,
         "probes": _probe(run, embedded, label_N, split=split.name),
         "classification": _classify(run, specs, embedded, label_N),
-        "zero_shot": zero_shot(specs, embedded, label_N, dataset=run.dataset, data=run.data, split=split.name),
+        "zero_shot": zero_shot(run, specs, embedded, label_N, split=split.name),
     }
 
 
-def _probe(run: Run, embedded: Mapping[str, Embedded], label_N: NDArray[np.int64], *, split: str) -> Figures:
+def _probe(run: Run, embedded: Outputs, label_N: Labels, *, split: str) -> Figures:
     """KNN and linear probe of each network; none without settings, and none on a split that is too small."""
     # brings in scikit-learn, which is slow to load: a restart of the workers must not wait for it
     from dpkd.evaluation.probes import probe, probe_split  # noqa: PLC0415
@@ -187,9 +191,7 @@ def _probe(run: Run, embedded: Mapping[str, Embedded], label_N: NDArray[np.int64
     return figures
 
 
-def _classify(
-    run: Run, specs: Mapping[str, NetworkSpec], embedded: Mapping[str, Embedded], label_N: NDArray[np.int64]
-) -> Figures:
+def _classify(run: Run, specs: Specs, embedded: Outputs, label_N: Labels) -> Figures:
     """Accuracy of the logits of those networks that know all classes of the split."""
     names = run.dataset.manifest.classes
     present = {names[label] for label in np.unique(label_N[label_N >= 0])}
@@ -206,25 +208,17 @@ def _classify(
     return figures
 
 
-def zero_shot(
-    specs: Mapping[str, NetworkSpec],
-    embedded: Mapping[str, Mapping[str, NDArray[np.float32]]],
-    label_N: NDArray[np.int64],
-    *,
-    dataset: Dataset,
-    data: DataSettings,
-    split: str,
-) -> dict[str, dict[str, float]]:
+def zero_shot(run: Run, specs: Specs, embedded: Outputs, label_N: Labels, *, split: str) -> Figures:
     """Accuracy of each network on the split's classes that the table describes and training did not see.
 
     `embedded` holds logits `attributes` NA by network. A network that predicts none has no figure; with fewer than two
     such classes there is none at all. Raises `UserError` for a network that was trained on other attributes than the
     table has.
     """
-    table, learned = attribute_table(data), {name: spec for name, spec in specs.items() if spec.attributes}
+    table, learned = attribute_table(run.data), {name: spec for name, spec in specs.items() if spec.attributes}
     if table is None or not learned:
         return {}
-    names, trained, known = dataset.manifest.classes, trained_classes(dataset, data), table.known()
+    names, trained, known = run.dataset.manifest.classes, trained_classes(run.dataset, run.data), table.known()
     unseen = [label for label in np.unique(label_N[label_N >= 0]).tolist() if names[label] not in trained]
     class_K = np.array([label for label in unseen if known.get(names[label])])
     if len(class_K) < len(unseen):

@@ -39,7 +39,7 @@ def measured(run: Run, split_name: str, logit_NA: np.ndarray, **changes: Any) ->
     embedded = {"conv": {"attributes": logit_NA.astype(np.float32)}}
     specs = {"conv": spec, "vit": spec.model_copy(update={"attributes": ()})}
     label_N = run.dataset.split(split_name).label_N
-    return zero_shot(specs, embedded, label_N, dataset=run.dataset, data=run.data, split=split_name)
+    return zero_shot(run, specs, embedded, label_N, split=split_name)
 
 
 def test_described_classes_are_told_apart_by_what_was_learnt(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
