@@ -19,7 +19,6 @@ from dpkd.backends.factory import make_accelerator, make_pool, make_worker_group
 from dpkd.data.shards import Dataset
 from dpkd.errors import StopRequested, StorageError, UserError, WorkerFailed, did_you_mean, printable
 from dpkd.launch.signals import install_stop_handlers, start_resource_tracker, stop_handlers
-from dpkd.launch.worker_group import Supervision
 from dpkd.log import Progress, duration, logger, safe_output
 from dpkd.priors.base import accelerated
 from dpkd.report.quarantine import Quarantine
@@ -86,7 +85,13 @@ def run(settings: Settings, *, stages: Sequence[str] = STAGES) -> None:
         folder = folder.acquire()
         with attempt_at(folder, left) as supervision:
             run_pool_stages(settings, folder, [stage for stage in left if stage in POOL_STAGES])
-            _run_training_stages(settings, folder, [stage for stage in left if stage not in POOL_STAGES], supervision)
+            if training := [stage for stage in left if stage not in POOL_STAGES]:
+                workers = make_worker_group(settings.launcher, sizes=settings.world_sizes, module="dpkd.stages.worker")
+                # here, not at the top: the driver of a cluster run needs no torch
+                from dpkd.stages.worker import train_stages  # noqa: PLC0415
+
+                argument = (settings.model_dump(mode="json"), training, folder.attempt)
+                workers.run(train_stages, argument, supervision=supervision)
     logger.info(final_words(write_summary(folder.path)))
     logger.info(f"{'done' if left else 'all was done before; nothing to do'}, {duration(time.monotonic() - began)}")
 
@@ -117,20 +122,6 @@ def run_pool_stages(settings: Settings, folder: RunFolder, stages: Sequence[str]
                 quarantine=quarantine,
                 progress=progress.reach,
             )
-
-
-def _run_training_stages(
-    settings: Settings, folder: RunFolder, stages: Sequence[str], supervision: Supervision
-) -> None:
-    """Runs the named stages in the training workers."""
-    if not stages:
-        return
-    workers = make_worker_group(settings.launcher, sizes=settings.world_sizes, module="dpkd.stages.worker")
-    # here, not at the top: the driver of a cluster run needs no torch
-    from dpkd.stages.worker import train_stages  # noqa: PLC0415
-
-    argument = (settings.model_dump(mode="json"), list(stages), folder.attempt)
-    workers.run(train_stages, argument, supervision=supervision)
 
 
 def interrupt(_number: int, _frame: FrameType | None) -> None:
