@@ -15,7 +15,7 @@ from dpkd.io.storage import digest
 from dpkd.priors.catalogue.edge import Edge
 from dpkd.priors.catalogue.regions import Expert
 from dpkd.priors.record import Record
-from dpkd.priors.store import MANIFEST_NAME, PriorIndex
+from dpkd.priors.store import MANIFEST_NAME, PriorIndex, PriorSet
 from dpkd.verbs.inspect import draw_samples, inspect_dataset, prior_sets
 from tests.damage import change_member, flip_header, vouch, zeros
 from tests.data.packing import make_folder, pack_at
@@ -36,9 +36,13 @@ def test_a_whole_data_set_is_counted_with_its_maps(dataset, capsys):
     assert "every shard is as its manifest says" in said
     assert "prior set default: 0 of 15 samples have flat maps" in said
     assert "every sample that can be read has its 4 maps, each of its own image and readable" in said
-    mean = prepare_all(dataset).manifest.statistics["saliency"].mean[0]
+    priors = PriorSet.open(dataset.url, "default")
+    splits = [(dataset.split(name), priors.split(name)) for name in dataset.manifest.splits]
+    maps = [maps.read(i, split.read(i))["saliency"] for split, maps in splits for i in range(split.num_samples)]
+    cells = np.concatenate([map_HWC.ravel() for map_HWC in maps]).astype(np.float64)
     (row,) = [line for line in said.splitlines() if "│ saliency" in line]
-    assert f"{mean:.2f}" in row
+    assert f"│ {cells.mean():.2f} " in row
+    assert f"│ {cells.std():.2f} " in row
 
 
 def test_a_data_set_without_maps_is_inspected_too(tmp_path, capsys):

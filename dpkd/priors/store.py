@@ -12,7 +12,7 @@ Manifest and index have a checksum of their own each.
 import os
 from bisect import bisect_right
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import Any
 
@@ -41,35 +41,6 @@ class PriorMismatch(UserError):
     """Maps that are damaged, or belong to another image or another prior: they are not served."""
 
 
-Moments = npt.NDArray[np.float64]
-"""3C: cells of each channel, their sum, and the sum of their squares; moments of disjoint samples add up."""
-
-
-class ChannelStatistics(BaseModel):
-    """Mean and standard deviation of each channel of a map, over the cells of all samples that have it."""
-
-    model_config = ConfigDict(frozen=True)
-    mean: tuple[float, ...]
-    deviation: tuple[float, ...]
-
-
-def map_moments(map_HWC: Map) -> Moments:
-    """The moments of one sample's map; a map that nobody gave (NaN) does not count."""
-    height, width, channels = map_HWC.shape
-    if np.isnan(map_HWC[0, 0, 0]):
-        return np.zeros((3, channels))
-    num_cells = np.full(channels, height * width)
-    return np.array([num_cells, np.einsum("hwc->c", map_HWC), np.einsum("hwc,hwc->c", map_HWC, map_HWC)], np.float64)
-
-
-def channel_statistics(moments_3C: Moments) -> ChannelStatistics:
-    """Mean and deviation by the moments of at least one cell."""
-    num_cells_C, sum_C, square_C = moments_3C
-    mean_C = sum_C / num_cells_C
-    deviation_C = np.sqrt(np.maximum(square_C / num_cells_C - mean_C**2, 0))
-    return ChannelStatistics(mean=tuple(mean_C.tolist()), deviation=tuple(deviation_C.tolist()))
-
-
 class PriorManifest(BaseModel):
     """The content of priors.json."""
 
@@ -80,8 +51,6 @@ class PriorManifest(BaseModel):
     priors: tuple[Prior, ...]
     fingerprints: dict[str, str]
     """name -> fingerprint of the prior, code version included."""
-    statistics: dict[str, ChannelStatistics]
-    """name -> statistics of the map as it is read; region labels have none, nor has a map that no sample has."""
     splits: dict[str, tuple[ShardInfo, ...]]
     unreadable: dict[str, tuple[int, ...]]
     """split -> numbers of the samples that could not be read, ascending: they are left out of all that follows."""
@@ -100,8 +69,6 @@ class PriorIndex:
     """name -> fingerprint of the prior whose map every sample has, in the order of the settings."""
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    moments: dict[str, Moments]
-    """name -> moments of the map's channels, without region labels and the samples in `bad`."""
     bad: tuple[tuple[str, str], ...] = ()
     """(key, reason) of samples whose maps are flat, or that could not be read."""
     unreadable: tuple[int, ...] = ()
@@ -111,9 +78,7 @@ class PriorIndex:
 
     def to_bytes(self) -> bytes:
         """The file's content."""
-        moments = {name: (int(array_3C[0, 0]), *array_3C[1:].tolist()) for name, array_3C in self.moments.items()}
-        content = {"format_version": FORMAT_VERSION, **vars(self), "shard": self.shard.model_dump(), "moments": moments}
-        return pack_checked(content)
+        return pack_checked({"format_version": FORMAT_VERSION, **vars(self), "shard": self.shard.model_dump()})
 
     @staticmethod
     def from_bytes(data: bytes) -> "PriorIndex":
@@ -121,11 +86,8 @@ class PriorIndex:
         content = unpack_checked(data)
         if content.pop("format_version", None) != FORMAT_VERSION:
             raise ValueError("it is of another format version")
-        moments = {
-            name: np.array([np.full(len(sum_C), count), sum_C, square_C], np.float64)
-            for name, (count, sum_C, square_C) in content["moments"].items()
-        }
-        return PriorIndex(**{**content, "shard": ShardInfo(**content["shard"]), "moments": moments})
+        known = {field.name: content[field.name] for field in fields(PriorIndex)}
+        return PriorIndex(**{**known, "shard": ShardInfo(**content["shard"])})
 
 
 @dataclass(frozen=True)

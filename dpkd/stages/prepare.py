@@ -44,9 +44,7 @@ from dpkd.priors.store import (
     PriorIndex,
     PriorManifest,
     PriorSet,
-    channel_statistics,
     fingerprints,
-    map_moments,
     read_manifest,
     set_url,
 )
@@ -163,17 +161,10 @@ def _manifest(dataset: Dataset, priors: tuple[Prior, ...], indexes: list[PriorIn
         starts = accumulate((index.shard.num_samples for index in of_split), initial=0)
         rows = [(start, index.unreadable) for start, index in zip(starts, of_split, strict=False)]
         unreadable[name] = tuple(start + row for start, lost in rows for row in lost)
-    statistics = {}
-    for prior in priors:
-        if not prior.nearest:
-            moments_3C = sum((index.moments[prior.name] for index in indexes), np.zeros((3, prior.channels)))
-            if moments_3C.any():
-                statistics[prior.name] = channel_statistics(moments_3C)
     return PriorManifest(
         dataset=dataset.manifest.fingerprint,
         priors=priors,
         fingerprints=fingerprints(priors),
-        statistics=statistics,
         splits=splits,
         unreadable=unreadable,
         num_flat=sum(len(index.bad) - len(index.unreadable) for index in indexes),
@@ -233,7 +224,6 @@ def _write_shard(task: _Task, place: str, before: Mapping[str, Record]) -> Prior
             while batch := list(islice(samples, prior.batch_size)):
                 pulse()
                 _run_batch(batch, prior, records, device=task.device)
-    moments = {prior.name: np.zeros((3, prior.channels)) for prior in task.computed if not prior.nearest}
     members: list[Member] = []
     file = io.BytesIO()
     tar = TarWriter(file)
@@ -241,8 +231,6 @@ def _write_shard(task: _Task, place: str, before: Mapping[str, Record]) -> Prior
         pulse()
         record = records[sample.key] = _finish(sample, records[sample.key], task)
         members.append(tar.add(f"{record.key}.{MEMBER_EXTENSION}", record.to_bytes()))
-        for name in moments if record.bad is None else ():
-            moments[name] += map_moments(record.maps[name].decode())
     tar.finish()
     shard = ShardInfo(name=task.images.name, num_samples=len(members), size_bytes=tar.size_bytes, sha256=tar.sha256)
     index = PriorIndex(
@@ -251,7 +239,6 @@ def _write_shard(task: _Task, place: str, before: Mapping[str, Record]) -> Prior
         fingerprints=fingerprints(task.computed),
         offsets=tuple(member.offset for member in members),
         sizes=tuple(member.size for member in members),
-        moments=moments,
         bad=tuple((record.key, record.bad) for record in records.values() if record.bad is not None),
         unreadable=tuple(row for row, record in enumerate(records.values()) if not record.source),
         fault=task.split.fault(0),

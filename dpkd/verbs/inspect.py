@@ -6,6 +6,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 from rich.table import Table
 
 from dpkd.data.images import decode_image
@@ -111,24 +112,32 @@ def _inspect_priors(dataset: Dataset, name: str) -> None:
     url, priors = set_url(dataset.url, name), PriorSet.open(dataset.url, name)
     again = "run the prepare stage again, which makes the damaged ones anew"
     _check_shards(url, [shard for split in priors.manifest.splits.values() for shard in split], way_out=again)
-    size_bytes, damaged = Counter[str](), list[str]()
+    size_bytes, num_cells, damaged = Counter[str](), Counter[str](), list[str]()
+    sums_2C: dict[str, npt.NDArray[np.float64]] = {}
     num_samples = sum(split.num_samples for split in dataset.manifest.splits.values())
     with Progress(f"check priors/{name}", num_samples) as progress:
         for split_name in dataset.manifest.splits:
             split, maps, lost = dataset.split(split_name), priors.split(split_name), priors.unreadable(split_name)
             for i in np.delete(np.arange(split.num_samples), lost).tolist():
                 try:
-                    for map_name, stored in maps.record(i, split.read(i)).maps.items():
+                    record = maps.record(i, split.read(i))
+                    for map_name, stored in record.maps.items():
                         size_bytes[map_name] += len(stored.data)
-                        stored.decode()
+                        map_HWC = stored.decode().astype(np.float64)
+                        if record.bad is None and not np.isnan(map_HWC).any():
+                            num_cells[map_name] += map_HWC[:, :, 0].size
+                            sums = np.array([map_HWC.sum((0, 1)), (map_HWC**2).sum((0, 1))])
+                            sums_2C[map_name] = sums_2C.get(map_name, 0) + sums
                 except (UserError, ValueError) as error:
                     damaged.append(str(error))
                 progress.advance()
     table = Table("map", "channels", "bytes a sample", "mean of each channel", "deviation of each channel")
     for prior in priors.manifest.priors:
-        statistics = priors.manifest.statistics.get(prior.name)
-        numbers = (statistics.mean, statistics.deviation) if statistics else ((), ())
-        cells = (" ".join(f"{value:.2f}" for value in values) for values in numbers)
+        cells = ["", ""]
+        if not prior.nearest and num_cells[prior.name]:
+            mean_C, square_C = sums_2C[prior.name] / num_cells[prior.name]
+            statistics = (mean_C, np.sqrt(np.maximum(square_C - mean_C**2, 0)))
+            cells = [" ".join(f"{value:.2f}" for value in values_C) for values_C in statistics]
         table.add_row(prior.name, str(prior.channels), f"{size_bytes[prior.name] / num_samples:,.0f}", *cells)
     show(table)
     if damaged:

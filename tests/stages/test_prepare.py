@@ -1,7 +1,6 @@
 import dataclasses
 import multiprocessing
 import os
-import shutil
 import signal
 import tarfile
 import time
@@ -25,7 +24,7 @@ from dpkd.priors.store import PriorIndex, PriorSet
 from dpkd.report.quarantine import Quarantine
 from dpkd.settings import PrepareSettings
 from dpkd.stages.prepare import prepare
-from tests.prior_cases import ALL, SerialPool, draw_images, pack_folder, prepare_all
+from tests.prior_cases import SerialPool, draw_images, pack_folder, prepare_all
 
 NUM_SHARDS = 4
 
@@ -170,26 +169,6 @@ def test_a_prior_that_is_added_is_computed_alone(dataset):
         assert list(record.maps) == ["hog", "edge"]
         assert is_marked(record.maps["edge"])
         assert record.maps["hog"].shape == (5, 4, 9)
-
-
-def test_the_manifest_has_mean_and_deviation_of_every_channel_however_it_came_about(dataset, tmp_path):
-    prepare_all(dataset, priors=ALL[:1])
-    grown = prepare_all(dataset).manifest  # the first map is carried over, the others are computed
-    maps = read_all(dataset)
-    assert list(grown.statistics) == ["edge", "saliency", "hog"]
-    for name, found in grown.statistics.items():
-        cell_NC = np.concatenate([each[name].reshape(-1, each[name].shape[2]) for each in maps]).astype(np.float64)
-        np.testing.assert_allclose(found.mean, cell_NC.mean(0), rtol=1e-5)
-        np.testing.assert_allclose(found.deviation, cell_NC.std(0), rtol=1e-4)
-    shutil.rmtree(Path(dataset.url) / "priors")
-    assert prepare_all(dataset).manifest == grown
-
-
-def read_all(dataset: Dataset) -> list[dict[str, np.ndarray]]:
-    """The maps of every sample, as a reader gets them."""
-    priors = PriorSet.open(dataset.url, "default")
-    splits = [(dataset.split(name), priors.split(name)) for name in dataset.manifest.splits]
-    return [maps.read(i, split.read(i)) for split, maps in splits for i in range(split.num_samples)]
 
 
 def test_a_prior_whose_settings_changed_is_computed_again_and_one_taken_out_is_gone(dataset):
