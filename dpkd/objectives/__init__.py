@@ -1,6 +1,6 @@
 """Objectives: one file each, a frozen settings model that declares its needs and computes its loss.
 
-To add one: write its file with the verbs of `dpkd.objectives.base.Objective`, and name its class here. An objective
+To add one: write its file with the methods of `dpkd.objectives.base.Objective`, and name its class here. An objective
 of your own package is named in the settings as `kind: package.module:Class`.
 """
 
@@ -46,7 +46,7 @@ def _of_any_package(value: Any, built_in: Any) -> Any:
     try:
         return getattr(importlib.import_module(module), name).model_validate(value)
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
         raise ValueError(faults) from None
     except (ImportError, AttributeError) as error:
         raise ValueError(f"kind {kind!r} cannot be loaded ({error}): give package.module:Class") from None

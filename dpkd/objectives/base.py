@@ -95,7 +95,10 @@ Outputs = Mapping[str, "Tensor"]
 
 @dataclass(frozen=True)
 class Context:
-    """What the objectives of one network compute their losses from, on one micro-batch."""
+    """What the objectives of one network compute their losses from, on one micro-batch.
+
+    The methods give outputs, maps and images of the first view of its kind of each image.
+    """
 
     batch: Batch
     outputs: Mapping[str, Outputs]
@@ -111,20 +114,20 @@ class Context:
     """The teacher of the objective that asks."""
 
     def student(self, output: str, *, view: str = GLOBAL) -> Tensor:
-        """An output of the network that is trained, for the first view of the kind of each image."""
+        """An output of the network that is trained."""
         return self._first(self.outputs[view][output])
 
     def teacher(self, output: str, *, view: str = GLOBAL) -> Tensor:
-        """An output of the objective's teacher, for the first view of the kind of each image."""
+        """An output of the objective's teacher."""
         assert self.teacher_name is not None, "settings require a teacher"
         return self._first(self.teachers[self.teacher_name][view][output])
 
     def map(self, name: str, *, view: str = GLOBAL) -> Tensor:
-        """A prior map of the first view of the kind of each image, BCHW float32; NaN where it is not known."""
+        """A prior map, BCHW float32; NaN where it is not known."""
         return self._first(self.batch.views[view].maps[name])
 
     def image(self, *, view: str = GLOBAL) -> Tensor:
-        """The first view of the kind of each image, BCHW uint8."""
+        """The images, BCHW uint8."""
         return self._first(self.batch.views[view].image_BCHW)
 
     def _first(self, tensor: Tensor) -> Tensor:
@@ -133,7 +136,7 @@ class Context:
 
 
 class Objective(Config):
-    """One term of what a network minimises: the settings that all have, and two verbs."""
+    """One term of what a network minimises: the settings that all terms have, and two methods."""
 
     kind: str
     name: str | None = Field(None, pattern=r"^\w[\w.-]*$")

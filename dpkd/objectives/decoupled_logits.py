@@ -48,20 +48,15 @@ def decoupled_logits(
     import torch
     import torch.nn.functional as F
 
-    student_BK, teacher_BK = student_BK.float() / temperature, teacher_BK.float() / temperature
     hidden_BK = F.one_hot(target_B, student_BK.shape[1]).bool()
-
-    def target_and_rest(logits_BK: Tensor) -> Tensor:
+    binary, others = [], []
+    for logits_BK in (student_BK.float() / temperature, teacher_BK.float() / temperature):
         log_p_BK = F.log_softmax(logits_BK, dim=1)
         target_B1 = log_p_BK.gather(1, target_B[:, None])
         rest_B1 = log_p_BK.masked_fill(hidden_BK, -torch.inf).logsumexp(1, keepdim=True)
-        return torch.cat([target_B1, rest_B1], dim=1)
-
-    def others(logits_BK: Tensor) -> Tensor:
-        return F.log_softmax(logits_BK - HIDDEN * hidden_BK, dim=1)
-
+        binary.append(torch.cat([target_B1, rest_B1], dim=1))
+        others.append(F.log_softmax(logits_BK - HIDDEN * hidden_BK, dim=1))
     tckd, nckd = (
-        F.kl_div(of(student_BK), of(teacher_BK), reduction="batchmean", log_target=True)
-        for of in (target_and_rest, others)
+        F.kl_div(student, teacher, reduction="batchmean", log_target=True) for student, teacher in (binary, others)
     )
     return temperature**2 * tckd, temperature**2 * nckd

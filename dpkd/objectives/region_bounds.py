@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SMALLEST = 1e-6
-"""Total weight of an empty region, in cells: where there is none, positions and colours mean nothing."""
+"""Least total weight of a region, in cells: positions and colours of an empty one mean nothing."""
 FLAT = 1e-12
 """Added to squared gradients, so that the root can be differentiated where a region is even."""
 

@@ -1,7 +1,7 @@
 """Prior maps: each is a frozen settings model whose `map(image)` does the work; `Prior` is their union.
 
-To add one: write a class with the verbs of `dpkd.priors.base.Extractor`, and name it here. Other packages bring theirs
-under the entry point group `dpkd.priors`; once a package is installed, settings know its prior by its `kind`:
+To add one: write a class with the methods of `dpkd.priors.base.Extractor`, and name it here. Other packages bring
+theirs under the entry point group `dpkd.priors`; settings know the prior of an installed package by its `kind`:
 
     [project.entry-points."dpkd.priors"]
     depth = "my_package.depth:Depth"
@@ -30,8 +30,8 @@ BUILT_IN = (*DEFAULT, Hog, Hue, Symmetry, Glcm, Expert, Learned)
 def _installed_priors() -> list[type[BaseModel]]:
     """The classes that installed packages bring, sorted by entry point.
 
-    Raises `UserError` that names package and entry point for one that cannot be imported, lacks a verb, or takes a kind
-    that is taken already.
+    Raises `UserError` that names package and entry point for one that cannot be imported, lacks a method, or takes a
+    kind that is taken already.
     """
     owners = {str(prior.model_fields["kind"].default): "dpkd" for prior in BUILT_IN}
     priors = []
@@ -50,14 +50,14 @@ def _installed_priors() -> list[type[BaseModel]]:
 def _load(entry: EntryPoint, place: str) -> type[BaseModel]:
     try:
         prior: Any = entry.load()
-    except Exception as error:  # whatever somebody else's module raises
+    except Exception as error:  # code of others may raise anything
         fault = f"{type(error).__name__}: {error}"
-        raise UserError(f"{place} cannot be imported ({fault}); mend or uninstall the package") from error
+        raise UserError(f"{place} cannot be imported ({fault}); repair or uninstall the package") from error
     if not (isinstance(prior, type) and issubclass(prior, BaseModel)) or "kind" not in prior.model_fields:
         raise UserError(f"{place} is no pydantic model with a `kind`; a prior is one")
-    verbs = [*vars(Extractor), *(vars(BatchExtractor) if hasattr(prior, "maps") else ())]
+    names = [*vars(Extractor), *(vars(BatchExtractor) if hasattr(prior, "maps") else ())]
     known = {*dir(prior), *prior.model_fields}
-    if missing := [verb for verb in verbs if not verb.startswith("_") and verb not in known]:
+    if missing := [name for name in names if not name.startswith("_") and name not in known]:
         raise UserError(f"{place} lacks {', '.join(missing)}; see dpkd.priors.base.Extractor")
     if not prior.model_config.get("frozen"):
         raise UserError(f"{place} is not frozen; set model_config = ConfigDict(frozen=True, extra='forbid')")

@@ -60,7 +60,7 @@ def _locked(array: npt.NDArray[Value]) -> npt.NDArray[Value]:
 
 
 class Extractor(Protocol):
-    """One kind of prior knowledge with its settings: a frozen settings model with a `kind` and these verbs."""
+    """One kind of prior knowledge with its settings: a frozen settings model with a `kind` and these methods."""
 
     @property
     def kind(self) -> str:
@@ -72,7 +72,7 @@ class Extractor(Protocol):
 
     @property
     def version(self) -> int:
-        """Version of the code, to be raised whenever the same settings come to give another map."""
+        """Version of the code; raise it whenever the same settings give another map."""
 
     @property
     def channels(self) -> int:
@@ -125,18 +125,18 @@ class BatchExtractor(Extractor, Protocol):
 
     @property
     def batch_size(self) -> int:
-        """The most images that `maps` takes; it is given those of one place in a shard together, every time."""
+        """The most images that `maps` takes; the images of one batch follow one another in a shard."""
 
     def sealed(self) -> Self:
         """The same prior bound to what its settings point at, such as weights; raises `UserError` without them."""
 
     def identity(self) -> str:
-        """What the maps depend on, of a sealed prior; it is named by this instead of its settings."""
+        """What the maps of a sealed prior depend on; the fingerprint is taken of this and not of the settings."""
 
     def maps(self, images: Sequence[ImageViews], *, device: str) -> list[Map]:
         """The map of each image, on a device of torch; one that is not finite marks its image as bad.
 
-        An error stops the stage: whatever is wrong with a single image must show in its map.
+        An error stops the stage, so a fault of a single image must show in its map.
         """
 
 

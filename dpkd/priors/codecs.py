@@ -123,7 +123,7 @@ class LabelCodec:
 
 NIBBLES, BYTES, LABELS = PackedCodec("nibbles", 4), PackedCodec("bytes", 8), LabelCodec()
 CODECS: dict[str, Codec] = {codec.name: codec for codec in (JpegCodec(), NIBBLES, BYTES, LABELS)}
-"""The codecs by the name that stored maps bear."""
+"""The codecs by the name that stored maps have."""
 ABSENT = "absent"
 """The name in the place of a codec's where the sample came without the map."""
 

@@ -113,7 +113,7 @@ class OnnxModel(Config):
         options.log_severity_level = 3
         provider = PROVIDERS[device.partition(":")[0]]
         session = onnxruntime.InferenceSession(self.file, options, providers=[provider])
-        if provider not in session.get_providers():  # onnxruntime goes on with another in silence
+        if provider not in session.get_providers():  # onnxruntime takes another in silence
             raise UserError(
                 f"onnxruntime could not start {provider}: install onnxruntime-gpu in the place of onnxruntime, or set "
                 "device=cpu for this prior"
@@ -138,8 +138,8 @@ class OnnxModel(Config):
 class Learned(PriorConfig):
     """An output of a model, as the map `learned-<of>` in [0, 1], on the grid of the model or of `stride`.
 
-    Images are stretched to `size`, and run in batches that are always filled up to `batch_size`, so that an image at
-    the same place of a batch has the same map whatever the others are. The map of the mirrored image is the mirrored
+    Images are stretched to `size`, and run in batches that are filled up to `batch_size`, so that the map of an image
+    depends on its place in the batch alone, and not on the other images. The map of the mirrored image is the mirrored
     map as far as the model treats left and right alike. Weights and their licence are the user's.
     """
 
@@ -165,7 +165,6 @@ class Learned(PriorConfig):
 
     @property
     def name(self) -> str:
-        """Names the map in a prior set."""
         return f"learned-{self.of}"
 
     @property
@@ -175,7 +174,6 @@ class Learned(PriorConfig):
 
     @property
     def input_size(self) -> tuple[int, int]:
-        """Height and width of the model's input."""
         return (self.size, self.size) if isinstance(self.size, int) else self.size
 
     @model_validator(mode="after")
@@ -231,12 +229,11 @@ class Learned(PriorConfig):
 
         Values that are not finite pass. Raises `UserError` where the model cannot be used, before its first map.
         """
-        values_BCHW = _values(self, _loaded(self, device), images)[: len(images)]
-        maps: list[Map] = [np.ascontiguousarray(values_CHW.transpose(1, 2, 0)) for values_CHW in values_BCHW]
-        if self.stride is None:
-            return maps
-        grids = [grid_size(image, self.stride) for image in images]
-        return [cell_means(np.asarray(map_HWC, np.float32), grid) for map_HWC, grid in zip(maps, grids, strict=True)]
+        maps: list[Map] = []
+        for values_CHW, image in zip(_values(self, _loaded(self, device), images), images, strict=False):
+            map_HWC = np.ascontiguousarray(values_CHW.transpose(1, 2, 0))
+            maps.append(map_HWC if self.stride is None else cell_means(map_HWC, grid_size(image, self.stride)))
+        return maps
 
 
 @lru_cache(maxsize=4)
@@ -293,7 +290,7 @@ def _named(prior: Learned, what: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
-    except Exception as error:  # whatever a model of the user's raises
+    except Exception as error:  # a model of the user's may raise anything
         first_line = (str(error).strip().splitlines() or ["no message"])[0]
         raise UserError(f"{place}: {what} ({type(error).__name__}: {first_line})") from error
 
@@ -316,11 +313,10 @@ def scaled(values_BCHW: Array, scale: Scale) -> Array:
                 f"its values go from {lowest:.3g} to {highest:.3g}, and scale=unit is for those in [0, 1]: "
                 "set scale to sigmoid, softmax, largest or minmax"
             )
+        return np.clip(values_BCHW, 0, 1)
     if scale == "minmax":
         values_BCHW = values_BCHW - values_BCHW.min((2, 3), keepdims=True)
-    if scale in ("minmax", "largest"):
-        values_BCHW = values_BCHW / np.maximum(values_BCHW.max((2, 3), keepdims=True), np.float32(1e-12))
-    return np.clip(values_BCHW, 0, 1)
+    return np.clip(values_BCHW / np.maximum(values_BCHW.max((2, 3), keepdims=True), np.float32(1e-12)), 0, 1)
 
 
 def checksum(model: TimmModel | OnnxModel) -> str:

@@ -225,7 +225,7 @@ def fingerprints(priors: Iterable[Prior]) -> dict[str, str]:
 
 
 def read_manifest(url: str) -> PriorManifest | None:
-    """The manifest of the set at `url`, None where there is none that this version reads."""
+    """The manifest of the set at `url`; None without one that this version reads."""
     try:
         manifest = PriorManifest.model_validate(parse_checked(storage.read_bytes(storage.join(url, MANIFEST_NAME))))
     except (*NO_FILE, ValueError):

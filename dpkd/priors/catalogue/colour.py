@@ -65,5 +65,5 @@ class Hue(PriorConfig):
         hue_HW, saturation_HW, _ = cv2.split(cv2.cvtColor(image.rgb_HWC, cv2.COLOR_RGB2HSV_FULL))
         bin_HW = np.asarray(cv2.LUT(hue_HW, (np.arange(256) * self.bins // 256).astype(np.uint8)), np.uint8)
         size, weight_HW = grid_size(image, self.stride), np.asarray(saturation_HW, np.uint8)
-        histogram_HWC = cell_histogram(bin_HW, num_bins=self.bins, size=size, weight_HW=weight_HW)
+        histogram_HWC = cell_histogram(bin_HW, weight_HW, num_bins=self.bins, size=size)
         return np.sqrt(histogram_HWC * np.float32(1 / 255))

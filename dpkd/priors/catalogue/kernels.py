@@ -53,22 +53,17 @@ def cell_means(image_HWC: Image, size: tuple[int, int]) -> Image:
 
 
 def cell_histogram(
-    bin_HW: npt.NDArray[np.uint8],
-    *,
-    num_bins: int,
-    size: tuple[int, int],
-    weight_HW: npt.NDArray[np.uint8] | None = None,
+    bin_HW: npt.NDArray[np.uint8], weight_HW: npt.NDArray[np.uint8], *, num_bins: int, size: tuple[int, int]
 ) -> Image:
-    """The sum of the weights (1 without) of the pixels of each bin in each of height x width cells, HWC over bins.
+    """The sum of the weights of the pixels of each bin in each of height x width cells, HWC over bins.
 
-    A pixel on a border is shared by area. Each cell's sums are divided by its area in pixels, so that without weights
-    they add up to 1.
+    A pixel on a border is shared by area. Each cell's sums are divided by its area in pixels, so that weights of 1 add
+    up to 1.
     """
     height, width = size
     area = bin_HW.shape[0] / height * (bin_HW.shape[1] / width)
     histogram_HWC = np.zeros((height, width, num_bins), np.float32)
-    weight = np.ones((1, 1), np.uint8) if weight_HW is None else weight_HW
-    _add_pixels(bin_HW, weight, _shares(bin_HW.shape[0], height), _shares(bin_HW.shape[1], width), histogram_HWC)
+    _add_pixels(bin_HW, weight_HW, _shares(bin_HW.shape[0], height), _shares(bin_HW.shape[1], width), histogram_HWC)
     histogram_HWC *= np.float32(1 / area)
     return histogram_HWC
 
@@ -86,12 +81,11 @@ def _add_pixels(bin_HW, weight_HW, rows, columns, histogram_HWC):  # type: ignor
     """Adds each pixel to the one, two or four cells that it lies in."""
     height, width = bin_HW.shape
     (row_H, row_share_H), (column_W, column_share_W) = rows, columns
-    weighted = weight_HW.size > 1
     for y in range(height):
         row, row_share = row_H[y], row_share_H[y]
         for x in range(width):
             column, column_share, k = column_W[x], column_share_W[x], bin_HW[y, x]
-            weight = np.float32(weight_HW[y, x]) if weighted else np.float32(1)
+            weight = np.float32(weight_HW[y, x])
             upper = weight * row_share
             histogram_HWC[row, column, k] += upper * column_share
             if column_share < 1:

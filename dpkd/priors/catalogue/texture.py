@@ -42,8 +42,8 @@ class Lbp(PriorConfig):
     codec: ClassVar[Codec] = NIBBLES
 
     def map(self, image: ImageViews) -> Map:
-        pattern_HW = uniform_patterns(image.grey8_HW)
-        return np.sqrt(cell_histogram(pattern_HW, num_bins=self.channels, size=grid_size(image, self.stride)))
+        pattern_HW, size = uniform_patterns(image.grey8_HW), grid_size(image, self.stride)
+        return np.sqrt(cell_histogram(pattern_HW, np.ones_like(pattern_HW), num_bins=self.channels, size=size))
 
 
 def uniform_patterns(grey_HW: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
