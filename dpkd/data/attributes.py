@@ -175,12 +175,12 @@ _Table = tuple[list[_Attribute], list[tuple[str, dict[str, str]]]]
 
 def _read_yaml(text: str) -> _Table:
     tree = read_yaml(text, scalars_as_text=True)
-    sections = ("attributes", "classes")
-    if not isinstance(tree, dict) or not set(sections) <= set(tree):
-        raise ValueError("a table has the two sections `attributes` and `classes`")
-    for key, section in tree.items():
-        if key not in sections:
-            raise ValueError(f"no such section {key!r}{nearest(key, sections)}: leave it out")
+    sections = tree if isinstance(tree, dict) else {}
+    if set(sections) != {"attributes", "classes"}:
+        raise ValueError(
+            f"a table has the two sections `attributes` and `classes`, this has {list(sections) or 'none'}"
+        )
+    for key, section in sections.items():
         if not isinstance(section, dict) or not section:
             raise ValueError(f"the section `{key}` holds nothing: name each of the {key} with what is known of it")
     rows: list[tuple[str, dict[str, str]]] = []
@@ -204,16 +204,12 @@ def _declared(name: str, value: Any) -> _Attribute:
             raise ValueError(f"attributes.{name}: {error}") from None
     one_of = isinstance(value, dict) and list(value) == ["one_of"]
     listed = value["one_of"] if one_of else value
-    if not isinstance(listed, list):
-        raise ValueError(  # noqa: TRY004 (a fault of the file)
-            f"attributes.{name}: {value!r} declares no attribute: write graded, a list of grades from least to most, "
-            "{grade: value, …}, or {one_of: [option, …]}"
+    names = {grade for grade in listed if isinstance(grade, str) and grade} if isinstance(listed, list) else set()
+    if len(names) < 2 or len(names) < len(listed):
+        raise ValueError(
+            f"attributes.{name}: {value!r} declares no attribute: write graded, a list of two grades or more (least to "
+            "most, each with a name of its own), {grade: value, …}, or {one_of: [option, …]}"
         )
-    if len(listed) < 2:
-        raise ValueError(f"attributes.{name}: a list has two grades or more, this one {len(listed)}")
-    for grade in listed:
-        if not isinstance(grade, str) or not grade or listed.count(grade) > 1:
-            raise ValueError(f"attributes.{name}: the grade {grade!r} is no name of its own: name each grade once")
     if one_of:
         options = {option: tuple(float(option == other) for other in listed) for option in listed}
         return _Attribute(name, tuple(f"{name}={option}" for option in listed), options, takes_numbers=False)

@@ -157,31 +157,26 @@ def _tiff(data: bytes) -> Header:
         bands, photometric, extra, compression = (
             numbers(tag, default)[0] for tag, default in ((277, 1), (262, 1), (338, 0), (259, 1))
         )
-        bits, kinds = set(numbers(258, 1)), set(numbers(339, 1))
+        all_bits, kinds = sorted(set(numbers(258, 1))), sorted(set(numbers(339, 1)))
     except UNREADABLE as error:
         raise BrokenImage(f"the tiff is damaged or cut short: {error}") from error
-    colours = _TIFF_COLOURS.get(photometric)
-    if colours is None:
-        raise BrokenImage(f"the tiff holds colours of a kind that is not read (photometric {photometric}): save as RGB")
-    alpha = bands == colours + 1 and extra in (1, 2)
-    if bands != colours and not alpha:
+    bits, number, colours = all_bits[-1], _TIFF_NUMBERS.get(kinds[-1]), _TIFF_COLOURS.get(photometric)
+    alpha = colours is not None and bands == colours + 1 and extra in (1, 2)
+    is_plain = photometric in (0, 1, 2) and not (alpha and extra == 1)
+    if (
+        number is None
+        or (bands != colours and not alpha)
+        or len(kinds) > 1
+        or len(all_bits) > 1
+        or bits not in (1, 2, 4, 8, 16, 32, 64)
+        or ((bits > 8 or number != "unsigned") and not is_plain)
+    ):
         raise BrokenImage(
-            f"the tiff has {bands} bands, {colours} of them for its colours, and declares no alpha: save the 1 or 3 "
-            "bands that networks should see"
+            f"the tiff has {bands} bands of {'/'.join(map(str, all_bits))} bits (sample format "
+            f"{'/'.join(map(str, kinds))}, photometric {photometric}, extra samples {extra}), which are not read: save "
+            "the 1 or 3 bands that networks should see as grey or RGB of 8 or 16 bits"
         )
-    if len(bits) > 1 or not bits <= {1, 2, 4, 8, 16, 32, 64} or len(kinds) > 1 or not kinds <= set(_TIFF_NUMBERS):
-        raise BrokenImage(
-            f"the tiff holds values of {'/'.join(map(str, sorted(bits)))} bits (sample format "
-            f"{'/'.join(map(str, sorted(kinds)))}), which are not read: save it with 8 or 16 bits"
-        )
-    number = _TIFF_NUMBERS[kinds.pop()]
-    header = Header("tiff", width, height, bits.pop(), number, 1, compression, photometric, alpha)
-    if header.deep and (photometric not in (0, 1, 2) or (alpha and extra == 1)):
-        raise BrokenImage(
-            f"the tiff holds {number} {header.bits}-bit values of colours that are not RGB, or are multiplied by their "
-            "alpha: save it as plain RGB"
-        )
-    return header
+    return Header("tiff", width, height, bits, number, 1, compression, photometric, alpha)
 
 
 _PNM_MAXIMUM = re.compile(rb"P[2356](?:(?:\s|#[^\n]*\n)+\d+){2}(?:\s|#[^\n]*\n)+(\d+)")

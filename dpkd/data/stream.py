@@ -5,12 +5,10 @@ return them in that order. So workers hold no permutation, and their number chan
 Axes: B images of a micro-batch, C channels, H and W pixels, N samples of the split.
 """
 
-import multiprocessing
 import signal
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import forkserver
 from typing import Any, NamedTuple, Protocol
 
 import cv2
@@ -25,6 +23,7 @@ from dpkd.data.images import decode_image
 from dpkd.data.settings import GLOBAL, AugmentSettings, LoaderSettings
 from dpkd.data.shards import Sample, Split
 from dpkd.errors import StorageError, UserError
+from dpkd.launch import forking
 from dpkd.launch.forking import end_with_parent, one_thread_each
 from dpkd.launch.signals import block_stop_signals
 
@@ -86,7 +85,7 @@ def load_batches(
         num_workers=loader.workers,
         prefetch_factor=loader.prefetch if loader.workers else None,
         worker_init_fn=_start_worker,
-        multiprocessing_context=_processes() if loader.workers else None,
+        multiprocessing_context=load_ahead() if loader.workers else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own: a loader must not move the random state of training
     )
@@ -203,20 +202,13 @@ def _begin(batches: DataLoader[Batch | UserError]) -> Iterator[Batch | UserError
         return iter(batches)
 
 
-def load_ahead() -> None:
-    """Starts the process that workers are forked from, which loads what they need while this one goes on."""
-    if _processes().get_start_method() == "forkserver":
-        with block_stop_signals(), one_thread_each():  # workers inherit its environment and what it has loaded
-            forkserver.ensure_running()
+def load_ahead() -> str:
+    """Starts the fork server of the loader's workers, which loads what they need; returns how they are to start.
 
-
-def _processes() -> multiprocessing.context.BaseContext:
-    """How workers start: from a clean server, because a fork of a process with threads (CUDA, gloo, Ray) may hang."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])
-    return context
+    They are never forked from this process: with threads (CUDA, gloo, Ray) that may hang.
+    """
+    with one_thread_each():  # workers inherit its environment and the libraries that it has loaded
+        return forking.load_ahead("__main__", __name__)
 
 
 def _start_worker(worker: int) -> None:  # noqa: ARG001 (the face torch asks for)

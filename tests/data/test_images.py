@@ -157,7 +157,7 @@ STRANGE = {
     "five bands": (tiff(np.dstack([COLOUR, ALPHA, ALPHA]), photometric="rgb", planarconfig="contig"), "5 bands"),
     "infrared": (tiff(np.dstack([COLOUR, ALPHA]), photometric="rgb", extrasamples=["unspecified"]), "4 bands"),
     "three grey bands": (tiff(COLOUR, photometric="minisblack", planarconfig="contig"), "3 bands"),
-    "16-bit CMYK": (tiff(np.dstack([COLOUR, ALPHA]).astype(np.uint16), photometric="separated"), "not RGB"),
+    "16-bit CMYK": (tiff(np.dstack([COLOUR, ALPHA]).astype(np.uint16), photometric="separated"), "photometric 5"),
     "LZMA": (tiff(COLOUR, photometric="rgb", compression="lzma"), "compression 34925"),
     "float PNM": (b"Pf\n8 6\n-1.0\n" + RAMP.astype("<f4").tobytes(), "PNM image of a kind"),
 }
