@@ -127,9 +127,8 @@ class Progress:
             with safe_output():
                 self._bar.stop()
         if self._shown and kind is None:
-            rate = self._rate()[1]
             count, elapsed = self._done - self._start, duration(self._clock() - self._began_s)
-            logger.info(f"{self._title}: {count:,} {self._unit} in {elapsed}, {rate}{self._note}")
+            logger.info(f"{self._title}: {count:,} {self._unit} in {elapsed}, {self._rate}{self._note}")
 
     def advance(self, count: int = 1) -> None:
         """Counts `count` more as done."""
@@ -139,20 +138,22 @@ class Progress:
         """Takes how much is done, how much there is (where the work finds out its own size), and words for the line."""
         self._done, self._total = done, self._total if total is None else total
         self._note = self._note if note is None else f", {note}"
-        per_s, rate = self._rate()
         if self._bar is not None:
-            self._bar.update(self._task, total=self._total, completed=done, rate=escape(rate + self._note))
+            self._bar.update(self._task, total=self._total, completed=done, rate=escape(self._rate + self._note))
         elif self._shown and self._clock() - self._line_s >= INTERVAL_S:
             self._line_s = self._clock()
             share = f" ({done / self._total:.0%})" if self._total else ""
-            left = f", {duration((self._total - done) / per_s)} left" if done > self._start else ""
+            left = f", {duration((self._total - done) / self._per_s)} left" if done > self._start else ""
             count = f"{done:,} of {self._total:,} {self._unit}{share}"
-            logger.info(f"{self._title}: {count}, {rate}{left}{self._note}")
+            logger.info(f"{self._title}: {count}, {self._rate}{left}{self._note}")
 
-    def _rate(self) -> tuple[float, str]:
-        """What is done in a second, as a number and in words."""
-        per_s = (self._done - self._start) / max(self._clock() - self._began_s, 1e-9)
-        return per_s, f"{per_s:,.{0 if per_s >= 10 else 1}f} {self._unit}/s"
+    @property
+    def _per_s(self) -> float:
+        return (self._done - self._start) / max(self._clock() - self._began_s, 1e-9)
+
+    @property
+    def _rate(self) -> str:
+        return f"{self._per_s:,.{0 if self._per_s >= 10 else 1}f} {self._unit}/s"
 
 
 def append_json(path: Path, record: Mapping[str, Any]) -> None:

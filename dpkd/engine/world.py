@@ -37,26 +37,23 @@ class World:
 
     def any_of(self, *flags: bool) -> tuple[bool, ...]:
         """For each of the flags, whether it is true on at least one rank."""
-        if self.size == 1:
-            return flags
         counts = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(counts, group=self.control)
+        if self.size > 1:
+            dist.all_reduce(counts, group=self.control)
         return tuple(bool(count) for count in counts)
 
     def broadcast(self, thing: Thing) -> Thing:
         """`thing` as rank 0 has it; it must pickle."""
-        if self.size == 1:
-            return thing
-        box = [thing]
-        dist.broadcast_object_list(box, src=0, group=self.control)
-        return box[0]
+        things = [thing]
+        if self.size > 1:
+            dist.broadcast_object_list(things, src=0, group=self.control)
+        return things[0]
 
     def gather(self, thing: Thing) -> list[Thing]:
         """What every rank gave, by rank, on every rank; it must pickle."""
-        if self.size == 1:
-            return [thing]
-        things: list[Any] = [None] * self.size
-        dist.all_gather_object(things, thing, group=self.control)
+        things = [thing] * self.size
+        if self.size > 1:
+            dist.all_gather_object(things, thing, group=self.control)
         return things
 
     def mean_(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -75,7 +72,7 @@ class World:
 def join(*, timeout_s: float = 1800.0) -> World:
     """Joins the peers that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* name (alone without them).
 
-    Uses a process group that runs already. Raises `UserError` where this machine has fewer GPUs than workers.
+    Uses a process group that runs already. Raises `UserError` if this machine has fewer GPUs than workers.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device, timeout = torch.device("cpu"), timedelta(seconds=timeout_s)
@@ -91,13 +88,10 @@ def join(*, timeout_s: float = 1800.0) -> World:
     running = dist.is_initialized()
     if not running:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        if size == 1:  # needs no port, so several runs on one machine cannot meet
-            store = dist.HashStore()  # type: ignore[attr-defined]
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-        else:
-            rank = int(os.environ["RANK"])
-            dist.init_process_group(backend, init_method="env://", rank=rank, world_size=size, timeout=timeout)
+        rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        # alone it needs no port, so several runs on one machine cannot meet
+        store = dist.HashStore() if size == 1 else None  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     needs_control = dist.get_world_size() > 1 and dist.get_backend() != "gloo"
     return World(
         rank=dist.get_rank(),

@@ -1,7 +1,7 @@
 """The summary of a run: `summary.json` for programs, `summary.md` and a table on the screen for people.
 
     summary.json   {"run": folder, "protocol", "splits", "device",
-                    "teacher": network, "students": {name: network}, "baselines": {name: network},
+                    "teachers", "live_teachers", "students", "baselines": {name: network},
                     "stages": {stage: {"status", "seconds"}}, "goodput": as goodput.json, "exports": {student: folder},
                     "quarantine": {stage: number of samples}}
     network        {"parameters", "images_per_s", "few_shot": {split: {"5way_1shot": {"mean", "ci95"}}}, …}

@@ -18,7 +18,7 @@ from dpkd.log import logger
 from dpkd.train.checkpoint import Checkpoints, Part
 
 NUM_NORMS, NUM_NEEDED = 64, 16
-"""Last norms that a spike is measured by, and how many of them it takes to call anything one."""
+"""Last norms that a spike is measured by, and the fewest that do."""
 SMALL_NORM = 1.0
 """Least value of their median: the norms of a network that has learnt its images by heart are next to nothing."""
 

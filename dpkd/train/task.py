@@ -54,11 +54,6 @@ class Learner:
         return outputs
 
     @property
-    def maps(self) -> frozenset[str]:
-        """Names of the prior maps that its objectives and its pooling read."""
-        return pooling_maps(self.spec).union(*(objective.needs().maps for objective in self.objectives))
-
-    @property
     def views(self) -> frozenset[str]:
         """Names of the views that it sees."""
         return frozenset({GLOBAL}.union(*(objective.needs().views for objective in self.objectives)))
@@ -84,8 +79,8 @@ class Task:
         self.engines: dict[str, Engine] = {name: learner.engine for name, learner in learners.items()}
         self.teachers, self.live_teachers = dict(teachers), frozenset(live_teachers)
         self.maps = frozenset().union(
-            *(learner.maps for learner in learners.values()),
-            *(pooling_maps(teacher.spec) for teacher in teachers.values()),
+            *(pooling_maps(network.spec) for network in (*learners.values(), *teachers.values())),
+            *(objective.needs().maps for learner in learners.values() for objective in learner.objectives),
         )
         """Names of the prior maps that a batch must bring."""
         self.views = frozenset().union(*(learner.views for learner in learners.values()))
