@@ -37,7 +37,7 @@ class Counting(Frozen):
 
 def embed(run: Run, *, count: int) -> dict[str, Any]:
     """Embeds the first samples of the split novel, backwards."""
-    network = load_network(run.folder.students / "vit")[1]
+    network = load_network(run.folder.students / "vit")
     before = Counting.calls
     split = run.dataset.split("novel")
     indices = np.arange(count)[::-1].copy()

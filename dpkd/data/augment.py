@@ -83,13 +83,13 @@ def centre_view(image_size: tuple[int, int]) -> Crop:
 
 def apply_image(view: Crop, image_HWC: Image, *, size: int) -> Image:
     """The view of an RGB image at `size` x `size`, uint8: averages pixels where it shrinks, else interpolates."""
-    crop: Image = image_HWC[view.top : view.top + view.height, view.left : view.left + view.width]
+    crop: Any = image_HWC[view.top : view.top + view.height, view.left : view.left + view.width]
     if crop.shape[:2] != (size, size):
         shrinks = view.height >= size and view.width >= size
-        crop = _bytes(cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR))
+        crop = cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     if (view.brightness, view.contrast, view.saturation) != (1.0, 1.0, 1.0):
-        crop = _bytes(cv2.transform(crop, _colour_matrix(view, mean_RGB=cv2.mean(crop)[:3])))
-    return _bytes(cv2.flip(crop, 1)) if view.flip else crop
+        crop = cv2.transform(crop, _colour_matrix(view, mean_RGB=cv2.mean(crop)[:3]))
+    return cv2.flip(crop, 1) if view.flip else crop
 
 
 def apply_map(view: Crop, map_HWC: Map, *, size: int, nearest: bool, flip: Callable[[Map], Map]) -> NDArray[np.float32]:
@@ -130,11 +130,6 @@ def _crop_size(settings: AugmentSettings, image_size: tuple[int, int], draws: li
             return crop_height, crop_width
     ratio = min(max(width / height, settings.crop_ratio[0]), settings.crop_ratio[1])
     return min(height, max(1, round(width / ratio))), min(width, max(1, round(height * ratio)))
-
-
-def _bytes(image: NDArray[Any]) -> Image:
-    """What OpenCV returns, which is typed as any numbers."""
-    return np.asarray(image, np.uint8)
 
 
 def _factor(strength: float, draw: float) -> float:

@@ -39,8 +39,8 @@ def save_network(folder: Path, spec: NetworkSpec, state: Mapping[str, Tensor]) -
     storage.write_bytes_atomic(folder / SPEC_NAME, checked(head))
 
 
-def load_network(folder: Path) -> tuple[NetworkSpec, Network]:
-    """The spec and the network that `save_network` wrote, on CPU and in evaluation mode.
+def load_network(folder: Path) -> Network:
+    """The network that `save_network` wrote, with its spec, on CPU and in evaluation mode.
 
     Raises `UserError` that names the file: missing, of another format, damaged, or of other tensors than the spec's.
     """
@@ -71,4 +71,4 @@ def load_network(folder: Path) -> tuple[NetworkSpec, Network]:
             f"{weights} holds other tensors than its spec builds ({str(error)[:500]}); "
             "was it written with another timm? versions.json of its run tells which"
         ) from error
-    return spec, network.eval()
+    return network.eval()

@@ -118,7 +118,7 @@ def load_networks(run: Run) -> dict[str, Network]:
     kinds = {"live_teachers": folder.live_teachers, "students": folder.students, "baselines": folder.baselines}
     for kind, parent in kinds.items():
         paths = [path for path in sorted(parent.glob("[!.]*")) if path.is_dir()]
-        networks |= {f"{kind}.{path.name}": load_network(path)[1] for path in paths}
+        networks |= {f"{kind}.{path.name}": load_network(path) for path in paths}
     return networks
 
 

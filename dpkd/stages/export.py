@@ -51,7 +51,8 @@ def export(run: Run) -> None:
     assert settings is not None, "the stage is left out without settings"
     evaluation = read_evaluation(run.folder) if run.settings.evaluate is not None else None
     for name in run.settings.distill.students:
-        spec, network = load_network(run.folder.students / name)
+        network = load_network(run.folder.students / name)
+        spec = network.spec
         with run.folder.scratch(f"export-{name}") as made:
             write_timm_folder(made, network)
             difference = None

@@ -92,7 +92,7 @@ def teacher_network(run: Run, name: str) -> Network:
     """
     teacher = run.settings.teachers[name]
     if teacher.objectives:
-        return load_network(run.folder.teacher(name))[1]
+        return load_network(run.folder.teacher(name))
     config: Any = timm.get_pretrained_cfg(teacher.model.name)
     spec = NetworkSpec(
         model=teacher.model, classes=(), image_size=run.data.image_size, mean=config.mean, std=config.std

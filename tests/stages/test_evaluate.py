@@ -26,7 +26,8 @@ from tests.runs import with_data
 
 def embed_slowly(run: Run, student: str, split_name: str) -> NDArray[np.float32]:
     """Image by image, straight from shards and prior shards, normalised by hand."""
-    spec, network = load_network(run.folder.students / student)
+    network = load_network(run.folder.students / student)
+    spec = network.spec
     split, maps = run.dataset.split(split_name), run.maps_of(split_name, ["saliency"])
     assert maps is not None
     mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
@@ -118,7 +119,8 @@ def test_networks_that_know_the_classes_are_measured_by_their_own_logits(evaluat
     table = read_evaluation(run.folder)["students"]["conv"]
     (run.folder.path / "evaluation.json").write_bytes(before)
     assert "probes" not in table
-    spec, network = load_network(run.folder.students / "conv")
+    network = load_network(run.folder.students / "conv")
+    spec = network.spec
     split = run.dataset.split("base")
     right = [
         (run.dataset.manifest.classes[label] == spec.classes[logits_K.argmax()])

@@ -71,7 +71,8 @@ def images(network: Network, count: int) -> torch.Tensor:
 def test_plain_timm_loads_the_folder_where_dpkd_cannot_be_imported(
     exported_run: Run, student: str, tmp_path: Path
 ) -> None:
-    spec, network = load_network(exported_run.folder.students / student)
+    network = load_network(exported_run.folder.students / student)
+    spec = network.spec
     image_BCHW = images(network, 4)
     np.save(tmp_path / "images.npy", image_BCHW.numpy())
     arguments = [exported_run.folder.export / student, tmp_path / "images.npy", tmp_path / "results.npz"]
@@ -89,7 +90,7 @@ def test_plain_timm_loads_the_folder_where_dpkd_cannot_be_imported(
 
 
 def test_preprocessing_of_timm_gives_what_the_network_was_trained_on(exported_run: Run) -> None:
-    spec, _ = load_network(exported_run.folder.students / "conv")
+    spec = load_network(exported_run.folder.students / "conv").spec
     model = timm.create_model(f"local-dir:{exported_run.folder.export / 'conv'}", pretrained=True)
     transform = create_transform(**resolve_data_config({}, model=model), is_training=False)
     image_HWC = decode_image(exported_run.dataset.split("novel").read(0).image)[:, :40]  # higher than wide
@@ -102,7 +103,7 @@ def test_preprocessing_of_timm_gives_what_the_network_was_trained_on(exported_ru
 @pytest.mark.parametrize("student", ["conv", "vit"])
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_onnx_gives_the_outputs_of_pytorch_at_any_batch_size(exported_run: Run, student: str, batch_size: int) -> None:
-    _, network = load_network(exported_run.folder.students / student)
+    network = load_network(exported_run.folder.students / student)
     session = onnxruntime.InferenceSession(str(exported_run.folder.export / student / "model.onnx"))
     image_BCHW = images(network, batch_size)
     weight_B1HW = torch.rand(batch_size, 1, exported_run.map_size, exported_run.map_size)
@@ -119,7 +120,7 @@ def test_onnx_gives_the_outputs_of_pytorch_at_any_batch_size(exported_run: Run, 
 def test_the_folder_names_classes_and_holds_its_own_numbers(exported_run: Run) -> None:
     folder = exported_run.folder.export / "vit"
     assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "model.onnx", "model.safetensors"}
-    spec, _ = load_network(exported_run.folder.students / "vit")
+    spec = load_network(exported_run.folder.students / "vit").spec
     assert json.loads((folder / "config.json").read_text())["label_names"] == list(spec.classes)
     report = json.loads((exported_run.folder.path / "evaluation.json").read_text())
     score = report["students"]["vit"]["plain_pooling"]["novel"]["4way_5shot"]
@@ -153,6 +154,6 @@ def test_an_export_that_was_taken_away_leaves_the_one_that_stands(tmp_path: Path
 
 
 def test_onnx_beyond_the_tolerance_is_refused(exported_run: Run, tmp_path: Path) -> None:
-    _, network = load_network(exported_run.folder.students / "conv")
+    network = load_network(exported_run.folder.students / "conv")
     with pytest.raises(UserError, match=r"ONNX gives other outputs than PyTorch.*export\.tolerance"):
         write_onnx(tmp_path / "model.onnx", network, map_size=8, tolerance=1e-12)

@@ -35,7 +35,9 @@ def classes_of(run: Run, split: str) -> list[str]:
 
 
 def measured(run: Run, split_name: str, logit_NA: np.ndarray, **changes: Any) -> dict[str, Any]:
-    spec: NetworkSpec = load_network(run.folder.students / "conv")[0].model_copy(update={"attributes": NAMES} | changes)
+    spec: NetworkSpec = load_network(run.folder.students / "conv").spec.model_copy(
+        update={"attributes": NAMES} | changes
+    )
     embedded = {"conv": {"attributes": logit_NA.astype(np.float32)}}
     specs = {"conv": spec, "vit": spec.model_copy(update={"attributes": ()})}
     label_N = run.dataset.split(split_name).label_N
