@@ -7,7 +7,7 @@ theirs under the entry point group `dpkd.priors`; settings know the prior of an 
     depth = "my_package.depth:Depth"
 """
 
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import BaseModel, Field
@@ -34,34 +34,29 @@ def _installed_priors() -> list[type[BaseModel]]:
     kind that is taken already.
     """
     owners = {str(prior.model_fields["kind"].default): "dpkd" for prior in BUILT_IN}
-    priors = []
+    priors: list[type[BaseModel]] = []
     for entry in sorted(entry_points(group="dpkd.priors"), key=lambda entry: (entry.name, entry.value)):
         package = entry.dist.name if entry.dist is not None else "an installed package"
         place = f"the prior {entry.name!r} of {package} ({entry.value})"
-        prior = _load(entry, place)
-        kind = prior.model_fields["kind"].default
+        try:
+            prior: Any = entry.load()
+        except Exception as error:  # code of others may raise anything
+            fault = f"{type(error).__name__}: {error}"
+            raise UserError(f"{place} cannot be imported ({fault}); repair or uninstall the package") from error
+        if not (isinstance(prior, type) and issubclass(prior, BaseModel)) or "kind" not in prior.model_fields:
+            raise UserError(f"{place} is no pydantic model with a `kind`; a prior is one")
+        names = [*vars(Extractor), *(vars(BatchExtractor) if hasattr(prior, "maps") else ())]
+        known = {*dir(prior), *prior.model_fields}
+        if missing := [name for name in names if not name.startswith("_") and name not in known]:
+            raise UserError(f"{place} lacks {', '.join(missing)}; see dpkd.priors.base.Extractor")
+        if not prior.model_config.get("frozen"):
+            raise UserError(f"{place} is not frozen; set model_config = ConfigDict(frozen=True, extra='forbid')")
+        kind = str(prior.model_fields["kind"].default)
         if kind in owners:
             raise UserError(f"{place}: the kind {kind!r} is {owners[kind]}'s already; give it another kind")
         owners[kind] = place
         priors.append(prior)
     return priors
-
-
-def _load(entry: EntryPoint, place: str) -> type[BaseModel]:
-    try:
-        prior: Any = entry.load()
-    except Exception as error:  # code of others may raise anything
-        fault = f"{type(error).__name__}: {error}"
-        raise UserError(f"{place} cannot be imported ({fault}); repair or uninstall the package") from error
-    if not (isinstance(prior, type) and issubclass(prior, BaseModel)) or "kind" not in prior.model_fields:
-        raise UserError(f"{place} is no pydantic model with a `kind`; a prior is one")
-    names = [*vars(Extractor), *(vars(BatchExtractor) if hasattr(prior, "maps") else ())]
-    known = {*dir(prior), *prior.model_fields}
-    if missing := [name for name in names if not name.startswith("_") and name not in known]:
-        raise UserError(f"{place} lacks {', '.join(missing)}; see dpkd.priors.base.Extractor")
-    if not prior.model_config.get("frozen"):
-        raise UserError(f"{place} is not frozen; set model_config = ConfigDict(frozen=True, extra='forbid')")
-    return prior
 
 
 KINDS = (*BUILT_IN, *_installed_priors())
