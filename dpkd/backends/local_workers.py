@@ -19,7 +19,6 @@ import secrets
 import signal
 import socket
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Collection
@@ -35,7 +34,7 @@ import torch.distributed as dist
 from dpkd.engine import world
 from dpkd.errors import StopRequested
 from dpkd.io.temporary_folder import lasting_folder
-from dpkd.launch.forking import end_with_parent, fork_server_ends, load_ahead
+from dpkd.launch.forking import end_fork_server, end_with_parent, load_ahead
 from dpkd.launch.heartbeat import RunClock
 from dpkd.launch.settings import LauncherSettings
 from dpkd.launch.signals import STOP_SIGNALS, block_stop_signals
@@ -79,13 +78,16 @@ class LocalWorkers:
 
     def run(self, work: Callable[[Any], None], argument: Any, *, supervision: Supervision = UNSUPERVISED) -> None:
         modules = (__name__, work.__module__)
-        with lasting_folder("workers", secrets.token_hex(4)) as folder, fork_server_ends(*modules):
 
-            def run_once(task: Task, stop: StopRequests) -> list[Failure]:
-                place = _Place(Path(tempfile.mkdtemp(dir=folder)), self._num_workers, self._threads)
+        def run_once(task: Task, stop: StopRequests) -> list[Failure]:
+            with lasting_folder("workers", secrets.token_hex(4)) as folder:
+                place = _Place(folder, self._num_workers, self._threads)
                 return _Generation(task, place, stop, self._settings).run(load_ahead(*modules))
 
+        try:
             run_with_restarts(run_once, work, argument, settings=self._settings, supervision=supervision)
+        finally:
+            end_fork_server(*modules)
 
 
 def node_resources() -> NodeResources:

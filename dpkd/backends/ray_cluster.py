@@ -9,10 +9,8 @@ import logging
 import math
 import os
 import re
-import socket
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
 import ray
@@ -24,7 +22,6 @@ from dpkd.errors import StopRequested, UserError
 from dpkd.launch.world_size import NodeResources, WorldSizeRange
 from dpkd.log import logger
 
-NODE_ANSWER_S = 2.0
 CHECK_S = 3.0
 POLL_S = 0.2
 QUIET_S = 10.0
@@ -65,23 +62,12 @@ def kill_actors(class_name: str) -> None:
 
 
 def node_resources(*, free: bool = False) -> list[NodeResources]:
-    """What each node has that answers and stays, or has free: Ray takes its time to notice that one is gone."""
+    """What each node has that stays, or has free."""
     draining = draining_nodes()
     nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
-    with ThreadPoolExecutor(max_workers=32) as threads:
-        staying = [node for node, answers in zip(nodes, threads.map(_answers, nodes), strict=True) if answers]
-    left = available_resources_per_node() if free else {node["NodeID"]: node["Resources"] for node in staying}
-    resources = [left.get(node["NodeID"], {}) for node in staying]
+    left = available_resources_per_node() if free else {node["NodeID"]: node["Resources"] for node in nodes}
+    resources = [left.get(node["NodeID"], {}) for node in nodes]
     return [NodeResources(cpus=int(node.get("CPU", 0)), gpus=int(node.get("GPU", 0))) for node in resources]
-
-
-def _answers(node: dict[str, Any]) -> bool:
-    """Whether the node's raylet listens."""
-    try:
-        with socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=NODE_ANSWER_S):
-            return True
-    except OSError:
-        return False
 
 
 def draining_nodes() -> set[str]:

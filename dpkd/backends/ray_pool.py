@@ -19,7 +19,7 @@ from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryEr
 from dpkd.backends.ray_cluster import cause_of_death, connect, enter_folder, living_nodes, shortage
 from dpkd.launch.forking import ONE_THREAD
 from dpkd.launch.heartbeat import RESTING, heartbeat
-from dpkd.launch.pool import Event, PoolWorker, answer_to, map_items
+from dpkd.launch.pool import PoolWorker, answer_to, map_items
 from dpkd.launch.watchdog import WatchOrder, watched
 from dpkd.log import logger
 
@@ -118,7 +118,7 @@ class _RayWorkers:
         for worker in self._all:
             ray.kill(worker.actor)
 
-    def next_event(self) -> Event[_RayWorker] | None:
+    def next(self) -> _RayWorker | None:
         done, _ = ray.wait(list(self._expected), timeout=POLL_S)
         if not done:
             self._report_waiting()
@@ -134,13 +134,16 @@ class _RayWorkers:
             return None
         except (RayActorError, OutOfMemoryError) as death:
             self._all.remove(worker)
-            return Event(worker, death=cause_of_death(death), node_lost=worker.is_lost_with_node(death))
+            worker.death, worker.node_lost = cause_of_death(death), worker.is_lost_with_node(death)
+            return worker
         if worker.doubt is not None:  # it lives, and its answer to the item is gone
             self.end(worker)
-            return Event(worker, death=cause_of_death(worker.doubt), node_lost=True)
-        if worker.index is None:
+            worker.death, worker.node_lost = cause_of_death(worker.doubt), True
+        elif worker.index is None:
             worker.node_id = answer
-        return Event(worker, answer)
+        else:
+            worker.answer = answer
+        return worker
 
     def _report_waiting(self) -> None:
         """Logs what is missing while no worker works: at once if no node could hold one, and now and then."""

@@ -1,8 +1,7 @@
-"""Processes that are forked from one which has loaded what they need, where the system can.
+"""The fork server of `multiprocessing`: a process that has loaded what workers need, and forks them.
 
 A worker is at work in a tenth of a second instead of the seconds that it takes to load torch and timm, which counts at
-each restart. The process that they are forked from is `multiprocessing`'s own fork server; its public functions cannot
-end it.
+each restart. No public function ends the fork server, hence the private ones here.
 """
 # ruff: noqa: SLF001
 
@@ -41,13 +40,12 @@ def one_thread_each() -> Iterator[None]:
 
 
 def load_ahead(*modules: str) -> str:
-    """Starts the process that workers are forked from, which loads these modules while this one goes on.
+    """Starts the fork server, which loads these modules while this process goes on; returns how workers are to start.
 
-    A signal to the whole process group does not end it: its workers, which would go with it, are to save first.
-    Returns how workers are to start, as `multiprocessing` names it: where there can be no such process, or one with
-    other modules and another output runs already, they are spawned.
+    A signal to the whole process group does not end it: its workers, which would go with it, are to save first. Workers
+    are spawned where there can be no fork server, or one with other modules and another output runs already.
     """
-    # the threads of a worker spin while they wait, unless told not to: six times slower where anything else runs
+    # the threads of a worker would spin while they wait: six times slower where anything else runs
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is loaded
     server: Any = forkserver._forkserver
     is_foreign = server._forkserver_pid is not None and server._preload_modules != list(modules)
@@ -59,19 +57,12 @@ def load_ahead(*modules: str) -> str:
     return "forkserver"
 
 
-@contextmanager
-def fork_server_ends(*modules: str) -> Iterator[None]:
-    """Ends the process that `load_ahead` starts for these modules after the body, which ends all its workers.
-
-    It keeps the output and the environment of the moment in which it began.
-    """
-    try:
-        yield
-    finally:
-        server: Any = forkserver._forkserver
-        if server._forkserver_pid is not None and server._preload_modules == list(modules):
-            with suppress(ChildProcessError, FileNotFoundError):  # it was killed
-                server._stop()
+def end_fork_server(*modules: str) -> None:
+    """Ends the fork server of these modules, and all its workers: it keeps the output and environment of its start."""
+    server: Any = forkserver._forkserver
+    if server._forkserver_pid is not None and server._preload_modules == list(modules):
+        with suppress(ChildProcessError, FileNotFoundError):  # it was killed
+            server._stop()
 
 
 def end_with_parent() -> None:
@@ -81,9 +72,9 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     parent = multiprocessing.parent_process()
     assert parent is not None, "it was started by multiprocessing"
-    threading.Thread(target=_end_after, args=(parent.sentinel,), name="dpkd-parent", daemon=True).start()
 
+    def end_after(sentinel: int) -> None:
+        connection.wait([sentinel])
+        os._exit(1)
 
-def _end_after(parent: int) -> None:
-    connection.wait([parent])
-    os._exit(1)
+    threading.Thread(target=end_after, args=(parent.sentinel,), name="dpkd-parent", daemon=True).start()

@@ -52,7 +52,7 @@ class RunClock:
 
 
 class _Writer:
-    def __init__(self, memory: mmap.mmap) -> None:
+    def __init__(self, memory: mmap.mmap | bytearray) -> None:
         self._memory = memory
         self._process = os.getpid()
         self._pulses = self._beats = 0
@@ -73,28 +73,20 @@ class _Writer:
             _LAYOUT.pack_into(self._memory, 0, self._pulses, *self._rest)
 
 
-_writer: _Writer | None = None
+_writer = _Writer(bytearray(SIZE))
 
 
 def heartbeat(phase: str, *, step: int = 0) -> None:
     """Shows that this worker lives and enters a phase (16 characters); every rank calls it at the same places."""
-    if _writer is not None:
-        _writer.beat(phase, step=step)
+    _writer.beat(phase, step=step)
 
 
 def pulse() -> None:
     """Shows that this worker lives, inside a phase; ranks may differ in how often they call it."""
-    if _writer is not None:
-        _writer.pulse()
+    _writer.pulse()
 
 
-def start(memory: mmap.mmap) -> None:
-    """Sends the heartbeats of this process to the memory, of `SIZE` bytes or more."""
+def send_to(memory: mmap.mmap | None) -> None:
+    """Sends the heartbeats of this process to the memory, of `SIZE` bytes or more, or nowhere."""
     global _writer  # noqa: PLW0603  one a process, as there is one stop flag
-    _writer = _Writer(memory)
-
-
-def stop() -> None:
-    """Sends them nowhere from here on."""
-    global _writer  # noqa: PLW0603
-    _writer = None
+    _writer = _Writer(bytearray(SIZE) if memory is None else memory)

@@ -22,7 +22,7 @@ from functools import lru_cache
 from itertools import count
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from dpkd.errors import StorageUnavailable, WorkerFailed, portable
 from dpkd.io.errors import may_pass
@@ -68,26 +68,19 @@ class Accelerator:
 
 @dataclass(eq=False, kw_only=True)
 class PoolWorker:
-    """A process that works on one item at a time."""
+    """A process that works on one item at a time, and what became of it."""
 
     number: int
     index: int | None = None
     """The item that it has."""
-
-
-Worker = TypeVar("Worker", bound=PoolWorker)
-
-
-@dataclass(frozen=True)
-class Event(Generic[Worker]):
-    """A worker that came up, answered or died."""
-
-    worker: Worker
     answer: bytes = b""
     death: str = ""
     """How it died, if it did."""
     node_lost: bool = False
     """It died with its node, or its answer did: no fault of the item."""
+
+
+Worker = TypeVar("Worker", bound=PoolWorker)
 
 
 class PoolWorkers(Protocol[Worker]):
@@ -105,8 +98,8 @@ class PoolWorkers(Protocol[Worker]):
     def end_all(self) -> None:
         """Ends all workers, also in the middle of an item."""
 
-    def next_event(self) -> Event[Worker] | None:
-        """Waits a second or so for an event."""
+    def next(self) -> Worker | None:
+        """Waits a second or so for a worker that came up, answered or died."""
 
 
 def map_items(
@@ -119,19 +112,19 @@ def map_items(
     try:
         while waiting or num_working:
             workers.start(len(waiting) + num_working)
-            event = workers.next_event()
-            if event is None:
+            worker = workers.next()
+            if worker is None:
                 continue
-            worker, index = event.worker, event.worker.index
+            index, answer = worker.index, worker.answer
             num_working -= index is not None
-            if event.death:
+            if worker.death:
                 if index is not None:
                     waiting.appendleft(index)
-                if event.node_lost:
-                    _log.info("lost a worker with its node, its work goes to others: %s", event.death)
+                if worker.node_lost:
+                    _log.info("lost a worker with its node, its work goes to others: %s", worker.death)
                 else:
                     num_deaths[index] += 1
-                    _judge_death(event, num_deaths[index], items=items, order=order)
+                    _judge_death(worker, num_deaths[index], items=items, order=order)
                 continue
             num_deaths[None] = 0
             if waiting:
@@ -141,16 +134,16 @@ def map_items(
             else:
                 workers.end(worker)
             if index is not None:
-                yield index, result_of(event.answer)
+                yield index, result_of(answer)
     finally:
         workers.end_all()
 
 
-def _judge_death(event: Event[Worker], num_deaths: int, *, items: Sequence[Any], order: WatchOrder | None) -> None:
+def _judge_death(worker: PoolWorker, num_deaths: int, *, items: Sequence[Any], order: WatchOrder | None) -> None:
     """Logs the death of a worker; raises `WorkerFailed` where its item, or the start, has cost too many."""
-    index, reason = event.worker.index, event.death
+    index, reason = worker.index, worker.death
     with suppress(OSError):  # a report that cannot be read says no more than the exit code
-        reason = next((str(hang) for hang in read_hangs(order) if hang.rank == event.worker.number), reason)
+        reason = next((str(hang) for hang in read_hangs(order) if hang.rank == worker.number), reason)
     if index is None:
         warning = f"a worker did not come up, another is started: {reason}"
         failure = f"{num_deaths} workers did not come up, one after the other: {reason}"
@@ -251,7 +244,7 @@ class _LocalWorkers:
         for worker in self._all:
             worker.wait_for_end()
 
-    def next_event(self) -> Event[_LocalWorker] | None:
+    def next(self) -> _LocalWorker | None:
         if not self._ready:
             clock = RunClock(POLL_S)
             self._ready.extend(wait(list(self._expected), timeout=POLL_S))
@@ -264,15 +257,15 @@ class _LocalWorkers:
             return None
         worker = self._expected.pop(self._ready.popleft())
         try:
-            answer = worker.connection.recv_bytes()
+            worker.answer = worker.connection.recv_bytes()
+            worker.is_up = True
         except (EOFError, OSError):  # it died, perhaps in the middle of a message
             self._all.remove(worker)
             self._environments.append(worker.environment)
             worker.wait_for_end()
             late = "" if worker.is_up else f", {worker.starting_s:.0f} s after its start"
-            return Event(worker, death=f"exit code {worker.process.exitcode}{late}")
-        worker.is_up = True
-        return Event(worker, answer)
+            worker.death = f"exit code {worker.process.exitcode}{late}"
+        return worker
 
 
 def _serve(

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dpkd.launch import heartbeat
-from dpkd.launch.heartbeat import Heartbeat
+from dpkd.launch.heartbeat import Heartbeat, RunClock
 from dpkd.launch.signals import STOP_SIGNALS
 
 DUMP_TIMEOUT_S = 10.0
@@ -108,7 +108,7 @@ def watched(order: WatchOrder | None, *, rank: int) -> Iterator[None]:
         os.fdopen(os.memfd_create("dpkd-stacks"), "r+b") as stack_file,
     ):
         heartbeat_file.truncate(heartbeat.SIZE)
-        heartbeat.start(mmap.mmap(heartbeat_file.fileno(), heartbeat.SIZE))
+        heartbeat.send_to(mmap.mmap(heartbeat_file.fileno(), heartbeat.SIZE))
         faulthandler.register(STACKS_SIGNAL, file=stack_file, all_threads=True)
         handles = (heartbeat_file.fileno(), stack_file.fileno())
         arguments = (order.folder.absolute(), order.session, order.hang_timeout_s, rank, os.getpid(), *handles)
@@ -126,7 +126,7 @@ def watched(order: WatchOrder | None, *, rank: int) -> Iterator[None]:
         finally:
             watchdog.kill()
             watchdog.wait()
-            heartbeat.stop()
+            heartbeat.send_to(None)
             faulthandler.unregister(STACKS_SIGNAL)
 
 
@@ -142,17 +142,15 @@ class _Watchdog:
 
     def run(self) -> None:
         tick_s = min(1.0, self.order.hang_timeout_s / 10)
-        last, quiet_s, checked_s = self._heartbeat(), 0.0, time.monotonic()
+        last, quiet_s, clock = self._heartbeat(), 0.0, RunClock(tick_s)
         while os.getppid() == self.process:
             time.sleep(tick_s)
-            now_s = time.monotonic()
             beat = self._heartbeat()
-            # no more than a little for each round: the rest was a pause of the whole machine, or of this process too
-            quiet_s += min(now_s - checked_s, 2 * tick_s)
-            if beat.pulses != last.pulses or (beat.phase == heartbeat.RESTING and self._state() != "T"):
+            quiet_s += clock.passed_s()
+            if beat.pulses != last.pulses or (beat.phase == heartbeat.RESTING and self._status("State")[0] != "T"):
                 quiet_s = 0.0
-            last, checked_s = beat, now_s
-            if quiet_s > beat.allowance * self.order.hang_timeout_s and not self._is_debugged():
+            last = beat
+            if quiet_s > beat.allowance * self.order.hang_timeout_s and self._status("TracerPid") == "0":
                 if self._end_worker(beat, quiet_s):
                     return
                 quiet_s = 0.0
@@ -160,16 +158,14 @@ class _Watchdog:
     def _heartbeat(self) -> Heartbeat:
         return Heartbeat.read(os.pread(self.heartbeat_handle, heartbeat.SIZE, 0))
 
-    def _state(self) -> str:
-        # the second field is the process's name, which may hold anything
-        return Path(f"/proc/{self.process}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
-
-    def _is_debugged(self) -> bool:
-        return "\nTracerPid:\t0\n" not in Path(f"/proc/{self.process}/status").read_text()
+    def _status(self, name: str) -> str:
+        """What the kernel says of the worker; its name, which may hold anything, comes first."""
+        text = Path(f"/proc/{self.process}/status").read_text(errors="replace")
+        return text.rpartition(f"\n{name}:\t")[2].partition("\n")[0]
 
     def _end_worker(self, beat: Heartbeat, quiet_s: float) -> bool:
         """Reports the hang and kills the worker; false where it turns out to live, or to be dead already."""
-        began_s, state = time.time(), self._state()
+        began_s, state = time.time(), self._status("State")[0]
         stacks = self._stacks() if state != "T" else "none: the process was stopped and could not write them\n"
         place, waits = _place(stacks, thread=beat.thread)
         if self._heartbeat().pulses != beat.pulses or os.getppid() != self.process:
