@@ -39,7 +39,7 @@ class SampleLog:
         self._path = folder / f"attempt-{attempt:04d}-rank-{world.rank:05d}.log"
         head = {"attempt": attempt, "rank": world.rank, "world_size": world.size}
         head |= {"micro_batch_size": micro_batch_size, "start_step": start_step}
-        self._lines = [json.dumps(head) + "\n"]
+        self._content = bytearray(json.dumps(head).encode() + b"\n")
 
     def record(self, batches: Iterable[Batch], *, steps: Iterable[int], micro_batches: int) -> Iterator[Batch]:
         """The batches of the coming `steps`; a step is added as the last of its `micro_batches` is given out."""
@@ -55,14 +55,14 @@ class SampleLog:
 
     def add(self, step: int, samples: NDArray[np.int64]) -> None:
         """Adds what a step used."""
-        self._lines.append(f"{step} {checksum(samples)}\n")
+        self._content += f"{step} {checksum(samples)}\n".encode()
 
     def snapshot(self) -> Writer:
         """The writer puts all lines until now into the log, whatever folder it is given.
 
         The log is a part of checkpoints so that it covers each of them, and so that all ranks learn of a full disk.
         """
-        data = "".join(self._lines).encode()
+        data = bytes(self._content)
         return lambda _: storage.write_bytes_atomic(self._path, data)
 
     def load(self, folder: Path) -> None:
