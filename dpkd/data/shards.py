@@ -21,6 +21,7 @@ import zlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -331,22 +332,27 @@ class Split:
     def _read_index(self, shard: int) -> ShardIndex:
         info = self.info.shards[shard]
         place = storage.join(self.url, index_name(info.name))
-        try:
+        with _named(place):
             index = ShardIndex.from_bytes(storage.read_bytes(place))
-        except NO_FILE as error:
-            raise UserError(f"{place} is missing; dataset.json lists its shard: pack or copy it again") from error
-        except ValueError as error:
-            raise UserError(f"{place} cannot be read: {error}; pack or copy it again") from error
-        if index.shard != info:
-            raise UserError(f"{place} does not belong to the {info.name} of dataset.json: pack the data set again")
-        return index
+            if index.shard != info:
+                raise ValueError(f"it does not belong to the {info.name} that {MANIFEST_NAME} lists")
+            return index
 
     def _open(self, shard: int) -> int:
-        info = self.info.shards[shard]
-        try:
-            return open_shard(self._place(shard), size_bytes=info.size_bytes, sha256_hex=info.sha256)
-        except NO_FILE as error:
-            raise UserError(f"{self._place(shard)} is missing; dataset.json lists it: pack or copy it again") from error
+        info, place = self.info.shards[shard], self._place(shard)
+        with _named(place):
+            return open_shard(place, size_bytes=info.size_bytes, sha256_hex=info.sha256)
+
+
+@contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Names a file of a data set that is missing or damaged."""
+    try:
+        yield
+    except NO_FILE as error:
+        raise UserError(f"{place} is missing; {MANIFEST_NAME} needs it: pack or copy it again") from error
+    except ValueError as error:
+        raise UserError(f"{place} cannot be read: {error}; pack or copy it again") from error
 
 
 def checksum(members: dict[str, bytes]) -> int:
