@@ -1,1 +1,1 @@
-"""The priors that come with dpkd, one file each."""
+"""The priors that come with dpkd, in files by what they see."""
