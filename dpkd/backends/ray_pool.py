@@ -72,14 +72,6 @@ class _RayWorker(PoolWorker):
     doubt: RayError | None = None
     """Why it is not known whether it still lives."""
 
-    def is_lost_with_node(self, death: RayError) -> bool:
-        """Whether the worker died because its node did."""
-        if isinstance(death, RayActorError) and death.preempted:
-            return True
-        if self.node_id is None:
-            return "node has died" in str(death)
-        return not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == self.node_id)
-
 
 class _RayWorkers:
     """The actors, and what they have not answered."""
@@ -134,7 +126,10 @@ class _RayWorkers:
             return None
         except (RayActorError, OutOfMemoryError) as death:
             self._all.remove(worker)
-            worker.death, worker.node_lost = cause_of_death(death), worker.is_lost_with_node(death)
+            living = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+            is_preempted = isinstance(death, RayActorError) and death.preempted
+            is_known_lost = "node has died" in str(death) if worker.node_id is None else worker.node_id not in living
+            worker.death, worker.node_lost = cause_of_death(death), is_preempted or is_known_lost
             return worker
         if worker.doubt is not None:  # it lives, and its answer to the item is gone
             self.end(worker)

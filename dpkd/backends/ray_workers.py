@@ -106,9 +106,9 @@ class RayWorkers:
             generation = _Generation(task, num_workers=size, resources=resources, settings=self._settings)
             with ResizeMonitor(self._sizes, size=size, needs=self._needs) as resize:
                 failures = generation.run(stop, resize)
-            is_crowded = generation.found_no_room
-            if not is_crowded:
+            if failures is not None:
                 break
+            is_crowded = True
             logger.info(f"no room came free for {size} workers with {cpus} CPUs each; they start with what is free now")
         has_saved = any(isinstance(failure.error, StopRequested) for failure in failures)
         if has_saved and resize.cause and not stop.count:
@@ -145,8 +145,8 @@ class _Generation:
         self._error: Exception | None = None
         """Of Ray Train."""
 
-    def run(self, stop: StopRequests, resize: ResizeMonitor) -> list[Failure]:
-        """Runs them until they have ended; returns how they failed, if they did."""
+    def run(self, stop: StopRequests, resize: ResizeMonitor) -> list[Failure] | None:
+        """Runs them until they have ended; returns how they failed, if they did, and None if there was no room."""
         ended: Failure | None = None
         try:
             with lasting_folder("workers", secrets.token_hex(4)) as folder:
@@ -166,13 +166,6 @@ class _Generation:
         finally:
             ray.kill(self._coordinator)  # which lives on as long as a traceback that holds it
         return self._failures(ended)
-
-    @property
-    def found_no_room(self) -> bool:
-        """Whether the workers never started because the cluster had no room for them."""
-        return isinstance(self._error, ControllerError) and isinstance(
-            self._error.controller_failure, WorkerGroupStartupTimeoutError
-        )
 
     def _fit(self, folder: str) -> None:
         # threads that wait must not spin, as on one machine; read once, when the process loads torch
@@ -228,24 +221,27 @@ class _Generation:
             if stopping_s > grace_s:
                 return Failure(-1, f"not done {grace_s:.0f} s after they were asked to stop")
 
-    def _failures(self, ended: Failure | None) -> list[Failure]:
+    def _failures(self, ended: Failure | None) -> list[Failure] | None:
         """What workers reported, and the deaths of those that reported nothing: they died before the others."""
-        reported = self._status.failures
+        reported, error = self._status.failures, self._error
+        if isinstance(error, ControllerError) and isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+            return None
         if len(self._status.done) == self._num_workers:
             return reported
         if ended is not None:
             return reported or [ended]
-        if self._error is None:
+        if error is None:
             return reported
-        if not isinstance(self._error, WorkerGroupError):
-            return [Failure(-1, f"Ray Train failed: {self._error}"), *reported]
+        if not isinstance(error, WorkerGroupError):
+            return [Failure(-1, f"Ray Train failed: {error}"), *reported]
         first_s = min((failure.time_s for failure in reported), default=time.time())
         ranks = {failure.rank for failure in reported} | self._status.done
-        deaths = {rank: error for rank, error in self._error.worker_failures.items() if rank not in ranks}
-        return [
-            *(Failure(rank, f"died ({cause_of_death(error)})", time_s=first_s) for rank, error in deaths.items()),
-            *reported,
+        deaths = [
+            Failure(rank, f"died ({cause_of_death(death)})", time_s=first_s)
+            for rank, death in error.worker_failures.items()
+            if rank not in ranks
         ]
+        return deaths + reported
 
 
 def _enter(config: dict[str, Any]) -> None:
