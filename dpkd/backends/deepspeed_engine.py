@@ -48,12 +48,20 @@ class DeepSpeedEngine:
         self._num_micros = 0
         trained = by_name(parameter_groups)
         self._parameters = list(trained.values())
-        self._optimizer = build_optimizer(parameter_groups, optimizer, fused=world.device.type == "cuda")
-        sizes = {"train_micro_batch_size_per_gpu": micro_batch_size, "gradient_accumulation_steps": accumulation}
+        on_gpu = world.device.type == "cuda"
+        self._optimizer = build_optimizer(parameter_groups, optimizer, fused=on_gpu)
+        config = {
+            "train_micro_batch_size_per_gpu": micro_batch_size,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": 0.0 if self._clips_itself else optimizer.clip or 0.0,
+            "zero_optimization": {"stage": settings.zero_stage, "overlap_comm": on_gpu and settings.zero_stage > 1},
+            "zero_allow_untested_optimizer": True,  # its list has Adam only; SGD is tested here
+            "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU at every step
+        }
         self._engine, *_ = deepspeed.initialize(
             model=InPrecision(module, device=world.device, precision=precision),
             optimizer=self._optimizer,
-            config=configuration(optimizer, stage=settings.zero_stage, on_gpu=world.device.type == "cuda") | sizes,
+            config=config,
         )
         if settings.compile:
             self._engine.compile()
@@ -110,16 +118,6 @@ def shard_frozen(network: nn.Module, *, world: World) -> nn.Module:
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     runner: nn.Module = import_deepspeed(world).initialize(model=network.to(world.device), config=config)[0]
     return runner
-
-
-def configuration(optimizer: OptimizerSettings, *, stage: int, on_gpu: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration without the batch sizes."""
-    return {
-        "gradient_clipping": 0.0 if stage == 0 or optimizer.clip is None else optimizer.clip,
-        "zero_optimization": {"stage": stage, "overlap_comm": on_gpu and stage > 1},
-        "zero_allow_untested_optimizer": True,  # its list has Adam only; SGD is tested here
-        "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU at every step
-    }
 
 
 def import_deepspeed(world: World) -> Any:

@@ -111,7 +111,6 @@ class _Generation:
     def __init__(self, task: Task, place: _Place, stop: StopRequests, settings: LauncherSettings) -> None:
         self._task, self._place, self._stop, self._settings = task, place, stop, settings
         self._workers: dict[int, BaseProcess] = {}
-        self._not_started: list[Failure] = []
         self._asked: set[int] = set()
         self._killed_for: dict[int, str] = {}
         self._ended_s: dict[int, float] = {}
@@ -130,19 +129,15 @@ class _Generation:
             for rank in range(self._place.num_workers):
                 arguments = (self._task, self._place, rank, port)
                 worker = context.Process(target=_enter, args=arguments, name=f"dpkd-worker-{rank}")
-                try:
-                    with block_stop_signals():  # until it has handlers of its own
-                        worker.start()
-                except Exception as error:  # noqa: BLE001  comes out as a failure
-                    self._not_started.append(Failure.of_error(rank, error))
-                    break
+                with block_stop_signals():  # until it has handlers of its own
+                    worker.start()
                 self._workers[rank] = worker
             clock = RunClock(POLL_S)
             while living := self._living():
                 connection.wait([worker.sentinel for worker in living.values()], timeout=POLL_S)
                 self._check(clock.passed_s())
         finally:
-            self._kill(self._living(), "")  # none, unless the error is ours
+            self._kill(self._living(), "")  # none, unless one could not be started
         return self._failures()
 
     def _living(self) -> dict[int, BaseProcess]:
@@ -162,7 +157,7 @@ class _Generation:
         ended = self._workers.keys() - living.keys()
         if self._stop.count or any(isinstance(failure.error, StopRequested) for failure in reported.values()):
             self._stopping_s += passed_s
-        elif reported or self._not_started or not ended <= done or living.keys() <= done:
+        elif reported or not ended <= done or living.keys() <= done:
             self._ending_s += passed_s
         if self._stop.count > 1:
             self._kill(living, "ended at a second Ctrl-C")
@@ -212,7 +207,7 @@ class _Generation:
             ended_s = self._ended_s.get(rank, time.time())
             time_s = first_s if ended_s < first_s + SAME_S else ended_s
             deaths.append(Failure(rank, "\n".join([cause, *lines]), time_s=time_s))
-        return [*self._not_started, *deaths, *reported.values()]
+        return [*deaths, *reported.values()]
 
 
 def _enter(task: Task, place: _Place, rank: int, port: int) -> None:
