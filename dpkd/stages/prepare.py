@@ -39,15 +39,7 @@ from dpkd.priors import Prior
 from dpkd.priors.base import BatchExtractor, Extractor, ImageViews, accelerated, fingerprint, keep_freed_memory
 from dpkd.priors.catalogue.regions import Expert
 from dpkd.priors.record import MEMBER_EXTENSION, Record, flat_map, source_hash, store_map
-from dpkd.priors.store import (
-    MANIFEST_NAME,
-    PriorIndex,
-    PriorManifest,
-    PriorSet,
-    fingerprints,
-    read_manifest,
-    set_url,
-)
+from dpkd.priors.store import MANIFEST_NAME, PriorIndex, PriorManifest, PriorSet, fingerprints, read_manifest, set_url
 from dpkd.report.quarantine import Quarantine
 from dpkd.settings import PrepareSettings
 
