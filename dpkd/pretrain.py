@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dpkd.pretrain",
         description=f"Runs the stages {', '.join(STAGES)}. Given again, it goes on where it stopped.",
-        epilog=(__doc__ or "").splitlines()[-1],
+        epilog="Exit codes: 0 done, 2 settings or data at fault, 75 stopped on request and resumable, 1 anything else.",
     )
     add_settings(parser)
     add_stages(parser)

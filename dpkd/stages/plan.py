@@ -162,7 +162,7 @@ def plan_run(settings: Settings, folder: RunFolder, stages: Sequence[str]) -> li
         logger.info(f"  {stage:<9} {'' if stage in left else 'done: '}{_describe(stage, settings)}")
     for stage in stages:
         for fault in faults[stage]:
-            logger.info(f"{fault}: the stage {stage} makes it again")
+            logger.info(f"{fault}: the stage {stage} runs again")
     return left
 
 
