@@ -118,11 +118,11 @@ def write_timm_folder(folder: Path, network: Network) -> None:
         (folder / "config.json").write_text(json.dumps(config | {"model_args": arguments}, indent=2) + "\n")
         try:
             model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        except (RuntimeError, TypeError):
+            with torch.inference_mode():
+                embedding_BD = model.forward_head(model.forward_features(image_BCHW), pre_logits=True)
+                outputs = {"embedding": embedding_BD, "logits": model(image_BCHW)}
+        except (RuntimeError, TypeError, AssertionError):  # not a model of these arguments, or not at this size
             continue
-        with torch.inference_mode():
-            embedding_BD = model.forward_head(model.forward_features(image_BCHW), pre_logits=True)
-            outputs = {"embedding": embedding_BD, "logits": model(image_BCHW)}
         smallest = min(smallest, max(_difference(outputs[name], expected[name]) for name in _output_names(spec)))
         if smallest <= TIMM_TOLERANCE:
             return
@@ -135,19 +135,14 @@ def write_timm_folder(folder: Path, network: Network) -> None:
 def _possible_arguments(spec: NetworkSpec) -> list[dict[str, Any]]:
     """What `timm.create_model` may need besides the name, most likely first.
 
-    The image size, where the model takes one. A transformer that reads its class token must pool its patches instead
-    where it was trained under figure-ground pooling, and keep its norm before the pooling (`fc_norm`).
+    The image size, which most convolutional models do not take. A transformer that reads its class token must pool its
+    patches instead where it was trained under figure-ground pooling, and keep its norm before the pooling (`fc_norm`).
     """
     arguments = {key: value for key, value in spec.model.arguments.items() if key not in OF_DOWNLOADS}
-    with_size = {"img_size": spec.image_size, **arguments}
-    try:
-        timm.create_model(spec.model.name, num_classes=0, **with_size)
-    except TypeError:
-        with_size = arguments  # most convolutional models take any size and do not know the argument
     poolings: list[dict[str, Any]] = [{}]
     if isinstance(spec.model.pooling, FigureGroundPooling):
         poolings += [{"global_pool": "avg"}, {"global_pool": "avg", "fc_norm": False}]
-    return [with_size | pooling for pooling in poolings]
+    return [size | arguments | pooling for size in ({"img_size": spec.image_size}, {}) for pooling in poolings]
 
 
 class _ForOnnx(nn.Module):
