@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -120,23 +121,9 @@ def _train_task(
         evaluate_every=training.evaluate_every or max(1, total_steps // 10) if evaluates else None,
         panels_every=training.panels_every or max(1, total_steps // 5),
     )
-
-    def attempt(start_step: int, skipped_steps: frozenset[int]) -> None:
-        to_do = replace(plan, skipped=skipped_steps)
-        _attempt(
-            run,
-            task,
-            data,
-            settings,
-            stage=stage,
-            plan=to_do,
-            start_step=start_step,
-            checkpoints=checkpoints,
-            parts=parts,
-        )
-
+    attempt = partial(_attempt, run, task, data, settings, stage=stage, checkpoints=checkpoints, parts=parts)
     train_past_divergence(
-        attempt,
+        lambda start_step, skipped: attempt(start_step=start_step, plan=replace(plan, skipped=skipped)),
         checkpoints=checkpoints,
         parts=parts,
         skipped=run.folder.skipped(stage),
@@ -158,10 +145,10 @@ def _attempt(
     settings: TeacherSettings | DistillSettings,
     *,
     stage: str,
-    plan: Plan,
-    start_step: int,
     checkpoints: Checkpoints,
     parts: Mapping[str, Part],
+    start_step: int,
+    plan: Plan,
 ) -> None:
     """Trains from `start_step` to the end of the plan."""
     training, world, micro_batch_size = settings.training, run.world, run.micro_batch_size(settings.training)
@@ -192,7 +179,7 @@ def _attempt(
     ):
         train(
             task,
-            sample_log.record(batches, steps=plan.steps_from(start_step), micro_batches=plan.micro_batches),
+            sample_log.record(batches, steps=steps, micro_batches=plan.micro_batches),
             plan=plan,
             start_step=start_step,
             checkpoints=checkpoints,
