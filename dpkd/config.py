@@ -1,14 +1,15 @@
 """The base of all settings, how they are read from YAML and the command line, and what a wrong one is answered with."""
 
+import importlib
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 from pydantic_core import ErrorDetails
 
 from dpkd.errors import UserError, did_you_mean
@@ -26,6 +27,32 @@ def _expand_home(path: str) -> str:
 
 PathText = Annotated[str, AfterValidator(_expand_home)]
 """A path or URL; `~` is the home folder."""
+
+
+def any_class_of(base: type[Config]) -> WrapValidator:
+    """Lets a union of kinds also take `kind: package.module:Class`, a subclass of `base` in any installed package."""
+
+    def validate(value: Any, built_in: ValidatorFunctionWrapHandler) -> Any:
+        kind = value.get("kind") if isinstance(value, Mapping) else None
+        if isinstance(value, base):
+            return value
+        if not isinstance(kind, str) or ":" not in kind:
+            return built_in(value)
+        module, _, name = kind.partition(":")
+        try:
+            chosen = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"kind {kind!r} cannot be loaded ({error}): give package.module:Class") from None
+        if not (isinstance(chosen, type) and issubclass(chosen, base)):
+            raise ValueError(f"kind {kind!r} is no subclass of {base.__module__}.{base.__name__}: make it one")  # noqa: TRY004
+        try:
+            return chosen.model_validate(value)
+        except ValidationError as error:
+            faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+            raise ValueError("; ".join(faults)) from None
+
+    return WrapValidator(validate)
+
 
 TAKES_TEXT = "takes text"
 """Marks a field (`Annotated[..., TAKES_TEXT]`) whose validator also takes a plain text, such as a path."""

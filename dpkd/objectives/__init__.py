@@ -4,12 +4,11 @@ To add one: write its file with the methods of `dpkd.objectives.base.Objective`,
 of your own package is named in the settings as `kind: package.module:Class`.
 """
 
-import importlib
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import Field, SerializeAsAny, ValidationError, WrapValidator
+from pydantic import Field, SerializeAsAny
 
+from dpkd.config import any_class_of
 from dpkd.objectives.attributes import Attributes
 from dpkd.objectives.base import Objective
 from dpkd.objectives.decoupled_logits import DecoupledLogits
@@ -34,23 +33,5 @@ BuiltIn = Annotated[
     Field(discriminator="kind"),
 ]
 
-
-def _of_any_package(value: Any, built_in: Any) -> Any:
-    """Settings of `kind: package.module:Class` as an object of that class; all others as the built-in kinds."""
-    if isinstance(value, Objective):
-        return value
-    kind = value.get("kind") if isinstance(value, Mapping) else None
-    if not isinstance(kind, str) or ":" not in kind:
-        return built_in(value)
-    module, _, name = kind.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name).model_validate(value)
-    except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-        raise ValueError(faults) from None
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"kind {kind!r} cannot be loaded ({error}): give package.module:Class") from None
-
-
-AnyObjective = Annotated[SerializeAsAny[BuiltIn], WrapValidator(_of_any_package)]
+AnyObjective = Annotated[SerializeAsAny[BuiltIn], any_class_of(Objective)]
 """The settings of an objective: one of the built-in kinds, or a class of any package."""

@@ -1,19 +1,15 @@
 """Prior maps: each is a frozen settings model whose `map(image)` does the work; `Prior` is their union.
 
-To add one: write a class with the methods of `dpkd.priors.base.Extractor`, and name it here. Other packages bring
-theirs under the entry point group `dpkd.priors`; settings know the prior of an installed package by its `kind`:
-
-    [project.entry-points."dpkd.priors"]
-    depth = "my_package.depth:Depth"
+To add one: write a subclass of `dpkd.priors.base.PriorConfig` with the methods of `Extractor`, and name it here. A
+prior of your own package is named in the settings as `kind: package.module:Class`.
 """
 
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Annotated, Any, Union
+from typing import TYPE_CHECKING, Annotated, Union
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, Field, SerializeAsAny
 
-from dpkd.errors import UserError
-from dpkd.priors.base import BatchExtractor, Extractor
+from dpkd.config import any_class_of
+from dpkd.priors.base import BatchExtractor, Extractor, PriorConfig
 from dpkd.priors.catalogue.colour import Colour, Hue
 from dpkd.priors.catalogue.edge import Edge
 from dpkd.priors.catalogue.orientation import Hog, Orientation
@@ -27,44 +23,18 @@ DEFAULT = (Edge, Orientation, Superpixel, Saliency, Lbp, Gabor, Colour, Ridge)
 BUILT_IN = (*DEFAULT, Hog, Hue, Symmetry, Glcm, Expert, Learned)
 
 
-def _installed_priors() -> list[type[BaseModel]]:
-    """The classes that installed packages bring, sorted by entry point.
+def _complete(prior: PriorConfig) -> PriorConfig:
+    """The prior; raises `ValueError` for a class that lacks a method or property of a prior."""
+    names = [*vars(Extractor), *(vars(BatchExtractor) if hasattr(prior, "maps") else ())]
+    if missing := [name for name in names if not name.startswith("_") and not hasattr(prior, name)]:
+        raise ValueError(f"the prior {prior.kind!r} lacks {', '.join(missing)}: see dpkd.priors.base.Extractor")
+    return prior
 
-    Raises `UserError` that names package and entry point for one that cannot be imported, lacks a method, or takes a
-    kind that is taken already.
-    """
-    owners = {str(prior.model_fields["kind"].default): "dpkd" for prior in BUILT_IN}
-    priors: list[type[BaseModel]] = []
-    for entry in sorted(entry_points(group="dpkd.priors"), key=lambda entry: (entry.name, entry.value)):
-        package = entry.dist.name if entry.dist is not None else "an installed package"
-        place = f"the prior {entry.name!r} of {package} ({entry.value})"
-        try:
-            prior: Any = entry.load()
-        except Exception as error:  # code of others may raise anything
-            fault = f"{type(error).__name__}: {error}"
-            raise UserError(f"{place} cannot be imported ({fault}); repair or uninstall the package") from error
-        if not (isinstance(prior, type) and issubclass(prior, BaseModel)) or "kind" not in prior.model_fields:
-            raise UserError(f"{place} is no pydantic model with a `kind`; a prior is one")
-        names = [*vars(Extractor), *(vars(BatchExtractor) if hasattr(prior, "maps") else ())]
-        known = {*dir(prior), *prior.model_fields}
-        if missing := [name for name in names if not name.startswith("_") and name not in known]:
-            raise UserError(f"{place} lacks {', '.join(missing)}; see dpkd.priors.base.Extractor")
-        if not prior.model_config.get("frozen"):
-            raise UserError(f"{place} is not frozen; set model_config = ConfigDict(frozen=True, extra='forbid')")
-        kind = str(prior.model_fields["kind"].default)
-        if kind in owners:
-            raise UserError(f"{place}: the kind {kind!r} is {owners[kind]}'s already; give it another kind")
-        owners[kind] = place
-        priors.append(prior)
-    return priors
-
-
-KINDS = (*BUILT_IN, *_installed_priors())
-"""The classes of all priors that settings can name."""
 
 if TYPE_CHECKING:
     Prior = Extractor
 else:
-    Prior = Annotated[Union[KINDS], Field(discriminator="kind")]  # noqa: UP007 (of a tuple)
+    BuiltIn = Annotated[Union[BUILT_IN], Field(discriminator="kind")]  # noqa: UP007 (of a tuple)
+    Prior = Annotated[SerializeAsAny[BuiltIn], any_class_of(PriorConfig), AfterValidator(_complete)]
 
 DEFAULT_PRIORS: tuple[Prior, ...] = tuple(prior() for prior in DEFAULT)

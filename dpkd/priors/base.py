@@ -108,7 +108,7 @@ class PriorConfig(Config):
     @property
     def name(self) -> str:
         """Names the map in a prior set."""
-        return self.kind
+        return self.kind.rpartition(":")[2].lower()
 
     def flip(self, map_HWC: Map) -> Map:
         """The map of the image mirrored left to right."""
