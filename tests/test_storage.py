@@ -79,7 +79,7 @@ def test_publish_moves_a_whole_folder_and_never_overwrites(tmp_path):
     assert (tmp_path / "final" / "inner" / "file").read_bytes() == b"x"
     assert not draft.exists()
     draft.mkdir()
-    with pytest.raises(UserError, match="stands already"):
+    with pytest.raises(UserError, match="exists already"):
         storage.publish(draft, tmp_path / "final")
 
 

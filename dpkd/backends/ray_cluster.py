@@ -62,7 +62,7 @@ def kill_actors(class_name: str) -> None:
 
 
 def node_resources(*, free: bool = False) -> list[NodeResources]:
-    """What each node has that stays, or has free."""
+    """What every node that stays has, or has free."""
     draining = draining_nodes()
     nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
     left = available_resources_per_node() if free else {node["NodeID"]: node["Resources"] for node in nodes}

@@ -1,13 +1,13 @@
 """The checkpoints in a folder, on a disk or on object storage, and which of them are committed.
 
-    <folder>/attempt-0003.json       claim of attempt 3: {"committed": [checkpoints that it found], "checksum": …}
+    <folder>/attempt-0003.json       claim of attempt 3: {"committed": [names of checkpoints], "checksum": …}
     <folder>/step-00000200-a0003/    made by attempt 3 after step 200:
         manifest.json                `Manifest`, written last: a checkpoint without it is not committed
         files-00001-of-00002.json    the files of rank 1, written once they are on the disk
         <part>/…                     what each part wrote, file names differing between ranks
 
 Each attempt writes down what was committed when it began. What an older one finishes after that does not count, so all
-readers agree on what the newer one found, without clocks or locks.
+readers agree on what counts, without clocks or locks.
 """
 
 import re

@@ -3,7 +3,7 @@
     <folder>/attempt-0003.json      the third attempt has begun; made once, empty, and then its attempt's to fill
 
 Two attempts at one run may overlap, as when a cluster takes a driver for dead that was only cut off. Run files and
-checkpoints have a fence each, because checkpoints may stand on another storage and outlive the run folder.
+checkpoints have a fence each, because checkpoints may be on another storage and outlive the run folder.
 """
 
 import re
@@ -17,7 +17,7 @@ class StaleAttempt(UserError):
 
 
 class Fence:
-    """The attempts at what stands in a folder, a path or a URL."""
+    """The attempts that write to a folder, a path or a URL."""
 
     def __init__(self, url: str) -> None:
         self._url = url

@@ -78,7 +78,7 @@ def list_names(url: str | Path) -> list[str]:
             entries = [str(entry).rstrip("/") for entry in filesystem.ls(name, detail=False)]
         except (FileNotFoundError, NotADirectoryError):
             return []
-        itself = name.rstrip("/")  # the answer for a file, and for an empty object that stands for a folder
+        itself = name.rstrip("/")  # the answer for a file, and for an empty object that marks a folder
         return sorted(entry.rsplit("/", 1)[-1] for entry in entries if entry.strip("/") != itself.strip("/"))
 
 
@@ -132,7 +132,7 @@ def read_range(url: str | Path, offset: int = 0, size: int = -1) -> bytes:
 
 
 def read_bytes(url: str | Path) -> bytes:
-    """The whole content of a file; raises one of `NO_FILE` where none stands, `StorageError` where it is unreadable."""
+    """The whole content of a file; raises one of `NO_FILE`, or `StorageError` where it is unreadable."""
     with read_errors(url):
         return read_range(url)
 
@@ -229,7 +229,7 @@ def remove(url: str | Path) -> None:
 
 
 def remove_tree(url: str | Path) -> None:
-    """Deletes a folder and all below it, or a file; nothing happens where there is none."""
+    """Deletes a folder and all below it, or a file, if it exists."""
     path = local_path(url)
     with write_errors(url):
         if path is None:
@@ -249,7 +249,7 @@ def publish(folder_tmp: str | Path, folder: str | Path) -> None:
             for path in (*(Path(parent, name) for name in names), Path(parent)):
                 sync(path)
         if target.exists():
-            raise UserError(f"{target} stands already and is never overwritten: remove it or choose another folder")
+            raise UserError(f"{target} exists already and is never overwritten: remove it or choose another folder")
         target.parent.mkdir(parents=True, exist_ok=True)
         source.rename(target)
         sync(target.parent)

@@ -1,4 +1,4 @@
-"""A small process beside each worker that finds it hung, saves its stacks, and ends it.
+"""A small process beside every worker that detects a hang, saves the stacks, and ends the worker.
 
 A process and not a thread, because a worker that is stopped or holds the interpreter lock runs no thread. The worker's
 signs of life (`heartbeat`) count up a number in shared memory. Once it stays the same for too long, the watchdog has
@@ -33,7 +33,7 @@ from dpkd.launch.signals import STOP_SIGNALS
 DUMP_TIMEOUT_S = 10.0
 REPORT_TIMEOUT_S = 20.0
 PEERS_FIRST_S = 5.0
-"""A worker that waits for its peers is ended so much later, so that the one that is behind is found hung too."""
+"""A worker that waits for its peers is ended so much later: the hang of the one behind it is detected first."""
 COLLECTIVES = "torch/distributed/distributed_c10d.py"
 STACKS_SIGNAL = signal.SIGRTMAX - 3 if sys.platform == "linux" else 0
 """A real-time signal, which nobody else uses: torch, Ray and schedulers have the others."""

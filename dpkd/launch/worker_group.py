@@ -33,7 +33,7 @@ class Restart:
 
 @dataclass(frozen=True)
 class Supervision:
-    """What the driver knows about a session: the folder for hangs, the progress, a call for each restart."""
+    """What the driver knows about a session: the folder for hangs, the progress, what to do at a restart."""
 
     hangs: Path | None = None
     """Folder that driver and workers see, for reports of workers that hung; without one none is watched."""
@@ -207,7 +207,7 @@ def late_start(timeout_s: float) -> str:
 
 
 def by_cause(failures: Sequence[Failure]) -> list[Failure]:
-    """Failures, the most likely cause first: what a rank did by itself before what it suffered, each by time."""
+    """Failures, the most likely cause first: a rank's own errors before symptoms, both by time."""
     return sorted(failures, key=lambda failure: (failure.symptom, failure.time_s))
 
 
