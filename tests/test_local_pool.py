@@ -8,8 +8,8 @@ from collections import Counter
 import psutil
 import pytest
 
+from dpkd.backends.local_pool import LocalPool
 from dpkd.errors import WorkerFailed
-from dpkd.launch.pool import LocalPool
 from tests.pool_work import answer_at_length, name_device, square
 
 pytestmark = pytest.mark.serial

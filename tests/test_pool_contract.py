@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dpkd.backends.local_pool import LocalPool
 from dpkd.backends.ray_pool import RayPool
 from dpkd.errors import StorageUnavailable, UserError, WorkerFailed
-from dpkd.launch.pool import NUM_RETRIES, LocalPool, Pool
+from dpkd.launch.pool import NUM_RETRIES, Pool
 from dpkd.launch.watchdog import WatchOrder
 from tests.pool_work import (
     fail_at_first,

@@ -31,8 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
+from dpkd.backends.local_pool import LocalPool
 from dpkd.data.images import decode_image
-from dpkd.launch.pool import LocalPool
 from dpkd.log import Progress
 from dpkd.priors import Prior
 from dpkd.priors.base import ImageViews

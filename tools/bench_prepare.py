@@ -27,11 +27,11 @@ from typing import Any
 
 import cv2
 
+from dpkd.backends.local_pool import LocalPool
 from dpkd.data.images import decode_image
 from dpkd.data.settings import FolderSource
 from dpkd.data.shards import Dataset
 from dpkd.errors import UserError
-from dpkd.launch.pool import LocalPool
 from dpkd.priors import DEFAULT_PRIORS
 from dpkd.priors.base import ImageViews, keep_freed_memory
 from dpkd.priors.record import StoredMap, store_map

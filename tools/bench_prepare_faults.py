@@ -21,9 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from dpkd.backends.local_pool import LocalPool
 from dpkd.data.settings import FolderSource
 from dpkd.data.shards import Dataset
-from dpkd.launch.pool import LocalPool, Pool
+from dpkd.launch.pool import Pool
 from dpkd.report.quarantine import Quarantine
 from dpkd.settings import DataSettings, PrepareSettings
 from dpkd.stages.pack import pack

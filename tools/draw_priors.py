@@ -14,8 +14,8 @@ import cv2
 import numpy as np
 from skimage import data
 
+from dpkd.backends.local_pool import LocalPool
 from dpkd.data.settings import FolderSource
-from dpkd.launch.pool import LocalPool
 from dpkd.priors import DEFAULT_PRIORS, Glcm, Hog, Hue, Symmetry
 from dpkd.report.quarantine import Quarantine
 from dpkd.settings import DataSettings, PrepareSettings

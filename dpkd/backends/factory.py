@@ -7,8 +7,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from dpkd.backends.local_pool import LocalPool
 from dpkd.launch.forking import load_ahead
-from dpkd.launch.pool import Accelerator, LocalPool, Pool
+from dpkd.launch.pool import Accelerator, Pool
 from dpkd.launch.settings import LauncherSettings
 from dpkd.launch.watchdog import WatchOrder
 from dpkd.launch.worker_group import WorkerGroup

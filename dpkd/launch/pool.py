@@ -1,4 +1,4 @@
-"""The pool protocol: maps a function over items, in other processes, surviving their death; and its local twin.
+"""The pool protocol: maps a function over items in other processes, and survives their death.
 
 One process works on one item at a time, so that a death names its item: a `concurrent.futures` pool breaks as a whole
 and cannot tell which item killed it.
@@ -8,28 +8,20 @@ storage (a mounted disk, a read in the middle of a file); single requests are tr
 """
 
 import logging
-import multiprocessing
-import os
 import pickle
-import signal
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, TypeVar
 
 from dpkd.errors import StorageUnavailable, WorkerFailed, portable
 from dpkd.io.errors import may_pass
-from dpkd.launch.forking import ONE_THREAD
-from dpkd.launch.heartbeat import RESTING, RunClock, heartbeat
-from dpkd.launch.settings import START_TIMEOUT_S
-from dpkd.launch.watchdog import WatchOrder, read_hangs, watched
+from dpkd.launch.heartbeat import RESTING, heartbeat
+from dpkd.launch.watchdog import WatchOrder, read_hangs
 
 _log = logging.getLogger(__name__)
 
@@ -40,9 +32,6 @@ NUM_RETRIES = 3
 """Times that an item whose worker died is tried again."""
 PAUSES_S = (0.5, 1.5, 4.5)
 """Before each time that an item whose storage failed is tried again."""
-END_PATIENCE_S = 5.0
-"""Seconds in which a worker is to end by itself."""
-POLL_S = 1.0
 
 
 class Pool(Protocol):
@@ -163,123 +152,6 @@ def _short(item: object) -> str:
     """The item as an error names it."""
     text = repr(item)
     return text if len(text) <= 200 else text[:200] + "…"
-
-
-@dataclass
-class LocalPool:
-    """Spawned processes on this machine, started by each `map` and gone with it.
-
-    Each has the variables of one of the `environments` in its environment, which no other has at the same time. One
-    that gives no sign of life, on an item or while it is stopped, is ended as the `order` says; one that is not up
-    after `start_timeout_s`, by this process.
-    """
-
-    num_workers: int
-    _: KW_ONLY
-    environments: Sequence[Mapping[str, str]] | None = None
-    order: WatchOrder | None = None
-    start_timeout_s: float = START_TIMEOUT_S
-    numbers: Iterator[int] = field(default_factory=count)
-    """Of the workers, over all calls: reports of hangs are named by them."""
-
-    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
-        return map_items(_LocalWorkers(self, pickle.dumps(function)), items, order=self.order)
-
-
-@dataclass(eq=False, kw_only=True)
-class _LocalWorker(PoolWorker):
-    """A process, our end of its pipe, and its own environment variables."""
-
-    process: BaseProcess
-    connection: Connection
-    environment: Mapping[str, str]
-    is_up: bool = False
-    starting_s: float = 0.0
-
-    def wait_for_end(self) -> None:
-        self.connection.close()
-        self.process.join(END_PATIENCE_S)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
-
-
-class _LocalWorkers:
-    """Spawned processes, each with a pipe."""
-
-    def __init__(self, pool: LocalPool, function: bytes) -> None:
-        self._pool, self._function = pool, function
-        self._environments = list(pool.environments or [{}] * pool.num_workers)  # those that no worker has
-        assert len(self._environments) == pool.num_workers >= 1, "one environment a worker"
-        self._all: list[_LocalWorker] = []
-        self._expected: dict[Any, _LocalWorker] = {}  # those that come up or work, by our end of the pipe
-        self._ready: deque[Any] = deque()  # of these, what came up, answered or died
-
-    def start(self, num_expected: int) -> None:
-        while self._environments and len(self._expected) < num_expected:
-            environment, number = self._environments.pop(0), next(self._pool.numbers)
-            context = multiprocessing.get_context("spawn")
-            ours, theirs = context.Pipe()
-            arguments = (theirs, self._function, environment, self._pool.order, number)
-            process = context.Process(target=_serve, args=arguments, name="dpkd-pool", daemon=True)
-            process.start()
-            theirs.close()  # so that its death reads as the end of the pipe
-            worker = _LocalWorker(number=number, process=process, connection=ours, environment=environment)
-            self._all.append(worker)
-            self._expected[ours] = worker
-
-    def give(self, worker: _LocalWorker, item: Any) -> None:
-        self._expected[worker.connection] = worker
-        with suppress(BrokenPipeError, ConnectionResetError):  # it died, which shows when its answer is read
-            worker.connection.send(item)
-
-    def end(self, worker: _LocalWorker) -> None:
-        worker.connection.close()
-
-    def end_all(self) -> None:
-        for worker in self._all:
-            worker.connection.close()
-            if worker.connection in self._expected:
-                worker.process.terminate()
-        for worker in self._all:
-            worker.wait_for_end()
-
-    def next(self) -> _LocalWorker | None:
-        if not self._ready:
-            clock = RunClock(POLL_S)
-            self._ready.extend(wait(list(self._expected), timeout=POLL_S))
-            passed_s = clock.passed_s()
-            for worker in self._expected.values():
-                worker.starting_s += 0.0 if worker.is_up else passed_s
-                if worker.starting_s > self._pool.start_timeout_s:
-                    worker.process.kill()
-        if not self._ready:
-            return None
-        worker = self._expected.pop(self._ready.popleft())
-        try:
-            worker.answer = worker.connection.recv_bytes()
-            worker.is_up = True
-        except (EOFError, OSError):  # it died, perhaps in the middle of a message
-            self._all.remove(worker)
-            self._environments.append(worker.environment)
-            worker.wait_for_end()
-            late = "" if worker.is_up else f", {worker.starting_s:.0f} s after its start"
-            worker.death = f"exit code {worker.process.exitcode}{late}"
-        return worker
-
-
-def _serve(
-    connection: Connection, function: bytes, environment: Mapping[str, str], order: WatchOrder | None, number: int
-) -> None:
-    """The life of a worker: receives items until the pipe ends."""
-    for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(ignored, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the parent decides
-    os.environ.update({**ONE_THREAD, **environment})  # before the function brings in numpy
-    with watched(order, rank=number), suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        heartbeat(RESTING)
-        connection.send_bytes(b"up")
-        while True:
-            connection.send_bytes(answer_to(function, connection.recv_bytes()))
 
 
 _load = lru_cache(maxsize=1)(pickle.loads)

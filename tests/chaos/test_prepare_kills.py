@@ -31,7 +31,7 @@ if __name__ == "__main__":
     if kind == "ray":
         from dpkd.backends.ray_pool import RayPool as Pool
     else:
-        from dpkd.launch.pool import LocalPool as Pool
+        from dpkd.backends.local_pool import LocalPool as Pool
     prepare_all(Dataset.open(url), priors=DEFAULT_PRIORS, pool=Pool(2))
 """
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dpkd.backends.factory import make_accelerator
+from dpkd.backends.local_pool import LocalPool
 from dpkd.data.shards import Dataset
-from dpkd.launch.pool import LocalPool
 from dpkd.launch.settings import LauncherSettings
 from dpkd.priors.base import ImageViews
 from dpkd.priors.catalogue.edge import Edge

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dpkd.backends.local_pool import LocalPool
 from dpkd.engine.world import World
-from dpkd.launch.pool import LocalPool
 from dpkd.models.network import build_network
 from dpkd.models.saved import save_network
 from dpkd.models.settings import FigureGroundPooling, ModelSettings, NetworkSpec

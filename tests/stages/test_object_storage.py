@@ -9,10 +9,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dpkd.backends.local_pool import LocalPool
 from dpkd.data.settings import FolderSource, ShardSource
 from dpkd.data.shards import MANIFEST_NAME, Dataset
 from dpkd.errors import StorageUnavailable, UserError
-from dpkd.launch.pool import LocalPool
 from dpkd.priors.catalogue.edge import Edge
 from dpkd.priors.catalogue.orientation import Hog
 from dpkd.priors.store import PriorSet

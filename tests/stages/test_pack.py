@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import tifffile
 
+from dpkd.backends.local_pool import LocalPool
 from dpkd.data.images import decode_image
 from dpkd.data.settings import ClassSplits, FileSplits, FractionSplits, ShardSource, TableSource
 from dpkd.data.shards import Dataset
 from dpkd.errors import StorageError, UserError
-from dpkd.launch.pool import LocalPool
 from tests.data.packing import (
     SerialPool,
     files_of,
@@ -88,7 +88,7 @@ def test_a_pack_killed_with_its_workers_at_any_moment_ends_in_the_same_bytes(tmp
     place = tmp_path / "killed"
     code = (
         "import sys; from pathlib import Path\n"
-        "from dpkd.launch.pool import LocalPool; from tests.data.packing import pack_at\n"
+        "from dpkd.backends.local_pool import LocalPool; from tests.data.packing import pack_at\n"
         "if __name__ == '__main__':\n"
         "    pack_at(Path(sys.argv[1]), Path(sys.argv[2]), pool=LocalPool(2), samples_per_shard=10)\n"
     )

@@ -11,10 +11,10 @@ import fsspec
 import numpy as np
 import pytest
 
+from dpkd.backends.local_pool import LocalPool
 from dpkd.data.shards import Dataset
 from dpkd.data.tars import TarWriter
 from dpkd.errors import StorageError, UserError
-from dpkd.launch.pool import LocalPool
 from dpkd.priors.catalogue.edge import Edge
 from dpkd.priors.catalogue.orientation import Hog
 from dpkd.priors.catalogue.regions import Superpixel

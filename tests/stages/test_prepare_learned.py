@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import nn
 
+from dpkd.backends.local_pool import LocalPool
 from dpkd.data.images import decode_image
 from dpkd.data.shards import Dataset
 from dpkd.errors import UserError
-from dpkd.launch.pool import Accelerator, LocalPool
+from dpkd.launch.pool import Accelerator
 from dpkd.priors import learned
 from dpkd.priors.base import ImageViews
 from dpkd.priors.catalogue.edge import Edge

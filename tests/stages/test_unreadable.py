@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from dpkd.backends.local_pool import LocalPool
 from dpkd.data.order import ClassAwareOrder, Order
 from dpkd.data.settings import FolderSource, LabelFraction
 from dpkd.data.shards import Dataset
 from dpkd.engine.settings import TrainingSettings
-from dpkd.launch.pool import LocalPool
 from dpkd.objectives.supervised import Supervised
 from dpkd.report.quarantine import Quarantine
 from dpkd.run.folder import RunFolder
