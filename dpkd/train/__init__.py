@@ -1,1 +1,1 @@
-"""The one training loop, its schedule, and its checkpoints."""
+"""The training loop, its tasks, and its checkpoints."""

@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or absent: one transaction over all parts, written while training goes on.
+"""Checkpoints that are whole or absent: one transaction over all parts, written during training.
 
-A save copies every part's state and returns; a thread then writes the copy, hashes and flushes every file, and lists
-them in a file of its rank. Once all ranks have, rank 0 commits the checkpoint by its manifest (`checkpoint_store` draws
-the folder). The next save waits for the one before, so that slow storage holds training back instead of filling
-memory. Before any rank loads, all have verified the files, and they fall back together.
+A save copies the state of every part and returns. A thread then writes the copy, hashes and flushes every file, and
+lists the files in a file of its rank. After all ranks have listed theirs, rank 0 commits the checkpoint by writing its
+manifest (`checkpoint_store` shows the folder). A save waits for the previous one, so slow storage delays training
+instead of filling memory. All ranks verify the files before any rank loads them, and fall back together.
 """
 
 import secrets
@@ -40,33 +40,33 @@ POLL_S, LONGEST_POLL_S = 0.05, 1.0
 
 
 class Part(Protocol):
-    """Something with state: an engine, a random generator. Called on every rank."""
+    """An object with state, such as an engine or a random generator. Every rank calls its methods."""
 
     def snapshot(self) -> Writer:
-        """Copies this rank's share; what it returns writes the copy. The next call may overwrite the copy."""
+        """Copies this rank's share of the state; returns the copy's writer. The next call may overwrite the copy."""
 
     def load(self, folder: Path) -> None:
-        """Restores what the writers of all ranks wrote."""
+        """Restores the state that the writers of all ranks wrote."""
 
 
 class Checkpoints:
-    """The checkpoints of one stage, at a path or URL that all ranks see. All ranks call every verb except `failed`."""
+    """The checkpoints of one stage, at a path or URL that all ranks see. All ranks call each method except `failed`."""
 
     def __init__(self, url: str | Path, *, world: World, keep: int) -> None:
         self.world = world
         self.keep = keep
         self._store = CheckpointStore(str(url))
         self.attempt = 0
-        """Number of the attempt that `load_newest` began."""
+        """Number of the attempt that `load_newest` started."""
         self._base: CheckpointId | None = None
         self._saved_steps: set[int] = set()
         self._save: _Save | None = None
 
     def load_newest(self, parts: Mapping[str, Part]) -> int:
-        """Begins an attempt: loads the newest committed checkpoint whose every file is as its manifest says.
+        """Starts an attempt, and loads the newest committed checkpoint whose files all match its manifest.
 
-        Returns its step, or 0 without any. Raises `UserError` where all are damaged, `StorageError` where they cannot
-        be read; both on all ranks.
+        Returns its step, or 0 without a checkpoint. Raises `UserError` if all are damaged and `StorageError` if they
+        cannot be read, both on all ranks.
         """
         self.finish()
         self._saved_steps = set()
@@ -86,16 +86,16 @@ class Checkpoints:
         if committed and self._base is None:
             raise UserError(
                 f"{self._store.url}: all {len(committed)} checkpoints are damaged; restore one from a copy, "
-                "or delete the folder to start the stage anew"
+                "or delete the folder to start the stage again"
             )
-        if self.world.rank == 0 and self._base == max(committed, default=None):  # a damaged one may yet be restored
+        if self.world.rank == 0 and self._base == max(committed, default=None):  # the user may restore a damaged one
             self._sweep()
         return self._base.step if self._base else 0
 
     def save(self, step: int, parts: Mapping[str, Part]) -> None:
-        """Copies every part's state and begins to write it, once the save before has ended; raises as `finish`.
+        """Waits for the previous save, copies the state of every part, and starts to write it.
 
-        A step that this attempt has saved is never written over.
+        Never overwrites a step that this attempt has saved. Raises the errors of `finish`.
         """
         self.finish()
         if step in self._saved_steps:
@@ -105,13 +105,13 @@ class Checkpoints:
         self._save = _Save(self._store, CheckpointId(step, self.attempt), self.world, writers, self._sweep)
 
     def failed(self) -> bool:
-        """Whether this rank's part of the save under way has failed: time for all to call `finish`."""
+        """Whether the running save has failed on this rank, so that all ranks should call `finish`."""
         return self._save is not None and self._save.error is not None
 
     def finish(self) -> None:
-        """Returns once the save under way is committed; raises the same `StorageError` on all ranks where it is not.
+        """Waits until the running save is committed; raises the same `StorageError` on all ranks if it fails.
 
-        Raises `StaleAttempt` where a newer attempt has begun.
+        Raises `StaleAttempt` if a newer attempt has started.
         """
         save, self._save = self._save, None
         if save is None:
@@ -122,7 +122,7 @@ class Checkpoints:
             save.cancelled.set()  # files of another rank are missing
         save.thread.join()
         committed, error = self.world.broadcast((save.committed, save.error))
-        if committed:  # whatever failed after that: a newer attempt may load it already
+        if committed:  # errors after the commit do not count: a newer attempt may have loaded the checkpoint
             return
         if error is not None:
             errors.append(error)
@@ -130,7 +130,7 @@ class Checkpoints:
         def remove() -> None:
             if self.world.rank != 0:
                 return
-            with suppress(OSError):  # the first error is the one to raise, and the next attempt removes it
+            with suppress(OSError):  # the first error is raised below, and the next attempt removes the files
                 if save.id not in self._store.committed():  # else a newer attempt may have loaded it
                     self._store.remove(save.id)
                 self._store.fence.check(save.id.attempt)
@@ -138,25 +138,25 @@ class Checkpoints:
         self._on_all_ranks(remove)
         raise StorageError(
             f"checkpoint at step {save.id.step} could not be written to {self._store.url} "
-            f"({'; '.join(map(str, errors))}); the earlier ones stand. "
-            "Free space or mend the storage, then give the same command again"
+            f"({'; '.join(map(str, errors))}); the earlier ones are kept. "
+            "Free space or repair the storage, then run the same command again"
         )
 
     def _sweep(self) -> None:
-        """Removes what nobody needs any more; what cannot be removed now is left to the next save."""
+        """Removes checkpoints that are no longer needed; after an error the next save tries again."""
         try:
             retry(lambda: self._store.sweep(attempt=self.attempt, base=self._base, keep=self.keep))
         except StaleAttempt:
-            pass  # which the next save raises
+            pass  # the next save raises it
         except OSError as error:
             logger.info(f"{self._store.url}: older checkpoints cannot be removed ({error}); the next save tries again")
 
     @contextmanager
     def _verified(self, checkpoint: CheckpointId) -> Iterator[tuple[Path, list[str]]]:
-        """The checkpoint's folder on this machine, and what the ranks found wrong with its files.
+        """The checkpoint's folder on this machine, and the faults that the ranks found in its files.
 
-        On storage that is a path, all ranks together verify every file once; else the first rank of each machine
-        copies the checkpoint, and verifies the copies.
+        If the storage is a path, all ranks together verify every file once. Otherwise the first rank of each machine
+        copies the checkpoint and verifies the copies.
         """
         shared = storage.local_path(self._store.place(checkpoint))
         copy = ("checkpoint", self.world.broadcast(secrets.token_hex(8)))
@@ -171,18 +171,18 @@ class Checkpoints:
                 folder = place(*copy)
             yield folder, sorted({fault for faults in self._on_all_ranks(verify) for fault in faults})
             if shared is None:
-                self.world.barrier()  # nobody removes what another still loads
+                self.world.barrier()  # no rank removes a copy that another still loads
 
     def _fetch(self, checkpoint: CheckpointId, copy: Path) -> list[str]:
-        """Copies a remote checkpoint to this machine; returns what is wrong with it."""
-        with suppress(ValueError):  # a damaged manifest, which `_faults` names
+        """Copies a remote checkpoint to this machine; returns its faults."""
+        with suppress(ValueError):  # `_faults` reports a damaged manifest
             for path in retry(lambda: self._store.manifest(checkpoint)).files:
-                with suppress(*NO_FILE):  # `_faults` says that it is missing
+                with suppress(*NO_FILE):  # `_faults` reports a missing file
                     retry(partial(storage.copy_here, self._store.place(checkpoint, path), copy / path))
         return self._faults(checkpoint, copy, 0, 1)
 
     def _faults(self, checkpoint: CheckpointId, folder: Path, rank: int, size: int) -> list[str]:
-        """What is wrong with the files in a local folder, with every `size`-th one from `rank` on."""
+        """Faults of the files in a local folder; checks every `size`-th file of the manifest from `rank` on."""
         try:
             files = retry(lambda: self._store.manifest(checkpoint)).files
         except ValueError as error:
@@ -199,23 +199,23 @@ class Checkpoints:
             except NO_FILE:
                 faults.append(f"{path.name} is missing")
             except OSError as error:
-                if type(error) is StorageError:  # no permission, which says nothing of the checkpoint
+                if type(error) is StorageError:  # no permission: the checkpoint may be whole
                     raise
                 faults.append(f"{path.name} cannot be read ({error})")
-        if rank == 0:  # files that the manifest does not list, and that a part might read all the same
-            there = (path.relative_to(folder).as_posix() for path in folder.glob("[!.]*/**/*") if path.is_file())
-            faults += [f"{name} is not in its {MANIFEST}" for name in there if name not in files]
+        if rank == 0:  # a part might read files that the manifest does not list
+            names = (path.relative_to(folder).as_posix() for path in folder.glob("[!.]*/**/*") if path.is_file())
+            faults += [f"{name} is not in its {MANIFEST}" for name in names if name not in files]
         return faults
 
     def _on_all_ranks(self, act: Callable[[], Result]) -> list[Result]:
-        """What `act` returns on each rank, on every rank; so is the error of the first that fails."""
-        own: Result | UserError | StorageError
+        """The results of `act` by rank, on every rank; all ranks raise the error of the first rank that fails."""
+        local_outcome: Result | UserError | StorageError
         try:
-            own = act()
+            local_outcome = act()
         except (UserError, StorageError) as error:
-            own = error
+            local_outcome = error
         results = []
-        for outcome in self.world.gather(own):
+        for outcome in self.world.gather(local_outcome):
             if isinstance(outcome, UserError | StorageError):
                 raise outcome
             results.append(outcome)
@@ -224,14 +224,14 @@ class Checkpoints:
 
 @dataclass(eq=False)
 class _Save:
-    """One checkpoint on its way: a thread writes this rank's files, and on rank 0 commits the checkpoint."""
+    """One running save: a thread writes this rank's files, and on rank 0 commits the checkpoint."""
 
     store: CheckpointStore
     id: CheckpointId
     world: World
     writers: Mapping[str, Writer]
     on_commit: Callable[[], None]
-    """Called on rank 0 once the checkpoint counts."""
+    """Called on rank 0 after the commit."""
     error: Exception | None = None
     committed: bool = False
     written: threading.Event = field(default_factory=threading.Event)
@@ -249,23 +249,23 @@ class _Save:
                 self._commit()
                 if self.committed:
                     self.on_commit()
-        except Exception as error:  # noqa: BLE001  it is raised where `finish` is called
+        except Exception as error:  # noqa: BLE001 (`finish` raises it)
             self.error = portable(error)
         finally:
             self.written.set()
 
     def _write(self) -> None:
-        """Writes this rank's files beside, hashes, flushes and moves each to its place, and lists them last."""
+        """Writes this rank's files to a temporary folder, hashes, flushes and moves each, and lists them last."""
         files = {}
-        beside = storage.local_path(self.store.place(self.id))
+        folder = storage.local_path(self.store.place(self.id))
         with ExitStack() as stack:
-            if beside is None:
+            if folder is None:
                 scratch = stack.enter_context(lasting_folder("saving", secrets.token_hex(8)))
-            else:  # on the disk where the files will stand
-                with write_errors(beside):
-                    beside.mkdir(parents=True, exist_ok=True)
-                    storage.sync(beside.parent)
-                scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".rank-", dir=beside)))
+            else:  # a rename needs the same disk
+                with write_errors(folder):
+                    folder.mkdir(parents=True, exist_ok=True)
+                    storage.sync(folder.parent)
+                scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".rank-", dir=folder)))
             for name, write in self.writers.items():
                 (scratch / name).mkdir()
                 write(scratch / name)
@@ -279,13 +279,13 @@ class _Save:
         return f"files-{rank:05d}-of-{self.world.size:05d}.json"
 
     def _commit(self) -> None:
-        """Publishes the manifest once all ranks have listed their files, unless the save is cancelled before."""
+        """Publishes the manifest after all ranks have listed their files, unless the save is cancelled first."""
         names, wait_s = [self._list_name(rank) for rank in range(self.world.size)], POLL_S
         while not set(names).issubset(retry(lambda: storage.list_names(self.store.place(self.id)))):
             if self.cancelled.wait(wait_s):
                 return
-            retry(lambda: self.store.fence.check(self.id.attempt))  # a newer attempt may have removed them
-            wait_s = min(LONGEST_POLL_S, 2 * wait_s)  # each listing is a request where storage is remote
+            retry(lambda: self.store.fence.check(self.id.attempt))  # a newer attempt may have removed the lists
+            wait_s = min(LONGEST_POLL_S, 2 * wait_s)  # on remote storage each listing is a request
         files: dict[str, FileFacts] = {}
         for name in names:
             files |= retry(partial(read_files, self.store.place(self.id, name)))

@@ -1,6 +1,6 @@
-"""Steps that spoil a network: noticing them, going back to the newest checkpoint, and going on without their batch.
+"""Detection of steps that spoil a network; training returns to the newest checkpoint and skips their batch.
 
-<run>/skipped/<stage>.json     {"steps": {"417": why}, "checksum": …}: steps passed over, now and in later attempts
+<run>/skipped/<stage>.json     {"steps": {"417": reason}, "checksum": …}: steps skipped, in later attempts too
 """
 
 import math
@@ -18,13 +18,13 @@ from dpkd.log import logger
 from dpkd.train.checkpoint import Checkpoints, Part
 
 NUM_NORMS, NUM_NEEDED = 64, 16
-"""Last norms that a spike is measured by, and the fewest that do."""
+"""Number of last norms that a spike is compared with, and the fewest that are enough."""
 SMALL_NORM = 1.0
-"""Least value of their median: the norms of a network that has learnt its images by heart are next to nothing."""
+"""Least value of their median: the norms of a network that has memorised its images are almost 0."""
 
 
 class Diverged(Exception):
-    """A step has spoilt a network: every rank raises it together, because they share the norm of the gradient."""
+    """A step has spoilt a network. All ranks raise it together, because they share the gradient norm."""
 
     def __init__(self, step: int, reason: str) -> None:
         super().__init__(step, reason)
@@ -41,14 +41,14 @@ class Norm(NamedTuple):
 
 
 class NormGuard:
-    """Checks the norm of every gradient: it must be finite, and no more than `spike` times the median of the last."""
+    """Checks that each gradient norm is finite, and at most `spike` times the median of the last norms."""
 
     def __init__(self, *, spike: float | None) -> None:
         self._spike = spike
         self._norms: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=NUM_NORMS))
 
     def check(self, norms: Iterable[Norm]) -> None:
-        """Raises `Diverged` for the first of the norms, in the order of steps, that shows a spoilt network."""
+        """Raises `Diverged` for the first norm, in the order of steps, that shows a spoilt network."""
         for norm in norms:
             if not math.isfinite(norm.value):
                 rate = f"learning rate {norm.learning_rate:.2g}"
@@ -58,21 +58,21 @@ class NormGuard:
             if self._spike is not None and norm.value > self._spike * max(usual, SMALL_NORM):
                 raise Diverged(
                     norm.step,
-                    f"{norm.name}: the gradient's norm is {norm.value:.3g}, and was {usual:.3g} in the median "
+                    f"{norm.name}: the gradient norm is {norm.value:.3g}, and the median of the last is {usual:.3g} "
                     f"(training.spike: {self._spike:g})",
                 )
             last.append(norm.value)
 
 
 def read_skipped(path: Path) -> dict[int, str]:
-    """Step -> reason, of those that a stage passes over; raises `UserError` that names the file where it is damaged."""
+    """The steps that a stage skips, as {step: reason}; raises `UserError` with the path if the file is damaged."""
     record = read_record(path, way_out="restore it, or delete it to go on without skipping any step")
     return {int(step): reason for step, reason in record.get("steps", {}).items()}
 
 
 def write_skipped(path: Path, reasons: Mapping[int, str]) -> None:
-    """Adds to the steps that a stage passes over."""
-    reasons = {**read_skipped(path), **reasons}  # a newer attempt may have added some
+    """Adds steps to those that a stage skips, with their reasons."""
+    reasons = {**read_skipped(path), **reasons}  # a newer attempt may have added steps
     content = {"steps": {str(step): reason for step, reason in sorted(reasons.items())}}
     storage.write_bytes_atomic(path, checked(content))
 
@@ -86,10 +86,10 @@ def train_past_divergence(
     limit: int,
     world: World,
 ) -> None:
-    """Calls `attempt` with the step of the newest checkpoint, which it loads, and the steps to pass over.
+    """Loads the newest checkpoint and calls `attempt` with its step and the steps to skip.
 
-    Where that raises `Diverged`, the file `skipped` gets the step, and it begins again. Raises `UserError`, on every
-    rank, past `limit` skipped steps, and without a checkpoint to go back to.
+    If `attempt` raises `Diverged`, the step is added to the file `skipped`, and the newest checkpoint is loaded again.
+    Raises `UserError`, on every rank, after `limit` skipped steps, or if there is no checkpoint to go back to.
     """
     reasons = world.broadcast(read_skipped(skipped) if world.rank == 0 else {})
     start_step = checkpoints.load_newest(parts)
@@ -100,10 +100,10 @@ def train_past_divergence(
         except Diverged as fault:
             step = f"step {fault.step + 1}"
             if len(reasons) >= limit:
-                before = f"; {len(reasons)} earlier steps were skipped for the like" if reasons else ""
+                before = f"; {len(reasons)} earlier steps were skipped for such reasons" if reasons else ""
                 raise UserError(
-                    f"{step}: {fault.reason}{before}. The last checkpoint stands: lower learning_rate or "
-                    f"optimizer.clip, look at the batch, or raise training.max_skipped_steps ({limit})"
+                    f"{step}: {fault.reason}{before}. The last checkpoint is kept: lower learning_rate or "
+                    f"optimizer.clip, check the batch, or raise training.max_skipped_steps ({limit})"
                 ) from fault
             reasons[fault.step] = fault.reason
             if world.rank == 0:
@@ -111,7 +111,7 @@ def train_past_divergence(
             start_step = checkpoints.load_newest(parts)
             if not start_step:
                 raise UserError(
-                    f"{step}: {fault.reason}, and no checkpoint stands to go back to: lower "
+                    f"{step}: {fault.reason}, and there is no checkpoint to go back to: lower "
                     "learning_rate or optimizer.clip, or save earlier (training.checkpoint_every)"
                 ) from fault
             if world.rank == 0:

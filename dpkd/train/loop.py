@@ -1,7 +1,7 @@
-"""The one training loop, for teachers and for students: a task's losses, its engines' steps, and what is due when.
+"""The training loop of teachers and students: losses, optimizer steps, logs, evaluations and saves.
 
-The position of a run is one integer, the number of finished steps: order, augmentation, masks and learning rates are
-functions of it, so a resumed run goes on as if it had never stopped.
+The position of a run is one integer, the number of finished steps. Order, augmentation, masks and learning rates are
+functions of it, so a resumed run continues as if it had never stopped.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +21,7 @@ from dpkd.train.task import Task
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a stage is and what is due when, in steps; `micro_batches` is a rank's share of one step."""
+    """The length and the intervals of a stage, in steps; `micro_batches` is the number per rank and step."""
 
     total_steps: int
     micro_batches: int
@@ -30,14 +30,14 @@ class Plan:
     evaluate_every: int | None
     panels_every: int | None
     skipped: frozenset[int] = frozenset()
-    """Steps that are passed over, without a batch."""
+    """Steps that are not trained and draw no batch."""
 
     def steps_from(self, start_step: int) -> list[int]:
         """The steps that are trained, from `start_step` on."""
         return [step for step in range(start_step, self.total_steps) if step not in self.skipped]
 
     def due(self, every: int | None, step: int) -> bool:
-        """Whether something done `every` so many steps, and at the last, is due after `step`."""
+        """Whether an action done every `every` steps, and after the last step, is due after `step`."""
         return every is not None and (step % every == 0 or step == self.total_steps)
 
 
@@ -55,12 +55,12 @@ def train(
     draw_panels: Callable[[int, Batch], None],
     world: World,
 ) -> None:
-    """Trains from `start_step` to the end of the plan; `batches` begins at that step, `parts` are what is saved.
+    """Trains from `start_step` to the end of the plan; `batches` starts at that step, and saves write the `parts`.
 
     `evaluate` and `draw_panels` take the number of finished steps; every rank calls them. Raises `StopRequested` after
-    a save when any rank was asked to stop, `Diverged` when a step has spoilt a network, `StorageError` when a save
-    fails. Norms and losses stay on the device until something is due: before a line, an evaluation and a
-    save all norms since the last are checked.
+    a save if any rank was asked to stop, `Diverged` if a step has spoilt a network, `StorageError` if a save fails.
+    Norms and losses stay on the device until they are needed: all new norms are checked before each log line, panel,
+    evaluation and save.
     """
     batch: Batch | None = None
     with meter.loop(start_step):
@@ -98,7 +98,7 @@ def train(
 
 
 def _train_step(task: Task, batches: Iterator[Batch], *, step: int, plan: Plan, meter: Meter) -> Batch:
-    """One step of every engine; returns its last micro-batch."""
+    """Runs one step of every engine; returns the last micro-batch."""
     for _ in range(plan.micro_batches):
         batch = meter.next_batch(batches)
         for name, losses in task.losses(batch, step=step):

@@ -1,4 +1,4 @@
-"""What training costs and yields: losses, rates, norms and images/s of a log line, and where the loop's time goes."""
+"""Measurement of training: losses, rates, norms and images/s of each log line, and the time of the loop by purpose."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,15 +14,15 @@ from dpkd.train.divergence import Norm
 
 
 class Meter:
-    """Sums on the device, reads it only when something is due, and averages over ranks; times the loop.
+    """Sums losses on the device, reads them only when they are due, and averages over ranks; times the loop.
 
-    `report` takes `kind, *, step, **numbers`: a log line's numbers (`loss/<network>/<objective>`, …) as `train`, and
-    the events of the loop (report/goodput.py). Rank 0 alone has one.
+    `report` takes `kind, *, step, **numbers`: kind `train` with the numbers of a log line
+    (`loss/<network>/<objective>`, …), and the events of the loop (report/goodput.py). Only rank 0 has a `report`.
     """
 
     def __init__(self, *, world: World, images_per_step: int, report: Callable[..., None] | None = None) -> None:
         self.seconds: dict[Interruption, float] = dict.fromkeys(INTERRUPTIONS, 0.0)
-        """What each interruption took until now."""
+        """Total time of each kind of interruption until now."""
         self._world, self._images_per_step, self._report = world, images_per_step, report
         self._done, self._any_event = 0, False
         self._event_seconds = dict(self.seconds)  # as of the last event
@@ -37,11 +37,11 @@ class Meter:
 
     @contextmanager
     def loop(self, start_step: int) -> Iterator[None]:
-        """The body is the training loop, from `start_step` on."""
+        """Times the body, which is the training loop from `start_step` on, and reports its start and end."""
         self._done = start_step
         if self._report is not None:
             self._report("loop_began", step=start_step)
-        finished, step_begun = False, 1  # an error comes in the middle of a step
+        finished, step_begun = False, 1  # an error interrupts a step
         try:
             yield
             finished, step_begun = True, 0
@@ -53,7 +53,7 @@ class Meter:
 
     @contextmanager
     def interrupted(self, by: Interruption) -> Iterator[None]:
-        """The body is no training."""
+        """Counts the time of the body as an interruption."""
         began_s = time.perf_counter()
         try:
             yield
@@ -61,7 +61,7 @@ class Meter:
             self.seconds[by] += time.perf_counter() - began_s
 
     def end_step(self, done: int, *, due: bool) -> None:
-        """Step number `done` has ended; reports what was spent where that is due, and after the first step."""
+        """Ends step number `done`; reports the time spent if `due`, and after the first step."""
         self._done = done
         if due or not self._any_event:
             self._any_event = True
@@ -90,9 +90,9 @@ class Meter:
         self._pending.append((name, step, learning_rate, gradient_norm.detach().double()))
 
     def settle(self, step: int, *, log: bool) -> list[Norm]:
-        """The norms since the last call, read from the device; with `log` the means since the last line are reported.
+        """The norms since the last call, read from the device; `log` also reports the means since the last line.
 
-        Losses and norms are read at once. Every rank calls it; nothing is reported where no step was trained.
+        One transfer reads losses and norms. Every rank calls it. Reports nothing if no step was trained.
         """
         keys = sorted(self._losses) if log else []
         device = self._world.device
@@ -114,12 +114,12 @@ class Meter:
         return norms
 
     def _line(self, losses: dict[str, float]) -> dict[str, float]:
-        """The numbers of a log line: the mean losses, and what else was measured since the line before."""
+        """The numbers of a log line: mean losses, norms, rates and speed since the previous line."""
         numbers = dict(losses)
         for name in dict.fromkeys(norm.name for norm in self._settled):
-            own = [norm for norm in self._settled if norm.name == name]
-            numbers[f"gradient_norm/{name}"] = sum(norm.value for norm in own) / len(own)
-            numbers[f"learning_rate/{name}"] = own[-1].learning_rate
+            norms = [norm for norm in self._settled if norm.name == name]
+            numbers[f"gradient_norm/{name}"] = sum(norm.value for norm in norms) / len(norms)
+            numbers[f"learning_rate/{name}"] = norms[-1].learning_rate
         spent = {name: total_s - self._line_seconds[name] for name, total_s in self.seconds.items()}
         elapsed_s = time.perf_counter() - self._line_began_s - spent["checkpoint"] - spent["evaluation"]
         num_steps = len({norm.step for norm in self._settled})

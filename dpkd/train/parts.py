@@ -1,4 +1,4 @@
-"""Parts of a checkpoint beside the engines: the random state, and what the stage began with."""
+"""Parts of a checkpoint that are no engines: the random state, and the digests of the stage's inputs."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from dpkd.errors import UserError
 
 @dataclass(frozen=True)
 class RandomState:
-    """The PyTorch generators of this rank, so that dropout goes on as if it had not been interrupted."""
+    """The PyTorch generators of this rank; dropout continues as if it had not been interrupted."""
 
     world: World
 
@@ -27,7 +27,7 @@ class RandomState:
         return lambda folder: write_tensors(folder / f"random-{self.world.rank}.safetensors", states)
 
     def load(self, folder: Path) -> None:
-        """Restores this rank's generators; a rank that did not exist at the save keeps its own."""
+        """Restores this rank's generators, or keeps them as they are if the rank did not exist at the save."""
         path = folder / f"random-{self.world.rank}.safetensors"
         if not path.exists():
             return
@@ -39,10 +39,10 @@ class RandomState:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a stage began with: a step on other images or maps, or in another order, is no part of the same run."""
+    """Digests of a stage's inputs: its steps must all use the same images and maps, in the same order."""
 
     digests: Mapping[str, str]
-    """Of what it is trained from, by name."""
+    """Digest of each training input, by name."""
     world: World
 
     def snapshot(self) -> Writer:
@@ -56,11 +56,11 @@ class Inputs:
         return write
 
     def load(self, folder: Path) -> None:
-        """Compares; raises `UserError`, on every rank, where the stage began with others."""
+        """Compares the digests with the saved ones; raises `UserError`, on every rank, if an input has changed."""
         before = json.loads((folder / "inputs.json").read_text())["digests"]
         changed = [name for name, digest in before.items() if self.digests.get(name) != digest]
         if changed:
             raise UserError(
-                f"the stage began with other {' and '.join(changed)} than stand now: bring them back, or "
-                "start the stage anew by deleting its checkpoints"
+                f"{' and '.join(changed)} changed after this stage started: restore them, or "
+                "delete the checkpoints of the stage to start it again"
             )

@@ -1,11 +1,11 @@
-"""Which samples reached the losses of every step, as checksums: `dpkd audit` compares them to the order.
+"""Checksums of the samples of every step; `dpkd audit` compares them with the planned order.
 
-    <run>/sample_log/<stage>/attempt-0003-rank-00001.log     what one rank of one attempt at a stage used
-        {"attempt": 3, "rank": 1, "world_size": 2, "micro_batch_size": 32, "start_step": 200}    a line of JSON, then
-        417 9f3a11bc      a line a step: its number, and `checksum` of the rank's samples in its micro-batches' order
+    <run>/sample_log/<stage>/attempt-0003-rank-00001.log     samples used by one rank in one attempt at a stage
+        {"attempt": 3, "rank": 1, "world_size": 2, "micro_batch_size": 32, "start_step": 200}    first line, JSON
+        417 9f3a11bc      one line per step: its number, and `checksum` of the rank's samples in micro-batch order
 
-It is written before a checkpoint counts, so that it covers every step that any checkpoint covers; what a kill loses
-belongs to steps that are done again.
+The log is written before the commit of a checkpoint, so it covers every step of every checkpoint. Lines that a kill
+loses belong to steps that are trained again.
 """
 
 import json
@@ -42,23 +42,23 @@ class SampleLog:
         self._content = bytearray(json.dumps(head).encode() + b"\n")
 
     def record(self, batches: Iterable[Batch], *, steps: Iterable[int], micro_batches: int) -> Iterator[Batch]:
-        """The batches of the coming `steps`; a step is added as the last of its `micro_batches` is given out."""
+        """The batches of the next `steps`; a step is added just before the last of its `micro_batches` is yielded."""
         batches = iter(batches)
         for step in steps:
             samples = []
             for drawn in range(1, micro_batches + 1):
                 batch = next(batches)
                 samples.append(batch.index_B.numpy())
-                if drawn == micro_batches:  # now: nobody may ask for another batch after this one
+                if drawn == micro_batches:  # before the yield: the caller may ask for no further batch
                     self.add(step, np.concatenate(samples))
                 yield batch
 
     def add(self, step: int, samples: NDArray[np.int64]) -> None:
-        """Adds what a step used."""
+        """Adds the samples of a step."""
         self._content += f"{step} {checksum(samples)}\n".encode()
 
     def snapshot(self) -> Writer:
-        """The writer puts all lines until now into the log, whatever folder it is given.
+        """Returns a writer that writes all lines until now to the log and ignores its folder.
 
         The log is a part of checkpoints so that it covers each of them, and so that all ranks learn of a full disk.
         """
@@ -66,11 +66,11 @@ class SampleLog:
         return lambda _: storage.write_bytes_atomic(self._path, data)
 
     def load(self, folder: Path) -> None:
-        """Does nothing: an attempt begins a log of its own."""
+        """Does nothing: each attempt starts a new log."""
 
 
 def truncate(folder: Path, *, from_attempt: int) -> None:
-    """Removes the logs of an attempt that is about to begin, and of later ones, whose checkpoints were deleted.
+    """Removes the logs of `from_attempt`, which is about to start, and of later attempts with deleted checkpoints.
 
     One rank calls it.
     """
@@ -82,19 +82,19 @@ def truncate(folder: Path, *, from_attempt: int) -> None:
 
 @dataclass(frozen=True)
 class AttemptLog:
-    """What the ranks of one attempt used."""
+    """The samples that the ranks of one attempt used."""
 
     attempt: int
     world_size: int
     micro_batch_size: int
     start_step: int
     checksums: dict[int, dict[int, str]] = field(default_factory=dict, init=False, compare=False)
-    """Step -> rank -> `checksum` of its samples."""
+    """{step: {rank: `checksum` of the rank's samples}}."""
 
 
 @dataclass(frozen=True)
 class History:
-    """The steps that count, each with the attempt that made it, and how many steps were done and rolled back."""
+    """The steps that count, each with the attempt that trained it, and the number of steps rolled back."""
 
     steps: dict[int, AttemptLog]
     num_attempts: int
@@ -102,16 +102,16 @@ class History:
 
 
 def read_history(folder: Path) -> History:
-    """All logs of a stage, net of what was rolled back: a step counts as the last attempt made it that covers it.
+    """The history of a stage without the steps rolled back: each step belongs to the last attempt that covers it.
 
-    A line cut short at a file's end is left out. Raises `UserError` that names a file which is no log, or contradicts
-    that of another rank of its attempt.
+    Ignores a cut line at the end of a file. Raises `UserError` with the path of a file that is no log, or that
+    contradicts the log of another rank of the attempt.
     """
     attempts: dict[int, AttemptLog] = {}
     for path in sorted(folder.glob(_LOGS)):
         try:
             lines = storage.read_bytes(path).decode().split("\n")[:-1]
-            if not lines:  # a kill at its first flush, before any checkpoint
+            if not lines:  # killed at the first write, before any checkpoint
                 continue
             head: dict[str, int] = json.loads(lines[0])
             rank = head.pop("rank")
@@ -122,7 +122,7 @@ def read_history(folder: Path) -> History:
             for line in lines[1:]:
                 step, crc = line.split(" ")
                 if int(step) < next_step:
-                    raise ValueError(f"step {int(step) + 1} is in it twice, or before the attempt began")
+                    raise ValueError(f"step {int(step) + 1} is in it twice, or before the attempt started")
                 next_step = int(step) + 1
                 attempts[log.attempt].checksums.setdefault(int(step), {})[rank] = crc
         except (*NO_FILE, ValueError, TypeError, LookupError) as error:
@@ -131,6 +131,6 @@ def read_history(folder: Path) -> History:
     num_rolled_back = 0
     for _, log in sorted(attempts.items()):
         num_rolled_back += sum(step >= log.start_step for step in steps)
-        steps = {step: made for step, made in steps.items() if step < log.start_step}
+        steps = {step: earlier for step, earlier in steps.items() if step < log.start_step}
         steps |= dict.fromkeys(sorted(log.checksums), log)
     return History(steps, len(attempts), num_rolled_back)

@@ -1,4 +1,4 @@
-"""What each network minimises on a batch: networks that learn in the same steps, and the teachers that they follow.
+"""The losses of each network on a batch: networks trained in the same steps, and their teachers.
 
 Axes: B sample, V views of one kind, C channel, H W height and width.
 """
@@ -27,15 +27,15 @@ class Predictor(Protocol):
 
     @property
     def spec(self) -> NetworkSpec:
-        """What the network was built from."""
+        """The specification that the network was built from."""
 
     def predict(self, *args: Any) -> dict[str, Tensor]:
-        """Runs normalised images [B, 3, H, W] (and a weight map) without gradients, in evaluation mode."""
+        """The outputs for normalised images [B, 3, H, W] (and a weight map), without gradients, in evaluation mode."""
 
 
 @dataclass(frozen=True)
 class Learner:
-    """One network that is trained, and what it minimises."""
+    """One network in training, and its objectives."""
 
     engine: Engine
     network: Network
@@ -45,25 +45,25 @@ class Learner:
 
     @property
     def spec(self) -> NetworkSpec:
-        """What the network was built from."""
+        """The specification that the network was built from."""
         return self.network.spec
 
     def predict(self, *args: Any) -> dict[str, Tensor]:
-        """Runs the network without gradients, with the averaged weights where it has some: so it is a `Predictor`."""
+        """The outputs without gradients, with the averaged weights if it has some; makes it a `Predictor`."""
         outputs: dict[str, Tensor] = self.engine.predict(*args)
         return outputs
 
     @property
     def views(self) -> frozenset[str]:
-        """Names of the views that it sees."""
+        """Names of the views that the network reads."""
         return frozenset({GLOBAL}.union(*(objective.needs().views for objective in self.objectives)))
 
 
 class Task:
-    """Networks that learn in the same steps, each under its own objectives, and the teachers that they follow.
+    """Networks trained in the same steps, each with its objectives, and their teachers.
 
-    A teacher is a `Predictor`, or one of the learners by its name: students then learn from the outputs of its training
-    forward pass in the same step.
+    A teacher is a `Predictor`, or the name of a learner: students then learn from the outputs of its training forward
+    pass in the same step.
     """
 
     def __init__(
@@ -82,22 +82,22 @@ class Task:
             *(pooling_maps(network.spec) for network in (*learners.values(), *teachers.values())),
             *(objective.needs().maps for learner in learners.values() for objective in learner.objectives),
         )
-        """Names of the prior maps that a batch must bring."""
+        """Names of the prior maps that a batch must have."""
         self.views = frozenset().union(*(learner.views for learner in learners.values()))
-        """Names of the views that a batch must bring."""
+        """Names of the views that a batch must have."""
         self._supervision, self._seed = supervision, seed
         names = [*self.teachers, *self.live_teachers]
         self._followed_views: dict[str, set[str]] = defaultdict(set)
         for learner in learners.values():
             for objective in learner.objectives:
-                if objective.needs().teacher:  # one that names none follows the only teacher
+                if objective.needs().teacher:  # an objective that names no teacher follows the only one
                     self._followed_views[teacher_of(objective) or names[0]].update(objective.needs().views)
 
     def losses(self, batch: Batch, *, step: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """(network, its weighted losses by objective, each a mean over the micro-batch), network by network.
+        """Yields each network's name and its weighted losses by objective, each a mean over the micro-batch.
 
-        Each network runs forward when its losses are asked for, so that the backward pass of the one before can free
-        its graph first.
+        A network runs forward when its losses are requested, so the backward pass of the previous network can free its
+        graph first.
         """
         batch = with_view_maps(batch, self.maps)
         teacher_outputs: dict[str, Mapping[str, Outputs]] = {
@@ -125,7 +125,7 @@ class Task:
 
 
 def with_view_maps(batch: Batch, names: Collection[str]) -> Batch:
-    """The batch with those of the maps `names` that are computed from its views, where it did not bring them."""
+    """The batch with the maps of `names` that are computed from its views, if it lacks them."""
     if "hog" not in names or "hog" in batch.views[GLOBAL].maps:
         return batch
     views = {
@@ -137,9 +137,10 @@ def with_view_maps(batch: Batch, names: Collection[str]) -> Batch:
 def forward_views(
     learner: Learner, batch: Batch, *, step: int, seed: int
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Runs a network in training mode: its outputs by view, and the mask of each hidden view.
+    """Runs a network in training mode; returns its outputs by view, and the mask of each hidden view.
 
-    Hidden views share the forward pass of the global one. A figure-ground network pools a share of the samples plainly.
+    Hidden views share the forward pass of the global view. A figure-ground network pools a share of the samples with
+    equal weights.
     """
     outputs, masks = {}, {}
     pooling = learner.spec.model.pooling
@@ -166,14 +167,14 @@ def forward_views(
         whole = [torch.cat([weight[:size] for size in sizes]) for weight in weights]
         together = learner.engine.forward(torch.cat(images), *whole)
         parts = {key: output.split(sizes) for key, output in together.items()}
-        outputs |= {view_name: {key: parts[key][place] for key in parts} for place, view_name in enumerate(names)}
+        outputs |= {view_name: {key: parts[key][index] for key in parts} for index, view_name in enumerate(names)}
     return outputs, masks
 
 
 def network_inputs(spec: NetworkSpec, view: View) -> list[Tensor]:
-    """A view as the network takes it: normalised images, and the map by which its pooling weighs patches, if it does.
+    """The network's inputs from a view: normalised images, and the map that weighs patches in its pooling, if any.
 
-    An unknown map weighs all patches alike.
+    An unknown map weighs all patches equally.
     """
     image_BCHW = normalise(view.image_BCHW, mean=spec.mean, std=spec.std)
     return [image_BCHW, *(view.maps[name].nan_to_num(nan=1.0) for name in pooling_maps(spec))]

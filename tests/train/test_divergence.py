@@ -112,7 +112,7 @@ def test_too_many_stop_the_run_and_name_the_step_and_the_way_out(tmp_path: Path)
 
 
 def test_without_a_checkpoint_there_is_no_way_back(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"step 1: .*no checkpoint stands to go back to"):
+    with pytest.raises(UserError, match=r"step 1: .*there is no checkpoint to go back to"):
         run(tmp_path, poisoned=(0,))
 
 
@@ -135,7 +135,7 @@ def test_a_spike_is_one_against_the_median_of_the_norms_before() -> None:
     for step in range(20):
         guard.check([Norm("net", step, 0.1, 1.0 + step % 3)])
     guard.check([Norm("net", 20, 0.1, 19.9)])
-    with pytest.raises(Diverged, match=r"norm is 20\.1, and was 2 in the median"):
+    with pytest.raises(Diverged, match=r"norm is 20\.1, and the median of the last is 2 "):
         guard.check([Norm("net", 21, 0.1, 20.1)])
     guard.check([Norm("other", 21, 0.1, 500.0)])  # each network has its own
 

@@ -117,7 +117,7 @@ def test_a_step_before_the_attempt_began_is_named(tmp_path: Path) -> None:
     use(tmp_path, attempt=2, steps=range(3, 5))
     path = log_of(tmp_path, attempt=2)
     path.write_bytes(path.read_bytes().replace(b'"start_step": 3', b'"start_step": 4'))
-    with pytest.raises(UserError, match="before the attempt began"):
+    with pytest.raises(UserError, match="before the attempt started"):
         read_history(tmp_path)
 
 
