@@ -42,5 +42,5 @@ def test_a_stage_goes_on_only_with_the_images_and_maps_that_it_began_with(tmp_pa
     assert load(tmp_path, inputs=inputs({"packed images": "a", "map 'edge'": "b", "map 'hog'": "c"})) == 2
     with pytest.raises(UserError, match=r"^map 'edge' changed after this stage started: .*delete"):
         load(tmp_path, inputs=inputs({"packed images": "a", "map 'edge'": "c"}))
-    with pytest.raises(UserError, match="^packed images and map 'edge' changed after"):
+    with pytest.raises(UserError, match=r"^packed images and map 'edge' changed after"):
         load(tmp_path, inputs=inputs({}))
