@@ -1,1 +1,1 @@
-"""One network in training: engines, optimizer, state on disk, and the ranks that train together."""
+"""Training of one network: engines, optimizer, state on disk, and the ranks that train together."""

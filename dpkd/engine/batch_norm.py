@@ -9,12 +9,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class StepStatistics:
-    """Moves running statistics once a step: `(1 - m) · old + m · mean over all micro-batches and ranks`.
+    """Updates running statistics once per step: `(1 - m) · old + m · mean over all micro-batches and ranks`.
 
-    Plain batch norm moves them once a forward pass, with what its own rank saw, so a run on two ranks ends with others
-    than a run on one. Run every training forward within `micro_batch` and call `commit` once a step, on all ranks.
-    Until the commit the buffers hold the statistics of the last step, for an evaluation within the step too. The
-    momentum of the norms is taken over: nothing else moves the statistics.
+    Plain batch norm updates them in every forward pass from the samples of one rank, so runs on one and on two ranks
+    end with different statistics. Run every training forward within `micro_batch`, and call `commit` once per step, on
+    all ranks. Until the commit the buffers hold the statistics of the last step, also for an evaluation within the
+    step. This class sets the momentum of the norms, so nothing else updates the statistics.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -23,19 +23,19 @@ class StepStatistics:
         self._sums: list[Tensor] = []
         self._counts: list[Tensor] = []
         self._num_micros = 0
-        # 0 and not the true one: activation checkpointing runs forwards again, within the backward
+        # momentum 0: activation checkpointing repeats forwards within the backward
         self._set_momentum(0.0)
 
     @contextmanager
     def micro_batch(self) -> Iterator[None]:
-        """The body is one training forward, whose statistics are added to the sums of the step."""
+        """Adds the statistics of the body, which is one training forward, to the sums of the step."""
         if not self._norms:
             yield
             return
         if not self._num_micros:
             self._counts = [counter.clone() for counter in self._counters()]
-        kept = [buffer.clone() for buffer in self._buffers()]
-        self._set_momentum(1.0)  # the forward leaves its own batch's statistics in the buffers
+        last_step = [buffer.clone() for buffer in self._buffers()]
+        self._set_momentum(1.0)  # the forward writes the statistics of its batch to the buffers
         yield
         buffers = self._buffers()
         if self._num_micros:
@@ -43,11 +43,11 @@ class StepStatistics:
         else:
             self._sums = [buffer.clone() for buffer in buffers]
         self._num_micros += 1
-        torch._foreach_copy_(buffers, kept)
+        torch._foreach_copy_(buffers, last_step)
         self._set_momentum(0.0)
 
     def commit(self, average: Callable[[Tensor], Tensor]) -> None:
-        """Ends the step; `average` gives a vector's mean over ranks and is called once, not at all without a norm."""
+        """Ends the step; calls `average`, which returns a vector's mean over ranks, once, or never without a norm."""
         if not self._norms:
             return
         assert self._num_micros, "commit without a micro-batch"
@@ -55,13 +55,13 @@ class StepStatistics:
         torch._foreach_add_(self._counts, 1)
         shares = []
         for momentum, count in zip(self._momenta, self._counts, strict=True):
-            share = float(1 / count) if momentum is None else momentum  # none: the plain mean over all steps
+            share = float(1 / count) if momentum is None else momentum  # None: the plain mean over all steps
             shares += [share, share]  # mean and variance
         parts = zip(shares, mean.split([len(total) for total in self._sums]), strict=True)
         buffers = self._buffers()
         torch._foreach_mul_(buffers, [1 - share for share in shares])
         torch._foreach_add_(buffers, [share * new for share, new in parts])
-        # steps are what counts, and each forward counted itself
+        # count steps: each forward has counted itself
         torch._foreach_copy_(self._counters(), self._counts)
         self._num_micros = 0
 
@@ -70,8 +70,8 @@ class StepStatistics:
             norm.momentum = momentum
 
     def _buffers(self) -> list[Tensor]:
-        """Mean and variance of each norm, in turn."""
-        # .data: autograd saved the buffers for the backward that is still to come
+        """Mean and variance of each norm, alternating."""
+        # .data: autograd has saved the buffers for the coming backward
         return [
             buffer.data
             for norm in self._norms

@@ -7,10 +7,10 @@ import torch
 
 
 class WeightAverage:
-    """Follows tensors that change in place: `average = d * average + (1 - d) * tensor`.
+    """Averages tensors that change in place: `average = d * average + (1 - d) * tensor`.
 
-    `d` after `t` updates is `min(decay, (1 + t) / (10 + t))`, so that a short run is not held back by its random start
-    (the `num_updates` rule of TensorFlow's ExponentialMovingAverage). Integer tensors are not averaged.
+    `d` after `t` updates is `min(decay, (1 + t) / (10 + t))`, which limits the influence of the random first weights
+    on a short run (the `num_updates` rule of TensorFlow's ExponentialMovingAverage). Integer tensors are not averaged.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], *, decay: float) -> None:
@@ -21,7 +21,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes the tensors as they are now into the average."""
+        """Updates the average with the current tensors."""
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         followed = [self.followed[name].float() for name in self.average]
@@ -29,7 +29,7 @@ class WeightAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Puts the average where the followed tensors are, and the tensors back afterwards."""
+        """Exchanges the followed tensors for their average in the body, and restores them afterwards."""
         self._exchange()
         try:
             yield

@@ -1,4 +1,4 @@
-"""What every engine does to a network: device, first weights, precision, activation checkpointing; frozen networks."""
+"""Networks prepared for any engine: device, first weights, precision, activation checkpointing; frozen networks."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,31 +13,31 @@ from dpkd.errors import UserError
 
 
 class InPrecision(nn.Module):
-    """Runs a network under autocast to bf16 where `precision` asks for it; floating-point outputs come as fp32."""
+    """Runs a network under autocast to bf16 if `precision` is bf16; returns floating-point outputs as fp32."""
 
     def __init__(self, network: nn.Module, *, device: torch.device, precision: str) -> None:
         super().__init__()
         self.network = network
-        self._device_type, self._lower = device.type, precision == "bf16"
+        self._device_type, self._autocast = device.type, precision == "bf16"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's outputs."""
-        with torch.autocast(self._device_type, dtype=torch.bfloat16, enabled=self._lower):
+        with torch.autocast(self._device_type, dtype=torch.bfloat16, enabled=self._autocast):
             outputs = self.network(*args, **kwargs)
         return in_fp32(outputs)
 
 
 def in_fp32(outputs: Any) -> Any:
-    """A tensor, or each of a dict, as fp32 where it is floating-point."""
+    """Converts a floating-point tensor, or those in a dict, to fp32."""
     if isinstance(outputs, dict):
         return {name: in_fp32(output) for name, output in outputs.items()}
     return outputs.float() if outputs.is_floating_point() else outputs
 
 
 def prepare(module: nn.Module, *, settings: EngineSettings, world: World) -> None:
-    """Puts a network on this rank's device with the weights of rank 0, and turns on activation checkpointing.
+    """Moves a network to this rank's device, copies the weights of rank 0, and sets activation checkpointing.
 
-    Raises `UserError` where the settings ask for activation checkpointing and the model cannot do it.
+    Raises `UserError` if the settings turn on activation checkpointing and the model does not support it.
     """
     module.to(world.device)
     if settings.activation_checkpointing:  # recomputes activations in the backward pass
@@ -45,9 +45,9 @@ def prepare(module: nn.Module, *, settings: EngineSettings, world: World) -> Non
             part.set_grad_checkpointing for part in module.modules() if hasattr(part, "set_grad_checkpointing")
         ]
         try:
-            assert switches, "this model has no such switch"
+            assert switches, "this model does not support it"
             switches[0]()
-        except AssertionError as error:  # how timm says that a model cannot
+        except AssertionError as error:  # timm raises it for a model without support
             raise UserError(f"engine.activation_checkpointing=true: {error}; set it to false for this model") from error
     for tensor in module.state_dict().values() if world.size > 1 else ():
         dist.broadcast(tensor, src=0)
@@ -58,12 +58,12 @@ class Frozen:
     """A network that only predicts; its weights may be sharded over the ranks, so all ranks predict together."""
 
     spec: Any
-    """What the network was built from."""
+    """The specification that the network was built from."""
     runner: nn.Module
-    """Runs it in evaluation mode, in its precision, with fp32 outputs."""
+    """Runs the network in evaluation mode, in its precision, with fp32 outputs."""
 
     @torch.no_grad()
     def predict(self, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The network's outputs, without gradients; every rank calls it equally often."""
+        """The network's outputs, without gradients; all ranks call it the same number of times."""
         outputs: dict[str, torch.Tensor] = self.runner(*inputs)
         return outputs

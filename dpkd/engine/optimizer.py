@@ -1,4 +1,4 @@
-"""Optimizers over parameter groups, as every engine uses them, and the learning rate of a step."""
+"""Optimizers over parameter groups for all engines, and the learning rate of a step."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from dpkd.engine.settings import OptimizerSettings, ScheduleSettings
 
 
 class ParameterGroup(TypedDict):
-    """Trainable parameters that share a weight decay and a factor on the learning rate; `names` in the same order."""
+    """Trainable parameters with one weight decay and one factor on the learning rate; `names` in the same order."""
 
     params: list[nn.Parameter]
     names: list[str]
@@ -20,14 +20,14 @@ class ParameterGroup(TypedDict):
 
 
 def by_name(groups: Sequence[ParameterGroup]) -> dict[str, nn.Parameter]:
-    """Every parameter of the groups under its name."""
+    """The parameters of all groups by name."""
     return {name: p for group in groups for name, p in zip(group["names"], group["params"], strict=True)}
 
 
 def build_optimizer(
     groups: Sequence[ParameterGroup], settings: OptimizerSettings, *, fused: bool
 ) -> torch.optim.Optimizer:
-    """The torch optimizer over the groups; `set_learning_rates` gives the rates at every step."""
+    """The torch optimizer over the groups; `set_learning_rates` sets the rates of every step."""
     options = [{key: value for key, value in group.items() if key != "names"} for group in groups]
     if settings.kind == "adamw":
         return torch.optim.AdamW(options, lr=settings.learning_rate, betas=settings.betas, fused=fused)
@@ -35,13 +35,13 @@ def build_optimizer(
 
 
 def set_learning_rates(optimizer: Any, learning_rate: float) -> None:
-    """Gives each group `learning_rate` times its `lr_scale`."""
+    """Sets the rate of each group to `learning_rate` times its `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["lr_scale"]
 
 
 def learning_rate(step: int, *, total_steps: int, base: float, settings: ScheduleSettings) -> float:
-    """The rate of update `step` (0 is the first): up to `base` over the warm-up, `base * final` at the last step.
+    """The rate of update `step` (from 0): rises to `base` during the warm-up, ends at `base * final` in the last step.
 
     Linear warm-up, then a cosine (Loshchilov and Hutter 2017, eq. 5, without restarts).
     """
@@ -54,7 +54,7 @@ def learning_rate(step: int, *, total_steps: int, base: float, settings: Schedul
 
 
 def quantities(settings: OptimizerSettings) -> tuple[str, ...]:
-    """The tensors that the optimizer keeps for a parameter, by torch's names."""
+    """Names in torch of the tensors that the optimizer keeps for a parameter."""
     if settings.kind == "adamw":
         return ("exp_avg", "exp_avg_sq")
     return ("momentum_buffer",) if settings.momentum > 0 else ()
@@ -67,12 +67,12 @@ def set_num_updates(
     tensors: Iterable[torch.Tensor],
     num_updates: int,
 ) -> None:
-    """Sets the count of updates of each optimized tensor, and makes the state that it lacks."""
+    """Sets the count of updates of each optimized tensor, and creates missing state."""
     fused = bool(optimizer.defaults["fused"])
     for tensor in tensors:
         state = optimizer.state[tensor]
         for quantity in quantities(settings):
-            if quantity not in state:  # zeros give the first update exactly as torch's own lazy start does
+            if quantity not in state:  # zeros give the same first update as torch's lazy initialisation
                 state[quantity] = torch.zeros_like(tensor, memory_format=torch.preserve_format)
-        if settings.kind == "adamw":  # each its own: a shared one would count once for every tensor
+        if settings.kind == "adamw":  # one per tensor: every update of a tensor would raise a shared count
             state["step"] = torch.tensor(float(num_updates), device=tensor.device if fused else "cpu")

@@ -8,7 +8,7 @@ from dpkd.config import Config
 
 
 class OptimizerSettings(Config):
-    """AdamW or SGD; biases and norms carry no weight decay; `layer_decay` shrinks the rate towards the input."""
+    """AdamW or SGD; biases and norms have no weight decay; `layer_decay` reduces the rate towards the input."""
 
     kind: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(1e-3, gt=0)
@@ -17,7 +17,7 @@ class OptimizerSettings(Config):
     momentum: float = Field(0.9, ge=0, lt=1)
     layer_decay: float = Field(1.0, gt=0, le=1)
     clip: float | None = Field(1.0, gt=0)
-    """Largest gradient norm; none does not clip."""
+    """Largest gradient norm; None means no clipping."""
 
 
 class ScheduleSettings(Config):
@@ -28,21 +28,21 @@ class ScheduleSettings(Config):
 
 
 class EngineSettings(Config):
-    """How one network is trained; `auto` takes DeepSpeed where there is a GPU and plain PyTorch on CPU, and says so."""
+    """The engine of one network; `auto` uses DeepSpeed on a GPU and plain PyTorch on a CPU, and logs its choice."""
 
     kind: Literal["auto", "torch", "deepspeed"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """What DeepSpeed spreads over the workers; 3 spreads the weights too, those of a frozen teacher as well."""
+    """The ZeRO stage, by which DeepSpeed shards state over workers; 3 also shards weights, frozen teachers included."""
     compile: bool = False
     activation_checkpointing: bool = False
     ema: float | None = Field(None, gt=0, lt=1)
-    """Decay of an exponential moving average of the weights; what is evaluated and exported where set."""
+    """Decay of an exponential moving average of the weights; if set, the average is evaluated and exported."""
 
     @model_validator(mode="after")
     def _stage_has_an_engine(self) -> "EngineSettings":
         if self.kind == "torch" and self.zero_stage > 1:
             raise ValueError(
-                f"kind torch spreads nothing, so zero_stage {self.zero_stage} means nothing: set kind: deepspeed"
+                f"kind torch shards nothing, so zero_stage {self.zero_stage} has no effect: set kind: deepspeed"
             )
         return self
 
@@ -53,9 +53,9 @@ class TrainingSettings(Config):
     steps: int | None = Field(None, ge=1)
     epochs: float | None = Field(None, gt=0)
     batch_size: int = Field(128, ge=1)
-    """Images in one step over all workers, whatever their number."""
+    """Images in one step over all workers, for any number of workers."""
     micro_batch_size: int | None = Field(None, ge=1)
-    """Images in one forward pass of one worker, over which batch norm works; none takes `batch_size / workers`."""
+    """Images in one forward pass of one worker, and in one batch norm; None means `batch_size / workers`."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     sampling: Literal["uniform", "class_aware"] = "uniform"
     log_every: int = Field(10, ge=1)
@@ -63,11 +63,11 @@ class TrainingSettings(Config):
     panels_every: int | None = Field(None, ge=1)
     checkpoint_every: int = Field(200, ge=1)
     max_skipped_steps: int = Field(3, ge=0)
-    """Steps of a stage that may be passed over because they spoilt a network: it goes back to the last checkpoint."""
+    """Most steps that a stage may skip because they spoilt a network; it then returns to the last checkpoint."""
     spike: float | None = Field(1000.0, gt=1)
-    """A gradient whose norm is this many times the median of the last ones, and this many times 1, counts as spoiling.
+    """A step spoils a network if its gradient norm is above this factor times the larger of 1 and the last median.
 
-    None looks for nan and inf alone.
+    None checks only for nan and inf.
     """
     keep_checkpoints: int = Field(2, ge=1)
 
@@ -78,24 +78,24 @@ class TrainingSettings(Config):
         return self
 
     def num_steps(self, num_samples: int) -> int:
-        """Steps of the whole stage over a split of `num_samples`."""
+        """The number of steps of the whole stage over a split of `num_samples`."""
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
         return max(1, round(self.epochs * num_samples / self.batch_size))
 
     def divides(self, workers: int) -> bool:
-        """Whether so many workers share the batch equally, in whole micro-batches."""
+        """Whether `workers` workers share the batch equally, in whole micro-batches."""
         return self.batch_size % ((self.micro_batch_size or 1) * workers) == 0
 
     def check_division(self, key: str, fewest: int, most: int) -> None:
-        """Raises `ValueError` where no number of workers from `fewest` to `most` shares the batch equally."""
+        """Raises `ValueError` if no number of workers from `fewest` to `most` shares the batch equally."""
         micro, batch = self.micro_batch_size, self.batch_size
         if micro is not None and batch % micro:
-            raise ValueError(f"{key}.batch_size {batch} is no multiple of {key}.micro_batch_size {micro}")
+            raise ValueError(f"{key}.batch_size {batch} is not a multiple of {key}.micro_batch_size {micro}")
         if not any(self.divides(size) for size in range(fewest, most + 1)):
             workers = f"{most}" if fewest == most else f"{fewest} to {most}"
             raise ValueError(
                 f"{key}.batch_size {batch} does not divide among {workers} workers"
-                f"{f' in micro-batches of {micro}' if micro else ''}; take a multiple of {(micro or 1) * most}"
+                f"{f' in micro-batches of {micro}' if micro else ''}; set a multiple of {(micro or 1) * most}"
             )

@@ -1,4 +1,4 @@
-"""The state of a network in training, tensor by tensor, wherever an engine keeps it.
+"""The state of a network in training, tensor by tensor, for every engine.
 
 A slot is one tensor of the state: whole on every rank, or in parts. All ranks read the same slots in the same order,
 because reading gathers the parts.
@@ -24,20 +24,20 @@ from dpkd.engine.world import World
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of an engine's state: its whole shape, and what this rank holds of it."""
+    """One tensor of an engine's state: its whole shape, and this rank's part."""
 
     shape: torch.Size
     copies: tuple[tuple[torch.Tensor, int], ...]
-    """Tensors with the number of their first element in the flattened whole; flat ones may be padded at the end.
+    """Tensors with the number of their first element in the flattened whole; flat tensors may be padded at the end.
 
-    The first is what is read; writing keeps all of them equal.
+    Reading uses the first; writing keeps all of them equal.
     """
     gather: "Callable[[Slot, int], torch.Tensor | None] | None" = None
-    """The whole tensor of a slot on one rank, from the parts of all; none where every rank holds it whole."""
+    """Builds the whole tensor on one rank from the parts of all; None if every rank holds it whole."""
 
     @property
     def is_whole_here(self) -> bool:
-        """Whether a tensor that is kept in parts lies whole on this rank."""
+        """Whether this rank holds the whole of a tensor that is kept in parts."""
         parts = self.copies[:1] if self.gather is not None else ()
         return any(start == 0 and tensor.numel() >= self.shape.numel() for tensor, start in parts)
 
@@ -47,20 +47,20 @@ class Slot:
         return tensor.detach().flatten()[: self.shape.numel()].view(self.shape)
 
     def read_on(self, rank: int) -> torch.Tensor | None:
-        """The whole tensor on this rank; what the others get is of no use. All call it."""
+        """The whole tensor on `rank`; ignore the result on other ranks. All ranks call it."""
         return self.read_here() if self.gather is None else self.gather(self, rank)
 
     def write(self, whole: torch.Tensor) -> None:
-        """Takes over `whole`, or this rank's part of it."""
+        """Copies `whole`, or this rank's part of it, into the tensors."""
         for tensor, start in self.copies:
-            if tensor.shape == self.shape:  # of any memory layout
+            if tensor.shape == self.shape:  # any memory layout
                 tensor.detach().copy_(whole)
             else:
                 part = whole.flatten()[start : start + tensor.numel()]
                 tensor.detach().view(-1)[: part.numel()].copy_(part)
 
     def like(self, tensor: torch.Tensor) -> "Slot":
-        """The slot of a tensor that lies over the ranks as the first copy does, such as a weight's average."""
+        """The slot of a tensor that is distributed over the ranks like the first copy, such as a weight's average."""
         return replace(self, copies=((tensor, self.copies[0][1]),))
 
 
@@ -70,23 +70,23 @@ def whole(tensor: torch.Tensor) -> Slot:
 
 
 class Placement(Protocol):
-    """Where an engine keeps the state of each parameter."""
+    """The slots in which an engine keeps the state of each parameter."""
 
     def weight(self, parameter: nn.Parameter) -> Slot:
-        """The slot of a parameter; its first copy is the tensor that an average follows."""
+        """The slot of a parameter; an average follows its first copy."""
 
     def quantity(self, parameter: nn.Parameter, name: str) -> Slot:
-        """The slot of what the optimizer keeps for a parameter."""
+        """The slot of the optimizer's tensor `name` for a parameter."""
 
     def set_num_updates(self, settings: OptimizerSettings, number: int) -> None:
-        """Sets the optimizer's count of updates, and makes its state where it has none."""
+        """Sets the optimizer's count of updates, and creates missing state."""
 
     def refresh(self) -> None:
-        """Makes the network see the weights that this rank holds now."""
+        """Copies the weights that this rank holds into the network, if they are apart."""
 
 
 class Replicated:
-    """Everything whole on every rank."""
+    """Keeps all state whole on every rank."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
@@ -108,7 +108,7 @@ class Replicated:
 class TrainingState:
     """Weights, buffers, optimizer state and averages of a network in training, by the names of state.py.
 
-    It is a part of checkpoints. Every verb is called by all ranks together.
+    It is a part of checkpoints. All ranks call every method together.
     """
 
     def __init__(
@@ -126,21 +126,21 @@ class TrainingState:
         self._set_num_updates(0)
         self._average = None
         if decay is not None:
-            held = {name: placement.weight(parameter).copies[0][0] for name, parameter in trained.items()}
-            self._average = WeightAverage(held | dict(module.named_buffers()), decay=decay)
-        self._copies: dict[str, torch.Tensor] = {}  # the last snapshot; fresh memory costs more than the copying
-        here = {name for name, slot in self._slots().items() if slot.is_whole_here}
-        self._owners = {name: rank for rank, names in enumerate(world.gather(here)) for name in names}
+            weights = {name: placement.weight(parameter).copies[0][0] for name, parameter in trained.items()}
+            self._average = WeightAverage(weights | dict(module.named_buffers()), decay=decay)
+        self._copies: dict[str, torch.Tensor] = {}  # the last snapshot; allocation costs more than copying
+        whole_names = {name for name, slot in self._slots().items() if slot.is_whole_here}
+        self._owners = {name: rank for rank, names in enumerate(world.gather(whole_names)) for name in names}
 
     def after_update(self) -> None:
-        """Counts an update of the weights, and takes them into the average."""
+        """Counts an update of the weights, and adds them to the average."""
         self._num_updates += 1
         if self._average is not None:
             self._average.update()
 
     @contextmanager
     def average_in_place(self) -> Iterator[None]:
-        """Puts the averaged weights, where there are any, into the network."""
+        """Puts the averaged weights, if there are any, into the network."""
         if self._average is None:
             yield
             return
@@ -150,14 +150,14 @@ class TrainingState:
         self._placement.refresh()
 
     def snapshot(self) -> Writer:
-        """Copies this rank's share of the state; what it returns writes the copy into a folder.
+        """Copies this rank's share of the state; returns the writer of the copy.
 
-        The share is what this rank alone holds whole, and its turns of the rest. The copy lives until the next
-        snapshot, which must wait for the writing. File names differ between ranks.
+        The share is the tensors that only this rank holds whole, and every `size`-th of the rest. The next snapshot
+        overwrites the copy, so it must wait for the writer. File names differ between ranks.
         """
         rank, size = self._world.rank, self._world.size
-        for place, (name, slot) in enumerate(sorted(self._slots().items())):
-            writer = self._owners.get(name, place % size)
+        for index, (name, slot) in enumerate(sorted(self._slots().items())):
+            writer = self._owners.get(name, index % size)
             tensor = None
             if name not in self._owners:
                 tensor = slot.read_on(writer)  # all ranks take part
@@ -174,7 +174,7 @@ class TrainingState:
         return lambda folder: write_part(folder, self._copies, counts=counts, rank=rank, size=size)
 
     def load(self, folder: Path) -> None:
-        """Restores what any engine wrote at any world size, bit for bit; raises `UserError` where it does not fit."""
+        """Restores the state, bit for bit, from any engine and world size; raises `UserError` if it does not fit."""
         reader = StateReader(folder)
         slots = self._slots()
         reader.check({name: slot.shape for name, slot in slots.items()})
@@ -186,7 +186,7 @@ class TrainingState:
             self._average.num_updates = reader.counts["num_average_updates"]
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The whole fp32 state dict, averaged where the engine averages, on the CPU of rank 0; empty on other ranks."""
+        """The whole fp32 state dict, averaged if the engine averages, on the CPU of rank 0; empty on other ranks."""
         slots, weights = self._slots(), {}
         names = {tensor: name for name, tensor in chain(self._module.named_parameters(), self._module.named_buffers())}
         for name, tensor in self._module.state_dict(keep_vars=True).items():

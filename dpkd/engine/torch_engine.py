@@ -1,4 +1,4 @@
-"""The plain PyTorch engine, the reference: every rank holds everything."""
+"""The plain PyTorch engine, the reference: every rank holds the whole state."""
 
 import warnings
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ from dpkd.engine.world import World
 
 
 class TorchEngine:
-    """Plain PyTorch behind the verbs of `Engine`.
+    """The `Engine` of plain PyTorch.
 
-    With `overlap` (by default on GPUs) DistributedDataParallel averages the gradients while the backward goes on. Else
-    they lie in one flat tensor, which one all-reduce averages in place: DistributedDataParallel's buckets add up in
-    another order, so on gloo a run on three ranks would not go on bit for bit.
+    With `overlap` (by default on GPUs) DistributedDataParallel averages the gradients during the backward. Otherwise
+    the gradients are views of one flat tensor, which one all-reduce averages in place: the buckets of
+    DistributedDataParallel add in another order, so on gloo a run on three ranks would not resume bit for bit.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class TorchEngine:
         settings: EngineSettings,
         world: World,
         accumulation: int,
-        micro_batch_size: int,  # noqa: ARG002 (part of what every engine is given; DeepSpeed's configuration asks for it)
+        micro_batch_size: int,  # noqa: ARG002 (an argument of every engine; DeepSpeed needs it)
         precision: str,
         overlap: bool | None = None,
     ) -> None:
@@ -54,7 +54,7 @@ class TorchEngine:
         self._buckets: DistributedDataParallel | None = None
         self._flat_gradient: torch.Tensor | None = None
         if world.size > 1 and (on_gpu if overlap is None else overlap):
-            with warnings.catch_warnings():  # the new name of `broadcast_buffers` is too new
+            with warnings.catch_warnings():  # older versions of torch lack the new name of `broadcast_buffers`
                 warnings.simplefilter("ignore", FutureWarning)
                 self._buckets = DistributedDataParallel(
                     self._network, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
@@ -99,7 +99,7 @@ class TorchEngine:
         if self._flat_gradient is not None:
             self._world.mean_(self._flat_gradient)
         for parameter in self._parameters:
-            if parameter.grad is None:  # no loss reached it; its weights decay all the same
+            if parameter.grad is None:  # no loss depends on it; its weights still decay
                 parameter.grad = torch.zeros_like(parameter)
         norm = nn.utils.clip_grad_norm_(self._parameters, self._clip)
         set_learning_rates(self._optimizer, learning_rate)
