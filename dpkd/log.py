@@ -1,6 +1,6 @@
-"""What a person sees of a run: one line an event, a bar or plain lines for anything long, and `events.jsonl`.
+"""The log of a run: one line per event, progress as a bar or as plain lines, and `events.jsonl`.
 
-Lines and bars go to standard output, also from the first training process. `events.jsonl` holds one JSON object a line:
+Lines and bars go to standard output, also from rank 0. `events.jsonl` holds one JSON object per line:
 `{"time": seconds since 1970, "kind": name, "attempt": number, …}`.
 """
 
@@ -32,7 +32,7 @@ _bars: list[RichBar] = []
 
 @contextmanager
 def safe_output() -> Iterator[None]:
-    """The body prints. Characters that the stream lacks are replaced; where its reader is gone, the rest is dropped."""
+    """Makes printing safe: replaces characters that the stream lacks, and drops output if its reader is gone."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -44,7 +44,7 @@ def safe_output() -> Iterator[None]:
 
 
 class _Terminal(logging.Handler):
-    """Prints each line to standard output, above a bar that is shown; `printable` escapes and masks."""
+    """Prints each line to standard output, above a visible bar; `printable` escapes and masks the line."""
 
     def emit(self, record: logging.LogRecord) -> None:
         line = printable(record.getMessage())
@@ -56,20 +56,20 @@ class _Terminal(logging.Handler):
 
 
 logger = logging.getLogger("dpkd")
-"""What users read while dpkd works: one line an event."""
+"""The log that users read during a run: one line per event."""
 logger.setLevel(logging.INFO)
 logger.propagate = False
 logger.addHandler(_Terminal())
 
 
 def show(table: RenderableType) -> None:
-    """Prints a table of Rich."""
+    """Prints a Rich table."""
     with safe_output():
         Console().print(table)
 
 
 def duration(seconds: float) -> str:
-    """A duration in words: `8 s`, `3 min 05 s`, `2 h 10 min`."""
+    """A duration as text: `8 s`, `3 min 05 s`, `2 h 10 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -79,10 +79,10 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """How far a long piece of work is: a bar in a terminal, else a line every ten seconds, and a line at its end.
+    """Shows the progress of a long task: a bar in a terminal, else a line every ten seconds, and a line at its end.
 
-    `start` is what an earlier run had done already; it counts as done, not for the rate. `shown=False` prints nothing
-    (the other ranks).
+    `start` is the work done by an earlier run; it counts as done, but not for the rate. `shown=False` prints nothing
+    (on ranks other than 0).
     """
 
     def __init__(
@@ -131,11 +131,11 @@ class Progress:
             logger.info(f"{self._title}: {count:,} {self._unit} in {elapsed}, {self._rate}{self._note}")
 
     def advance(self, count: int = 1) -> None:
-        """Counts `count` more as done."""
+        """Adds `count` to the work done."""
         self.reach(self._done + count)
 
     def reach(self, done: int, total: int | None = None, *, note: str | None = None) -> None:
-        """Takes how much is done, how much there is (where the work finds out its own size), and words for the line."""
+        """Sets the work done, the total if it has become known, and a note at the end of the line."""
         self._done, self._total = done, self._total if total is None else total
         self._note = self._note if note is None else f", {note}"
         if self._bar is not None:
@@ -157,17 +157,17 @@ class Progress:
 
 
 def append_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Appends a record as one JSON line; a line is written whole, so several processes may share the file."""
+    """Appends a record as one JSON line in one write, so several processes may share the file."""
     line = json.dumps(record) + "\n"
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b", buffering=0) as file:
-            torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"  # by a kill
+            torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"  # a kill cut the last line
             file.write(b"\n" * torn + line.encode())
 
 
 class EventReader:
-    """Reads the lines of a JSON-lines file as they come; a line that a kill has torn is left out and counted."""
+    """Reads the new lines of a growing JSON-lines file; skips and counts lines that a kill has cut."""
 
     def __init__(self, path: Path | str) -> None:
         self._path = Path(path)

@@ -98,7 +98,7 @@ def test_the_same_run_stops_at_limit_zero_with_what_to_do(
     message = capfd.readouterr().err
     assert "data.bad_limit=0 allows" in message
     assert damaged.flipped in message or damaged.cut in message
-    assert f"All are listed in {tmp_path / 'strict' / 'quarantine.jsonl'}: mend or remove them" in message
+    assert f"All are listed in {tmp_path / 'strict' / 'quarantine.jsonl'}: repair or remove them" in message
     assert "Traceback" not in message
     assert not (tmp_path / "strict" / "teachers").exists()
 

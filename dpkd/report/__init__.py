@@ -1,1 +1,1 @@
-"""What a person sees of a run: progress lines, TensorBoard, the summary."""
+"""Reports of a run: TensorBoard, pictures, the summary, goodput, quarantine, model cards."""

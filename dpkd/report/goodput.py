@@ -1,19 +1,19 @@
-"""Where the time of a run goes, every second of it, over all attempts: `TimeAccount` adds up the run's events.
+"""The time of a run by category, over all attempts: `TimeAccount` adds up the events of the run.
 
-An attempt is one submission of the command. Its driver and its first training process (rank 0, which alone measures)
-append to `events.jsonl`. The account reads these kinds, each with `time` (s) and the number of the `attempt`:
+An attempt is one submission of the command. Its driver and its rank 0, the only rank that measures, append to
+`events.jsonl`. The account reads these kinds of events, each with `time` (s) and the number of the `attempt`:
 
     attempt_began, attempt_ended {status: done | stopped | failed}      the driver
     alive                                                               the driver, every 30 s
     restart {since_failure_s}                                           the driver, after a generation of workers failed
     stage_began, stage_ended {stage}                                    the driver for pack and prepare, else rank 0
-    loop_began {stage, step}                                            rank 0, where the training loop begins
-    spent {stage, step, data_wait_s, checkpoint_s, evaluation_s}        since the event before; the rest was training
+    loop_began {stage, step}                                            rank 0, when the training loop starts
+    spent {stage, step, data_wait_s, checkpoint_s, evaluation_s}        since the last event; the rest is training
     loop_ended {stage, step, finished, data_wait_s, …}                  the same at the end of the loop
 
-The driver reports what a dead worker cannot, and `Meter` in rank 0 its steps. The time between two events belongs to
-the newest attempt: what an older one still writes does not count. A kill writes nothing: the last event of an attempt
-is its end, and idle time follows.
+The driver reports what a dead worker cannot report, and `Meter` in rank 0 reports the steps. The time between two
+events belongs to the newest attempt; later events of older attempts do not count. A killed attempt writes no end: it
+ends at its last event, and idle time follows.
 """
 
 from collections import Counter, defaultdict
@@ -22,12 +22,12 @@ from typing import Any, Literal, NamedTuple, get_args
 
 Interruption = Literal["checkpoint", "evaluation", "data_wait"]
 INTERRUPTIONS: tuple[Interruption, ...] = get_args(Interruption)
-"""What rank 0 measures in the loop; the rest of the loop's time is training."""
+"""Categories that rank 0 measures in the loop; the rest of the loop's time is training."""
 Category = Literal[Interruption, "training", "preparation", "start_up", "recovery", "lost_work", "idle"]
 MEANINGS: dict[Category, str] = {
     "training": "steps that count",
     "data_wait": "waiting for the next batch",
-    "checkpoint": "steps held up by a save",
+    "checkpoint": "steps delayed by a save",
     "evaluation": "few-shot accuracy and panels while training; the stages evaluate and export",
     "preparation": "the stages pack and prepare",
     "start_up": "starting, loading, building networks, and the time between stages",
@@ -41,11 +41,11 @@ STAGES: dict[str, Category] = {
     "evaluate": "evaluation",
     "export": "evaluation",
 }
-"""What the stages without training count as."""
+"""Categories of the stages without training."""
 
 
 class Segment(NamedTuple):
-    """Steps of a stage after `start` up to `end`, and the milliseconds that they took by category."""
+    """The steps of a stage after `start` up to `end`, and their milliseconds by category."""
 
     start: int
     end: int
@@ -53,24 +53,24 @@ class Segment(NamedTuple):
 
 
 class TimeAccount:
-    """The time of a run by category, in whole milliseconds, so that the parts add up to the whole exactly.
+    """The time of a run by category, in whole milliseconds, so that the sum of the categories is exact.
 
-    Takes events in the order written. A clock that goes back stops until it has caught up. The open loop of an attempt
-    that runs, or was killed and not followed, counts as training: nothing has rolled it back.
+    Reads events in the order written. If the clock goes back, no time counts until it has caught up. The open loop of
+    the newest attempt, running or killed, counts as training, because nothing has rolled it back.
     """
 
     def __init__(self, events: Iterable[Mapping[str, Any]] = ()) -> None:
         self.attempts = self.restarts = self.lost_steps = 0
         self._segments: dict[str, list[Segment]] = defaultdict(list)  # by stage, from step 0 on, without a gap
         self._spent: Counter[Category] = Counter(dict.fromkeys(MEANINGS, 0))  # all time up to `_open`
-        self._doing: Category = "idle"  # what the time since `_open` is for
-        self._stage, self._step = "", -1  # the last event's place in the loop under way; -1 outside a loop
-        self._attempt, self._running, self._unfinished = 0, False, False  # the newest attempt, and whether it left work
-        self._open = self._alive = self._now = 0  # accounted up to; newest attempt's last event; last event (ms)
+        self._doing: Category = "idle"  # the category of the time since `_open`
+        self._stage, self._step = "", -1  # stage and step of the last event in the running loop; -1 outside a loop
+        self._attempt, self._running, self._unfinished = 0, False, False  # the newest attempt; whether work is left
+        self._open = self._alive = self._now = 0  # end of `_spent`; newest attempt's last event; last event (ms)
         self.add(events)
 
     def add(self, events: Iterable[Mapping[str, Any]]) -> None:
-        """Takes the next events; those without an attempt do not count."""
+        """Adds the next events; events without an attempt do not count."""
         for event in events:
             if "attempt" not in event:
                 continue
@@ -78,20 +78,20 @@ class TimeAccount:
             if number > self._attempt:
                 if self.attempts == 0:
                     self._open = self._now
-                if self._running:  # it was killed, or it still runs and is too old
+                if self._running:  # the older attempt was killed, or still runs and no longer counts
                     self._leave(self._alive)
                     self._doing = "idle"
                 self._leave(self._now)
                 self._doing = "recovery" if self._unfinished else "start_up"
                 self._attempt, self._running, self._unfinished = number, True, True
                 self.attempts += 1
-            if number == self._attempt and self._running:  # else a newer attempt has begun, or this one has ended
+            if number == self._attempt and self._running:  # else a newer attempt has started, or this one has ended
                 self._alive = self._now
                 self._take(event)
 
     @property
     def milliseconds(self) -> dict[Category, int]:
-        """The time of each category, up to the last event."""
+        """The milliseconds of each category, up to the last event."""
         alive = self._alive if self._running else self._open
         spent = dict(self._spent)
         spent[self._doing] += alive - self._open
@@ -100,18 +100,18 @@ class TimeAccount:
 
     @property
     def shares(self) -> dict[Category, float]:
-        """Each category's share of the whole; that of `training` is the time goodput. Zeros before any time passed."""
+        """Each category's share of the time, 0 if no time has passed; the share of `training` is the time goodput."""
         spent = self.milliseconds
         return {name: ms / max(1, sum(spent.values())) for name, ms in spent.items()}
 
     @property
     def steps(self) -> int:
-        """Steps that count, as `lost_steps` those rolled back: as far as the log has them, an event a log interval."""
+        """The number of steps that count, without `lost_steps`; accurate to one log interval."""
         return sum(segments[-1].end for segments in self._segments.values() if segments)
 
     @property
     def step_goodput(self) -> float:
-        """Steps that count over all steps that were done, 1 before the first; restarts take no part in it.
+        """Steps that count divided by all trained steps, 1 before the first step; the time of restarts is left out.
 
         As in the preemption benchmark of Ray Train (ray-project/ray, pull request 65047): 1,600 of 2,117 are 75.6 %.
         """
@@ -153,16 +153,16 @@ class TimeAccount:
                 self._spend(event)
 
     def _leave(self, until: int) -> None:
-        """What was under way ended at `until`; steps that no event reports are lost."""
+        """Ends the current activity at `until`; steps that no event reports are lost."""
         in_steps = self._doing == "training"
         self._spent["lost_work" if in_steps else self._doing] += max(0, until - self._open)
         self._doing = "recovery" if in_steps else self._doing
         self._open, self._step = max(until, self._open), -1
 
     def _begin_loop(self, stage: str, start: int) -> None:
-        """The stage goes on after step `start`: what was done beyond it is lost.
+        """Continues the stage after step `start`; later steps are lost.
 
-        Each save writes an event, so that a segment is lost as a whole.
+        Each save writes an event, so a segment is lost as a whole.
         """
         self._leave(self._now)
         self._stage, self._step, segments = stage, start, self._segments[stage]
@@ -173,14 +173,14 @@ class TimeAccount:
             self._spent.subtract(lost)
             self._spent["lost_work"] += sum(lost.values())
         reached = segments[-1].end if segments else 0
-        if start > reached:  # saved, but the worker died before it wrote the event; that time counts as lost
+        if start > reached:  # the worker died after the save and before its event; this time counts as lost
             segments.append(Segment(reached, start, Counter()))
 
     def _spend(self, event: Mapping[str, Any]) -> None:
-        """The loop's time since the event before, up to the event's step."""
+        """Adds the loop's time from the last event to this one."""
         stage, step = event["stage"], event["step"]
         if self._step < 0 or stage != self._stage or step < self._step:
-            self._begin_loop(stage, step)  # its `loop_began` is missing: a kill tore the line
+            self._begin_loop(stage, step)  # a kill cut the line of `loop_began`
         left, spent = self._now - self._open, Counter[Category]()
         for interruption in INTERRUPTIONS:
             spent[interruption] = min(left, round(1000 * event.get(f"{interruption}_s", 0.0)))

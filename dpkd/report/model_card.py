@@ -1,4 +1,4 @@
-"""The model card of an exported student: what it is, its own measured numbers, and how to use it without dpkd."""
+"""The model card of an exported student: its description, its measured numbers, and its use without dpkd."""
 
 from typing import Any
 
@@ -35,8 +35,8 @@ FIGURE_GROUND = """\
 
 This student was trained with an embedding that weighs its patch features f by a `{prior}` map S in [0, 1]:
 `w = S / (mean S + {floor}) + 0.001`, then the model's head on Σ w f / Σ w instead of the plain mean. A timm model has
-no such input, so `forward_head` above takes the plain mean; the table gives both. `model.onnx`, where it stands beside
-this card, takes the map as its second input, `weight`.
+no such input, so `forward_head` above uses the plain mean; the table gives both. `model.onnx`, if it is beside this
+card, takes the map as its second input, `weight`.
 """
 
 
@@ -47,7 +47,7 @@ def model_card(
     spec: dict[str, Any],
     onnx_difference: float | None,
 ) -> str:
-    """The card as Markdown with the Hugging Face front matter; numbers where `evaluation.json` has been made."""
+    """The card as Markdown with the Hugging Face front matter; with numbers if there is an `evaluation.json`."""
     size, pooling = spec["image_size"], spec["model"]["pooling"]
     parts = [FRONT_MATTER, f"# {name}\n"]
     if evaluation is not None:
@@ -56,11 +56,11 @@ def model_card(
             f"a `{teacher['model']}` of {count_words(teacher['parameters'])} parameters"
             for teacher in evaluation["teachers"].values()
         )
-        what = (
+        description = (
             f"A `{spec['model']['name']}` of {count_words(table['parameters'])} parameters for {size} px images and "
             f"{len(spec['classes'])} classes, distilled with dpkd from {teachers or 'no teacher'}.\n"
         )
-        parts += [what, "## Numbers\n", *_numbers(table, evaluation)]
+        parts += [description, "## Numbers\n", *_numbers(table, evaluation)]
     mean, std = (", ".join(f"{value:.4f}" for value in spec[key]) for key in ("mean", "std"))
     preprocessing = (
         f"Preprocessing: the largest centred square, resized to {size} x {size}, RGB in 0 … 1, minus mean ({mean}), "
@@ -78,7 +78,7 @@ def model_card(
 
 
 def _numbers(table: dict[str, Any], evaluation: dict[str, Any]) -> list[str]:
-    """The table of few-shot accuracies, and how they were measured."""
+    """The table of few-shot accuracies, and the conditions of their measurement."""
     protocol, has_map = evaluation["protocol"], "plain_pooling" in table
     kinds = {
         "few_shot": "with its prior map" if has_map else "few-shot accuracy",

@@ -1,8 +1,8 @@
 """Pictures of images and their maps, for TensorBoard (`panel`) and for `dpkd inspect --picture` (`sheet`).
 
-How a map is drawn follows from what it is: one amount as heat, region labels as borders on the image, two or three
-channels as colours, and more channels by their three principal components as red, green and blue, so that cells of
-like values have like colours, in all maps that are drawn together.
+A map with one channel is drawn as heat, region labels as borders on the image, and two or three channels as colours.
+More channels are drawn by their three principal components as red, green and blue, so that cells of similar values
+have similar colours, in all maps that are drawn together.
 Axes: B image, C channels, H W height and width, N cells.
 """
 
@@ -21,16 +21,17 @@ CELL = 128
 GAP = 4
 TITLE_HEIGHT = 20
 MISSING = 230
-"""Grey of a map that nobody gave, or that is not finite."""
+"""Grey of a map that is missing or not finite."""
 BORDER = (255, 220, 0)
 LABEL_MAPS = frozenset({"superpixel"})
-"""Maps of a batch whose values are names of regions, not amounts."""
+"""Maps of a batch whose values are region labels, not amounts."""
 
 
 def sheet(samples: Sequence[tuple[Picture, Mapping[str, Map]]]) -> Picture:
-    """A row a sample, a column a map, as RGB uint8 HWC; all samples have maps of the same names.
+    """A picture with one row per sample and one column per map, as RGB uint8 HWC.
 
-    A sample is an RGB image uint8 HWC, and its maps HWC by name; int32 maps hold region labels.
+    A sample is an RGB image uint8 HWC, and its maps HWC by name; int32 maps hold region labels. All samples have maps
+    of the same names.
     """
     images = [_fitted(image_HWC) for image_HWC, _ in samples]
     columns = {"image": images}
@@ -48,10 +49,11 @@ def panel(
     attention_B1HW: Map | None = None,
     num_columns: int = 4,
 ) -> Picture:
-    """A column a sample, a row a map with its title above, as RGB uint8 HWC; columns for the first images.
+    """A picture with one column per sample and one titled row per map, as RGB uint8 HWC.
 
-    Where a prior is predicted, it is shown as it is, as the network is to predict it (on the patch grid, standardised
-    by image and channel), and as predicted. The picture is narrow, so that TensorBoard shows several side by side.
+    It shows the first `num_columns` images. A predicted prior has three rows: the prior, the target (on the patch grid,
+    standardised per image and channel) and the prediction. The picture is narrow, so that TensorBoard shows several
+    side by side.
     """
     count = min(num_columns, len(image_BCHW))
     images = [_fitted(image_HWC) for image_HWC in np.moveaxis(np.asarray(image_BCHW[:count], np.uint8), 1, -1)]
@@ -68,7 +70,7 @@ def panel(
             mean_C11, deviation_C11 = coarse_CHW.mean((1, 2), keepdims=True), coarse_CHW.std((1, 2), keepdims=True)
             targets.append((coarse_CHW - mean_C11) / (deviation_C11 + 1e-6))
         maps = [_stretched(np.moveaxis(map_CHW, 0, -1)) for map_CHW in (*targets, *predicted_BCHW[:count])]
-        drawn = draw_maps(maps, images=images * 2 if targets else images)  # together: their colours mean the same
+        drawn = draw_maps(maps, images=images * 2 if targets else images)  # together, so that colours are comparable
         if targets:
             rows[f"{name}: target"] = drawn[:count]
         rows[f"{name}: predicted"] = drawn[-count:]
@@ -84,7 +86,7 @@ def panel(
 
 
 def draw_maps(maps: Sequence[Map], *, images: Sequence[Picture]) -> list[Picture]:
-    """Maps HWC of one prior as RGB uint8, each in the shape of its image; amounts are those in [0, 1]."""
+    """Pictures of the maps HWC of one prior, RGB uint8, each in the shape of its image; amounts are in [0, 1]."""
     known = [map_HWC for map_HWC in maps if np.isfinite(map_HWC).all()]
     drawn = []
     for map_HWC, image_HWC in zip(maps, images, strict=True):
@@ -105,7 +107,7 @@ def draw_maps(maps: Sequence[Map], *, images: Sequence[Picture]) -> list[Picture
 
 
 def _stretched(map_HWC: Map) -> Map:
-    """The map between its least and its greatest value; many channels stay as they are, for `_colours`."""
+    """The map scaled to [0, 1]; a map of more than 3 channels is not scaled, because `_colours` does it."""
     values = np.asarray(map_HWC, np.float32)
     if values.ndim == 3 and values.shape[2] > 3:
         return values
@@ -113,13 +115,13 @@ def _stretched(map_HWC: Map) -> Map:
 
 
 def _heat(map_HW: NDArray[Any]) -> Picture:
-    """Dark for 0 to bright for 1."""
+    """The picture of a map in [0, 1], from dark for 0 to bright for 1."""
     level_HW = np.rint(np.clip(map_HW, 0, 1) * 255).astype(np.uint8)
     return cv2.cvtColor(cv2.applyColorMap(level_HW, cv2.COLORMAP_VIRIDIS), cv2.COLOR_BGR2RGB)
 
 
 def _colours(map_HWC: Map, shown: Sequence[Map]) -> Picture:
-    """Two or three channels as red, green and blue; more by the principal components of all cells that are shown."""
+    """Two or three channels as red, green and blue; more by the principal components of all cells in `shown`."""
     channels = map_HWC.shape[2]
     if channels <= 3:
         shown_HWC = np.pad(map_HWC, ((0, 0), (0, 0), (0, 3 - channels)))
@@ -127,21 +129,23 @@ def _colours(map_HWC: Map, shown: Sequence[Map]) -> Picture:
     cell_NC = np.concatenate([shown_HWC.reshape(-1, channels) for shown_HWC in shown])
     mean_C = cell_NC.mean(0)
     _, _, axis_CC = np.linalg.svd(cell_NC - mean_C, full_matrices=False)
-    axis_3C = axis_CC[:3] * np.where(axis_CC[:3].sum(1, keepdims=True) < 0, -1, 1)  # a sign of its own is arbitrary
+    axis_3C = axis_CC[:3] * np.where(
+        axis_CC[:3].sum(1, keepdims=True) < 0, -1, 1
+    )  # the sign of a component is arbitrary
     low_3, high_3 = np.percentile((cell_NC - mean_C) @ axis_3C.T, (2, 98), axis=0)
-    spread = max(float((high_3 - low_3).max()), 1e-6)  # one for all: the first component shows as the strongest
+    spread = max(float((high_3 - low_3).max()), 1e-6)  # one scale: the first component stays the strongest
     component_HWC = ((map_HWC - mean_C) @ axis_3C.T - (low_3 + high_3) / 2) / spread + 0.5
     padded_HWC = np.pad(component_HWC, ((0, 0), (0, 0), (0, 3 - len(axis_3C))), constant_values=0.5)
     return (np.clip(padded_HWC, 0, 1) * 255).astype(np.uint8)
 
 
 def _fitted(image_HWC: Picture) -> Picture:
-    """The image with its longer side as long as a cell."""
+    """The image, resized so that its longer side has `CELL` pixels."""
     height, width = image_HWC.shape[:2]
     scale = CELL / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    way = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    return np.asarray(cv2.resize(image_HWC, size, interpolation=way), np.uint8)
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    return np.asarray(cv2.resize(image_HWC, size, interpolation=interpolation), np.uint8)
 
 
 def _row(cells: Iterable[Picture]) -> Picture:

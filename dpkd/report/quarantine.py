@@ -1,4 +1,4 @@
-"""What could not be used, by name and reason: a JSON line each, and the limit past which a run stops.
+"""The list of unusable items, one JSON line each with name and reason, and the limit above which a run stops.
 
 quarantine.jsonl:  {"stage": "pack", "item": "train/cat/0007.jpg", "reason": "JPEG is cut short"}
                    {"stage": "prepare", "item": "train-000003.tar", "reason": "…", "counted": false}     no sample
@@ -14,44 +14,44 @@ from dpkd.io import storage
 from dpkd.log import EventReader, append_json
 
 NUM_NAMED = 3
-"""Items that an error names."""
+"""Number of items in an error message."""
 NUM_SHOWN = 100
-"""Items that a table shows."""
+"""Number of items in a table."""
 
 
 class Quarantine:
-    """The report of unusable items; written by one process, the one that drives the run."""
+    """The report of unusable items; only the driver of the run writes it."""
 
     def __init__(self, path: str | Path, *, limit: float) -> None:
         """Continues the report at `path`; `limit` is the largest share of bad items that does not stop a run."""
         self.path, self.limit = Path(path), limit
-        # a line that a kill has torn is left out: the stage adds its item again
+        # the reader skips a line that a kill has cut: the stage adds the item again
         self._entries: dict[tuple[str, str], dict[str, Any]] = {
             (entry["stage"], entry["item"]): entry for entry in EventReader(self.path).new()
         }
 
     @property
     def count(self) -> int:
-        """Number of samples in the report."""
+        """The number of samples in the report."""
         return sum(self.counts.values())
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of samples by the stage that reported them, for the stages that reported any."""
+        """The number of samples by stage, for the stages that reported any."""
         return dict(Counter(stage for (stage, _), entry in self._entries.items() if "counted" not in entry))
 
     def begin(self, stage: str) -> None:
-        """Removes what an earlier attempt of `stage` reported: the stage reports again what still holds."""
-        kept = {key: entry for key, entry in self._entries.items() if key[0] != stage}
-        if len(kept) < len(self._entries):
-            lines = "".join(json.dumps(entry) + "\n" for entry in kept.values())
+        """Removes the entries of an earlier attempt of `stage`; the stage reports them again if they still hold."""
+        entries = {key: entry for key, entry in self._entries.items() if key[0] != stage}
+        if len(entries) < len(self._entries):
+            lines = "".join(json.dumps(entry) + "\n" for entry in entries.values())
             storage.write_bytes_atomic(self.path, lines.encode())
-            self._entries = kept
+            self._entries = entries
 
     def add(self, stage: str, item: str, reason: str, *, counted: bool = True) -> None:
-        """Adds an item once, with one line that says why it is not used; secrets in either are masked.
+        """Adds an item once, with the reason in one line; masks secrets in both.
 
-        The limit does not count what is no sample, such as a damaged shard.
+        Items that are not samples, such as a damaged shard, are not `counted` towards the limit.
         """
         item = without_secrets(item)
         if (stage, item) in self._entries:
@@ -63,18 +63,18 @@ class Quarantine:
         self._entries[stage, item] = entry
 
     def check(self, total: int) -> None:
-        """Raises `UserError` when more than the limit's share of `total` items is in the report."""
+        """Raises `UserError` if the report holds more than the allowed share of `total` samples."""
         if self.count <= self.limit * total:
             return
         reasons = [f"{item}: {entry['reason']}" for (_, item), entry in self._entries.items() if "counted" not in entry]
         first = "; ".join(reasons[:NUM_NAMED]) + ("; …" if len(reasons) > NUM_NAMED else "")
         raise UserError(
             f"{self.count} of {total} samples cannot be used, more than data.bad_limit={self.limit:g} allows: {first}. "
-            f"All are listed in {self.path}: mend or remove them, or raise data.bad_limit"
+            f"All are listed in {self.path}: repair or remove them, or raise data.bad_limit"
         )
 
     def markdown(self) -> str:
-        """The first items with their reasons, as a table of Markdown."""
+        """The first items with their reasons, as a Markdown table."""
         if not self._entries:
             return "Nothing was quarantined."
         lines = ["| stage | item | reason |", "|---|---|---|"]

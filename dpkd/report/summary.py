@@ -1,4 +1,4 @@
-"""The summary of a run: `summary.json` for programs, `summary.md` and a table on the screen for people.
+"""The summary of a run: `summary.json` for programs, `summary.md` and a table on the screen for users.
 
     summary.json   {"run": folder, "protocol", "splits", "device",
                     "teachers", "live_teachers", "students", "baselines": {name: network},
@@ -7,7 +7,7 @@
     network        {"parameters", "images_per_s", "few_shot": {split: {"5way_1shot": {"mean", "ci95"}}}, …}
 
 Its sources are `evaluation.json`, `stages.json`, `events.jsonl` and `quarantine.jsonl`. Accuracies are fractions. A
-figure that cannot be had is a dash, and never ends a run.
+number that cannot be measured is shown as a dash, and does not stop the run.
 """
 
 import json
@@ -30,10 +30,10 @@ Value = TypeVar("Value")
 
 
 def figure_or_none(name: str, compute: Callable[[], Value]) -> Value | None:
-    """What `compute` returns; None, and a line in the log, where it fails. It must not wait for other ranks."""
+    """The result of `compute`; if it fails, None and a line in the log. `compute` must not wait for other ranks."""
     try:
         return compute()
-    except Exception as error:  # noqa: BLE001 (other libraries raise whatever they like at an unusual model)
+    except Exception as error:  # noqa: BLE001 (libraries may raise any error for an unusual model)
         cause = (str(error).splitlines() or [""])[0][:200]
         logger.info(f"{name}: none, because of {type(error).__name__}: {cause}")
         return None
@@ -45,25 +45,25 @@ def percent(score: dict[str, float], *, sign: str = "") -> str:
 
 
 def rate_words(per_s: float | None) -> str:
-    """Images a second: `1,234`."""
+    """Images per second as text: `1,234`."""
     return DASH if per_s is None else f"{per_s:,.0f}"
 
 
 def count_words(count: int) -> str:
-    """A number of parameters in words: `110 k`, `1.25 M`, `22 M`."""
+    """A number of parameters as text: `110 k`, `1.25 M`, `22 M`."""
     if count < 1_000_000:
         return f"{count / 1e3:.0f} k"
     return f"{count / 1e6:.2f} M" if count < 10_000_000 else f"{count / 1e6:.0f} M"
 
 
 def markdown_table(rows: Table) -> list[str]:
-    """The lines of a Markdown table whose first row is its head."""
+    """The lines of a Markdown table; the first row is its header."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
 
 
 def write_summary(folder: Path) -> dict[str, Any]:
-    """Writes `summary.json` and `summary.md` from what the stages left in the run folder; returns the summary."""
+    """Writes `summary.json` and `summary.md` from the results of the stages in the run folder; returns the summary."""
     way_out = "run the stage that writes it again"
     records = read_record(folder / "stages.json", way_out=way_out)
     stages = {name: {key: record[key] for key in ("status", "seconds")} for name, record in records.items()}
@@ -84,7 +84,7 @@ def write_summary(folder: Path) -> dict[str, Any]:
 
 
 def final_words(summary: dict[str, Any]) -> str:
-    """What a run ends with on the screen: the table, the exported students, the TensorBoard command."""
+    """The last lines of a run on the screen: the table, the exported students, the TensorBoard command."""
     lines = []
     if "protocol" in summary:
         rows = _few_shot_table(summary)
@@ -126,7 +126,7 @@ def markdown(summary: dict[str, Any]) -> str:
 
 
 def figures_markdown(evaluation: dict[str, Any]) -> str:
-    """The tables of an evaluation, and how they were measured."""
+    """The tables and the protocol of an evaluation, as Markdown."""
     lines = [_heading(evaluation), "", *markdown_table(_few_shot_table(evaluation)), ""]
     titles = {
         "probes": "kNN and linear probe",
@@ -147,7 +147,7 @@ def figures_markdown(evaluation: dict[str, Any]) -> str:
 
 
 def networks(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Every network's table under the name that people read."""
+    """The table of every network, by the name that users read."""
     named = dict(summary["teachers"])
     named |= {f"{name}, after distilling": teacher for name, teacher in summary.get("live_teachers", {}).items()}
     for name, student in summary["students"].items():
@@ -166,12 +166,12 @@ def _heading(summary: dict[str, Any]) -> str:
 
 
 def _report_split(summary: dict[str, Any]) -> str:
-    """The test split, or the validation split where there is no other."""
+    """The test split, or the validation split if there is no test split."""
     return str(summary["splits"]["test"] or summary["splits"]["val"])
 
 
 def _few_shot_table(summary: dict[str, Any]) -> Table:
-    """A row a network with its accuracy on the test split, then the students' gains over labels alone."""
+    """One row per network with its accuracy on the report split, then the students' gains over labels alone."""
     split = _report_split(summary)
     settings = list(next(iter(networks(summary).values()))["few_shot"][split])
     shots = [key.split("_")[1].replace("shot", "-shot") for key in settings]

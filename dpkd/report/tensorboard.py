@@ -1,6 +1,6 @@
-"""What TensorBoard shows of a stage: one TensorBoard run a network, so that networks share their charts.
+"""TensorBoard files of a stage: one TensorBoard run per network, so that networks share their charts.
 
-<folder>/              speed/…, goodput/…, quarantine/…, and the summary's text, once a stage
+<folder>/              speed/…, goodput/…, quarantine/…, and the summary's text, once per stage
 <folder>/<network>/    loss/<objective>, training/learning_rate, training/gradient_norm, few_shot/…, panels
 """
 
@@ -22,8 +22,8 @@ from dpkd.report.quarantine import Quarantine
 class Board:
     """Writes the TensorBoard files of one stage, on rank 0 alone.
 
-    `start_step` is the step that training goes on from: what an interrupted run wrote beyond it is struck out. Every
-    method raises the error of `write_errors` where the disk takes no more.
+    Training continues from `start_step`: TensorBoard drops the later steps of an interrupted run. Every method raises
+    the error of `write_errors` if the disk is full or fails.
     """
 
     def __init__(self, folder: Path | str, *, start_step: int = 0) -> None:
@@ -34,7 +34,7 @@ class Board:
         self._banded: set[str] = set()
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Writes numbers by name; those of one network, such as `loss/<network>/<objective>`, go to its own run."""
+        """Writes numbers by name; the numbers of a network, such as `loss/<network>/<objective>`, go to its run."""
         runs: dict[str, dict[str, float]] = defaultdict(dict)
         for name, number in numbers.items():
             match name.split("/"):
@@ -50,9 +50,9 @@ class Board:
                     run.add_scalar(tag, number, step)
 
     def few_shot(self, step: int, *, network: str, split: str, scores: Mapping[str, Mapping[str, float]]) -> None:
-        """Writes `{"5way_1shot": {"mean", "ci95"}}` as a chart, its 95 % interval beside it and as a band.
+        """Writes `{"5way_1shot": {"mean", "ci95"}}` as a chart per key, and its 95 % interval as charts and a band.
 
-        The bands are on TensorBoard's Custom Scalars page, a chart each.
+        The bands are on TensorBoard's Custom Scalars page, one chart per key.
         """
         charts = {}
         with self._run(network) as run:
@@ -67,7 +67,7 @@ class Board:
                 run.add_custom_scalars({"few-shot accuracy with 95 % interval": charts})
 
     def show(self, step: int, tag: str, content: str | NDArray[np.uint8], *, network: str = "") -> None:
-        """Shows Markdown, such as the table of the summary, or an RGB image HWC, among what belongs to a network."""
+        """Writes Markdown, such as the table of the summary, or an RGB image HWC, to the run of a network."""
         with self._run(network) as run:
             if isinstance(content, str):
                 run.add_text(tag, content, step)
@@ -75,7 +75,7 @@ class Board:
                 run.add_image(tag, content, step, dataformats="HWC")
 
     def quarantine(self, step: int, quarantine: Quarantine) -> None:
-        """Writes how many samples were quarantined, in all and by stage, and names the first."""
+        """Writes the number of quarantined samples, in total and by stage, and a table of the first items."""
         counts = {f"quarantine/{stage}": count for stage, count in quarantine.counts.items()}
         self.write(step, {"quarantine/samples": quarantine.count, **counts})
         self.show(step, "quarantine", quarantine.markdown())
@@ -88,7 +88,7 @@ class Board:
 
     @contextmanager
     def _run(self, network: str) -> Iterator[SummaryWriter]:
-        """The writer of a network, or of the stage for ""; what the body writes can be seen after it."""
+        """The writer of a network, or of the stage for ""; flushes it after the body."""
         with write_errors(self._folder):
             if network not in self._writers:
                 folder = self._folder / network
@@ -98,6 +98,6 @@ class Board:
 
 
 def _print_unless_writer(failed: threading.ExceptHookArgs) -> None:
-    """Prints no traceback of a thread that writes event files: the writer raises its error at the next use."""
+    """Prints the traceback of a failed thread, except one that writes event files: its next use raises the error."""
     if not isinstance(failed.thread, _AsyncWriterThread):
         threading.__excepthook__(failed)

@@ -1,1 +1,1 @@
-"""A run's folder, its attempts, and what it was made with."""
+"""The folder of a run, its attempts, its settings and versions."""

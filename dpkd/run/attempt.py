@@ -1,4 +1,4 @@
-"""What the driver of a run writes of an attempt: with what it is made, that it lives, restarts, where the time goes."""
+"""Records of an attempt, written by the driver of a run: settings, versions, signs of life, restarts, goodput."""
 
 import json
 import platform
@@ -22,12 +22,12 @@ from dpkd.report.goodput import TimeAccount
 from dpkd.run.folder import RunFolder
 
 ALIVE_S = 30.0
-"""Seconds between two `alive` events of a driver: a kill of everything leaves at most so much unaccounted."""
+"""Seconds between two `alive` events of a driver, and the most time that the account misses after a kill."""
 PACKAGES = ("dpkd", "torch", "torchvision", "timm", "deepspeed", "ray", "numpy", "opencv-contrib-python-headless")
 
 
 def write_provenance(folder: RunFolder, settings: dict[str, Any]) -> None:
-    """Writes `settings.yaml`, every default filled in, and `versions.json` with the git commit that dpkd runs from."""
+    """Writes `settings.yaml` with all defaults, and `versions.json` with the git commit of dpkd."""
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     storage.write_bytes_atomic(folder.path / "settings.yaml", text.encode())
     commit = None
@@ -35,7 +35,7 @@ def write_provenance(folder: RunFolder, settings: dict[str, Any]) -> None:
         describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
         commit = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        pass  # no checkout
+        pass  # dpkd is not in a git checkout
     installed = {package.metadata["Name"].lower(): package.version for package in metadata.distributions()}
     versions: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
     versions |= {name: installed.get(name) for name in PACKAGES} | {"git": commit}
@@ -44,10 +44,10 @@ def write_provenance(folder: RunFolder, settings: dict[str, Any]) -> None:
 
 @contextmanager
 def attempt_at(folder: RunFolder, stages: Sequence[str]) -> Iterator[Supervision]:
-    """An attempt at these stages, until the block ends; what it yields is for those that train.
+    """Records the body as an attempt at these stages; yields the supervision of its training stages.
 
-    It has its own number in `events.jsonl`. `goodput.json` is kept up to date; where that fails, the run goes on. Hangs
-    are reported to `<run>/hangs`, restarts to `events.jsonl`; a finished stage or a checkpoint is progress.
+    Each attempt has a number in `events.jsonl`. `goodput.json` is kept up to date; the run continues if that fails.
+    Hangs are reported to `<run>/hangs`, restarts to `events.jsonl`. A finished stage or a new checkpoint is progress.
     """
     reader, account = EventReader(folder.events), TimeAccount()
     writing, ended = threading.Lock(), threading.Event()
@@ -60,7 +60,7 @@ def attempt_at(folder: RunFolder, stages: Sequence[str]) -> Iterator[Supervision
                 table = account.table() | {"torn_events": reader.num_torn}
                 storage.write_bytes_atomic(folder.goodput, (json.dumps(table, indent=1) + "\n").encode())
         except OSError as error:
-            logger.info(f"where the time went could not be written: {error}")
+            logger.info(f"goodput of the run could not be written: {error}")
 
     def keep_alive() -> None:
         while not ended.wait(ALIVE_S):

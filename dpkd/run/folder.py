@@ -1,15 +1,15 @@
-"""The run folder: its paths, what each stage was given, whether it is done, and what it made.
+"""The run folder: its paths, and the inputs, status and output files of each stage.
 
 runs/<name>/stages.json   {"<stage>": {"status": "running" | "done", "seconds": float, "given": {key: value},
-                                       "made": {place: sha256}}, …, "checksum": …}; "made" of a stage that is done
+                                       "made": {place: sha256}}, …, "checksum": …}; "made" only if the stage is done
 
-runs/<name>/attempts/attempt-0003.json    the third attempt at the run has begun (`dpkd.io.fence`)
-runs/<name>/attempts/0003.tmp/            where it writes stages.json and exports before it moves them to their place
+runs/<name>/attempts/attempt-0003.json    the third attempt at the run has started (`dpkd.io.fence`)
+runs/<name>/attempts/0003.tmp/            its temporary folder for stages.json and exports, which are then moved
 
-A place is a path below the run folder, any other path, or a URL. A stage whose files were changed since is not done.
+A place is a path below the run folder, any other path, or a URL. A stage is not done if its files were changed.
 
-An attempt that finds a newer one neither begins a stage, nor ends one, nor writes a result. One that was stopped
-between that check and its write finds its temporary folder gone: the newer one removed it before it read anything.
+An attempt that finds a newer one starts no stage, ends no stage and writes no result. If an attempt is suspended
+between this check and its write, the write fails: the newer attempt first removes the older temporary folder.
 """
 
 import json
@@ -32,10 +32,10 @@ _TEMPORARY = ".tmp"
 
 
 class RunFolder:
-    """Paths of one run, and its record of stages; `checkpoints` is a path or URL, None for a folder in the run's."""
+    """Paths of one run, and its record of stages."""
 
     def __init__(self, path: str | Path, *, checkpoints: str | None = None, attempt: int | None = None) -> None:
-        """`attempt` is the number of the one that writes here; None for who only reads."""
+        """Checkpoints go to the path or URL `checkpoints`, or into the run folder; `attempt` is None for a reader."""
         self.path = Path(path)
         self.attempt = attempt
         self._checkpoints = checkpoints or str(self.path / "checkpoints")
@@ -53,32 +53,32 @@ class RunFolder:
         self._fence = Fence(str(self._attempts))
 
     def acquire(self) -> "RunFolder":
-        """The same folder for a new attempt: from here on older ones write no result."""
+        """Starts a new attempt and returns its run folder; older attempts can then write no result."""
         attempt = self._fence.acquire()
         with write_errors(self._attempts):
             for name in storage.list_names(self._attempts):
                 number = name.removesuffix(_TEMPORARY)
-                if number != name and int(number) <= attempt:  # a newer one may have begun meanwhile
+                if number != name and int(number) <= attempt:  # a newer attempt may have started meanwhile
                     aside = self._attempts / f"{storage.TEMPORARY_PREFIX}{uuid.uuid4().hex}"
                     with suppress(FileNotFoundError):
-                        (self._attempts / name).rename(aside)  # at once: the older one may still be at work in it
+                        (self._attempts / name).rename(aside)  # one step: the older attempt may still write to it
                     shutil.rmtree(aside, ignore_errors=True)
             (self._attempts / f"{attempt:04d}{_TEMPORARY}").mkdir()
         return RunFolder(self.path, checkpoints=self._checkpoints, attempt=attempt)
 
     def check_fence(self) -> None:
-        """Raises `StaleAttempt` where a newer attempt than this one has begun."""
+        """Raises `StaleAttempt` if a newer attempt than this one has started."""
         if self.attempt is not None:
             self._fence.check(self.attempt)
 
     @contextmanager
     def scratch(self, name: str) -> Iterator[Path]:
-        """An empty folder of this attempt's own in the body, for what is moved to its place once it is whole.
+        """Yields an empty folder of this attempt for results that are moved to their place once they are whole.
 
-        A newer attempt removes it as it begins; whatever error that leads to, `StaleAttempt` is raised.
+        A newer attempt removes the folder; errors that follow are raised as `StaleAttempt`.
         """
         folder = self._attempts / f"{self.attempt or 0:04d}{_TEMPORARY}" / name
-        shutil.rmtree(folder, ignore_errors=True)  # a worker that was killed left it
+        shutil.rmtree(folder, ignore_errors=True)  # a killed worker may have left it
         try:
             with write_errors(folder):
                 folder.mkdir(parents=self.attempt is None)
@@ -90,59 +90,59 @@ class RunFolder:
             shutil.rmtree(folder, ignore_errors=True)
 
     def write_event(self, kind: str, **facts: Any) -> None:
-        """Appends an event to `events.jsonl`, with the time and this attempt."""
+        """Appends an event to `events.jsonl`, with the time and the number of this attempt."""
         attempt = {} if self.attempt is None else {"attempt": str(self.attempt)}
         append_json(self.events, {"time": round(time.time(), 3), "kind": kind, **attempt, **facts})
 
     def teacher(self, name: str) -> Path:
-        """Folder of a teacher as its stage made it."""
+        """Folder of a teacher from the stage that trained it."""
         return self.path / "teachers" / name
 
     def network(self, name: str) -> Path:
-        """Folder of a network by its name while distilling: `student-<name>`, `baseline-<name>`, or a live teacher's.
+        """Folder of a network by its name in distillation: `student-<name>`, `baseline-<name>`, or a live teacher's.
 
-        A teacher trained on while distilling is kept apart from the one that its own stage made.
+        A teacher that is trained during distillation has another folder than the teacher from its stage.
         """
         kind, _, rest = name.partition("-")
         parent = {"student": self.students, "baseline": self.baselines}.get(kind)
         return self.live_teachers / name if parent is None else parent / rest
 
     def sample_log(self, stage: str) -> Path:
-        """Folder of the logs of the samples that a stage used."""
+        """Folder of the sample logs of a stage."""
         return self.path / "sample_log" / stage
 
     def skipped(self, stage: str) -> Path:
-        """The file of the steps that a stage passes over."""
+        """File of the steps that a stage skips."""
         return self.path / "skipped" / f"{stage}.json"
 
     def checkpoints(self, stage: str) -> str:
-        """Where a stage's checkpoints stand."""
+        """Path or URL of the checkpoints of a stage."""
         return storage.join(self._checkpoints, stage)
 
     def stages(self) -> dict[str, dict[str, Any]]:
-        """What each stage was given, its status and its seconds over all attempts; empty before the first."""
-        return read_record(self._stages, way_out="restore it, or start anew in another run.dir")
+        """The inputs of each stage, its status and its seconds over all attempts; empty before the first stage."""
+        return read_record(self._stages, way_out="restore it, or set another run.dir")
 
     def is_done(self, stage: str, given: dict[str, Any]) -> bool:
-        """Whether the stage finished with just these settings; `faults` checks what it made."""
+        """Whether the stage finished with exactly these settings; `faults` checks its files."""
         record = self.stages().get(stage)
         return record is not None and record["status"] == "done" and record["given"] == _as_json(given)
 
     def faults(self, stage: str) -> list[str]:
-        """What is wrong with the files that the stage made when it was done; nothing before. Reads them all."""
+        """Faults of the files of a finished stage, each of which is read; none for an unfinished stage."""
         record = self.stages().get(stage, {})
         faults = []
         for place, sha256 in record["made"].items() if record.get("status") == "done" else ():
-            where = self.path / place if storage.local_path(place) is not None else place
+            file = self.path / place if storage.local_path(place) is not None else place
             try:
-                if storage.sha256(where) != sha256:
-                    faults.append(f"{where} was changed or damaged")
+                if storage.sha256(file) != sha256:
+                    faults.append(f"{file} was changed or damaged")
             except NO_FILE:
-                faults.append(f"{where} is missing")
+                faults.append(f"{file} is missing")
         return faults
 
     def refuse_contradiction(self, stage: str, given: dict[str, Any]) -> None:
-        """Raises `UserError` with the difference where the stage began with other settings."""
+        """Raises `UserError` with the differences if the stage began with other settings."""
         record = self.stages().get(stage)
         if record is None:
             return
@@ -155,17 +155,17 @@ class RunFolder:
         if lines:
             raise UserError(
                 f"{self._stages}: the stage {stage} began with other settings:\n" + "\n".join(lines) + "\n"
-                "Give the old values back, choose another run.dir, or delete the run folder to start anew."
+                "Restore the old values, set another run.dir, or delete the run folder to start again."
             )
 
     @contextmanager
     def running(
         self, stage: str, given: dict[str, Any], *, makes: Callable[[], Iterable[str | Path]] = tuple
     ) -> Iterator[None]:
-        """Records the stage as running, then as done; its seconds add up over attempts, also one that failed.
+        """Records the stage as running during the body, then as done; its seconds add up over all attempts.
 
-        An attempt writes `stage_began` and `stage_ended` to `events.jsonl` too.
-        `makes` returns, once it is done, the files that it made. Raises `StaleAttempt` where a newer attempt has begun.
+        Failed attempts count too. An attempt also writes `stage_began` and `stage_ended` to `events.jsonl`. After the
+        body `makes` returns the files of the stage. Raises `StaleAttempt` if a newer attempt has started.
         """
         before_s, began_s = self.stages().get(stage, {}).get("seconds", 0.0), time.monotonic()
 
@@ -187,18 +187,18 @@ class RunFolder:
             write("running")
             raise
         made = {}
-        for where in makes():
-            path, place = storage.local_path(where), str(where)
+        for file in makes():
+            path, place = storage.local_path(file), str(file)
             if path is not None:
                 place = str(path.relative_to(self.path) if path.is_relative_to(self.path) else path.absolute())
-            made[place] = storage.sha256(where)
+            made[place] = storage.sha256(file)
         write("done", made=made)
         if self.attempt is not None:
             self.write_event("stage_ended", stage=stage)
 
 
 def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A tree of plain values as {dotted key: leaf}."""
+    """The leaves of a tree of plain values, as {dotted key: leaf}."""
     if not isinstance(tree, dict | list) or not tree:
         return {prefix: tree}
     leaves: dict[str, Any] = {}
@@ -208,6 +208,6 @@ def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _as_json(given: dict[str, Any]) -> dict[str, Any]:
-    """The same values as they come back from JSON."""
+    """The values after a round trip through JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(given))
     return plain
