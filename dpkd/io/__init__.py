@@ -1,1 +1,1 @@
-"""Files: storage, checkpoints, and the checks on what is read back."""
+"""Files: storage, the checkpoint store, checksummed records, and the fence of attempts."""

@@ -1,13 +1,13 @@
 """The checkpoints in a folder, on a disk or on object storage, and which of them are committed.
 
     <folder>/attempt-0003.json       claim of attempt 3: {"committed": [names of checkpoints], "checksum": …}
-    <folder>/step-00000200-a0003/    made by attempt 3 after step 200:
+    <folder>/step-00000200-a0003/    checkpoint of attempt 3 after step 200:
         manifest.json                `Manifest`, written last: a checkpoint without it is not committed
-        files-00001-of-00002.json    the files of rank 1, written once they are on the disk
-        <part>/…                     what each part wrote, file names differing between ranks
+        files-00001-of-00002.json    list of the files of rank 1, written after they are on the disk
+        <part>/…                     files of each part; their names differ between ranks
 
-Each attempt writes down what was committed when it began. What an older one finishes after that does not count, so all
-readers agree on what counts, without clocks or locks.
+Each attempt first records the committed checkpoints. A checkpoint that an older attempt finishes later does not count,
+so all readers agree without clocks or locks.
 """
 
 import re
@@ -25,7 +25,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True, order=True)
 class CheckpointId:
-    """A checkpoint: its step, and the attempt that made it."""
+    """A checkpoint: its step, and the attempt that wrote it."""
 
     step: int
     attempt: int
@@ -37,14 +37,14 @@ class CheckpointId:
 
     @staticmethod
     def of(name: str) -> "CheckpointId | None":
-        """The checkpoint of a folder's name, None for any other name."""
+        """The checkpoint with this folder name; None for any other name."""
         match = re.fullmatch(r"step-([0-9]{8,})-a([0-9]{4,})", name)
         return CheckpointId(int(match[1]), int(match[2])) if match else None
 
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What a file must be like."""
+    """The expected size and checksum of a file."""
 
     size_bytes: int
     sha256: str
@@ -66,12 +66,12 @@ def write_files(place: str, files: dict[str, FileFacts]) -> None:
 
 
 def read_files(place: str) -> dict[str, FileFacts]:
-    """The list that `write_files` wrote."""
+    """Reads a list of `write_files`."""
     return {path: FileFacts(**facts) for path, facts in parse_checked(storage.read_bytes(place))["files"].items()}
 
 
 class CheckpointStore:
-    """The checkpoints in a folder, a path or a URL; one process of a run, rank 0, changes what is committed."""
+    """The checkpoints in a folder, a path or a URL; only rank 0 of a run commits and removes them."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -82,25 +82,25 @@ class CheckpointStore:
         return storage.join(self.url, checkpoint.name, *parts)
 
     def acquire(self) -> tuple[int, list[CheckpointId]]:
-        """Begins an attempt; returns its number and the committed checkpoints, oldest first."""
-        # a claim may be lost: a number that made a checkpoint is never given again
+        """Starts an attempt; returns its number and the committed checkpoints, oldest first."""
+        # a claim may be lost: the number of an attempt with checkpoints is never used again
         attempt = self.fence.acquire(after=max((checkpoint.attempt for checkpoint in self._all()), default=0))
-        committed = self.committed(before=attempt)  # from here on older attempts publish and sweep nothing
+        committed = self.committed(before=attempt)  # older attempts publish and remove nothing from now on
         content = {"committed": [checkpoint.name for checkpoint in committed]}
         storage.write_bytes_atomic(self.fence.claim(attempt), checked(content))
         return attempt, committed
 
     def committed(self, *, before: int | None = None) -> list[CheckpointId]:
-        """The checkpoints that count, oldest first: whole, and finished before any newer attempt began.
+        """The checkpoints that count, oldest first: whole, and finished before any newer attempt started.
 
-        `before` leaves out the claims of this attempt and newer ones.
+        Ignores the claims of the attempt `before` and of newer ones.
         """
         names = storage.list_names(self.url)
         claims: dict[int, list[str]] = {}
         for attempt in Fence.attempts(names):
             if before is None or attempt < before:
-                # an attempt that has not written its claim yet, or whose claim is damaged, excludes nothing:
-                # better a late checkpoint counts than that none does
+                # an attempt without a claim yet, or with a damaged one, excludes nothing:
+                # it is better to count a late checkpoint than none
                 with suppress(*NO_FILE, ValueError):
                     claims[attempt] = parse_checked(storage.read_bytes(self.fence.claim(attempt)))["committed"]
         return [
@@ -111,7 +111,7 @@ class CheckpointStore:
         ]
 
     def manifest(self, checkpoint: CheckpointId) -> Manifest:
-        """The manifest of a checkpoint; raises ValueError where it is damaged, or of another checkpoint or format."""
+        """The manifest; raises `ValueError` if it is damaged, or belongs to another checkpoint or format."""
         try:
             content = parse_checked(storage.read_bytes(self.place(checkpoint, MANIFEST)))
         except NO_FILE as error:
@@ -121,25 +121,25 @@ class CheckpointStore:
         if content.get("format") != FORMAT:
             raise ValueError(f"{MANIFEST} has format {content.get('format')}, this version reads {FORMAT}")
         if (content["step"], content["attempt"]) != (checkpoint.step, checkpoint.attempt):
-            raise ValueError(f"{MANIFEST} is that of step {content['step']}, attempt {content['attempt']}")
+            raise ValueError(f"{MANIFEST} belongs to step {content['step']}, attempt {content['attempt']}")
         files = {path: FileFacts(**facts) for path, facts in content["files"].items()}
         return Manifest(checkpoint, content["world_size"], files)
 
     def publish(self, manifest: Manifest) -> None:
-        """Commits a checkpoint whose files are all in place; raises `StaleAttempt` where a newer attempt has begun."""
+        """Commits a checkpoint whose files are all in place; raises `StaleAttempt` if a newer attempt has started."""
         self.fence.check(manifest.id.attempt)
         content = {"format": FORMAT, **asdict(manifest.id), "world_size": manifest.world_size}
         content["files"] = {path: asdict(facts) for path, facts in manifest.files.items()}
         storage.write_bytes_atomic(self.place(manifest.id, MANIFEST), checked(content))
-        self.fence.check(manifest.id.attempt)  # one that began meanwhile may not count it
+        self.fence.check(manifest.id.attempt)  # an attempt that started meanwhile may not count it
 
     def sweep(self, *, attempt: int, base: CheckpointId | None, keep: int) -> None:
-        """Removes what this attempt and older ones left, except the newest `keep` checkpoints on its line.
+        """Removes the files of this attempt and older ones, except the newest `keep` checkpoints on its line.
 
-        The line of an attempt is what it made itself and what led to `base`, the checkpoint that it loaded: a later
-        one of an older attempt, passed over because it was damaged, must not push out a good one. Half-written files
-        go too, except this attempt's own next checkpoint, which other ranks may have begun. While none is on its line,
-        whole ones stay. Raises `StaleAttempt`, and removes nothing, where a newer attempt has begun.
+        The line of an attempt is its checkpoints and all up to `base`, the checkpoint that it loaded: a damaged later
+        checkpoint of an older attempt must not replace a good one. Half-written files are removed, except the next
+        checkpoint of this attempt, which other ranks may have started. If no checkpoint is on the line, whole ones are
+        kept. Raises `StaleAttempt`, and removes nothing, if a newer attempt has started.
         """
         self.fence.check(attempt)
         line = [
@@ -152,11 +152,11 @@ class CheckpointStore:
         for name in storage.list_names(self.url):
             checkpoint = CheckpointId.of(name)
             claim = re.fullmatch(re.escape(storage.TEMPORARY_PREFIX) + r".*attempt-([0-9]{4,})\.json", name)
-            if claim and int(claim[1]) <= attempt:  # newer attempts may be about to write theirs
+            if claim and int(claim[1]) <= attempt:  # a newer attempt may be writing its claim
                 storage.remove(storage.join(self.url, name))
             elif checkpoint in kept:
                 for hidden in storage.list_names(self.place(checkpoint)):
-                    if hidden.startswith("."):  # what writes with an error left
+                    if hidden.startswith("."):  # left by failed writes
                         storage.remove_tree(self.place(checkpoint, hidden))
             elif (
                 checkpoint is not None
@@ -166,11 +166,11 @@ class CheckpointStore:
                 self.remove(checkpoint)
 
     def remove(self, checkpoint: CheckpointId) -> None:
-        """Removes a checkpoint, or what there is of it."""
-        storage.remove(self.place(checkpoint, MANIFEST))  # first: what is half removed must not count
+        """Removes a whole or partial checkpoint."""
+        storage.remove(self.place(checkpoint, MANIFEST))  # first: a half-removed checkpoint must not count
         storage.remove_tree(self.place(checkpoint))
 
     def _all(self, names: list[str] | None = None) -> list[CheckpointId]:
-        """The checkpoints that there are, committed or not, oldest first."""
+        """All checkpoints, committed or not, oldest first."""
         names = storage.list_names(self.url) if names is None else names
         return sorted(checkpoint for name in names if (checkpoint := CheckpointId.of(name)) is not None)

@@ -1,7 +1,7 @@
-"""What goes wrong with files, local and remote, as `StorageError`s with the place, the cause and the way out; a retry.
+"""Errors of local and remote files as `StorageError`s with the place, the cause and the way out; retries.
 
-A failure that may pass (a busy, slow or unreachable store) is `StorageUnavailable`. A missing file is no failure:
-reading it raises one of `NO_FILE`.
+A temporary failure (a busy, slow or unreachable store) is `StorageUnavailable`. A missing file is no failure: reading
+it raises one of `NO_FILE`.
 """
 
 import errno
@@ -17,10 +17,10 @@ from dpkd.errors import StorageError, StorageUnavailable, UserError
 Result = TypeVar("Result")
 
 NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
-"""What reading a place without a file raises."""
+"""Errors of reading a place without a file."""
 
 WAITS_S = (0.2, 1.0, 5.0, 20.0)
-"""Waits before an operation that storage failed is tried again."""
+"""Waits before retries of a failed storage operation."""
 
 _NO_PERMISSION = "no permission to write there: choose another folder or change its permissions"
 _WAY_OUT = {
@@ -38,14 +38,14 @@ _MAY_PASS = {
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether the same operation may succeed a little later."""
+    """Whether the same operation may succeed after a short time."""
     if isinstance(error, StorageUnavailable | ConnectionError | TimeoutError):
         return True
     return isinstance(error, OSError) and error.errno in _MAY_PASS
 
 
 def retry(act: Callable[[], Result]) -> Result:
-    """The result of `act`, which is tried again after a while where storage fails in a way that may pass."""
+    """The result of `act`; tries again, with growing waits, after temporary failures of storage."""
     for wait_s in WAITS_S:
         try:
             return act()
@@ -79,7 +79,7 @@ def read_errors(url: str | Path) -> Iterator[None]:
         message = f"cannot read {url}: no permission; change its permissions or choose another place"
         raise StorageError(message) from error
     except OSError as error:
-        way_out = "see to the storage, or restore it from a copy, then run the command again"
+        way_out = "check the storage, or restore the file from a copy, then run the command again"
         raise _failure(error, f"cannot read {url}: {error.strerror or error}; {way_out}") from error
 
 
@@ -89,9 +89,9 @@ def _failure(error: Exception, message: str) -> StorageError:
 
 @contextmanager
 def remote_errors(url: str | Path) -> Iterator[None]:
-    """Turns whatever the library of a remote store raises, except those of `NO_FILE`, into a `StorageError`.
+    """Turns errors of the library of a remote store, except those of `NO_FILE`, into a `StorageError`.
 
-    The libraries share no class of errors and are not all installed, so names and numbers must do.
+    The libraries share no error class and are not all installed, so class names and error numbers are compared.
     """
     try:
         yield
@@ -102,10 +102,10 @@ def remote_errors(url: str | Path) -> Iterator[None]:
         if response.get("Error", {}).get("Code") == "NoSuchBucket":
             raise StorageError(f"{url}: there is no such bucket; create it, or correct the URL") from error
         raise
-    except Exception as error:  # each file system of fsspec has its own
+    except Exception as error:  # each file system of fsspec has other errors
         kind = type(error).__name__
         if type(error).__module__ == "builtins" and not isinstance(error, OSError):
-            raise  # a mistake of ours
+            raise  # a bug of dpkd
         if isinstance(error, PermissionError) or re.search("Credential|Token|Profile|Unauthori", kind):
             raise StorageError(
                 f"{url}: {kind}: {error}; give credentials that may read and write there, on every node: for s3:// "
@@ -115,7 +115,7 @@ def remote_errors(url: str | Path) -> Iterator[None]:
         if is_final or "Validation" in kind:
             raise StorageError(f"{url}: {kind}: {error}; correct the URL or the settings of the store") from error
         raise StorageUnavailable(
-            f"{url}: {kind}: {error}; it was tried again several times: see that the store runs and can be reached "
-            "from here (for s3:// AWS_ENDPOINT_URL is another address than the provider's own), then run the command "
-            "again, which goes on from there"
+            f"{url}: {kind}: {error}; all retries failed. Check that the store runs and can be reached from this "
+            "machine (for s3:// AWS_ENDPOINT_URL sets another address than the provider's), then run the command "
+            "again: it continues from there"
         ) from error

@@ -1,9 +1,9 @@
-"""The fencing token: attempts are numbered by write-once claims, and an attempt stops once a newer one has begun.
+"""The fencing token: write-once claims number the attempts, and an attempt stops if a newer one has started.
 
-    <folder>/attempt-0003.json      the third attempt has begun; made once, empty, and then its attempt's to fill
+    <folder>/attempt-0003.json      the third attempt has started; created once, empty; the attempt may write to it
 
-Two attempts at one run may overlap, as when a cluster takes a driver for dead that was only cut off. Run files and
-checkpoints have a fence each, because checkpoints may be on another storage and outlive the run folder.
+Two attempts at one run may overlap, for example if a cluster restarts a driver that only lost its network. Run files
+and checkpoints have a fence each, because checkpoints may be on another storage and outlive the run folder.
 """
 
 import re
@@ -13,7 +13,7 @@ from dpkd.io import storage
 
 
 class StaleAttempt(UserError):
-    """A newer attempt at the same run has begun: this one publishes nothing any more."""
+    """A newer attempt at the same run has started; this one must publish nothing more."""
 
 
 class Fence:
@@ -23,14 +23,14 @@ class Fence:
         self._url = url
 
     def acquire(self, *, after: int = 0) -> int:
-        """Begins an attempt; its number is higher than `after` and all that began before."""
+        """Starts an attempt; returns its number, which is higher than `after` and all earlier numbers."""
         attempt = max(after, self.newest()) + 1
         while not storage.create(self.claim(attempt)):
             attempt = max(attempt, self.newest()) + 1
         return attempt
 
     def claim(self, attempt: int) -> str:
-        """The place of an attempt's claim."""
+        """The path or URL of an attempt's claim."""
         return storage.join(self._url, f"attempt-{attempt:04d}.json")
 
     def newest(self) -> int:
@@ -39,14 +39,14 @@ class Fence:
 
     @staticmethod
     def attempts(names: list[str]) -> list[int]:
-        """The numbers of the attempts whose claims are among the names of the folder."""
+        """The numbers of the attempts with a claim among the file names `names`."""
         return [int(match[1]) for name in names if (match := re.fullmatch(r"attempt-([0-9]{4,})\.json", name))]
 
     def check(self, attempt: int) -> None:
-        """Raises `StaleAttempt` where a newer attempt has begun."""
+        """Raises `StaleAttempt` if a newer attempt has started."""
         newest = self.newest()
         if newest > attempt:
             raise StaleAttempt(
-                f"attempt {newest} at this run has begun ({self.claim(newest)}), so attempt {attempt} stops here and "
-                "has published nothing since; let one of them run, or choose another run.dir"
+                f"attempt {newest} at this run has begun ({self.claim(newest)}), so attempt {attempt} stops and "
+                "has published nothing since; let one of them run, or set another run.dir"
             )

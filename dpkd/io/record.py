@@ -1,6 +1,6 @@
-"""The one checksummed record, of JSON or msgpack, and JSON that others may have written, read without surprises.
+"""Records with a checksum, as JSON or msgpack, and a safe reader of JSON from any source.
 
-{…, "checksum": CRC-32 of the other keys}     as `json.dumps` writes them sorted and without spaces, or as msgpack
+{…, "checksum": CRC-32 of the other keys}     of their JSON, sorted and without spaces, or of their msgpack
 """
 
 import json
@@ -17,11 +17,11 @@ from dpkd.io.errors import NO_FILE
 
 KEY = "checksum"
 MAX_DEPTH = 64
-"""Lists and objects inside one another; json, pickle and msgpack each give up at some hundreds, and not at the same."""
+"""Deepest nesting of lists and objects; json, pickle and msgpack each fail at a different depth of some hundreds."""
 
 
 def parse_json(data: str | bytes) -> Any:
-    """The value; raises ValueError for what is not JSON, nests deeper than `MAX_DEPTH`, or holds half a character."""
+    """The value; raises `ValueError` for invalid JSON, nesting deeper than `MAX_DEPTH`, or half a surrogate pair."""
     too_deep = f"more than {MAX_DEPTH} lists and objects inside one another"
     try:
         value = json.loads(data)
@@ -33,7 +33,7 @@ def parse_json(data: str | bytes) -> Any:
         if depth > MAX_DEPTH:
             raise ValueError(too_deep)
         if isinstance(part, str):
-            part.encode()  # half of a surrogate pair, which no file can hold
+            part.encode()  # fails for half of a surrogate pair, which no file can hold
         elif isinstance(part, dict):
             left += ((child, depth + 1) for pair in part.items() for child in pair)
         elif isinstance(part, list):
@@ -48,14 +48,14 @@ def checked(content: dict[str, Any]) -> bytes:
 
 
 def parse_checked(data: bytes) -> dict[str, Any]:
-    """The object without its checksum; raises ValueError where it is none, or its checksum is missing or wrong."""
+    """The object without its checksum; raises `ValueError` if it is no object or its checksum is missing or wrong."""
     return _verified(parse_json(data), _json_checksum)
 
 
 def read_record(
     path: Path, *, way_out: str, parse: Callable[[bytes], dict[str, Any]] = parse_checked
 ) -> dict[str, Any]:
-    """A JSON object that a run wrote, empty before it did; raises `UserError` with the way out where it is damaged."""
+    """A JSON object of a run, empty if the file does not exist; raises `UserError` with the way out if damaged."""
     try:
         return parse(storage.read_bytes(path))
     except FileNotFoundError:
@@ -71,7 +71,7 @@ def pack_checked(content: dict[str, Any]) -> bytes:
 
 
 def unpack_checked(data: bytes) -> dict[str, Any]:
-    """The object given to `pack_checked`, lists as tuples; raises ValueError where it is damaged."""
+    """The object from `pack_checked`, with lists as tuples; raises `ValueError` if it is damaged."""
     try:
         return _verified(msgpack.unpackb(data, use_list=False), _msgpack_checksum)
     except (TypeError, msgpack.UnpackException) as error:
@@ -80,7 +80,7 @@ def unpack_checked(data: bytes) -> dict[str, Any]:
 
 def _verified(content: Any, checksum: Callable[[dict[str, Any]], int]) -> dict[str, Any]:
     if not isinstance(content, dict):
-        raise ValueError("it is no object")  # noqa: TRY004 (a fault of the file)
+        raise ValueError("it is not an object")  # noqa: TRY004 (a fault of the file)
     if content.pop(KEY, None) != checksum(content):
         raise ValueError("its checksum is wrong: it was changed since it was written")
     return content

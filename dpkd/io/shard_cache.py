@@ -1,8 +1,8 @@
-"""Shards open for reading: local ones in place, remote ones as verified copies on this disk, within a bound.
+"""Shards open for reading: local shards in place, remote shards as verified copies on this disk, up to a limit.
 
 <temporary folder>/dpkd-shards-<user>/<sha256>.tar     every process that has the copy open holds a shared lock on it
 
-The kernel drops the locks of a process that dies, however it dies. So a copy that can be locked is in nobody's use.
+The kernel releases the locks of every dead process, so a copy that can be locked exclusively is not in use.
 """
 
 import fcntl
@@ -24,34 +24,34 @@ from dpkd.io.temporary_folder import lasting_folder
 Value = TypeVar("Value")
 
 MAX_FILES = 64
-"""Shards that one reader keeps open."""
+"""Most shards that one reader keeps open."""
 MAX_INDEXES = 256
-"""Shard indexes that one reader keeps in memory: some 40 MB at 1,024 samples a shard."""
+"""Most shard indexes that one reader keeps in memory: about 40 MB at 1,024 samples per shard."""
 
 
 class ChecksumDiffers(UserError):
-    """A remote shard that is not the one it should be."""
+    """The checksum of a remote shard is not the expected one."""
 
 
 def open_shard(url: str | Path, *, size_bytes: int, sha256_hex: str) -> int:
-    """A file descriptor for reading the shard, the caller's to close.
+    """A file descriptor for reading the shard; the caller closes it.
 
-    Copies of remote shards take about half of the disk that is free without them; then those not opened for the longest
-    time go, except what a process has open. Raises one of `NO_FILE` for a missing shard, `ChecksumDiffers` for one that
-    does not match its checksum, `StorageError` for one that cannot be read.
+    Copies of remote shards take at most half of the disk space that is free without them. The copies unused for longest
+    are removed first, but never an open one. Raises one of `NO_FILE` for a missing shard, `ChecksumDiffers` for a wrong
+    checksum, `StorageError` for a shard that cannot be read.
     """
     path = storage.local_path(url)
     if path is not None:
         with read_errors(path):
-            if path.is_dir():  # which would open
+            if path.is_dir():  # `os.open` opens folders too
                 raise IsADirectoryError(path)
             return os.open(path, os.O_RDONLY)
     copy = Path(tempfile.gettempdir()) / f"dpkd-shards-{os.getuid()}" / f"{sha256_hex}.tar"
     with suppress(FileNotFoundError):
         descriptor = os.open(copy, os.O_RDONLY)
         if os.fstat(descriptor).st_size == size_bytes:
-            fcntl.flock(descriptor, fcntl.LOCK_SH)  # against removal
-            os.utime(descriptor)  # not the access time, which many systems do not keep
+            fcntl.flock(descriptor, fcntl.LOCK_SH)  # prevents removal
+            os.utime(descriptor)  # many systems do not keep access times
             return descriptor
         os.close(descriptor)
     with write_errors(copy):
@@ -71,7 +71,7 @@ def open_shard(url: str | Path, *, size_bytes: int, sha256_hex: str) -> int:
 
 
 def _make_room(folder: Path, *, needed_bytes: int) -> None:
-    """Removes the copies not opened for longest, until the new one fits the bound; other processes may do the same."""
+    """Removes the copies unused for longest until the new one fits; other processes may do the same."""
     state_of = {}
     for path in folder.glob("*.tar"):
         with suppress(FileNotFoundError):
@@ -88,7 +88,7 @@ def _make_room(folder: Path, *, needed_bytes: int) -> None:
 
 
 class LRUCache(Generic[Value]):
-    """Values by number; `on_evict` gets those not used for the longest time, and all of them with this object."""
+    """At most `limit` values by number; `on_evict` gets the least recently used ones, and at the end all others."""
 
     def __init__(self, limit: int, *, on_evict: Callable[[Value], object] = id) -> None:
         self._limit = limit
@@ -96,9 +96,9 @@ class LRUCache(Generic[Value]):
         self._values: OrderedDict[int, Value] = OrderedDict()
 
     def get(self, number: int, make: Callable[[int], Value]) -> Value:
-        """The value of that number, made where it is not kept."""
+        """The cached value of `number`, or a new one from `make`."""
         if number not in self._values:
-            while len(self._values) >= self._limit:  # before: the limit holds while the next is made
+            while len(self._values) >= self._limit:  # before `make`, which must not exceed the limit
                 self._on_evict(self._values.popitem(last=False)[1])
             self._values[number] = make(number)
         self._values.move_to_end(number)

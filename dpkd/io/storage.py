@@ -1,9 +1,9 @@
 """Local or object storage: atomic writes, ranges, checksums.
 
 A location is a path or any fsspec URL (`s3://…`, `gs://…`, `memory://…`). Local writes go to a hidden file beside the
-target, are flushed to the disk and renamed; object stores publish a whole object or none. An operation that fails
-raises `StorageError` with the place and the cause; a read of a missing file raises one of `NO_FILE`. Single requests
-are tried again, with growing pauses, by the store's own library (for S3 botocore and s3fs); whole items by the pool.
+target, are flushed to the disk and renamed; object stores publish a whole object or none. A failed operation raises
+`StorageError` with the place and the cause; a read of a missing file raises one of `NO_FILE`. The library of the store
+(for S3 botocore and s3fs) retries single requests with growing pauses; the pool retries whole items.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ BLOCK_BYTES = 1 << 20
 
 
 def local_path(url: str | Path) -> Path | None:
-    """The path of a local location, or None for a remote one."""
+    """The path of a local location; None for a remote one."""
     text = str(url)
     if text.startswith("file://"):
         return Path(text.removeprefix("file://"))
@@ -40,26 +40,26 @@ def join(url: str | Path, *parts: str) -> str:
 
 
 def exists(url: str | Path) -> bool:
-    """Whether there is a file or folder."""
+    """Whether a file or folder exists at the location."""
     path = local_path(url)
     if path is not None:
         with read_errors(url):
             return path.exists()
     with _remote(url) as (filesystem, name):
         try:
-            filesystem.info(name)  # its `exists` takes any failure for a no
+            filesystem.info(name)  # its `exists` returns False for any failure
         except FileNotFoundError:
             return False
         return True
 
 
 def is_file(path: str | Path) -> bool:
-    """True for a local file or a link to one; False, and never an error, for anything else and any name."""
+    """Whether the path is a local file or a link to one; never raises, for any name."""
     return os.path.isfile(path)  # noqa: PTH113 (Path.is_file raises for long names and locked folders)
 
 
 def size(url: str | Path) -> int:
-    """Bytes of a file."""
+    """The size of a file in bytes."""
     path = local_path(url)
     if path is not None:
         return path.stat().st_size
@@ -68,7 +68,7 @@ def size(url: str | Path) -> int:
 
 
 def list_names(url: str | Path) -> list[str]:
-    """Sorted names directly in a folder, hidden ones included; none where there is no folder."""
+    """Sorted names directly in a folder, hidden ones included; empty if the folder does not exist."""
     path = local_path(url)
     if path is not None:
         with read_errors(url):
@@ -78,14 +78,14 @@ def list_names(url: str | Path) -> list[str]:
             entries = [str(entry).rstrip("/") for entry in filesystem.ls(name, detail=False)]
         except (FileNotFoundError, NotADirectoryError):
             return []
-        itself = name.rstrip("/")  # the answer for a file, and for an empty object that marks a folder
-        return sorted(entry.rsplit("/", 1)[-1] for entry in entries if entry.strip("/") != itself.strip("/"))
+        folder = name.rstrip("/")  # listed for a file, and for an empty object that marks a folder
+        return sorted(entry.rsplit("/", 1)[-1] for entry in entries if entry.strip("/") != folder.strip("/"))
 
 
 def walk(url: str | Path) -> list[tuple[str, int]]:
-    """(relative path with slashes, bytes) of every file below a folder, sorted; hidden names are left out.
+    """(relative path with slashes, bytes) of every file below a folder, sorted, without hidden names.
 
-    Linked folders are followed. What is neither file nor folder (a pipe, a device, a link to nowhere) has -1 bytes.
+    Follows linked folders. An entry that is neither file nor folder (a pipe, a device, a broken link) has -1 bytes.
     """
     path = local_path(url)
     with read_errors(url):
@@ -120,7 +120,7 @@ def glob(pattern: str) -> list[str]:
 
 
 def read_range(url: str | Path, offset: int = 0, size: int = -1) -> bytes:
-    """`size` bytes from `offset`, fewer where the file ends before; -1 for all of it. Local errors are raised as is."""
+    """`size` bytes from `offset`, fewer at the end of the file, all for -1. Local errors are not converted."""
     path = local_path(url)
     if path is not None:
         with path.open("rb") as file:
@@ -132,14 +132,14 @@ def read_range(url: str | Path, offset: int = 0, size: int = -1) -> bytes:
 
 
 def read_bytes(url: str | Path) -> bytes:
-    """The whole content of a file; raises one of `NO_FILE`, or `StorageError` where it is unreadable."""
+    """The whole content of a file; raises one of `NO_FILE` if it is missing, `StorageError` if it is unreadable."""
     with read_errors(url):
         return read_range(url)
 
 
 @contextmanager
 def open_read(url: str | Path) -> Iterator[BinaryIO]:
-    """A seekable binary file, closed at the end."""
+    """Yields a seekable binary file, and closes it after the body."""
     path = local_path(url)
     if path is not None:
         with path.open("rb") as file:
@@ -153,29 +153,29 @@ def open_read(url: str | Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def open_atomic(url: str | Path) -> Iterator[BinaryIO]:
-    """A new binary file that appears at `url`, whole and flushed to the disk, once the block ends without an error."""
+    """Yields a new binary file, which appears at `url`, whole and flushed to the disk, if the body raises no error."""
     path = local_path(url)
     token = secrets.token_hex(8)
     with write_errors(url), lasting_folder("writing", token) if path is None else nullcontext(path.parent) as folder:
         folder.mkdir(parents=True, exist_ok=True)
-        beside = folder / f"{TEMPORARY_PREFIX}{token}-{str(url).rpartition('/')[2]}"
+        temporary = folder / f"{TEMPORARY_PREFIX}{token}-{str(url).rpartition('/')[2]}"
         try:
-            with beside.open("xb") as file:
+            with temporary.open("xb") as file:
                 yield file
-            deliver(beside, url)
+            deliver(temporary, url)
         finally:
-            with suppress(OSError):  # the first error is the one to raise
-                beside.unlink(missing_ok=True)
+            with suppress(OSError):  # raise the first error
+                temporary.unlink(missing_ok=True)
 
 
 def write_bytes_atomic(url: str | Path, data: bytes) -> None:
-    """Writes a file so that it is seen whole or not at all."""
+    """Writes a file that readers see whole or not at all."""
     with open_atomic(url) as file:
         file.write(data)
 
 
 def create(url: str | Path) -> bool:
-    """Makes an empty file unless there is one; of several writers at the same time one gets True."""
+    """Creates an empty file unless one exists; returns True for exactly one of several simultaneous writers."""
     path = local_path(url)
     with write_errors(url):
         if path is None:
@@ -195,12 +195,12 @@ def create(url: str | Path) -> bool:
 
 
 def deliver(file: Path, url: str | Path) -> None:
-    """Moves a local file, flushed to the disk, to its place: a rename on the same disk, an upload elsewhere."""
+    """Flushes a local file to the disk and moves it to `url`: a rename on the same disk, or an upload."""
     path = local_path(url)
     with write_errors(url):
         if path is None:
             with _remote(url) as (filesystem, name):
-                filesystem.put_file(str(file), name)  # no makedirs: on S3 it would create a bucket that is misspelt
+                filesystem.put_file(str(file), name)  # no makedirs: on S3 it would create a misspelt bucket
             file.unlink()
             return
         sync(file)
@@ -210,7 +210,7 @@ def deliver(file: Path, url: str | Path) -> None:
 
 
 def copy_here(url: str | Path, file: Path) -> None:
-    """Copies a file to a local one; raises as `read_bytes` where it cannot be read."""
+    """Copies a file to a local one; raises the errors of `read_bytes`."""
     with read_errors(url), open_read(url) as source, write_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("wb") as target:
@@ -242,7 +242,7 @@ def remove_tree(url: str | Path) -> None:
 
 
 def publish(folder_tmp: str | Path, folder: str | Path) -> None:
-    """Flushes every file of a local folder to the disk and renames it to where it counts, which must be free."""
+    """Flushes every file of a local folder to the disk and renames the folder to `folder`, which must not exist."""
     source, target = Path(folder_tmp), Path(folder)
     with write_errors(target):
         for parent, _, names in os.walk(source):
@@ -256,7 +256,7 @@ def publish(folder_tmp: str | Path, folder: str | Path) -> None:
 
 
 def sha256(url: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file's content; raises as `read_bytes`."""
+    """Hexadecimal SHA-256 of a file's content; raises the errors of `read_bytes`."""
     digest = hashlib.sha256()
     with read_errors(url), open_read(url) as file:
         while block := file.read(BLOCK_BYTES):
@@ -279,7 +279,7 @@ def sync(path: Path) -> None:
 
 
 class _RemoteFile:
-    """A remote file that is read; its errors are those of the other operations."""
+    """A remote file open for reading; it raises the same errors as the other operations."""
 
     def __init__(self, file: Any, url: str | Path) -> None:
         self._file, self._url = file, url
@@ -290,20 +290,20 @@ class _RemoteFile:
             with remote_errors(self._url):
                 return cast(bytes, self._file.read(size))
         except NO_FILE as error:
-            raise StorageUnavailable(f"{self._url} vanished while it was read") from error
+            raise StorageUnavailable(f"{self._url} was removed during reading") from error
 
 
 @contextmanager
 def _remote(url: str | Path) -> Iterator[tuple[Any, str]]:
-    """The file system and the name in it; errors within become those of `remote_errors`."""
+    """Yields the file system and the name in it; converts errors of the body by `remote_errors`."""
     try:
-        # listings that are kept would hide what other processes write
+        # cached listings would hide files of other processes
         filesystem, name = fsspec.core.url_to_fs(str(url), use_listings_cache=False)
     except (ImportError, ValueError) as error:
         protocol = str(url).partition("://")[0]
         install = 'pip install "dpkd[s3]"' if protocol in {"s3", "s3a"} else "install its fsspec package"
         raise UserError(
-            f"{url}: {protocol}:// cannot be opened here ({error}); {install}, on every node, or use a path"
+            f"{url}: {protocol}:// cannot be opened ({error}); {install} on every node, or use a path"
         ) from error
     with remote_errors(url):
         yield filesystem, str(name)

@@ -1,7 +1,7 @@
-"""A temporary folder that exists for as long as it is needed, and no longer.
+"""A temporary folder that is kept during its use and removed afterwards.
 
-The process that made it holds a lock on it: what tidies up old temporary folders respects that, and the next one of its
-kind removes what a process that was killed left behind.
+The process that created it holds a lock on it: system cleaners of old temporary files keep locked folders. The next
+folder of the same kind removes the folders of killed processes.
 """
 
 import fcntl
@@ -20,11 +20,11 @@ from dpkd.io.errors import write_errors
 def lasting_folder(kind: str, token: str) -> Iterator[Path]:
     """A new folder `dpkd-<kind>-<host>-<token>` for the body in the system's temporary folder.
 
-    The token is random: nobody else has a folder of that name.
+    The token must be random, so that the name is unique.
     """
     folder = place(kind, token)
     for old in folder.parent.glob(place(kind, "*").name):
-        with suppress(OSError):  # another user's, gone, or locked by a process that lives
+        with suppress(OSError):  # it belongs to another user, is gone, or is locked by a running process
             handle = os.open(old, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -34,9 +34,9 @@ def lasting_folder(kind: str, token: str) -> Iterator[Path]:
     with write_errors(folder):
         part = tempfile.mkdtemp(prefix=".dpkd-", dir=folder.parent)
         handle = os.open(part, os.O_RDONLY)
-        with suppress(OSError):  # a file system without locks, where nothing is removed either
+        with suppress(OSError):  # without locks in the file system, no folder is removed either
             fcntl.flock(handle, fcntl.LOCK_SH)
-        Path(part).rename(folder)  # locked before it has the name by which others take it for dead
+        Path(part).rename(folder)  # after the lock: other processes remove unlocked folders of this name
     try:
         yield folder
     finally:
@@ -45,5 +45,5 @@ def lasting_folder(kind: str, token: str) -> Iterator[Path]:
 
 
 def place(kind: str, token: str) -> Path:
-    """Where the folder of that name is; other machines may share the temporary folder, and not its locks."""
+    """The path of the folder; it has the host's name, because machines may share a temporary folder without locks."""
     return Path(tempfile.gettempdir()) / f"dpkd-{kind}-{socket.gethostname()}-{token}"

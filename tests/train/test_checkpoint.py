@@ -160,7 +160,7 @@ def test_swapped_files_are_noticed(place: str, capsys: pytest.CaptureFixture[str
         other = storage.read_bytes(storage.join(place, "step-00000001-a0001", name))
         storage.write_bytes_atomic(storage.join(place, "step-00000002-a0001", name), other)
     assert loaded(place) == (1, 1)
-    assert told(capsys) == ["manifest.json is that of step 1, attempt 1"]
+    assert told(capsys) == ["manifest.json belongs to step 1, attempt 1"]
 
 
 def test_a_manifest_of_another_format_is_told_with_the_one_that_is_read(
