@@ -1,1 +1,1 @@
-"""Processes: pools, groups of training workers, and how they start, stop and are watched."""
+"""Processes: pools, groups of training workers, their start, stop and watchdog."""

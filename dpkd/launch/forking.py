@@ -1,7 +1,7 @@
-"""The fork server of `multiprocessing`: a process that has loaded what workers need, and forks them.
+"""The fork server of `multiprocessing`: a process that has loaded the workers' modules, and forks the workers.
 
-A worker is at work in a tenth of a second instead of the seconds that it takes to load torch and timm, which counts at
-each restart. No public function ends the fork server, hence the private ones here.
+A forked worker starts in 0.1 s instead of the seconds that torch and timm take to load; each restart gains from it. No
+public function ends the fork server, so this module uses private ones.
 """
 # ruff: noqa: SLF001
 
@@ -21,12 +21,12 @@ from dpkd.launch.signals import block_stop_signals
 ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
 )
-"""The environment that keeps numpy, torch and their like to one thread; each reads it once, as it is loaded."""
+"""The environment that limits numpy, torch and similar libraries to one thread; each reads it once, at its import."""
 
 
 @contextmanager
 def one_thread_each() -> Iterator[None]:
-    """Gives the processes that start in the body one computing thread each; this process keeps its own."""
+    """Limits processes that start in the body to one computing thread each; this process keeps its number."""
     before = {name: os.environ.get(name) for name in ONE_THREAD}
     os.environ.update(ONE_THREAD)
     try:
@@ -40,38 +40,38 @@ def one_thread_each() -> Iterator[None]:
 
 
 def load_ahead(*modules: str) -> str:
-    """Starts the fork server, which loads these modules while this process goes on; returns how workers are to start.
+    """Starts the fork server, which loads these modules in the background; returns the start method of workers.
 
-    A signal to the whole process group does not end it: its workers, which would go with it, are to save first. Workers
-    are spawned where there can be no fork server, or one with other modules and another output runs already.
+    A signal to the whole process group does not end the server, because its workers, which end with it, must save
+    first. The method is `spawn` on systems without fork server, or if a server with other modules runs already.
     """
-    # the threads of a worker would spin while they wait: six times slower where anything else runs
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is loaded
+    # threads that spin while they wait are six times slower beside other work
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it once, at its import
     server: Any = forkserver._forkserver
     is_foreign = server._forkserver_pid is not None and server._preload_modules != list(modules)
     if is_foreign or "forkserver" not in multiprocessing.get_all_start_methods():
         return "spawn"
     forkserver.set_forkserver_preload(list(modules))
     with block_stop_signals():
-        forkserver.ensure_running()  # a new one, if it has died
+        forkserver.ensure_running()  # starts a new server if the old one has died
     return "forkserver"
 
 
 def end_fork_server(*modules: str) -> None:
-    """Ends the fork server of these modules, and all its workers: it keeps the output and environment of its start."""
+    """Ends the fork server of these modules and all its workers; it cannot change its output and environment."""
     server: Any = forkserver._forkserver
     if server._forkserver_pid is not None and server._preload_modules == list(modules):
-        with suppress(ChildProcessError, FileNotFoundError):  # it was killed
+        with suppress(ChildProcessError, FileNotFoundError):  # the server was killed
             server._stop()
 
 
 def end_with_parent() -> None:
-    """Ends this process at once with the one that started it: it must not write into a run that goes on."""
-    if sys.platform == "linux":  # and with the fork server, without which nobody learns how this process ended
+    """Ends this process as soon as its parent ends, so that it cannot write to a continued run."""
+    if sys.platform == "linux":  # also with the fork server, which reports how this process ended
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     parent = multiprocessing.parent_process()
-    assert parent is not None, "it was started by multiprocessing"
+    assert parent is not None, "multiprocessing did not start this process"
 
     def end_after(sentinel: int) -> None:
         connection.wait([sentinel])

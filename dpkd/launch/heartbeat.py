@@ -1,4 +1,4 @@
-"""Signs of life of a worker, in memory that it shares with its watchdog: some microseconds each, and no disk."""
+"""Heartbeats of a worker in memory shared with its watchdog; each takes some microseconds and no disk access."""
 
 import mmap
 import os
@@ -8,10 +8,10 @@ import time
 from dataclasses import dataclass
 
 STEADY = "train"
-"""The phase that has one heartbeat a step. Every other one may take `SLOW` times as long."""
+"""The phase with one heartbeat per step. Other phases may take `SLOW` times as long."""
 SLOW = 6
 RESTING = "rest"
-"""The phase of a worker that waits for work. It may take any time, unless the process is stopped."""
+"""The phase of a worker that waits for work. It may take any time, unless a signal has stopped the process."""
 
 _LAYOUT = struct.Struct("=QQQQQ16s")
 SIZE = _LAYOUT.size
@@ -19,17 +19,17 @@ SIZE = _LAYOUT.size
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """The last sign of life of a worker."""
+    """The last heartbeat or pulse of a worker."""
 
     pulses: int
-    """Grows with every sign of life."""
+    """Number of heartbeats and pulses."""
     beats: int
-    """Grows at the places that every rank passes, so that it shows which rank is behind."""
+    """Number of heartbeats. All ranks send the same heartbeats, so the lowest number shows the rank behind."""
     allowance: int
-    """How many hang timeouts may pass until the next sign."""
+    """Number of hang timeouts that may pass until the next heartbeat or pulse."""
     step: int
     thread: int
-    """Python's number of the thread that gave it."""
+    """Python's identifier of the thread that sent it."""
     phase: str
 
     @classmethod
@@ -40,13 +40,13 @@ class Heartbeat:
 
 
 class RunClock:
-    """The seconds for which this process ran: a pause of it, or of the whole machine, counts little."""
+    """Counts the seconds for which this process ran; a pause of the process or the machine counts at most two ticks."""
 
     def __init__(self, tick_s: float) -> None:
         self._tick_s, self._checked_s = tick_s, time.monotonic()
 
     def passed_s(self) -> float:
-        """Seconds since the last call, which comes every tick or so, and no more than two ticks."""
+        """Seconds since the last call, at most two ticks; call it about once per tick."""
         before_s, self._checked_s = self._checked_s, time.monotonic()
         return min(self._checked_s - before_s, 2 * self._tick_s)
 
@@ -56,19 +56,19 @@ class _Writer:
         self._memory = memory
         self._process = os.getpid()
         self._pulses = self._beats = 0
-        self._phase_before = ""
+        self._last_phase = ""
         self.beat("start", step=0)
 
     def beat(self, phase: str, *, step: int) -> None:
-        # a peer may still be in the phase before, and this rank waits for it in the next one
-        is_steady = phase == self._phase_before == STEADY
+        # this rank may wait for a peer that is still in the last phase
+        is_steady = phase == self._last_phase == STEADY
         self._beats += 1
         self._rest = (self._beats, 1 if is_steady else SLOW, step, threading.get_ident(), phase.encode())
-        self._phase_before = phase
+        self._last_phase = phase
         self.pulse()
 
     def pulse(self) -> None:
-        if os.getpid() == self._process:  # not a process that was forked from it
+        if os.getpid() == self._process:  # not in a forked process
             self._pulses += 1
             _LAYOUT.pack_into(self._memory, 0, self._pulses, *self._rest)
 
@@ -77,16 +77,16 @@ _writer = _Writer(bytearray(SIZE))
 
 
 def heartbeat(phase: str, *, step: int = 0) -> None:
-    """Shows that this worker lives and enters a phase (16 characters); every rank calls it at the same places."""
+    """Reports that this worker runs and enters a phase (16 characters); all ranks call it at the same places."""
     _writer.beat(phase, step=step)
 
 
 def pulse() -> None:
-    """Shows that this worker lives, inside a phase; ranks may differ in how often they call it."""
+    """Reports that this worker runs, within a phase; ranks may call it a different number of times."""
     _writer.pulse()
 
 
 def send_to(memory: mmap.mmap | None) -> None:
-    """Sends the heartbeats of this process to the memory, of `SIZE` bytes or more, or nowhere."""
-    global _writer  # noqa: PLW0603  one a process, as there is one stop flag
+    """Writes the heartbeats of this process to `memory`, of `SIZE` bytes or more; None discards them."""
+    global _writer  # noqa: PLW0603 (one writer per process, like the stop flag)
     _writer = _Writer(bytearray(SIZE) if memory is None else memory)

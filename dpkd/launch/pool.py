@@ -1,10 +1,10 @@
-"""The pool protocol: maps a function over items in other processes, and survives their death.
+"""The pool protocol: maps a function over items in worker processes, and replaces workers that die.
 
-One process works on one item at a time, so that a death names its item: a `concurrent.futures` pool breaks as a whole
-and cannot tell which item killed it.
+A worker processes one item at a time, so the item of a dead worker is known. A `concurrent.futures` pool breaks as a
+whole and does not report which item killed it.
 
-Storage that fails in a way that may pass is met here, by doing the whole item again, because only that holds for any
-storage (a mounted disk, a read in the middle of a file); single requests are tried again by the store's own library.
+After a temporary failure of storage the pool retries the whole item, which works for any storage (a mounted disk, a
+read within a file); the library of the store retries single requests.
 """
 
 import logging
@@ -29,27 +29,27 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 NUM_RETRIES = 3
-"""Times that an item whose worker died is tried again."""
+"""Number of retries of an item whose worker died."""
 PAUSES_S = (0.5, 1.5, 4.5)
-"""Before each time that an item whose storage failed is tried again."""
+"""Pauses before the retries of an item whose storage failed."""
 
 
 class Pool(Protocol):
-    """Independent work on items, in any order."""
+    """Runs independent work on items, in any order."""
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
-        """Yields (index of the item, result) as they finish; an item whose worker died is tried again elsewhere.
+        """Yields (index of the item, result) in the order of completion; other workers retry the items of dead workers.
 
-        Function, items and results must pickle; a worker unpickles the function once and keeps it. An exception of
-        `function` itself is raised here unchanged, and the rest of the work is cancelled, as it is when the iterator
-        is closed. Raises `WorkerFailed` when `NUM_RETRIES` + 1 workers died of an item, which it names, or one after
-        the other before they came up; and `StorageUnavailable`, naming the item, when its storage has failed as often.
+        Function, items and results must be picklable; a worker unpickles the function once. An exception of `function`
+        is raised here unchanged and cancels the other items, as closing the iterator does. Raises `WorkerFailed` if
+        `NUM_RETRIES` + 1 workers died on one item, with its name, or successively during their start. Raises
+        `StorageUnavailable`, with the name of the item, if its storage failed as often.
         """
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A pool whose workers have an accelerator each, and its name in torch."""
+    """A pool with one accelerator per worker, and the accelerator's name in torch."""
 
     pool: Pool
     device: str
@@ -57,16 +57,16 @@ class Accelerator:
 
 @dataclass(eq=False, kw_only=True)
 class PoolWorker:
-    """A process that works on one item at a time, and what became of it."""
+    """A process that works on one item at a time, and its last answer or death."""
 
     number: int
     index: int | None = None
-    """The item that it has."""
+    """Index of its current item."""
     answer: bytes = b""
     death: str = ""
-    """How it died, if it did."""
+    """The cause of its death; empty if it is alive."""
     node_lost: bool = False
-    """It died with its node, or its answer did: no fault of the item."""
+    """Whether the worker or its answer was lost with its node, so that the item is not the cause."""
 
 
 Worker = TypeVar("Worker", bound=PoolWorker)
@@ -76,28 +76,28 @@ class PoolWorkers(Protocol[Worker]):
     """The workers of one `map`."""
 
     def start(self, num_expected: int) -> None:
-        """Starts workers until so many come up or work, as far as there is room."""
+        """Starts workers until `num_expected` are starting or working, as far as resources are free."""
 
     def give(self, worker: Worker, item: Any) -> None:
-        """Gives an item to a worker that is free."""
+        """Gives an item to a free worker."""
 
     def end(self, worker: Worker) -> None:
-        """Ends a worker that is free, so that others can have its resources."""
+        """Ends a free worker and frees its resources."""
 
     def end_all(self) -> None:
-        """Ends all workers, also in the middle of an item."""
+        """Ends all workers, busy ones too."""
 
     def next(self) -> Worker | None:
-        """Waits a second or so for a worker that came up, answered or died."""
+        """Waits about a second; returns a worker that has started, answered or died, or None."""
 
 
 def map_items(
     workers: PoolWorkers[Worker], items: Sequence[Any], *, order: WatchOrder | None
 ) -> Iterator[tuple[int, Any]]:
-    """What `Pool.map` promises, with these workers, which are watched as ordered."""
+    """Implements `Pool.map` with these workers; `order` is the order of their watchdogs."""
     waiting = deque(range(len(items)))
     num_working = 0
-    num_deaths: Counter[int | None] = Counter()  # by item; None: before they came up, one after the other
+    num_deaths: Counter[int | None] = Counter()  # by item; None: successive deaths during the start
     try:
         while waiting or num_working:
             workers.start(len(waiting) + num_working)
@@ -129,9 +129,9 @@ def map_items(
 
 
 def _judge_death(worker: PoolWorker, num_deaths: int, *, items: Sequence[Any], order: WatchOrder | None) -> None:
-    """Logs the death of a worker; raises `WorkerFailed` where its item, or the start, has cost too many."""
+    """Logs the death of a worker; raises `WorkerFailed` if too many died on its item or during the start."""
     index, reason = worker.index, worker.death
-    with suppress(OSError):  # a report that cannot be read says no more than the exit code
+    with suppress(OSError):  # without a readable report the reason is the exit code
         reason = next((str(hang) for hang in read_hangs(order) if hang.rank == worker.number), reason)
     if index is None:
         warning = f"a worker did not come up, another is started: {reason}"
@@ -141,7 +141,7 @@ def _judge_death(worker: PoolWorker, num_deaths: int, *, items: Sequence[Any], o
         warning = f"a worker died ({reason}), and another does its item: {name}"
         failure = (
             f"{num_deaths} workers died, one after the other, on item {index}: {name} ({reason}). "
-            "Out of memory? Run with fewer launcher.pool_workers, or take the item out."
+            "Out of memory? Set fewer launcher.pool_workers, or remove the item."
         )
     if num_deaths > NUM_RETRIES:
         raise WorkerFailed(failure)
@@ -149,7 +149,7 @@ def _judge_death(worker: PoolWorker, num_deaths: int, *, items: Sequence[Any], o
 
 
 def _short(item: object) -> str:
-    """The item as an error names it."""
+    """The name of the item in messages: at most 200 characters of its repr."""
     text = repr(item)
     return text if len(text) <= 200 else text[:200] + "…"
 
@@ -158,12 +158,12 @@ _load = lru_cache(maxsize=1)(pickle.loads)
 
 
 def answer_to(function: bytes, item: bytes) -> bytes:
-    """The pickled answer of a worker to a pickled item: (result, error, its traceback)."""
+    """The pickled answer to a pickled item: (result, error, traceback of the error)."""
     heartbeat("load")
     try:
         result = _call_until_storage_answers(_load(function), pickle.loads(item))
         return pickle.dumps((result, None, ""), pickle.HIGHEST_PROTOCOL)
-    except Exception as error:  # noqa: BLE001  crosses to the parent, which raises it
+    except Exception as error:  # noqa: BLE001 (the parent raises it)
         trace = traceback.format_exc()
         return pickle.dumps((None, portable(error), trace), pickle.HIGHEST_PROTOCOL)
     finally:
@@ -171,7 +171,7 @@ def answer_to(function: bytes, item: bytes) -> bytes:
 
 
 def result_of(answer: bytes) -> Any:
-    """The result in a worker's pickled answer (result, error, its traceback); raises the error."""
+    """The result in a pickled answer of `answer_to`; raises the error."""
     result, error, trace = pickle.loads(answer)
     if error is not None:
         raise error from RuntimeError(f"in a pool worker:\n{trace}")
@@ -183,7 +183,7 @@ def _call_until_storage_answers(function: Callable[[Any], Any], item: Any) -> An
         heartbeat("item")
         try:
             return function(item)
-        except Exception as error:  # passed on, unless it is storage that may answer later
+        except Exception as error:  # raised again, except for a temporary failure of storage
             if not may_pass(error):
                 raise
             if pause_s is None:

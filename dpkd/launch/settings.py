@@ -1,4 +1,4 @@
-"""Settings of the launcher: which processes run, how many, and how they are watched."""
+"""Settings of the launcher: kind, number, restarts and watchdogs of processes."""
 
 from typing import Literal
 
@@ -10,30 +10,30 @@ START_TIMEOUT_S = 900.0
 
 
 class LauncherSettings(Config):
-    """Where processes run: on this machine, or on the Ray cluster that the command was submitted to."""
+    """The processes of a run, on this machine or on the Ray cluster of the submitted job."""
 
     kind: Literal["auto", "local", "ray"] = "auto"
     """`auto` is Ray inside a Ray job and local otherwise."""
     workers: int | None = Field(None, ge=1)
-    """Training processes; none takes one a GPU, or one."""
+    """Number of training processes; None means one per GPU, or one without a GPU."""
     min_workers: int | None = Field(None, ge=1)
-    """As few will do: training has as many as there is room for, from here to `workers`, with the same batches. On Ray
-    it goes on with fewer when nodes are lost, and with more when some join. None insists on `workers`."""
+    """Fewest training processes. Training uses the largest number up to `workers` that fits, with the same batches. On
+    Ray it uses fewer if nodes are lost, and more if nodes join. None always uses `workers`."""
     grow_after_s: float = Field(60.0, ge=0)
-    """How long there must be room for more workers before all save and start again with more."""
+    """Seconds for which more workers must fit before all save and restart with more."""
     pool_workers: int | None = Field(None, ge=1)
-    """Processes that pack and prepare; none takes one a CPU core."""
+    """Number of processes that pack and prepare; None means one per CPU core."""
     max_restarts: int = Field(3, ge=0)
-    """How often workers start again after a failure; counts from 0 again after each later checkpoint."""
+    """Most restarts of the workers after failures; each new checkpoint sets the count to 0."""
     start_timeout_s: float = Field(START_TIMEOUT_S, gt=0)
-    """Time that workers have to start, on a busy machine too; then they are ended and start again."""
+    """Seconds in which workers must start, even on a busy machine; slower workers are ended and restarted."""
     hang_timeout_s: float | None = Field(600.0, gt=0)
-    """A worker whose step takes longer is ended, and all start again; six times as long for anything else, such as
-    starting, evaluating and saving, or an image in packing and preparing. None watches nothing."""
+    """Longest step in seconds: a slower worker is ended, and all restart. Other work, such as starting, evaluating and
+    saving, or an image in packing and preparing, may take six times as long. None disables the watchdogs."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads of one training process; none shares the cores out."""
+    """CPU threads per training process; None divides the cores equally."""
     stop_grace_s: float = Field(30.0, ge=0)
-    """Time that workers have to save when the run is asked to stop; more for large networks on slow storage."""
+    """Seconds in which workers must save after a stop request; set more for large networks on slow storage."""
 
     @model_validator(mode="after")
     def _fewest_first(self) -> "LauncherSettings":

@@ -1,4 +1,4 @@
-"""The signals that ask a run to stop: from a person, a terminal that closes, Ray, Kubernetes, Slurm."""
+"""The signals that ask a run to stop: from a user, a closed terminal, Ray, Kubernetes or Slurm."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -7,13 +7,13 @@ from multiprocessing import resource_tracker
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""Slurm sends SIGUSR1 or SIGUSR2 where `--signal` says so."""
+"""Slurm sends SIGUSR1 or SIGUSR2 if `--signal` names it."""
 
 Handler = Callable[[int, FrameType | None], None] | signal.Handlers
 
 
 def install_stop_handlers(handler: Handler) -> None:
-    """Gives the stop signals to `handler` from here on, except those that are ignored, as `nohup` ignores SIGHUP."""
+    """Sets `handler` for the stop signals, except ignored ones (`nohup` ignores SIGHUP)."""
     for number in STOP_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)
@@ -21,26 +21,26 @@ def install_stop_handlers(handler: Handler) -> None:
 
 @contextmanager
 def stop_handlers(handler: Handler) -> Iterator[None]:
-    """Gives the stop signals to `handler` in the body, which runs in the main thread."""
+    """Sets `handler` for the stop signals in the body, which must run in the main thread."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     install_stop_handlers(handler)
     try:
         yield
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+        for number, earlier_handler in before.items():
+            signal.signal(number, earlier_handler)
 
 
 @contextmanager
 def block_stop_signals() -> Iterator[None]:
-    """Blocks the stop signals in the body, and for good in processes that start in it.
+    """Blocks the stop signals in the body, and permanently in processes that start in it.
 
-    For those that serve a process which is to answer the signals itself, and which a signal to the whole process group
-    would end before they have handlers of their own. Python's resource tracker is the first of them.
+    A signal to the whole process group must not end helper processes, such as Python's resource tracker, or workers
+    without handlers yet: the main process handles the signal.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        resource_tracker.ensure_running()  # unblocks SIGINT and SIGTERM if it starts
+        resource_tracker.ensure_running()  # its start unblocks SIGINT and SIGTERM
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         yield
     finally:
@@ -48,6 +48,6 @@ def block_stop_signals() -> Iterator[None]:
 
 
 def start_resource_tracker() -> None:
-    """Starts Python's resource tracker, if it does not run, so that it outlives a signal to the whole process group."""
+    """Starts Python's resource tracker, if it is not running; a signal to the whole process group does not end it."""
     with block_stop_signals():
         pass

@@ -1,13 +1,13 @@
-"""A small process beside every worker that detects a hang, saves the stacks, and ends the worker.
+"""A small process per worker that detects a hang, saves the stacks, and ends the worker.
 
-A process and not a thread, because a worker that is stopped or holds the interpreter lock runs no thread. The worker's
-signs of life (`heartbeat`) count up a number in shared memory. Once it stays the same for too long, the watchdog has
-faulthandler write the stacks of all threads, whose signal handler needs no interpreter lock, and kills the worker:
+It is a process and not a thread, because a worker that is stopped or holds the interpreter lock runs no thread. The
+worker's heartbeats (`heartbeat`) increase a number in shared memory. If the number is constant for too long, the
+watchdog makes faulthandler write the stacks of all threads, which needs no interpreter lock, and kills the worker:
 
     <folder>/<session>-rank-1.txt      the fields of `Hang` as JSON, an empty line, the stacks
 
-Only time in which the watchdog itself runs is counted, so Ctrl-Z and a suspended machine are no hangs. Linux alone;
-elsewhere nothing is watched. Loads neither torch nor anything else of weight.
+Only the running time of the watchdog counts, so Ctrl-Z and a suspended machine are no hangs. It works only on Linux. It
+loads neither torch nor other heavy packages.
 """
 
 import faulthandler
@@ -33,37 +33,37 @@ from dpkd.launch.signals import STOP_SIGNALS
 DUMP_TIMEOUT_S = 10.0
 REPORT_TIMEOUT_S = 20.0
 PEERS_FIRST_S = 5.0
-"""A worker that waits for its peers is ended so much later: the hang of the one behind it is detected first."""
+"""Seconds by which a worker that waits for its peers is ended later: the hang of the rank behind is found first."""
 COLLECTIVES = "torch/distributed/distributed_c10d.py"
 STACKS_SIGNAL = signal.SIGRTMAX - 3 if sys.platform == "linux" else 0
-"""A real-time signal, which nobody else uses: torch, Ray and schedulers have the others."""
+"""A real-time signal that torch, Ray and schedulers do not use."""
 
 
 @dataclass(frozen=True)
 class WatchOrder:
-    """What a watchdog is to do: where reports go, what begins their names, how long a step may take."""
+    """The order of a watchdog: the folder of reports, the start of their names, the longest time of a step."""
 
     folder: Path
-    """Seen by the driver too."""
+    """The driver reads it too."""
     session: str
     hang_timeout_s: float
 
     @classmethod
     def begin(cls, folder: Path | None, *, hang_timeout_s: float | None) -> "WatchOrder | None":
-        """An order for a session that begins now; None without a folder or a timeout."""
+        """An order for a session that starts now; None without a folder or a timeout."""
         if folder is None or hang_timeout_s is None:
             return None
         session = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
         return cls(folder, session, hang_timeout_s)
 
     def report_path(self, rank: int | str) -> Path:
-        """The report of one worker."""
+        """The path of the report of one worker."""
         return self.folder / f"{self.session}-rank-{rank}.txt"
 
 
 @dataclass(frozen=True)
 class Hang:
-    """The report of a worker that was ended because it hung."""
+    """The report of a worker that was ended after a hang."""
 
     rank: int
     phase: str
@@ -71,11 +71,11 @@ class Hang:
     beats: int
     quiet_s: float
     state: str
-    """The kernel's letter: R runs, S sleeps, T was stopped."""
+    """The state in the kernel: R running, S sleeping, T stopped."""
     place: str
-    """`file:line in function` of the thread that gives the heartbeats; empty if unknown."""
+    """`file:line in function` of the thread that sends the heartbeats; empty if unknown."""
     waits: bool
-    """Whether it was waiting for its peers, so that another rank was behind."""
+    """Whether the worker was waiting for its peers, so that another rank was behind."""
     time_s: float
     path: str
 
@@ -89,7 +89,7 @@ class Hang:
 
 
 def read_hangs(order: WatchOrder | None) -> list[Hang]:
-    """The hangs that were reported, the rank that was behind first; none without an order. Raises `OSError`."""
+    """The reported hangs, with the rank behind first; empty without an order. Raises `OSError`."""
     if order is None:
         return []
     texts = [path.read_text() for path in sorted(order.folder.glob(order.report_path("*").name))]
@@ -99,7 +99,7 @@ def read_hangs(order: WatchOrder | None) -> list[Hang]:
 
 @contextmanager
 def watched(order: WatchOrder | None, *, rank: int) -> Iterator[None]:
-    """Has this process watched while the body runs; without an order, or not on Linux, it is not."""
+    """Starts a watchdog of this process for the body; does nothing without an order, or on other systems than Linux."""
     if order is None or sys.platform != "linux":
         yield
         return
@@ -112,7 +112,7 @@ def watched(order: WatchOrder | None, *, rank: int) -> Iterator[None]:
         faulthandler.register(STACKS_SIGNAL, file=stack_file, all_threads=True)
         handles = (heartbeat_file.fileno(), stack_file.fileno())
         arguments = (order.folder.absolute(), order.session, order.hang_timeout_s, rank, os.getpid(), *handles)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # inherited: the worker answers them
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # inherited: only the worker handles them
         watchdog = subprocess.Popen(
             [sys.executable, "-S", "-m", "dpkd.launch.watchdog", *map(str, arguments)],
             env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])},
@@ -132,7 +132,7 @@ def watched(order: WatchOrder | None, *, rank: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Watchdog:
-    """The life of the watchdog: `run` returns when the worker has ended, by itself or by us."""
+    """The watchdog process of one worker; `run` returns after the worker has ended or was killed."""
 
     order: WatchOrder
     rank: int
@@ -159,12 +159,12 @@ class _Watchdog:
         return Heartbeat.read(os.pread(self.heartbeat_handle, heartbeat.SIZE, 0))
 
     def _status(self, name: str) -> str:
-        """What the kernel says of the worker; its name, which may hold anything, comes first."""
+        """A value from the worker's status in the kernel; the last match, since the process name may hold any text."""
         text = Path(f"/proc/{self.process}/status").read_text(errors="replace")
         return text.rpartition(f"\n{name}:\t")[2].partition("\n")[0]
 
     def _end_worker(self, beat: Heartbeat, quiet_s: float) -> bool:
-        """Reports the hang and kills the worker; false where it turns out to live, or to be dead already."""
+        """Reports the hang and kills the worker; returns False if the worker has recovered or ended meanwhile."""
         began_s, state = time.time(), self._status("State")[0]
         stacks = self._stacks() if state != "T" else "none: the process was stopped and could not write them\n"
         place, waits = _place(stacks, thread=beat.thread)
@@ -186,7 +186,7 @@ class _Watchdog:
         text = f"{json.dumps(asdict(hang), indent=0)}\n\n{stacks}"
         writer = threading.Thread(target=_write_report, args=(path, text), daemon=True)
         writer.start()
-        writer.join(REPORT_TIMEOUT_S)  # storage that hangs must not keep a hung worker alive
+        writer.join(REPORT_TIMEOUT_S)  # hung storage must not keep a hung worker alive
         if waits:
             time.sleep(PEERS_FIRST_S)
         if os.getppid() == self.process:
@@ -212,12 +212,12 @@ def _write_report(path: Path, text: str) -> None:
         part = path.with_name(f".{path.stem}.part")
         part.write_text(text)
         part.rename(path)
-    except OSError as error:  # nor must a full disk
+    except OSError as error:  # a full disk must not either
         sys.stderr.write(f"a worker hung, and {path} could not be written: {error}\n")
 
 
 def _place(stacks: str, *, thread: int) -> tuple[str, bool]:
-    """Where a thread is, as `file:line in function`, and whether that is inside a collective."""
+    """The position of a thread, as `file:line in function`, and whether it is inside a collective."""
     for part in re.split(r"\n\s*\n", stacks):
         if f"0x{thread:016x}" not in part.partition("\n")[0]:
             continue
@@ -231,11 +231,11 @@ def _place(stacks: str, *, thread: int) -> tuple[str, bool]:
 
 
 def main() -> None:
-    """Watches the parent process, as the command line of `watched` says."""
+    """Watches the parent process with the command-line arguments of `watched`."""
     folder, session, hang_timeout_s, *numbers = sys.argv[1:]
-    with suppress(FileNotFoundError, ProcessLookupError):  # the worker ended in the middle of a round
+    with suppress(FileNotFoundError, ProcessLookupError):  # the worker ended during a check
         _Watchdog(WatchOrder(Path(folder), session, float(hang_timeout_s)), *map(int, numbers)).run()
-    os._exit(0)  # without waiting for a report that hangs
+    os._exit(0)  # does not wait for a hung report
 
 
 if __name__ == "__main__":

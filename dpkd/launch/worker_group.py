@@ -1,4 +1,4 @@
-"""The worker group protocol: N processes that train as one, and start again after a failure."""
+"""The worker group protocol: N processes that train together, and restart together after a failure."""
 
 import signal
 import time
@@ -23,22 +23,22 @@ FOR_MEMORY = " (out of memory?)"
 
 @dataclass(frozen=True)
 class Restart:
-    """One restart of all workers: whose failure it answers, and the time since."""
+    """One restart of all workers: the failed rank, the cause, and the time since the failure."""
 
     rank: int
-    """-1 if no worker failed, as when a node is about to leave the cluster."""
+    """-1 if no worker failed, for example if a node is about to leave the cluster."""
     cause: str
     since_failure_s: float
 
 
 @dataclass(frozen=True)
 class Supervision:
-    """What the driver knows about a session: the folder for hangs, the progress, what to do at a restart."""
+    """The driver's side of a session: the folder for reports of hangs, the progress, a callback for restarts."""
 
     hangs: Path | None = None
-    """Folder that driver and workers see, for reports of workers that hung; without one none is watched."""
+    """Folder for reports of hangs, which driver and workers see; None means no watchdogs."""
     progress: Callable[[], tuple[int, ...]] = tuple
-    """How far the session is. Restarts count from 0 again once it has grown."""
+    """The progress of the session. An increase sets the count of restarts to 0."""
     on_restart: Callable[[Restart], None] = lambda _: None
 
 
@@ -46,14 +46,14 @@ UNSUPERVISED = Supervision()
 
 
 class StopRequests:
-    """How often this process was asked to stop; `on_signal` is to get the stop signals."""
+    """The number of requests to stop this process; `on_signal` must get the stop signals."""
 
     def __init__(self) -> None:
         self.count = 0
         self._counted_s = 0.0
 
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
-        """Counts the first signal, and each Ctrl-C after it, except a copy of the last one, as wrappers send it."""
+        """Counts the first signal and each later Ctrl-C, except a copy of the last one, which some wrappers send."""
         now_s = time.monotonic()
         if self.count == 0 or (number == signal.SIGINT and now_s > self._counted_s + REPEATED_SIGNAL_S):
             self.count += 1
@@ -61,42 +61,42 @@ class StopRequests:
 
 
 class WorkerGroup(Protocol):
-    """Starts the workers of a training session, watches them, restarts all when one dies or hangs."""
+    """Starts and watches the workers of a training session, and restarts all if one dies or hangs."""
 
     def run(self, work: Callable[[Any], None], argument: Any, *, supervision: Supervision = UNSUPERVISED) -> None:
-        """Runs `work(argument)` in every worker; both must pickle. RANK, LOCAL_RANK, WORLD_SIZE and MASTER_* are set.
+        """Runs `work(argument)` in every worker; both must be picklable. Sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_*.
 
         A stop signal to this process reaches the workers as `world.stop_requested()`; they have a grace period
         to save and raise `StopRequested`. Call it in the main thread.
 
-        Raises `WorkerFailed` with the first failing rank's traceback once no restart is left, `StopRequested` when the
-        workers stopped on request, and passes a `UserError` on without a restart.
+        Raises `WorkerFailed` with the traceback of the rank that failed first if no restart is left, `StopRequested`
+        if the workers stopped on request, and a `UserError` of a worker without a restart.
         """
 
 
 @dataclass(frozen=True)
 class Failure:
-    """How one worker ended: by an error of its own, or, without one, by a signal, an exit or its watchdog."""
+    """The failure of one worker: an error that it raised, or a signal, an exit or its watchdog."""
 
     rank: int
-    """-1 if it was none of them, as when an actor of Ray's was lost."""
+    """-1 if no worker failed, for example if an actor of Ray was lost."""
     cause: str
-    """The traceback, or what is known about the death."""
+    """The traceback, or the known facts of the death."""
     error: Exception | None = None
     time_s: float = field(default_factory=time.time)
     symptom: bool = False
-    """Whether it failed while waiting for its peers, most likely because one of them had failed."""
+    """Whether it failed while it waited for its peers, most likely after the failure of a peer."""
 
     @classmethod
     def of_error(cls, rank: int, error: Exception) -> "Failure":
-        """The failure of a worker that raised; the error is replaced where it does not survive pickling."""
+        """The failure of a worker that raised `error`; an error that cannot be pickled is replaced."""
         frames = traceback.extract_tb(error.__traceback__)
         symptom = bool(frames) and COLLECTIVES in frames[-1].filename
         return cls(rank, "".join(traceback.format_exception(error)), portable(error), symptom=symptom)
 
     @property
     def who(self) -> str:
-        """The worker, or the session if it was none of them."""
+        """The worker, or the session if no worker failed."""
         return f"worker {self.rank}" if self.rank >= 0 else "the session"
 
     @property
@@ -108,7 +108,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Task:
-    """What the workers of one generation are to do, and how they are watched."""
+    """The work of the workers of one generation, and the order of their watchdogs."""
 
     work: Callable[[Any], None]
     argument: Any
@@ -123,13 +123,13 @@ def run_with_restarts(
     settings: LauncherSettings,
     supervision: Supervision,
 ) -> None:
-    """Runs generations of workers until one has done its work, and answers the stop signals meanwhile.
+    """Runs generations of workers until one has finished its work; handles the stop signals meanwhile.
 
-    `run_once` runs one; it returns how workers failed, or why all saved and start again. Any other error of it, such
-    as too little memory, counts as a failure. Raises what `wait_before_restart` does.
+    `run_once` runs one generation; it returns the failures, or the cause of a restart after all workers have saved.
+    Its other errors, such as too little memory, count as failures. Raises the errors of `wait_before_restart`.
     """
     furthest: tuple[int, ...] = ()
-    with suppress(OSError):  # storage that fails says nothing about progress
+    with suppress(OSError):  # if storage fails, the progress is unknown
         furthest = supervision.progress()
     attempts: list[list[Failure]] = []
     stop = StopRequests()
@@ -140,7 +140,7 @@ def run_with_restarts(
                 failures = run_once(Task(work, argument, order), stop)
             except StopRequested:
                 raise
-            except Exception as error:  # noqa: BLE001  comes out once no restart is left
+            except Exception as error:  # noqa: BLE001 (raised if no restart is left)
                 failures = [Failure.of_error(-1, error)]
             if isinstance(failures, Restart):
                 logger.info(f"{failures.cause}; all saved and start again")
@@ -170,12 +170,12 @@ def run_with_restarts(
 
 
 def wait_before_restart(attempts: Sequence[Sequence[Failure]], *, max_restarts: int, stop_requested: bool) -> float:
-    """Seconds to wait before all start again: none after the first failure, then 1, 2, 4 … and a minute at most.
+    """Seconds to wait before all workers restart: 0 after the first failure, then 1, 2, 4 … and at most 60.
 
-    `attempts` are the generations since the session last got further, each with its failures, in any order. Raises
-    the error that ends the session: a user's error or a stop, whichever rank raised it (ranks agree before they stop,
-    and a user's error would come again, unless it is storage that fails for a while); `StopRequested` where workers
-    were to stop and did not save; `WorkerFailed` after more than `max_restarts`.
+    `attempts` are the generations since the last progress of the session, each with its failures, in any order. Raises
+    the error that ends the session: a user's error or a stop of any rank (ranks agree before they stop, and a user's
+    error would occur again, except a temporary failure of storage); `StopRequested` if workers ended before they saved
+    on request; `WorkerFailed` after more than `max_restarts`.
     """
     for kind in (UserError, StorageError, StopRequested):
         for failure in attempts[-1]:
@@ -184,8 +184,10 @@ def wait_before_restart(attempts: Sequence[Sequence[Failure]], *, max_restarts: 
     first, *others = by_cause(attempts[0])
     last = by_cause(attempts[-1])[0]
     if stop_requested:
-        why = last.line.removesuffix(FOR_MEMORY)  # most likely it took too long, and was ended for it
-        raise StopRequested(f"the workers ended before they had saved ({last.who}: {why}); the last checkpoint is kept")
+        cause = last.line.removesuffix(FOR_MEMORY)  # most likely the worker took too long and was killed
+        raise StopRequested(
+            f"the workers ended before they had saved ({last.who}: {cause}); the last checkpoint is kept"
+        )
     if len(attempts) <= max_restarts:
         return min(LONGEST_WAIT_S, 2.0 ** (len(attempts) - 2)) if len(attempts) > 1 else 0.0
     lines = [f"{first.who}: {first.cause.rstrip()}"]
@@ -199,7 +201,7 @@ def wait_before_restart(attempts: Sequence[Sequence[Failure]], *, max_restarts: 
 
 
 def late_start(timeout_s: float) -> str:
-    """The cause that is given for a worker which was not at work in time."""
+    """The cause of failure of a worker that did not start in time."""
     return (
         f"not at work {timeout_s:.0f} s after it was started. Is the machine busy? launcher.start_timeout_s gives "
         "workers more time"
@@ -207,12 +209,12 @@ def late_start(timeout_s: float) -> str:
 
 
 def by_cause(failures: Sequence[Failure]) -> list[Failure]:
-    """Failures, the most likely cause first: a rank's own errors before symptoms, both by time."""
+    """Failures with the most likely cause first: symptoms last, otherwise by time."""
     return sorted(failures, key=lambda failure: (failure.symptom, failure.time_s))
 
 
 def with_hangs(failures: Sequence[Failure], hangs: Sequence[Hang]) -> list[Failure]:
-    """The failures, with hangs in place of the deaths that they caused."""
+    """The failures, with hangs instead of the deaths that they caused."""
     if not hangs:
         return list(failures)
     began_s = min(hang.time_s for hang in hangs)
@@ -220,7 +222,7 @@ def with_hangs(failures: Sequence[Failure], hangs: Sequence[Hang]) -> list[Failu
     explained = [Failure(hang.rank, str(hang), time_s=began_s, symptom=hang.waits) for hang in hangs]
     for failure in failures:
         if failure.error is None and failure.rank not in ranks:
-            # a death earlier than the hang would have ended the generation before it
+            # a death before the hang would have ended the generation earlier
             explained.append(replace(failure, time_s=max(failure.time_s, began_s)))
         elif failure.error is not None and not (failure.symptom and failure.rank in ranks):
             explained.append(failure)
