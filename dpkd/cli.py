@@ -1,12 +1,12 @@
-"""The `dpkd` command: the whole run, its stages one by one, and checks of what is on disk.
+"""The `dpkd` command: the whole run, single stages, and checks of data sets, runs and the machine.
 
-dpkd pretrain --config FILE      the whole run, as `python -m dpkd.pretrain`
+dpkd pretrain --config FILE      the whole run, like `python -m dpkd.pretrain`
 dpkd pack|prepare|evaluate|export --config FILE     one stage of it
-dpkd plan --config FILE          what would run, checking the settings
-dpkd inspect DATASET             what a packed data set and its prior sets hold, every file and map checked
-dpkd inspect DATASET --picture FILE.png [KEY ...]   samples with all their maps as one picture
-dpkd audit RUN                   whether each sample was used exactly as the order says, over all attempts
-dpkd doctor                      whether this machine has what training needs
+dpkd plan --config FILE          shows the stages that would run; checks the settings
+dpkd inspect DATASET             shows a packed data set and its prior sets; checks every file and map
+dpkd inspect DATASET --picture FILE.png [KEY ...]   draws samples with all their maps as one picture
+dpkd audit RUN                   checks that each sample was used in the planned order, over all attempts
+dpkd doctor                      checks that this machine has the packages and devices for training
 """
 
 import argparse
@@ -28,13 +28,13 @@ OF_SETTINGS = {
     "prepare": "compute prior maps beside the shards",
     "evaluate": "measure teacher, students and baselines again",
     "export": "write the students as timm folders and ONNX",
-    "plan": "what would run; checks the settings",
+    "plan": "show the stages that would run, and check the settings",
 }
-"""The verbs that take settings: the whole run, one stage, or neither."""
+"""The verbs that take settings, with their help."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parses the command line, acts, and returns the exit code of `dpkd.pretrain`."""
+    """Parses the command line, runs the verb, and returns the exit code (see `dpkd.pretrain`)."""
     options = _parser().parse_args(arguments)
     install_stop_handlers(pretrain.interrupt)
     return pretrain.exit_code(lambda: _act(options))
@@ -44,7 +44,7 @@ def _act(options: argparse.Namespace) -> None:
     if options.verb == "doctor":
         doctor()
     elif options.verb == "audit":
-        # here, not at the top: no other verb needs torch in this process
+        # not at the top: no other verb needs torch in this process
         from dpkd.verbs.audit import audit  # noqa: PLC0415
 
         audit(options.run)
@@ -71,15 +71,15 @@ def _parser() -> argparse.ArgumentParser:
         pretrain.add_settings(verb)
         if name == "pretrain":
             pretrain.add_stages(verb)
-    purpose = "what a data set and its priors hold, all checked; or a picture of samples"
+    purpose = "show and check a data set and its priors; or draw samples"
     inspect = verbs.add_parser("inspect", help=purpose)
     inspect.add_argument("dataset", metavar="DATASET", help="folder or URL of the shards")
-    inspect.add_argument("keys", nargs="*", metavar="KEY", help="samples to draw; none takes a few of all splits")
+    inspect.add_argument("keys", nargs="*", metavar="KEY", help="samples to draw; without keys, a few of all splits")
     inspect.add_argument("--picture", type=Path, metavar="FILE.png", help="draw samples with all their maps instead")
     inspect.add_argument("--set", default="default", metavar="NAME", help="prior set to draw from")
-    audited = verbs.add_parser("audit", help="whether a run used each sample exactly as the order says")
+    audited = verbs.add_parser("audit", help="check that a run used each sample in the planned order")
     audited.add_argument("run", metavar="RUN", help="folder of the run")
-    verbs.add_parser("doctor", help="whether this machine has what training needs")
+    verbs.add_parser("doctor", help="check that this machine has the packages and devices for training")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The base of all settings, how they are read from YAML and the command line, and what a wrong one is answered with."""
+"""The base of all settings, their readers for YAML and the command line, and the messages for wrong settings."""
 
 import importlib
 import re
@@ -55,17 +55,17 @@ def any_class_of(base: type[Config]) -> WrapValidator:
 
 
 TAKES_TEXT = "takes text"
-"""Marks a field (`Annotated[..., TAKES_TEXT]`) whose validator also takes a plain text, such as a path."""
+"""Marks a field (`Annotated[..., TAKES_TEXT]`) whose validator also accepts plain text, such as a path."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values, dates as text; a key that is given twice is an error, which plain YAML settles in silence."""
+    """Loads plain values, dates as text; raises for a duplicate key, which plain YAML accepts."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002
-        """The mapping; PyYAML's own hook."""
+        """The mapping of a node; a hook of PyYAML."""
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        for place, key in enumerate(keys):
-            if key in keys[:place]:
+        for position, key in enumerate(keys):
+            if key in keys[:position]:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep=deep)
 
@@ -74,13 +74,13 @@ _Loader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct
 
 
 class _TextLoader(_Loader):
-    """Every scalar as text: `no` and `00014` stay names."""
+    """Loads every scalar as text, so that `no` and `00014` stay names."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
 
 
 def read_yaml(text: str, *, scalars_as_text: bool = False) -> Any:
-    """The content as plain values; raises `yaml.YAMLError`, also for a key that is given twice."""
+    """The content of YAML text as plain values; raises `yaml.YAMLError`, also for a duplicate key."""
     try:
         return yaml.load(text, Loader=_TextLoader if scalars_as_text else _Loader)  # noqa: S506 (both are SafeLoaders)
     except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
@@ -88,7 +88,7 @@ def read_yaml(text: str, *, scalars_as_text: bool = False) -> Any:
 
 
 def read_yaml_file(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; raises `UserError` that names `--config`, the file and the fault."""
+    """The mapping in a YAML file; raises `UserError` with `--config`, the file and the fault."""
     try:
         tree = read_yaml(path.expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeError) as error:
@@ -101,9 +101,9 @@ def read_yaml_file(path: Path) -> dict[str, Any]:
 
 
 def apply_override(tree: dict[str, Any], override: str, *, root: type[BaseModel]) -> None:
-    """Sets one `key.path=value` in a tree of plain values; the type of the key in `root` says how the value is read.
+    """Sets one `key.path=value` in a tree of plain values; `root` is the model of the tree.
 
-    A key that takes text takes it as it is written; all others read YAML. Raises `UserError` that names the override.
+    The value of a text key is used literally; all other values are read as YAML. Raises `UserError` with the override.
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -115,25 +115,25 @@ def apply_override(tree: dict[str, Any], override: str, *, root: type[BaseModel]
         raise UserError(f"{override!r}: the value is not valid YAML: {error}") from None
     node: Any = tree
     for name in parents:
-        if isinstance(node, dict) and isinstance(node.get(name), str | None):  # a text stands for a section's defaults
+        if isinstance(node, dict) and isinstance(node.get(name), str | None):  # text is the `name` of a section
             node[name] = {} if node.get(name) is None else {"name": node[name]}
         node = node[_place(node, name, override)]
     node[_place(node, last, override)] = value
 
 
 def _place(node: Any, name: str, override: str) -> Any:
-    """The key or position that `name` means in a mapping or list."""
+    """The key in a mapping, or the position in a list, for `name`."""
     if isinstance(node, dict):
         return name
     if not isinstance(node, list):
         raise UserError(f"{override!r}: {node!r} is a plain value and has no key {name!r}")
     if not re.fullmatch(r"[0-9]{1,9}", name) or int(name) >= len(node):
-        raise UserError(f"{override!r}: {name!r} is no position in a list of {len(node)}; they count from 0")
+        raise UserError(f"{override!r}: {name!r} is no position in a list of {len(node)}; positions start at 0")
     return int(name)
 
 
 def _is_text(text: str, annotation: Any) -> bool:
-    """Whether a field of this type takes the text as it is written."""
+    """Whether a field of this type uses the text literally."""
     members = list(_members(annotation))
     types = {member for member, _ in members}
     if text in ("null", "~", "") and NoneType in types:
@@ -144,7 +144,7 @@ def _is_text(text: str, annotation: Any) -> bool:
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
-    """One line a fault, in the order of the file: the key, its value, what was expected, the nearest known key."""
+    """One line per fault, in the order of the file: the key, its value, the expected value, the nearest known key."""
     lines = [_line(fault, root) for fault in error.errors(include_url=False)]
     return lines[0] if len(lines) == 1 else f"{len(lines)} faults\n  " + "\n  ".join(lines)
 
@@ -171,23 +171,23 @@ def _line(fault: ErrorDetails, root: type[BaseModel]) -> str:
 
 
 def _user_keys(location: tuple[int | str, ...], root: type[BaseModel]) -> tuple[list[str], type[BaseModel], Any]:
-    """The keys as the user wrote them, without pydantic's union tags; the model that owns the last; its type."""
+    """The keys of the user, without pydantic's union tags; the model that has the last key; the type of its value."""
     keys: list[str] = []
-    here, owner = root, root
+    annotation, owner = root, root
     for part in location:
-        models = [member for member, _ in _members(here) if _is_model(member)]
-        by_kind = _models_by_kind(here)
+        models = [member for member, _ in _members(annotation) if _is_model(member)]
+        by_kind = _models_by_kind(annotation)
         if len(models) > 1 and part in by_kind:
-            here = by_kind[str(part)]
+            annotation = by_kind[str(part)]
             continue
         keys.append(str(part))
         owner = models[0] if len(models) == 1 else owner
-        here = _step(here, str(part))
-    return keys, owner, here
+        annotation = _step(annotation, str(part))
+    return keys, owner, annotation
 
 
 def _step(annotation: Any, key: str) -> Any:
-    """The type one key further down: of a field, or of the values of a mapping or list; None for an unknown key."""
+    """The type of the value at `key`: of a field, or of the values of a mapping or list; None for an unknown key."""
     for member, _ in _members(annotation):
         if _is_model(member) and key in member.model_fields:
             field = member.model_fields[key]
@@ -201,7 +201,7 @@ def _step(annotation: Any, key: str) -> Any:
 
 
 def _members(annotation: Any, metadata: tuple[Any, ...] = ()) -> Iterator[tuple[Any, tuple[Any, ...]]]:
-    """(type, metadata) of each type that a union is made of; of the type itself where it is no union."""
+    """Yields (type, metadata) of each member of a union, or of the type if it is no union."""
     if get_origin(annotation) is Annotated:
         yield from _members(get_args(annotation)[0], (*metadata, *get_args(annotation)[1:]))
     elif get_origin(annotation) in (Union, UnionType):

@@ -1,8 +1,8 @@
-"""The entry of a run: settings, then the stages in order, then the summary.
+"""The entry point of a run: settings, then the stages in order, then the summary.
 
     python -m dpkd.pretrain --config configs/quickstart.yaml [key.path=value ...] [--stages pack,prepare]
 
-Exit codes: 0 done, 2 the user's settings or data, 75 stopped on request and resumable, 1 anything else.
+Exit codes: 0 done, 2 settings, data or storage at fault, 75 stopped on request and resumable, 1 any other error.
 """
 
 import argparse
@@ -37,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, runs, and returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m dpkd.pretrain",
-        description=f"Runs the stages {', '.join(STAGES)}. Given again, it goes on where it stopped.",
-        epilog="Exit codes: 0 done, 2 settings or data at fault, 75 stopped on request and resumable, 1 anything else.",
+        description=f"Runs the stages {', '.join(STAGES)}. The same command continues a stopped run.",
+        epilog="Exit codes: 0 done, 2 settings or data at fault, 75 stopped on request and resumable, 1 other errors.",
     )
     add_settings(parser)
     add_stages(parser)
@@ -48,19 +48,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """The arguments of every command that takes settings."""
-    words = "settings that replace those of the file"
+    """Adds the arguments of every command that takes settings."""
+    purpose = "settings that replace those of the file"
     parser.add_argument("--config", required=True, metavar="FILE", help="settings, YAML")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help=words)
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help=purpose)
 
 
 def add_stages(parser: argparse.ArgumentParser) -> None:
-    """The argument of a command that runs several stages; `stage_names` reads it."""
+    """Adds the argument of a command that runs several stages; `stage_names` reads it."""
     parser.add_argument("--stages", metavar="A,B", help=f"only these of {','.join(STAGES)}")
 
 
 def stage_names(text: str | None) -> list[str]:
-    """The stages of a comma-separated list, in their order; all without one. Raises `UserError` for an unknown name."""
+    """The stages of a comma-separated list, in their order; all if None. Raises `UserError` for an unknown name."""
     named = list(STAGES) if text is None else [name.strip() for name in text.split(",") if name.strip()]
     for name in named:
         if name not in STAGES:
@@ -71,9 +71,9 @@ def stage_names(text: str | None) -> list[str]:
 
 
 def run(settings: Settings, *, stages: Sequence[str] = STAGES) -> None:
-    """Runs the stages that are left, in order, and prints the summary.
+    """Runs the stages that are not done, in order, and prints the summary.
 
-    Raises `UserError` for settings that contradict what is in the run folder, before any work.
+    Raises `UserError`, before any work, for settings that contradict the run folder.
     """
     began = time.monotonic()
     folder = RunFolder(settings.run.dir, checkpoints=settings.run.checkpoints)
@@ -87,7 +87,7 @@ def run(settings: Settings, *, stages: Sequence[str] = STAGES) -> None:
             run_pool_stages(settings, folder, [stage for stage in left if stage in POOL_STAGES])
             if training := [stage for stage in left if stage not in POOL_STAGES]:
                 workers = make_worker_group(settings.launcher, sizes=settings.world_sizes, module="dpkd.stages.worker")
-                # here, not at the top: the driver of a cluster run needs no torch
+                # not at the top: the driver of a cluster run needs no torch
                 from dpkd.stages.worker import train_stages  # noqa: PLC0415
 
                 argument = (settings.model_dump(mode="json"), training, folder.attempt)
@@ -97,7 +97,7 @@ def run(settings: Settings, *, stages: Sequence[str] = STAGES) -> None:
 
 
 def run_pool_stages(settings: Settings, folder: RunFolder, stages: Sequence[str]) -> None:
-    """Packs and prepares, as far as named."""
+    """Runs those of the stages pack and prepare that `stages` names."""
     if not stages:
         return
     data, url, hangs = settings.data, dataset_url(folder, settings.data), folder.hangs
@@ -105,14 +105,14 @@ def run_pool_stages(settings: Settings, folder: RunFolder, stages: Sequence[str]
     quarantine = Quarantine(folder.quarantine, limit=data.bad_limit)
     if "pack" in stages:
         with recorded("pack", folder, settings):
-            if data.source is not None:  # else the shards are there already
+            if data.source is not None:  # else the shards exist already
                 with Progress("pack", 0) as progress:
                     pack(data, url, seed=settings.run.seed, pool=pool, quarantine=quarantine, progress=progress.reach)
     if "prepare" in stages:
         with recorded("prepare", folder, settings), Progress("prepare", 0) as progress:
             dataset = Dataset.open(url)
             refuse_unknown_classes(dataset, settings)
-            # asked only where a prior can use one: else the driver needs no torch to look for GPUs
+            # only if a prior can use an accelerator: otherwise the driver needs no torch to look for GPUs
             accelerate = accelerated(settings.prepare.chosen)
             prepare(
                 dataset,
@@ -125,34 +125,34 @@ def run_pool_stages(settings: Settings, folder: RunFolder, stages: Sequence[str]
 
 
 def interrupt(_number: int, _frame: FrameType | None) -> None:
-    """Ends packing and preparing as Ctrl-C does: what is finished stays. Training workers are asked to stop."""
+    """Ends packing and preparing like Ctrl-C, and keeps finished shards; training workers are asked to stop."""
     raise KeyboardInterrupt
 
 
 def exit_code(work: Callable[[], None]) -> int:
-    """Runs `work` and turns the errors that users meet into a message and an exit code."""
+    """Runs `work`; prints its error as a message, and returns the exit code."""
     try:
         work()
     except (StopRequested, KeyboardInterrupt) as stop:
-        with stop_handlers(signal.SIG_IGN):  # it stops already
+        with stop_handlers(signal.SIG_IGN):  # it is stopping already
             logger.info(f"{str(stop) or 'interrupted'}; the same command goes on from there")
         return EXIT_STOPPED
     except (UserError, StorageError) as error:
         code, message = EXIT_USER, f"error: {error}"
     except WorkerFailed as error:
         code, message = 1, f"error: a worker failed and no restart was left\n{error}"
-    except Exception:  # noqa: BLE001 (ours: Python would print the traceback with what secrets it holds)
+    except Exception:  # noqa: BLE001 (a bug: Python would print the traceback with its secrets)
         code, message = 1, traceback.format_exc()
     else:
         return 0
-    with suppress(OSError):  # a closed terminal ends nothing
+    with suppress(OSError):  # the terminal may be closed
         print(printable(message), file=sys.stderr, flush=True)
     return code
 
 
 def whole_process(main: Callable[[], int]) -> NoReturn:
-    """Ends this process with the exit code that `main` returns, whatever signals come after."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as some parents leave it, no child could be waited for
+    """Runs `main` and ends this process with its exit code; ignores stop signals after `main` has returned."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # some parents ignore it, and then no child can be waited for
     code = main()
     install_stop_handlers(signal.SIG_IGN)
     with safe_output():

@@ -1,7 +1,7 @@
-"""Random draws that are pure functions of a seed, a purpose and a place, and stay the same for ever.
+"""Random draws as pure functions of a seed, a purpose and a place, the same in all future versions.
 
-NumPy promises that the raw bits of a bit generator never change (NEP 19) but not what its distributions make of them,
-so everything here is made of raw bits. Philox (Salmon et al. 2011) turns a counter into bits: the place is the counter.
+NumPy promises that the raw bits of a bit generator never change (NEP 19), but its distributions may change. So all
+draws use raw bits. Philox (Salmon et al. 2011) turns a counter into bits; the place is the counter.
 """
 
 from enum import IntEnum
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 
 class Purpose(IntEnum):
-    """What draws are for: two purposes never share a stream. The numbers are part of the order contract."""
+    """The purpose of draws; two purposes never share a stream. The numbers are part of the order contract."""
 
     SHARDS = 1
     SAMPLES = 2
@@ -20,14 +20,14 @@ class Purpose(IntEnum):
 
 
 def bits(count: int, *, seed: int, purpose: Purpose, place: tuple[int, int] = (0, 0)) -> NDArray[np.uint64]:
-    """`count` random 64-bit numbers [count] that belong to this seed, purpose and place."""
+    """`count` random 64-bit numbers [count] of this seed, purpose and place."""
     key = np.array([seed % 2**64, purpose], np.uint64)
-    counter = np.array([0, 0, *place], np.uint64)  # the generator counts up in the first two words
+    counter = np.array([0, 0, *place], np.uint64)  # the generator increments the first two words
     return np.random.Philox(key=key, counter=counter).random_raw(count)
 
 
 def uniform(count: int, *, seed: int, purpose: Purpose, place: tuple[int, int] = (0, 0)) -> NDArray[np.float64]:
-    """`count` numbers [count] drawn evenly from [0, 1), on the grid of 2^-53."""
+    """`count` uniform numbers [count] from [0, 1), multiples of 2^-53."""
     raw = bits(count, seed=seed, purpose=purpose, place=place)
     return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

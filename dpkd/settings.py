@@ -1,4 +1,4 @@
-"""The settings of a run: its sections, and the checks across them before work starts. Loads no heavy package."""
+"""The settings of a run: its sections, and the checks across them before any work. Loads no heavy package."""
 
 import re
 from collections import Counter
@@ -41,12 +41,12 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
 class RunSettings(Config):
-    """The run folder and the seed that everything random is drawn from."""
+    """The run folder, the place of checkpoints, and the seed of all random draws."""
 
     dir: PathText = "runs/default"
     """A path that every worker sees."""
     checkpoints: PathText | None = None
-    """A path or any fsspec URL of a place that is this run's alone; none puts checkpoints into the run folder."""
+    """A path or any fsspec URL that only this run uses; None means a folder in the run folder."""
     seed: int = Field(0, ge=0)
 
     @field_validator("dir")
@@ -58,7 +58,7 @@ class RunSettings(Config):
 
 
 def _source_of_path(value: Any) -> Any:
-    """A plain path or URL as the source that its ending shows."""
+    """Settings of the source for a plain path or URL, by its extension."""
     if not isinstance(value, str):
         return value
     if re.search(r"\.(csv|tsv|jsonl|parquet)(\?.*)?$", value):
@@ -67,34 +67,34 @@ def _source_of_path(value: Any) -> Any:
 
 
 class DataSettings(Config):
-    """The images: where they come from, how they are split and packed, and at what size networks see them."""
+    """The images: their source, splits, packing, and size in training."""
 
     source: Annotated[Source | None, BeforeValidator(_source_of_path), TAKES_TEXT] = None
-    """None uses the shards that `shards` has already."""
+    """None uses the existing data set at `shards`."""
     shards: PathText | None = None
-    """Where the packed data set is, local or any fsspec URL; none puts it into the run folder."""
+    """Path or any fsspec URL of the packed data set; None means a folder in the run folder."""
     splits: Splits = GivenSplits()
     group_pattern: str | None = None
-    """Regular expression whose first group, found in a sample's path, names its group (patient, sign, tile)."""
+    """Regular expression; its first group in a sample's path is the name of the sample's group (patient, tile)."""
     samples_per_shard: int = Field(1024, ge=1)
     window: Window | None = None
-    """How values of more than 8 bits (16-bit, signed, float) become 0 to 255; without it such images are refused."""
+    """Range of values of more than 8 bits (16-bit, signed, float) that becomes 0 to 255; required for such images."""
     bad_limit: float = Field(0.01, ge=0, le=1)
-    """Largest share of samples that may be quarantined before the run stops."""
+    """Largest share of quarantined samples that does not stop the run."""
     image_size: int = Field(64, ge=16)
     map_size: int | None = Field(None, ge=4)
-    """Side of the prior maps in a batch; none takes a quarter of the image size."""
+    """Side of the prior maps in a batch; None means a quarter of the image size."""
     views: dict[Name, ViewSettings] = {GLOBAL: ViewSettings()}
-    """Views of each image that objectives may ask for; `global` is always there."""
+    """Views of each image for the objectives; `global` is required."""
     train: str = "train"
-    """Split that networks are trained on."""
+    """Split for training."""
     val: str | None = "val"
-    """Split for choices, evaluated during training; none evaluates nothing during training."""
+    """Split for choices, evaluated during training; None means no evaluation during training."""
     test: str | None = "test"
     """Split for the report, evaluated at the end."""
     labels: VisibleLabels = AllLabels()
     attributes: PathText | None = None
-    """Table of what experts state of the classes, `.yaml` or `.csv` (`dpkd/data/attributes.py` draws it)."""
+    """Table of expert attributes of the classes, `.yaml` or `.csv` (`dpkd/data/attributes.py` shows its format)."""
     loader: LoaderSettings = LoaderSettings()
 
     @model_validator(mode="after")
@@ -104,49 +104,49 @@ class DataSettings(Config):
         return self
 
     def check_splits(self) -> None:
-        """Raises `ValueError` where `train`, `val` or `test` names a split that `splits` does not make."""
-        made: Mapping[str, Any]
+        """Raises `ValueError` if `train`, `val` or `test` names a split that `splits` does not make."""
+        splits: Mapping[str, Any]
         match self.splits:
-            case FractionSplits(fractions=made) | ClassSplits(classes=made) | FileSplits(files=made):
+            case FractionSplits(fractions=splits) | ClassSplits(classes=splits) | FileSplits(files=splits):
                 for role, split in (("train", self.train), ("val", self.val), ("test", self.test)):
-                    if split is not None and split not in made:
-                        known = ", ".join(made)
+                    if split is not None and split not in splits:
+                        known = ", ".join(splits)
                         raise ValueError(f"data.{role} names the split {split!r}, but data.splits makes {known}")
 
     @property
     def evaluated_splits(self) -> tuple[str, ...]:
-        """The validation and the test split, as far as there are any."""
+        """The validation and the test split, if they are set."""
         return tuple(dict.fromkeys(split for split in (self.val, self.test) if split is not None))
 
 
 class PrepareSettings(Config):
-    """The prior maps computed once for every sample."""
+    """The prior maps, computed once for every sample."""
 
     name: str = Field("default", pattern=r"^\w[\w.-]*$")
     """Name of the prior set: `<shards>/priors/<name>`."""
     priors: Annotated[tuple[Prior, ...] | None, BeforeValidator(lambda given: None if given == "auto" else given)] = (
         None
     )
-    """`auto` (and none) computes what the objectives and poolings of this run need."""
+    """`auto` or None computes the maps that the objectives and poolings of this run need."""
 
     @property
     def chosen(self) -> tuple[Prior, ...]:
-        """The priors."""
-        assert self.priors is not None, "Settings chooses those of auto"
+        """The priors; never None in a validated `Settings`."""
+        assert self.priors is not None, "Settings replaces auto"
         return self.priors
 
     def sealed(self) -> "PrepareSettings":
-        """The same, with the priors bound to the weights they name; raises `UserError` that names weights missing."""
+        """A copy with priors bound to the weights in their settings; raises `UserError` with missing weights."""
         sealed = (prior.sealed() if isinstance(prior, BatchExtractor) else prior for prior in self.chosen)
         return self.model_copy(update={"priors": tuple(sealed)})
 
 
 class NetworkSettings(Config):
-    """What teachers and students have in common."""
+    """The common settings of teachers and students."""
 
     model: Model
     weights: PathText | None = None
-    """A safetensors file or PyTorch state dict to start from; none starts from scratch."""
+    """A safetensors file or PyTorch state dict with the first weights; None means random weights."""
     objectives: tuple[AnyObjective, ...] = ()
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
@@ -154,21 +154,21 @@ class NetworkSettings(Config):
 
 
 class TeacherSettings(NetworkSettings):
-    """A teacher; one without objectives is never trained."""
+    """A teacher; a teacher without objectives is never trained."""
 
     augment: AugmentSettings = AugmentSettings()
     training: TrainingSettings = TrainingSettings(epochs=100)
     during_distill: Literal["frozen", "live", "ema"] = "frozen"
-    """`live` goes on learning its own objectives in the same steps; with `ema` students follow its averaged weights."""
+    """`live` also trains it in the same steps with its objectives; with `ema` students follow its averaged weights."""
 
     @model_validator(mode="after")
     def _can_learn(self) -> "TeacherSettings":
         if self.during_distill != "frozen" and not self.objectives:
-            raise ValueError(f"during_distill={self.during_distill} needs objectives to learn: give some, or frozen")
+            raise ValueError(f"during_distill={self.during_distill} needs objectives: add one, or set frozen")
         if self.during_distill == "ema" and self.engine.ema is None:
             raise ValueError("during_distill=ema follows averaged weights: set engine.ema, for example 0.999")
         if not self.objectives and self.weights is None and not self.model.pretrained:
-            raise ValueError("a teacher without objectives is never trained: give it weights, or objectives")
+            raise ValueError("a teacher without objectives is never trained: set weights, or add objectives")
         return self
 
 
@@ -177,16 +177,16 @@ class StudentSettings(NetworkSettings):
 
     objectives: tuple[AnyObjective, ...] = (Supervised(), LogitDistillation())
     baseline: bool = False
-    """Also train the same network on labels alone: same images and steps, mean pooling; see `baselines`."""
+    """Also train the same network on labels alone, with mean pooling, on the same images and steps; see `baselines`."""
 
 
 def _without_nulls(value: Any) -> Any:
-    """The entries of a mapping that are not null: `key=null` takes one out."""
+    """The entries of a mapping that are not null; `key=null` removes an entry."""
     return {key: entry for key, entry in value.items() if entry is not None} if isinstance(value, dict) else value
 
 
 class DistillSettings(Config):
-    """Online distillation: one forward of each teacher serves every student."""
+    """Online distillation: all students use one forward pass of each teacher."""
 
     students: Annotated[dict[Name, StudentSettings], BeforeValidator(_without_nulls)] = Field(min_length=1)
     augment: AugmentSettings = AugmentSettings()
@@ -196,7 +196,7 @@ class DistillSettings(Config):
 
 
 class EvaluateSettings(Config):
-    """What is measured on the validation and test splits, for teachers, students and baselines alike."""
+    """The measurements on the validation and test splits, the same for teachers, students and baselines."""
 
     episodes: EpisodeSettings = EpisodeSettings()
     episodes_while_training: int = Field(400, ge=2)
@@ -208,11 +208,11 @@ class ExportSettings(Config):
 
     onnx: bool = True
     tolerance: float = Field(1e-3, gt=0)
-    """Largest difference between ONNX and PyTorch embeddings, relative to the largest of them."""
+    """Largest difference between ONNX and PyTorch outputs, relative to the largest output."""
 
 
 class Settings(Config):
-    """Everything that a run is given; `runs/<name>/settings.yaml` holds it resolved."""
+    """All settings of a run; `runs/<name>/settings.yaml` holds them with all defaults."""
 
     run: RunSettings = RunSettings()
     launcher: LauncherSettings = LauncherSettings()
@@ -240,18 +240,18 @@ class Settings(Config):
 
     @property
     def trained_teachers(self) -> dict[str, TeacherSettings]:
-        """The teachers that have something to learn."""
+        """The teachers with objectives."""
         return {name: teacher for name, teacher in self.teachers.items() if teacher.objectives}
 
     @property
     def trainings(self) -> dict[str, TrainingSettings]:
-        """The length and batch of every training, by its key."""
+        """The training settings of every training, by their key."""
         teachers = {f"teachers.{name}.training": teacher.training for name, teacher in self.trained_teachers.items()}
         return {**teachers, "distill.training": self.distill.training}
 
     @property
     def world_sizes(self) -> tuple[int, ...]:
-        """The numbers of workers that may share every batch equally, ascending; empty where the launcher chooses."""
+        """The allowed numbers of workers that share every batch equally, ascending; empty if the launcher chooses."""
         most, trainings = self.launcher.workers or 0, self.trainings.values()
         sizes = range(self.launcher.min_workers or most, most + 1) if most else ()
         return tuple(size for size in sizes if all(training.divides(size) for training in trainings))
@@ -264,11 +264,11 @@ class Settings(Config):
         for key, network in self.networks.items():
             for name, count in Counter(objective.name for objective in network.objectives).items():
                 if name is not None and count > 1:
-                    raise ValueError(f"{key}.objectives has two of the name {name!r}: rename one")
+                    raise ValueError(f"{key}.objectives has two objectives with the name {name!r}: rename one")
         uses_table = any("attributes" in objective.needs().targets for objective in self.objectives.values())
         if self.data.attributes is not None and not uses_table:
-            unused = f"data.attributes={self.data.attributes} is used by no objective"
-            raise ValueError(f"{unused}: add {{kind: attributes}} to some, or leave the table out")
+            unused = f"no objective uses data.attributes={self.data.attributes}"
+            raise ValueError(f"{unused}: add an objective {{kind: attributes}}, or remove the table")
         most = self.launcher.workers or 1
         for key, training in self.trainings.items():
             training.check_division(key, self.launcher.min_workers or most, most)
@@ -277,19 +277,19 @@ class Settings(Config):
             raise ValueError(f"no number of {workers} shares the batches of {', '.join(self.trainings)} equally")
         if self.prepare.priors is None:
             prepare = self.prepare.model_copy(update={"priors": tuple(self._needed_priors())})
-            object.__setattr__(self, "prepare", prepare)  # the model is frozen, and this is still its making
+            object.__setattr__(self, "prepare", prepare)  # the model is frozen, but still under construction
         for key, name in self._maps_used():
             self._check_map(key, name)
         return self
 
     def _check_objective(self, key: str, objective: Objective) -> None:
-        """The objective has its teacher, its table, its views and its maps, and images keep the colours it reads."""
+        """Checks an objective's teacher, table, views and maps, and that augmentation keeps the colours it reads."""
         needs, section, names = objective.needs(), key.rpartition(".objectives.")[0], list(self.teachers)
         teacher = section.removeprefix("teachers.") if section.startswith("teachers.") else None
         if needs.teacher:
             self._check_teacher(key, objective, among=names[: names.index(teacher)] if teacher else names)
         if "attributes" in needs.targets and self.data.attributes is None:
-            raise ValueError(f"{key} learns attributes, and data.attributes names no table: give a .yaml or .csv file")
+            raise ValueError(f"{key} learns attributes, but data.attributes is not set: give a .yaml or .csv file")
         for view in needs.views:
             if view not in self.data.views:
                 raise ValueError(f"{key} reads the view {view!r}; data.views has {', '.join(self.data.views)}")
@@ -301,10 +301,10 @@ class Settings(Config):
         for part, augment in augments.items() if needs.own_colours else ():
             if augment.brightness or augment.contrast or augment.saturation:
                 changed = f"{key} {needs.own_colours}, and {part}.augment changes colours"
-                raise ValueError(f"{changed}: set its brightness, contrast and saturation to 0, or leave the bound out")
+                raise ValueError(f"{changed}: set its brightness, contrast and saturation to 0, or remove the bound")
 
     def _check_teacher(self, key: str, objective: Objective, *, among: list[str]) -> None:
-        """The objective follows one of these teachers, and that has the outputs which the objective needs."""
+        """Checks that the objective follows one of the teachers `among`, which has the outputs that it needs."""
         known = ", ".join(among) or "none"
         name = teacher_of(objective) or (among[0] if len(among) == 1 else None)
         if name is None or name not in among:
@@ -320,7 +320,7 @@ class Settings(Config):
             yield from ((key, name) for name in objective.needs().maps)
 
     def _needed_priors(self) -> Iterator[Prior]:
-        """A prior with its defaults for every stored map that this run uses."""
+        """Yields a prior with default settings for every stored map that this run uses."""
         key_of = {name: key for key, name in self._maps_used() if name not in VIEW_MAPS or key.endswith(".pooling")}
         kinds = {prior.model_fields["kind"].default: prior for prior in BUILT_IN}
         for stored, key in {stored: key for name, key in key_of.items() for stored in _stored(name)}.items():
@@ -331,36 +331,36 @@ class Settings(Config):
             yield kinds[kind](of=of) if of else kinds[kind]()  # type: ignore[call-arg]
 
     def _check_map(self, key: str, name: str) -> None:
-        """The map is computed, and holds amounts where it is to be predicted or to weigh."""
+        """Checks that the map is computed, and that it holds amounts if an objective or a pooling needs amounts."""
         prepared = {prior.name: prior for prior in self.prepare.chosen}
         pooling = key.endswith(".pooling")
         if name in derivable(prepared) or (name in VIEW_MAPS and name not in prepared and not pooling):
             return
         if name not in prepared:
             missing = ", ".join(_as_prior(stored) for stored in _stored(name) if stored not in prepared)
-            made = ", ".join(sorted(prepared)) or "none"
-            raise ValueError(f"{key} uses the prior {name!r}; prepare.priors makes {made}: add {missing}, or set auto")
+            known = ", ".join(sorted(prepared)) or "none"
+            raise ValueError(f"{key} uses the prior {name!r}; prepare.priors makes {known}: add {missing}, or set auto")
         if prepared[name].nearest:
-            raise ValueError(f"{key}: {name!r} holds region labels, which are no amounts to predict or weigh by")
+            raise ValueError(f"{key}: {name!r} holds region labels, not amounts: use another prior, such as 'saliency'")
         if prepared[name].channels > 1 and (pooling or name in self.objectives[key].needs().amounts):
-            raise ValueError(f"{key}: {name!r} has several channels; one amount a patch is needed, as of 'saliency'")
+            raise ValueError(f"{key}: {name!r} has several channels: use a prior with one, such as 'saliency'")
 
 
 def _stored(name: str) -> tuple[str, ...]:
-    """The stored maps that a map is made from: itself, where it is stored."""
+    """The stored maps from which a map is derived; for a stored map, its name."""
     return DERIVED[name].needs if name in DERIVED else (name,)
 
 
 def _as_prior(name: str) -> str:
-    """How a prior of that name is listed: `expert-mask` is {kind: expert, of: mask}."""
+    """The settings of the prior with this name: `expert-mask` gives {kind: expert, of: mask}."""
     kind, dash, of = name.partition("-")
     return f"{{kind: {kind}{f', of: {of}' if dash else ''}{', model: …' if kind == 'learned' else ''}}}"
 
 
 def load_settings(path: str | Path, overrides: list[str]) -> Settings:
-    """Reads a YAML file, applies `key.path=value` overrides in order, and checks the whole.
+    """Reads a YAML file, applies `key.path=value` overrides in order, and validates the settings.
 
-    Raises `UserError` that names the key, its value and the way out.
+    Raises `UserError` with the key, its value and the way out.
     """
     tree = read_yaml_file(Path(path))
     for override in overrides:
@@ -369,11 +369,11 @@ def load_settings(path: str | Path, overrides: list[str]) -> Settings:
 
 
 def parse_settings(tree: dict[str, Any], *, origin: str) -> Settings:
-    """Checks a tree of plain values and returns it as `Settings`; `origin` is named in errors."""
+    """Validates a tree of plain values and returns it as `Settings`; errors name the `origin`."""
     try:
         refuse_secrets(tree)
         return Settings.model_validate(tree)
     except RecursionError:
-        raise UserError(f"{origin}: a value is inside itself, or lists are nested too deeply") from None
+        raise UserError(f"{origin}: a value contains itself, or lists are nested too deeply") from None
     except ValidationError as error:
         raise UserError(f"{origin}: {explain(error, Settings)}") from None

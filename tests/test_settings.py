@@ -124,16 +124,19 @@ def bounded(*bounds: dict[str, Any], of: str = "saliency", **extra: Any) -> dict
         (changed(distill__students={}), ["distill.students"]),
         (
             changed(teachers__teacher__objectives=[{"kind": "supervised"}, {"kind": "attributes"}]),
-            ["teachers.teacher.objectives.1", "data.attributes names no table", ".yaml or .csv"],
+            ["teachers.teacher.objectives.1", "data.attributes is not set", ".yaml or .csv"],
         ),
-        (changed(data__attributes="lesions.csv"), ["data.attributes=lesions.csv", "add {kind: attributes}"]),
+        (
+            changed(data__attributes="lesions.csv"),
+            ["data.attributes=lesions.csv", "add an objective {kind: attributes}"],
+        ),
         (
             changed(teachers__teacher__objectives=[{"kind": "supervised", "name": "a"}, {"kind": "hog", "name": "a"}]),
             ["teachers.teacher.objectives.1", "'hog'", "supervised"],
         ),
         (
             changed(teachers__teacher__objectives=[{"kind": "supervised", "name": "a"}] * 2),
-            ["teachers.teacher.objectives has two of the name 'a'"],
+            ["teachers.teacher.objectives has two objectives with the name 'a'"],
         ),
         (bounded(), ["teachers.teacher.objectives.0.bounds", "at least 1"]),
         (bounded({"statistic": "area"}), ["teachers.teacher.objectives.0.bounds.0", "at_least, at_most, or both"]),
