@@ -66,7 +66,7 @@ def test_the_bad_samples_and_no_others_are_named(damaged: Damaged, finished: Run
     lines = [json.loads(line) for line in finished.quarantine.read_text().splitlines()]
     reason_of = {line["item"]: line["reason"] for line in lines if line.get("counted", True)}
     assert [Path(item).name for item in reason_of if item not in (damaged.flipped, damaged.cut)] == ["broken.jpg"]
-    assert "not those that were packed" in reason_of[damaged.flipped]
+    assert "changed after packing" in reason_of[damaged.flipped]
     assert "the shard is cut short" in reason_of[damaged.cut]
     assert {line["item"] for line in lines if not line.get("counted", True)} == {
         damaged.flipped.partition("/")[0],
@@ -116,7 +116,7 @@ def test_without_prior_maps_a_damaged_sample_stops_training_by_name(
     plain = settings_of(tree).model_dump(mode="json")
     assert pretrain.exit_code(lambda: train_stages((plain, ["teach"], None))) == 2
     shard, _, key = damaged.flipped.partition("/")
-    assert f"{shard}, sample '{key}': its bytes are not those that were packed" in capfd.readouterr().err
+    assert f"{shard}, sample '{key}': its bytes changed after packing" in capfd.readouterr().err
 
 
 def test_the_prior_set_lists_just_those_two(damaged: Damaged, finished: RunFolder) -> None:

@@ -81,7 +81,7 @@ def test_samples_that_cannot_be_read_are_told_from_those_with_flat_maps(tmp_path
     assert f"prior set default: 1 could not be read and are left out: {lost}" in said
     assert "every sample that can be read has its 2 maps" in said
     draw_samples(dataset.url, tmp_path / "p.png", set_name="default")  # none of those it chooses is the lost one
-    with pytest.raises(UserError, match=f"maps of '{lost}': there are none"):
+    with pytest.raises(UserError, match=f"maps of '{lost}': they do not exist"):
         draw_samples(dataset.url, tmp_path / "p.png", set_name="default", keys=[lost])
 
 
@@ -110,7 +110,7 @@ def test_maps_of_another_image_are_found_though_every_hash_is_right(dataset):
     manifest = folder / MANIFEST_NAME
     content = json.loads(manifest.read_text().replace(index.shard.sha256, shard.sha256))
     manifest.write_bytes(checked({key: value for key, value in content.items() if key != "checksum"}))
-    with pytest.raises(UserError, match=f"maps of '{record.key}': they were made from another image") as error:
+    with pytest.raises(UserError, match=f"maps of '{record.key}': they were computed from another image") as error:
         inspect_dataset(dataset.url)
     assert key not in str(error.value)
 

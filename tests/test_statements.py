@@ -108,7 +108,7 @@ def test_a_class_without_a_row_stops_before_the_stage(
     tree = stated(tmp_path / "run", tmp_path / "table.yaml", shards=whole.path / "shards")
     tree["prepare"]["name"] = "other"
     message = stopped(tree, stages, capfd)
-    assert f"lacks 1 of 6 classes that are trained on: {name!r} (did you mean '{name}x'?)" in message
+    assert f"lacks 1 of 6 training classes: {name!r} (did you mean '{name}x'?)" in message
     assert not (whole.path / "shards" / "priors" / "other").exists()
     assert not (tmp_path / "run" / "teachers").exists()
 

@@ -1,1 +1,1 @@
-"""Shards: what they hold, which sample comes when, and how batches are made of them."""
+"""Shards: their content, the order of their samples, and the batches made of them."""

@@ -1,22 +1,22 @@
-"""What an expert knows of classes: graded attributes, a row a class. A file in, a frozen table out.
+"""Reads an expert's table of graded attributes, one row a class.
 
-YAML (`.yaml`, `.yml`), every scalar taken as its text, so that a class may be called `no` or `00014`:
+YAML (`.yaml`, `.yml`). Every scalar is read as text, so a class may be called `no` or `00014`:
 
     attributes:
       border:   [smooth, notched, irregular]     an ordered scale, evenly spaced: 0, 0.5, 1
-      pigment:  {none: 0, light: 0.3, dark: 1}   grades with values of their own
-      colour:   {one_of: [red, brown, black]}    one or another: three attributes `colour=red`, …, of which one is 1
+      pigment:  {none: 0, light: 0.3, dark: 1}   grades with explicit values
+      colour:   {one_of: [red, brown, black]}    three attributes `colour=red`, …; exactly one is 1
       symmetry: graded                           a number in [0, 1]
     classes:
       melanoma: {border: irregular, pigment: dark, colour: black, symmetry: 0.1}
       naevus:   {border: smooth, pigment: 0.5, colour: brown, symmetry: 0.9}
-      scar:     {border: notched}                what is absent, empty or ~ is not known, and trains nothing
+      scar:     {border: notched}                an absent value, an empty one or ~ is unknown and trains nothing
 
-A scale takes the name of one of its grades (this first, where grades are called by numbers) or a number in [0, 1].
+The value of a scale is the name of a grade or a number in [0, 1]. If it is both, it is the name.
 
-CSV (`.csv`): the first column is called `class`, every other is an attribute; a cell is a number in [0, 1] or empty.
-Names of grades are for YAML alone: a CSV has no place for their values. A table of more than 20,000 values
-goes into a CSV, as YAML is read within bounds.
+CSV (`.csv`). The first column is called `class`; every other column is an attribute. A cell is a number in [0, 1] or
+empty. A CSV cannot define named grades. A table of more than 20,000 values must be a CSV, because the YAML reader has
+limits.
 
 Axes: K class, A attribute.
 """
@@ -40,14 +40,14 @@ from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
 
 MAX_SHOWN = 12
-"""Faults of a file that an error shows."""
+"""Maximum number of faults that an error lists."""
 _UNKNOWN = ("", "~", "null")
-"""Cells of what is not known."""
+"""Cells that mean an unknown value."""
 
 
 @dataclass(frozen=True)
 class AttributeTable:
-    """Graded attributes of classes, each in [0, 1], NaN where not known."""
+    """Graded attributes of classes, each in [0, 1], NaN if unknown."""
 
     path: str
     names: tuple[str, ...]
@@ -55,19 +55,19 @@ class AttributeTable:
     value_KA: NDArray[np.float32]
 
     def rows(self, classes: Sequence[str]) -> NDArray[np.float32]:
-        """The rows of these classes, in their order; raises `UserError` that names those which are missing."""
-        place = {name: position for position, name in enumerate(self.classes)}
-        if missing := [name for name in classes if name not in place]:
+        """The rows of these classes, in the same order; raises `UserError` with the names of missing classes."""
+        row_of = {name: row for row, name in enumerate(self.classes)}
+        if missing := [name for name in classes if name not in row_of]:
             named = ", ".join(f"{name!r}{nearest(name, self.classes)}" for name in missing[:MAX_SHOWN])
             more = f" and {len(missing) - MAX_SHOWN} more" if len(missing) > MAX_SHOWN else ""
             raise UserError(
-                f"data.attributes {self.path} lacks {len(missing)} of {len(classes)} classes that are "
-                f"trained on: {named}{more}; add a row for each, an empty one where nothing is known"
+                f"data.attributes {self.path} lacks {len(missing)} of {len(classes)} training classes: {named}{more}; "
+                "add a row for each; leave the row empty if nothing is known"
             )
-        return self.value_KA[[place[name] for name in classes]]
+        return self.value_KA[[row_of[name] for name in classes]]
 
     def known(self) -> dict[str, dict[str, float]]:
-        """What is known of each class, as plain values by attribute."""
+        """The known values as plain floats: class -> attribute -> value."""
         rows = (dict(zip(self.names, row_A, strict=True)) for row_A in self.value_KA.tolist())
         return {
             name: {attribute: round(value, 6) for attribute, value in row.items() if not math.isnan(value)}
@@ -78,10 +78,10 @@ class AttributeTable:
 def score_weights(value_KA: NDArray[np.floating[Any]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Weights KA and biases K of classes, `score_K = weight_KA @ logit_A + bias_K` for predicted attribute logits.
 
-    A score is `-Σ_A KL(row ‖ sigmoid(logit))` up to a term that all classes share. Where every value is 0 or 1 that
-    is the log-likelihood of direct attribute prediction (Lampert et al. 2014, eq. 2, with even attribute priors); with
-    graded values it is largest where the prediction equals the row, while cross-entropy would never choose a middle
-    grade. An attribute that is not known of a class counts as of the average class that it is known of.
+    A score is `-Σ_A KL(row ‖ sigmoid(logit))` up to a term that all classes share. If every value is 0 or 1, it is the
+    log-likelihood of direct attribute prediction (Lampert et al. 2014, eq. 2, with even attribute priors). If values
+    are graded, the row equal to the prediction scores highest; cross-entropy would never choose a middle grade. For an
+    unknown value, the term is the mean over the classes with a known value.
     """
 
     def filled(table_KA: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -99,11 +99,11 @@ def score_weights(value_KA: NDArray[np.floating[Any]]) -> tuple[NDArray[np.float
 
 
 def read_attributes(path: str) -> AttributeTable:
-    """Reads the table at a path or fsspec URL; raises `UserError` that names every fault, its value and the way out."""
+    """Reads the table at a path or fsspec URL; raises `UserError` that lists the faults with their values."""
     suffix = path.rpartition(".")[2].lower()
     readers = {"yaml": _read_yaml, "yml": _read_yaml, "csv": _read_csv}
     if suffix not in readers:
-        raise UserError(f"data.attributes {path}: a table of attributes is a .yaml, .yml or .csv file")
+        raise UserError(f"data.attributes {path} has another suffix: give a .yaml, .yml or .csv file")
     try:
         attributes, rows = readers[suffix](storage.read_bytes(path).decode("utf-8-sig"))
     except FileNotFoundError:
@@ -131,7 +131,7 @@ def read_attributes(path: str) -> AttributeTable:
                 faults.append(f"{class_name}.{name}: {error}")
     if not faults:
         faults = [
-            f"the attribute {attribute.name!r} is known of no class: give a value of some class, or take it out"
+            f"the attribute {attribute.name!r} has no known value: give one for some class, or remove it"
             for attribute in attributes
             if np.isnan(value_KA[:, columns.index(attribute.columns[0])]).all()
         ]
@@ -139,18 +139,18 @@ def read_attributes(path: str) -> AttributeTable:
         more = [f"and {len(faults) - MAX_SHOWN} more"] if len(faults) > MAX_SHOWN else []
         lines = "\n  ".join([*faults[:MAX_SHOWN], *more])
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise UserError(f"data.attributes {path} has {count}; mend the file:\n  {lines}")
+        raise UserError(f"data.attributes {path} has {count}; correct the file:\n  {lines}")
     return AttributeTable(path=path, names=tuple(columns), classes=tuple(classes), value_KA=value_KA)
 
 
 @dataclass(frozen=True)
 class _Attribute:
-    """The columns that an attribute of the file becomes, and what its cells may hold."""
+    """One attribute of the file: its columns and its allowed cells."""
 
     name: str
     columns: tuple[str, ...]
     grades: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """Name of a grade or an option -> the value in each column."""
+    """Name of a grade or option -> the value in each column."""
     takes_numbers: bool = True
 
     def values(self, text: str) -> tuple[float, ...]:
@@ -163,9 +163,9 @@ class _Attribute:
             number = None
         if number is None or not self.takes_numbers:
             near = f"grade{nearest(text, self.grades)} of {', '.join(self.grades)}" if self.grades else "number"
-            raise ValueError(f"{text!r} is no {near}")
+            raise ValueError(f"{text!r} is not a {near}")
         if not 0 <= number <= 1:
-            raise ValueError(f"{text} is out of range: a value is a number from 0 to 1")
+            raise ValueError(f"{text} is out of range: give a number from 0 to 1")
         return (number,)
 
 
@@ -177,23 +177,23 @@ def _read_yaml(text: str) -> _Table:
     tree = read_yaml(text, scalars_as_text=True)
     sections = tree if isinstance(tree, dict) else {}
     if set(sections) != {"attributes", "classes"}:
-        raise ValueError(
-            f"a table has the two sections `attributes` and `classes`, this has {list(sections) or 'none'}"
-        )
+        raise ValueError(f"the sections must be `attributes` and `classes`, and are {list(sections) or 'none'}")
     for key, section in sections.items():
         if not isinstance(section, dict) or not section:
-            raise ValueError(f"the section `{key}` holds nothing: name each of the {key} with what is known of it")
+            raise ValueError(f"the section `{key}` is empty: list the {key}, each with its values")
     rows: list[tuple[str, dict[str, str]]] = []
     for name, row in tree["classes"].items():
         cells = {} if row in _UNKNOWN else row
         if not isinstance(cells, dict) or not all(isinstance(cell, str) for cell in cells.values()):
-            raise ValueError(f"the class {name!r} holds {row!r}: write {{attribute: value, …}}, one value each")
+            raise ValueError(
+                f"the class {name!r} has {row!r}: write {{attribute: value, …}}, one value for each attribute"
+            )
         rows.append((name, cells))
     return [_declared(name, value) for name, value in tree["attributes"].items()], rows
 
 
 def _declared(name: str, value: Any) -> _Attribute:
-    """What the YAML declares an attribute to be; raises `ValueError`."""
+    """The attribute that the YAML declares; raises `ValueError`."""
     plain = _Attribute(name, (name,))
     if value == "graded":
         return plain
@@ -207,8 +207,8 @@ def _declared(name: str, value: Any) -> _Attribute:
     names = {grade for grade in listed if isinstance(grade, str) and grade} if isinstance(listed, list) else set()
     if len(names) < 2 or len(names) < len(listed):
         raise ValueError(
-            f"attributes.{name}: {value!r} declares no attribute: write graded, a list of two grades or more (least to "
-            "most, each with a name of its own), {grade: value, …}, or {one_of: [option, …]}"
+            f"attributes.{name}: {value!r} is not a declaration: write graded, a list of two or more different grades "
+            "(least to most), {grade: value, …}, or {one_of: [option, …]}"
         )
     if one_of:
         options = {option: tuple(float(option == other) for other in listed) for option in listed}
@@ -222,14 +222,14 @@ def _read_csv(text: str) -> _Table:
     ]
     head = lines[0] if lines else ["nothing"]
     if head[0] != "class" or len(head) == 1 or not all(head):
-        raise ValueError(f"the first line must be 'class' and the name of each attribute, and is {', '.join(head)}")
+        raise ValueError(f"the first line must be 'class' and the attribute names, and is {', '.join(head)}")
     if len(lines) == 1:
-        raise ValueError("there is no class: add a line for each")
+        raise ValueError("the table has no classes: add a line for each class")
     for number, line in enumerate(lines[1:], start=2):
         if len(line) != len(head) or not line[0]:
             raise ValueError(
-                f"row {number} has {len(line)} cells with the class {line[0]!r}; a row names its class and has "
-                f"{len(head)} cells"
+                f"row {number} has {len(line)} cells and the class {line[0]!r}: write {len(head)} cells, with a class "
+                "name"
             )
     rows = [(line[0], dict(zip(head[1:], line[1:], strict=True))) for line in lines[1:]]
     return [_Attribute(name, (name,)) for name in head[1:]], rows

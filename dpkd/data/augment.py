@@ -1,8 +1,8 @@
 """Random views: a resized crop, a flip and a colour change, each a pure function of (settings, seed, epoch, sample).
 
-Prior maps follow the crop and the flip of their image. They come on coarser grids than it (21 x 21 for 84 x 84), so
-their crop starts and ends inside a cell: maps are resampled with the weights of a triangle filter over the exact crop,
-as Pillow does for `resize(box=...)`, labels by the nearest cell. Axes: B images, H height, W width, C channels.
+Prior maps follow the crop and the flip of their image. Their grids are coarser (21 x 21 for 84 x 84), so a crop starts
+and ends inside a cell. Maps are resampled with a triangle filter over the exact crop, as Pillow does for
+`resize(box=...)`; labels use the nearest cell. Axes: B images, H height, W width, C channels.
 """
 
 import math
@@ -26,14 +26,14 @@ GREY = np.array([0.299, 0.587, 0.114])
 """Luma weights of RGB (ITU-R BT.601)."""
 _SAME = np.eye(3)
 _NUM_CROPS = 10
-"""Crops tried before the largest one of the nearest allowed ratio is taken (Szegedy et al. 2015, as in torchvision)."""
+"""Crops tried before the largest crop of the nearest allowed ratio (Szegedy et al. 2015, as in torchvision)."""
 _NUM_DRAWS = 2 * _NUM_CROPS + 6
-"""Random numbers of one view."""
+"""Random numbers for one view."""
 
 
 @dataclass(frozen=True)
 class Crop:
-    """How one view is made of an image: a box in its pixels, mirrored or not, and factors on its colours (1: none)."""
+    """One view of an image: a box in pixels, a flip, and colour factors (1: no change)."""
 
     image_height: int
     image_width: int
@@ -50,14 +50,14 @@ class Crop:
 def random_views(
     settings: Sequence[AugmentSettings], image_size: tuple[int, int], *, seed: int, epoch: int, index: int
 ) -> list[Crop]:
-    """The views of sample `index` in `epoch`, one of each settings, for an image of (height, width) pixels.
+    """The views of sample `index` in `epoch`, one for each settings; `image_size` is (height, width) in pixels.
 
-    The draws of a view depend on its place among the views, so that the first is the same whatever follows.
+    The draws of a view depend on its position among the views, so later views do not change earlier ones.
     """
     all_draws = uniform(_NUM_DRAWS * len(settings), seed=seed, purpose=Purpose.VIEWS, place=(epoch, index))
     views = []
-    for own, draws in zip(settings, all_draws.reshape(-1, _NUM_DRAWS).tolist(), strict=True):
-        height, width = _crop_size(own, image_size, draws[: 2 * _NUM_CROPS])
+    for augment, draws in zip(settings, all_draws.reshape(-1, _NUM_DRAWS).tolist(), strict=True):
+        height, width = _crop_size(augment, image_size, draws[: 2 * _NUM_CROPS])
         at_top, at_left, flip, brightness, contrast, saturation = draws[2 * _NUM_CROPS :]
         view = Crop(
             *image_size,
@@ -65,10 +65,10 @@ def random_views(
             left=int(at_left * (image_size[1] - width + 1)),
             height=height,
             width=width,
-            flip=flip < own.flip,
-            brightness=_factor(own.brightness, brightness),
-            contrast=_factor(own.contrast, contrast),
-            saturation=_factor(own.saturation, saturation),
+            flip=flip < augment.flip,
+            brightness=_factor(augment.brightness, brightness),
+            contrast=_factor(augment.contrast, contrast),
+            saturation=_factor(augment.saturation, saturation),
         )
         views.append(view)
     return views
@@ -82,7 +82,7 @@ def centre_view(image_size: tuple[int, int]) -> Crop:
 
 
 def apply_image(view: Crop, image_HWC: Image, *, size: int) -> Image:
-    """The view of an RGB image at `size` x `size`, uint8: averages pixels where it shrinks, else interpolates."""
+    """The view of an RGB image at `size` x `size`, uint8: averages pixels if the view shrinks, else interpolates."""
     crop: Any = image_HWC[view.top : view.top + view.height, view.left : view.left + view.width]
     if crop.shape[:2] != (size, size):
         shrinks = view.height >= size and view.width >= size
@@ -95,21 +95,21 @@ def apply_image(view: Crop, image_HWC: Image, *, size: int) -> Image:
 def apply_map(view: Crop, map_HWC: Map, *, size: int, nearest: bool, flip: Callable[[Map], Map]) -> NDArray[np.float32]:
     """The same view of a map that covers the whole image, float32 at `size` x `size`.
 
-    `nearest` takes the value of the cell below each centre, for labels. `flip` gives the map of the mirrored image.
+    `nearest` uses the cell at each pixel centre, for labels. `flip` returns the map of the mirrored image.
     """
     height, width, channels = map_HWC.shape
     y = (view.top * (height / view.image_height), view.height * (height / view.image_height), height, size)
     x = (view.left * (width / view.image_width), view.width * (width / view.image_width), width, size)
     if nearest:
-        seen = map_HWC[_nearest_cells(*y)[:, None], _nearest_cells(*x)]
+        view_HWC = map_HWC[_nearest_cells(*y)[:, None], _nearest_cells(*x)]
     else:
         tall = _triangle_weights(*y) @ map_HWC.astype(np.float32, copy=False).reshape(height, width * channels)
-        seen = np.matmul(_triangle_weights(*x), tall.reshape(-1, width, channels))
-    return np.asarray(flip(seen) if view.flip else seen, np.float32)
+        view_HWC = np.matmul(_triangle_weights(*x), tall.reshape(-1, width, channels))
+    return np.asarray(flip(view_HWC) if view.flip else view_HWC, np.float32)
 
 
 def normalise(image_BCHW: torch.Tensor, *, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """Images as float32 with each channel shifted by `mean` and divided by `std` (of RGB in 0 … 1); takes uint8."""
+    """Images as float32 with each channel shifted by `mean` and divided by `std` (RGB in 0 … 1); the input is uint8."""
     assert image_BCHW.dtype == torch.uint8, "images are normalised once, from bytes"
     device = image_BCHW.device
     scale_C11 = 1 / (255 * torch.tensor(std, dtype=torch.float32, device=device)[:, None, None])
@@ -138,9 +138,9 @@ def _factor(strength: float, draw: float) -> float:
 
 
 def _colour_matrix(view: Crop, *, mean_RGB: Sequence[float]) -> NDArray[np.float64]:
-    """The 3 x 4 matrix that scales brightness, contrast about the mean grey, saturation about each pixel's grey.
+    """The 3 x 4 matrix that scales brightness, contrast about the mean grey, and saturation about each pixel's grey.
 
-    These are torchvision's three definitions in a fixed order; as one matrix, values are clipped once, at the end.
+    The three definitions are torchvision's, in a fixed order. One matrix clips the values once, at the end.
     """
     matrix = np.empty((3, 4))
     matrix[:, :3] = view.saturation * _SAME + (1 - view.saturation) * GREY
@@ -151,7 +151,7 @@ def _colour_matrix(view: Crop, *, mean_RGB: Sequence[float]) -> NDArray[np.float
 
 @lru_cache(64)
 def _triangle_weights(start: float, length: float, num_cells: int, size: int) -> NDArray[np.float32]:
-    """The weight [size, num_cells] of each cell in each sample: bilinear, with a wider triangle where it shrinks."""
+    """The weight [size, num_cells] of each cell in each pixel: bilinear, with a wider triangle if the view shrinks."""
     scale = length / size
     centre = start + (np.arange(size) + 0.5) * scale
     distance = np.abs(centre[:, None] - (np.arange(num_cells) + 0.5))
@@ -163,7 +163,7 @@ def _triangle_weights(start: float, length: float, num_cells: int, size: int) ->
 
 @lru_cache(64)
 def _nearest_cells(start: float, length: float, num_cells: int, size: int) -> NDArray[np.int64]:
-    """The cell [size] below each sample's centre."""
+    """The cell [size] at each pixel centre."""
     cells = np.floor(start + (np.arange(size) + 0.5) * (length / size)).astype(np.int64).clip(0, num_cells - 1)
     cells.setflags(write=False)
     return cells

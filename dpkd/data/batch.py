@@ -11,12 +11,12 @@ import torch
 
 @dataclass(frozen=True)
 class View:
-    """One kind of view of the images of a batch; V of each image follow one another in blocks of B."""
+    """One kind of view of a batch: V views of each image, as V blocks of B."""
 
     image_BCHW: torch.Tensor
     """uint8 RGB, [V·B, 3, H, W]; `augment.normalise` makes it the network's input."""
     maps: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Prior maps by name, float32 [V·B, C, h, w] at the map size, region labels included; NaN where not known."""
+    """Prior maps by name, float32 [V·B, C, h, w] at the map size, region labels included; NaN if unknown."""
 
 
 @dataclass(frozen=True)
@@ -24,28 +24,28 @@ class Batch:
     """One micro-batch."""
 
     views: Mapping[str, View]
-    """By name; `global` is always there."""
+    """By name; always has `global`."""
     targets: Mapping[str, torch.Tensor]
-    """What is to be learnt of each image; `class` is int64 [B], -1 without a visible label."""
+    """Learning targets by name; `class` is int64 [B], -1 without a visible label."""
     index_B: torch.Tensor
     """int64 sample of the split."""
     epoch_B: torch.Tensor
-    """int64 number of times the sample was drawn before; 0 in evaluation."""
+    """int64 count of earlier draws of the sample; 0 in evaluation."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory, from which copies to a GPU run beside the computation."""
+        """The same batch in page-locked memory, so that copies to a GPU overlap with computation."""
         return self._map(torch.Tensor.pin_memory)
 
     def first(self, count: int) -> "Batch":
-        """The first images of the batch, each in the first of its views of each kind; fewer where it has fewer."""
+        """At most `count` images, each in its first view of each kind."""
         return self._map(lambda tensor: tensor[:count])
 
     def with_shifted_maps(self) -> "Batch":
-        """The same batch with each image given the prior maps of the image before it: a control of what maps bring."""
+        """The same batch, in which each image has the prior maps of the previous image: a control experiment."""
         size = len(self.index_B)
 
         def shifted(map_BCHW: torch.Tensor) -> torch.Tensor:

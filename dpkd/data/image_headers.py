@@ -1,7 +1,7 @@
-"""The head of an image file, read before anything is decoded: size, kind of numbers, and whether the file is whole.
+"""Reads the header of an image file before decoding: size, number type, and whether the file is complete.
 
-Decoders convert in silence: they reinterpret signed numbers, keep the upper half of 16 bits, and fill what is cut off
-with grey. So the header is read first, and the file refused by that reason.
+Decoders convert silently: they reinterpret signed numbers, keep the upper half of 16 bits, and fill missing data with
+grey. So the header is read first, and an unsuitable file is refused with the reason.
 """
 
 import io
@@ -17,11 +17,11 @@ from PIL import Image, TiffImagePlugin
 from dpkd.errors import without_secrets
 
 UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, EOFError, LookupError, ArithmeticError, struct.error)
-"""What Pillow raises over bytes that are not an image."""
+"""The exceptions of Pillow for bytes that are not an image."""
 
 
 class BrokenImage(ValueError):
-    """Image bytes that cannot be used; the message has the reason, the caller adds the file."""
+    """Image bytes that cannot be used; the message has the reason, the caller adds the file name."""
 
     def __init__(self, message: str) -> None:
         super().__init__(without_secrets(message))
@@ -29,31 +29,31 @@ class BrokenImage(ValueError):
 
 @dataclass(frozen=True)
 class Header:
-    """An image file by its head."""
+    """The content of an image file's header."""
 
     format: Literal["jpg", "png", "webp", "tiff", "bmp", "pnm"]
     width: int
     """Before any rotation."""
     height: int
     bits: int = 8
-    """Of one value."""
+    """Bits of one value."""
     number: Literal["unsigned", "signed", "float"] = "unsigned"
     num_scans: int = 1
-    """Passes over the pixels that the decoder of a JPEG makes."""
+    """Passes of a JPEG decoder over the pixels."""
     compression: int = 1
     photometric: int = 1
-    """TIFF's numbers of its compression and of its colours; 0 is white at zero, 1 black at zero."""
+    """TIFF codes of compression and colours; photometric 0 is white at zero, 1 black at zero."""
     alpha: bool = False
-    """True where a TIFF has alpha beside its colours."""
+    """True for a TIFF with an alpha channel."""
 
     @property
     def deep(self) -> bool:
-        """True where the values are not whole numbers from 0 to 255."""
+        """True if the values are not whole numbers from 0 to 255."""
         return self.bits > 8 or self.number != "unsigned"
 
 
 def image_format(data: bytes) -> Literal["jpg", "png", "webp"] | None:
-    """The format by the first bytes, whatever the file was called; None for any that shards do not hold."""
+    """The format by the first bytes, not by the file name; None for a format that shards do not store."""
     if data[:3] == b"\xff\xd8\xff":
         return "jpg"
     if data[:8] == b"\x89PNG\r\n\x1a\n":
@@ -62,7 +62,7 @@ def image_format(data: bytes) -> Literal["jpg", "png", "webp"] | None:
 
 
 def read_header(data: bytes) -> Header:
-    """Reads the head; raises `BrokenImage` for a file that is cut short or of no format that is read."""
+    """Reads the header; raises `BrokenImage` for a truncated file or an unsupported format."""
     if not data:
         raise BrokenImage("the file is empty")
     match image_format(data):
@@ -78,16 +78,16 @@ def read_header(data: bytes) -> Header:
 
 
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
-"""Of JPEG: neither a stuffed 0xFF, nor a restart within a scan, nor a filling byte."""
+"""A JPEG marker; not a stuffed 0xFF, a restart within a scan, or a fill byte."""
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_START, _JPEG_END, _JPEG_SCAN, _JPEG_EMPTY = 0xD8, 0xD9, 0xDA, 0x01
 
 
 def _jpeg(data: bytes) -> Header:
-    """Walks the segments up to the first end mark that no segment holds (ISO 10918-1, B.1).
+    """Walks the segments up to the first end mark outside a segment (ISO 10918-1, B.1).
 
-    What follows the end mark (the video of a motion photo) and what is inside a segment (a thumbnail) is passed
-    over. Bytes between segments are skipped, as decoders do.
+    Skips data after the end mark (the video of a motion photo) and data inside a segment (a thumbnail). Skips bytes
+    between segments, as decoders do.
     """
     frame, num_scans, marker, at = -1, 0, _JPEG_START, 2
     while marker != _JPEG_END and (match := _MARKER.search(data, at)):
@@ -129,7 +129,7 @@ def _webp(data: bytes) -> Header:
     elif kind == b"VP8 ":
         width, height = (int.from_bytes(head[at : at + 2], "little") & 0x3FFF for at in (6, 8))
     else:
-        raise BrokenImage("the webp begins with no image")
+        raise BrokenImage("the webp does not begin with an image")
     return Header("webp", width, height)
 
 
@@ -144,7 +144,7 @@ def _tiff(data: bytes) -> Header:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # the byte order by its own argument: Pillow takes a BigTIFF of big endian for a TIFF
+            # the byte order as an argument: Pillow mistakes a big-endian BigTIFF for a TIFF
             tags = TiffImagePlugin.ImageFileDirectory_v2(b"II+\0" + data[4:16] if big else data[:8], data[:2])
             file = io.BytesIO(data)
             file.seek(tags.next)
@@ -173,8 +173,8 @@ def _tiff(data: bytes) -> Header:
     ):
         raise BrokenImage(
             f"the tiff has {bands} bands of {'/'.join(map(str, all_bits))} bits (sample format "
-            f"{'/'.join(map(str, kinds))}, photometric {photometric}, extra samples {extra}), which are not read: save "
-            "the 1 or 3 bands that networks should see as grey or RGB of 8 or 16 bits"
+            f"{'/'.join(map(str, kinds))}, photometric {photometric}, extra samples {extra}), which is not supported: "
+            "save the 1 or 3 bands for the network as grey or RGB with 8 or 16 bits"
         )
     return Header("tiff", width, height, bits, number, 1, compression, photometric, alpha)
 
@@ -185,15 +185,15 @@ _PNM_MAXIMUM = re.compile(rb"P[2356](?:(?:\s|#[^\n]*\n)+\d+){2}(?:\s|#[^\n]*\n)+
 def _bmp_or_pnm(data: bytes) -> Header:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large images, and of what is odd in a header
+            warnings.simplefilter("ignore")  # about large images and unusual headers
             image = Image.open(io.BytesIO(data), formats=("BMP", "PPM"))
     except Image.DecompressionBombError as error:
         raise BrokenImage(f"the image is too large: {error}: cut it into tiles") from error
     except UNREADABLE as error:
-        raise BrokenImage("the file is no JPEG, PNG, WebP, BMP, TIFF or PNM image that can be read") from error
+        raise BrokenImage("the file is not a readable JPEG, PNG, WebP, BMP, TIFF or PNM image") from error
     if image.format == "BMP" or data[:2] in (b"P1", b"P4"):
         return Header("bmp" if image.format == "BMP" else "pnm", *image.size)
     maximum = _PNM_MAXIMUM.match(data)
     if maximum is None:
-        raise BrokenImage("the file is a PNM image of a kind that is not read: save it as PNG")
+        raise BrokenImage("the file is an unsupported kind of PNM image: save it as PNG")
     return Header("pnm", *image.size, bits=8 if int(maximum[1]) < 256 else 16)

@@ -1,4 +1,4 @@
-"""How many labels training sees: a deterministic choice, so that label efficiency can be measured. Axes: N samples."""
+"""Chooses the labels visible to training, deterministically, to measure label efficiency. Axes: N samples."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ Labels = NDArray[np.int64]
 def visible_labels(
     label_N: Labels, settings: VisibleLabels, *, keys: Sequence[str], seed: int, unreadable: Labels | Sequence[int] = ()
 ) -> Labels:
-    """The labels [N] that training may see, -1 for the others.
+    """The labels [N] that training may see, -1 for hidden or missing ones.
 
-    The choice depends on the seed and the samples' keys, not on how they are packed, and it grows: the labels of a
-    smaller count or fraction are among those of a larger one. Of the samples `unreadable` no label is visible, and
-    another takes its place where labels are counted.
+    The choice depends on the seed and the samples' keys, not on the packing. A larger count or fraction includes the
+    labels of a smaller one. The labels of the samples `unreadable` are hidden and do not count; if labels are counted,
+    other samples replace them.
 
-    Raises `UserError` for a list that does not fit the split.
+    Raises `UserError` if a list does not match the split.
     """
     readable_N = label_N.copy()
     readable_N[np.asarray(unreadable, np.int64)] = -1
@@ -52,13 +52,13 @@ def _listed(label_N: Labels, path: str, *, keys: Sequence[str]) -> NDArray[np.in
     numbers, unknown, _ = match_lines(read_lines(path, key="data.labels.path"), {key: i for i, key in enumerate(keys)})
     shown = sorted({number for _, number in numbers})
     without_label = {keys[i] for i in shown if label_N[i] < 0}
-    elsewhere = "are not in the split that networks are trained on (data.train)"
-    for wrong, reason in ((set(unknown), elsewhere), (without_label, "have no label")):
+    not_in_split = "are not in the training split (data.train)"
+    for wrong, reason in ((set(unknown), not_in_split), (without_label, "have no label")):
         if wrong:
             named = ", ".join(map(repr, sorted(wrong)[:3]))
             raise UserError(
-                f"data.labels.path={path}: {len(wrong)} of the keys it lists {reason}, as {named}: take them out"
+                f"data.labels.path={path}: {len(wrong)} of the listed keys {reason}, such as {named}: remove them"
             )
     if not shown:
-        raise UserError(f"data.labels.path={path} lists no key: list one a line, or leave data.labels at its default")
+        raise UserError(f"data.labels.path={path} lists no key: list one key a line, or remove data.labels")
     return np.array(shown, np.int64)

@@ -1,13 +1,13 @@
-"""Which samples make global batch `s`: a pure function of (seed, s), whatever the number of ranks or loader workers.
+"""The samples of global batch `s`: a pure function of (seed, s), independent of the number of ranks or loader workers.
 
 Positions 0, 1, 2 … of an endless sequence are cut into global batches, so the data position of a run is one integer,
-the step. A batch may straddle two epochs; nothing is dropped or repeated within one. Axes: B samples of a global batch,
-M micro-batches of a rank, N samples of the split, K classes.
+the step. A batch may span two epochs; no sample is dropped or repeated within an epoch. Axes: B samples of a global
+batch, M micro-batches of a rank, N samples of the split, K classes.
 
-`Order` shuffles the shards of each epoch, takes them in blocks of `block_shards`, and shuffles the samples inside a
-block: remote shards stream, and memory is one permutation of a block, not of a split of ten million samples.
+`Order` shuffles the shards of each epoch, cuts them into blocks of `block_shards`, and shuffles the samples of a block.
+So remote shards stream, and memory holds the permutation of a block, not of a split of ten million samples.
 
-Samples that cannot be read are in no order: `OrderWithout` numbers the others as the split does.
+An order has no unreadable samples: `OrderWithout` converts its numbers to those of the whole split.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,11 +23,11 @@ from dpkd.rng import Purpose, permutation
 Indices = NDArray[np.int64]
 
 _NUM_CACHED = 2
-"""Blocks and epochs kept at a time: a batch seldom touches more."""
+"""Cached blocks and epochs: a batch seldom needs more."""
 
 
 class SampleOrder(Protocol):
-    """What training asks of an order."""
+    """The methods of an order that training uses."""
 
     num_samples: int
     global_batch_size: int
@@ -43,11 +43,11 @@ class _Epoch(NamedTuple):
     shards: Indices
     """Shards in the order of this epoch."""
     block_start: Indices
-    """Where each block starts within the epoch; one more entry closes the last."""
+    """Start of each block within the epoch, and the end of the last block."""
 
 
 class Order:
-    """Every sample once an epoch, in a new order each time."""
+    """Every sample once an epoch, in a new order each epoch."""
 
     def __init__(self, shard_sizes: Sequence[int], *, seed: int, global_batch_size: int, block_shards: int) -> None:
         self.shard_sizes = np.asarray(shard_sizes, np.int64)
@@ -92,10 +92,10 @@ class Order:
 
 
 class ClassAwareOrder:
-    """Classes come equally often however rare they are; the samples of a class each once before any comes again.
+    """All classes equally often; a sample of a class repeats only after all other samples of the class.
 
-    The sequence goes in rounds: each round shows every class once, in a new order. Samples without a label (-1) keep
-    their share of the split, spread evenly, so the expected number of labels in a batch is that of `Order`.
+    The sequence consists of rounds: each round has every class once, in a new order. Samples without a label (-1) keep
+    their share of the split, spread evenly, so a batch has the same expected number of labels as with `Order`.
     """
 
     def __init__(self, label_N: NDArray[np.int64], *, seed: int, global_batch_size: int) -> None:
@@ -129,7 +129,7 @@ class ClassAwareOrder:
         return pairs[:, 0], pairs[:, 1]
 
     def _at(self, position: int) -> tuple[int, int]:
-        """The sample at a position of the endless sequence, and how often it came before."""
+        """The sample at a position of the endless sequence, and its number of earlier draws."""
         num_unlabelled = len(self._unlabelled)
         before = position * num_unlabelled // self.num_samples
         if (position + 1) * num_unlabelled // self.num_samples > before:
@@ -139,7 +139,7 @@ class ClassAwareOrder:
         return self._nth(int(self._label_K[slot]), self._members[slot], turn)
 
     def _nth(self, label: int, members: NDArray[np.integer], draw: int) -> tuple[int, int]:
-        """The sample of a class that its n-th draw gives."""
+        """The sample of the n-th draw from a class, and its number of earlier draws."""
         epoch, place = divmod(draw, len(members))
         if self._shuffles.get(label, (-1,))[0] != epoch:
             order = permutation(len(members), seed=self._seed, purpose=Purpose.SAMPLES, place=(epoch, label + 1))
@@ -151,14 +151,14 @@ class ClassAwareOrder:
 
 
 class OrderWithout:
-    """An order over the samples that are left where some are left out, given by their numbers in the whole split."""
+    """An order of the split without some samples; the indices count the whole split."""
 
     def __init__(self, order: SampleOrder, left_out: Indices) -> None:
-        """`order` numbers the samples that are left from 0; `left_out` is ascending."""
+        """`order` numbers the remaining samples from 0; `left_out` is ascending."""
         self.num_samples = order.num_samples
         self.global_batch_size = order.global_batch_size
         self._order = order
-        # how many are left before each that is left out: a number from there on is so much larger in the whole split
+        # number of remaining samples before each left-out one: from there on, the number in the whole split is larger
         self._num_before = left_out - np.arange(len(left_out))
 
     def batch(self, step: int) -> Indices:
@@ -172,7 +172,7 @@ class OrderWithout:
 
 
 def rank_slice(batch: Indices, *, rank: int, world_size: int, micro_batch_size: int) -> Indices:
-    """The micro-batches [M, micro] of a rank: the batch is cut before it is shared out, so all world sizes agree.
+    """The micro-batches [M, micro] of a rank, cut before they are distributed, so all world sizes have the same.
 
     Raises `UserError` if the batch cannot be cut evenly.
     """
@@ -180,7 +180,7 @@ def rank_slice(batch: Indices, *, rank: int, world_size: int, micro_batch_size: 
     if len(batch) % step_size:
         raise UserError(
             f"training.batch_size {len(batch)} cannot be cut into micro-batches of {micro_batch_size} on {world_size} "
-            f"workers: make it a multiple of {step_size}, or set training.micro_batch_size or launcher.workers to suit"
+            f"workers: set a multiple of {step_size}, or change training.micro_batch_size or launcher.workers"
         )
     return batch.reshape(-1, micro_batch_size)[rank::world_size]
 
@@ -188,10 +188,10 @@ def rank_slice(batch: Indices, *, rank: int, world_size: int, micro_batch_size: 
 def rank_micro_batches(
     order: SampleOrder, steps: Iterable[int], *, rank: int, world_size: int, micro_batch_size: int
 ) -> Iterator[tuple[Indices, Indices]]:
-    """(samples, how often each was drawn before), both [micro], of each micro-batch of a rank, step by step."""
-    deal = partial(rank_slice, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
+    """(samples, number of earlier draws), both [micro], of each micro-batch of a rank, step by step."""
+    cut = partial(rank_slice, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
     for step in steps:
-        yield from zip(deal(order.batch(step)), deal(order.epochs_of(step)), strict=True)
+        yield from zip(cut(order.batch(step)), cut(order.epochs_of(step)), strict=True)
 
 
 def _positions(step: int, global_batch_size: int) -> Indices:
@@ -200,4 +200,4 @@ def _positions(step: int, global_batch_size: int) -> Indices:
 
 def _require_samples(num_samples: int) -> None:
     if not num_samples:
-        raise UserError("data.train names a split without samples: name another split, or pack the images again")
+        raise UserError("data.train names a split without samples: choose another split, or pack the images again")

@@ -1,4 +1,4 @@
-"""Settings of the data room: where images come from, how they are split, seen and loaded."""
+"""Settings of the data room: sources, splits, views and loading of images."""
 
 from typing import Annotated, Literal
 
@@ -8,7 +8,7 @@ from dpkd.config import Config, PathText
 
 
 class FolderSource(Config):
-    """Images in folders: `<split>/<class>/*`, `<class>/*`, or flat without labels; the depth tells which."""
+    """Images in folders: `<split>/<class>/*`, `<class>/*`, or flat without labels, depending on the depth."""
 
     kind: Literal["folder"] = "folder"
     path: PathText
@@ -38,7 +38,7 @@ Source = Annotated[FolderSource | TableSource | ShardSource, Field(discriminator
 
 
 class GivenSplits(Config):
-    """The splits that the source itself names (top folder, column, shard name)."""
+    """The splits named by the source (top folder, column, shard name)."""
 
     kind: Literal["given"] = "given"
 
@@ -51,14 +51,14 @@ class FractionSplits(Config):
 
 
 class ClassSplits(Config):
-    """Splits by class, for few-shot work: a number of classes or their names for each split."""
+    """Splits by class, for few-shot learning: a number of classes or class names for each split."""
 
     kind: Literal["class"] = "class"
     classes: dict[str, int | tuple[str, ...]]
 
 
 class FileSplits(Config):
-    """Splits by text files, one sample path (relative to the source) or key a line."""
+    """Splits by text files; each line is a sample path (relative to the source) or a key."""
 
     kind: Literal["file"] = "file"
     files: dict[str, PathText]
@@ -68,7 +68,7 @@ Splits = Annotated[GivenSplits | FractionSplits | ClassSplits | FileSplits, Fiel
 
 
 class Window(Config):
-    """The values that become black and white in images of more than 8 bits, of signed numbers or of floats."""
+    """The values for black and white in images of more than 8 bits, signed numbers or floats."""
 
     low: float = Field(allow_inf_nan=False)
     high: float = Field(allow_inf_nan=False)
@@ -76,7 +76,7 @@ class Window(Config):
     @model_validator(mode="after")
     def _in_order(self) -> "Window":
         if self.low >= self.high:
-            raise ValueError(f"low={self.low:g} must lie below high={self.high:g}")
+            raise ValueError(f"low={self.low:g} must be less than high={self.high:g}")
         return self
 
 
@@ -101,7 +101,7 @@ class LabelFraction(Config):
 
 
 class ListedLabels(Config):
-    """Only the samples whose keys this text file lists show their label."""
+    """Only the labels of the samples whose keys this text file lists are visible."""
 
     kind: Literal["listed"] = "listed"
     path: PathText
@@ -126,22 +126,22 @@ GLOBAL = "global"
 
 
 class ViewSettings(Config):
-    """One kind of view of each image: how often, at what size, and of how much of it."""
+    """One kind of view of each image: number, size and crop."""
 
     count: int = Field(1, ge=1)
-    """Views of this kind of each image."""
+    """Number of views for each image."""
     size: int | None = Field(None, ge=8)
-    """Side in pixels; none takes `data.image_size`."""
+    """Side in pixels; `data.image_size` by default."""
     map_size: int | None = Field(None, ge=4)
-    """Side of the prior maps; none takes a quarter of the side, of the global view `data.map_size`."""
+    """Side of the prior maps; by default a quarter of `size`, and `data.map_size` for the global view."""
     crop_scale: tuple[float, float] | None = None
-    """Share of the image's area that a crop covers; none takes that of `augment`."""
+    """Range of the share of the image area in a crop; that of `augment` by default."""
 
 
 class LoaderSettings(Config):
-    """Processes that read and decode ahead of training; 0 loads in the training process."""
+    """Worker processes that read and decode ahead of training; 0 loads in the training process."""
 
     workers: int = Field(1, ge=0)
     prefetch: int = Field(4, ge=1)
     block_shards: int = Field(8, ge=1)
-    """Shards shuffled together: more mixes better, fewer keeps remote shards streaming."""
+    """Shards shuffled together: a larger block mixes better, a smaller block streams remote shards better."""

@@ -1,16 +1,16 @@
-"""The packed data set: its files, and reading it by sample.
+"""The packed data set: its files, and a reader by sample.
 
 <dataset>/
-  dataset.json                      `Manifest`; written last, so a folder without it is no data set yet
+  dataset.json                      `Manifest`; written last, so a folder without it is not yet a data set
   <split>-000000.tar                a plain WebDataset tar; the members of a sample follow one another:
-      <key>.jpg|png|webp            the image, bytes as they came (other formats as PNG)
+      <key>.jpg|png|webp            the image with its original bytes (other formats as PNG)
       <key>.json                    {"label": 3 or null, "class_name", "group", "source", "attributes": {…}}
-      <key>.mask.png                optional, of the image's size
-      <key>.expert-<name>.png       optional, any number
+      <key>.mask.png                optional, the size of the image
+      <key>.expert-<name>.png       optional, any number of them
   <split>-000000.index.msgpack      `ShardIndex`: columns, one entry a sample; written after its tar
 
-A sample's bytes are checked against the index whenever they are read, because damage inside a JPEG decodes without an
-error. Manifest and index have a checksum of their own each, which shows a changed bit of a label.
+Each read compares the sample's bytes with the checksum of the index, because a damaged JPEG may decode without error.
+Manifest and index contain a checksum of their content, which detects a changed bit of a label.
 
 A key is the path of the image in its source without the extension. Axes: N samples.
 """
@@ -49,14 +49,14 @@ class ShardInfo(BaseModel):
 
     model_config = ConfigDict(frozen=True)
     name: str = Field(pattern=r"^\w[\w.-]*\.tar$")
-    """A file of the data set's own folder: no path."""
+    """A file name in the data set's folder, without a path."""
     num_samples: int = Field(ge=0)
     size_bytes: int = Field(ge=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 class SplitInfo(BaseModel):
-    """One split: its samples, and how many of each class (in the order of `Manifest.classes`) and without a label."""
+    """One split: numbers of samples in all, without a label, and of each class (in the order of `Manifest.classes`)."""
 
     model_config = ConfigDict(frozen=True)
     num_samples: int = Field(ge=0)
@@ -76,10 +76,10 @@ class Manifest(BaseModel):
     """RGB, in 0..1, over the pixels of the training split."""
     image_std: tuple[float, float, float]
     num_left_out: int = 0
-    """Samples of the source that the splits did not ask for."""
+    """Samples of the source that belong to no split."""
     num_quarantined: int = 0
     made_from: dict[str, str]
-    """What the data set was packed from; the same values give the same bytes."""
+    """The inputs of packing; the same values give the same bytes."""
 
     def to_bytes(self) -> bytes:
         """The file's content."""
@@ -87,7 +87,7 @@ class Manifest(BaseModel):
 
     @property
     def fingerprint(self) -> str:
-        """The checksums of all shards in one: equal for equal data."""
+        """One checksum of all shards: equal for equal data."""
         return storage.digest(
             "".join(shard.sha256 for split in self.splits.values() for shard in split.shards).encode()
         )
@@ -101,16 +101,16 @@ class ShardIndex:
     label_N: NDArray[np.int64]
     groups: tuple[str | None, ...]
     members: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]
-    """extension -> (offset of each sample's data, size of it)."""
+    """extension -> (offset, size) of each sample's data."""
     shard: ShardInfo
     checksum_N: NDArray[np.uint32]
     """`checksum` of each sample."""
     plan: str = ""
-    """Digest of what the shard was to be made from."""
+    """Digest of the inputs planned for the shard."""
     bad: tuple[tuple[str, str], ...] = ()
-    """(item, reason) of what could not be packed."""
+    """(item, reason) of the items that were not packed."""
     pixel_counts: tuple[tuple[int, ...], ...] = ()
-    """For R, G and B: how often each of the 256 values occurs."""
+    """Histograms of R, G and B, each of 256 values."""
 
     def to_bytes(self) -> bytes:
         """The file's content."""
@@ -132,7 +132,7 @@ class ShardIndex:
 
     @staticmethod
     def from_bytes(data: bytes) -> "ShardIndex":
-        """Reads the file's content; raises `ValueError` where it is damaged or another file's."""
+        """Reads the file's content; raises `ValueError` if it is damaged or not a shard index."""
         content = unpack_checked(data)
         try:
             columns = content["members"].items()
@@ -148,12 +148,12 @@ class ShardIndex:
 
 
 def is_given(extension: str) -> bool:
-    """True for the members that hold what an expert gave: `mask.png` and `expert-<name>.png`."""
+    """True for the members with an expert's map: `mask.png` and `expert-<name>.png`."""
     return extension == MASK_EXTENSION or (extension.startswith(EXPERT_PREFIX) and extension.endswith(".png"))
 
 
 def given_name(extension: str) -> str:
-    """The name of what an expert gave: `mask`, the figure and ground, of mask.png; `<name>` of expert-<name>.png."""
+    """The name of an expert's map: `mask` (figure and ground) for mask.png, `<name>` for expert-<name>.png."""
     return extension.removeprefix(EXPERT_PREFIX).removesuffix(".png")
 
 
@@ -163,17 +163,17 @@ def index_name(shard_name: str) -> str:
 
 
 class Sample(NamedTuple):
-    """One sample as its shard holds it."""
+    """One sample as stored in its shard."""
 
     key: str
     image: bytes
     meta: dict[str, Any]
     given: dict[str, bytes]
-    """What an expert gave with the image: image files by `given_name`."""
+    """The expert's maps: image files by `given_name`."""
 
 
 class Unreadable(NamedTuple):
-    """A sample whose bytes are missing or damaged, and why it cannot be read."""
+    """A sample whose bytes are missing or damaged, and the reason."""
 
     key: str
     reason: str
@@ -188,30 +188,32 @@ class Dataset:
 
     @staticmethod
     def open(url: str) -> "Dataset":
-        """Reads dataset.json; raises `UserError` without one, or for one that cannot be used."""
-        place = storage.join(url, MANIFEST_NAME)
+        """Reads dataset.json; raises `UserError` if it is missing or cannot be used."""
+        manifest_url = storage.join(url, MANIFEST_NAME)
         try:
-            manifest = Manifest.model_validate(parse_checked(storage.read_bytes(place)))
+            manifest = Manifest.model_validate(parse_checked(storage.read_bytes(manifest_url)))
         except NO_FILE as error:
             raise UserError(f"no data set at {url}: {MANIFEST_NAME} is missing; pack one first (dpkd pack)") from error
         except ValueError as error:
             raise UserError(
-                f"{place} is not a data set's manifest: {error}; restore it from a copy, or remove the folder and pack "
-                "it again"
+                f"{manifest_url} is not the manifest of a data set: {error}; restore it from a copy, or remove the "
+                "folder and pack the images again"
             ) from error
         if (version := manifest.format_version) != FORMAT_VERSION:
-            raise UserError(f"{place} has format version {version}, this dpkd reads {FORMAT_VERSION}: pack it again")
+            raise UserError(
+                f"{manifest_url} has format version {version}, and dpkd reads {FORMAT_VERSION}: pack the images again"
+            )
         return Dataset(url=url, manifest=manifest)
 
     def split(self, name: str) -> "Split":
-        """The split of that name; raises `UserError` that names the splits there are."""
+        """The split of that name; raises `UserError` with the existing names."""
         if name not in self.manifest.splits:
             known = ", ".join(self.manifest.splits)
             raise UserError(f"the data set at {self.url} has no split {name!r}; it has: {known}")
         return Split(self.url, name, self.manifest.splits[name])
 
     def given(self) -> dict[str, int]:
-        """How many samples came with each map of an expert, by `given_name`."""
+        """Number of samples with each map of an expert, by `given_name`."""
         count: Counter[str] = Counter()
         for index in (index for name in self.manifest.splits for index in self.split(name).indexes()):
             for extension, (offset_N, _) in index.members.items():
@@ -223,7 +225,7 @@ class Dataset:
 class Split:
     """The samples of one split by number, in the order of the shards.
 
-    Pickles small: indexes and files are opened again where they are used.
+    A pickle is small: the process that unpickles it opens indexes and files again.
     """
 
     def __init__(self, url: str, name: str, info: SplitInfo) -> None:
@@ -244,15 +246,15 @@ class Split:
 
     @cached_property
     def label_N(self) -> NDArray[np.int64]:  # noqa: N802 (the axis)
-        """The class of every sample, as its place in `Manifest.classes`; -1 without a label."""
+        """The class of every sample, as an index into `Manifest.classes`; -1 without a label."""
         return np.concatenate([np.empty(0, np.int64), *(index.label_N for index in self.indexes())])
 
     def index(self, k: int) -> ShardIndex:
-        """The index of shard `k`; raises `UserError` where it is missing or does not belong to its shard."""
+        """The index of shard `k`; raises `UserError` if it is missing or belongs to another shard."""
         return self._indexes.get(k, self._read_index)
 
     def indexes(self) -> Iterator[ShardIndex]:
-        """The index of every shard, one after the other: a large split's do not fit the memory together."""
+        """The index of every shard, one at a time: memory does not fit all indexes of a large split."""
         return (self.index(k) for k in range(len(self.info.shards)))
 
     def locate(self, i: int) -> tuple[int, int]:
@@ -263,7 +265,7 @@ class Split:
         return shard, i - self._start_of[shard]
 
     def read(self, i: int) -> Sample:
-        """Sample `i`; raises `UserError` that names shard and key where its bytes are missing or damaged."""
+        """Sample `i`; raises `UserError` with shard and key if its bytes are missing or damaged."""
         sample = self._read(*self.locate(i))
         if isinstance(sample, Unreadable):
             raise UserError(f"{self.describe(i)}: {sample.reason}; restore the shard, or pack the images again")
@@ -272,23 +274,22 @@ class Split:
     def describe(self, i: int) -> str:
         """The shard and the key of sample `i`, for messages."""
         shard, row = self.locate(i)
-        return f"{self._place(shard)}, sample {self.index(shard).keys[row]!r}"
+        return f"{self._url(shard)}, sample {self.index(shard).keys[row]!r}"
 
     def read_shard(self, k: int) -> Iterator[Sample | Unreadable]:
-        """The samples of shard `k`, in order, with the reason in the place of one that cannot be read.
+        """The samples of shard `k`, in order; an unreadable sample is replaced by the reason.
 
-        Where the file has a fault, a sample is read if its own bytes are as they were packed. A remote shard is fetched
-        whole or not at all.
+        Undamaged samples of a damaged file are read. A remote shard is fetched whole or not at all.
         """
         index, fault = self.index(k), self.fault(k)
-        fetched = fault is None or storage.local_path(self._place(k)) is not None
+        fetched = fault is None or storage.local_path(self._url(k)) is not None
         for row, key in enumerate(index.keys):
             yield self._read(k, row) if fetched else Unreadable(key, f"its shard is damaged: {fault}")
 
     def fault(self, k: int) -> str | None:
-        """Why the file of shard `k` is not the one that dataset.json lists, None where it is; reads all of it once.
+        """The difference between the file of shard `k` and its entry in dataset.json, None without one.
 
-        Raises `UserError` where it is missing.
+        Reads the whole file, once. Raises `UserError` if it is missing.
         """
         if k not in self._fault_of:
             info, digest, size_bytes = self.info.shards[k], hashlib.sha256(), 0
@@ -297,18 +298,18 @@ class Split:
                 while block := os.pread(descriptor, 1 << 20, size_bytes):
                     digest.update(block)
                     size_bytes += len(block)
-            except ChecksumDiffers:  # of a remote shard, of which no copy is kept
+            except ChecksumDiffers:  # a remote shard: no local copy is kept
                 size_bytes = info.size_bytes
             fault = None if digest.hexdigest() == info.sha256 else "its checksum differs from the one in dataset.json"
             if size_bytes < info.size_bytes:
-                fault = f"it is cut short: {size_bytes:,} of {info.size_bytes:,} bytes are there"
+                fault = f"it is cut short: it has {size_bytes:,} of {info.size_bytes:,} bytes"
             self._fault_of[k] = fault
         return self._fault_of[k]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Split, (self.url, self.name, self.info)
 
-    def _place(self, shard: int) -> str:
+    def _url(self, shard: int) -> str:
         return storage.join(self.url, self.info.shards[shard].name)
 
     def _read(self, shard: int, row: int) -> Sample | Unreadable:
@@ -318,10 +319,10 @@ class Split:
         start, end = min(at for at, _ in spans.values()), max(at + size for at, size in spans.values())
         block = read_span(self._files.get(shard, self._open), start, end - start)
         if len(block) < end - start:
-            return Unreadable(key, f"the shard is cut short: {len(block):,} of {end - start:,} bytes are there")
+            return Unreadable(key, f"the shard is cut short: it has {len(block):,} of {end - start:,} bytes")
         members = {ext: block[at - start : at - start + size] for ext, (at, size) in spans.items()}
         if checksum(members) != index.checksum_N[row]:
-            return Unreadable(key, "its bytes are not those that were packed (their checksum differs)")
+            return Unreadable(key, "its bytes changed after packing (the checksum differs)")
         return Sample(
             key=key,
             image=next(members[extension] for extension in IMAGE_EXTENSIONS if extension in members),
@@ -331,28 +332,28 @@ class Split:
 
     def _read_index(self, shard: int) -> ShardIndex:
         info = self.info.shards[shard]
-        place = storage.join(self.url, index_name(info.name))
-        with _named(place):
-            index = ShardIndex.from_bytes(storage.read_bytes(place))
+        index_url = storage.join(self.url, index_name(info.name))
+        with _user_errors(index_url):
+            index = ShardIndex.from_bytes(storage.read_bytes(index_url))
             if index.shard != info:
-                raise ValueError(f"it does not belong to the {info.name} that {MANIFEST_NAME} lists")
+                raise ValueError(f"it does not belong to the {info.name} of {MANIFEST_NAME}")
             return index
 
     def _open(self, shard: int) -> int:
-        info, place = self.info.shards[shard], self._place(shard)
-        with _named(place):
-            return open_shard(place, size_bytes=info.size_bytes, sha256_hex=info.sha256)
+        info, shard_url = self.info.shards[shard], self._url(shard)
+        with _user_errors(shard_url):
+            return open_shard(shard_url, size_bytes=info.size_bytes, sha256_hex=info.sha256)
 
 
 @contextmanager
-def _named(place: str) -> Iterator[None]:
-    """Names a file of a data set that is missing or damaged."""
+def _user_errors(url: str) -> Iterator[None]:
+    """Raises `UserError` with the URL if the file is missing or damaged."""
     try:
         yield
     except NO_FILE as error:
-        raise UserError(f"{place} is missing; {MANIFEST_NAME} needs it: pack or copy it again") from error
+        raise UserError(f"{url} of {MANIFEST_NAME} is missing: pack the images or copy the file again") from error
     except ValueError as error:
-        raise UserError(f"{place} cannot be read: {error}; pack or copy it again") from error
+        raise UserError(f"{url} cannot be read: {error}; pack the images or copy the file again") from error
 
 
 def checksum(members: dict[str, bytes]) -> int:
@@ -364,5 +365,5 @@ def checksum(members: dict[str, bytes]) -> int:
 
 
 def read_span(descriptor: int, offset: int, size: int) -> bytes:
-    """`size` bytes of an open file from `offset`; fewer, and no more memory, where the file ends before."""
+    """`size` bytes of an open file from `offset`; fewer, without more memory, if the file ends earlier."""
     return os.pread(descriptor, max(0, min(size, os.fstat(descriptor).st_size - offset)), offset)

@@ -1,4 +1,4 @@
-"""Which split each sample belongs to. Pure; a group (a patient, a sign, a tile) is never cut."""
+"""Assigns samples to splits by pure functions; a group (a patient, a sign, a tile) is never cut."""
 
 import hashlib
 import re
@@ -17,22 +17,22 @@ Splits = GivenSplits | FractionSplits | ClassSplits | FileSplits
 
 
 class Assignment(NamedTuple):
-    """The split of every sample, None for one that the settings leave out, and the listed names that are no sample."""
+    """The split of every sample (None if in no split), and the listed names that match no sample."""
 
     splits: Sequence[str | None]
     unknown: Sequence[tuple[str, str]] = ()
 
 
 def draw(seed: int, name: str) -> bytes:
-    """A number for sorting, drawn from the seed and a name alone."""
+    """A pseudo-random sort key; depends only on the seed and the name."""
     return hashlib.sha256(f"{seed}/{name}".encode()).digest()
 
 
 def group_by_pattern(records: Sequence[Record], pattern: str | None) -> tuple[list[Record], list[tuple[str, str]]]:
-    """The samples, each in the group that the pattern finds in its path, and (name, reason) of those it does not match.
+    """The samples with the group that the pattern finds in the path, and (name, reason) of samples without a match.
 
-    Without a pattern the groups stay as the source names them. Raises `UserError` for a pattern that cannot be used or
-    matches no sample.
+    Without a pattern, the groups of the source stay. Raises `UserError` for a pattern that cannot be used or matches no
+    sample.
     """
     if pattern is None:
         return list(records), []
@@ -41,16 +41,16 @@ def group_by_pattern(records: Sequence[Record], pattern: str | None) -> tuple[li
     except re.error as error:
         raise UserError(f"data.group_pattern={pattern!r} is not a regular expression: {error}") from error
     if not compiled.groups:
-        raise UserError(f"data.group_pattern={pattern!r} has no group: put the part that names it in parentheses")
-    reason = f"data.group_pattern={pattern!r} does not match the path; let it match every one"
+        raise UserError(f"data.group_pattern={pattern!r} has no group: put parentheses around the group's part")
+    reason = f"data.group_pattern={pattern!r} does not match the path: change it to match every path"
     matches = [(record, compiled.search(record.name)) for record in records]
     grouped = [replace(record, group=match[1]) for record, match in matches if match and match[1] is not None]
-    stray = [(record.name, reason) for record, match in matches if not match or match[1] is None]
+    unmatched = [(record.name, reason) for record, match in matches if not match or match[1] is None]
     if records and not grouped:
         raise UserError(
-            f"data.group_pattern={pattern!r} matches no sample; a sample's path is, for one, {records[0].name!r}"
+            f"data.group_pattern={pattern!r} matches no sample: change it to match paths such as {records[0].name!r}"
         )
-    return grouped, stray
+    return grouped, unmatched
 
 
 def assign(
@@ -58,9 +58,8 @@ def assign(
 ) -> Assignment:
     """Assigns every sample to a split; the same for the same samples, settings and seed.
 
-    `train` names the split of samples for which the source names none. `listed` holds the lines of the files of
-    `FileSplits`. Raises `UserError` for a split that stays empty, a class or number that cannot be had, and a group
-    that would be cut.
+    `train` is the split of samples that have none in the source. `listed` has the lines of the files of `FileSplits`.
+    Raises `UserError` for an empty split, an unknown class, too many classes, and a group that would be cut.
     """
     match splits:
         case GivenSplits():
@@ -76,22 +75,22 @@ def assign(
     for record, split in zip(records, assignment.splits, strict=True):
         if record.group is None or split is None:
             continue
-        other, its_split = first.setdefault(record.group, (record.name, split))
-        if split != its_split:
+        first_name, first_split = first.setdefault(record.group, (record.name, split))
+        if split != first_split:
             raise UserError(
-                f"the group {record.group!r} would be cut: {other} is in split {its_split!r} and {record.name} in "
-                f"{split!r}; change data.splits, or what puts them into one group"
+                f"the group {record.group!r} would be cut: {first_name} is in split {first_split!r} and {record.name} "
+                f"in {split!r}; change data.splits or the groups"
             )
     if empty := sorted(wanted - set(assignment.splits)):
         raise UserError(
-            f"data.splits leaves the split {empty[0]!r} without a sample ({len(records)} samples in all): "
-            "change the numbers, or leave that split out"
+            f"data.splits gives the split {empty[0]!r} no sample ({len(records)} samples in all): change the numbers, "
+            "or remove that split"
         )
     return assignment
 
 
 def _by_fraction(records: Sequence[Record], fractions: Mapping[str, float], *, seed: int) -> list[str | None]:
-    """Whole groups in drawn order, each to the split that lacks most of the group's main class."""
+    """Assigns whole groups, in a drawn order, to the split that lacks most samples of the group's main class."""
     if abs(sum(fractions.values()) - 1) > 1e-6 or min(fractions.values(), default=0) <= 0:
         raise UserError(f"data.splits.fractions={dict(fractions)} must be above 0 and sum to 1")
     members: dict[tuple[bool, str], list[int]] = defaultdict(list)
@@ -102,7 +101,7 @@ def _by_fraction(records: Sequence[Record], fractions: Mapping[str, float], *, s
         counts = Counter(records[i].class_name or "" for i in rows)
         strata[min(counts, key=lambda name: (-counts[name], name))].append(unit)
     split_of: dict[int, str] = {}
-    # carried from class to class, so that rare classes reach the small splits too
+    # kept from class to class, so that small splits also get rare classes
     lacking = dict.fromkeys(fractions, 0.0)
     for stratum in sorted(strata):
         units = sorted(strata[stratum], key=lambda unit: draw(seed, unit[1]))
@@ -119,23 +118,23 @@ def _by_fraction(records: Sequence[Record], fractions: Mapping[str, float], *, s
 def _by_class(
     records: Sequence[Record], classes: Mapping[str, int | tuple[str, ...]], *, seed: int, train: str
 ) -> list[str | None]:
-    """Classes by name, or drawn where only a number is given; unlabelled samples go to the training split."""
+    """Assigns classes by name, or by a draw if the settings have a number; unlabelled samples train."""
     known = {record.class_name for record in records if record.class_name is not None}
     split_of: dict[str | None, str] = {None: train} if train in classes else {}
     for split, wanted in classes.items():
         for name in wanted if not isinstance(wanted, int) else ():
             if name not in known:
                 raise UserError(
-                    f"data.splits.classes.{split} has {name!r}, no class of the source{nearest(name, known)}"
+                    f"data.splits.classes.{split} has {name!r}, not a class of the source{nearest(name, known)}"
                 )
             if name in split_of:
-                raise UserError(f"data.splits.classes gives the class {name!r} to {split_of[name]!r} and to {split!r}")
+                raise UserError(f"data.splits.classes has {name!r} in {split_of[name]!r} and in {split!r}: keep one")
             split_of[name] = split
     free = sorted(known - set(split_of), key=lambda name: draw(seed, name))
     num_wanted = sum(wanted for wanted in classes.values() if isinstance(wanted, int))
     if num_wanted > len(free):
         raise UserError(
-            f"data.splits.classes asks for {num_wanted} classes, and the source has {len(free)}: ask for fewer"
+            f"data.splits.classes needs {num_wanted} classes, and the source has {len(free)}: reduce the numbers"
         )
     places = [split for split, wanted in classes.items() if isinstance(wanted, int) for _ in range(wanted)]
     split_of |= dict(zip(free, places, strict=False))
@@ -143,26 +142,26 @@ def _by_class(
 
 
 def _by_file(records: Sequence[Record], listed: Mapping[str, Sequence[str]]) -> Assignment:
-    """A line is a sample's path, with or without its suffix, or its key, as `match_lines` finds it."""
+    """Assigns listed samples; a line is a path, with or without suffix, or a key, as in `match_lines`."""
     number_of: dict[str, int] = {}
     for i, (record, key) in enumerate(zip(records, keys_of([record.name for record in records]), strict=True)):
         for name in (record.name, record.name.rpartition(".")[0], key):
             number_of.setdefault(name, i)
     split_of: list[str | None] = [None] * len(records)
-    lost: list[tuple[str, str]] = []
+    missing: list[tuple[str, str]] = []
     for split, lines in listed.items():
         numbers, unknown, prefix = match_lines(lines, number_of)
         if lines and not numbers:
             raise UserError(
-                f"data.splits.files.{split} lists {len(lines)} names, and the source has no such sample: a line such "
-                f"as {lines[0]!r} must name a sample by its path below the source, such as {records[0].name!r}"
+                f"data.splits.files.{split} lists {len(lines)} names, and none is a sample of the source, such as "
+                f"{lines[0]!r}: give paths relative to the source, such as {records[0].name!r}"
             )
         if prefix:
-            logger.info(f"data.splits.files.{split}: {prefix!r} before the names is passed over")
+            logger.info(f"data.splits.files.{split}: the prefix {prefix!r} of the names is ignored")
         for name, number in numbers:
-            before = split_of[number]
-            if before not in (None, split):
-                raise UserError(f"data.splits.files lists {name!r} for {before!r} and for {split!r}: keep one")
+            earlier = split_of[number]
+            if earlier not in (None, split):
+                raise UserError(f"data.splits.files lists {name!r} for {earlier!r} and for {split!r}: keep one")
             split_of[number] = split
-        lost += [(name, f"listed for split {split!r}, and the source has no such sample") for name in unknown]
-    return Assignment(split_of, lost)
+        missing += [(name, f"listed for split {split!r}, and the source has no such sample") for name in unknown]
+    return Assignment(split_of, missing)

@@ -1,7 +1,7 @@
-"""Batches of a split, read and decoded ahead of training by other processes.
+"""Batches of a split; worker processes read and decode them ahead of training.
 
-The training process alone knows the order: it hands out micro-batches as lists of samples, and the loader's workers
-return them in that order. So workers hold no permutation, and their number changes nothing but the speed.
+Only the training process knows the order. It sends each micro-batch as a list of samples; the workers return batches
+in that order. Workers hold no permutation, so their number changes only the speed.
 Axes: B images of a micro-batch, C channels, H and W pixels, N samples of the split.
 """
 
@@ -28,20 +28,20 @@ from dpkd.launch.forking import end_with_parent, one_thread_each
 from dpkd.launch.signals import block_stop_signals
 
 _GRACE_S = 600
-"""How long a worker outlives a request to stop that the whole process group got: training may need its batches."""
+"""Time until a worker ends after a stop signal to the process group: training may still need its batches."""
 
 
 class MapReader(Protocol):
-    """The prior maps of a split; `dpkd.priors` has the one that reads prior shards. Must pickle."""
+    """The prior maps of a split; `dpkd.priors` reads them from prior shards. An implementation must pickle."""
 
     def read(self, i: int, sample: Sample) -> dict[str, NDArray[Any]]:
-        """The maps of sample `i` by name, HWC over the whole image; raises `ValueError` if they are not its own."""
+        """The maps of sample `i` by name, HWC over the whole image; raises `ValueError` for maps of another sample."""
 
     def nearest(self, name: str) -> bool:
-        """Whether the values of this map are labels, which must not be mixed."""
+        """True if the values of this map are labels, which must not be averaged."""
 
     def flip(self, name: str, map_HWC: NDArray[Any]) -> NDArray[Any]:
-        """The map of the mirrored image: mirrored, its values changed where they name directions."""
+        """The map of the mirrored image: mirrored, with changed values if they are directions."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ViewPlan:
     map_size: int
     """Side of the prior maps."""
     augment: AugmentSettings | None
-    """None takes the largest centred square, as in evaluation."""
+    """None: the largest centred square, as in evaluation."""
     count: int = 1
 
 
@@ -67,13 +67,13 @@ def load_batches(
     seed: int,
     loader: LoaderSettings,
 ) -> Generator[Batch, None, None]:
-    """A micro-batch for each of `draws`, in order: samples [B], and how often each was drawn before [B].
+    """A micro-batch for each entry of `draws`, in order: (samples [B], numbers of earlier draws [B]).
 
-    `targets` holds an array [N] for each target of the batch; random views are drawn from the seed.
+    `targets` has an array [N] for each target of the batch; random views depend on the seed.
 
-    Raises `UserError` that names shard and key for a sample that cannot be read.
+    Raises `UserError` with shard and key for an unreadable sample.
     """
-    cv2.setNumThreads(1)  # images are small, and its threads would take the cores from training
+    cv2.setNumThreads(1)  # images are small, and OpenCV's threads would slow training
     work = (
         _Work(index_B, epoch_B, {name: target_N[index_B] for name, target_N in targets.items()})
         for index_B, epoch_B in draws
@@ -87,7 +87,7 @@ def load_batches(
         worker_init_fn=_start_worker,
         multiprocessing_context=load_ahead() if loader.workers else None,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # its own: a loader must not move the random state of training
+        generator=torch.Generator(),  # a loader must not change the random state of training
     )
     for batch in _begin(batches):
         if isinstance(batch, UserError):
@@ -105,9 +105,9 @@ def evaluation_batches(
     batch_size: int,
     loader: LoaderSettings,
 ) -> Generator[Batch, None, None]:
-    """The samples `indices` in that order: the centre of each image, the labels on disk; the last batch may be smaller.
+    """The samples `indices` in that order: image centres and labels on disk; the last batch may be smaller.
 
-    Raises `UserError` that names shard and key for a sample that cannot be read.
+    Raises `UserError` with shard and key for an unreadable sample.
     """
     cuts = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     return load_batches(
@@ -127,7 +127,7 @@ class _Work(NamedTuple):
     targets: dict[str, NDArray[np.int64]]
 
 
-class _Seen(NamedTuple):
+class _SampleView(NamedTuple):
     """One view of one image."""
 
     image_CHW: NDArray[np.uint8]
@@ -137,9 +137,9 @@ class _Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class _Reader(torch.utils.data.Dataset[Batch | UserError]):
-    """What a worker does: one micro-batch from its list of samples.
+    """Makes one micro-batch of its list of samples, in a worker.
 
-    An error comes back as a value, so that the user sees one line and not a worker's traceback.
+    An error is returned as a value, so that the user sees one line and not a worker's traceback.
     """
 
     split: Split
@@ -155,22 +155,21 @@ class _Reader(torch.utils.data.Dataset[Batch | UserError]):
             except (UserError, StorageError) as error:
                 return UserError(str(error))
             except (ValueError, OSError) as error:
-                place = self.split.describe(index)
-                return UserError(f"{place}: {error}; restore the shard, or pack the images again")
+                return UserError(f"{self.split.describe(index)}: {error}; restore the shard, or pack the images again")
         views = {}
         for name, plan in self.views.items():
-            seen = [sample[name][turn] for turn in range(plan.count) for sample in samples]
-            maps = {key: _stack([view.maps[key] for view in seen]) for key in seen[0].maps}
-            views[name] = View(_stack([view.image_CHW for view in seen]), maps)
+            sample_views = [sample[name][turn] for turn in range(plan.count) for sample in samples]
+            maps = {key: _stack([view.maps[key] for view in sample_views]) for key in sample_views[0].maps}
+            views[name] = View(_stack([view.image_CHW for view in sample_views]), maps)
         return Batch(
             views=views,
             targets={name: torch.from_numpy(target_B) for name, target_B in work.targets.items()},
-            index_B=torch.from_numpy(work.index_B.copy()),  # the order may keep and share it
+            index_B=torch.from_numpy(work.index_B.copy()),  # the order may cache and share the array
             epoch_B=torch.from_numpy(work.epoch_B.copy()),
         )
 
-    def _read(self, index: int, epoch: int) -> dict[str, list[_Seen]]:
-        """The views of one sample, by their kind."""
+    def _read(self, index: int, epoch: int) -> dict[str, list[_SampleView]]:
+        """The views of one sample by kind."""
         sample = self.split.read(index)
         image_HWC = decode_image(sample.image)
         maps = {} if self.maps is None else self.maps.read(index, sample)
@@ -178,42 +177,42 @@ class _Reader(torch.utils.data.Dataset[Batch | UserError]):
         plans = [(name, plan) for name, plan in self.views.items() for _ in range(plan.count)]
         augments = [plan.augment for _, plan in plans if plan.augment is not None]
         random = iter(random_views(augments, size, seed=self.seed, epoch=epoch, index=index))
-        views: dict[str, list[_Seen]] = {name: [] for name in self.views}
+        views: dict[str, list[_SampleView]] = {name: [] for name in self.views}
         for name, plan in plans:
             crop = centre_view(size) if plan.augment is None else next(random)
-            seen = _Seen(apply_image(crop, image_HWC, size=plan.size).transpose(2, 0, 1), {})
+            view = _SampleView(apply_image(crop, image_HWC, size=plan.size).transpose(2, 0, 1), {})
             for key, map_HWC in maps.items():
                 assert self.maps is not None, "maps come from a reader"
                 nearest, flip = self.maps.nearest(key), partial(self.maps.flip, key)
-                seen_HWC = apply_map(crop, map_HWC, size=plan.map_size, nearest=nearest, flip=flip)
-                seen.maps[key] = seen_HWC.transpose(2, 0, 1)
-            views[name].append(seen)
+                view_HWC = apply_map(crop, map_HWC, size=plan.map_size, nearest=nearest, flip=flip)
+                view.maps[key] = view_HWC.transpose(2, 0, 1)
+            views[name].append(view)
         return views
 
 
 def _stack(arrays: Sequence[NDArray[Any]]) -> torch.Tensor:
-    # without `out` the stack would have the memory layout of the arrays, which are transposed
+    # without `out`, the stack would keep the memory layout of the transposed arrays
     return torch.from_numpy(np.stack(arrays, out=np.empty((len(arrays), *arrays[0].shape), arrays[0].dtype)))
 
 
 def _begin(batches: DataLoader[Batch | UserError]) -> Iterator[Batch | UserError]:
-    """Starts the workers; they end with the iterator, so nothing (such as a traceback) may keep it."""
-    with block_stop_signals(), one_thread_each():  # until the workers are up and have set how they take a signal
+    """Starts the workers; they end with the iterator, so no reference (such as a traceback) may keep it."""
+    with block_stop_signals(), one_thread_each():  # until the workers have installed their signal handlers
         return iter(batches)
 
 
 def load_ahead() -> str:
-    """Starts the fork server of the loader's workers, which loads what they need; returns how they are to start.
+    """Starts the workers' fork server with their modules loaded; returns the workers' start method.
 
-    They are never forked from this process: with threads (CUDA, gloo, Ray) that may hang.
+    Workers are never forked from this process: a fork of a process with threads (CUDA, gloo, Ray) may hang.
     """
-    with one_thread_each():  # workers inherit its environment and the libraries that it has loaded
+    with one_thread_each():  # workers inherit the server's environment and loaded libraries
         return forking.load_ahead("__main__", __name__)
 
 
-def _start_worker(worker: int) -> None:  # noqa: ARG001 (the face torch asks for)
+def _start_worker(worker: int) -> None:  # noqa: ARG001 (torch passes it)
     cv2.setNumThreads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the others stay held, as it was started
-    end_with_parent()  # torch's own watch looks at the fork server, which stays
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # other signals stay blocked, as at the start
+    end_with_parent()  # torch watches only the fork server, which stays alive

@@ -1,7 +1,7 @@
-"""Tar archives, byte for byte: writing them the same way every time, and listing where members are.
+"""Writes deterministic tar archives, and lists the positions of members.
 
-A tar is a sequence of members, each a header of 512 bytes (more for long names) and its data padded to 512, and ends in
-two blocks of zeros. Nothing of the writer enters a header: no time, owner or host.
+A tar is a sequence of members and two blocks of zeros. A member is a header of 512 bytes (more for long names) and its
+data, padded to 512. A header has no time, owner or host of the writer.
 """
 
 import hashlib
@@ -12,11 +12,11 @@ from dpkd.launch.heartbeat import pulse
 
 BLOCK = 512
 MAX_HEADER_BYTES = 1 << 20
-"""Longer headers of long names and attributes are taken for damage."""
+"""Longer headers (of long names and attributes) count as damage."""
 
 
 class Member(NamedTuple):
-    """Where the data of one member is in its tar."""
+    """The position of one member's data in its tar."""
 
     name: str
     offset: int
@@ -24,11 +24,11 @@ class Member(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """The whole members of a tar, in order, and what is wrong with its end, if anything."""
+    """The complete members of a tar, in order, and the fault at its end, if any."""
 
     members: list[Member]
     refused: list[tuple[str, str]]
-    """(name, reason) of members that are no plain files; folders are passed over."""
+    """(name, reason) of members that are not regular files; folders are skipped."""
     fault: str | None
 
 
@@ -42,11 +42,11 @@ class TarWriter:
 
     @property
     def sha256(self) -> str:
-        """Hexadecimal SHA-256 of all that was written."""
+        """Hexadecimal SHA-256 of all written bytes."""
         return self._digest.hexdigest()
 
     def add(self, name: str, data: bytes) -> Member:
-        """Appends a member; returns where its data is."""
+        """Appends a member; returns the position of its data."""
         info = tarfile.TarInfo(name)
         info.size, info.mode, info.mtime = len(data), 0o444, 0
         self._write(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict"))
@@ -66,7 +66,7 @@ class TarWriter:
 
 
 def list_members(file: BinaryIO, *, size_bytes: int) -> Listing:
-    """Lists a tar by its headers alone; one that was cut or damaged gives the members before that, and the fault."""
+    """Lists a tar by its headers; a truncated or damaged tar gives the members before the damage, and the fault."""
     members: list[Member] = []
     refused: list[tuple[str, str]] = []
     end, cause = 0, "it has no end mark"
@@ -74,20 +74,18 @@ def list_members(file: BinaryIO, *, size_bytes: int) -> Listing:
     try:
         with tarfile.open(fileobj=short_reads, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
             while (info := tar.next()) is not None:
-                pulse()  # a read for each member where the tar is remote
-                tar.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
+                pulse()  # each member of a remote tar needs a read
+                tar.members.clear()  # type: ignore[attr-defined]  # the library would keep all of them
                 plain = info.isreg() and not info.issparse()
                 if info.size < 0 or (plain and info.offset_data + info.size > size_bytes):
-                    raise ValueError(f"a member of {info.size} bytes does not end inside it")
+                    raise ValueError(f"a member of {info.size} bytes ends outside the tar")
                 if plain:
                     members.append(Member(info.name, info.offset_data, info.size))
                 elif not info.isdir():
-                    reason = (
-                        "it is a link, a device or a sparse file, which is not read: store the file itself in the tar"
-                    )
+                    reason = "it is a link, a device or a sparse file: store a regular file in the tar"
                     refused.append((info.name, reason))
                 end = tar.offset
-            file.seek(tar.offset)  # the library takes a damaged header, and the end of the file, for the end of the tar
+            file.seek(tar.offset)  # the library stops at a damaged header or the end of the file without an error
             mark = file.read(BLOCK)
         if len(mark) == BLOCK and not any(mark):
             return Listing(members, refused, None)
@@ -97,7 +95,7 @@ def list_members(file: BinaryIO, *, size_bytes: int) -> Listing:
 
 
 class _ShortReads:
-    """A file that gives a header of a tar and refuses the lengths that a damaged one asks for."""
+    """A file that reads tar headers and refuses the large lengths of a damaged header."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -105,5 +103,5 @@ class _ShortReads:
 
     def read(self, size: int) -> bytes:
         if not 0 <= size <= MAX_HEADER_BYTES:
-            raise ValueError(f"a header of {size} bytes")
+            raise ValueError(f"a header has {size} bytes")
         return self._file.read(size)

@@ -1,4 +1,4 @@
-"""Writing one shard and its index: the work of one pool worker, restartable and the same to the byte each time."""
+"""Writes one shard and its index in a pool worker; restartable, with identical bytes each time."""
 
 import json
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from dpkd.launch.heartbeat import pulse
 
 @dataclass(frozen=True)
 class Planned:
-    """A sample with its place in the data set."""
+    """A sample with its key and label in the data set."""
 
     key: str
     label: int
@@ -44,7 +44,7 @@ class ShardJob:
     """A shard to write."""
 
     url: str
-    """The data set."""
+    """URL of the data set."""
     split: str
     name: str
     samples: tuple[Planned, ...]
@@ -52,8 +52,7 @@ class ShardJob:
 
     @property
     def plan(self) -> str:
-        """Digest of what the shard is to be made from."""
-        # all that decides the bytes, as far as it is known before the images are read
+        """Digest of the shard's inputs that are known before the images are read."""
         samples = []
         for sample in self.samples:
             given = dict(_given(sample.record))
@@ -72,10 +71,10 @@ class ShardJob:
 def write_shard(job: ShardJob) -> ShardIndex:
     """Writes the shard, then its index, unless both are whole already; returns the index.
 
-    Raises `StorageError` where the place cannot be written.
+    Raises `StorageError` if the files cannot be written.
     """
-    place, index_place = storage.join(job.url, job.name), storage.join(job.url, index_name(job.name))
-    if (finished := _finished(job, place, index_place)) is not None:
+    shard_url, index_url = storage.join(job.url, job.name), storage.join(job.url, index_name(job.name))
+    if (finished := _finished(job, shard_url, index_url)) is not None:
         return finished
     cv2.setNumThreads(1)
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # broken images are reported by name
@@ -84,7 +83,7 @@ def write_shard(job: ShardJob) -> ShardIndex:
     checksums: list[int] = []
     bad: list[tuple[str, str]] = []
     pixel_counts = np.zeros((3, 256), np.int64)
-    with storage.open_atomic(place) as file:
+    with storage.open_atomic(shard_url) as file:
         writer = TarWriter(file)
         for sample in job.samples:
             pulse()
@@ -114,24 +113,24 @@ def write_shard(job: ShardJob) -> ShardIndex:
         pixel_counts=tuple(tuple(counts) for counts in pixel_counts.tolist()),
         checksum_N=np.array(checksums, np.uint32),
     )
-    storage.write_bytes_atomic(index_place, index.to_bytes())
+    storage.write_bytes_atomic(index_url, index.to_bytes())
     return index
 
 
-def _finished(job: ShardJob, place: str, index_place: str) -> ShardIndex | None:
-    """The index of a shard that is whole and was made from the same plan; None where it must be written."""
+def _finished(job: ShardJob, shard_url: str, index_url: str) -> ShardIndex | None:
+    """The index of a complete shard of the same plan; None if the shard must be written."""
     try:
-        index = ShardIndex.from_bytes(storage.read_bytes(index_place))
-        is_whole = index.plan == job.plan and storage.size(place) == index.shard.size_bytes
-        if is_whole and storage.local_path(place) is not None:
-            is_whole = storage.sha256(place) == index.shard.sha256
+        index = ShardIndex.from_bytes(storage.read_bytes(index_url))
+        is_whole = index.plan == job.plan and storage.size(shard_url) == index.shard.size_bytes
+        if is_whole and storage.local_path(shard_url) is not None:
+            is_whole = storage.sha256(shard_url) == index.shard.sha256
     except (*NO_FILE, ValueError):
         return None
     return index if is_whole else None
 
 
 def _members(sample: Planned, window: Window | None) -> tuple[dict[str, bytes], NDArray[np.uint8]]:
-    """Extension -> bytes, in the order of the tar, and the decoded image; raises `BrokenImage` with the reason."""
+    """Extension -> bytes in the order of the tar, and the decoded image; raises `BrokenImage` with the reason."""
     image = check_image(sample.record.image.read(), window=window)
     members = {image.extension: image.data, "json": _json(sample.meta)}
     height, width = image.image_HWC.shape[:2]
@@ -145,7 +144,7 @@ def _members(sample: Planned, window: Window | None) -> tuple[dict[str, bytes], 
 
 
 def _given(record: Record) -> list[tuple[str, Blob]]:
-    """The maps of an expert in the order of the tar: the mask first."""
+    """The expert's maps in the order of the tar: the mask first."""
     return sorted(record.given.items(), key=lambda item: (item[0] != MASK_EXTENSION, item[0]))
 
 

@@ -64,7 +64,9 @@ def test_a_csv_says_the_same_as_a_yaml(tmp_path: Path) -> None:
 def test_rows_come_in_the_order_asked_for_and_a_missing_one_is_named_with_the_nearest(tmp_path: Path) -> None:
     table = read(tmp_path, LESIONS)
     np.testing.assert_array_equal(table.rows(["no", "melanoma"]), table.value_KA[[2, 0]])
-    with pytest.raises(UserError, match=r"2 of 3 classes.*'melanom' \(did you mean 'melanoma'\?\), 'scar'; add a row"):
+    with pytest.raises(
+        UserError, match=r"2 of 3 training classes.*'melanom' \(did you mean 'melanoma'\?\), 'scar'; add a row"
+    ):
         table.rows(["melanom", "no", "scar"])
 
 
@@ -78,10 +80,10 @@ def changed(old: str, new: str) -> str:
     [
         (changed("symmetry: 0.1", "symmetry: 1.1"), ["melanoma.symmetry", "1.1 is out of range", "0 to 1"]),
         (changed("symmetry: 0.1", "symmetry: nan"), ["melanoma.symmetry", "nan is out of range"]),
-        (changed("symmetry: 0.1", "symmetry: high"), ["melanoma.symmetry", "'high' is no number"]),
+        (changed("symmetry: 0.1", "symmetry: high"), ["melanoma.symmetry", "'high' is not a number"]),
         (
             changed("border: irregular", "border: iregular"),
-            ["melanoma.border", "'iregular' is no grade (did you mean 'irregular'?)", "smooth, notched, irregular"],
+            ["melanoma.border", "'iregular' is not a grade (did you mean 'irregular'?)", "smooth, notched, irregular"],
         ),
         (changed("colour: brown,", "colour: bown,"), ["melanoma.colour", "'bown'", "did you mean 'brown'?"]),
         (changed("pigment: dark", "pigments: dark"), ["melanoma.pigments", "no such attribute", "'pigment'"]),
@@ -90,20 +92,20 @@ def changed(old: str, new: str) -> str:
         (changed("pigment: {none", "border: {none"), ["'border' is given twice"]),
         (changed("dark: 1}", "dark: 2}"), ["attributes.pigment", "2 is out of range"]),
         (changed("symmetry: graded", "symmetry: grade"), ["attributes.symmetry", "'grade'", "write graded, a list"]),
-        (changed("[smooth, notched, irregular]", "[smooth]"), ["attributes.border", "two grades or more"]),
+        (changed("[smooth, notched, irregular]", "[smooth]"), ["attributes.border", "two or more different grades"]),
         (
             changed("[smooth, notched, irregular]", "[a, b, a]"),
-            ["attributes.border", "['a', 'b', 'a']", "a name of its own"],
+            ["attributes.border", "['a', 'b', 'a']", "different grades"],
         ),
-        (changed("symmetry: graded", "symmetry: graded\n  depth: graded"), ["'depth' is known of no class"]),
+        (changed("symmetry: graded", "symmetry: graded\n  depth: graded"), ["'depth' has no known value"]),
         (changed("colour: {one", '"colour=red": graded\n  colour: {one'), ["'colour=red' is given twice"]),
-        (changed("naevus: {border: 0.25", "naevus: {border: [1]"), ["'naevus' holds", "one value each"]),
-        ("attributes: {}\nclasses: {a: {}}", ["`attributes` holds nothing"]),
-        ("attributes: {x: graded}\nclasses: {}", ["`classes` holds nothing"]),
-        ("attributes: {x: graded}\nclass: {a: {}}", ["two sections `attributes` and `classes`"]),
-        ("attributes: {x: graded}\nclasses: {a: {x: 1}}\nclases: {}", ["two sections", "'clases'"]),
+        (changed("naevus: {border: 0.25", "naevus: {border: [1]"), ["'naevus' has", "one value for each attribute"]),
+        ("attributes: {}\nclasses: {a: {}}", ["`attributes` is empty"]),
+        ("attributes: {x: graded}\nclasses: {}", ["`classes` is empty"]),
+        ("attributes: {x: graded}\nclass: {a: {}}", ["sections must be `attributes` and `classes`"]),
+        ("attributes: {x: graded}\nclasses: {a: {x: 1}}\nclases: {}", ["sections must be", "'clases'"]),
         ("attributes: {", ["cannot be read as .yaml"]),
-        ("- 1", ["two sections"]),
+        ("- 1", ["sections must be"]),
     ],
 )
 def test_a_fault_of_a_yaml_is_named(tmp_path: Path, text: str, named: list[str]) -> None:
@@ -114,16 +116,16 @@ def test_a_fault_of_a_yaml_is_named(tmp_path: Path, text: str, named: list[str])
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("class,x\na,dark\n", ["a.x", "'dark' is no number"]),
+        ("class,x\na,dark\n", ["a.x", "'dark' is not a number"]),
         ("class,x\na,-0.1\n", ["a.x", "-0.1 is out of range"]),
         ("class,x\na,1\na,0\n", ["the class 'a' is given twice"]),
         ("class,x,x\na,1,1\n", ["the attribute 'x' is given twice"]),
-        ("class,x,y\na,1,\n", ["'y' is known of no class"]),
-        ("class\na\n", ["'class' and the name of each attribute"]),
-        ("class,x\n", ["no class"]),
+        ("class,x,y\na,1,\n", ["'y' has no known value"]),
+        ("class\na\n", ["'class' and the attribute names"]),
+        ("class,x\n", ["no classes"]),
         ("name,x\na,1\n", ["'class'", "name, x"]),
         ("", ["'class'", "nothing"]),
-        ("class,x\na,1,1\n", ["row 2 has 3 cells", "has 2 cells"]),
+        ("class,x\na,1,1\n", ["row 2 has 3 cells", "write 2 cells"]),
         ('class,x\n"a,1\n', ["cannot be read as .csv"]),
     ],
 )
@@ -142,7 +144,7 @@ def test_all_faults_are_named_at_once(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere.yaml does not exist"):
         read_attributes(str(tmp_path / "nowhere.yaml"))
-    with pytest.raises(UserError, match=r"table.txt: a table of attributes is a .yaml, .yml or .csv file"):
+    with pytest.raises(UserError, match=r"table.txt has another suffix: give a .yaml, .yml or .csv file"):
         read_attributes(str(tmp_path / "table.txt"))
     (tmp_path / "latin.csv").write_bytes("class,größe\n".encode("latin-1"))
     with pytest.raises(UserError, match=r"latin.csv cannot be read as .csv"):

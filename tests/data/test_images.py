@@ -88,7 +88,7 @@ def test_the_format_is_known_by_content_and_others_become_png():
 
 def test_a_mask_of_another_size_or_in_colour_is_refused():
     assert check_mask(mask_bytes(), height=16, width=20) == mask_bytes()
-    with pytest.raises(BrokenImage, match="mask is 20x16 and the image 16x20"):
+    with pytest.raises(BrokenImage, match="mask is 20x16, and the image is 16x20"):
         check_mask(mask_bytes(), height=20, width=16)
     with pytest.raises(BrokenImage, match="3 channels"):
         check_mask(image_bytes(0, image_format="PNG"), height=16, width=20)
@@ -130,7 +130,7 @@ DEEP = {
 @pytest.mark.parametrize("name", DEEP)
 def test_numbers_that_are_not_8_bit_become_grey_values_by_the_window_and_are_refused_without_one(name):
     data, low, high = DEEP[name]
-    with pytest.raises(BrokenImage, match=rf"holds {' '.join(name.split()[:2])} values .* set data\.window"):
+    with pytest.raises(BrokenImage, match=rf"has {' '.join(name.split()[:2])} values .* set data\.window"):
         check_image(data)
     checked = check_image(data, window=Window(low=low, high=high))
     expected = (RAMP * 255 / 47).round()
@@ -146,20 +146,20 @@ def test_values_outside_the_window_are_black_and_white_and_8_bit_images_do_not_c
     np.testing.assert_array_equal(decode_image(tiff(COLOUR, photometric="rgb"), window=window), COLOUR)
     white_is_zero = tiff(np.array([[0, 1000]], np.uint16), photometric="miniswhite")
     assert decode_image(white_is_zero, window=Window(low=0, high=1000))[0, :, 0].tolist() == [255, 0]
-    with pytest.raises(ValueError, match="must lie below"):
+    with pytest.raises(ValueError, match="must be less than"):
         Window(low=3, high=3)
 
 
 STRANGE = {
     "float 16-bit": (tiff(RAMP.astype(np.float16)), "float 16-bit"),
-    "NaN": (tiff(np.full((4, 4), np.nan, np.float32)), "no numbers"),
+    "NaN": (tiff(np.full((4, 4), np.nan, np.float32)), "NaN values"),
     "complex": (tiff(RAMP.astype(np.complex64)), "sample format 6"),
     "five bands": (tiff(np.dstack([COLOUR, ALPHA, ALPHA]), photometric="rgb", planarconfig="contig"), "5 bands"),
     "infrared": (tiff(np.dstack([COLOUR, ALPHA]), photometric="rgb", extrasamples=["unspecified"]), "4 bands"),
     "three grey bands": (tiff(COLOUR, photometric="minisblack", planarconfig="contig"), "3 bands"),
     "16-bit CMYK": (tiff(np.dstack([COLOUR, ALPHA]).astype(np.uint16), photometric="separated"), "photometric 5"),
     "LZMA": (tiff(COLOUR, photometric="rgb", compression="lzma"), "compression 34925"),
-    "float PNM": (b"Pf\n8 6\n-1.0\n" + RAMP.astype("<f4").tobytes(), "PNM image of a kind"),
+    "float PNM": (b"Pf\n8 6\n-1.0\n" + RAMP.astype("<f4").tobytes(), "unsupported kind of PNM image"),
 }
 
 

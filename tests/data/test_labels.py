@@ -69,8 +69,8 @@ def test_listed_labels_are_those_of_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("class/0000\nclas/0001\n", r"1 of the keys .* not in the split .* 'clas/0001'"),
-        ("class/0002\n", "1 of the keys it lists have no label, as 'class/0002'"),
+        ("class/0000\nclas/0001\n", r"1 of the listed keys .* not in the training split .* 'clas/0001'"),
+        ("class/0002\n", "1 of the listed keys have no label, such as 'class/0002'"),
         ("\n", "lists no key"),
     ],
 )

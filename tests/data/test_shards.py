@@ -93,7 +93,7 @@ def test_a_missing_or_cut_shard_is_named(dataset):
     os.truncate(place, 1500)
     with pytest.raises(UserError, match=r"test-000000.tar, sample 'test/cat/00\d': the shard is cut short.*pack"):
         dataset.split("test").read(1)
-    assert dataset.split("test").fault(0) == f"it is cut short: 1,500 of {size_bytes:,} bytes are there"
+    assert dataset.split("test").fault(0) == f"it is cut short: it has 1,500 of {size_bytes:,} bytes"
     storage.remove(place)
     for read in (Split.read, Split.fault):
         with pytest.raises(UserError, match=r"test-000000.tar is missing"):
@@ -116,9 +116,7 @@ def test_a_sample_whose_bytes_changed_is_named_and_its_neighbours_are_read(datas
     place = storage.join(dataset.url, split.info.shards[0].name)
     change_byte(place, int(offset_N[2] + size_N[2] // 2))
     damaged = dataset.split("train")
-    with pytest.raises(
-        UserError, match=f"train-000000.tar, sample '{before[2].key}': its bytes are not those that were"
-    ):
+    with pytest.raises(UserError, match=f"train-000000.tar, sample '{before[2].key}': its bytes changed after packing"):
         damaged.read(2)
     found = list(damaged.read_shard(0))
     assert isinstance(found[2], Unreadable)
@@ -192,7 +190,7 @@ def test_a_folder_without_a_usable_manifest_is_no_data_set(dataset, tmp_path):
     with pytest.raises(UserError, match="format version 99"):
         Dataset.open(dataset.url)
     storage.write_bytes_atomic(place, b'{"classes": 3')
-    with pytest.raises(UserError, match="not a data set's manifest"):
+    with pytest.raises(UserError, match="not the manifest of a data set"):
         Dataset.open(dataset.url)
 
 
@@ -224,5 +222,5 @@ def test_a_number_changed_in_the_manifest_is_noticed(dataset):
     place = storage.join(dataset.url, "dataset.json")
     content = json.loads(storage.read_bytes(place))
     storage.write_bytes_atomic(place, json.dumps({**content, "image_mean": [0.1, 0.2, 0.3]}).encode())
-    with pytest.raises(UserError, match=r"dataset\.json is not a data set's manifest: its checksum is wrong"):
+    with pytest.raises(UserError, match=r"dataset\.json is not the manifest of a data set: its checksum is wrong"):
         Dataset.open(dataset.url)

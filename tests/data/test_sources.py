@@ -50,7 +50,7 @@ def test_masks_and_expert_maps_belong_to_their_image_and_other_files_stay_out(tm
 
 
 def test_empty_and_missing_folders_and_mixed_depths_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"data.source.path=.*holds no image"):
+    with pytest.raises(UserError, match=r"data.source.path=.*has no image"):
         find(FolderSource(path=str(tmp_path)))
     with pytest.raises(UserError, match=r"data.source.path=.*does not exist"):
         find(FolderSource(path=str(tmp_path / "absent")))
@@ -123,11 +123,12 @@ def test_rows_that_cannot_be_used_are_named_with_their_reason(tmp_path):
 def test_tables_that_cannot_be_read_are_refused(tmp_path):
     path = write_table(tmp_path / "t.csv", [{"path": "a.jpg", "label": 0}])
     with pytest.raises(
-        UserError, match=r"label_column='lable' is no column of .* \(did you mean 'label'\?\); it has: label, path"
+        UserError,
+        match=r"label_column='lable' is not a column of .* \(did you mean 'label'\?\); its columns are: label, path",
     ):
         find(TableSource(path=path, label_column="lable"))
     for name, content, message in (
-        ("x.xlsx", b"", "is none of .csv"),
+        ("x.xlsx", b"", "is not a table: give a .csv"),
         ("x.parquet", b"junk", "cannot be read as .parquet"),
         ("x.csv", b"path\n", "has no rows"),
         ("y.csv", b"path\n\xff\xfe\xfa\n", "cannot be read as .csv"),
@@ -142,7 +143,7 @@ def test_tables_that_cannot_be_read_are_refused(tmp_path):
 def test_a_table_with_images_inside_is_refused_in_one_line(tmp_path):
     table = pa.table({"image": [{"bytes": image_bytes(i), "path": None} for i in range(3)], "label": [0, 1, 2]})
     pq.write_table(table, tmp_path / "t.parquet")
-    with pytest.raises(UserError, match=r"path_column='image' .* holds images or lists, not paths") as caught:
+    with pytest.raises(UserError, match=r"path_column='image' .* has images or lists, not paths") as caught:
         find(TableSource(path=str(tmp_path / "t.parquet"), path_column="image"))
     assert len(str(caught.value)) < 400
 
@@ -185,7 +186,7 @@ def test_a_cut_tar_never_mixes_its_last_sample_with_the_next_tar(tmp_path):
         assert all(record.image.url.endswith("t-1.tar") for record in found.records if record.class_name == "two")
         assert found.bad[0][0] == "t-0.tar"
         assert "cut short" in found.bad[0][1]
-        assert "last sample of a tar that was cut" in found.bad[1][1]
+        assert "last sample of a truncated tar" in found.bad[1][1]
 
 
 def test_a_key_that_two_tars_use_means_two_samples(tmp_path):
@@ -225,7 +226,7 @@ def test_labels_out_of_the_range_of_a_data_set_are_named(tmp_path):
 
 
 def test_compressed_and_absent_tars_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"holds no \.tar"):
+    with pytest.raises(UserError, match=r"has no \.tar"):
         find(ShardSource(path=str(tmp_path)))
     (tmp_path / "x.tar.gz").write_bytes(b"x")
     with pytest.raises(UserError, match=r"compressed tars, such as x\.tar\.gz"):

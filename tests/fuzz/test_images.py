@@ -163,7 +163,7 @@ def test_formats_that_are_not_promised_are_refused_for_images_and_masks():
         b"#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n\n-Y 1 +X 1\n" + bytes(4),
     ):
         for read in (check_image, decode_mask):
-            with pytest.raises(BrokenImage, match="no JPEG, PNG, WebP"):
+            with pytest.raises(BrokenImage, match="not a readable JPEG, PNG, WebP"):
                 read(data)
 
 

@@ -66,7 +66,7 @@ def test_a_shard_is_a_file_of_its_own_folder(own, name):
     content = unvouched(json.loads((own / MANIFEST).read_text()))
     content["splits"]["train"]["shards"][0]["name"] = name
     (own / MANIFEST).write_bytes(record.checked(content))
-    with pytest.raises(UserError, match=r"dataset\.json is not a data set's manifest"):
+    with pytest.raises(UserError, match=r"dataset\.json is not the manifest of a data set"):
         Dataset.open(str(own))
 
 

@@ -46,7 +46,11 @@ def test_what_was_not_given_is_not_known_and_takes_no_bytes():
 
 
 def test_a_map_of_another_size_in_colour_or_no_image_is_refused_with_its_name():
-    for data, reason in ((png(disc(1)[:20]), r"\(20, 32\)"), (png(RGB_HWC), "3 channels"), (b"x", "is no JPEG, PNG")):
+    for data, reason in (
+        (png(disc(1)[:20]), r"\(20, 32\)"),
+        (png(RGB_HWC), "3 channels"),
+        (b"x", "is not a readable JPEG, PNG"),
+    ):
         with pytest.raises(ValueError, match=f"'vessel'.*{reason}"):
             Expert(of="vessel").map(ImageViews(RGB_HWC, given={"vessel": data}))
     with pytest.raises(ValidationError, match="of"):

@@ -95,7 +95,7 @@ def test_tars_on_s3_are_a_source_by_pattern_and_by_folder(local, object_store, t
     for number, source in enumerate(("s3://bucket/tars/t*-{000000..000002}.tar", "s3://bucket/tars")):
         packed = pack_tars(source, tmp_path / str(number), tmp_path)
         assert packed.manifest.splits == expected.manifest.splits
-    with pytest.raises(UserError, match=r"s3://bucket/none/\* holds no \.tar"):
+    with pytest.raises(UserError, match=r"s3://bucket/none/\* has no \.tar"):
         pack_tars("s3://bucket/none/*", tmp_path / "none", tmp_path)
 
 

@@ -244,7 +244,7 @@ def test_a_flat_folder_is_packed_without_labels(tmp_path):
 
 def test_an_empty_folder_stops_before_anything_is_written(tmp_path):
     (tmp_path / "images").mkdir()
-    with pytest.raises(UserError, match="holds no image"):
+    with pytest.raises(UserError, match="has no image"):
         pack_at(tmp_path / "images", tmp_path / "set")
     assert not (tmp_path / "set").exists()
 
@@ -337,7 +337,7 @@ def test_shards_whose_manifest_is_damaged_or_lost_are_not_touched(images, tmp_pa
     pack_at(images, tmp_path / "set", samples_per_shard=2)
     place = tmp_path / "set" / "dataset.json"
     for damage, words in (
-        (lambda: place.write_bytes(place.read_bytes()[:50]), r"dataset\.json is not a data set's manifest"),
+        (lambda: place.write_bytes(place.read_bytes()[:50]), r"dataset\.json is not the manifest of a data set"),
         (place.unlink, r"tars without a dataset\.json, such as .*\.tar"),
     ):
         damage()
@@ -380,7 +380,7 @@ def test_folders_of_coco_are_splits_and_a_folder_of_other_pictures_is_refused_by
     assert "pack: the folders are <split>/*, without labels" in capsys.readouterr().out
     (tmp_path / "phone").mkdir()
     (tmp_path / "phone" / "a.HEIC").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"holds no image .*, but 1 \.heic: give another folder"):
+    with pytest.raises(UserError, match=r"has no image .*, but 1 \.heic: give another folder"):
         pack_at(tmp_path / "phone", tmp_path / "other")
 
 

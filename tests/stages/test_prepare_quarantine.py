@@ -66,9 +66,7 @@ def assert_only_these_are_lost(dataset: Dataset, split_name: str, lost: list[int
 def test_a_damaged_sample_is_named_counted_and_listed_and_the_others_get_their_maps(dataset, report, change, capsys):
     key = change_member(dataset.split("train"), 7, "png", change)
     prior_set = prepare_all(dataset, limit=0.1, report=report)
-    assert counted(report) == {
-        f"train-000001.tar/{key}": "its bytes are not those that were packed (their checksum differs)"
-    }
+    assert counted(report) == {f"train-000001.tar/{key}": "its bytes changed after packing (the checksum differs)"}
     (note,) = [line for line in lines(report) if not line.get("counted", True)]
     assert note["item"] == "train-000001.tar"
     assert "its checksum differs" in note["reason"]
@@ -151,7 +149,7 @@ def test_maps_are_never_served_for_a_sample_that_could_not_be_read(dataset):
     with pytest.raises(PriorMismatch, match=r"could not be read \(the shard is cut short.*run the prepare stage again"):
         prior_set.split("train").read(3, sample)
     place.write_bytes(whole)  # mended, and not prepared again
-    with pytest.raises(PriorMismatch, match="there are none"):
+    with pytest.raises(PriorMismatch, match="they do not exist"):
         prior_set.split("train").read(3, dataset.split("train").read(3))
 
 
@@ -193,14 +191,14 @@ def test_more_bad_samples_than_the_limit_stop_the_stage(dataset):
     change_member(dataset.split("train"), 5, "png", zeros)
     with pytest.raises(UserError, match=r"2 of 15 samples.*data\.bad_limit=0\.1"):
         prepare_all(dataset, limit=0.1)
-    with pytest.raises(UserError, match="no whole prior set"):
+    with pytest.raises(UserError, match="no complete prior set"):
         PriorSet.open(dataset.url, "default")
 
 
 @pytest.mark.parametrize("name", ["train-000001.tar", "train-000001.index.msgpack"])
 def test_a_shard_or_an_index_that_is_missing_stops_the_stage_whatever_the_limit(dataset, name):
     (Path(dataset.url) / name).unlink()
-    with pytest.raises(UserError, match=f"{name} is missing.*pack or copy it again"):
+    with pytest.raises(UserError, match=f"{name} is missing.*pack the images or copy the file again"):
         prepare_all(dataset, limit=1)
 
 

@@ -1,4 +1,4 @@
-"""Finding the samples of a source, whatever its kind."""
+"""Finds the samples of a source of any kind."""
 
 from dataclasses import replace
 
@@ -11,9 +11,9 @@ from dpkd.launch.pool import Pool
 
 
 def find(source: FolderSource | TableSource | ShardSource, *, pool: Pool) -> SourceContents:
-    """All samples of a source, in an order that is the same each time; raises `UserError` for a source without any.
+    """All samples of a source, in a deterministic order; raises `UserError` for a source without samples.
 
-    A sample with a name that is not UTF-8 is among the bad ones: what is packed must be read again.
+    A sample whose name is not UTF-8 is bad: a reader of the shards could not decode the name.
     """
     match source:
         case FolderSource():
@@ -29,8 +29,8 @@ def find(source: FolderSource | TableSource | ShardSource, *, pool: Pool) -> Sou
             "".join(name for name in names if name is not None).encode()
             records.append(record)
         except UnicodeEncodeError:
-            reason = "its name is not UTF-8: rename it, as by `convmv -r -f latin1 -t utf8 --notest FOLDER`"
+            reason = "its name is not UTF-8: rename it, for example with `convmv -r -f latin1 -t utf8 --notest FOLDER`"
             bad.append((record.name, reason))
-    # with `\xe9` for each byte that is not UTF-8
+    # `\xe9` replaces a byte that is not UTF-8
     shown = [(item.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"), why) for item, why in bad]
     return replace(contents, records=tuple(records), bad=tuple(shown))

@@ -1,12 +1,12 @@
-"""Existing WebDataset tars as a source.
+"""Reads existing WebDataset tars as a source.
 
-Each tar is listed on its own, so the last sample of a tar that was cut never takes members of the next tar: that sample
-and the tar are reported instead, because members may be missing. A data set packed by dpkd keeps its classes and their
+Each tar is listed separately, so the last sample of a truncated tar never includes members of the next tar. That sample
+and the tar are reported as bad, because members may be missing. A data set packed by dpkd keeps its classes and their
 order.
 
     <key>.jpg|png|…     the image        <key>.json    {"label": 3, "class_name", "group", "attributes"}, all optional
-    <key>.mask.png      its mask         <key>.cls     the label as text, where the json has none
-    <key>.expert-<name>.png              other members stay out, and are counted
+    <key>.mask.png      the mask         <key>.cls     the label as text, if the json has none
+    <key>.expert-<name>.png              other members are counted and left out
 """
 
 import re
@@ -35,21 +35,21 @@ from dpkd.launch.pool import Pool
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst")
 MAX_TEXT_BYTES = 1 << 20
-"""Longer members that should hold a label are not read."""
+"""Longer label members are refused."""
 
 Tar = tuple[str, str]
-"""Its location, and its path below the source."""
+"""URL of a tar, and its path relative to the source."""
 
 
 def find_in_archives(source: ShardSource, *, pool: Pool) -> SourceContents:
-    """All samples of the tars; raises `UserError` for a source without any."""
+    """All samples of the tars; raises `UserError` for a source without tars."""
     tars, classes = _tars(source.path)
     contents = [SourceContents(())] * len(tars)
     for number, content in pool.map(partial(_list_tar, classes=classes), tars):
         contents[number] = content
     records = [record for content in contents for record in content.records]
     if len({record.name.rpartition(".")[0] for record in records}) < len(records):
-        # two tars use the same key for different samples
+        # two tars have the same key for different samples
         records = [
             replace(record, name=f"{name.removesuffix('.tar')}/{record.name}")
             for (_, name), content in zip(tars, contents, strict=True)
@@ -65,7 +65,7 @@ def find_in_archives(source: ShardSource, *, pool: Pool) -> SourceContents:
 
 
 def _tars(path: str) -> tuple[list[Tar], tuple[str, ...] | None]:
-    """The tars of a folder or pattern, in order, and the classes where the folder is a data set of ours."""
+    """The tars of a folder or pattern, in order, and the classes if the folder is a data set of dpkd."""
     if storage.exists(storage.join(path, MANIFEST_NAME)):
         manifest = Dataset.open(path).manifest
         names = [shard.name for split in manifest.splits.values() for shard in split.shards]
@@ -74,23 +74,23 @@ def _tars(path: str) -> tuple[list[Tar], tuple[str, ...] | None]:
         try:
             patterns = list(braceexpand(path))
         except ValueError as error:
-            raise UserError(f"data.source.path={path}: {error}; every brace needs its other half") from error
+            raise UserError(f"data.source.path={path}: {error}; close every brace") from error
         matches = (storage.glob(pattern) if set("*?[") & set(pattern) else [pattern] for pattern in patterns)
         tars = [(url, PurePosixPath(url).name) for urls in matches for url in urls]
     else:
         tars = [(storage.join(path, name), name) for name, _ in storage.walk(path)] if storage.exists(path) else []
     if packed := [name for _, name in tars if name.endswith(COMPRESSED)]:
-        raise UserError(f"data.source.path={path} holds compressed tars, such as {packed[0]}: uncompress them first")
+        raise UserError(f"data.source.path={path} has compressed tars, such as {packed[0]}: decompress them first")
     tars = [tar for tar in tars if tar[1].endswith(".tar")]
     if not tars:
         raise UserError(
-            f"data.source.path={path} holds no .tar: give a folder of WebDataset tars, or a pattern with braces"
+            f"data.source.path={path} has no .tar file: give a folder of WebDataset tars, or a pattern with braces"
         )
     return tars, None
 
 
 def _list_tar(tar: Tar, *, classes: tuple[str, ...] | None) -> SourceContents:
-    """The samples of one tar; those that may have lost members, and the reason, are among the bad ones."""
+    """The samples of one tar; samples with possibly missing members are listed as bad."""
     url, tar_name = tar
     try:
         refuse_no_file(url)
@@ -112,19 +112,19 @@ def _list_tar(tar: Tar, *, classes: tuple[str, ...] | None) -> SourceContents:
         if f".{extension}" not in (*IMAGE_SUFFIXES, ".json", ".cls") and not is_given(extension):
             passed_over[f".{extension}"] += 1
         parts.append((key, extension, member))
-    # members that follow one another and share a key, as WebDataset groups them
+    # consecutive members with the same key, as WebDataset groups them
     samples = [(key, list(run)) for key, run in groupby(parts, key=itemgetter(0))]
     if listing.fault is not None:
         bad.append((tar_name, listing.fault))
         if samples:
             key, _ = samples.pop()
-            bad.append((f"{tar_name}/{key}", "the last sample of a tar that was cut: members may be missing"))
+            bad.append((f"{tar_name}/{key}", "the last sample of a truncated tar: members may be missing"))
     counts = Counter(key for key, _ in samples)
     records: list[Record] = []
     for key, run in samples:
         try:
             if counts[key] > 1:
-                raise ValueError("the key is used in two places of the tar")
+                raise ValueError("the tar has the key in two places")
             records.append(_record(tar, run, classes=classes))
         except ValueError as error:
             bad.append((f"{tar_name}/{key}", str(error)))
@@ -132,12 +132,12 @@ def _list_tar(tar: Tar, *, classes: tuple[str, ...] | None) -> SourceContents:
 
 
 def _record(tar: Tar, parts: list[tuple[str, str, Member]], *, classes: tuple[str, ...] | None) -> Record:
-    """The sample of (key, extension, member); raises `ValueError` with the reason why it cannot be used."""
+    """The sample of (key, extension, member); raises `ValueError` with the reason if it cannot be used."""
     blob_of = {extension: Blob(tar[0], member.offset, member.size) for _, extension, member in parts}
     images = [extension for extension in blob_of if f".{extension}" in IMAGE_SUFFIXES]
     if len(images) != 1 or len(blob_of) < len(parts):
         listed = ", ".join(extension for _, extension, _ in parts)
-        raise ValueError(f"one image and no member twice are needed, and the members are: {listed}")
+        raise ValueError(f"a sample needs one image and no duplicate member, and the members are: {listed}")
     texts = {extension: blob for extension, blob in blob_of.items() if extension in ("json", "cls")}
     for extension, blob in texts.items():
         if blob.size > MAX_TEXT_BYTES:
@@ -157,15 +157,15 @@ def _record(tar: Tar, parts: list[tuple[str, str, Member]], *, classes: tuple[st
 
 
 def _class(meta: dict[str, Any], cls: bytes | None, *, classes: tuple[str, ...] | None) -> str | None:
-    """The class by name or number; raises `ValueError` where it is out of range, or two members contradict."""
+    """The class by name or number; raises `ValueError` for a label out of range or a contradiction."""
     label = class_of_label(meta.get("label"))
     if not isinstance(meta.get("class_name"), str | None):
-        raise ValueError("the class name is no text")  # noqa: TRY004 (a fault of the data)
+        raise ValueError("the class name is not a string")  # noqa: TRY004 (a fault of the data)
     name = cell_name(meta.get("class_name"))
     if cls is not None:
         in_cls = class_of_label(decode_text(cls))
         if label is not None and in_cls is not None and in_cls not in (label, name):
-            raise ValueError(f"the json member has the label {label!r}, and the cls member {in_cls!r}")
+            raise ValueError(f"the json member has the label {label!r}, and the cls member has {in_cls!r}")
         if label is None and name is None:
             label = in_cls
     if classes is None or label is None:

@@ -1,9 +1,9 @@
-"""Images in folders: `<split>/<class>/*`, `<class>/*`, `<split>/*`, or all in one.
+"""Reads images in folders: `<split>/<class>/*`, `<class>/*`, `<split>/*`, or all in one folder.
 
-The depth tells which; one folder deep is `<split>/*` when all folders have a split's name (train, val, test, …), and
-`<class>/*` otherwise. A class folder called `unlabelled`, or by a word for a missing label, holds samples without a
-label. Beside an image may be `<stem>.mask.png` and `<stem>.expert-<name>.png`; `<stem>.instances.png` stays out, and
-so do the folders that systems make for themselves (`@eaDir`, `__MACOSX`, hidden ones).
+The depth decides. At depth one the layout is `<split>/*` if all folders have names of splits (train, val, test, …),
+else `<class>/*`. Images in a class folder called `unlabelled`, or a word for a missing label, have no label. An image
+may have `<stem>.mask.png` and `<stem>.expert-<name>.png` in its folder. `<stem>.instances.png` and the folders of
+operating systems (`@eaDir`, `__MACOSX`, hidden ones) are ignored.
 """
 
 import re
@@ -23,9 +23,9 @@ UNLABELLED = frozenset({"unlabelled", "unlabeled"})
 
 
 def find_in_folders(source: FolderSource) -> SourceContents:
-    """All images below the folder; raises `UserError` for a folder without images and for depths that differ."""
+    """All images below the folder; raises `UserError` for a folder without images and for different depths."""
     if not storage.exists(source.path):
-        raise UserError(f"data.source.path={source.path} does not exist: give the folder that holds the images")
+        raise UserError(f"data.source.path={source.path} does not exist: give the folder with the images")
     images: dict[str, Blob] = {}
     maps: list[tuple[str, str, Blob]] = []
     passed_over: Counter[str] = Counter()
@@ -38,10 +38,10 @@ def find_in_folders(source: FolderSource) -> SourceContents:
         else:
             images[name] = blob
     if not images:
-        others = f", but {describe_counts(passed_over)}" if passed_over else ""
+        other_files = f", but {describe_counts(passed_over)}" if passed_over else ""
         raise UserError(
-            f"data.source.path={source.path} holds {'masks and ' if maps else ''}no image (.jpg, .png, .webp, .bmp, "
-            f".tif){others}: give another folder"
+            f"data.source.path={source.path} has {'masks and ' if maps else ''}no image (.jpg, .png, .webp, .bmp, "
+            f".tif){other_files}: give another folder"
         )
     given_of: dict[str, dict[str, Blob]] = {name.rpartition(".")[0]: {} for name in images}
     bad = []
@@ -60,13 +60,13 @@ def find_in_folders(source: FolderSource) -> SourceContents:
 
 
 def _places(images: list[str], *, path: str) -> tuple[dict[str, tuple[str | None, str | None]], str]:
-    """(split, class) of every image, by the depth of its folders, and how the folders were understood."""
+    """(split, class) of every image by the depth of its folders, and a description of the layout."""
     parts_of = {name: name.split("/")[:-1] for name in images}
     by_depth = {min(len(parts), 2): name for name, parts in reversed(parts_of.items())}
     if len(by_depth) > 1:
         examples = " and ".join(by_depth[depth] for depth in sorted(by_depth))
         raise UserError(
-            f"data.source.path={path} holds images at different depths, such as {examples}: use <split>/<class>/*, "
+            f"data.source.path={path} has images at different depths, such as {examples}: use <split>/<class>/*, "
             "<class>/* (samples without a label in a class folder called `unlabelled`), one folder for all, or a table"
         )
     depth = next(iter(by_depth))
@@ -83,7 +83,7 @@ def _places(images: list[str], *, path: str) -> tuple[dict[str, tuple[str | None
 
 
 def is_split_name(folder: str) -> bool:
-    """True for the names that splits have, with a year or without (`train2017`)."""
+    """True for the usual names of splits, with or without a year (`train2017`)."""
     return re.sub(r"[-_]?(19|20)\d\d$", "", folder.lower()) in SPLIT_NAMES
 
 

@@ -1,4 +1,4 @@
-"""What a source holds, before it is packed: where the bytes of each sample are and what is known of it."""
+"""The samples of a source before packing: the location of the bytes, and the labels."""
 
 import difflib
 import errno
@@ -14,7 +14,7 @@ from dpkd.io import storage
 from dpkd.io.errors import NO_FILE, read_errors
 
 MAX_FILE_BYTES = 1 << 31
-"""Larger image files are not read: no image that is small enough to be decoded takes that much."""
+"""Larger image files are not read: an image that can be decoded is smaller."""
 _BAD_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 _SYSTEM_FOLDERS = frozenset(
     {
@@ -26,20 +26,20 @@ _SYSTEM_FOLDERS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """A file, or a range of one, read when it is needed; size -1 means the whole file, of unknown size."""
+    """A file or a byte range of it, read on demand; size -1 means the whole file, of unknown size."""
 
     url: str
     offset: int = 0
     size: int = -1
 
     def read(self) -> bytes:
-        """The bytes; raises `BrokenImage` where they are missing, locked or too few, `StorageError` for a bad disk."""
+        """The bytes; raises `BrokenImage` if they are missing, locked or too few, `StorageError` for a bad disk."""
         refuse_no_file(self.url)
         if self.size > MAX_FILE_BYTES:
             raise BrokenImage(f"it has {self.size:,} bytes, more than {MAX_FILE_BYTES:,}")
         try:
             data = storage.read_range(self.url, self.offset, self.size if self.offset else -1)
-        except ValueError as error:  # a name that no file can have
+        except ValueError as error:  # an impossible file name
             raise BrokenImage(f"the file cannot be read: {error}") from error
         except OSError as error:
             if isinstance(error, (*NO_FILE, PermissionError)) or error.errno in _BAD_NAMES:
@@ -47,7 +47,7 @@ class Blob:
             with read_errors(self.url):
                 raise
         if self.size >= 0 and len(data) != self.size:
-            raise BrokenImage(f"{len(data)} of {self.size} bytes are there")
+            raise BrokenImage(f"only {len(data)} of {self.size} bytes can be read")
         return data
 
 
@@ -56,50 +56,50 @@ class Record:
     """One sample of a source."""
 
     name: str
-    """Path of the image in the source: it orders the samples, names them in reports and gives the key."""
+    """Path of the image in the source: sorts the samples, names them in reports and determines the key."""
     image: Blob
     class_name: str | None = None
     split: str | None = None
-    """The split that the source itself names."""
+    """The split in the source."""
     group: str | None = None
     given: dict[str, Blob] = field(default_factory=dict)
-    """Maps of an expert by the ending of their member: `mask.png`, `expert-<name>.png`."""
+    """The expert's maps by extension: `mask.png`, `expert-<name>.png`."""
     attributes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class SourceContents:
-    """All that a source holds."""
+    """The content of a source."""
 
     records: tuple[Record, ...]
     bad: tuple[tuple[str, str], ...] = ()
-    """(item, reason) of what cannot be used."""
+    """(item, reason) of items that cannot be used."""
     classes: tuple[str, ...] | None = None
-    """The classes in the source's own order, where it has one."""
+    """The classes in the source's order, if the source defines one."""
     shuffled: bool = False
-    """True where the source's order is one to keep, because it streams."""
+    """True if the source's order must stay, because it streams."""
     layout: str = ""
-    """How the source was understood."""
+    """A description of the detected layout."""
     passed_over: Mapping[str, int] = field(default_factory=dict)
-    """Suffix, or folder of a system, -> number of files that are no part of any sample."""
+    """Suffix or system folder -> number of files that belong to no sample."""
 
 
 def refuse_no_file(url: str) -> None:
-    """Raises `BrokenImage` for a place that is no file: reading a pipe might never end."""
+    """Raises `BrokenImage` for a path that is not a file: reading a pipe might never end."""
     path = storage.local_path(url)
     if path is not None and os.path.lexists(path) and not storage.is_file(path):
-        raise BrokenImage("it is no file, but a folder, a pipe, a device or a link to nowhere")
+        raise BrokenImage("it is not a file, but a folder, a pipe, a device or a broken link")
 
 
 def sorted_classes(names: Iterable[str | None]) -> tuple[str, ...]:
-    """The distinct names in order: numbers by value, anything else by letters."""
+    """The distinct names, sorted: by value if all are numbers, else alphabetically."""
     distinct = {name for name in names if name is not None}
     are_numbers = all(name.isdecimal() for name in distinct)
     return tuple(sorted(distinct, key=lambda name: (int(name) if are_numbers else 0, name)))
 
 
 def keys_of(names: Sequence[str]) -> list[str]:
-    """A WebDataset key for each distinct name, as `key_of` makes it; a hash tells two equal ones apart."""
+    """A WebDataset key for each distinct name by `key_of`; a hash distinguishes equal keys."""
     keys = [key_of(name) for name in names]
     counts = Counter(keys)
     return [
@@ -109,13 +109,13 @@ def keys_of(names: Sequence[str]) -> list[str]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)`, or nothing where no known name is near."""
+    """` (did you mean 'x'?)`, or an empty text if no known name is similar."""
     matches = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
 def passed_over_as(name: str) -> str:
-    """How a file that is no part of a sample is counted: `in @eaDir` for folders of systems, else its suffix."""
+    """The count's name for a file of no sample: `in @eaDir` for a system folder, else the suffix."""
     if folder := system_folder(name):
         return f"in {folder}"
     stem, dot, suffix = name.rpartition("/")[2].rpartition(".")
@@ -123,12 +123,12 @@ def passed_over_as(name: str) -> str:
 
 
 def describe_counts(counts: Mapping[str, int], *, limit: int = 12) -> str:
-    """`6 .gif, 2 .txt`, the most first."""
+    """`6 .gif, 2 .txt`, largest count first."""
     ordered = sorted(counts, key=lambda name: (-counts[name], name))
     shown = ", ".join(f"{counts[name]:,} {name}" for name in ordered[:limit])
     return shown + (f" and {len(ordered) - limit} more kinds" if len(ordered) > limit else "")
 
 
 def system_folder(name: str) -> str | None:
-    """The folder on the way to a file that an operating system or a NAS made for itself, or None."""
+    """The folder of an operating system or a NAS in the path, or None."""
     return next((part for part in name.split("/")[:-1] if part.lower() in _SYSTEM_FOLDERS), None)

@@ -1,4 +1,4 @@
-"""A CSV, TSV, JSONL or Parquet file with one row a sample."""
+"""Reads a CSV, TSV, JSONL or Parquet file with one row a sample."""
 
 import csv
 import io
@@ -20,42 +20,42 @@ from dpkd.io.errors import NO_FILE
 from dpkd.io.record import parse_json
 
 Row = dict[Any, Any]
-"""By column; `None` is no column."""
+"""Cells by column; no column is called `None`."""
 
 MAX_EXPANSION = 100
 MIN_TABLE_BYTES = 1 << 26
-"""A Parquet file may unpack to so many times its size, or these bytes; one of a few kilobytes could to a terabyte."""
+"""Limit of an unpacked Parquet file (the larger counts): a few kilobytes could unpack to a terabyte."""
 ROWS_AT_ONCE = 256
 _ERROR = "\0error"
-"""Column of rows that could not be parsed."""
+"""Column with the error of a row that cannot be parsed."""
 
 
 def find_in_table(source: TableSource) -> SourceContents:
-    """All rows of the table; raises `UserError` where it cannot be read or lacks a column that the settings name."""
-    place = source.path.partition("?")[0] if "://" in source.path else source.path
-    rows = _read(source.path, suffix=place.rpartition(".")[2].lower())
+    """All rows of the table; raises `UserError` if it cannot be read or lacks a column of the settings."""
+    path = source.path.partition("?")[0] if "://" in source.path else source.path
+    rows = _read(source.path, suffix=path.rpartition(".")[2].lower())
     _require_columns(source, rows)
-    folder = place.rpartition("/")[0] if "/" in place else "."
+    folder = path.rpartition("/")[0] if "/" in path else "."
     records: dict[str, Record] = {}
     bad: list[tuple[str, str]] = []
     for number, row in enumerate(rows, start=1):
         try:
             record = _record(row, source=source, folder=folder)
             earlier = records.get(record.name)
-            if earlier is not None and earlier.image.url != record.image.url:  # the difference is masked in the name
+            if earlier is not None and earlier.image.url != record.image.url:  # names with masked secrets are equal
                 record = replace(record, name=f"{record.name}~{storage.digest(record.image.url.encode())[:8]}")
             if record.name in records:
                 raise ValueError("an earlier row has the same path")
             records[record.name] = record
         except ValueError as error:
-            path = row.get(source.path_column)
-            named = f" ({path.strip()})" if isinstance(path, str) and path.strip() else ""
-            bad.append((f"{source.path} row {number}{named}", str(error)))
+            cell = row.get(source.path_column)
+            image = f" ({cell.strip()})" if isinstance(cell, str) and cell.strip() else ""
+            bad.append((f"{source.path} row {number}{image}", str(error)))
     return SourceContents(records=tuple(records[name] for name in sorted(records)), bad=tuple(bad))
 
 
 def _record(row: Row, *, source: TableSource, folder: str) -> Record:
-    """The sample of a row; raises `ValueError` with the reason why it cannot be used."""
+    """The sample of a row; raises `ValueError` with the reason if it cannot be used."""
     if error := row.get(_ERROR):
         raise ValueError(str(error))
     path, split = cell_name(row.get(source.path_column)), cell_name(row.get(source.split_column))
@@ -77,7 +77,7 @@ def _record(row: Row, *, source: TableSource, folder: str) -> Record:
 
 
 def _file(folder: str, name: str) -> tuple[str, Blob]:
-    """The name and the file; backslashes of a table from Windows are slashes where no file has them in its name."""
+    """The name and the file; backslashes become slashes if no file of that name exists (tables from Windows)."""
     url = name if "://" in name or name.startswith("/") else storage.join(folder, name)
     path = storage.local_path(url)
     if path is None or storage.is_file(path):
@@ -94,26 +94,26 @@ def _require_columns(source: TableSource, rows: list[Row]) -> None:
     for key, column in wanted:
         if column is not None and column not in columns:
             raise UserError(
-                f"data.source.{key}={column!r} is no column of {source.path}{nearest(column, columns)}; "
-                f"it has: {', '.join(sorted(columns))}"
+                f"data.source.{key}={column!r} is not a column of {source.path}{nearest(column, columns)}; "
+                f"its columns are: {', '.join(sorted(columns))}"
             )
     if any(isinstance(row.get(source.path_column), dict | list) for row in rows):
         raise UserError(
-            f"data.source.path_column={source.path_column!r} of {source.path} holds images or lists, not paths: write "
-            "the images into files or WebDataset tars, and their paths into the table"
+            f"data.source.path_column={source.path_column!r} of {source.path} has images or lists, not paths: write "
+            "the images to files or WebDataset tars, and their paths to the table"
         )
 
 
 def _read(path: str, *, suffix: str) -> list[Row]:
     if suffix not in _READERS:
-        raise UserError(f"data.source.path={path} is none of .{', .'.join(_READERS)}: give one of these tables")
+        raise UserError(f"data.source.path={path} is not a table: give a .{', .'.join(_READERS)} file")
     try:
         data = storage.read_bytes(path)
     except NO_FILE as error:
-        raise UserError(f"data.source.path={path} does not exist: give the table that lists the images") from error
+        raise UserError(f"data.source.path={path} does not exist: give the table of the images") from error
     try:
         return list(_READERS[suffix](data))
-    except (ValueError, OverflowError, csv.Error, pa.ArrowException, OSError) as error:  # pyarrow's own are OSErrors
+    except (ValueError, OverflowError, csv.Error, pa.ArrowException, OSError) as error:  # pyarrow raises OSErrors too
         raise UserError(f"data.source.path={path} cannot be read as .{suffix}: {error}") from error
 
 
@@ -121,7 +121,7 @@ def _read_csv(data: bytes, *, delimiter: str) -> Iterator[Row]:
     text = io.StringIO(decode_text(data), newline="")
     for row in csv.DictReader(text, restkey=_ERROR, delimiter=delimiter, strict=True):
         if _ERROR in row or None in row.values():
-            row[_ERROR] = "cells and columns differ in number"
+            row[_ERROR] = "the numbers of cells and columns differ"
         yield row
 
 
@@ -141,8 +141,8 @@ def _read_parquet(data: bytes) -> Iterator[Row]:
             left_bytes -= (column.dictionary_decode() if pa.types.is_dictionary(column.type) else column).nbytes
         if left_bytes < 0:
             raise UserError(
-                f"the table of {len(data):,} bytes holds more than {MAX_EXPANSION} times that: it repeats few values "
-                "very often, such as images; leave columns out"
+                f"the table of {len(data):,} bytes unpacks to more than {MAX_EXPANSION} times its size, because it "
+                "repeats values, such as images: remove columns"
             )
         yield from batch.to_pylist()
 

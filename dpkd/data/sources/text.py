@@ -1,4 +1,4 @@
-"""What text of other systems means, by one rule for every source: encodings, lines, cells, labels and listed paths."""
+"""Parses text of other systems, by the same rules for every source: encodings, lines, cells, labels and paths."""
 
 import codecs
 import math
@@ -22,32 +22,30 @@ MISSING = frozenset(
         "NaT", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN",
     }
 )  # fmt: skip
-"""Words for a value that is missing: those that pandas reads so, and those that it writes."""
+"""Words for a missing value: all words that pandas reads or writes as missing."""
 
 
 def decode_text(data: bytes) -> str:
-    """The text without its byte order mark: UTF-8, or UTF-16 where the mark says so; raises `UnicodeDecodeError`."""
+    """The text without its byte order mark: UTF-8, or UTF-16 by the mark; raises `UnicodeDecodeError`."""
     is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return data.decode("utf-16" if is_utf16 else "utf-8-sig")
 
 
 def split_lines(data: bytes) -> list[str]:
-    r"""The lines that hold anything, without white space around them; a line ends at \n or \r\n and at nothing else."""
+    r"""The non-empty lines, without white space around them; only \n and \r\n end a line."""
     return [line.strip() for line in decode_text(data).split("\n") if line.strip()]
 
 
 def read_lines(path: str, *, key: str) -> list[str]:
-    """The lines of a text file, as `split_lines` gives them; raises `UserError` that names the key of the settings."""
+    """The lines of a text file, as `split_lines` gives them; raises `UserError` with the settings key."""
     try:
         return split_lines(storage.read_bytes(path))
     except (*NO_FILE, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{key}={path} cannot be read as text: {error}; name a file with a line for each sample"
-        ) from error
+        raise UserError(f"{key}={path} cannot be read as text: {error}; give a file with one line a sample") from error
 
 
 def cell_value(cell: Any) -> Any:
-    """The cell as JSON can hold it; None where it is empty, NaN or a word for a missing value."""
+    """The cell as a JSON value; None if it is empty, NaN or a word for a missing value."""
     if isinstance(cell, bytes):
         cell = cell.decode("utf-8", "surrogateescape")
     if isinstance(cell, str):
@@ -58,7 +56,7 @@ def cell_value(cell: Any) -> Any:
 
 
 def cell_name(cell: Any) -> str | None:
-    """The cell as the name of a file, class, group or split, None where it is missing; whole floats are integers."""
+    """The cell as the name of a file, class, group or split, None if missing; whole floats become integers."""
     value = cell_value(cell)
     if value is None:
         return None
@@ -67,7 +65,7 @@ def cell_name(cell: Any) -> str | None:
 
 
 def class_of_label(label: Any) -> str | None:
-    """The class that a label names, None for -1 or a missing one; raises `ValueError` for any other that is no name."""
+    """The class name of a label, None for -1 or a missing label; raises `ValueError` for a label that is not a name."""
     label = cell_value(label)
     if label is None:
         return None
@@ -75,21 +73,23 @@ def class_of_label(label: Any) -> str | None:
         raise ValueError(f"label {reprlib.repr(label)} is neither a name nor a whole number")
     text = cell_name(label) or ""
     if len(text) > MAX_LABEL_LENGTH:
-        raise ValueError(f"the label is {len(text)} characters long")
+        raise ValueError(f"the label has {len(text)} characters, more than {MAX_LABEL_LENGTH}")
     if not re.fullmatch(r"-\d+", text):
         return text
     if int(text) < -1:
-        raise ValueError(f"label {text} is out of range: labels are names, numbers from 0, or -1 or empty for none")
+        raise ValueError(
+            f"label {text} is out of range: use a name, a number from 0, or -1 or an empty cell for no label"
+        )
     return None if int(text) == -1 else "0"
 
 
 def is_image(name: str) -> bool:
-    """True for the suffixes that images have."""
+    """True for the suffixes of images."""
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def key_of(name: str) -> str:
-    """A WebDataset key for a name: the path without extension, dots and what no path should hold replaced."""
+    """A WebDataset key for a name: the path without extension; dots and unsafe characters are replaced."""
     text = name.encode("utf-8", "backslashreplace").decode("utf-8").split("://")[-1]
     text = text.removeprefix("***@").removesuffix("?***")  # the mask of secrets
     parts = [part for part in PurePosixPath(text).parts if part not in ("/", ".")] or ["_"]
@@ -101,20 +101,20 @@ def key_of(name: str) -> str:
 
 
 class Listed(NamedTuple):
-    """The samples that the lines of a list name."""
+    """The samples named by the lines of a list."""
 
     numbers: list[tuple[str, int]]
-    """(line, number of its sample)."""
+    """(line, number of the sample)."""
     unknown: list[str]
     prefix: str
-    """What was taken off lines that name samples by a longer path."""
+    """The common prefix removed from longer paths."""
 
 
 def match_lines(lines: Sequence[str], number_of: Mapping[str, int]) -> Listed:
-    r"""Finds the sample that each line names by its path or key.
+    r"""Finds the sample of each line by path or key.
 
-    Besides the plain name a line may have `./` before it, backslashes, a label after it (`a/0.jpg 3`), and folders
-    before it that are no part of the names, where they are the same for all lines that need it.
+    A line may start with `./`, contain backslashes, and end with a label (`a/0.jpg 3`). It may start with folders that
+    are not part of the names, if all lines with such folders have the same ones.
     """
     by_name: dict[str, int] = {}
     by_longer_path: dict[str, tuple[str, int]] = {}
