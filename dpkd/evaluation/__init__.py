@@ -1,1 +1,1 @@
-"""Measures of a network: pure functions, arrays in, numbers out."""
+"""Measures of a network: pure functions from arrays to numbers."""

@@ -1,4 +1,4 @@
-"""N-way K-shot accuracy over episodes that are the same for every model compared.
+"""N-way K-shot accuracy over episodes that are equal for all models.
 
 Axes: N samples, D embedding, E episodes, W ways (classes of an episode), K shots (support samples a class), Q queries a
 class. Accuracies are fractions in [0, 1].
@@ -16,33 +16,32 @@ Floats = NDArray[np.floating]
 Integers = NDArray[np.int64]
 
 CHUNK_BYTES = 64 << 20
-"""Query embeddings gathered at a time."""
+"""Size of the query embeddings in memory at a time."""
 
 
 @dataclass(frozen=True)
 class Episodes:
-    """Sample indices of every episode; fewer shots take the first of each class, queries are the same for all shots."""
+    """Sample indices of every episode; fewer shots use the first of each class, and all shots use the same queries."""
 
     support_EWK: Integers
     query_EWQ: Integers
     left_out: tuple[int, ...]
-    """Classes with too few samples to be drawn."""
+    """Classes with too few samples, which are never drawn."""
 
 
 def draw_episodes(label_N: Integers, settings: EpisodeSettings, *, seed: int, split: str = "evaluation") -> Episodes:
-    """Draws the episodes of a split from its labels, the settings and the seed alone; label -1 is never drawn.
+    """Draws the episodes of a split; they depend only on labels, settings and seed. Label -1 is never drawn.
 
-    Raises `UserError` when fewer than `way` classes have `max(shots) + queries` samples.
+    Raises `UserError` if fewer than `way` classes have `max(shots) + queries` samples.
     """
     class_C, count_C = np.unique(label_N[label_N >= 0], return_counts=True)
     num_drawn = max(settings.shots) + settings.queries
     fits_C = count_C >= num_drawn
     if fits_C.sum() < settings.way:
         raise UserError(
-            f"split {split!r} has {len(class_C)} labelled classes, {fits_C.sum()} of them with the {num_drawn} samples "
-            f"that an episode draws (evaluate.episodes: shots={list(settings.shots)}, queries={settings.queries}), and "
-            f"way={settings.way} needs {settings.way}: lower evaluate.episodes.way, .queries or .shots, or give the "
-            f"split more classes or samples (data.splits)"
+            f"evaluate.episodes.way={settings.way} is too large: split {split!r} has {len(class_C)} labelled classes, "
+            f"{fits_C.sum()} of them with the {num_drawn} samples of an episode (shots={list(settings.shots)}, "
+            f"queries={settings.queries}); lower .way, .queries or .shots, or change data.splits"
         )
     rng = np.random.Generator(np.random.Philox(seed))
     order_N = np.argsort(label_N, kind="stable")
@@ -59,7 +58,7 @@ def draw_episodes(label_N: Integers, settings: EpisodeSettings, *, seed: int, sp
 
 
 def _distinct(rng: np.random.Generator, size_R: Integers, count: int) -> Integers:
-    """Draws `count` different numbers below `size_R` in each row, every ordered choice equally likely."""
+    """Draws `count` different numbers below `size_R` in each row; all ordered choices are equally likely."""
     pick_RS = np.empty((len(size_R), count), np.int64)
     for column in range(count):
         draw_R = rng.integers(0, size_R - column)
@@ -72,18 +71,18 @@ def _distinct(rng: np.random.Generator, size_R: Integers, count: int) -> Integer
 def few_shot_accuracy(
     embedding_ND: Floats, episodes: Episodes, *, settings: EpisodeSettings, base_mean_D: Floats | None = None
 ) -> dict[str, NDArray[np.float64]]:
-    """The share of queries classified rightly in each episode, float64 [E], for every number of shots (`5way_1shot`).
+    """The accuracy on the queries of each episode, float64 [E], for every number of shots (`5way_1shot`).
 
-    Embeddings get unit length, after `settings.transform`: `l2` does nothing more; `centred_l2` subtracts the training
-    split's mean embedding (SimpleShot, Wang et al. 2019); `power_l2` takes square roots (Hu et al. 2021), of the
-    magnitude with its sign kept, for features below zero.
+    Embeddings get unit length after `settings.transform`. `l2` changes nothing before; `centred_l2` subtracts the
+    training split's mean embedding (SimpleShot, Wang et al. 2019); `power_l2` takes the square root of the magnitude
+    (Hu et al. 2021) and keeps the sign.
 
-    Raises `UserError` when an embedding is not finite, since a diverged network has no accuracy.
+    Raises `UserError` if an embedding is not finite, because a diverged network has no accuracy.
     """
     if not np.isfinite(embedding_ND).all():
         raise UserError(
-            "the network's embeddings hold NaN or infinity: training diverged; lower optimizer.learning_rate "
-            "or set optimizer.clip"
+            "the network's embeddings have NaN or infinity, so training diverged: lower optimizer.learning_rate or set "
+            "optimizer.clip"
         )
     x_ND = np.asarray(embedding_ND, np.float32)
     if settings.transform == "centred_l2":
@@ -99,27 +98,27 @@ def few_shot_accuracy(
     accuracy = {}
     for shot in settings.shots:
         support_EWK = episodes.support_EWK[..., :shot]
-        guesses = [
+        classes = [
             classify(x_ND, support_EWK[i : i + chunk], episodes.query_EWQ[i : i + chunk])
             for i in range(0, num_episodes, chunk)
         ]
-        accuracy[f"{settings.way}way_{shot}shot"] = (np.concatenate(guesses) == truth_M).mean(axis=1, dtype=np.float64)
+        accuracy[f"{settings.way}way_{shot}shot"] = (np.concatenate(classes) == truth_M).mean(axis=1, dtype=np.float64)
     return accuracy
 
 
 def _nearest_centroid(x_ND: Floats, support_EWK: Integers, query_EWQ: Integers) -> Integers:
-    """The mean of a class's support is its prototype, the nearest one wins (Snell et al. 2017, eq. 1 and 2)."""
+    """The class whose mean support embedding is nearest to each query (Snell et al. 2017, eq. 1 and 2)."""
     centroid_EWD = x_ND[support_EWK].mean(axis=2)
     query_EMD = x_ND[query_EWQ.reshape(len(query_EWQ), -1)]
-    # |q - c|² without |q|², which is the same for every class
+    # |q - c|² without |q|², which is equal for all classes
     distance_EMW = (centroid_EWD**2).sum(-1)[:, None] - 2 * query_EMD @ centroid_EWD.transpose(0, 2, 1)
     return distance_EMW.argmin(-1)
 
 
 def _logistic(x_ND: Floats, support_EWK: Integers, query_EWQ: Integers) -> Integers:
-    """Logistic regression (L2, C = 1) on each episode's support (Tian et al. 2020)."""
+    """The prediction of a logistic regression (L2, C = 1) on each episode's support (Tian et al. 2020)."""
     way, shot = support_EWK.shape[1:]
-    from sklearn.linear_model import LogisticRegression  # noqa: PLC0415  slow to load, and a restart waits for it
+    from sklearn.linear_model import LogisticRegression  # noqa: PLC0415  slow to import, which would delay restarts
 
     label_S = np.repeat(np.arange(way), shot)
     return np.stack(
@@ -133,7 +132,7 @@ def _logistic(x_ND: Floats, support_EWK: Integers, query_EWQ: Integers) -> Integ
 def score(accuracy_E: NDArray[np.float64]) -> dict[str, float]:
     """`{"mean", "ci95"}`: the mean over episodes, and half its normal 95 % interval, 1.96 · standard deviation / √E.
 
-    The difference of two networks on the same episodes gets the (narrower) interval of the difference.
+    For two networks on the same episodes, the score of the differences has a narrower interval.
     """
     ci95 = 1.96 * accuracy_E.std(ddof=1) / np.sqrt(len(accuracy_E))
     return {"mean": float(accuracy_E.mean()), "ci95": float(ci95)}

@@ -1,4 +1,4 @@
-"""kNN and linear probe: how well a frozen embedding separates the classes of a split.
+"""kNN and linear probe: the accuracy of simple classifiers on a frozen embedding.
 
 Axes: N sample, D feature.
 """
@@ -21,16 +21,16 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ProbeSplit:
-    """The samples that probes are fitted on, and those they are tested on; the same for every model."""
+    """The samples to fit probes and the samples to test them; equal for all models."""
 
     fit: Integers
     test: Integers
 
 
 def probe_split(label_N: Integers, settings: ProbeSettings, *, seed: int) -> ProbeSplit | None:
-    """Cuts the labelled samples by class; none where fewer than two classes have the two samples that both halves need.
+    """Splits the labelled samples of each class; None if fewer than two classes have two samples.
 
-    At most `max_samples` take part, drawn at random.
+    At most `max_samples` are used, drawn at random.
     """
     rng = np.random.Generator(np.random.Philox(seed))
     chosen = rng.permutation(np.flatnonzero(label_N >= 0))[: settings.max_samples]
@@ -48,10 +48,10 @@ def probe_split(label_N: Integers, settings: ProbeSettings, *, seed: int) -> Pro
 
 
 def probe(embedding_ND: Floats, label_N: Integers, *, split: ProbeSplit, settings: ProbeSettings) -> dict[str, float]:
-    """Accuracy on the test half as `{"knn", "linear"}`, fractions.
+    """Accuracy on the test samples as `{"knn", "linear"}`, fractions.
 
-    kNN votes among the nearest by cosine similarity; the linear probe is logistic regression (L2, C = 1) on features
-    standardised by the fitting half.
+    kNN votes among the nearest samples by cosine similarity. The linear probe is logistic regression (L2, C = 1) on
+    features standardised by the fit samples.
     """
     fit_label, test_label = label_N[split.fit], label_N[split.test]
     unit_ND = normalize(embedding_ND)
@@ -61,6 +61,6 @@ def probe(embedding_ND: Floats, label_N: Integers, *, split: ProbeSplit, setting
         return {"knn": float(knn)}
     scaler = StandardScaler().fit(embedding_ND[split.fit])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # a probe is a yardstick: 300 iterations for everyone
+        warnings.simplefilter("ignore", ConvergenceWarning)  # every model gets the same 300 iterations
         linear = LogisticRegression(max_iter=300).fit(scaler.transform(embedding_ND[split.fit]), fit_label)
     return {"knn": float(knn), "linear": float(linear.score(scaler.transform(embedding_ND[split.test]), test_label))}

@@ -1,1 +1,1 @@
-"""Networks: any timm backbone behind one face, with the heads that objectives ask for."""
+"""Networks: any timm backbone with one interface, and the heads of the objectives."""

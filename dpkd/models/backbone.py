@@ -1,4 +1,4 @@
-"""Any timm model behind one face: a feature map, an embedding, logits.
+"""Any timm model with one interface: a feature map, an embedding, logits.
 
 Axes: B image, C colour, H W height and width (of the image, or of the patch grid), D features, K classes, N tokens.
 """
@@ -19,13 +19,13 @@ OWN_ARGUMENTS = {
     "checkpoint_path": "weights",
     "features_only": "nothing: dpkd reads the last features of any model",
 }
-"""Arguments of `timm.create_model` that dpkd sets itself, and from what."""
+"""Arguments of `timm.create_model` that dpkd sets, and their source."""
 
 
 class Backbone(nn.Module):
-    """A timm model as `timm`; its own weights and names stay, so that its state dict loads into plain timm.
+    """A timm model as `timm`, with unchanged weights and names, so that its state dict loads into plain timm.
 
-    Raises `UserError` where the model gives no grid of patch features, or its logits are no function of its embedding.
+    Raises `UserError` if the model has no grid of patch features, or its logits are not a function of its embedding.
     """
 
     def __init__(self, settings: ModelSettings, *, num_classes: int, image_size: int) -> None:
@@ -37,13 +37,13 @@ class Backbone(nn.Module):
         self._probe(num_classes)
 
     def features(self, image_BCHW: Tensor) -> Tensor:
-        """The model's last features, in its own layout."""
+        """The model's last features, in the model's layout."""
         return self.timm.forward_features(image_BCHW)
 
     def patches(self, features: Tensor, image_size: tuple[int, int]) -> Tensor:
-        """The features as a map BDHW: channels-last maps turned, prefix tokens dropped, tokens put on their grid.
+        """The features as a map BDHW: channels first, without prefix tokens, patch tokens on a grid.
 
-        The grid follows the (height, width) of the images that the features are of.
+        The grid follows the (height, width) of the images, `image_size`.
         """
         if features.ndim == 4:
             return features.permute(0, 3, 1, 2) if self._channels_last else features
@@ -52,30 +52,30 @@ class Backbone(nn.Module):
         return patch_BND.transpose(1, 2).unflatten(2, tuple(cells))
 
     def embed(self, features: Tensor) -> Tensor:
-        """What the model pools of its features before its classifier, BD."""
+        """The pooled features before the classifier, BD."""
         return self.timm.forward_head(features, pre_logits=True)
 
     def embed_pooled(self, pooled_BD: Tensor) -> Tensor:
-        """The embedding of patch features that are pooled already: the model's own head after its pooling.
+        """The embedding BD of pooled patch features: the output of the model's head.
 
-        The pooled vector stands for every cell, so that any pooling of the model's own gives it back.
+        The head gets the pooled vector in every cell, so any pooling of the model returns the vector.
         """
         if self._is_map:
             return self.embed(pooled_BD[:, None, None, :] if self._channels_last else pooled_BD[:, :, None, None])
         return self.embed(pooled_BD[:, None, :].expand(-1, self.num_prefix_tokens + 1, -1))
 
     def classify(self, embedding_BD: Tensor) -> Tensor:
-        """Logits BK of embeddings; the mean over its classifiers where the model has several (LeViT)."""
-        own = self.timm.get_classifier()
+        """Logits BK of embeddings; the mean over classifiers if the model has several (LeViT)."""
+        classifiers = self.timm.get_classifier()
         logits = []
-        for classifier in own if isinstance(own, (tuple, list, nn.ModuleList)) else (own,):
+        for classifier in classifiers if isinstance(classifiers, (tuple, list, nn.ModuleList)) else (classifiers,):
             convolves = isinstance(classifier, nn.Conv2d)
             logits.append(classifier(embedding_BD[:, :, None, None] if convolves else embedding_BD).flatten(1))
         return torch.stack(logits).mean(0) if len(logits) > 1 else logits[0]
 
     @torch.no_grad()
     def _probe(self, num_classes: int) -> None:
-        """Runs one image through, learns layout and widths, and checks that the logits are those of the embedding."""
+        """Runs one image to find layout and widths, and checks that the logits depend only on the embedding."""
         was_training, side = self.timm.training, self._image_size
         self.timm.eval()
         device = next(self.timm.parameters()).device
@@ -86,7 +86,7 @@ class Backbone(nn.Module):
         except (RuntimeError, AssertionError, ValueError, TypeError) as error:
             raise UserError(f"model {self.name!r} does not run on {side} px images: {_first_line(error)}") from error
         if not isinstance(features, Tensor) or features.ndim not in (3, 4):
-            raise UserError(f"model {self.name!r} gives no grid of patch features; choose another model")
+            raise UserError(f"model {self.name!r} has no grid of patch features; choose another model")
         self._is_map, dim = features.ndim == 4, int(self.timm.num_features)
         self._channels_last = self._is_map and features.shape[1] != dim and features.shape[3] == dim
         if self._is_map:
@@ -96,11 +96,11 @@ class Backbone(nn.Module):
             height = width = round(num_patches**0.5)
             if height * width != num_patches:
                 raise UserError(
-                    f"model {self.name!r} gives {num_patches} tokens, which are no square grid; choose another model"
+                    f"model {self.name!r} has {num_patches} tokens, which is not a square grid; choose another model"
                 )
         self.grid = (height, width)
         if embedding_BD.ndim != 2:
-            raise UserError(f"model {self.name!r} gives no embedding vector (global_pool is empty?); choose a pooling")
+            raise UserError(f"model {self.name!r} has no embedding vector; set a pooling: model.arguments.global_pool")
         self.embedding_dim = embedding_BD.shape[1]
         self.patch_dim = self.patches(features, (side, side)).shape[1]
         if num_classes:
@@ -110,22 +110,22 @@ class Backbone(nn.Module):
                 same = False
             if not same:
                 raise UserError(
-                    f"the logits of model {self.name!r} are no function of its embedding; choose another model"
+                    f"the logits of model {self.name!r} are not a function of its embedding; choose another model"
                 )
         self.timm.train(was_training)
 
 
 def create_timm_model(settings: ModelSettings, *, num_classes: int, image_size: int) -> nn.Module:
-    """A timm model of this name and arguments, at this image size where the model must know it.
+    """A timm model of this name and arguments, with the image size if the model has that argument.
 
-    Raises `UserError` for an unknown name (with the nearest ones) and for arguments that the model refuses.
+    Raises `UserError` for an unknown name (with the nearest names) and for arguments that the model refuses.
     """
     if not timm.is_model(settings.name):
         near = difflib.get_close_matches(settings.name, timm.list_models(), n=3, cutoff=0.5)
-        raise UserError(f"model.name {settings.name!r} is no timm model; nearest: {', '.join(near) or 'none'}")
+        raise UserError(f"model.name {settings.name!r} is not a timm model; nearest: {', '.join(near) or 'none'}")
     for name in OWN_ARGUMENTS.keys() & settings.arguments.keys():
-        raise UserError(f"model.arguments.{name} is set by dpkd itself (from {OWN_ARGUMENTS[name]}); drop it")
-    # Most convolutional models take any image size and do not know the argument.
+        raise UserError(f"model.arguments.{name} is set by dpkd (from {OWN_ARGUMENTS[name]}); remove it")
+    # most convolutional models accept any image size and lack the argument
     for arguments in ({"img_size": image_size, **settings.arguments}, settings.arguments):
         try:
             model: nn.Module = timm.create_model(
@@ -134,9 +134,9 @@ def create_timm_model(settings: ModelSettings, *, num_classes: int, image_size: 
         except (TypeError, RuntimeError, AssertionError, ValueError, KeyError, AttributeError, OSError) as error:
             if isinstance(error, TypeError) and "'img_size'" in str(error) and "img_size" not in settings.arguments:
                 continue
-            given = ", ".join(f"{key}={value!r}" for key, value in settings.arguments.items()) or "no arguments"
+            listed = ", ".join(f"{key}={value!r}" for key, value in settings.arguments.items()) or "no arguments"
             raise UserError(
-                f"model.arguments: timm refuses {settings.name!r} with {given}: {_first_line(error)}"
+                f"model.arguments: timm refuses {settings.name!r} with {listed}: {_first_line(error)}"
             ) from error
         return model
     raise AssertionError("the second call has no img_size")

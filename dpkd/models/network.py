@@ -1,4 +1,4 @@
-"""The network that is trained: a backbone, its pooling, and the heads that objectives ask for.
+"""The trained network: a backbone, its pooling, and the heads of the objectives.
 
 Axes: B image, C colour or map channels, H W height and width, D features, K classes.
 """
@@ -12,11 +12,11 @@ from dpkd.models.settings import FigureGroundPooling, NetworkSpec
 from dpkd.models.weights import load_weights
 
 PLAIN_SHARE = 1e-3
-"""What every patch weighs beside its figure-ground weight, so that a blank map gives the plain mean."""
+"""Added to every patch's figure-ground weight, so that a blank map gives the plain mean."""
 
 
 class Network(nn.Module):
-    """Embedding, patch features, logits, and the outputs of its heads, from one forward."""
+    """Embedding, patch features, logits and head outputs, from one forward pass."""
 
     def __init__(self, spec: NetworkSpec) -> None:
         super().__init__()
@@ -32,11 +32,11 @@ class Network(nn.Module):
                 self.heads[name] = nn.Conv2d(self.backbone.patch_dim, head.width, 1)
 
     def forward(self, image_BCHW: Tensor, weight_B1HW: Tensor | None = None) -> dict[str, Tensor]:
-        """Runs normalised float images through; figure-ground pooling needs `weight_B1HW` in [0, 1], of any size.
+        """The outputs for normalised float images; figure-ground pooling needs `weight_B1HW` in [0, 1], of any size.
 
-        Returns `embedding` BD, `patch` BDHW, `logits` BK (where there are classes), and under its name the output of
-        each head: [B, width], or [B, width, H, W] on the patch grid. Raises `ValueError` where the pooling needs a
-        weight and none is given.
+        Outputs by name: `embedding` BD, `patch` BDHW, `logits` BK (if the network has classes), and the output of each
+        head, [B, width] or [B, width, H, W] on the patch grid. Raises `ValueError` if figure-ground pooling lacks a
+        weight.
         """
         features = self.backbone.features(image_BCHW)
         patch_BDHW = self.backbone.patches(features, (image_BCHW.shape[2], image_BCHW.shape[3]))
@@ -56,10 +56,10 @@ class Network(nn.Module):
 
 
 def figure_ground(patch_BDHW: Tensor, saliency_B1HW: Tensor, *, floor: float) -> Tensor:
-    """Mean of the patch features weighted by `S / (mean S + floor)`, S the saliency averaged over each patch; BD.
+    """Mean of the patch features weighted by `S / (mean S + floor)`; S: the mean saliency of each patch; BD.
 
-    The idea is that of saliency-guided few-shot training (COSOC, Luo et al. 2021). Scaling S changes nothing until
-    its mean falls towards the floor; a blank map gives the plain mean.
+    The idea is from saliency-guided few-shot training (COSOC, Luo et al. 2021). The scale of S has no effect until the
+    mean of S is near the floor; a blank map gives the plain mean.
     """
     saliency_B1HW = area_resample(saliency_B1HW, (patch_BDHW.shape[2], patch_BDHW.shape[3]))
     weight_B1HW = saliency_B1HW / (saliency_B1HW.mean((2, 3), keepdim=True) + floor) + PLAIN_SHARE
@@ -68,10 +68,10 @@ def figure_ground(patch_BDHW: Tensor, saliency_B1HW: Tensor, *, floor: float) ->
 
 
 def build_network(spec: NetworkSpec, *, seed: int | None = None, weights: str | None = None) -> Network:
-    """A network of this spec in training mode, with weights drawn from `seed` (the global generator where none).
+    """A network of this spec in training mode, with weights drawn from `seed` (without one, the global generator).
 
-    `weights` is a file that the backbone starts from. Raises `UserError` for names and arguments that timm refuses, for
-    models without patch features, and for weights that do not fit.
+    `weights` is a file with the backbone's initial weights. Raises `UserError` for names and arguments that timm
+    refuses, for models without patch features, and for weights that do not fit.
     """
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:

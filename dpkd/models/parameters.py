@@ -1,4 +1,4 @@
-"""Parameter groups for the optimizer: weight decay, and a learning rate that shrinks towards the input."""
+"""Parameter groups for the optimizer: weight decay, and a learning rate that decreases towards the input."""
 
 import re
 
@@ -11,23 +11,23 @@ from dpkd.models.network import Network
 
 
 def parameter_groups(module: nn.Module, *, weight_decay: float, layer_decay: float = 1.0) -> list[ParameterGroup]:
-    """Groups every trainable parameter of a module once; raises `UserError` where it has none.
+    """Groups every trainable parameter of a module once; raises `UserError` if it has none.
 
-    Vectors and scalars (biases, norms) and what the timm model names in `no_weight_decay` carry no weight decay. With
-    `layer_decay` below 1 the backbone's parameters at depth `d` of `D` (timm's own layer groups, the classifier
-    deepest) get `lr_scale = layer_decay ** (D - d)`, as BEiT does (Bao et al. 2021); heads outside it get 1.
+    Vectors, scalars (biases, norms) and the parameters of timm's `no_weight_decay` have no weight decay. With
+    `layer_decay` below 1, the backbone's parameters at depth `d` of `D` (timm's layer groups, the classifier deepest)
+    have `lr_scale = layer_decay ** (D - d)`, as in BEiT (Bao et al. 2021); heads outside the backbone have 1.
     """
     without_decay: set[str] = set()
     scale_of: dict[str, float] = {}
     for name, child in module.named_modules():
         if isinstance(child, Network):
             model, prefix = child.backbone.timm, f"{name}.backbone.timm.".removeprefix(".")
-            if hasattr(model, "no_weight_decay"):  # positions and class tokens
+            if hasattr(model, "no_weight_decay"):  # position embeddings and class tokens
                 without_decay |= {prefix + parameter for parameter in model.no_weight_decay()}
             if layer_decay != 1.0:
                 if hasattr(model, "group_matcher"):
                     matcher = model.group_matcher(coarse=False)
-                else:  # a model that timm cuts into no layers is cut at its top children
+                else:  # timm defines no layer groups: one group for each top child
                     matcher = {f"group{i}": f"^{re.escape(part)}" for i, (part, _) in enumerate(model.named_children())}
                 depth_of: dict[str, int] = group_parameters(model, matcher, reverse=True)
                 deepest = max(depth_of.values(), default=0)
@@ -42,5 +42,5 @@ def parameter_groups(module: nn.Module, *, weight_decay: float, layer_decay: flo
             group["params"].append(parameter)
             group["names"].append(name)
     if not groups:
-        raise UserError("the network has no trainable parameter: unfreeze a part of it, or do not train it")
+        raise UserError("the network has no trainable parameter: unfreeze a part of it")
     return list(groups.values())

@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def area_resample(map_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
-    """Means of a map over the cells of a `size` grid, each input cell counted by the area it shares; float32.
+    """Means of a map over the cells of a `size` grid, with input cells weighted by the shared area; float32.
 
-    Exact for any pair of sizes (adaptive pooling is not where they do not divide), and linear in the map.
+    Exact for any pair of sizes (adaptive pooling is inexact if they do not divide), and linear in the map.
     """
     rows_OI = _shared_length(map_BCHW.shape[-2], size[0], device=map_BCHW.device)
     columns_OI = _shared_length(map_BCHW.shape[-1], size[1], device=map_BCHW.device)
@@ -20,7 +20,7 @@ def area_resample(map_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _shared_length(num_in: int, num_out: int, *, device: torch.device) -> Tensor:
-    """The share of output cell `o` that input cell `i` covers on one axis; rows add up to 1."""
+    """The share of output cell `o` that input cell `i` covers on one axis; rows sum to 1."""
     edges_out = torch.arange(num_out + 1, device=device, dtype=torch.float32) / num_out
     edges_in = torch.arange(num_in + 1, device=device, dtype=torch.float32) / num_in
     upper_OI = torch.minimum(edges_out[1:, None], edges_in[None, 1:])

@@ -1,9 +1,9 @@
-"""A network on disk: a folder with its weights and what they were built from.
+"""A network on disk: a folder with its weights and its spec.
 
-    <folder>/model.safetensors    every tensor of the network's state dict, by its name
+    <folder>/model.safetensors    every tensor of the network's state dict, by name
     <folder>/network.json         {"format_version": 1, "weights_sha256": "…", "spec": {…}, "checksum": …}; written last
 
-The weights count only together with a `network.json` that names their checksum.
+The weights are valid only with a `network.json` that has their checksum.
 """
 
 from collections.abc import Mapping
@@ -25,9 +25,9 @@ SPEC_NAME = "network.json"
 
 
 def save_network(folder: Path, spec: NetworkSpec, state: Mapping[str, Tensor]) -> None:
-    """Writes a network's state dict and spec into a folder; a write cut short leaves no network that loads.
+    """Writes a network's state dict and spec to a folder; after an interrupted write, the folder does not load.
 
-    Raises `UserError` where the folder cannot be written.
+    Raises `StorageError` if the folder cannot be written.
     """
     data = safetensors.torch.save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()})
     head = {
@@ -40,35 +40,35 @@ def save_network(folder: Path, spec: NetworkSpec, state: Mapping[str, Tensor]) -
 
 
 def load_network(folder: Path) -> Network:
-    """The network that `save_network` wrote, with its spec, on CPU and in evaluation mode.
+    """The network written by `save_network`, with its spec, on CPU and in evaluation mode.
 
-    Raises `UserError` that names the file: missing, of another format, damaged, or of other tensors than the spec's.
+    Raises `UserError` with the file if it is missing or damaged, or has another format or other tensors than the spec.
     """
     path, weights = folder / SPEC_NAME, folder / WEIGHTS_NAME
     try:
         head = parse_checked(storage.read_bytes(path))
         if head["format_version"] != FORMAT_VERSION:
             raise UserError(
-                f"{path}: format_version is {head['format_version']}, this dpkd reads {FORMAT_VERSION}; "
-                "load it with the version that wrote it (versions.json of its run)"
+                f"{path}: format_version is {head['format_version']}, and this dpkd reads {FORMAT_VERSION}; "
+                "use the dpkd version in versions.json of its run"
             )
         spec, checksum = NetworkSpec.model_validate(head["spec"]), head["weights_sha256"]
         data = storage.read_bytes(weights)
     except NO_FILE as error:
         missing = path if not path.is_file() else weights
-        raise UserError(f"{missing} is missing: run the stage that makes it again") from error
+        raise UserError(f"{missing} is missing: run its stage again") from error
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); run its stage again") from error
     if storage.digest(data) != checksum:
-        raise UserError(f"{weights} is not what {SPEC_NAME} beside it describes: damaged; run its stage again")
-    start = spec.model.model_copy(update={"pretrained": False})  # the weights on disk replace them all
+        raise UserError(f"{weights} is damaged: its checksum differs from {SPEC_NAME}; run its stage again")
+    start = spec.model.model_copy(update={"pretrained": False})  # the weights on disk replace all pretrained ones
     network = build_network(spec.model_copy(update={"model": start}), seed=0)
     network.spec = spec
     try:
         network.load_state_dict(safetensors.torch.load(data))
     except RuntimeError as error:
         raise UserError(
-            f"{weights} holds other tensors than its spec builds ({str(error)[:500]}); "
-            "was it written with another timm? versions.json of its run tells which"
+            f"{weights} has other tensors than its spec ({str(error)[:500]}); "
+            "use the timm version in versions.json of its run"
         ) from error
     return network.eval()

@@ -8,32 +8,32 @@ from dpkd.config import TAKES_TEXT, Config
 
 
 class MeanPooling(Config):
-    """The embedding is the mean of the patch features (or what the timm model's own head pools)."""
+    """The embedding is the mean of the patch features, or the pooling of the timm model."""
 
     kind: Literal["mean"] = "mean"
 
 
 class FigureGroundPooling(Config):
-    """The embedding is the mean of the patch features weighted by `S / (mean S + floor)`, S a prior map in [0, 1]."""
+    """The embedding is the mean of the patch features weighted by `S / (mean S + floor)`; S: a prior map in [0, 1]."""
 
     kind: Literal["figure_ground"] = "figure_ground"
     prior: str = "saliency"
     floor: float = Field(0.05, gt=0)
     blank: float = Field(0.0, ge=0, le=1)
-    """Share of training samples pooled plainly, as if their map were blank, so that the network also works without
-    its map, which no exported timm model has."""
+    """Share of training samples with plain pooling, as with a blank map, so that the network also works without the
+    map. An exported timm model has no map."""
 
 
 Pooling = Annotated[MeanPooling | FigureGroundPooling, Field(discriminator="kind")]
 
 
 class ModelSettings(Config):
-    """A timm model by name; `arguments` go to `timm.create_model` as they are. A plain text is the name."""
+    """A timm model by name; `arguments` are passed to `timm.create_model`. A plain text is the name."""
 
     name: str
     arguments: dict[str, Any] = {}
     pretrained: bool = False
-    """Start from timm's published weights (downloads them)."""
+    """Download timm's published weights and start from them."""
     pooling: Pooling = MeanPooling()
 
 
@@ -42,7 +42,7 @@ def _named_model(value: Any) -> Any:
 
 
 Model = Annotated[ModelSettings, BeforeValidator(_named_model), TAKES_TEXT]
-"""Settings of a model, or its name alone."""
+"""Settings of a model, or only its name."""
 
 
 class HeadSpec(Config):
@@ -53,16 +53,16 @@ class HeadSpec(Config):
 
 
 class NetworkSpec(Config):
-    """All that a network is built from; `network.json` beside its weights holds it."""
+    """The complete definition of a network; stored in `network.json` beside the weights."""
 
     model: ModelSettings
     classes: tuple[str, ...]
-    """Class names, in the order of the logits; empty gives no logits."""
+    """Class names, in the order of the logits; if empty, the network has no logits."""
     image_size: int = Field(ge=1)
     mean: tuple[float, float, float]
     """Channel means of the training images, RGB in 0..1."""
     std: tuple[float, float, float]
     heads: dict[str, HeadSpec] = {}
-    """By the name of their output; the order is that in which weights are drawn."""
+    """By output name; the weights are drawn in this order."""
     attributes: tuple[str, ...] = ()
-    """Names of the attributes that the head `attributes` predicts, in the order of its outputs."""
+    """Attribute names, in the order of the outputs of the head `attributes`."""

@@ -1,4 +1,4 @@
-"""Weights to start from, read from a file into a timm model."""
+"""Loads initial weights from a file into a timm model."""
 
 import inspect
 import pickle
@@ -18,31 +18,31 @@ from dpkd.errors import UserError
 OWN_PREFIX = "backbone.timm."
 UNREADABLE = (SafetensorError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile, OSError, EOFError,
               RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)  # fmt: skip
-"""What torch and safetensors raise over bytes that are not theirs."""
+"""The exceptions of torch and safetensors for bytes of another format."""
 
 
 def load_weights(model: nn.Module, path: str) -> None:
     """Loads a local safetensors or PyTorch file into a timm model: a plain state dict, or a network saved by dpkd.
 
-    No code in the file is run. timm's own conversion for the model family runs first (position embeddings of another
-    grid are resampled). The classifier is left as it is where the file has none or one of another size. Raises
-    `UserError` where the file cannot be read or does not fit the model.
+    No code in the file is run. timm's conversion for the model family runs first (it resamples position embeddings of
+    another grid). The model keeps its classifier if the file has none or one of another size. Raises `UserError` if the
+    file cannot be read or does not fit the model.
     """
     if not Path(path).is_file():
-        raise UserError(f"weights {path} is no file: give the path of a safetensors file or a PyTorch state dict")
+        raise UserError(f"weights {path} is not a file: give the path of a safetensors file or a PyTorch state dict")
     try:
         state = load_state_dict(path)
     except UNREADABLE as error:
         raise UserError(f"weights {path} cannot be read ({type(error).__name__}: {str(error)[:200]})") from error
     if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise UserError(f"weights {path} holds no state dict of tensors; save the model's state_dict() alone")
-    own = {name.removeprefix(OWN_PREFIX): tensor for name, tensor in state.items() if name.startswith(OWN_PREFIX)}
-    state = _converted(model, own or state, path=path)
+        raise UserError(f"weights {path} has no state dict of tensors; save only the model's state_dict()")
+    backbone = {name.removeprefix(OWN_PREFIX): tensor for name, tensor in state.items() if name.startswith(OWN_PREFIX)}
+    state = _converted(model, backbone or state, path=path)
     configuration: Any = model.pretrained_cfg
     named = configuration.get("classifier") or ()
     classifier = tuple(f"{name}." for name in ((named,) if isinstance(named, str) else named))
     expected = model.state_dict()
-    # older files do not count the batches that a batch norm has seen
+    # older files lack the batch counts of batch norms
     may_miss = {
         name: expected[name] for name in expected if name.startswith(classifier) or name.endswith("num_batches_tracked")
     }
@@ -55,13 +55,13 @@ def load_weights(model: nn.Module, path: str) -> None:
         model.load_state_dict({**may_miss, **fitting})
     except RuntimeError as error:
         raise UserError(
-            f"weights {path} does not fit the model: {' '.join(str(error).split())[:500]}; give weights of this very "
-            "model and its arguments"
+            f"weights {path} does not fit the model: {' '.join(str(error).split())[:500]}; give weights of the same "
+            "model and arguments"
         ) from error
 
 
 def _converted(model: nn.Module, state: dict[str, Tensor], *, path: str) -> dict[str, Tensor]:
-    """The state dict after the conversion that timm keeps beside each model family, where it has one."""
+    """The state dict after timm's conversion for the model family, if timm has one."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None or len(inspect.signature(convert).parameters) < 2:
         return dict(state)

@@ -1,7 +1,7 @@
 """Objectives: one file each, a frozen settings model that declares its needs and computes its loss.
 
-To add one: write its file with the methods of `dpkd.objectives.base.Objective`, and name its class here. An objective
-of your own package is named in the settings as `kind: package.module:Class`.
+To add an objective, write a file with the methods of `dpkd.objectives.base.Objective`, and add the class here. For an
+objective in another package, set `kind: package.module:Class` in the settings.
 """
 
 from typing import Annotated

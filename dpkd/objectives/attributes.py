@@ -1,7 +1,7 @@
-"""What an expert states of classes, learnt: attributes predicted from the embedding, and classes scored by them.
+"""Learns an expert's class attributes: predicts attributes from the embedding, and scores classes by them.
 
-Lampert et al. 2014 (direct attribute prediction), Akata et al. 2013 (ALE: a class is scored by a bilinear form of image
-and attributes), Koh et al. 2020 (concept bottleneck: attributes and classes learnt together).
+Lampert et al. 2014 (direct attribute prediction), Akata et al. 2013 (ALE: the score of a class is a bilinear form of
+image and attributes), Koh et al. 2020 (concept bottleneck: joint learning of attributes and classes).
 Axes: B sample, A attribute, K class.
 """
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class Attributes(Objective):
-    """Predicts the attributes that `data.attributes` gives the class of each labelled sample, from the embedding."""
+    """Predicts from the embedding the attributes in `data.attributes` of each labelled sample's class."""
 
     kind: Literal["attributes"] = "attributes"
     classify: Weight = 0.0
-    """Weight of cross-entropy over the trained classes, scored by the predicted attributes alone."""
+    """Weight of cross-entropy over the trained classes, scored only by the predicted attributes."""
 
     def needs(self) -> Needs:
         return Needs(heads={"attributes": Head("embedding", "attributes")}, targets=("attributes",))
@@ -40,9 +40,9 @@ class Attributes(Objective):
 def predict_attributes(logit_BA: Tensor, label_B: Tensor, value_KA: Tensor, *, labelled_share: float = 1.0) -> Tensor:
     """Binary cross-entropy with the graded attributes of each labelled sample's class; a scalar.
 
-    Summed over labelled samples (label >= 0) and known attributes (not NaN), divided by `B * labelled_share * A`: so
-    every statement weighs the same, and the mean over micro-batches is the same however the batch is cut. Zero, with
-    gradients, where no sample is labelled.
+    The sum over labelled samples (label >= 0) and known attributes (not NaN), divided by `B * labelled_share * A`. So
+    every known value has the same weight, and the mean over micro-batches does not depend on the cut of the batch.
+    Zero, with gradients, if no sample is labelled.
     """
     import torch
     import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""What an objective is: frozen settings that declare what they need and compute a loss.
+"""The interface of objectives: frozen settings that declare their needs and compute a loss.
 
 Axes: B sample, C channel, H W height and width, K class, A attribute.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dpkd.data.batch import Batch
 
 VIEW_MAPS = {"hog": 9}
-"""Channels of the maps that training computes from the view itself where no prior set holds them."""
+"""Channels of the maps that training computes from the view if no prior set has them."""
 
 Weight = Annotated[float, Field(ge=0)]
 
@@ -31,37 +31,37 @@ class Head:
 
     reads: Literal["embedding", "patch"]
     width: int | str
-    """Outputs; or what has as many: `map.<name>` (its channels), `attributes`, `teacher.<output>` (its width)."""
+    """Number of outputs, or its source: `map.<name>` (channels), `attributes`, `teacher.<output>` (width)."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective needs, known from its settings alone."""
+    """The needs of an objective; they depend only on its settings."""
 
     student: tuple[str, ...] = ()
     """Outputs of the network: `embedding`, `patch`, `logits`."""
     heads: Mapping[str, Head] = field(default_factory=dict)
-    """Further outputs, by name: each is a head of the network."""
+    """Additional outputs by name: each is a head of the network."""
     teacher: tuple[str, ...] = ()
     """Outputs of the objective's teacher."""
     maps: tuple[str, ...] = ()
     """Prior maps of the batch."""
     amounts: tuple[str, ...] = ()
-    """Those of the maps that must have one channel of amounts."""
+    """The maps that must have one channel of amounts."""
     views: tuple[str, ...] = (GLOBAL,)
     """Views of each image."""
     hidden_share: float = 0.0
-    """Share of patches hidden in one more view of the image, `hidden_view(share)`."""
+    """Share of hidden patches in an additional view of the image, `hidden_view(share)`."""
     targets: tuple[str, ...] = ()
-    """What must be known of samples: `class` (a visible label), `attributes` (a table that describes the classes)."""
+    """Required knowledge of samples: `class` (a visible label), `attributes` (a table of the classes)."""
     classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Classes that training must have samples of, by the key that lists them."""
+    """Classes that need training samples, by the settings key that lists them."""
     own_colours: str | None = None
-    """What depends on the colours of the image, so that augmentation must not change them."""
+    """The setting that depends on image colours, so that augmentation must not change them."""
 
 
 def hidden_view(share: float) -> str:
-    """Name of the global view of which this share of patches is hidden."""
+    """Name of the global view with this share of hidden patches."""
     return f"hidden-{share:g}"
 
 
@@ -70,20 +70,20 @@ class ClassAttributes:
     """The attributes of the trained classes, in the order of the labels."""
 
     value_KA: Tensor
-    """NaN where not known."""
+    """NaN if unknown."""
     weight_KA: Tensor
     bias_K: Tensor
-    """With `weight_KA`: how predicted attributes score the classes (`dpkd.data.attributes.score_weights`)."""
+    """With `weight_KA`: the scores of classes from predicted attributes (`dpkd.data.attributes.score_weights`)."""
 
 
 @dataclass(frozen=True)
 class Supervision:
-    """What the visible labels of the training split and an expert's table state as a whole."""
+    """Statistics of the training split's visible labels, and the expert's table."""
 
     class_names: tuple[str, ...]
     """In the order of the labels."""
     labelled_share: float
-    """Share of labelled samples among those that are drawn."""
+    """Share of labelled samples among the drawn samples."""
     log_prior_K: Tensor
     """Logarithm of each class's share of the visible labels."""
     attributes: ClassAttributes | None = None
@@ -95,9 +95,9 @@ Outputs = Mapping[str, "Tensor"]
 
 @dataclass(frozen=True)
 class Context:
-    """What the objectives of one network compute their losses from, on one micro-batch.
+    """The inputs of the losses of one network, on one micro-batch.
 
-    The methods give outputs, maps and images of the first view of its kind of each image.
+    The methods return outputs, maps and images of each image's first view of the kind.
     """
 
     batch: Batch
@@ -109,12 +109,12 @@ class Context:
     step: int
     seed: int
     masks: Mapping[str, Tensor] = field(default_factory=dict)
-    """Hidden patches of each hidden view: bool B1HW on the patch grid, true where hidden."""
+    """Hidden patches of each hidden view: bool B1HW on the patch grid, true for hidden patches."""
     teacher_name: str | None = None
-    """The teacher of the objective that asks."""
+    """The teacher of the current objective."""
 
     def student(self, output: str, *, view: str = GLOBAL) -> Tensor:
-        """An output of the network that is trained."""
+        """An output of the trained network."""
         return self._first(self.outputs[view][output])
 
     def teacher(self, output: str, *, view: str = GLOBAL) -> Tensor:
@@ -123,7 +123,7 @@ class Context:
         return self._first(self.teachers[self.teacher_name][view][output])
 
     def map(self, name: str, *, view: str = GLOBAL) -> Tensor:
-        """A prior map, BCHW float32; NaN where it is not known."""
+        """A prior map, BCHW float32; NaN if unknown."""
         return self._first(self.batch.views[view].maps[name])
 
     def image(self, *, view: str = GLOBAL) -> Tensor:
@@ -136,38 +136,38 @@ class Context:
 
 
 class Objective(Config):
-    """One term of what a network minimises: the settings that all terms have, and two methods."""
+    """One term of a network's loss: the common settings, and two methods."""
 
     kind: str
     name: str | None = Field(None, pattern=r"^\w[\w.-]*$")
-    """Names the objective in TensorBoard and messages; none takes the kind."""
+    """Name of the objective in TensorBoard and messages; the kind by default."""
     weight: Weight = 1.0
     control: Literal["none", "shuffle"] = "none"
-    """`shuffle` gives it the prior maps of another image of the batch: a control of what the maps bring."""
+    """`shuffle` swaps the prior maps between images of the batch: a control experiment."""
 
     def needs(self) -> Needs:
-        """What it needs of the network, the batch and a teacher."""
+        """The needs from the network, the batch and a teacher."""
         raise NotImplementedError
 
     def loss(self, context: Context) -> Tensor | Mapping[str, Tensor]:
-        """The weighted loss, a scalar mean over the micro-batch; or several by name, which are added."""
+        """The weighted loss, a scalar mean over the micro-batch; or several losses by name, which are summed."""
         raise NotImplementedError
 
 
 class Distillation(Objective):
-    """An objective that follows a teacher."""
+    """An objective with a teacher."""
 
     teacher: str | None = None
-    """Name of the teacher; none where the run has one."""
+    """Name of the teacher; may be None if the run has only one."""
 
 
 def teacher_of(objective: Objective) -> str | None:
-    """The teacher that an objective names."""
+    """The objective's setting `teacher`, None without one."""
     return objective.teacher if isinstance(objective, Distillation) else None
 
 
 def named(objectives: Sequence[Objective]) -> dict[str, Objective]:
-    """The objectives under names of their own, in order: the second `features` is `features-2`."""
+    """The objectives under unique names, in order: the second `features` is `features-2`."""
     by_name: dict[str, Objective] = {}
     for objective in objectives:
         name = base = objective.name or objective.kind.rpartition(":")[2]
@@ -182,7 +182,7 @@ def named(objectives: Sequence[Objective]) -> dict[str, Objective]:
 def losses_of(objectives: Sequence[Objective], context: Context) -> dict[str, Tensor]:
     """The weighted losses of all objectives of a network, by the names of `named`; parts as `<name>.<part>`.
 
-    Each reads the outputs of its own teacher, and with `control: shuffle` the maps of other images.
+    Each objective reads the outputs of its teacher and, with `control: shuffle`, the maps of other images.
     """
     losses: dict[str, Tensor] = {}
     only_teacher = next(iter(context.teachers)) if len(context.teachers) == 1 else None

@@ -1,4 +1,4 @@
-"""Decoupled distillation of logits: the target class, and the others among themselves. Axes: B sample, K class."""
+"""Decoupled distillation of logits: target class and other classes separately. Axes: B sample, K class."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HIDDEN = 1000.0
-"""Subtracted from the target's logit, so that it has no share among the other classes."""
+"""Subtracted from the target's logit, so that the target has no share among the other classes."""
 
 
 class DecoupledLogits(Distillation):
-    """`alpha · TCKD + beta · NCKD` (Zhao et al. 2022); a sample without a label takes the teacher's class."""
+    """`alpha · TCKD + beta · NCKD` (Zhao et al. 2022); without a label, the target is the teacher's class."""
 
     kind: Literal["decoupled_logits"] = "decoupled_logits"
     alpha: float = Field(1.0, ge=0)
-    """Weight of the target class against all others."""
+    """Weight of the target class against all other classes."""
     beta: float = Field(8.0, ge=0)
-    """Weight of the other classes among themselves."""
+    """Weight of the distribution over the other classes."""
     temperature: float = Field(4.0, gt=0)
 
     def needs(self) -> Needs:
@@ -42,8 +42,8 @@ def decoupled_logits(
 ) -> tuple[Tensor, Tensor]:
     """(TCKD, NCKD), each `temperature²` times a KL divergence, mean over samples; scalars.
 
-    Zhao et al. 2022 (Decoupled Knowledge Distillation), eq. 7: TCKD compares [p_target, 1 - p_target], NCKD the
-    distribution over the other classes, so that a sure teacher no longer hides what it knows of them.
+    Zhao et al. 2022 (Decoupled Knowledge Distillation), eq. 7. TCKD compares [p_target, 1 - p_target]. NCKD compares
+    the distribution over the other classes, which a confident teacher would otherwise suppress.
     """
     import torch
     import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Random draws for samples of a batch, as functions of seed, step and sample index: the same on any rank and device.
+"""Random draws for samples of a batch; functions of seed, step and sample index, equal on all ranks and devices.
 
 Axes: B sample, C channel, H W height and width, N patches.
 """
@@ -15,7 +15,7 @@ def random_share(index_B: Tensor, *, step: int, share: float, seed: int) -> Tens
 
 
 def random_patch_mask(index_B: Tensor, *, step: int, grid: tuple[int, int], ratio: float, seed: int) -> Tensor:
-    """Hides `round(ratio * H * W)` patches of each sample; bool B1HW, true where hidden."""
+    """Chooses `round(ratio * H * W)` hidden patches of each sample; bool B1HW, true for hidden patches."""
     num_patches = grid[0] * grid[1]
     position_N = torch.arange(num_patches, device=index_B.device)
     key_B = _random_keys(index_B, step=step, seed=seed)
@@ -24,14 +24,14 @@ def random_patch_mask(index_B: Tensor, *, step: int, grid: tuple[int, int], rati
 
 
 def hide_patches(image_BCHW: Tensor, mask_B1HW: Tensor) -> Tensor:
-    """The normalised images with hidden patches set to zero, the mean colour."""
+    """The normalised images with zero, the mean colour, in hidden patches."""
     height, width = image_BCHW.shape[2:]
     hidden_B1HW = F.interpolate(mask_B1HW.to(image_BCHW.dtype), size=(height, width), mode="nearest-exact")
     return image_BCHW * (1 - hidden_B1HW)
 
 
 def _random_keys(index_B: Tensor, *, step: int, seed: int) -> Tensor:
-    """An int64 of even bits for each sample, B."""
+    """An int64 of uniform random bits for each sample, B."""
     return _mix(_mix(index_B.long() + _signed(seed * 0x9E3779B97F4A7C15)) + step)
 
 
@@ -44,11 +44,11 @@ def _mix(value: Tensor) -> Tensor:
 
 
 def _shift_right(value: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch shifts the sign in."""
+    """Logical right shift; `>>` in torch copies the sign bit."""
     return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _signed(value: int) -> int:
-    """The number that has these low 64 bits in two's complement."""
+    """The int64 with these low 64 bits in two's complement."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >= 1 << 63 else value

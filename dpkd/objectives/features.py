@@ -1,4 +1,4 @@
-"""Distillation of embeddings. Axes: B sample, D features; feature_distance takes features along any dimension."""
+"""Distillation of embeddings. Axes: B sample, D features; feature_distance accepts features along any dimension."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class FeatureDistillation(Distillation):
 
 
 def teacher_head(teacher: str | None, output: str) -> str:
-    """Name of the head that maps a student's features to a teacher's width: each teacher has its own."""
+    """Name of the head that maps a student's features to the width of one teacher's output."""
     return f"to_teacher/{teacher}/{output}" if teacher else f"to_teacher/{output}"
 
 
 def feature_distance(student: Tensor, teacher: Tensor, *, dim: int) -> Tensor:
     """`0.5 (1 - cosine) + 0.5 smooth-L1` of the standardised vectors along `dim`; float32 without that dimension.
 
-    UNIC (Sariyildiz et al. 2024), eq. 1 and 2, with each vector standardised by itself and not by running statistics.
+    UNIC (Sariyildiz et al. 2024), eq. 1 and 2, with the statistics of each vector, not running statistics.
     """
     import torch.nn.functional as F
 
@@ -42,7 +42,7 @@ def feature_distance(student: Tensor, teacher: Tensor, *, dim: int) -> Tensor:
 
 
 def standardise(features: Tensor, *, dim: int) -> Tensor:
-    """The features with mean 0 and variance 1 along `dim`, float32: a layer norm without weights, so without state."""
+    """The features with mean 0 and variance 1 along `dim`, float32: a layer norm without weights or state."""
     features = features.float()
     centred = features - features.mean(dim, keepdim=True)
     return centred / (centred.square().mean(dim, keepdim=True) + 1e-6).sqrt()

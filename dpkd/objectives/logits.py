@@ -29,7 +29,7 @@ class LogitDistillation(Distillation):
 def distil_logits(student_BK: Tensor, teacher_BK: Tensor, *, temperature: float) -> Tensor:
     """`temperature² · KL(teacher ‖ student)` of the softened class distributions, mean over samples; a scalar.
 
-    Hinton et al. 2015, section 2: the square keeps the gradient's size as the temperature changes.
+    Hinton et al. 2015, section 2: the square makes the gradient's size independent of the temperature.
     """
     import torch.nn.functional as F
 

@@ -1,4 +1,4 @@
-"""Masked prior prediction: prior maps from the features of a partly hidden view (MaskFeat, Wei et al. 2022).
+"""Masked prior prediction: predicts prior maps from features of a partly hidden view (MaskFeat, Wei et al. 2022).
 
 Axes: B sample, C channel, H W height and width.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SPREAD_FLOOR = 0.05
-"""Added to a map's standard deviation, so that a flat map is not blown up to noise."""
+"""Added to a map's standard deviation, so that a flat map is not amplified to noise."""
 
 
 class MaskedPrior(Objective):
@@ -24,9 +24,9 @@ class MaskedPrior(Objective):
 
     kind: Literal["masked_prior"] = "masked_prior"
     mask_ratio: float = Field(0.4, ge=0, lt=1)
-    """Share of patches hidden; 0 predicts the maps of the whole view, with no second view."""
+    """Share of hidden patches; 0 predicts the maps of the whole view, without a second view."""
     targets: dict[str, Weight] = Field({"hog": 1.0}, min_length=1)
-    """Weight of each prior map to predict; `hog` need not be prepared."""
+    """Weight of each predicted prior map; `hog` needs no prepared map."""
 
     def needs(self) -> Needs:
         heads = {f"prior/{name}": Head("patch", f"map.{name}") for name in self.targets}
@@ -43,7 +43,7 @@ class MaskedPrior(Objective):
 
 
 def prior_target(map_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The map averaged over each patch, then standardised for each sample and channel over the grid; float32."""
+    """The map averaged over each patch, then standardised over the grid for each sample and channel; float32."""
     from dpkd.models.resample import area_resample
 
     target_BCHW = area_resample(map_BCHW, grid)
@@ -54,13 +54,13 @@ def prior_target(map_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
 def masked_prior(prediction_BCHW: Tensor, target_BCHW: Tensor, mask_B1HW: Tensor | None = None) -> Tensor:
     """Mean squared error over the hidden patches, over all patches without a mask; a scalar.
 
-    A target that is not known (NaN) counts as met, so that a batch means the same however it is cut.
+    An unknown target (NaN) has an error of 0, so the mean does not depend on the cut of the batch.
     """
     import torch
 
     prediction_BCHW = prediction_BCHW.float()
-    met_BCHW = torch.where(target_BCHW.isnan(), prediction_BCHW.detach(), target_BCHW)
-    error_B1HW = (prediction_BCHW - met_BCHW).square().mean(1, keepdim=True)
+    known_BCHW = torch.where(target_BCHW.isnan(), prediction_BCHW.detach(), target_BCHW)
+    error_B1HW = (prediction_BCHW - known_BCHW).square().mean(1, keepdim=True)
     if mask_B1HW is None:
         return error_B1HW.mean()
     hidden_B1HW = mask_B1HW.to(error_B1HW.dtype)

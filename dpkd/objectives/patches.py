@@ -1,4 +1,4 @@
-"""Distillation of patch features, figure and boundaries first. Axes: B sample, D features, H W patch grid."""
+"""Distillation of patch features, weighted by figure and boundaries. Axes: B sample, D features, H W patch grid."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class PatchDistillation(Distillation):
 
 
 def distil_patches(student_BDHW: Tensor, teacher_BDHW: Tensor, weight_B1HW: Tensor | None = None) -> Tensor:
-    """`Σ w d / Σ w` over each sample's patches, d the distance of `features.py`, mean over samples; a scalar.
+    """`Σ w d / Σ w` over each sample's patches, with d of `feature_distance`, mean over samples; a scalar.
 
-    The student's grid is resampled to the teacher's, the weight (of any size; none counts all alike) averaged to it.
-    Dividing by each sample's own sum keeps the loss the same however the batch is cut. Re-weighting near figure and
-    boundary: Yang et al. 2022 (FGD), Liu et al. 2024 (BPKD).
+    The student's features are resampled to the teacher's grid, and the weight (of any size; None weights all equally)
+    is averaged to it. The division by each sample's sum makes the loss independent of the cut of the batch. Weights for
+    figure and boundary: Yang et al. 2022 (FGD), Liu et al. 2024 (BPKD).
     """
     from dpkd.models.resample import area_resample
 
@@ -51,7 +51,7 @@ def distil_patches(student_BDHW: Tensor, teacher_BDHW: Tensor, weight_B1HW: Tens
 
 
 def resample_features(patch_BDHW: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Feature maps on another grid: averaged with a triangle filter when shrinking, bilinear when growing."""
+    """Feature maps on another grid: averaged with a triangle filter if smaller, bilinear if larger."""
     import torch.nn.functional as F
 
     if (patch_BDHW.shape[2], patch_BDHW.shape[3]) == grid:

@@ -1,8 +1,8 @@
-"""What an expert states of a region, as bounds on its statistics.
+"""An expert's bounds on the statistics of a predicted region.
 
 Constrained CNNs (Pathak et al. 2015) with the quadratic penalty of Kervadec et al. 2019 (size constraints), which is
-differentiable and needs no label. The region is the sigmoid of a logit, so a probability with a gradient everywhere; a
-clamp would have none beyond 0 and 1, where bounds have to pull. Axes: B sample, H W rows and columns of the grid.
+differentiable and needs no label. The region is the sigmoid of a logit: a probability with a gradient everywhere. A
+clamp has no gradient beyond 0 and 1, but bounds need it there. Axes: B sample, H W rows and columns of the grid.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SMALLEST = 1e-6
-"""Least total weight of a region, in cells: positions and colours of an empty one mean nothing."""
+"""Minimum total weight of a region, in cells: an empty region has no position or colour."""
 FLAT = 1e-12
-"""Added to squared gradients, so that the root can be differentiated where a region is even."""
+"""Added to squared gradients, so that the root is differentiable in flat parts of a region."""
 
 XYZ_OF_RGB = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
 """Linear sRGB to CIE XYZ, D65."""
@@ -32,33 +32,33 @@ STATISTICS = {
     "a": (-128.0, 128.0),
     "b": (-128.0, 128.0),
 }
-"""What is measured of a predicted region (`region_statistic` defines each), with the least and greatest it can be."""
+"""Statistics of a predicted region (defined in `region_statistic`), with the range of possible values."""
 COLOURS = ("red", "green", "blue", "lightness", "a", "b")
 
 
 class Bound(Config):
-    """What an expert says of a region: a statistic of it is at least, or at most, so much."""
+    """An expert's lower bound, upper bound or both for one statistic of a region."""
 
     statistic: Literal["area", "row", "column", "compactness", "red", "green", "blue", "lightness", "a", "b"]
     at_least: float | None = None
     at_most: float | None = None
     classes: tuple[str, ...] = ()
-    """Samples with a visible label of these classes alone; none binds every image, labelled or not."""
+    """Applies to samples with a visible label of these classes; if empty, to all images, labelled or not."""
 
     @model_validator(mode="after")
     def _can_be_met(self) -> Bound:
         low, high = STATISTICS[self.statistic]
         for key, value in (("at_least", self.at_least), ("at_most", self.at_most)):
             if value is not None and not low <= value <= high:
-                raise ValueError(f"{key} {value:g} is out of range: {self.statistic} lies between {low:g} and {high:g}")
+                raise ValueError(f"{key} {value:g} is out of range: {self.statistic} is between {low:g} and {high:g}")
         if self.at_least is None and self.at_most is None:
-            raise ValueError(f"bounds {self.statistic} by nothing: give at_least, at_most, or both")
+            raise ValueError(f"the bound on {self.statistic} has no value: give at_least, at_most, or both")
         if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
-            raise ValueError(f"at_least {self.at_least:g} is above at_most {self.at_most:g}: no region can be both")
+            raise ValueError(f"at_least {self.at_least:g} is above at_most {self.at_most:g}: no region can meet both")
         return self
 
     def penalty(self, value_B: Tensor) -> Tensor:
-        """`max(0, at_least - V)² + max(0, V - at_most)²` of each sample, V in shares of the statistic's range; B."""
+        """`max(0, at_least - V)² + max(0, V - at_most)²` of each sample, as shares of the statistic's range; B."""
         low, high = STATISTICS[self.statistic]
         penalty_B = value_B.new_zeros(len(value_B))
         if self.at_least is not None:
@@ -69,9 +69,9 @@ class Bound(Config):
 
 
 class RegionBounds(Objective):
-    """Predicts a region from the patch features: like a prior map where that is known, within bounds everywhere.
+    """Predicts a region from the patch features: similar to a prior map if it is known, and always within bounds.
 
-    `weight` is that of the penalty on statistics out of bounds.
+    `weight` is the weight of the penalty on statistics out of bounds.
     """
 
     kind: Literal["region_bounds"] = "region_bounds"
@@ -87,7 +87,7 @@ class RegionBounds(Objective):
             heads={f"region/{self.of}": Head("patch", 1)},
             maps=(self.of,),
             amounts=(self.of,),
-            classes={f"bounds.{place}.classes": bound.classes for place, bound in enumerate(self.bounds)},
+            classes={f"bounds.{number}.classes": bound.classes for number, bound in enumerate(self.bounds)},
             own_colours=f"bounds {colours[0]}" if colours else None,
         )
 
@@ -100,7 +100,7 @@ class RegionBounds(Objective):
         label_B, class_names = context.batch.targets["class"], context.supervision.class_names
         for bound in self.bounds:
             penalty_B = bound.penalty(region_statistic(bound.statistic, region_B1HW, image_BCHW))
-            if bound.classes:  # samples of other classes, and those without a label, count as within the bound
+            if bound.classes:  # samples of other classes or without a label have no penalty
                 bound_K = torch.tensor([class_names.index(name) for name in bound.classes], device=label_B.device)
                 penalty_B = penalty_B * torch.isin(label_B, bound_K)
             losses[bound.statistic] = losses.get(bound.statistic, 0) + self.weight * penalty_B.mean()
@@ -108,9 +108,9 @@ class RegionBounds(Objective):
 
 
 def fit_region(logit_B1HW: Tensor, map_B1HW: Tensor) -> Tensor:
-    """Binary cross-entropy between the region and a prior map of any size, its mean over samples and cells; a scalar.
+    """Binary cross-entropy between the region and a prior map of any size, mean over samples and cells; a scalar.
 
-    A map that is not known (NaN) counts nothing, so that a batch means the same however it is cut.
+    An unknown map (NaN) has a loss of 0, so the mean does not depend on the cut of the batch.
     """
     import torch
     import torch.nn.functional as F
@@ -127,9 +127,9 @@ def fit_region(logit_B1HW: Tensor, map_B1HW: Tensor) -> Tensor:
 def region_statistic(name: str, region_B1HW: Tensor, image_BCHW: Tensor) -> Tensor:
     """A statistic of soft regions in [0, 1]; B, in the units of `STATISTICS`.
 
-    `area` is the share of the view; `row` and `column` the place of the centre (0 top and left, 1 bottom and right);
-    `compactness` see there; `red`, `green`, `blue` in 0..1 and `lightness`, `a`, `b` of CIE L*a*b* (D65) the mean
-    colours over the region of the uint8 RGB images, averaged to the grid.
+    `area` is the share of the view; `row` and `column` are the centre (0 top and left, 1 bottom and right);
+    `compactness` is that function; `red`, `green`, `blue` in 0..1 and `lightness`, `a`, `b` of CIE L*a*b* (D65) are
+    mean colours over the region of the uint8 RGB images, averaged to the grid.
     """
     import torch
 
@@ -144,8 +144,8 @@ def region_statistic(name: str, region_B1HW: Tensor, image_BCHW: Tensor) -> Tens
     weight_B = region_BHW.sum((1, 2)).clamp(min=SMALLEST)
     if name in ("row", "column"):
         size, dim = (height, 2) if name == "row" else (width, 1)
-        place = (torch.arange(size, device=region_BHW.device) + 0.5) / size
-        return (region_BHW.sum(dim) * place).sum(1) / weight_B
+        position = (torch.arange(size, device=region_BHW.device) + 0.5) / size
+        return (region_BHW.sum(dim) * position).sum(1) / weight_B
     rgb_B3HW = area_resample(image_BCHW, (height, width)) / 255
     planes_B3HW = rgb_B3HW if name in COLOURS[:3] else lab(rgb_B3HW)
     colour_BHW = planes_B3HW[:, COLOURS.index(name) % 3]
@@ -153,12 +153,12 @@ def region_statistic(name: str, region_B1HW: Tensor, image_BCHW: Tensor) -> Tens
 
 
 def compactness(region_BHW: Tensor) -> Tensor:
-    """`4π Σp² / (Σ|∇p|)²` of soft regions p: 4πA/P² where p is 0 or 1, near 1 for a disc, small for thin or many; B.
+    """`4π Σp² / (Σ|∇p|)²` of soft regions p; 4πA/P² if binary: near 1 for a disc, small if thin or many; B.
 
-    A soft region may be faint: with Σp² for the area no factor on p changes the value, and by the isoperimetric
-    inequality for functions (Federer & Fleming 1960) none exceeds 1. What lies beyond the frame is not region.
-    Gradients are taken between four neighbours: exact for edges along axes and diagonals, but each corner is cut by
-    half a cell, so that few cells look rounder than they are: 3 x 3 cells have 0.96, 2 x 2 1.08, a single one 1.57.
+    With Σp² as the area, a factor on p does not change the value. By the isoperimetric inequality for functions
+    (Federer & Fleming 1960), it is at most 1. Cells outside the frame are not in the region. Gradients use four cells:
+    exact for edges along axes and diagonals, but each corner loses half a cell. So the value is too high for few cells:
+    0.96 for 3 x 3 cells, 1.08 for 2 x 2, 1.57 for one.
     """
     import torch
     import torch.nn.functional as F

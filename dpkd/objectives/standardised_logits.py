@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class StandardisedLogits(Distillation):
-    """Distillation of logits that have mean 0 and variance 1 in each sample (Sun et al. 2024)."""
+    """Distillation of logits with mean 0 and variance 1 in each sample (Sun et al. 2024)."""
 
     kind: Literal["standardised_logits"] = "standardised_logits"
     weight: float = Field(9.0, ge=0)
@@ -31,8 +31,8 @@ class StandardisedLogits(Distillation):
 def standardise_logits(logits_BK: Tensor) -> Tensor:
     """`(l - mean l) / (std l + 1e-7)` of each sample over its K classes, float32, std with K - 1.
 
-    Sun et al. 2024 (Logit Standardization in Knowledge Distillation), algorithm 1: the student need not match the size
-    of the teacher's logits, only their relations.
+    Sun et al. 2024 (Logit Standardization in Knowledge Distillation), algorithm 1: the student matches the relations
+    of the teacher's logits, not their size.
     """
     logits_BK = logits_BK.float()
     return (logits_BK - logits_BK.mean(1, keepdim=True)) / (logits_BK.std(1, keepdim=True) + 1e-7)

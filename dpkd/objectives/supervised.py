@@ -46,10 +46,10 @@ def supervised(
 ) -> Tensor:
     """Cross-entropy summed over the labelled samples (label >= 0), divided by `B * labelled_share`; a scalar.
 
-    `labelled_share` is the share of labelled samples that sampling draws. Dividing by it, and not by the number that
-    fell into this batch, makes the mean over micro-batches the same however the batch is cut. With `log_prior_K` the
-    logits are adjusted by `tau * log prior` (Menon et al. 2021, eq. 10; tau 1 is balanced softmax, Ren et al. 2020).
-    Zero, with gradients, where no sample is labelled.
+    `labelled_share` is the expected share of labelled samples. The division by it, not by the number in this batch,
+    makes the mean over micro-batches independent of the cut of the batch. `log_prior_K` adds `tau * log prior` to the
+    logits (Menon et al. 2021, eq. 10; tau 1 is balanced softmax, Ren et al. 2020). Zero, with gradients, if no sample
+    is labelled.
     """
     import torch.nn.functional as F
 
@@ -63,9 +63,9 @@ def supervised(
 
 
 def log_class_prior(label_N: Tensor, num_classes: int) -> Tensor:
-    """Logarithm of each class's share of the labels, -1 not counted; K float32.
+    """Logarithm of each class's share of the labels, without -1; K float32.
 
-    A class without a label counts as half a sample, so that its logit stays finite.
+    A class without a label counts as half a sample, so the logarithm is finite.
     """
     import torch
 

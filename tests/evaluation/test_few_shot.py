@@ -94,7 +94,7 @@ def test_classes_with_too_few_samples_are_left_out_and_named() -> None:
 
 
 def test_too_few_classes_for_the_way_name_the_split_the_numbers_and_the_way_out() -> None:
-    with pytest.raises(UserError, match=r"split 'val' has 3 labelled classes, 2 .* 8 samples .*way=4.*lower") as error:
+    with pytest.raises(UserError, match=r"way=4 .*split 'val' has 3 labelled classes, 2 .* 8 samples .*lower") as error:
         draw_episodes(np.repeat([0, 1, 2], [8, 8, 7]), SMALL, seed=0, split="val")
     assert "queries=5" in str(error.value)
 

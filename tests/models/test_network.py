@@ -180,7 +180,10 @@ def test_every_output_carries_gradients_to_the_first_layer():
         (ModelSettings(name="resnet18", arguments={"output_stride": 7}), "output_stride=7"),
         (ModelSettings(name="resnet18", arguments={"global_pool": ""}), "pooling"),
         (ModelSettings(name="vit_tiny_patch16_224", arguments={**VIT, "img_size": 32}), "64 px"),
-        (ModelSettings(name="deit_tiny_distilled_patch16_224", arguments={"depth": 1}), "no function of its embedding"),
+        (
+            ModelSettings(name="deit_tiny_distilled_patch16_224", arguments={"depth": 1}),
+            "not a function of its embedding",
+        ),
         (ModelSettings(name="efficientformer_l1"), "64 px"),
         (ModelSettings(name="resnet18", arguments={"features_only": True}), "model.arguments.features_only"),
     ],

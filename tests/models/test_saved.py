@@ -88,7 +88,7 @@ def test_a_broken_description_is_refused(saved, text):
 def test_another_format_is_refused_with_both_versions(saved):
     path = saved[0] / "network.json"
     path.write_bytes(checked({**parse_checked(path.read_bytes()), "format_version": 9}))
-    with pytest.raises(UserError, match="is 9, this dpkd reads 1"):
+    with pytest.raises(UserError, match="is 9, and this dpkd reads 1"):
         load_network(saved[0])
 
 
