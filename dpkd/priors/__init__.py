@@ -1,7 +1,7 @@
-"""Prior maps: each is a frozen settings model whose `map(image)` does the work; `Prior` is their union.
+"""Prior maps: each prior is a frozen settings model that computes `map(image)`; `Prior` is their union.
 
-To add one: write a subclass of `dpkd.priors.base.PriorConfig` with the methods of `Extractor`, and name it here. A
-prior of your own package is named in the settings as `kind: package.module:Class`.
+To add a prior, write a subclass of `dpkd.priors.base.PriorConfig` with the methods of `Extractor`, and add it here. For
+a prior in another package, set `kind: package.module:Class` in the settings.
 """
 
 from typing import TYPE_CHECKING, Annotated, Union

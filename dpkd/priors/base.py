@@ -1,4 +1,4 @@
-"""What a prior is, the image as it sees it, and what several priors need: a fingerprint, the grid, a mirror."""
+"""The interface of priors, the image as their input, and functions of several priors: fingerprint, grid, mirror."""
 
 import ctypes
 import hashlib
@@ -18,16 +18,16 @@ Value = TypeVar("Value", np.uint8, np.float32)
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 256 * 2**20
-"""Freed memory that a process keeps for its next images."""
+"""Freed memory that a process keeps for the next images."""
 
 
 class ImageViews:
-    """An RGB image with the views of it that several priors need, each made at first use and not to be written to."""
+    """An RGB image with read-only views for several priors; each view is computed at first use."""
 
     def __init__(self, rgb_HWC: npt.NDArray[np.uint8], *, given: Mapping[str, bytes] | None = None) -> None:
         self.rgb_HWC = _locked(rgb_HWC)
         self.given: Mapping[str, bytes] = given or {}
-        """What an expert gave with the sample: image files by name; the mask of figure and ground is "mask"."""
+        """The sample's expert maps: image files by name; the mask of figure and ground is "mask"."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -37,13 +37,13 @@ class ImageViews:
 
     @cached_property
     def lab_HWC(self) -> npt.NDArray[np.float32]:  # noqa: N802 (the axes)
-        """CIE L*a*b* in its own units, float32: L from 0 to 100."""
+        """CIE L*a*b*, float32: L from 0 to 100."""
         rgb_HWC = self.rgb_HWC.astype(np.float32) * np.float32(1 / 255)
         return _locked(np.asarray(cv2.cvtColor(rgb_HWC, cv2.COLOR_RGB2Lab), np.float32))
 
     @cached_property
     def grey8_HW(self) -> npt.NDArray[np.uint8]:  # noqa: N802
-        """Luma in bytes."""
+        """Luma as uint8."""
         return _locked(np.asarray(cv2.cvtColor(self.rgb_HWC, cv2.COLOR_RGB2GRAY), np.uint8))
 
     @cached_property
@@ -53,38 +53,38 @@ class ImageViews:
 
 
 def _locked(array: npt.NDArray[Value]) -> npt.NDArray[Value]:
-    """A view of the array that refuses to be written to."""
+    """A read-only view of the array."""
     view = array.view()
     view.flags.writeable = False
     return view
 
 
 class Extractor(Protocol):
-    """One kind of prior knowledge with its settings: a frozen settings model with a `kind` and these methods."""
+    """One kind of prior: a frozen settings model with a `kind` and these methods."""
 
     @property
     def kind(self) -> str:
-        """Names the class in settings."""
+        """Name of the class in settings."""
 
     @property
     def name(self) -> str:
-        """Names the map in a prior set."""
+        """Name of the map in a prior set."""
 
     @property
     def version(self) -> int:
-        """Version of the code; raise it whenever the same settings give another map."""
+        """Version of the code; increase it if the same settings give another map."""
 
     @property
     def channels(self) -> int:
-        """Channels of the map."""
+        """Number of channels of the map."""
 
     @property
     def nearest(self) -> bool:
-        """Whether values are labels, so that resampling must take the nearest one."""
+        """True if values are labels, so that resampling must use the nearest value."""
 
     @property
     def codec(self) -> Codec:
-        """How the map is stored."""
+        """The storage format of the map."""
 
     def map(self, image: ImageViews) -> Map:
         """The map of an image of any size, HWC, on a grid that covers the whole image: float32, or int32 labels."""
@@ -99,7 +99,7 @@ class Extractor(Protocol):
 
 
 class PriorConfig(Config):
-    """What most priors have in common: the kind names the map, which holds amounts and is mirrored with its image."""
+    """The defaults of most priors: the map is named by the kind, has amounts, and is mirrored with the image."""
 
     kind: str
     version: ClassVar[int] = 1
@@ -107,7 +107,7 @@ class PriorConfig(Config):
 
     @property
     def name(self) -> str:
-        """Names the map in a prior set."""
+        """Name of the map in a prior set."""
         return self.kind.rpartition(":")[2].lower()
 
     def flip(self, map_HWC: Map) -> Map:
@@ -117,26 +117,26 @@ class PriorConfig(Config):
 
 @runtime_checkable
 class BatchExtractor(Extractor, Protocol):
-    """A prior that takes several images at a time, and an accelerator where there is one: a network."""
+    """A prior that processes several images at a time, on an accelerator if the machine has one: a network."""
 
     @property
     def device(self) -> Literal["accelerator", "cpu"]:
-        """The device that it runs on; `accelerator` is a GPU, or the CPU of a machine without one."""
+        """The device for `maps`; `accelerator` is a GPU, or the CPU of a machine without one."""
 
     @property
     def batch_size(self) -> int:
-        """The most images that `maps` takes; the images of one batch follow one another in a shard."""
+        """Maximum number of images for `maps`; the images of one batch are consecutive in a shard."""
 
     def sealed(self) -> Self:
-        """The same prior bound to what its settings point at, such as weights; raises `UserError` without them."""
+        """The same prior with the checksum of its files, such as weights; raises `UserError` without them."""
 
     def identity(self) -> str:
-        """What the maps of a sealed prior depend on; the fingerprint is taken of this and not of the settings."""
+        """Everything that determines the maps of a sealed prior; the fingerprint hashes it, not the settings."""
 
     def maps(self, images: Sequence[ImageViews], *, device: str) -> list[Map]:
-        """The map of each image, on a device of torch; one that is not finite marks its image as bad.
+        """The map of each image, computed on a torch device; a map that is not finite marks its image as bad.
 
-        An error stops the stage, so a fault of a single image must show in its map.
+        An error stops the stage, so a fault of one image must appear in its map.
         """
 
 
@@ -144,36 +144,36 @@ AnyPrior = TypeVar("AnyPrior", bound=Extractor)
 
 
 def accelerated(priors: Iterable[AnyPrior]) -> tuple[AnyPrior, ...]:
-    """Those that are to run on an accelerator where there is one."""
+    """The priors that run on an accelerator if the machine has one."""
     return tuple(prior for prior in priors if isinstance(prior, BatchExtractor) and prior.device == "accelerator")
 
 
 @lru_cache(maxsize=256)
 def fingerprint(prior: Extractor) -> str:
-    """Identifies what `prior` computes, by its settings and code version; 16 hex digits."""
+    """A hash of the settings and code version of `prior`; 16 hex digits."""
     settings = prior.identity() if isinstance(prior, BatchExtractor) else prior.model_dump_json()
     return hashlib.sha256(f"{settings} version {prior.version}".encode()).hexdigest()[:16]
 
 
 def grid_size(image: ImageViews, stride: int) -> tuple[int, int]:
-    """Height and width of the grid that has a cell about every `stride` pixels, at least one."""
+    """Height and width of the grid with about one cell per `stride` pixels, at least one."""
     height, width = image.size
     return max(1, round(height / stride)), max(1, round(width / stride))
 
 
 def mirror(map_HWC: Map) -> Map:
-    """The map mirrored left to right, its values unchanged."""
+    """The map mirrored left to right, with the same values."""
     return np.ascontiguousarray(map_HWC[:, ::-1])
 
 
 @cache
 def keep_freed_memory() -> None:
-    """Tells glibc's malloc to keep up to `KEPT_BYTES` of freed memory; elsewhere nothing is done.
+    """Sets glibc's malloc to keep up to `KEPT_BYTES` of freed memory; does nothing with another libc.
 
-    Otherwise an intermediate image of some hundred kilobytes may be mapped and faulted in anew each time, which costs
-    as much as what is computed on it: the default priors took 6.8 ms an image so, and 5.1 ms with memory kept.
+    Otherwise malloc may map each intermediate image of some hundred kilobytes again, and page faults cost as much time
+    as the computation. The default priors took 6.8 ms an image without kept memory, and 5.1 ms with it.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the largest that glibc takes
+        libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the maximum of glibc
         libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)

@@ -1,13 +1,13 @@
-"""How maps become bytes: each codec turns a map into bytes and back.
+"""Codecs convert maps to bytes and back.
 
-A stored map names its codec, shape (H, W, C) and scale, and so is read without the settings of its prior:
+A stored map has the name of its codec, its shape (H, W, C) and its scale, so it is read without the prior's settings:
 
     codec    bytes                                                         value
     jpeg     grey JPEG, H x (C·W), the channels side by side               uint8 · scale, float32
     nibbles  zstd of 4-bit values in C, H, W order, first one high         4 bits · scale, float32
     bytes    zstd of 8-bit values in C, H, W order                          uint8 · scale, float32
-    absent   nothing: the sample came without the map                      NaN in each cell
-    labels   PNG, H x (C·W), 8 bits where the labels allow it, else 16     the label, int32 (scale 1)
+    absent   empty: the sample has no such map                             NaN in each cell
+    labels   PNG, H x (C·W), 8 bits if the labels fit, else 16             the label, int32 (scale 1)
 """
 
 from dataclasses import dataclass
@@ -25,19 +25,19 @@ Map = npt.NDArray[np.float32 | np.int32]
 Shape = tuple[int, int, int]
 
 MAX_VALUES = 1 << 26
-"""Values of the largest map that is stored or read: 256 MB as float32, and more than the largest image gives at a cell
-every two pixels."""
+"""Maximum number of values of a map: 256 MB as float32, and more than the largest image needs with a cell every two
+pixels."""
 
 PNG_PARAMETERS = (cv2.IMWRITE_PNG_COMPRESSION, 6, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_HUFFMAN_ONLY)
-"""Smallest and fastest for label maps: a tenth below the default at a third of its time."""
+"""Smallest and fastest for label maps: a tenth smaller than the default in a third of the time."""
 
 
 class Codec(Protocol):
-    """Turns maps into bytes and back."""
+    """Converts maps to bytes and back."""
 
     @property
     def name(self) -> str:
-        """Names the codec beside the stored bytes."""
+        """Name of the codec, stored with the bytes."""
 
     @property
     def scale(self) -> float:
@@ -47,12 +47,12 @@ class Codec(Protocol):
         """The map as bytes."""
 
     def decode(self, data: bytes, shape: Shape) -> Map:
-        """The map that `data` holds; raises ValueError for another shape, or the library's error."""
+        """The map in `data`; raises ValueError for another shape, or the library's error."""
 
 
 @dataclass(frozen=True)
 class JpegCodec:
-    """Grey JPEG of maps in [0, 1]: for smooth maps, off by about 0.01."""
+    """Grey JPEG of maps in [0, 1]: for smooth maps, with an error of about 0.01."""
 
     quality: int = 85
     name: ClassVar[str] = "jpeg"
@@ -68,7 +68,7 @@ class JpegCodec:
 
 @dataclass(frozen=True)
 class PackedCodec:
-    """Values of 4 or 8 bits, by zstd: for many small channels or few cells, off by half a step at most."""
+    """Values of 4 or 8 bits, with zstd: for many small channels or few cells, with an error of at most half a step."""
 
     name: str
     bits: Literal[4, 8]
@@ -82,7 +82,7 @@ class PackedCodec:
         if self.bits == 4:
             pair_N2 = np.append(value_N, np.zeros(value_N.size % 2, np.uint8)).reshape(-1, 2)
             value_N = pair_N2[:, 0] << 4 | pair_N2[:, 1]
-        # level 3: on a few kilobytes as small as the highest, in a tenth of the time
+        # level 3: a few kilobytes become as small as at the highest level, in a tenth of the time
         return zstandard.ZstdCompressor(level=3).compress(value_N.tobytes())
 
     def decode(self, data: bytes, shape: Shape) -> npt.NDArray[np.float32]:
@@ -90,7 +90,7 @@ class PackedCodec:
         num_values = height * width * channels
         num_bytes = (num_values * self.bits + 7) // 8
         try:
-            declared = zstandard.frame_content_size(data)  # it decides what is allocated
+            declared = zstandard.frame_content_size(data)  # determines the allocated size
             if declared != num_bytes:
                 raise ValueError(f"{declared} bytes instead of {num_bytes}")
             packed_N = np.frombuffer(zstandard.ZstdDecompressor().decompress(data), np.uint8)
@@ -114,7 +114,7 @@ class LabelCodec:
     scale: ClassVar[float] = 1.0
 
     def encode(self, map_HWC: Map) -> bytes:
-        assert 0 <= map_HWC.min() <= map_HWC.max() < 65536, "labels count from 0 and fit into 16 bits"
+        assert 0 <= map_HWC.min() <= map_HWC.max() < 65536, "labels start at 0 and fit into 16 bits"
         return _encode_image(".png", map_HWC.astype(np.uint8 if map_HWC.max() < 256 else np.uint16), PNG_PARAMETERS)
 
     def decode(self, data: bytes, shape: Shape) -> npt.NDArray[np.int32]:
@@ -123,9 +123,9 @@ class LabelCodec:
 
 NIBBLES, BYTES, LABELS = PackedCodec("nibbles", 4), PackedCodec("bytes", 8), LabelCodec()
 CODECS: dict[str, Codec] = {codec.name: codec for codec in (JpegCodec(), NIBBLES, BYTES, LABELS)}
-"""The codecs by the name that stored maps have."""
+"""The codecs by the name in stored maps."""
 ABSENT = "absent"
-"""The name in the place of a codec's where the sample came without the map."""
+"""Replaces the name of the codec if the sample has no such map."""
 
 
 def _quantise(map_HWC: Map, levels: int) -> npt.NDArray[np.uint8]:
@@ -142,10 +142,10 @@ def _encode_image(extension: str, map_HWC: npt.NDArray[np.integer], parameters: 
 
 
 def _decode_image(data: bytes, shape: Shape) -> npt.NDArray[np.integer]:
-    """The channels of an image file that has them side by side."""
+    """The channels of an image file with the channels side by side."""
     height, width, channels = shape
     header = read_header(data)
-    as_declared = (header.width, header.height) == (channels * width, height)  # it decides what is allocated
+    as_declared = (header.width, header.height) == (channels * width, height)  # determines the allocated size
     image: npt.NDArray[Any] | None = (
         cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if as_declared else None
     )

@@ -1,4 +1,4 @@
-"""Maps that follow from stored ones and are made when a sample is read, at no cost in storage.
+"""Maps computed from stored maps when a sample is read, without storage.
 
 Each is one channel of amounts in [0, 1], float32 HW1.
 """
@@ -15,21 +15,21 @@ from dpkd.priors.codecs import Map
 Image = npt.NDArray[np.float32]
 
 STRONG = 0.25
-"""Probability of a boundary that counts: of the cells of natural images, 4 or 5 % are on a crest as strong."""
+"""Minimum probability of a boundary: 4 to 5 % of the cells of natural images are on a crest of this strength."""
 
 
 class Derived(NamedTuple):
-    """How a map is made."""
+    """A derived map: its inputs and its function."""
 
     needs: tuple[str, ...]
-    """Names of the stored maps that it is made from."""
+    """Names of the stored input maps."""
     derive: Callable[[Mapping[str, Map]], Image]
 
 
 def foreground(maps: Mapping[str, Map]) -> Image:
-    """Figure 1, ground 0: saliency above Otsu's threshold (Otsu 1979), each superpixel going with its majority.
+    """Figure 1, ground 0: saliency above Otsu's threshold (Otsu 1979), by a majority in each superpixel.
 
-    On the grid of the superpixels. Where saliency is even there is no figure, and the map is 0.
+    On the grid of the superpixels. If saliency is constant, the map is 0.
     """
     label_HW = maps["superpixel"][:, :, 0]
     saliency_HW = maps["saliency"][:, :, 0].astype(np.float32)
@@ -45,10 +45,10 @@ def foreground(maps: Mapping[str, Map]) -> Image:
 
 
 def boundary_distance(maps: Mapping[str, Map]) -> Image:
-    """How far the nearest boundary is, on the grid of the edges: 0 on it, 1 from an eighth of the longer side on.
+    """Distance to the nearest boundary, on the grid of the edges: 0 on it, 1 from an eighth of the longer side on.
 
-    A boundary is where edge is at least `STRONG` and no smaller than at both neighbours along x or along y
-    (a thinning as by Canny 1986, along the axes); the distance is Euclidean, between cells.
+    On a boundary, edge is at least `STRONG` and not smaller than both neighbours along x or along y (thinning as in
+    Canny 1986, along the axes). The distance is Euclidean, between cells.
     """
     edge_HW = maps["edge"][:, :, 0].astype(np.float32)
     boundary_HW = (edge_HW >= STRONG) & (_crest(edge_HW) | _crest(edge_HW.T).T)
@@ -59,7 +59,7 @@ def boundary_distance(maps: Mapping[str, Map]) -> Image:
 
 
 def _crest(edge_HW: Image) -> npt.NDArray[np.bool_]:
-    """Where no neighbour along x is larger, and one is smaller."""
+    """True for cells with no larger neighbour along x, and with a smaller one."""
     padded_HW = np.pad(edge_HW, ((0, 0), (1, 1)), mode="edge")
     left_HW, right_HW = padded_HW[:, :-2], padded_HW[:, 2:]
     return (edge_HW >= left_HW) & (edge_HW >= right_HW) & ((edge_HW > left_HW) | (edge_HW > right_HW))
@@ -73,5 +73,5 @@ DERIVED = {
 
 
 def derivable(stored: Mapping[str, object]) -> dict[str, Derived]:
-    """The derived maps for which all that they need is stored."""
+    """The derived maps whose inputs are all stored."""
     return {name: derived for name, derived in DERIVED.items() if set(derived.needs) <= set(stored)}

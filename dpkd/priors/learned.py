@@ -1,4 +1,4 @@
-"""What a model of the user's computes of an image: class attention of a ViT, depth, learned edges.
+"""Maps from a user's model: class attention of a ViT, depth, learned edges.
 
 Axes: B image, C colour or channel, H W height and width.
 """
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[np.float32]
 Run = Callable[[Array], Array]
-"""A loaded model: images BCHW, float32 and normalised, to its output."""
+"""A loaded model: maps normalised float32 images BCHW to its output."""
 Scale = Literal["unit", "sigmoid", "softmax", "largest", "minmax"]
 
 SLACK = 0.1
-"""How far beyond 0 and 1 values of `scale=unit` may be: resampling inside a model overshoots."""
+"""Tolerance below 0 and above 1 with `scale=unit`: resampling inside a model overshoots."""
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class TimmModel(Config):
-    """A timm model; `arguments` go to `timm.create_model` as they are."""
+    """A timm model; `arguments` are passed to `timm.create_model`."""
 
     kind: Literal["timm"] = "timm"
     name: str
@@ -43,20 +43,20 @@ class TimmModel(Config):
     file: str
     """The weights: a local safetensors file or PyTorch state dict, or the network.safetensors of a run of dpkd."""
     sha256: str | None = None
-    """SHA-256 of the file, which is refused if it differs; none takes what is there."""
+    """SHA-256 of the file; another file is refused. None accepts any file."""
     output: Literal["attention", "energy", "features"] = "attention"
-    """`attention` is the last block's class attention (ViT), `energy` Σ f² of the patch features (any model), both in
-    shares of their largest value; `features` the patch features themselves."""
+    """`attention` is the last block's class attention (ViT), `energy` is Σ f² of the patch features (any model), both
+    divided by their maximum; `features` are the patch features."""
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())
 
     def load(self, size: tuple[int, int], *, device: str) -> Run:
-        """The timm model as a function of images BCHW of that size; on the CPU it takes one thread.
+        """The timm model as a function of images BCHW of that size; on the CPU it uses one thread.
 
-        Raises `UserError` where the weights do not fit the model, or it has no class attention and that is its output.
+        Raises `UserError` if the weights do not fit the model, or the model lacks class attention as its output.
         """
-        # here, not at the top: torch must not load with the settings
+        # imported here: settings must not import torch
         import torch  # noqa: PLC0415
 
         from dpkd.models.attention import attention_layer, with_attention  # noqa: PLC0415
@@ -68,7 +68,7 @@ class TimmModel(Config):
         backbone = Backbone(settings, num_classes=0, image_size=size[0])
         load_weights(backbone.timm, self.file)
         if self.output == "attention" and attention_layer(backbone) is None:
-            raise UserError(f"the timm model {self.name!r} has no class attention that can be read; set output=energy")
+            raise UserError(f"the timm model {self.name!r} has no readable class attention; set output=energy")
         backbone = backbone.eval().to(device)
         if torch.device(device).type == "cpu":
             torch.set_num_threads(1)  # the pool has a process for every core
@@ -96,15 +96,15 @@ class OnnxModel(Config):
     kind: Literal["onnx"] = "onnx"
     file: str
     sha256: str | None = None
-    """SHA-256 of the file, followed by those that hold its external data; refused if it differs."""
+    """SHA-256 of the file and the files of its external data, in this order; other files are refused."""
     output: str | int | None = None
-    """Name or position of the output where there are several."""
+    """Name or position of the output if the model has several."""
 
-    def load(self, size: tuple[int, int], *, device: str) -> Run:  # noqa: ARG002 (the file knows it)
-        """The ONNX model as a function of images BCHW; on the CPU it takes one thread.
+    def load(self, size: tuple[int, int], *, device: str) -> Run:  # noqa: ARG002 (the file defines it)
+        """The ONNX model as a function of images BCHW; on the CPU it uses one thread.
 
-        Raises `UserError` where onnxruntime has no provider for the device, or the model has not the output; and what
-        onnxruntime raises for a file that is no model.
+        Raises `UserError` if onnxruntime has no provider for the device or the model lacks the output, and errors of
+        onnxruntime for a file that is not a model.
         """
         import onnxruntime  # noqa: PLC0415
 
@@ -113,10 +113,10 @@ class OnnxModel(Config):
         options.log_severity_level = 3
         provider = PROVIDERS[device.partition(":")[0]]
         session = onnxruntime.InferenceSession(self.file, options, providers=[provider])
-        if provider not in session.get_providers():  # onnxruntime takes another in silence
+        if provider not in session.get_providers():  # onnxruntime silently uses another provider
             raise UserError(
-                f"onnxruntime could not start {provider}: install onnxruntime-gpu in the place of onnxruntime, or set "
-                "device=cpu for this prior"
+                f"onnxruntime could not start {provider}: replace onnxruntime with onnxruntime-gpu, or set device=cpu "
+                "for this prior"
             )
         names = [output.name for output in session.get_outputs()]
         choices: dict[str | int | None, str] = {name: name for name in names}
@@ -124,7 +124,7 @@ class OnnxModel(Config):
         if len(names) == 1:
             choices[None] = names[0]
         if self.output not in choices:
-            raise UserError(f"model.output={self.output!r} names none of its {len(names)} outputs: {', '.join(names)}")
+            raise UserError(f"model.output={self.output!r} is not one of the {len(names)} outputs: {', '.join(names)}")
         image = session.get_inputs()[0]
         dtype = np.float16 if image.type == "tensor(float16)" else np.float32
 
@@ -136,32 +136,32 @@ class OnnxModel(Config):
 
 
 class Learned(PriorConfig):
-    """An output of a model, as the map `learned-<of>` in [0, 1], on the grid of the model or of `stride`.
+    """An output of a model as the map `learned-<of>` in [0, 1], on the grid of the model or of `stride`.
 
-    Images are stretched to `size`, and run in batches that are filled up to `batch_size`, so that the map of an image
-    depends on its place in the batch alone, and not on the other images. The map of the mirrored image is the mirrored
-    map as far as the model treats left and right alike. Weights and their licence are the user's.
+    Images are stretched to `size`, and batches are padded to `batch_size`. So the map of an image depends only on its
+    position in the batch, not on the other images. The map of the mirrored image is the mirrored map if the model
+    treats left and right equally. The user is responsible for weights and their licence.
     """
 
     kind: Literal["learned"] = "learned"
     of: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
-    """What the map shows; it names the map."""
+    """Content of the map; part of its name."""
     model: Annotated[TimmModel | OnnxModel, Field(discriminator="kind")]
     size: int | tuple[int, int] = 224
     """Side of the model's input in pixels, or its height and width."""
     colour: Literal["rgb", "bgr", "grey"] = "rgb"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    """Taken from each channel of an image in 0..1, which is then divided by `std`; the default is ImageNet's."""
+    """Subtracted from each channel of an image in 0..1, before the division by `std`; ImageNet's by default."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     scale: Scale = "unit"
-    """How values come into [0, 1]: `unit` are there already; `softmax` over the channels; `largest` in shares of the
-    largest value, `minmax` between the smallest and the largest, of each channel of each image."""
+    """The mapping to [0, 1]: `unit` clips; `sigmoid`; `softmax` over channels; `largest` divides by the maximum, and
+    `minmax` maps minimum and maximum to 0 and 1, for each channel of each image."""
     channels: int = Field(1, ge=1)
     stride: int | None = Field(None, ge=1)
-    """Pixels of the image to a cell of the map; none keeps the model's own grid."""
+    """Pixels of the image for one cell of the map; None keeps the model's grid."""
     batch_size: int = Field(16, ge=1)
     device: Literal["accelerator", "cpu"] = "accelerator"
-    """`accelerator` is a GPU where there is one, and the CPU elsewhere."""
+    """`accelerator` is a GPU, or the CPU of a machine without one."""
 
     @property
     def name(self) -> str:
@@ -181,53 +181,53 @@ class Learned(PriorConfig):
         num_inputs = 1 if self.colour == "grey" else 3
         for key, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != num_inputs:
-                raise ValueError(f"{key} has {len(values)} numbers, and colour={self.colour} takes {num_inputs}")
+                raise ValueError(f"{key} has {len(values)} numbers, and colour={self.colour} needs {num_inputs}")
         if min(self.std) <= 0 or min(self.input_size) < 1:
             raise ValueError("std and size must be greater than 0")
         if self.scale == "softmax" and self.channels == 1:
-            raise ValueError("scale=softmax shares 1 out among channels, and channels=1 leaves nothing to share")
+            raise ValueError("scale=softmax needs more than one channel, and channels=1: set another scale")
         if isinstance(self.model, TimmModel):
             if num_inputs != 3 or not isinstance(self.size, int):
-                raise ValueError("a timm model takes colour images and one side as size; export others as ONNX")
+                raise ValueError("a timm model needs colour images and a square size; export other models as ONNX")
             if self.channels > 1 and self.model.output != "features":
-                raise ValueError(f"output={self.model.output} of a timm model is one channel; set channels=1")
+                raise ValueError(f"output={self.model.output} of a timm model has one channel; set channels=1")
         return self
 
     def sealed(self) -> "Learned":
-        """The same prior with the checksum of its weights, which from now on is part of what it is.
+        """The same prior with the checksum of its weights, which becomes part of its identity.
 
-        Raises `UserError` that names the file where it is missing, or is not the one of `sha256`.
+        Raises `UserError` with the file if it is missing or differs from `sha256`.
         """
-        with _named(self, "it cannot be read as a model"):
+        with _user_errors(self, "it cannot be read as a model"):
             try:
                 digest = checksum(self.model)
             except FileNotFoundError as error:
                 if self.model.sha256 is not None:
                     return self  # stored maps need no model; computing one reports the missing file
                 raise UserError(
-                    f"{error.filename} is missing: give the path of the weights or, where all maps are prepared, "
-                    "model.sha256 as priors.json has it"
+                    f"{error.filename} is missing: give the path of the weights or, if all maps are prepared, "
+                    "model.sha256 from priors.json"
                 ) from error
             if self.model.sha256 not in (None, digest):
-                raise UserError(f"its sha256 is {digest}, and model.sha256 is {self.model.sha256}; correct one")
+                raise UserError(f"its sha256 is {digest}, and model.sha256 is {self.model.sha256}; correct one of them")
         return self.model_copy(update={"model": self.model.model_copy(update={"sha256": digest})})
 
     def identity(self) -> str:
-        """What the maps depend on, as JSON: not the path of the weights, nor the batch size, nor the device."""
-        assert self.model.sha256 is not None, "a prior is sealed before it is named"
+        """Everything that determines the maps, as JSON: not the path of the weights, the batch size or the device."""
+        assert self.model.sha256 is not None, "a prior is sealed before its identity is used"
         return self.model_dump_json(exclude={"model": {"file"}, "batch_size": True, "device": True})
 
     def map(self, image: ImageViews) -> Map:
-        """The map of an image, float32; raises ValueError where the model gives values that are not finite."""
+        """The map of an image, float32; raises ValueError if the model's values are not finite."""
         (map_HWC,) = self.maps([image], device="cpu")
         if not np.isfinite(map_HWC).all():
-            raise ValueError(f"{self.name}: the model gives values that are not finite")
+            raise ValueError(f"{self.name}: the model's values are not finite")
         return map_HWC
 
     def maps(self, images: Sequence[ImageViews], *, device: str) -> list[Map]:
-        """The maps of at most `batch_size` images, float32, by the model on `device`, a device of torch.
+        """The maps of at most `batch_size` images, float32, by the model on `device`, a torch device.
 
-        Values that are not finite pass. Raises `UserError` where the model cannot be used, before its first map.
+        Values may be not finite. Raises `UserError` before the first map if the model cannot be used.
         """
         maps: list[Map] = []
         for values_CHW, image in zip(_values(self, _loaded(self, device), images), images, strict=False):
@@ -238,23 +238,23 @@ class Learned(PriorConfig):
 
 @lru_cache(maxsize=4)
 def _loaded(prior: Learned, device: str) -> Run:
-    """The model on a device, loaded once a process and tried on blank images before any map is taken from it."""
-    with _named(prior, "it cannot be loaded; every worker needs a whole copy at this place"):
+    """The model on a device, loaded once a process and tested on blank images."""
+    with _user_errors(prior, "it cannot be loaded; every worker needs a complete copy at this path"):
         digest = checksum(prior.model)
         if prior.model.sha256 not in (None, digest):
-            raise UserError(f"its sha256 on this machine is {digest}, not {prior.model.sha256}: copy it here again")
+            raise UserError(f"its sha256 on this machine is {digest}, not {prior.model.sha256}: copy the file again")
         run = prior.model.load(prior.input_size, device=device)
     blank_BCHW = _values(prior, run, [])
-    with _named(prior, "it fails"):
+    with _user_errors(prior, "it fails"):
         if not np.isfinite(blank_BCHW).all():
-            raise UserError("the model gives values that are not finite for blank images; check mean, std and weights")
+            raise UserError("the model's values for blank images are not finite; check mean, std and weights")
     return run
 
 
 def _values(prior: Learned, run: Run, images: Sequence[ImageViews]) -> Array:
-    """The model's output in [0, 1] for a full batch: the images, then blank ones of the mean colour.
+    """The model's output in [0, 1] for a full batch: the images, then blank images of the mean colour.
 
-    Raises `UserError` where the output is no map of the prior's channels.
+    Raises `UserError` if the output's shape does not fit the prior's channels.
     """
     assert len(images) <= prior.batch_size, f"{len(images)} images in a batch of {prior.batch_size}"
     height, width = prior.input_size
@@ -270,36 +270,36 @@ def _values(prior: Learned, run: Run, images: Sequence[ImageViews]) -> Array:
             resized_HWC = cv2.cvtColor(resized_HWC, cv2.COLOR_RGB2GRAY)[:, :, None]
         unit_HWC = resized_HWC.astype(np.float32) * np.float32(1 / 255)
         input_CHW[:] = ((unit_HWC - mean_C) / std_C).transpose(2, 0, 1)
-    what = f"the model does not run on float32 of {batch_BCHW.shape}: set size, colour and batch_size to what it takes"
-    with _named(prior, what):
+    fault = f"the model does not run on float32 of {batch_BCHW.shape}: set size, colour and batch_size of the model"
+    with _user_errors(prior, fault):
         output = run(batch_BCHW)
         values_BCHW = output[:, None] if output.ndim == 3 else output
         if values_BCHW.ndim != 4 or values_BCHW.shape[:2] != (prior.batch_size, prior.channels):
             raise UserError(
-                f"its output has the shape {output.shape}, and {prior.batch_size} images x {prior.channels} channels x "
-                "height x width belong there; set channels, or another model.output"
+                f"its output has the shape {output.shape}, not {prior.batch_size} images x {prior.channels} channels x "
+                "height x width; set channels or model.output"
             )
         return scaled(values_BCHW, prior.scale)
 
 
 @contextmanager
-def _named(prior: Learned, what: str) -> Iterator[None]:
-    """Turns every error into a `UserError` that names prior and file; `what` describes an error of a library."""
-    place = f"the prior {prior.name!r}, {prior.model.file}"
+def _user_errors(prior: Learned, fault: str) -> Iterator[None]:
+    """Converts every error to a `UserError` with prior and file; `fault` describes an error of a library."""
+    prior_and_file = f"the prior {prior.name!r}, {prior.model.file}"
     try:
         yield
     except UserError as error:
-        raise UserError(f"{place}: {error}") from error
-    except Exception as error:  # a model of the user's may raise anything
+        raise UserError(f"{prior_and_file}: {error}") from error
+    except Exception as error:  # a user's model may raise any error
         first_line = (str(error).strip().splitlines() or ["no message"])[0]
-        raise UserError(f"{place}: {what} ({type(error).__name__}: {first_line})") from error
+        raise UserError(f"{prior_and_file}: {fault} ({type(error).__name__}: {first_line})") from error
 
 
 def scaled(values_BCHW: Array, scale: Scale) -> Array:
-    """The values in [0, 1], each channel of each image by itself; NaN stays NaN.
+    """The values mapped to [0, 1], separately for each channel of each image; NaN stays NaN.
 
-    `unit` clips, `sigmoid` and `softmax` (over channels) are the functions, `largest` divides by the largest value,
-    `minmax` takes the smallest to 0 and the largest to 1. Raises `UserError` where `unit` would clip much.
+    `unit` clips; `sigmoid` and `softmax` (over channels) are those functions; `largest` divides by the maximum;
+    `minmax` maps minimum and maximum to 0 and 1. Raises `UserError` if `unit` exceeds [0, 1] by more than `SLACK`.
     """
     if scale == "sigmoid":
         return np.asarray(np.float32(1) / (1 + np.exp(-np.clip(values_BCHW, -60, 60))), np.float32)
@@ -310,8 +310,8 @@ def scaled(values_BCHW: Array, scale: Scale) -> Array:
         lowest, highest = float(values_BCHW.min()), float(values_BCHW.max())
         if lowest < -SLACK or highest > 1 + SLACK:
             raise UserError(
-                f"its values go from {lowest:.3g} to {highest:.3g}, and scale=unit is for those in [0, 1]: "
-                "set scale to sigmoid, softmax, largest or minmax"
+                f"its values are from {lowest:.3g} to {highest:.3g}, and scale=unit needs [0, 1]: set scale to "
+                "sigmoid, softmax, largest or minmax"
             )
         return np.clip(values_BCHW, 0, 1)
     if scale == "minmax":
@@ -320,9 +320,9 @@ def scaled(values_BCHW: Array, scale: Scale) -> Array:
 
 
 def checksum(model: TimmModel | OnnxModel) -> str:
-    """SHA-256 of the model's files as they are now, 64 hex digits; read again only where size or date have changed.
+    """SHA-256 of the model's current files, 64 hex digits; a file is read again only if its size or time changed.
 
-    Raises `FileNotFoundError` where one is missing, and what onnx raises for a file that is no ONNX model.
+    Raises `FileNotFoundError` if a file is missing, and errors of onnx for a file that is not an ONNX model.
     """
     state = _state(Path(model.file))
     external = _external_data(*state) if isinstance(model, OnnxModel) else ()
@@ -330,7 +330,7 @@ def checksum(model: TimmModel | OnnxModel) -> str:
 
 
 def _state(path: Path) -> tuple[Path, int, int]:
-    """What changes whenever a file does: its absolute path, size, and time of change."""
+    """Absolute path, size and modification time of a file."""
     status = path.stat()
     return path.absolute(), status.st_size, status.st_mtime_ns
 
@@ -346,8 +346,8 @@ def _digest(*files: tuple[Path, int, int]) -> str:
 
 @lru_cache(maxsize=64)
 def _external_data(path: Path, _size: int, _changed_ns: int) -> tuple[Path, ...]:
-    """The files beside an ONNX model that hold its larger tensors, by name."""
-    import onnx  # noqa: PLC0415 (slow to load, and only for such models)
+    """The files of an ONNX model's external tensors, sorted by name."""
+    import onnx  # noqa: PLC0415 (slow to import, and only for ONNX)
     from onnx.external_data_helper import ExternalDataInfo, uses_external_data  # noqa: PLC0415
 
     graph = onnx.load_model(path, load_external_data=False).graph

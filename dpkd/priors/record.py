@@ -1,16 +1,16 @@
-"""The member of a prior shard: all maps of one sample, bound to its image.
+"""The member of a prior shard: all maps of one sample, bound to the image by a hash.
 
     <key>.priors.msgpack = {
         "format_version": 2,
         "key": the sample's key,
-        "source": SHA-256 of the bytes of the image and of what an expert gave with it (the first 16); empty where
-                  the sample could not be read, which has no maps,
-        "bad": why the maps are flat or there are none; else none,
+        "source": SHA-256 of the bytes of the image and the expert's maps (the first 16); empty for an unreadable
+                  sample, which has no maps,
+        "bad": the reason for flat or missing maps; else none,
         "maps": {name: [codec, [H, W, C], scale, fingerprint of the prior (8 bytes), data]},
         "checksum": CRC-32 of this same msgpack without the checksum,
     }
 
-`dpkd.priors.codecs` says what "data" is. webdataset 1.0 knows other endings of msgpack than this one: give its decoder
+`dpkd.priors.codecs` defines "data". webdataset 1.0 uses other extensions of msgpack: give it the decoder
 `webdataset.autodecode.Decoder([handle_extension("msgpack", msgpack.unpackb)])` to read the member without dpkd.
 """
 
@@ -31,20 +31,20 @@ MEMBER_EXTENSION = "priors.msgpack"
 
 
 class StoredMap(NamedTuple):
-    """One map as bytes, with what it takes to read it: the entry of the member."""
+    """One map as bytes, with the data for decoding: an entry of the member."""
 
     codec: str
     shape: Shape
     scale: float
     fingerprint: bytes
-    """Of the prior that made it."""
+    """Fingerprint of the map's prior."""
     data: bytes
 
     def decode(self) -> Map:
-        """The map, HWC; raises ValueError where the bytes are not of this codec and shape."""
+        """The map, HWC; raises ValueError if the bytes do not match codec and shape."""
         height, width, channels = self.shape
         if min(self.shape) < 1 or height * width * channels > MAX_VALUES:
-            raise ValueError(f"a map of {height} x {width} x {channels} values is none that dpkd makes")
+            raise ValueError(f"a map of {height} x {width} x {channels} values is outside the limits of dpkd")
         if self.codec == ABSENT:
             return np.full(self.shape, np.nan, np.float32)
         if self.codec not in CODECS:
@@ -61,9 +61,9 @@ class Record:
 
     key: str
     source: bytes
-    """`source_hash` of the sample that the maps belong to; empty where it could not be read."""
+    """`source_hash` of the maps' sample; empty if the sample could not be read."""
     bad: str | None = None
-    """Why the maps could not be computed and favour no place, or why the sample could not be read."""
+    """The reason for flat maps that could not be computed, or for an unreadable sample."""
     maps: dict[str, StoredMap] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
@@ -72,7 +72,7 @@ class Record:
 
     @staticmethod
     def from_bytes(data: bytes) -> "Record":
-        """Reads a member's content; raises ValueError where it is damaged or of another format."""
+        """Reads a member's content; raises ValueError if it is damaged or has another format."""
         content = unpack_checked(data)
         version = content.pop("format_version", None)
         if version != FORMAT_VERSION:
@@ -81,7 +81,7 @@ class Record:
 
 
 def source_hash(sample: Sample) -> bytes:
-    """The hash that binds maps to the bytes they were made from: the image, and the masks and maps given with it."""
+    """The hash that binds maps to their source bytes: the image, and the expert's masks and maps."""
     digest = hashlib.sha256(sample.image)
     for name, data in sorted(sample.given.items()):
         digest.update(f"{name} {len(data)}".encode())
@@ -90,11 +90,11 @@ def source_hash(sample: Sample) -> bytes:
 
 
 def store_map(prior: Extractor, map_HWC: Map) -> StoredMap:
-    """The map of `prior` as bytes; raises ValueError for one of more than `MAX_VALUES` values."""
+    """The map of `prior` as bytes; raises ValueError if it has more than `MAX_VALUES` values."""
     height, width, channels = map_HWC.shape
     if map_HWC.size > MAX_VALUES:
         raise ValueError(
-            f"the map {prior.name} of {height} x {width} x {channels} values is too large: raise its stride"
+            f"the map {prior.name} of {height} x {width} x {channels} values is too large: increase its stride"
         )
     shape, digest = (height, width, channels), bytes.fromhex(fingerprint(prior))
     if np.isnan(map_HWC[0, 0, 0]):
@@ -103,6 +103,6 @@ def store_map(prior: Extractor, map_HWC: Map) -> StoredMap:
 
 
 def flat_map(prior: Extractor) -> StoredMap:
-    """A map of a single cell, for a sample whose map cannot be computed: it favours no place over another."""
+    """A constant map of one cell, for a sample whose map cannot be computed."""
     value = np.int32(0) if prior.nearest else np.float32(0.5)
     return store_map(prior, np.full((1, 1, prior.channels), value))

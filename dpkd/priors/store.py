@@ -1,12 +1,12 @@
-"""A prior set on disk: maps are bound to their image by hash, and never served to another image.
+"""A prior set on disk: a hash binds maps to their image, so no other image gets them.
 
 <dataset>/priors/<set>/
-  priors.json                   `PriorManifest`; written last, so a folder without it is not a whole set
+  priors.json                   `PriorManifest`; written last, so a folder without it is not a complete set
   <split>-000000.tar            one member a sample, <key>.priors.msgpack (`dpkd.priors.record`), in the order of the
                                 image shard of that name
-  <split>-000000.index.msgpack  `PriorIndex`: written after its tar, which it vouches for
+  <split>-000000.index.msgpack  `PriorIndex`: written after its tar, with the checksum of the tar
 
-Manifest and index have a checksum of their own each.
+Manifest and index also contain a checksum of their content.
 """
 
 import os
@@ -38,7 +38,7 @@ WAY_OUT = "run the prepare stage again (dpkd prepare)"
 
 
 class PriorMismatch(UserError):
-    """Maps that are damaged, or belong to another image or another prior: they are not served."""
+    """The maps are damaged, or belong to another image or another prior."""
 
 
 class PriorManifest(BaseModel):
@@ -47,15 +47,15 @@ class PriorManifest(BaseModel):
     model_config = ConfigDict(frozen=True)
     format_version: int = FORMAT_VERSION
     dataset: str
-    """Fingerprint of the data set whose images the maps were made from."""
+    """Fingerprint of the data set of the images."""
     priors: tuple[Prior, ...]
     fingerprints: dict[str, str]
-    """name -> fingerprint of the prior, code version included."""
+    """name -> fingerprint of the prior, including the code version."""
     splits: dict[str, tuple[ShardInfo, ...]]
     unreadable: dict[str, tuple[int, ...]]
-    """split -> numbers of the samples that could not be read, ascending: they are left out of all that follows."""
+    """split -> numbers of the unreadable samples, ascending: later stages skip them."""
     num_flat: int = 0
-    """Samples that can be read, and whose maps are flat because they could not be computed."""
+    """Readable samples with flat maps, because their maps could not be computed."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,15 @@ class PriorIndex:
     images: str
     """SHA-256 of the image shard."""
     fingerprints: dict[str, str]
-    """name -> fingerprint of the prior whose map every sample has, in the order of the settings."""
+    """name -> fingerprint of the prior of each map, in the order of the settings."""
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     bad: tuple[tuple[str, str], ...] = ()
-    """(key, reason) of samples whose maps are flat, or that could not be read."""
+    """(key, reason) of samples with flat maps, and of unreadable samples."""
     unreadable: tuple[int, ...] = ()
-    """Which samples of the shard could not be read, from 0."""
+    """Numbers of the unreadable samples of the shard, from 0."""
     fault: str | None = None
-    """What is wrong with the file of the image shard, if anything; samples that are proved sound have their maps."""
+    """The fault of the image shard's file, if any; samples with a correct checksum have their maps."""
 
     def to_bytes(self) -> bytes:
         """The file's content."""
@@ -82,28 +82,28 @@ class PriorIndex:
 
     @staticmethod
     def from_bytes(data: bytes) -> "PriorIndex":
-        """Reads the file's content; raises ValueError where it is not one."""
+        """Reads the file's content; raises ValueError if it is not a prior index."""
         content = unpack_checked(data)
         if content.pop("format_version", None) != FORMAT_VERSION:
-            raise ValueError("it is of another format version")
+            raise ValueError("it has another format version")
         known = {field.name: content[field.name] for field in fields(PriorIndex)}
         return PriorIndex(**{**known, "shard": ShardInfo(**content["shard"])})
 
 
 @dataclass(frozen=True)
 class PriorSet:
-    """A whole prior set, open for reading."""
+    """A complete prior set, open for reading."""
 
     url: str
     manifest: PriorManifest
 
     @staticmethod
     def open(dataset_url: str, name: str) -> "PriorSet":
-        """Opens the set `name` of a data set; raises `UserError` where it is not whole, or made for other images."""
+        """Opens the set `name` of a data set; raises `UserError` if it is incomplete or for other images."""
         url = set_url(dataset_url, name)
         manifest = read_manifest(url)
         if manifest is None:
-            raise UserError(f"no whole prior set at {url}: {MANIFEST_NAME} is missing or cannot be read; {WAY_OUT}")
+            raise UserError(f"no complete prior set at {url}: {MANIFEST_NAME} is missing or cannot be read; {WAY_OUT}")
         if manifest.dataset != Dataset.open(dataset_url).manifest.fingerprint:
             raise UserError(f"the prior set at {url} was prepared from other images than {dataset_url}; {WAY_OUT}")
         if manifest.fingerprints != fingerprints(manifest.priors):
@@ -112,12 +112,12 @@ class PriorSet:
 
     @property
     def channels(self) -> dict[str, int]:
-        """Channels of each map by name, derived maps among them."""
+        """Channels of each map by name, including derived maps."""
         stored = {prior.name: prior.channels for prior in self.manifest.priors}
         return stored | dict.fromkeys(derivable(stored), 1)
 
     def split(self, name: str) -> "PriorSplit":
-        """The maps of the split `name`; raises `UserError` that names the splits there are."""
+        """The maps of the split `name`; raises `UserError` with the existing names."""
         if name not in self.manifest.splits:
             known = ", ".join(self.manifest.splits)
             raise UserError(f"the prior set at {self.url} has no split {name!r}; it has: {known}")
@@ -125,19 +125,19 @@ class PriorSet:
         return PriorSplit(self.url, priors, self.manifest.splits[name], tuple(prior.name for prior in priors))
 
     def unreadable(self, split: str) -> npt.NDArray[np.int64]:
-        """Numbers of the samples of a split that could not be read when their maps were to be made, ascending."""
+        """Numbers of the samples of a split that could not be read for their maps, ascending."""
         return np.array(self.manifest.unreadable[split], np.int64)
 
 
 @dataclass(eq=False)
 class PriorSplit:
-    """The maps of one split by sample number. Pickles small: files are opened again where they are used."""
+    """The maps of one split by sample number. A pickle is small: the process that unpickles it opens files again."""
 
     url: str
     priors: tuple[Prior, ...]
     shards: tuple[ShardInfo, ...]
     names: tuple[str, ...]
-    """The maps that are served."""
+    """The maps that `read` returns."""
 
     def __post_init__(self) -> None:
         self._prior_of: dict[str, Prior] = {prior.name: prior for prior in self.priors}
@@ -153,9 +153,9 @@ class PriorSplit:
         return PriorSplit, (self.url, self.priors, self.shards, self.names)
 
     def only(self, names: Iterable[str]) -> "PriorSplit":
-        """The same split serving these maps alone, derived ones among them; the others are not even decoded.
+        """The same split with only these maps, which may be derived; other maps are not decoded.
 
-        Raises `UserError` that names the maps there are for one that is not among them.
+        Raises `UserError` with the existing names for an unknown map.
         """
         known = [*self._prior_of, *self._derived]
         wanted = tuple(dict.fromkeys(names))
@@ -166,17 +166,17 @@ class PriorSplit:
 
     @property
     def digests(self) -> dict[str, str]:
-        """The fingerprint of each prior whose map is read, by its name."""
+        """The fingerprint of each prior whose map is read, by name."""
         return {name: digest for name, digest in self._fingerprints.items() if name in self._decoded}
 
     def read(self, i: int, sample: Sample) -> dict[str, Map]:
-        """The maps of sample `i` by name, HWC; raises `PriorMismatch` unless they are whole and `sample`'s own."""
+        """The maps of sample `i` by name, HWC; raises `PriorMismatch` if they are damaged or not of `sample`."""
         record = self.record(i, sample)
         stored = {name: record.maps[name].decode() for name in self._decoded}
         return {name: stored[name] if name in stored else self._derived[name].derive(stored) for name in self.names}
 
     def nearest(self, name: str) -> bool:
-        """Whether the map holds labels, so that resampling must take the nearest one."""
+        """True if the map has labels, so that resampling must use the nearest value."""
         return name in self._prior_of and self._prior_of[name].nearest
 
     def flip(self, name: str, map_HWC: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -184,7 +184,7 @@ class PriorSplit:
         return self._prior_of[name].flip(map_HWC) if name in self._prior_of else mirror(map_HWC)
 
     def record(self, i: int, sample: Sample) -> Record:
-        """The maps of sample `i` as they are stored; raises `PriorMismatch` unless they are `sample`'s own."""
+        """The stored maps of sample `i`; raises `PriorMismatch` if they are damaged or not of `sample`."""
         shard = bisect_right(self._start_of, i) - 1
         row = i - self._start_of[shard]
         try:
@@ -193,20 +193,20 @@ class PriorSplit:
             if record.key != sample.key:
                 raise ValueError(f"they belong to {record.key!r}")
             if not record.source:
-                raise ValueError(f"there are none, because the sample could not be read ({record.bad})")
+                raise ValueError(f"they do not exist, because the sample could not be read ({record.bad})")
             if record.source != source_hash(sample):
-                raise ValueError("they were made from another image of that name")
+                raise ValueError("they were computed from another image of that name")
             if {name: stored.fingerprint.hex() for name, stored in record.maps.items()} != self._fingerprints:
-                raise ValueError("they were made with other settings or another version")
+                raise ValueError("they were computed with other settings or another version")
         except (*NO_FILE, ValueError) as error:
-            place = storage.join(self.url, self.shards[shard].name)
-            raise PriorMismatch(f"{place}, maps of {sample.key!r}: {error}; {WAY_OUT}") from error
+            shard_url = storage.join(self.url, self.shards[shard].name)
+            raise PriorMismatch(f"{shard_url}, maps of {sample.key!r}: {error}; {WAY_OUT}") from error
         return record
 
     def _read_index(self, shard: int) -> PriorIndex:
         index = PriorIndex.from_bytes(storage.read_bytes(storage.join(self.url, index_name(self.shards[shard].name))))
         if index.shard != self.shards[shard]:
-            raise ValueError(f"their index is not of the shard that {MANIFEST_NAME} lists")
+            raise ValueError(f"their index belongs to another shard than {MANIFEST_NAME} lists")
         return index
 
     def _open(self, shard: int) -> int:
@@ -220,12 +220,12 @@ def set_url(dataset_url: str, name: str) -> str:
 
 
 def fingerprints(priors: Iterable[Prior]) -> dict[str, str]:
-    """The fingerprint of each prior, by its name."""
+    """The fingerprint of each prior, by name."""
     return {prior.name: fingerprint(prior) for prior in priors}
 
 
 def read_manifest(url: str) -> PriorManifest | None:
-    """The manifest of the set at `url`; None without one that this version reads."""
+    """The manifest of the set at `url`; None if it is missing, damaged or of another version."""
     try:
         manifest = PriorManifest.model_validate(parse_checked(storage.read_bytes(storage.join(url, MANIFEST_NAME))))
     except (*NO_FILE, ValueError):

@@ -186,11 +186,11 @@ def test_few_cells_and_many_channels_are_stored_as_bytes(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"mean": (0.5,)}, "mean has 1 numbers, and colour=rgb takes 3"),
+        ({"mean": (0.5,)}, "mean has 1 numbers, and colour=rgb needs 3"),
         ({"std": (0.0, 0.1, 0.1)}, "std and size must be greater than 0"),
-        ({"scale": "softmax"}, "channels=1 leaves nothing to share"),
-        ({"size": (32, 48)}, "one side as size"),
-        ({"channels": 2}, "output=attention of a timm model is one channel"),
+        ({"scale": "softmax"}, "scale=softmax needs more than one channel, and channels=1"),
+        ({"size": (32, 48)}, "a square size"),
+        ({"channels": 2}, "output=attention of a timm model has one channel"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(tmp_path, changes, words):
@@ -219,15 +219,15 @@ def wrong_models(folder: Path) -> dict[str, tuple[Learned, str]]:
         "batch": (edge_prior(folder / "one.onnx"), r"does not run on float32 of \(4, .*batch_size"),
         "position": (
             edge_prior(folder / "edges.onnx", model={"output": 2}),
-            "=2 names none of its 2 outputs: ",
+            "=2 is not one of the 2 outputs: ",
         ),
         "unnamed": (
             edge_prior(folder / "edges.onnx", model={"output": None}),
-            "=None names none of its 2",
+            "=None is not one of the 2",
         ),
-        "name": (depth_prior(folder / "depth.onnx", model=named), "model.output='depth' names none of its 1 outputs"),
-        "wide": (edge_prior(folder / "edges.onnx", scale="unit"), "go from .* scale=unit .* set scale to sigmoid"),
-        "nan": (edge_prior(folder / "nan.onnx", model={"output": None}), "not finite for blank images"),
+        "name": (depth_prior(folder / "depth.onnx", model=named), "model.output='depth' is not one of the 1 outputs"),
+        "wide": (edge_prior(folder / "edges.onnx", scale="unit"), "are from .* scale=unit .* set scale to sigmoid"),
+        "nan": (edge_prior(folder / "nan.onnx", model={"output": None}), "for blank images are not finite"),
         "grey": (depth_prior(folder / "depth.onnx", colour="grey", mean=(0.5,), std=(0.2,)), "does not run on float32"),
         "weights": (
             Learned(of="x", size=SIZE, model=TimmModel(name="test_vit", file=str(folder / "vit.safetensors"))),
@@ -235,7 +235,7 @@ def wrong_models(folder: Path) -> dict[str, tuple[Learned, str]]:
         ),
         "unknown": (
             Learned(of="x", size=SIZE, model=TimmModel(name="vit_tinny", file=str(folder / "vit.safetensors"))),
-            "'vit_tinny' is no timm model; nearest: .*vit",
+            "'vit_tinny' is not a timm model; nearest: .*vit",
         ),
     }
 
@@ -270,7 +270,7 @@ def test_other_weights_than_the_settings_name_are_refused(tmp_path):
         attention_prior(tmp_path / "gone").sealed()
     prior = attention_prior(tmp_path / "vit.safetensors").sealed()
     save_vit(tmp_path / "vit.safetensors", seed=1)
-    with pytest.raises(UserError, match=r"on this machine.*copy it here again"):
+    with pytest.raises(UserError, match=r"on this machine.*copy the file again"):
         prior.maps(pictures(1), device="cpu")
 
 

@@ -1,1 +1,1 @@
-"""The priors that come with dpkd, in files by what they see."""
+"""The priors of dpkd, one file for each kind of content."""

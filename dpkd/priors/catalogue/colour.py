@@ -1,4 +1,4 @@
-"""Colour: its mean and deviation in each cell, and histograms of hue."""
+"""Colour: mean and deviation in each cell, and histograms of hue."""
 
 from typing import ClassVar, Literal
 
@@ -11,21 +11,21 @@ from dpkd.priors.catalogue.kernels import cell_histogram, cell_means
 from dpkd.priors.codecs import BYTES, NIBBLES, Codec, Map
 
 LOWEST, SPAN = (0.0, -128.0, -128.0), (100.0, 256.0, 256.0)
-"""Of L*, a* and b*: what is stored as 0, and what more is stored as 1."""
+"""Of L*, a* and b*: the value stored as 0, and the distance from it to the value stored as 1."""
 LARGEST_DEVIATION = 50.0
-"""In units of Lab; stored as 1, and larger ones with it."""
+"""In units of Lab; it and larger deviations are stored as 1."""
 
 
 class Colour(PriorConfig):
     """Mean of L*, a* and b*, then their standard deviations, in a cell every `stride` pixels: six channels in [0, 1].
 
-    Stored as L/100, (a + 128)/256, (b + 128)/256 and deviation/50. These are colours of the image as it is: a target
-    for views whose colours are not changed.
+    Stored as L/100, (a + 128)/256, (b + 128)/256 and deviation/50. The colours are those of the original image: a
+    target for views with unchanged colours.
     """
 
     kind: Literal["colour"] = "colour"
     grey_world: bool = False
-    """Scales red, green and blue to one mean first (von Kries; Buchsbaum 1980), for images under lamps of all kinds."""
+    """First scales red, green and blue to one mean (von Kries; Buchsbaum 1980), for images with different lamps."""
     stride: int = Field(16, ge=2)
 
     channels: ClassVar[int] = 6
@@ -47,8 +47,8 @@ class Colour(PriorConfig):
 class Hue(PriorConfig):
     """Square root of each hue's share of a cell every `stride` pixels, by saturation: `bins` channels in [0, 1].
 
-    Hue and saturation are those of HSV (Smith 1978; van de Weijer et al. 2006 weigh hue so, since grey has none). Bin k
-    holds hues from k · 360/bins degrees, red at 0. The squares add up to the mean saturation of the cell.
+    Hue and saturation are those of HSV (Smith 1978; weights as in van de Weijer et al. 2006, because grey has no hue).
+    Bin k starts at k · 360/bins degrees, red at 0. The squares sum to the mean saturation of the cell.
     """
 
     kind: Literal["hue"] = "hue"

@@ -1,6 +1,6 @@
-"""Where boundaries are: several cues over four octaves, weighed against what people drew.
+"""Boundaries from several cues over four octaves, with weights fitted to human drawings.
 
-Level 0 has a cell every 2 px, each level above half as many a side. Lengths are in cells of the level.
+Level 0 has a cell every 2 px; each higher level has half as many cells a side. Lengths are in cells of the level.
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ from dpkd.priors.codecs import NIBBLES, Codec, Map
 Cues = dict[str, Image]
 
 LEAST, SURE = 0.11, 0.22
-"""A crest counts where it is at least as probable as the first, and joined to a place as probable as the second."""
+"""Hysteresis of a crest: every cell has at least the first probability, and one cell has at least the second."""
 CHROMA = np.float32(3)
 """Weight of the colour channels a and b against lightness."""
 FLOOR = np.float32(0.5)
-"""Added to a cue before the logarithm: less is no more than noise."""
+"""Added to a cue before the logarithm: smaller cues are noise."""
 LINE_WEIGHT_K = np.exp(-0.5 * (np.arange(4) * 2 / 4) ** 2).astype(np.float32)
-"""Of every second cell along a line, up to 6 to either side: a Gaussian of 4."""
+"""Weights of every second cell along a line, up to 6 cells to each side: a Gaussian of 4."""
 TINY = np.float32(1e-12)
-"""Keeps the direction of nothing finite."""
+"""Keeps the direction of a zero vector finite."""
 
 BIAS = -2.151
 WEIGHTS: tuple[dict[str, float], ...] = (
@@ -34,20 +34,20 @@ WEIGHTS: tuple[dict[str, float], ...] = (
     {"line": 0.3},
     {"cross": 0.212, "around": -1.485, "aligned": 1.368},
 )
-"""Of each level's cues: `tools/fit_edge.py`."""
+"""Weights of each level's cues, fitted by `tools/fit_edge.py`."""
 
 
 class Edge(PriorConfig):
     """Probability that a person draws a boundary, one channel, a cell every `stride` pixels.
 
-    logit P = b + Σ_k w_k ln(c_k + 1/2), a weighted product of cues c_k of the Lab image (`levels`): gradients over
-    scales, along lines and of texture speak for a boundary, as in Martin, Fowlkes & Malik 2004 (Pb), and much of the
-    same around against it. The weights are those of a logistic regression on the 100 images of BSDS500 val.
+    logit P = b + Σ_k w_k ln(c_k + 1/2), a weighted product of cues c_k of the Lab image (`levels`). Gradients over
+    scales, along lines and of texture increase P, as in Martin, Fowlkes & Malik 2004 (Pb); similar gradients in the
+    surround decrease it. The weights are those of a logistic regression on the 100 images of BSDS500 val.
     """
 
     kind: Literal["edge"] = "edge"
     thin: bool = True
-    """Keeps the crests alone, one cell wide, by hysteresis from 0.11 to 0.22: few bytes, and sharp when enlarged."""
+    """Keeps only crests, one cell wide, by hysteresis from 0.11 to 0.22: few bytes, and sharp after enlargement."""
     stride: int = Field(2, ge=1)
 
     version: ClassVar[int] = 2
@@ -64,7 +64,7 @@ class Edge(PriorConfig):
             crest_HW = crests(probability_HW, direction_px=1.0, fine_px=0.5, least=LEAST)
             number, line_HW = cv2.connectedComponents((crest_HW > 0).astype(np.uint8), connectivity=8)
             sure_N = np.zeros(number, np.bool_)
-            sure_N[line_HW[crest_HW >= SURE]] = True  # hysteresis (Canny 1986), over neighbours by side or corner
+            sure_N[line_HW[crest_HW >= SURE]] = True  # hysteresis (Canny 1986), over 8 neighbours
             probability_HW = np.where(sure_N[line_HW], crest_HW, np.float32(0))
         return np.asarray(probability_HW[:, :, None], np.float32)
 
@@ -83,15 +83,14 @@ def boundary_odds(lab_HWC: Image) -> Image:
 
 
 def levels(lab_HWC: Image) -> list[Cues]:
-    """The cues of each level from the finest up.
+    """The cues of each level, finest level first.
 
-    Of the planes (L, 3a, 3b), after a Gaussian of one cell (0.8 at level 0), with their structure tensor J:
-    `step` and `cross`, the roots of J's larger and smaller eigenvalue; `light`, the gradient of L alone; `mean`, the
-    root mean square of the gradient over a Gaussian of 1; `line`, the gradient along a line (`line_strength`), whose
-    direction is J's over a Gaussian of 2. `texture` is the gradient of the contrast within cells of level 0, over a
-    Gaussian of 1.5. `around` and `aligned` are means of level 0's `step` and of its coherent energy over a wide
-    Gaussian: much of the same around speaks against a boundary (surround suppression, Grigorescu et al. 2003), unless
-    it is aligned.
+    The planes are (L, 3a, 3b) after a Gaussian of one cell (0.8 at level 0); J is their structure tensor. `step` and
+    `cross` are the roots of J's larger and smaller eigenvalue; `light` is the gradient of L; `mean` is the root mean
+    square of the gradient over a Gaussian of 1; `line` is the gradient along a line (`line_strength`) in the direction
+    of J over a Gaussian of 2. `texture` is the gradient of the contrast in cells of level 0, over a Gaussian of 1.5.
+    `around` and `aligned` are means of level 0's `step` and coherent energy over a wide Gaussian. Strong surroundings
+    are evidence against a boundary (surround suppression, Grigorescu et al. 2003), unless they are aligned.
     """
     cell_HWC, light_HW = halved(lab_HWC), np.ascontiguousarray(lab_HWC[:, :, 0])
     planes = [cell_HWC[:, :, 0].copy(), cell_HWC[:, :, 1] * CHROMA, cell_HWC[:, :, 2] * CHROMA]
@@ -127,7 +126,7 @@ def levels(lab_HWC: Image) -> list[Cues]:
 
 
 def enlarged(map_HW: Image, size: tuple[int, ...], *, cubic: bool = False) -> Image:
-    """The map interpolated on a grid of height x width."""
+    """The map interpolated to a grid of height x width."""
     interpolation = cv2.INTER_CUBIC if cubic else cv2.INTER_LINEAR
     return np.asarray(cv2.resize(map_HW, size[::-1], interpolation=interpolation), np.float32)
 
@@ -159,10 +158,10 @@ def _blurred(map_HW: Image, scale: float) -> Image:
 
 
 def crests(map_HW: Image, *, direction_px: float, fine_px: float, least: float = 0.0) -> Image:
-    """The map, smoothed by `fine_px`, where it is at least `least` and a crest, 0 elsewhere.
+    """The map, smoothed by `fine_px`, at crests of at least `least`, and 0 elsewhere.
 
-    A pixel is on a crest if the map is no larger one pixel to either side of it. The direction across a crest is that
-    of the strongest downward curvature of the map smoothed by `direction_px`.
+    A pixel is on a crest if the map is not larger one pixel to either side. The direction across a crest is the
+    direction of the strongest downward curvature of the map smoothed by `direction_px`.
     """
     smooth_HW = cv2.GaussianBlur(map_HW, (0, 0), direction_px)
     second, flat, first = np.array([1.0, -2.0, 1.0]), np.array([1.0]), np.array([-0.5, 0.0, 0.5])
@@ -173,7 +172,7 @@ def crests(map_HW: Image, *, direction_px: float, fine_px: float, least: float =
 
 
 def gradients(planes_CHW: Image, scale: float) -> Image:
-    """`scale` times the central differences of C planes, 2CHW: along x, then along y; 0 across the frame."""
+    """`scale` times the central differences of C planes, 2CHW: along x, then along y; 0 at the border."""
     gradient_2CHW = np.zeros((2, *planes_CHW.shape), np.float32)
     factor = np.float32(0.5 * scale)
     gradient_2CHW[0, :, :, 1:-1] = factor * (planes_CHW[:, :, 2:] - planes_CHW[:, :, :-2])
@@ -197,11 +196,11 @@ def strengths(tensor_3HW: Image) -> tuple[Image, Image]:
 def line_strength(
     gradient_2CHW: Image, tensor_3HW: Image, *, weight_K: Image = LINE_WEIGHT_K, step: float = 2.0
 ) -> Image:
-    """The gradient along a straight line through each pixel, HW; of three planes.
+    """The gradient of three planes across a straight line through each pixel, HW.
 
-    The line runs along the tensor's smaller eigenvector. Of the gradients at `step` times 0, ±1, ..., ±(K - 1) pixels
-    along it the part across the line is averaged with `weight_K`, plane by plane, so that opposite steps, as texture
-    has them, cancel; the root of the sum of squares over the planes is given.
+    The line follows the eigenvector of the tensor's smaller eigenvalue. The gradients at `step` times 0, ±1, ...,
+    ±(K - 1) pixels along the line are projected across it and averaged with `weight_K` for each plane, so that opposite
+    steps, as in texture, cancel. The result is the root of the sum of squares over the planes.
     """
     x_and_y = [part_HW for plane_2HW in gradient_2CHW.swapaxes(0, 1) for part_HW in plane_2HW]
     return np.asarray(_along_lines(np.asarray(cv2.merge(x_and_y)), tensor_3HW, weight_K, step))
@@ -247,15 +246,15 @@ def _unit(double_x, double_y):  # type: ignore[no-untyped-def]
 
 
 @Kernel
-def _within(place, size):  # type: ignore[no-untyped-def]
-    """A place on an axis, mirrored once at its ends, and in any case on it."""
-    mirrored = min(abs(place), 2 * (size - 1) - abs(place))
+def _within(position, size):  # type: ignore[no-untyped-def]
+    """A position on an axis, mirrored once at the ends, then clipped to the axis."""
+    mirrored = min(abs(position), 2 * (size - 1) - abs(position))
     return min(max(mirrored, 0), size - 1)
 
 
 @Kernel
 def _suppress(padded_HW, double_x_HW, double_y_HW, least):  # type: ignore[no-untyped-def]
-    """The map within its padding, 0 below `least` and where it is larger to a side along half the angle of `double`."""
+    """The map without padding; 0 below `least`, or if it is larger on a side along half the angle of `double`."""
     height, width = double_x_HW.shape
     kept_HW = np.zeros((height, width), np.float32)
     for y in range(height):

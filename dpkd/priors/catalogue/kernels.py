@@ -1,4 +1,4 @@
-"""What several extractors share: functions that numba compiles, means and histograms over the cells of a grid."""
+"""Functions for several extractors: numba kernels, and means and histograms over the cells of a grid."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -11,13 +11,13 @@ import numpy.typing as npt
 Image = npt.NDArray[np.float32]
 
 OPENCV_CHANNELS = 4
-"""Channels that OpenCV's area resampling takes at a time."""
+"""Maximum number of channels for OpenCV's area resampling."""
 
 
 class Kernel:
-    """A function over pixels, compiled by numba at its first call: settings load this module, and numba takes a second.
+    """A function over pixels, compiled by numba at the first call: settings import this module, and numba is slow.
 
-    One kernel may call another: numba asks for `_numba_type_` of a global that it does not know.
+    A kernel may call another kernel: numba reads `_numba_type_` of unknown globals.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -39,9 +39,9 @@ class Kernel:
 
 
 def cell_means(image_HWC: Image, size: tuple[int, int]) -> Image:
-    """The mean of each of height x width cells, by area; float32 HWC also of an image without a channel axis.
+    """The mean of each of height x width cells, by area; float32 HWC, even if the image has no channel axis.
 
-    Where the grid is finer than the image, values are interpolated.
+    If the grid is finer than the image, values are interpolated.
     """
     height, width = size
     planes = image_HWC.reshape(*image_HWC.shape[:2], -1)
@@ -55,10 +55,10 @@ def cell_means(image_HWC: Image, size: tuple[int, int]) -> Image:
 def cell_histogram(
     bin_HW: npt.NDArray[np.uint8], weight_HW: npt.NDArray[np.uint8], *, num_bins: int, size: tuple[int, int]
 ) -> Image:
-    """The sum of the weights of the pixels of each bin in each of height x width cells, HWC over bins.
+    """The sum of the pixel weights of each bin in each of height x width cells, HWC over bins.
 
-    A pixel on a border is shared by area. Each cell's sums are divided by its area in pixels, so that weights of 1 add
-    up to 1.
+    Cells share a pixel on a border by area. The sums are divided by the area of the cell in pixels, so weights of 1 sum
+    to 1.
     """
     height, width = size
     area = bin_HW.shape[0] / height * (bin_HW.shape[1] / width)
@@ -69,7 +69,7 @@ def cell_histogram(
 
 
 def _shares(num_pixels: int, num_cells: int) -> tuple[npt.NDArray[np.int32], Image]:
-    """For each pixel of an axis the cell it begins in, and the share of it in that cell; the rest is in the next."""
+    """For each pixel of an axis, its first cell and its share in that cell; the rest is in the next cell."""
     first = np.arange(num_pixels) * num_cells // num_pixels
     end = np.minimum((first + 1) * num_pixels, (np.arange(num_pixels) + 1) * num_cells)
     share = (end - np.arange(num_pixels) * num_cells) / num_cells
@@ -78,7 +78,7 @@ def _shares(num_pixels: int, num_cells: int) -> tuple[npt.NDArray[np.int32], Ima
 
 @Kernel
 def _add_pixels(bin_HW, weight_HW, rows, columns, histogram_HWC):  # type: ignore[no-untyped-def]
-    """Adds each pixel to the one, two or four cells that it lies in."""
+    """Adds each pixel to its one, two or four cells."""
     height, width = bin_HW.shape
     (row_H, row_share_H), (column_W, column_share_W) = rows, columns
     for y in range(height):

@@ -1,4 +1,4 @@
-"""Which way structure runs: the structure tensor of each cell, and histograms of oriented gradients."""
+"""Orientation of structure: the structure tensor of each cell, and histograms of oriented gradients."""
 
 from typing import ClassVar, Literal
 
@@ -11,15 +11,15 @@ from dpkd.priors.catalogue.kernels import cell_means
 from dpkd.priors.codecs import BYTES, NIBBLES, Codec, Map
 
 NOISE = 16.0
-"""Squared gradient, in grey levels a pixel, up to which a cell counts as without structure."""
+"""Squared gradient, in grey levels a pixel, below which a cell counts as structureless."""
 
 
 class Orientation(PriorConfig):
     """Coherence, (1 + cos 2θ) / 2 and (1 + sin 2θ) / 2 for a cell every `stride` pixels, three channels in [0, 1].
 
-    With the mean of the structure tensor of luma over the cell, [[a, c], [c, b]] (Bigün & Granlund 1987; Sobel
-    gradients), m = √((a-b)² + 4c²): coherence is m / (a + b), cos 2θ = (a-b) / m and sin 2θ = 2c / m, θ the direction
-    of the gradient, y down. A small constant keeps cells without structure at coherence 0 and both angles at 0.5.
+    With [[a, c], [c, b]], the mean of luma's structure tensor over the cell (Bigün & Granlund 1987; Sobel gradients),
+    and m = √((a-b)² + 4c²): coherence is m / (a + b), cos 2θ = (a-b) / m and sin 2θ = 2c / m, with θ the direction of
+    the gradient, y down. A small constant gives structureless cells coherence 0 and both angles 0.5.
     """
 
     kind: Literal["orientation"] = "orientation"
@@ -31,7 +31,7 @@ class Orientation(PriorConfig):
     def map(self, image: ImageViews) -> Map:
         if min(image.size) < 3:  # too thin for a gradient
             dx_HW = dy_HW = np.zeros(image.size, np.float32)
-        else:  # Sobel's, int16, is 8 times the slope
+        else:  # OpenCV's Sobel gradient, int16, is 8 times the slope
             dx_HW, dy_HW = (np.float32(1 / 8) * slope_HW for slope_HW in cv2.spatialGradient(image.grey8_HW))
         tensor_HWC = cv2.merge([cv2.multiply(dx_HW, dx_HW), cv2.multiply(dy_HW, dy_HW), cv2.multiply(dx_HW, dy_HW)])
         xx_HW, yy_HW, xy_HW = np.moveaxis(cell_means(np.asarray(tensor_HWC), grid_size(image, self.stride)), 2, 0)
@@ -51,10 +51,10 @@ class Orientation(PriorConfig):
 class Hog(PriorConfig):
     """A histogram of gradient orientation for each cell of about `cell` pixels: `bins` channels in [0, 1].
 
-    Dalal & Triggs 2005, as MaskFeat (Wei et al. 2022) takes it for a target: central differences, the colour of the
-    largest gradient, unsigned orientation, magnitudes shared by the two nearest bins, cells divided by their l2 norm.
-    Bin k is centred at (k + 0.5) · 180 / bins degrees. Sharing also makes the map of a mirrored image exactly the map
-    with its bins reversed.
+    Dalal & Triggs 2005, as the target of MaskFeat (Wei et al. 2022): central differences, the colour of the largest
+    gradient, unsigned orientation, magnitudes shared by the two nearest bins, cells divided by their l2 norm. Bin k is
+    centred at (k + 0.5) · 180 / bins degrees. Because of the sharing, the map of a mirrored image is exactly the
+    mirrored map with reversed bins.
     """
 
     kind: Literal["hog"] = "hog"
@@ -68,7 +68,7 @@ class Hog(PriorConfig):
         return self.bins
 
     def map(self, image: ImageViews) -> Map:
-        # central differences, 0 across the frame; whole numbers, so that equal gradients stay equal, mirrored or not
+        # central differences, 0 at the border; integers, so that equal gradients stay equal in a mirrored image
         difference, one = np.array([-1.0, 0, 1]), np.array([1.0])
         dx_HWC = np.asarray(cv2.sepFilter2D(image.rgb_HWC, cv2.CV_32F, difference, one))
         dy_HWC = np.asarray(cv2.sepFilter2D(image.rgb_HWC, cv2.CV_32F, one, difference))

@@ -1,4 +1,4 @@
-"""What is figure and what is ground: minimum barrier saliency."""
+"""Figure and ground by minimum barrier saliency."""
 
 from collections.abc import Sequence
 from typing import ClassVar, Literal
@@ -13,9 +13,9 @@ from dpkd.priors.catalogue.kernels import Kernel
 from dpkd.priors.codecs import Codec, JpegCodec, Map
 
 FRAME_SHARE = 0.1
-"""Width of the four strips that are taken for background, as a share of the image's side."""
+"""Width of the four background strips, as a share of the image's side."""
 LOWEST_THRESHOLD = 0.1
-"""Never lower, so that noise on even ground is no figure."""
+"""Minimum threshold, so that noise on a uniform ground is not a figure."""
 
 
 class Saliency(PriorConfig):
@@ -23,18 +23,18 @@ class Saliency(PriorConfig):
 
     After MB+ of Zhang et al. 2015 ("Minimum barrier salient object detection at 80 FPS"): the minimum barrier distance
     of each pixel to the frame of the image, plus its Mahalanobis distance to the colours of the strips along the frame,
-    weighted towards the centre and sharpened by a sigmoid. Other than there, the centre weighs only half, and the
-    sigmoid turns at Otsu's threshold (1979) of the image, so that 0.5 parts figure from ground in images of one object
-    and of many; there is no morphological smoothing.
+    weighted towards the centre and sharpened by a sigmoid. Differences from the paper: the weight of the centre is
+    half; the sigmoid is 0.5 at the image's threshold by Otsu (1979), so that 0.5 separates figure from ground for one
+    object or several; morphological smoothing is omitted.
     """
 
     kind: Literal["saliency"] = "saliency"
     working_px: int = Field(112, ge=16)
-    """Longer side at which it is computed; smaller images are taken as they are."""
+    """Longer side of the image for the computation; smaller images keep their size."""
     passes: int = Field(3, ge=1)
-    """Raster scans of the distance transform."""
+    """Number of raster scans of the distance transform."""
     centre: float = Field(0.5, ge=0, le=1)
-    """What a corner loses to the centre: 0 nothing, 1 all."""
+    """Loss of a corner relative to the centre: 0 none, 1 all."""
     sharpness: float = Field(20.0, gt=0)
     """Slope of the sigmoid."""
     stride: int = Field(4, ge=1)
@@ -52,12 +52,12 @@ class Saliency(PriorConfig):
         strips = [lab_HWC[:rows], lab_HWC[-rows:], lab_HWC[:, :columns], lab_HWC[:, -columns:]]
         distance_HW = _unit(barrier_distance(lab_HWC, self.passes).astype(np.float32))
         from_strip_RHW = np.stack([_unit(strip_HW) for strip_HW in mahalanobis(lab_HWC, strips)])
-        from_frame_HW = from_strip_RHW.sum(0) - from_strip_RHW.max(0)  # not from the strip that the figure touches
+        from_frame_HW = from_strip_RHW.sum(0) - from_strip_RHW.max(0)  # without the strip that the figure touches
         distance_HW = _unit(distance_HW + _unit(from_frame_HW))
 
         y_H = (np.arange(height, dtype=np.float32) + 0.5) / height - 0.5
         x_W = (np.arange(width, dtype=np.float32) + 0.5) / width - 0.5
-        # 1 at the centre, falling in a straight line to 0 in the corners
+        # 1 at the centre, decreasing linearly to 0 in the corners
         central_HW = 1 - np.sqrt(y_H[:, None] ** 2 + x_W[None, :] ** 2) * np.float32(np.sqrt(2))
         distance_HW = _unit(distance_HW * (1 - np.float32(self.centre) * (1 - central_HW)))
 
@@ -70,7 +70,7 @@ class Saliency(PriorConfig):
 
 
 def _unit(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The values divided by the largest; zeros stay zeros."""
+    """The values divided by the maximum; zeros stay zeros."""
     largest = values.max()
     return values / largest if largest > 0 else values
 
@@ -79,8 +79,8 @@ def _unit(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 def barrier_distance(image_HWC, passes):  # type: ignore[no-untyped-def]
     """Minimum barrier distance of each pixel of a uint8 image to the frame, summed over the channels; int32 HW.
 
-    The barrier of a path is its highest less its lowest value. Raster scanning (Zhang et al. 2015, algorithm 1) never
-    gives less than the exact distance, and comes close to it in three passes.
+    The barrier of a path is its highest minus its lowest value. The result of raster scanning (Zhang et al. 2015,
+    algorithm 1) is never below the exact distance, and close to it after three passes.
     """
     height, width, channels = image_HWC.shape
     total_HW = np.zeros((height, width), np.int32)
@@ -108,9 +108,9 @@ def barrier_distance(image_HWC, passes):  # type: ignore[no-untyped-def]
 
 
 def mahalanobis(image_HWC: npt.NDArray[np.uint8], regions: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
-    """Distance of each pixel to the mean colour of each region (HWC), in the region's deviations; float32 RHW.
+    """Mahalanobis distance of each pixel to the colours of each region (HWC); float32 RHW.
 
-    A deviation of one level is added to each region's own, as of noise.
+    Noise with a deviation of one level is added to each region's covariance.
     """
     means_RC, precisions_RCC = [], []
     for region_HWC in regions:

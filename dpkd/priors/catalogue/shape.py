@@ -1,4 +1,4 @@
-"""Shapes: thin lines such as vessels, cracks and wires, and the centres of round things."""
+"""Shapes: thin lines such as vessels, cracks and wires, and the centres of round objects."""
 
 from typing import ClassVar, Literal
 
@@ -20,7 +20,7 @@ class Ridge(PriorConfig):
     """Strength of bright and of dark lines in a cell every `stride` pixels: two channels in [0, 1].
 
     With λ₁ ≤ λ₂ the eigenvalues of the Hessian of luma at scale s: bright R = max over s of s²·max(-λ₁, 0), dark
-    R = max over s of s²·max(λ₂, 0) (Lindeberg 1998, γ = 1; the larger eigenvalue alone, as in Frangi et al. 1998 for
+    R = max over s of s²·max(λ₂, 0) (Lindeberg 1998, γ = 1; only the larger eigenvalue, as in Frangi et al. 1998 for
     long thin shapes). The map is √min(R/48, 1), R averaged over the cell. Scales from 2 are computed at half size.
     """
 
@@ -49,7 +49,7 @@ class Ridge(PriorConfig):
 
 @Kernel
 def _add_ridges(smooth_HW, scale, strength_HWC):  # type: ignore[no-untyped-def]
-    """Raises bright and dark ridge strength (two channels) to that of an image smoothed at `scale`; the frame stays."""
+    """Updates the maximum ridge strength (bright, dark) with an image smoothed at `scale`, except at the border."""
     scale_square = np.float32(scale * scale)
     height, width = smooth_HW.shape
     low_W, high_W = np.empty(width, np.float32), np.empty(width, np.float32)
@@ -71,18 +71,18 @@ def _add_ridges(smooth_HW, scale, strength_HWC):  # type: ignore[no-untyped-def]
 
 
 class Symmetry(PriorConfig):
-    """Radial symmetry in [0, 1], one channel, a cell every `stride` pixels: bright at the centres of round things.
+    """Radial symmetry in [0, 1], one channel, a cell every `stride` pixels: large at the centres of round objects.
 
-    Loy & Zelinsky 2003, "Fast radial symmetry for detecting points of interest", for bright and dark discs alike: at
-    each radius n, pixels vote n pixels along and against their gradient, F = (|O|/k)^α · |M|/k smoothed by a Gaussian
-    of n/4, k = 9.9 (8 for n = 1); here |O| is clipped at k. The map is √min(S, 1), S the mean over the radii.
+    Loy & Zelinsky 2003, "Fast radial symmetry for detecting points of interest", for bright and dark discs equally. At
+    each radius n, pixels vote n pixels along and against their gradient: F = (|O|/k)^α · |M|/k, smoothed by a Gaussian
+    of n/4, k = 9.9 (8 for n = 1); dpkd clips |O| at k. The map is √min(S, 1), with S the mean over the radii.
     """
 
     kind: Literal["symmetry"] = "symmetry"
     radii: tuple[int, ...] = Field((4, 8, 12, 16), min_length=1)
     """In pixels of the image."""
     strictness: float = Field(2.0, ge=1)
-    """α: how much more a point counts that is seen from all around."""
+    """α: a larger value favours points with votes from all directions."""
     stride: int = Field(8, ge=1)
 
     channels: ClassVar[int] = 1

@@ -13,14 +13,14 @@ from dpkd.priors.catalogue.kernels import Image, Kernel, cell_histogram, cell_me
 from dpkd.priors.codecs import BYTES, NIBBLES, Codec, Map
 
 CORNER, SIDE, CENTRE = 512, 212, 88
-"""Local binary patterns: bilinear weights, in 1,024ths, of the pixels around a diagonal neighbour at radius 1. Whole
-numbers that add up to 1,024: neighbours as bright as the centre stay as bright."""
+"""Local binary patterns: bilinear weights, in 1,024ths, of the pixels around a diagonal neighbour at radius 1. They are
+integers with the sum 1,024: neighbours equal to the centre stay equal."""
 DIRECTIONS = 4
 """Gabor: 0, 45, 90 and 135 degrees."""
 WAVELENGTH_PX = 4.0
-"""Gabor: of the finest octave; each further one is twice as long."""
+"""Gabor: wavelength of the finest octave; it doubles with each octave."""
 SIGMA_PX = 0.56 * WAVELENGTH_PX
-"""Gabor: of the Gaussian envelope, for a bandwidth of one octave (Daugman 1985)."""
+"""Gabor: deviation of the Gaussian envelope, for a bandwidth of one octave (Daugman 1985)."""
 FULL_SCALE = 48.0
 """Gabor: the amplitude, in grey levels, that is stored as 1."""
 LEVELS = 8
@@ -31,8 +31,8 @@ class Lbp(PriorConfig):
     """Square roots of the shares of ten patterns in a cell every `stride` pixels: ten channels in [0, 1].
 
     Rotation-invariant uniform patterns of 8 neighbours at radius 1 (Ojala, Pietikäinen & Mäenpää 2002, LBP^riu2_8,1)
-    of luma: channels 0 to 8 count neighbours that are no darker than the centre, 9 is any pattern with more than two
-    changes around the circle. No change of the light that keeps the order of the grey levels changes the map.
+    of luma: channels 0 to 8 count neighbours not darker than the centre; channel 9 is any pattern with more than two
+    changes around the circle. The map does not depend on changes of light that keep the order of the grey levels.
     """
 
     kind: Literal["lbp"] = "lbp"
@@ -47,7 +47,7 @@ class Lbp(PriorConfig):
 
 
 def uniform_patterns(grey_HW: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """The rotation-invariant uniform pattern of each pixel, 0 to 9; the frame is continued by its own pixels."""
+    """The rotation-invariant uniform pattern of each pixel, 0 to 9; border pixels are replicated."""
     bit_KN = np.arange(256)[:, None] >> np.arange(8) & 1  # of each code of 8 bits
     num_changes_K = (bit_KN != np.roll(bit_KN, 1, axis=1)).sum(1)
     uniform_K = np.where(num_changes_K <= 2, bit_KN.sum(1), 9).astype(np.uint8)
@@ -57,7 +57,7 @@ def uniform_patterns(grey_HW: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 @Kernel
 def _codes(grey_HW):  # type: ignore[no-untyped-def]
-    """For each pixel inside a frame of one, which of its neighbours are no darker: a bit each, from the right on."""
+    """For each pixel except the border, one bit for each neighbour that is not darker, starting at the right."""
     height, width = grey_HW.shape[0] - 2, grey_HW.shape[1] - 2
     code_HW = np.empty((height, width), np.uint8)
     for y in range(height):
@@ -98,7 +98,7 @@ class Gabor(PriorConfig):
         size = grid_size(image, self.stride)
         grey_HW, planes = image.grey_HW, []
         for octave in range(self.octaves):
-            if octave:  # by area, which a mirrored image shares
+            if octave:  # by area, which commutes with mirroring
                 height, width = ((side + 1) // 2 for side in grey_HW.shape)
                 grey_HW = np.asarray(cv2.resize(grey_HW, (width, height), interpolation=cv2.INTER_AREA), np.float32)
             planes.append(cell_means(_amplitudes(grey_HW), size))
@@ -113,7 +113,7 @@ class Gabor(PriorConfig):
 def _amplitudes(grey_HW: Image) -> Image:
     """√(even² + odd²) of the four directions, HWC.
 
-    exp(i(ux + vy)) is a product of a filter along x and one along y, so each pair is made of separable filters.
+    exp(i(ux + vy)) is the product of a filter along x and one along y, so each pair consists of separable filters.
     """
     flat, cos, sin = _filters(1.0)
     _, slant_cos, slant_sin = _filters(np.sqrt(0.5))
@@ -132,10 +132,10 @@ def _amplitudes(grey_HW: Image) -> Image:
 
 @lru_cache(maxsize=2)
 def _filters(share: float) -> tuple[Image, Image, Image]:
-    """A Gaussian, and it times cos and sin of `share` times the frequency; the cosine answers 0 to an even image.
+    """A Gaussian, and its products with cos and sin of `share` times the frequency; cos gives 0 for a uniform image.
 
-    Each is scaled so that a wave of amplitude 1 that runs along the filter gives an amplitude of 1 (two of them on the
-    slant likewise).
+    The scale gives amplitude 1 for a wave of amplitude 1 along the filter (on a diagonal, for the product of two
+    filters).
     """
     radius = int(np.ceil(2.5 * SIGMA_PX))
     x_N = np.arange(-radius, radius + 1)
@@ -154,10 +154,10 @@ def _filters(share: float) -> tuple[Image, Image, Image]:
 class Glcm(PriorConfig):
     """Contrast, homogeneity, energy, entropy and correlation in a cell every `stride` pixels: five channels in [0, 1].
 
-    Of the cell's grey-level co-occurrence matrix P (Haralick et al. 1973) with 8 levels of luma, counted both ways over
+    P is the cell's grey-level co-occurrence matrix (Haralick et al. 1973) with 8 levels of luma, symmetric, over
     neighbours at 0, 45, 90 and 135 degrees within the cell. With i, j in 0..7: contrast √(Σ P (i-j)² / 49),
-    homogeneity Σ P / (1 + (i-j)²), energy √(Σ P²), entropy -Σ P log P / log 64, (1 + correlation) / 2; an even cell has
-    correlation 1.
+    homogeneity Σ P / (1 + (i-j)²), energy √(Σ P²), entropy -Σ P log P / log 64, (1 + correlation) / 2; a uniform cell
+    has correlation 1.
     """
 
     kind: Literal["glcm"] = "glcm"
@@ -169,7 +169,7 @@ class Glcm(PriorConfig):
     def map(self, image: ImageViews) -> Map:
         level_HW = np.right_shift(image.grey8_HW, 5, dtype=np.uint8)
         size = grid_size(image, self.stride)
-        rows, columns = (  # whole pixels: the nearest borders where the grid does not divide the image
+        rows, columns = (  # whole pixels: the nearest borders if the grid does not divide the image
             np.rint(np.arange(num_cells + 1) * num_pixels / num_cells).astype(np.int64)
             for num_pixels, num_cells in zip(level_HW.shape, size, strict=True)
         )
@@ -194,21 +194,21 @@ class Glcm(PriorConfig):
 
 @Kernel
 def _add_neighbours(level_HW, rows, columns, count_HWKK):  # type: ignore[no-untyped-def]
-    """Counts the pairs of levels of neighbours within each cell, one way; `rows` and `columns` are borders of cells."""
+    """Counts the level pairs of neighbours in each cell, in one direction; `rows` and `columns` are cell borders."""
     for i in range(len(rows) - 1):
         for j in range(len(columns) - 1):
             top, bottom, left, right = rows[i], rows[i + 1], columns[j], columns[j + 1]
             count_KK = count_HWKK[i, j]
-            if bottom - top == 1 and right - left == 1:  # a single pixel is its own neighbour
+            if bottom - top == 1 and right - left == 1:  # a single pixel counts as a neighbour of itself
                 count_KK[level_HW[top, left], level_HW[top, left]] = 1
             for y in range(top, bottom):
                 for x in range(left, right):
-                    here = level_HW[y, x]
+                    level = level_HW[y, x]
                     if x + 1 < right:
-                        count_KK[here, level_HW[y, x + 1]] += 1
+                        count_KK[level, level_HW[y, x + 1]] += 1
                     if y + 1 < bottom:
-                        count_KK[here, level_HW[y + 1, x]] += 1
+                        count_KK[level, level_HW[y + 1, x]] += 1
                         if x + 1 < right:
-                            count_KK[here, level_HW[y + 1, x + 1]] += 1
+                            count_KK[level, level_HW[y + 1, x + 1]] += 1
                         if x > left:
-                            count_KK[here, level_HW[y + 1, x - 1]] += 1
+                            count_KK[level, level_HW[y + 1, x - 1]] += 1
