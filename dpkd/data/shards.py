@@ -351,9 +351,9 @@ def _user_errors(url: str) -> Iterator[None]:
     try:
         yield
     except NO_FILE as error:
-        raise UserError(f"{url} of {MANIFEST_NAME} is missing: pack the images or copy the file again") from error
+        raise UserError(f"{url} is missing, but {MANIFEST_NAME} lists it: pack again or copy the file") from error
     except ValueError as error:
-        raise UserError(f"{url} cannot be read: {error}; pack the images or copy the file again") from error
+        raise UserError(f"{url} cannot be read: {error}; pack again or copy the file") from error
 
 
 def checksum(members: dict[str, bytes]) -> int:

@@ -198,7 +198,7 @@ def test_more_bad_samples_than_the_limit_stop_the_stage(dataset):
 @pytest.mark.parametrize("name", ["train-000001.tar", "train-000001.index.msgpack"])
 def test_a_shard_or_an_index_that_is_missing_stops_the_stage_whatever_the_limit(dataset, name):
     (Path(dataset.url) / name).unlink()
-    with pytest.raises(UserError, match=f"{name} is missing.*pack the images or copy the file again"):
+    with pytest.raises(UserError, match=f"{name} is missing.*pack again or copy the file"):
         prepare_all(dataset, limit=1)
 
 
