@@ -165,7 +165,7 @@ def test_what_cannot_be_used_is_reported_by_name_and_the_rest_is_packed(images, 
     assert sorted(found) == [f"train/cat/00{i}.jpg" for i in range(5)]
     assert found["train/cat/000.jpg"] == "the file is empty"
     assert found["train/cat/001.jpg"] == "the jpg is cut short"
-    assert found["train/cat/003.jpg"] == "mask: the mask is 16x20 and the image 20x16"
+    assert found["train/cat/003.jpg"] == "mask: the mask is 16x20, and the image is 20x16"
     assert found["train/cat/004.jpg"].startswith("mask: ")
     assert dataset.manifest.num_quarantined == 5
     assert dataset.split("train").num_samples + dataset.split("test").num_samples == 18 - 5
@@ -389,7 +389,7 @@ def test_a_window_decides_the_bytes_of_shards_and_is_named_in_the_log(tmp_path, 
     folder.mkdir(parents=True)
     values = np.linspace(-1000, 3000, 400).reshape(20, 20).astype(np.int16)
     tifffile.imwrite(folder / "a.tif", values)
-    with pytest.raises(UserError, match=r"signed 16-bit values \(here -1000 to 3000\).*set data\.window"):
+    with pytest.raises(UserError, match=r"signed 16-bit values \(-1000 to 3000\).*set data\.window"):
         pack_at(tmp_path / "ct", tmp_path / "plain", limit=0.0)
     window = {"low": -200, "high": 300}
     dataset = pack_at(tmp_path / "ct", tmp_path / "set", window=window)
