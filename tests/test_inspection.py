@@ -33,9 +33,9 @@ def dataset(tmp_path) -> Dataset:
 def test_a_whole_data_set_is_counted_with_its_maps(dataset, capsys):
     inspect_dataset(dataset.url)
     said = capsys.readouterr().out
-    assert "every shard is as its manifest says" in said
+    assert "every shard fits its manifest" in said
     assert "prior set default: 0 of 15 samples have flat maps" in said
-    assert "every sample that can be read has its 4 maps, each of its own image and readable" in said
+    assert "every readable sample has its 4 maps, each readable and of its image" in said
     priors = PriorSet.open(dataset.url, "default")
     splits = [(dataset.split(name), priors.split(name)) for name in dataset.manifest.splits]
     maps = [maps.read(i, split.read(i))["saliency"] for split, maps in splits for i in range(split.num_samples)]
@@ -79,7 +79,7 @@ def test_samples_that_cannot_be_read_are_told_from_those_with_flat_maps(tmp_path
     said = capsys.readouterr().out
     assert "prior set default: 1 of 8 samples have flat maps" in said
     assert f"prior set default: 1 could not be read and are left out: {lost}" in said
-    assert "every sample that can be read has its 2 maps" in said
+    assert "every readable sample has its 2 maps" in said
     draw_samples(dataset.url, tmp_path / "p.png", set_name="default")  # none of those it chooses is the lost one
     with pytest.raises(UserError, match=f"maps of '{lost}': they do not exist"):
         draw_samples(dataset.url, tmp_path / "p.png", set_name="default", keys=[lost])

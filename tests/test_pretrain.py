@@ -266,7 +266,7 @@ def test_two_workers_see_the_same_batches_and_losses_as_one(whole: RunFolder, tm
 
 def test_an_audit_counts_what_was_used(whole: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["audit", str(whole.path)]) == 0
-    assert "every step used just the samples that the order gives it" in capsys.readouterr().out
+    assert "every step used exactly the samples of the order, each once" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", ["swap", "lose", "scribble"])

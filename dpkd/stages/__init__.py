@@ -1,1 +1,1 @@
-"""The stages of a run: what each needs and makes, and whether it is done."""
+"""The stages of a run: their work, inputs, outputs and status."""

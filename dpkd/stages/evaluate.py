@@ -1,4 +1,4 @@
-"""The evaluation: the same episodes and probes for teacher, students and baselines. Makes `evaluation.json`.
+"""The evaluation: the same episodes and probes for teachers, students and baselines. Writes `evaluation.json`.
 
     {"protocol": {"way", "shots", …, "seed"}, "splits": {"val": name, "test": name}, "device": words,
      "teachers", "live_teachers", "students", "baselines": {name: network}}
@@ -7,9 +7,9 @@
               "plain_pooling": {split: …}            figure-ground networks, pooled without their prior map
               "over_baseline": {split: …}            students: paired difference on the same episodes
               "probes": {split: {"knn", "linear"}}, "classification": {split: {"overall", "balanced", …}},
-              "zero_shot": {split: {"overall", "balanced", "chance"}}}      classes known by their attributes alone
+              "zero_shot": {split: {"overall", "balanced", "chance"}}}      classes known only by their attributes
 
-Samples that cannot be read take no part. Axes: N sample that can be read, D feature, E episode, K class, A attribute.
+Unreadable samples are left out. Axes: N readable sample, D feature, E episode, K class, A attribute.
 """
 
 import json
@@ -50,12 +50,12 @@ from dpkd.train.task import Predictor
 Labels = NDArray[np.int64]
 Specs = Mapping[str, NetworkSpec]
 Outputs = Mapping[str, Embedded]
-"""By network."""
+"""Outputs by network."""
 Figures = dict[str, dict[str, Any]]
 """Figures of one kind by network."""
 
 PLAIN = " without its prior map"
-"""Marks a figure-ground network that is measured again, pooled as the exported timm model pools."""
+"""Marks a second measurement of a figure-ground network, with the pooling of the exported timm model."""
 TIMING_BATCH = 64
 TIMING_S = 0.8
 
@@ -63,7 +63,7 @@ TIMING_S = 0.8
 def evaluate(run: Run) -> None:
     """Measures every network on the validation and the test split and writes `evaluation.json`.
 
-    Every rank embeds its share; rank 0 measures and writes. Raises `UserError` where a split is too small.
+    Every rank embeds its share; rank 0 measures and writes. Raises `UserError` if a split is too small.
     """
     settings, device, threads = run.settings.evaluate, run.world.device, torch.get_num_threads()
     on_cpu = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
@@ -104,7 +104,7 @@ def evaluate(run: Run) -> None:
 
 
 def refuse_small_splits(run: Run) -> None:
-    """Raises `UserError` where the episodes cannot be drawn from a split; to be called before any training."""
+    """Raises `UserError` if a split is too small for the episodes; call it before any training."""
     if run.settings.evaluate is not None:
         few = run.settings.evaluate.episodes.model_copy(update={"episodes": 2})
         for name in run.data.evaluated_splits:
@@ -112,7 +112,7 @@ def refuse_small_splits(run: Run) -> None:
 
 
 def load_networks(run: Run) -> dict[str, Network]:
-    """Every network of a run by its place in the report: `teachers.<name>`, `students.<name>`, …"""
+    """Every network of a run by its key in the report: `teachers.<name>`, `students.<name>`, …"""
     folder = run.folder
     networks = {f"teachers.{name}": teacher_network(run, name) for name in run.settings.teachers}
     kinds = {"live_teachers": folder.live_teachers, "students": folder.students, "baselines": folder.baselines}
@@ -123,16 +123,16 @@ def load_networks(run: Run) -> dict[str, Network]:
 
 
 class PlainlyPooled(Frozen):
-    """A figure-ground network as it is exported: a blank map weighs all patches alike."""
+    """A figure-ground network as it is exported: a blank map weighs all patches equally."""
 
     def predict(self, *inputs: Tensor) -> dict[str, Tensor]:
-        """Runs the network with a blank map in the place of the given one."""
+        """Runs the network with a blank map instead of the given one."""
         image_BCHW, weight_B1HW = inputs
         return super().predict(image_BCHW, torch.zeros_like(weight_B1HW))
 
 
 def _measure(run: Run, networks: Mapping[str, Network], split: Split, settings: EvaluateSettings) -> dict[str, Figures]:
-    """One split's figures by kind on rank 0, in the order of the report; the other ranks embed and return nothing."""
+    """One split's figures by kind on rank 0, in the order of the report; empty on the other ranks, which embed."""
     indices = run.readable(split.name)
     label_N = split.label_N[indices]
     episodes = draw_episodes(label_N, settings.episodes, seed=run.seed, split=split.name)
@@ -157,12 +157,14 @@ def _measure(run: Run, networks: Mapping[str, Network], split: Split, settings: 
         name: few_shot_accuracy(outputs["embedding"], episodes, settings=settings.episodes, base_mean_D=means.get(name))
         for name, outputs in embedded.items()
     }
-    scores = {name: {key: score(own_E) for key, own_E in own.items()} for name, own in accuracies.items()}
+    scores = {
+        name: {key: score(accuracy_E) for key, accuracy_E in by_key.items()} for name, by_key in accuracies.items()
+    }
     over_baseline = {}
     for name in networks:
         baseline = name.replace("students.", "baselines.")
         if baseline != name and baseline in networks:
-            gains = {key: own_E - accuracies[baseline][key] for key, own_E in accuracies[name].items()}
+            gains = {key: accuracy_E - accuracies[baseline][key] for key, accuracy_E in accuracies[name].items()}
             over_baseline[name] = {key: score(gain_E) for key, gain_E in gains.items()}
     specs = {name: network.spec for name, network in networks.items()}
     return {
@@ -176,8 +178,8 @@ def _measure(run: Run, networks: Mapping[str, Network], split: Split, settings: 
 
 
 def _probe(run: Run, embedded: Outputs, label_N: Labels, *, split: str) -> Figures:
-    """KNN and linear probe of each network; none without settings, and none on a split that is too small."""
-    # brings in scikit-learn, which is slow to load: a restart of the workers must not wait for it
+    """KNN and linear probe of each network; empty without settings, or if the split is too small."""
+    # imports scikit-learn, which loads slowly: a restart of the workers must not wait for it
     from dpkd.evaluation.probes import probe, probe_split  # noqa: PLC0415
 
     settings = run.settings.evaluate.probes if run.settings.evaluate is not None else None
@@ -192,7 +194,7 @@ def _probe(run: Run, embedded: Outputs, label_N: Labels, *, split: str) -> Figur
 
 
 def _classify(run: Run, specs: Specs, embedded: Outputs, label_N: Labels) -> Figures:
-    """Accuracy of the logits of those networks that know all classes of the split."""
+    """Accuracy of the logits of the networks that know all classes of the split."""
     names = run.dataset.manifest.classes
     present = {names[label] for label in np.unique(label_N[label_N >= 0])}
     train = run.dataset.split(run.data.train)
@@ -211,9 +213,9 @@ def _classify(run: Run, specs: Specs, embedded: Outputs, label_N: Labels) -> Fig
 def zero_shot(run: Run, specs: Specs, embedded: Outputs, label_N: Labels, *, split: str) -> Figures:
     """Accuracy of each network on the split's classes that the table describes and training did not see.
 
-    `embedded` holds logits `attributes` NA by network. A network that predicts none has no figure; with fewer than two
-    such classes there is none at all. Raises `UserError` for a network that was trained on other attributes than the
-    table has.
+    `embedded` holds logits `attributes` NA by network. A network without attributes has no figure; with fewer than two
+    such classes no network has one. Raises `UserError` if a network was trained on other attributes than those of the
+    table.
     """
     table, learned = attribute_table(run.data), {name: spec for name, spec in specs.items() if spec.attributes}
     if table is None or not learned:
@@ -223,7 +225,7 @@ def zero_shot(run: Run, specs: Specs, embedded: Outputs, label_N: Labels, *, spl
     class_K = np.array([label for label in unseen if known.get(names[label])])
     if len(class_K) < len(unseen):
         left_out = ", ".join(names[label] for label in unseen if label not in class_K)
-        logger.info(f"evaluate {split}: data.attributes says nothing of {left_out}: left out of zero-shot accuracy")
+        logger.info(f"evaluate {split}: data.attributes does not describe {left_out}: left out of zero-shot accuracy")
     if len(class_K) < 2:
         return {}
     value_KA = table.rows([names[label] for label in class_K])
@@ -232,9 +234,9 @@ def zero_shot(run: Run, specs: Specs, embedded: Outputs, label_N: Labels, *, spl
         if spec.attributes != table.names:
             raise UserError(
                 f"{name} was trained on the attributes {', '.join(spec.attributes)}, and data.attributes {table.path} "
-                f"has {', '.join(table.names)}: give the earlier table back, or train anew in another run.dir"
+                f"has {', '.join(table.names)}: restore the earlier table, or train again in another run.dir"
             )
-        # an attribute that is known of no trained class was never learned
+        # an attribute without a value for any trained class was never learned
         was_learned_A = ~np.isnan(table.rows(spec.classes)).all(0)
         value_of_learned_KA = np.where(was_learned_A, value_KA, np.float32(np.nan))
         logit_NA = embedded[name]["attributes"]
@@ -244,7 +246,7 @@ def zero_shot(run: Run, specs: Specs, embedded: Outputs, label_N: Labels, *, spl
 
 @torch.inference_mode()
 def images_per_s(network: Network) -> float:
-    """Images a second through the network in evaluation mode on its device, in batches of 64, decoding not counted."""
+    """Images per second of the network in evaluation mode on its device, in batches of 64, without decoding."""
     device, size = next(network.parameters()).device, network.spec.image_size
     image_BCHW = torch.randn(TIMING_BATCH, 3, size, size, device=device)
     weight_B1HW = torch.rand(TIMING_BATCH, 1, size // 4, size // 4, device=device)
@@ -264,7 +266,7 @@ def images_per_s(network: Network) -> float:
 
 
 def read_evaluation(folder: RunFolder) -> dict[str, Any]:
-    """What `evaluate` wrote; raises `UserError` where it has not run."""
+    """The report of `evaluate`; raises `UserError` if that stage has not run."""
     path = folder.path / EVALUATION_NAME
     report = read_record(path, way_out="run the stage evaluate again", parse=parse_json)
     if not report:

@@ -1,7 +1,7 @@
-"""The export of students: a folder that plain timm loads, and ONNX, both checked before they are published.
+"""The export of students: a folder that plain timm loads, and ONNX, both checked before publication.
 
     export/<student>/
-      model.safetensors    the timm model's own weights
+      model.safetensors    the weights of the timm model
       config.json          architecture, arguments, classes, preprocessing, as timm writes them for the Hugging Face Hub
       README.md            model card with the numbers measured in this run
       model.onnx           optional; image (and the prior map, for figure-ground pooling) -> embedding, logits
@@ -37,15 +37,15 @@ from dpkd.stages.run import Run
 ONNX_OPSET = 18
 TIMM_TOLERANCE = 1e-5
 OF_DOWNLOADS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-"""Arguments of `timm.create_model` that say where weights come from: timm sets its own for a folder."""
+"""Arguments of `timm.create_model` with the source of weights; timm sets them for a folder."""
 CHECK_BATCHES = (1, 3)
-"""Batch sizes at which ONNX is compared: the exported file must take any."""
+"""Batch sizes at which ONNX is compared; the exported file must accept any size."""
 
 
 def export(run: Run) -> None:
-    """Writes every student's folder, checked, whole or not at all; called by rank 0 alone.
+    """Writes and checks every student's folder, whole or not at all; only rank 0 calls it.
 
-    Raises `UserError` where what was written does not give the student's own outputs.
+    Raises `UserError` if the written model does not give the outputs of the student.
     """
     settings = run.settings.export
     assert settings is not None, "the stage is left out without settings"
@@ -53,42 +53,42 @@ def export(run: Run) -> None:
     for name in run.settings.distill.students:
         network = load_network(run.folder.students / name)
         spec = network.spec
-        with run.folder.scratch(f"export-{name}") as made:
-            write_timm_folder(made, network)
+        with run.folder.scratch(f"export-{name}") as scratch:
+            write_timm_folder(scratch, network)
             difference = None
             if settings.onnx:
-                onnx = made / "model.onnx"
+                onnx = scratch / "model.onnx"
                 difference = write_onnx(onnx, network, map_size=run.map_size, tolerance=settings.tolerance)
             plain = spec.model_dump(mode="json")
             card = partial(model_card, name, evaluation=evaluation, spec=plain, onnx_difference=difference)
-            (made / "README.md").write_text(figure_or_none(f"model card of {name}", card) or f"# {name}\n")
+            (scratch / "README.md").write_text(figure_or_none(f"model card of {name}", card) or f"# {name}\n")
             run.folder.check_fence()
-            _replace(run.folder.export / name, made)
+            _replace(run.folder.export / name, scratch)
         logger.info(f"export: {run.folder.export / name}")
 
 
-def _replace(folder: Path, made: Path) -> None:
-    """Puts the folder `made` in the place of an earlier export.
+def _replace(folder: Path, scratch: Path) -> None:
+    """Replaces an earlier export by the folder `scratch`.
 
-    Where `made` is gone, which a newer attempt took away, nothing is changed.
+    Changes nothing if a newer attempt has removed `scratch`.
     """
     new = folder.with_name(f".{folder.name}.new")
     storage.remove_tree(new)
-    storage.publish(made, new)
+    storage.publish(scratch, new)
     storage.remove_tree(folder)
     storage.publish(new, folder)
 
 
 def write_timm_folder(folder: Path, network: Network) -> None:
-    """Writes `model.safetensors` and `config.json`; timm then gives the network's own embedding and logits.
+    """Writes `model.safetensors` and `config.json`, from which timm computes the network's embedding and logits.
 
-    Those of a figure-ground network are pooled plainly, which a blank map gives. Raises `UserError` where the model has
-    no such pooling.
+    For a figure-ground network they are those of a blank map, which weighs all patches equally. Raises `UserError` if
+    the timm model has no such pooling.
     """
     spec, backbone = network.spec, network.backbone
     tensors = {name: tensor.contiguous().clone() for name, tensor in backbone.timm.state_dict().items()}
     (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
-    own = backbone.timm.pretrained_cfg
+    pretrained_cfg = backbone.timm.pretrained_cfg
     config = {
         "architecture": spec.model.name.split(".")[0],
         "num_classes": len(spec.classes),
@@ -97,7 +97,7 @@ def write_timm_folder(folder: Path, network: Network) -> None:
         "model_args": {},
         "pretrained_cfg": {
             "input_size": [3, spec.image_size, spec.image_size],
-            "fixed_input_size": bool(own.get("fixed_input_size", False)),
+            "fixed_input_size": bool(pretrained_cfg.get("fixed_input_size", False)),
             "interpolation": "bilinear",
             "crop_pct": 1.0,
             "crop_mode": "center",
@@ -105,8 +105,8 @@ def write_timm_folder(folder: Path, network: Network) -> None:
             "std": list(spec.std),
             "num_classes": len(spec.classes),
             "pool_size": None,
-            "first_conv": own.get("first_conv"),
-            "classifier": own.get("classifier"),
+            "first_conv": pretrained_cfg.get("first_conv"),
+            "classifier": pretrained_cfg.get("classifier"),
             "custom_load": False,
         },
     }
@@ -121,22 +121,22 @@ def write_timm_folder(folder: Path, network: Network) -> None:
             with torch.inference_mode():
                 embedding_BD = model.forward_head(model.forward_features(image_BCHW), pre_logits=True)
                 outputs = {"embedding": embedding_BD, "logits": model(image_BCHW)}
-        except (RuntimeError, TypeError, AssertionError):  # not a model of these arguments, or not at this size
+        except (RuntimeError, TypeError, AssertionError):  # the model does not accept these arguments or this size
             continue
         smallest = min(smallest, max(_difference(outputs[name], expected[name]) for name in _output_names(spec)))
         if smallest <= TIMM_TOLERANCE:
             return
     raise UserError(
-        f"model {spec.model.name!r} cannot leave as a timm folder: timm gives other outputs, by {smallest:.2g} of the "
-        "largest; a model that pools by its mean (model.arguments.global_pool=avg) can"
+        f"model {spec.model.name!r} cannot be exported as a timm folder: the outputs of timm differ by {smallest:.2g} "
+        "of the largest; use a model with mean pooling (model.arguments.global_pool=avg)"
     )
 
 
 def _possible_arguments(spec: NetworkSpec) -> list[dict[str, Any]]:
-    """What `timm.create_model` may need besides the name, most likely first.
+    """Possible arguments of `timm.create_model` besides the name, most likely first.
 
-    The image size, which most convolutional models do not take. A transformer that reads its class token must pool its
-    patches instead where it was trained under figure-ground pooling, and keep its norm before the pooling (`fc_norm`).
+    Most convolutional models do not accept an image size. A transformer that reads its class token must pool its
+    patches if it was trained with figure-ground pooling, and keep its norm before the pooling (`fc_norm`).
     """
     arguments = {key: value for key, value in spec.model.arguments.items() if key not in OF_DOWNLOADS}
     poolings: list[dict[str, Any]] = [{}]
@@ -146,7 +146,7 @@ def _possible_arguments(spec: NetworkSpec) -> list[dict[str, Any]]:
 
 
 class _ForOnnx(nn.Module):
-    """A network whose outputs are a tuple, as ONNX has them: embedding, and logits where there are classes."""
+    """A network whose outputs are a tuple, as ONNX needs: embedding, and logits if there are classes."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class _ForOnnx(nn.Module):
 
 
 def write_onnx(path: Path, network: Network, *, map_size: int, tolerance: float) -> float:
-    """Writes a network as ONNX for any batch size and returns its largest difference from PyTorch, relative.
+    """Writes a network as ONNX for any batch size; returns its largest relative difference from PyTorch.
 
     Inputs: `image` [B, 3, S, S], normalised; `weight` [B, 1, map_size, map_size] in [0, 1] for figure-ground pooling.
     Outputs: `embedding` [B, D] and `logits` [B, K]. Raises `UserError` above the tolerance.
@@ -167,7 +167,7 @@ def write_onnx(path: Path, network: Network, *, map_size: int, tolerance: float)
     module = _ForOnnx(network).eval()
     batch = torch.export.Dim("batch", min=1)
     with torch.inference_mode(), warnings.catch_warnings():
-        # image and weight share the axis
+        # image and weight share this axis
         warnings.filterwarnings("ignore", message=".*The axis name: batch will not be used")
         torch.onnx.export(
             module,
@@ -192,14 +192,14 @@ def write_onnx(path: Path, network: Network, *, map_size: int, tolerance: float)
             difference = max(difference, _difference(torch.from_numpy(output), expected_output))
     if difference > tolerance:
         raise UserError(
-            f"ONNX gives other outputs than PyTorch, by {difference:.2g} of the largest, where {tolerance:.2g} is "
-            "allowed; raise export.tolerance, or leave ONNX out with export.onnx=false"
+            f"ONNX gives other outputs than PyTorch: they differ by {difference:.2g} of the largest, and "
+            f"{tolerance:.2g} is allowed; raise export.tolerance, or set export.onnx=false"
         )
     return difference
 
 
 def _difference(output: Tensor, expected: Tensor) -> float:
-    """The largest difference relative to the largest value expected; infinite between shapes that differ."""
+    """The largest difference, relative to the largest expected value; infinite for different shapes."""
     if output.shape != expected.shape:
         return math.inf
     difference = float((output - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
@@ -211,7 +211,7 @@ def _output_names(spec: NetworkSpec) -> list[str]:
 
 
 def _inputs(spec: NetworkSpec, *, batch_size: int, map_size: int) -> tuple[Tensor, Tensor]:
-    """Random normalised images and weight maps, always the same."""
+    """Random normalised images and weight maps, the same in every call."""
     shape = (batch_size, 3, spec.image_size, spec.image_size)
     image_BCHW = np.random.default_rng(0).standard_normal(shape, np.float32)
     weight_B1HW = np.random.default_rng(1).random((batch_size, 1, map_size, map_size), np.float32)

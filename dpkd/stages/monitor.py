@@ -1,6 +1,6 @@
-"""What a person sees of a network while it trains: few-shot accuracy, panels, losses, and where the time goes.
+"""Reports during training: few-shot accuracy, panels, losses, and goodput.
 
-Axes: N sample that can be read, D feature.
+Axes: N readable sample, D feature.
 """
 
 from collections import defaultdict
@@ -30,7 +30,7 @@ PANEL = "panel/image_priors_predictions_attention"
 
 
 class Monitor:
-    """Evaluates and draws every network of a task on all ranks; rank 0 writes: TensorBoard, events, the progress."""
+    """Evaluates and draws every network of a task on all ranks; rank 0 writes TensorBoard, events and progress."""
 
     def __init__(self, run: Run, task: Task, *, stage: str, start_step: int, progress: Progress) -> None:
         self._run, self._task, self._stage, self._progress = run, task, stage, progress
@@ -45,9 +45,9 @@ class Monitor:
         self._board.close()
 
     def report(self, kind: str, *, step: int, **numbers: float) -> None:
-        """Takes the reports of a `Meter`; the progress line has images/s and the sum of each network's losses.
+        """Writes a report of a `Meter`; the progress line shows images/s and the sum of each network's losses.
 
-        TensorBoard also shows where the time of the whole run went so far.
+        TensorBoard also shows the time of the whole run by category.
         """
         self._run.folder.write_event(kind, stage=self._stage, step=step, **numbers)
         self._account.add(self._reader.new())
@@ -65,10 +65,10 @@ class Monitor:
 
     @cached_property
     def _protocol(self) -> tuple[EpisodeSettings, Episodes]:
-        """The episodes drawn from the validation split, fewer than those of the evaluation at the end."""
+        """The episodes from the validation split, fewer than those of the evaluation at the end."""
         run, evaluate, name = self._run, self._run.settings.evaluate, self._run.data.val
-        assert evaluate is not None and name is not None, "only due where something is evaluated"  # noqa: PT018
-        # centring needs a pass over the training split, which is left to the evaluation at the end
+        assert evaluate is not None and name is not None, "only due if something is evaluated"  # noqa: PT018
+        # centring needs a pass over the training split, which only the evaluation at the end makes
         transform = "l2" if evaluate.episodes.transform == "centred_l2" else evaluate.episodes.transform
         changes = {"episodes": evaluate.episodes_while_training, "transform": transform}
         settings = evaluate.episodes.model_copy(update=changes)
@@ -76,7 +76,7 @@ class Monitor:
         return settings, draw_episodes(label_N, settings, seed=run.seed, split=name)
 
     def evaluate(self, step: int) -> None:
-        """Few-shot accuracy of every network on the validation split."""
+        """Writes the few-shot accuracy of every network on the validation split."""
         run, name = self._run, str(self._run.data.val)
         embedded = embed_networks(run, self._task.learners, run.dataset.split(name), indices=run.readable(name))
         if not self._writes:
@@ -90,7 +90,7 @@ class Monitor:
             run.folder.write_event("few_shot", network=network, step=step, split=name, **means)
 
     def panels(self, step: int, batch: Batch) -> None:
-        """Image, priors, the network's predictions of them and its attention, side by side."""
+        """Draws images, priors, and each network's predictions and attention."""
         view = with_view_maps(batch.first(NUM_PANEL_IMAGES), self._task.maps).views[GLOBAL]
         for name, learner in self._task.learners.items():
             inputs = network_inputs(learner.spec, view)

@@ -1,4 +1,4 @@
-"""The networks of the stages: built with the heads that their objectives need, put into engines, run over a split.
+"""The networks of the stages: built with the heads for their objectives, placed in engines, run over a split.
 
 Axes: N sample, D feature, K class, A attribute.
 """
@@ -32,14 +32,14 @@ from dpkd.stages.run import Run, TrainingSet
 from dpkd.train.task import Learner, Predictor, network_inputs, pooling_maps
 
 HEAD_FAMILIES = ("prior", "to_teacher", "attributes", "region")
-"""The order in which the weights of heads are drawn, by the first part of their names; others come last."""
+"""The order in which the weights of heads are drawn, by the first part of their names; other heads are last."""
 NUM_MEAN_SAMPLES = 2048
-"""Training images that give the mean embedding of the training split."""
+"""Number of training images for the mean embedding of the training split."""
 KEPT = ("embedding", "logits", "attributes")
-"""Outputs of a network that are kept of every sample, where it has them."""
+"""Outputs of a network that are kept for every sample, if it has them."""
 
 Embedded = dict[str, NDArray[np.float32]]
-"""A network's outputs for samples of a split, in the order asked for: `embedding` ND, `logits` NK, `attributes` NA."""
+"""A network's outputs for given samples of a split, in their order: `embedding` ND, `logits` NK, `attributes` NA."""
 
 
 def new_network(
@@ -50,7 +50,7 @@ def new_network(
     teachers: Mapping[str, Network],
     place: int,
 ) -> Network:
-    """A network to be trained; its first weights depend on the run's seed and its place among the networks alone."""
+    """A network for training; its first weights depend only on the run's seed and its place among the networks."""
     table = attribute_table(run.data)
     channels = VIEW_MAPS | (run.priors.channels if run.priors is not None else {})
     width_of = {f"map.{name}": count for name, count in channels.items()}
@@ -80,15 +80,15 @@ def new_network(
 
 
 def followed_teachers(run: Run, objectives: Iterable[Objective], names: Iterable[str]) -> dict[str, Network]:
-    """Those of the teachers `names` that the objectives follow; an objective that names none follows the only one."""
+    """The teachers among `names` that the objectives follow; an objective without a name follows the only teacher."""
     followed = {teacher_of(objective) for objective in objectives if objective.needs().teacher}
     return {name: teacher_network(run, name) for name in names if name in followed or None in followed}
 
 
 def teacher_network(run: Run, name: str) -> Network:
-    """The network of a teacher, on CPU: as the stage `teach` left it, or with its given weights if never trained.
+    """The network of a teacher, on the CPU: with the weights of the stage `teach`, or of its settings if never trained.
 
-    A teacher that is never trained has no logits, and sees images normalised as its weights expect.
+    A teacher that is never trained has no logits, and reads images with the normalisation of its weights.
     """
     teacher = run.settings.teachers[name]
     if teacher.objectives:
@@ -101,7 +101,7 @@ def teacher_network(run: Run, name: str) -> Network:
 
 
 def frozen_teacher(run: Run, name: str, network: Network, training: TrainingSettings) -> Frozen:
-    """A teacher that no longer learns, sharded over the ranks where its engine shards weights."""
+    """A teacher that no longer learns; sharded over the ranks if its engine shards weights."""
     engine = run.settings.teachers[name].engine
     return make_frozen(network, settings=engine, world=run.world, precision=run.precision(training))
 
@@ -114,7 +114,7 @@ def make_learner(
     settings: TeacherSettings | StudentSettings,
     training: TrainingSettings,
 ) -> Learner:
-    """Puts a network into its engine; every rank calls it with the same weights."""
+    """Creates the engine of a network; every rank calls it with the same weights."""
     optimizer = settings.optimizer
     groups = parameter_groups(network, weight_decay=optimizer.weight_decay, layer_decay=optimizer.layer_decay)
     engine = make_engine(
@@ -151,17 +151,17 @@ def embed_networks(
 ) -> dict[str, Embedded]:
     """Outputs of every network for the samples `indices`, the same on every rank; `shown` draws a progress bar.
 
-    Every rank calls it, and makes the same number of predictions, as networks sharded over the ranks need. All networks
-    must take images of one size.
+    Every rank calls it, and makes the same number of predictions, because networks may be sharded over the ranks. All
+    networks must have the same image size.
     """
     world, share = run.world, -(-len(indices) // run.world.size)
-    # samples from the front fill up the last rank's share, and are dropped again below
-    own_indices = np.resize(indices, share * world.size)[world.rank * share : (world.rank + 1) * share]
+    # the first samples fill the last rank's share, and are dropped below
+    rank_indices = np.resize(indices, share * world.size)[world.rank * share : (world.rank + 1) * share]
     specs = [network.spec for network in networks.values()]
-    assert len({spec.image_size for spec in specs}) == 1, "networks that share batches take images of one size"
+    assert len({spec.image_size for spec in specs}) == 1, "networks that share batches must have one image size"
     batches = evaluation_batches(
         split,
-        indices=own_indices,
+        indices=rank_indices,
         maps=run.maps_of(split.name, frozenset().union(*(pooling_maps(spec) for spec in specs))),
         image_size=specs[0].image_size,
         map_size=run.map_size,
@@ -180,13 +180,13 @@ def embed_networks(
             progress.advance(len(batch.index_B) * world.size)
     embedded = {}
     for name, batches_of in parts.items():
-        own = {key: np.concatenate([part[key] for part in batches_of]) for key in batches_of[0]}
-        ranks = world.gather(own)
-        embedded[name] = {key: np.concatenate([rank[key] for rank in ranks])[: len(indices)] for key in own}
+        rank_outputs = {key: np.concatenate([part[key] for part in batches_of]) for key in batches_of[0]}
+        ranks = world.gather(rank_outputs)
+        embedded[name] = {key: np.concatenate([rank[key] for rank in ranks])[: len(indices)] for key in rank_outputs}
     return embedded
 
 
 def spread(indices: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Samples spread evenly over those of a split, enough for its mean embedding."""
+    """Evenly spaced samples among `indices`, enough for the mean embedding of their split."""
     count = min(NUM_MEAN_SAMPLES, len(indices))
     return indices[np.linspace(0, len(indices) - 1, count).round().astype(np.int64)]

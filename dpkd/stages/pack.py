@@ -1,9 +1,9 @@
-"""Pack: a source of images becomes shards and a manifest.
+"""Pack: writes a source of images as shards and a manifest.
 
     source ──find──▶ records ──assign──▶ splits ──plan──▶ jobs ──Pool──▶ tar, index ──▶ dataset.json
 
-The plan is a pure function of the source and the settings, and each shard of its part of the plan; so the bytes do not
-depend on who writes them, how many do, or how often they were stopped. Finished shards are kept after a check.
+The plan is a pure function of the source and the settings, and each shard a pure function of its part of the plan. So
+the bytes do not depend on the number of workers or on interruptions. Finished shards are checked and kept.
 """
 
 import json
@@ -39,12 +39,12 @@ from dpkd.settings import DataSettings
 
 STAGE = "pack"
 PACKING_NAME = "packing.json"
-"""Is in a folder while it is being packed, and marks its unfinished shards as ours."""
+"""A file that exists during packing, and marks the unfinished shards in its folder as shards of dpkd."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be written: a pure function of the source and the settings."""
+    """The shards to write: a pure function of the source and the settings."""
 
     classes: tuple[str, ...]
     jobs: tuple[ShardJob, ...]
@@ -62,10 +62,10 @@ def pack(
     quarantine: Quarantine,
     progress: Callable[[int, int], None],
 ) -> Dataset:
-    """Packs the source into shards at `destination`, or what is missing of them; returns the data set.
+    """Packs the source into shards at `destination`, or completes them; returns the data set.
 
-    `progress(done, total)` counts samples. Raises `UserError` for a source or settings that cannot be used, more bad
-    samples than `quarantine` allows, a destination that holds something else, and a place that cannot be written.
+    `progress(done, total)` counts samples. Raises `UserError` for an unusable source or settings, more bad samples than
+    `quarantine` allows, a destination with another content, and a place that cannot be written.
     """
     if data.source is None:
         return Dataset.open(destination)
@@ -93,18 +93,18 @@ def pack(
     manifest = _manifest(plan, indexes, train=data.train, num_quarantined=quarantine.counts.get(STAGE, 0))
     shards = {shard.name for split in manifest.splits.values() for shard in split.shards}
     kept = shards | {index_name(name) for name in shards}
-    for name in storage.list_names(destination):  # what other attempts left
+    for name in storage.list_names(destination):  # removes files of other attempts
         left_over = name.endswith((".tar", ".index.msgpack")) or name.startswith(storage.TEMPORARY_PREFIX)
         if left_over and name not in kept:
             storage.remove(storage.join(destination, name))
-    storage.write_bytes_atomic(storage.join(destination, MANIFEST_NAME), manifest.to_bytes())  # now it exists
+    storage.write_bytes_atomic(storage.join(destination, MANIFEST_NAME), manifest.to_bytes())  # the commit
     storage.remove(storage.join(destination, PACKING_NAME))
     _log_what_was_packed(manifest, contents, window=data.window)
     return Dataset(url=destination, manifest=manifest)
 
 
 def plan_shards(contents: SourceContents, data: DataSettings, *, seed: int, destination: str) -> Plan:
-    """Decides split, class, key, shard and place of every sample; see `dpkd.data.splits.assign` for what it raises."""
+    """Decides split, class, key, shard and place of every sample; raises the errors of `dpkd.data.splits.assign`."""
     assert data.source is not None
     records, stray = group_by_pattern(contents.records, data.group_pattern)
     files = data.splits.files if isinstance(data.splits, FileSplits) else {}
@@ -118,7 +118,7 @@ def plan_shards(contents: SourceContents, data: DataSettings, *, seed: int, dest
     samples: dict[str, list[Planned]] = defaultdict(list)
     for (record, split), key in zip(kept, keys_of([record.name for record, _ in kept]), strict=True):
         samples[split].append(Planned(key=key, label=label_of[record.class_name], record=record))
-    if not contents.shuffled:  # so that any few shards hold samples of all classes
+    if not contents.shuffled:  # shuffle, so that a few shards hold samples of all classes
         for planned in samples.values():
             planned.sort(key=lambda sample: draw(seed, sample.record.name))
     jobs = []
@@ -138,7 +138,7 @@ def plan_shards(contents: SourceContents, data: DataSettings, *, seed: int, dest
 
 
 def _made_from(records: Sequence[Record], data: DataSettings, *, seed: int) -> dict[str, str]:
-    """All that decides the bytes of the data set, by the names that a user knows; not the place of the source."""
+    """Everything that decides the bytes of the data set, by settings key; the location of the source does not."""
     assert data.source is not None
     described = []
     for r in sorted(records, key=lambda record: record.name):
@@ -163,7 +163,7 @@ def _made_from(records: Sequence[Record], data: DataSettings, *, seed: int) -> d
 
 
 def _take_place(destination: str, made_from: dict[str, str]) -> None:
-    """Makes the destination ours, or raises `UserError` where another data set or somebody's tars are there."""
+    """Marks the destination as packed by dpkd; raises `UserError` if it holds another data set or unknown tars."""
     names = storage.list_names(destination)
     if MANIFEST_NAME in names:
         before = Dataset.open(destination).manifest.made_from
@@ -172,7 +172,7 @@ def _take_place(destination: str, made_from: dict[str, str]) -> None:
             differences = "; ".join(f"{key} was {before.get(key)} and is {made_from.get(key)}" for key in changed)
             raise UserError(
                 f"the data set at {destination} was packed from something else: {differences}. Choose another "
-                "data.shards (or run.dir), or remove that folder to pack it anew"
+                "data.shards (or run.dir), or remove that folder to pack it again"
             )
         return
     tars = [name for name in names if name.endswith(".tar")]
@@ -193,7 +193,7 @@ def _manifest(plan: Plan, indexes: Sequence[ShardIndex], *, train: str, num_quar
         label_N = np.concatenate([index.label_N for index in parts])
         if not len(label_N):
             raise UserError(
-                f"not one sample of the split {split!r} can be used, as with {parts[0].bad[0]}; see the quarantine"
+                f"not one sample of the split {split!r} can be used, for example {parts[0].bad[0]}; see the quarantine"
             )
         splits[split] = SplitInfo(
             num_samples=len(label_N),
@@ -203,7 +203,7 @@ def _manifest(plan: Plan, indexes: Sequence[ShardIndex], *, train: str, num_quar
         )
     means, deviations = [], []
     counts_CV = np.array([index.pixel_counts for index in by_split.get(train, indexes)]).sum(axis=0)
-    for counts in counts_CV.tolist():  # Python's whole numbers until the last division
+    for counts in counts_CV.tolist():  # exact Python integers until the last division
         num, total, squares = (sum(count * value**power for value, count in enumerate(counts)) for power in range(3))
         means.append(total / num / 255)
         deviations.append(((squares * num - total * total) / num**2) ** 0.5 / 255)
@@ -219,7 +219,7 @@ def _manifest(plan: Plan, indexes: Sequence[ShardIndex], *, train: str, num_quar
 
 
 def _log_what_was_packed(manifest: Manifest, contents: SourceContents, *, window: Window | None) -> None:
-    """Logs how the source was understood, what is in each split, and what is no part of the data set."""
+    """Logs the layout of the source, the content of each split, and the samples and files left out."""
     if contents.layout:
         logger.info(f"pack: the folders are {contents.layout}")
     if window is not None:

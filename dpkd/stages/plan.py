@@ -1,4 +1,4 @@
-"""What each stage of a run depends on and makes, which stages are left to do, and the first screen that shows it.
+"""The inputs and outputs of each stage, the stages that are not done, and the first screen of a run.
 
 Loads no heavy package, because the driver of a run uses it too.
 """
@@ -25,30 +25,30 @@ from dpkd.run.folder import RunFolder
 from dpkd.settings import DataSettings, Settings
 
 STAGES = ("pack", "prepare", "teach", "distill", "evaluate", "export")
-"""The stages by the names that a command takes; a teacher that is not called `teacher` has a stage `teach-<name>`."""
+"""The names of stages on the command line; a teacher with another name than `teacher` has a stage `teach-<name>`."""
 POOL_STAGES = ("pack", "prepare")
-"""Stages that map work over items; the others run in the training workers."""
+"""Stages that run in a pool; the other stages run in the training workers."""
 
 CADENCE = frozenset(
     {"log_every", "evaluate_every", "panels_every", "checkpoint_every", "keep_checkpoints", "max_skipped_steps"}
 )
-"""Training settings that may change while a stage is under way, because its weights do not depend on them."""
+"""Training settings that may change during a stage, because its weights do not depend on them."""
 MAX_NAMED = 5
-"""Classes that an error names."""
+"""Number of classes in an error message."""
 
 
 def dataset_url(folder: RunFolder, data: DataSettings) -> str:
-    """Where the packed images are."""
+    """The path or URL of the packed images."""
     return data.shards or str(folder.path / "shards")
 
 
 def teaching_stages(settings: Settings) -> dict[str, str]:
-    """The teacher that each stage of teaching trains, by the name of the stage."""
+    """The name of the trained teacher by the name of its stage."""
     return {"teach" if name == "teacher" else f"teach-{name}": name for name in settings.trained_teachers}
 
 
 def stages_of(settings: Settings, names: Collection[str] = STAGES) -> list[str]:
-    """The stages of these names that the settings ask for, in order."""
+    """The stages among `names` that the settings turn on, in order."""
     left_out = {"evaluate": settings.evaluate is None, "export": settings.export is None}
     stages: list[str] = []
     for name in STAGES:
@@ -88,7 +88,7 @@ def stage_inputs(stage: str, settings: Settings) -> dict[str, Any]:
     learned = [objective for key, objective in settings.objectives.items() if key.startswith(prefix)]
     table = attribute_table(settings.data)
     if table is not None and any("attributes" in objective.needs().targets for objective in learned):
-        # the rows of other classes may change, for the zero-shot evaluation of trained networks
+        # the rows of other classes may change: trained networks are evaluated zero-shot on them
         url, classes = dataset_url(RunFolder(settings.run.dir), settings.data), table.classes
         if stage != "evaluate" and storage.exists(storage.join(url, DATASET_NAME)):
             classes = tuple(trained_classes(Dataset.open(url), settings.data))
@@ -102,7 +102,7 @@ def _pick(tree: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def stage_outputs(stage: str, settings: Settings) -> list[str | Path]:
-    """The files that a finished stage has made, as far as other stages build on them or users take them away."""
+    """The files of a finished stage that other stages read or users copy."""
     folder = RunFolder(settings.run.dir)
     shards = dataset_url(folder, settings.data)
     if stage == "pack":
@@ -121,27 +121,27 @@ def stage_outputs(stage: str, settings: Settings) -> list[str | Path]:
 
 
 def recorded(stage: str, folder: RunFolder, settings: Settings) -> AbstractContextManager[None]:
-    """The body is the stage: the run folder records it as running, and then as done, with the files that it made."""
+    """Records the body as the stage in the run folder: as running, and then as done, with its files."""
     return folder.running(stage, stage_inputs(stage, settings), makes=partial(stage_outputs, stage, settings))
 
 
 def left_to_do(
     folder: RunFolder, settings: Settings, stages: Sequence[str], *, faults: dict[str, list[str]] | None = None
 ) -> list[str]:
-    """The stages, in order, that are not done under these settings, and those that build on one of them.
+    """The stages, in order, that are not done with these settings, and the stages that depend on them.
 
-    A stage with `faults` is not done. To pack or to prepare, asked for alone, is always left: files that were damaged
-    since are found and made anew. Raises `UserError` with the difference where a finished or interrupted stage began
-    with other settings, and where a network is damaged that its stage cannot make again from a checkpoint.
+    A stage with `faults` is not done. Pack or prepare as the only stage always runs, to find and rewrite damaged files.
+    Raises `UserError` with the differences if a finished or interrupted stage began with other settings, and if a
+    network is damaged and its stage has no checkpoint.
     """
     faults, trained = faults or {}, {*teaching_stages(settings), "distill"}
     for stage in stages:
-        if stage == "pack" or stage in trained:  # the other stages are done again under other settings
+        if stage == "pack" or stage in trained:  # the other stages run again with other settings
             folder.refuse_contradiction(stage, stage_inputs(stage, settings))
         if stage in trained and faults.get(stage) and not CheckpointStore(folder.checkpoints(stage)).committed():
             raise UserError(
-                f"{'; '.join(faults[stage])}, and the stage {stage} has no checkpoint that it could be made from "
-                "again: restore it from a copy, or choose another run.dir to train anew"
+                f"{'; '.join(faults[stage])}, and the stage {stage} has no checkpoint to write it again: restore it "
+                "from a copy, or set another run.dir to train again"
             )
     again = [stage for stage in POOL_STAGES if list(stages) == [stage]]
     left = [
@@ -154,7 +154,7 @@ def left_to_do(
 
 
 def plan_run(settings: Settings, folder: RunFolder, stages: Sequence[str]) -> list[str]:
-    """The stages that are left to do; logs the first screen: what happens, stage by stage, and what is done already."""
+    """The stages that are not done; logs the first screen: the work and status of each stage."""
     faults = {stage: folder.faults(stage) for stage in stages}
     left = left_to_do(folder, settings, stages, faults=faults)
     logger.info(f"dpkd {__version__} · {folder.path} · seed {settings.run.seed}")
@@ -190,18 +190,18 @@ def _describe(stage: str, settings: Settings) -> str:
 
 
 def attribute_table(data: DataSettings) -> AttributeTable | None:
-    """The table that `data.attributes` names, or None; raises `UserError` for a faulty table."""
+    """The table of `data.attributes`, or None; raises `UserError` for a faulty table."""
     return None if data.attributes is None else read_attributes(data.attributes)
 
 
 def trained_classes(dataset: Dataset, data: DataSettings) -> list[str]:
-    """Classes of which the training split has labelled samples, in the data set's order."""
+    """Classes with labelled samples in the training split, in the data set's order."""
     counts = dataset.split(data.train).info.class_counts
     return [name for name, count in zip(dataset.manifest.classes, counts, strict=True) if count]
 
 
 def refuse_unknown_classes(dataset: Dataset, settings: Settings) -> None:
-    """Raises `UserError` where the table lacks a class that is trained on, or an objective names one that is not."""
+    """Raises `UserError` if the table lacks a trained class, or an objective names a class that is not trained."""
     trained, table = trained_classes(dataset, settings.data), attribute_table(settings.data)
     if table is not None:
         table.rows(trained)

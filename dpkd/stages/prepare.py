@@ -1,16 +1,16 @@
-"""Prepare: image shards in, a prior set out (`dpkd.priors.store` draws it). Each shard is one piece of work.
+"""Prepare: computes a prior set from image shards (`dpkd.priors.store` shows its format); each shard is a pool item.
 
-A shard that was made from the same images with the same priors is kept. Any other is written anew. Where the one in its
-place is whole, the maps that still hold, by the fingerprint of the prior and the hash of the image, are carried over: a
-changed prior is computed alone, and so is a changed image.
+A prior shard from the same images and the same priors is kept; any other is written again. If the old shard is whole,
+its maps with the same fingerprint of the prior and hash of the image are copied: only changed priors and changed images
+are computed.
 
-With an accelerator, a first pass computes the maps of the priors that ask for one and writes shards that hold these
-beside what was carried over; the second pass carries them over in turn and computes the rest on the CPU.
+With an accelerator, a first pass computes the maps of the priors that use one, and writes shards with these and the
+copied maps. The second pass copies them and computes the other maps on the CPU.
 
-A sample that cannot be read (cut off, damaged, not an image) is quarantined, has no maps, and is listed in the set, so
-that whatever follows leaves it out. A shard whose checksum differs from dataset.json loses just the samples whose own
-checksums differ, which its index holds, and the report has a line on it: to drop the whole shard would throw away
-samples that are proved sound, and to trust whatever decodes would let damage inside a JPEG pass for an image.
+A sample that cannot be read (cut off, damaged, not an image) is quarantined and has no maps. The set lists it, so that
+later stages leave it out. If the checksum of a shard differs from dataset.json, only the samples with wrong checksums
+in its index are lost, and the quarantine has a line for the shard: the other samples are proved whole, while a damaged
+JPEG may still decode.
 """
 
 import io
@@ -48,18 +48,18 @@ STAGE = "prepare"
 
 @dataclass(frozen=True, repr=False)
 class _Task:
-    """One shard to prepare in one pass: a split of that shard alone, which is little to send to a worker."""
+    """One shard to prepare in one pass, as a split of only this shard, which is small to send to a worker."""
 
     split: Split
     url: str
     priors: tuple[Prior, ...]
-    """Those of the set."""
+    """Priors of the set."""
     computed: tuple[Prior, ...]
-    """Those of this pass."""
+    """Priors of this pass."""
     before: tuple[Prior, ...] = ()
-    """Those of the pass before."""
+    """Priors of the previous pass."""
     device: str = "cpu"
-    """Where priors run that take images in batches, as torch names it."""
+    """Device of priors that process images in batches, by its name in torch."""
 
     @property
     def images(self) -> ShardInfo:
@@ -81,10 +81,10 @@ def prepare(
 ) -> PriorSet:
     """Computes the prior maps of every sample that lacks them; returns the set.
 
-    Priors that ask for an accelerator run on it, or on `pool` without one. A sample that cannot be read goes to the
-    quarantine, and so does one whose maps cannot be computed, which gets flat maps that favour no place. `progress`
-    receives (samples done, samples in all). Raises `UserError` past the limit of the quarantine, and where a shard or
-    an index of the images is missing.
+    Priors that use an accelerator run on it, or on `pool` without one. Samples that cannot be read are quarantined.
+    Samples whose maps cannot be computed are quarantined too, and get flat maps, which favour no region. `progress`
+    receives (samples done, all samples). Raises `UserError` above the limit of the quarantine, and if a shard or an
+    index of the images is missing.
     """
     priors = settings.sealed().chosen
     _check(dataset, priors)
@@ -119,18 +119,18 @@ def prepare(
     manifest = _manifest(dataset, priors, [indexes[number] for number in range(len(tasks))])
     storage.write_bytes_atomic(storage.join(url, MANIFEST_NAME), checked(manifest.model_dump(mode="json")))
     listed = {name for task in tasks for name in (task.images.name, index_name(task.images.name))}
-    for name in storage.list_names(url):  # a reader of all tars would take those of an earlier, larger set for its own
+    for name in storage.list_names(url):  # removes old shards of a larger set, which readers of all tars would use
         if name.endswith((".tar", ".index.msgpack")) and name not in listed:
             storage.remove(storage.join(url, name))
     return PriorSet.open(dataset.url, settings.name)
 
 
 def _check(dataset: Dataset, priors: Sequence[Prior]) -> None:
-    """Raises `UserError` for two maps of one name, and for an expert map that no sample has."""
+    """Raises `UserError` for two maps with the same name, and for an expert map that no sample has."""
     name, count = Counter(prior.name for prior in priors).most_common(1)[0] if priors else ("", 0)
     if count > 1:
         raise UserError(
-            f"prepare.priors makes the map {name!r} {count} times: leave one, or prepare the other in a set of its own "
+            f"prepare.priors makes the map {name!r} {count} times: keep one, or prepare the other in another set "
             "(prepare.name)"
         )
     experts = [prior.of for prior in priors if isinstance(prior, Expert)]
@@ -140,12 +140,12 @@ def _check(dataset: Dataset, priors: Sequence[Prior]) -> None:
             known = ", ".join(f"{name} ({count:,} samples)" for name, count in given.items()) or "none"
             raise UserError(
                 f"prepare.priors asks for the expert map {expert!r}, which no sample of {dataset.url} has; given are: "
-                f"{known}; a map N of IMAGE.jpg is the file IMAGE.expert-N.png beside it, or IMAGE.mask.png"
+                f"{known}; the map N of IMAGE.jpg is a file IMAGE.expert-N.png or IMAGE.mask.png in its folder"
             )
 
 
 def _manifest(dataset: Dataset, priors: tuple[Prior, ...], indexes: list[PriorIndex]) -> PriorManifest:
-    """The manifest of the set whose shards have these indexes, in the order of the data set's."""
+    """The manifest of the prior set; `indexes` are in the order of the data set's shards."""
     splits, unreadable, remaining = {}, {}, iter(indexes)
     for name, info in dataset.manifest.splits.items():
         of_split = list(islice(remaining, len(info.shards)))
@@ -164,8 +164,8 @@ def _manifest(dataset: Dataset, priors: tuple[Prior, ...], indexes: list[PriorIn
 
 
 def _prepare_shard(task: _Task) -> PriorIndex:
-    """Makes one prior shard and its index where they lack something; returns the index."""
-    cv2.setNumThreads(1)  # the pool has a process for every core
+    """Writes one prior shard and its index, unless they are complete; returns the index."""
+    cv2.setNumThreads(1)  # the pool has one process per core
     keep_freed_memory()
     place = storage.join(task.url, task.images.name)
     index, data = None, b""
@@ -178,18 +178,18 @@ def _prepare_shard(task: _Task) -> PriorIndex:
         return index
     records: dict[str, Record] = {}
     for offset, size in zip(index.offsets, index.sizes, strict=True):
-        with suppress(ValueError):  # of another format
+        with suppress(ValueError):  # another format
             record = Record.from_bytes(data[offset : offset + size])
-            if record.bad is None or index.fingerprints == fingerprints(task.before):  # else it is tried again
+            if record.bad is None or index.fingerprints == fingerprints(task.before):  # else compute it again
                 records[record.key] = record
     return _write_shard(task, place, records)
 
 
 def _is_complete(index: PriorIndex, task: _Task) -> bool:
-    """Whether the shard of this index, made from these images, has the maps of this pass."""
+    """Whether the prior shard of this index, from the same images, has the maps of this pass."""
     if index.fingerprints == fingerprints(task.priors):
-        # dataset.json is the same, but a damaged image shard may be mended since, and a local one damaged; a remote one
-        # is not fetched for the question alone
+        # with the same dataset.json a damaged image shard may have been repaired, and a local one damaged; a remote
+        # shard is not fetched only for this check
         local = storage.local_path(task.split.url) is not None
         if index.fault is None and not (local and task.split.fault(0) is not None):
             return True
@@ -198,18 +198,18 @@ def _is_complete(index: PriorIndex, task: _Task) -> bool:
 
 
 def _write_shard(task: _Task, place: str, before: Mapping[str, Record]) -> PriorIndex:
-    """Writes the shard and its index; maps of the records from before are kept where they still hold.
+    """Writes the shard and its index; keeps the maps of the records `before` that are still valid.
 
-    Which images share a batch depends on the shard alone, not on what is lacking or cannot be read, so that the same
-    maps come out whenever they are made. An error of a batch is not the fault of a sample, and stops the stage.
+    The images of a batch depend only on the shard, not on missing maps or unreadable images, so that every pass
+    computes the same maps. An error of a batch is not the fault of a sample, and stops the stage.
     """
     records: dict[str, Record] = {}
     for sample in task.split.read_shard(0):
         if isinstance(sample, Unreadable):
             records[sample.key] = Record(sample.key, b"", bad=sample.reason)
         else:
-            source, held = source_hash(sample), before.get(sample.key)
-            records[sample.key] = held if held is not None and held.source == source else Record(sample.key, source)
+            source, old = source_hash(sample), before.get(sample.key)
+            records[sample.key] = old if old is not None and old.source == source else Record(sample.key, source)
     for prior in task.computed:
         if isinstance(prior, BatchExtractor):
             samples = task.split.read_shard(0)
@@ -236,24 +236,24 @@ def _write_shard(task: _Task, place: str, before: Mapping[str, Record]) -> Prior
         fault=task.split.fault(0),
     )
     storage.write_bytes_atomic(place, file.getvalue())
-    storage.write_bytes_atomic(index_name(place), index.to_bytes())  # after the tar: it vouches for it
+    storage.write_bytes_atomic(index_name(place), index.to_bytes())  # after the tar, whose checksum it holds
     return index
 
 
 def _run_batch(
     samples: list[Sample | Unreadable], prior: BatchExtractor, records: dict[str, Record], *, device: str
 ) -> None:
-    """Adds the map of `prior` to the records of those samples that lack it and whose image can be read."""
-    own = [records[sample.key] for sample in samples]
-    lacking = [record.bad is None and not _holds(record, prior) for record in own]
+    """Adds the map of `prior` to the records of the samples that lack it and whose image can be read."""
+    batch_records = [records[sample.key] for sample in samples]
+    lacking = [record.bad is None and not _holds(record, prior) for record in batch_records]
     if not any(lacking):
         return
-    with ThreadPoolExecutor(1 if device == "cpu" else None) as threads:  # an accelerator would wait for one
+    with ThreadPoolExecutor(1 if device == "cpu" else None) as threads:  # one thread is too slow for an accelerator
         images = list(threads.map(_views, samples))
     blank = ImageViews(np.zeros((1, 1, 3), np.uint8))
     maps = prior.maps([blank if isinstance(image, str) else image for image in images], device=device)
-    for record, lacks, image, map_HWC in zip(own, lacking, images, maps, strict=True):
-        if not lacks or isinstance(image, str):  # `_finish` meets what cannot be read again
+    for record, lacks, image, map_HWC in zip(batch_records, lacking, images, maps, strict=True):
+        if not lacks or isinstance(image, str):  # `_finish` handles unreadable images
             continue
         try:
             if not np.isfinite(map_HWC).all():
@@ -264,16 +264,16 @@ def _run_batch(
 
 
 def _finish(sample: Sample | Unreadable, record: Record, task: _Task) -> Record:
-    """The record with all maps of this pass; without any where the image cannot be read, flat where one fails."""
+    """The record with all maps of this pass: no maps if the image cannot be read, flat maps if a prior fails."""
     missing = [prior for prior in task.computed if not _holds(record, prior)]
-    if missing and record.bad is None:  # else the image was decoded when its maps were made
+    if missing and record.bad is None:  # without missing maps the image has been decoded before
         image = _views(sample)
         if isinstance(image, str):
             return Record(sample.key, b"", bad=image)
         try:
             maps = {prior.name: store_map(prior, prior.map(image)) for prior in missing}
             record = replace(record, maps=record.maps | maps)
-        except Exception as error:  # noqa: BLE001 (the one place where a failing prior is survived: named and counted)
+        except Exception as error:  # noqa: BLE001 (only here a failing prior is survived: named and counted)
             record = replace(record, bad=f"{type(error).__name__}: {error}")
     if record.bad is None:
         return replace(
@@ -283,7 +283,7 @@ def _finish(sample: Sample | Unreadable, record: Record, task: _Task) -> Record:
 
 
 def _views(sample: Sample | Unreadable) -> ImageViews | str:
-    """The image of a sample, or why it cannot be read."""
+    """The image of a sample, or the reason why it cannot be read."""
     if isinstance(sample, Unreadable):
         return sample.reason
     try:
@@ -293,5 +293,5 @@ def _views(sample: Sample | Unreadable) -> ImageViews | str:
 
 
 def _holds(record: Record, prior: Extractor) -> bool:
-    """Whether the record has the map of the prior as its settings are now."""
+    """Whether the record has the map of the prior with its current settings."""
     return prior.name in record.maps and record.maps[prior.name].fingerprint.hex() == fingerprint(prior)

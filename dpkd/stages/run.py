@@ -1,4 +1,4 @@
-"""The run that a training stage is part of, as one worker sees it, and its training split."""
+"""The run of a training stage in one worker, and its training split."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from dpkd.stages.plan import attribute_table, dataset_url
 
 @dataclass(frozen=True)
 class Run:
-    """The run that a training stage is part of, as one worker sees it."""
+    """The run of a training stage in one worker: its folder, ranks, settings and data."""
 
     folder: RunFolder
     world: World
@@ -34,13 +34,13 @@ class Run:
 
     @staticmethod
     def open(settings: Settings, world: World, *, attempt: int | None = None) -> "Run":
-        """The run of these settings; `attempt` is the number of the one that writes, None for who only reads."""
+        """The run of these settings; `attempt` is the number of the writing attempt, None for a reader."""
         folder = RunFolder(settings.run.dir, checkpoints=settings.run.checkpoints, attempt=attempt)
         return Run(folder, world, settings)
 
     @property
     def seed(self) -> int:
-        """What everything random is drawn from."""
+        """The seed of all random draws."""
         return self.settings.run.seed
 
     @property
@@ -55,7 +55,7 @@ class Run:
 
     @cached_property
     def priors(self) -> PriorSet | None:
-        """The prior maps, none where no prior is prepared; raises `UserError` where others were prepared."""
+        """The prior maps, None without priors; raises `UserError` if the set has other priors than the settings."""
         prepare = self.settings.prepare
         if not prepare.chosen:
             return None
@@ -68,14 +68,14 @@ class Run:
         return priors
 
     def maps_of(self, split: str, names: Collection[str]) -> PriorSplit | None:
-        """The prior maps of a split by name, without those that training makes itself; none where none is left."""
+        """The stored prior maps of a split among `names`; None if there are none. Training computes the other maps."""
         if self.priors is None:
             return None
         stored = [name for name in sorted(names) if name in self.priors.channels or name not in VIEW_MAPS]
         return self.priors.split(split).only(stored) if stored else None
 
     def unreadable(self, split: str) -> NDArray[np.int64]:
-        """Numbers of the samples of a split that `prepare` could not read, ascending; none without prior maps."""
+        """Numbers of the samples of a split that `prepare` could not read, ascending; empty without prior maps."""
         return self.priors.unreadable(split) if self.priors is not None else np.empty(0, np.int64)
 
     def readable(self, split: str) -> NDArray[np.int64]:
@@ -88,7 +88,7 @@ class Run:
         return self.data.map_size or max(4, self.data.image_size // 4)
 
     def view_plans(self, names: Iterable[str], augment: AugmentSettings) -> dict[str, ViewPlan]:
-        """How each of the views is made, in the order of `data.views`."""
+        """The plan of each view among `names`, in the order of `data.views`."""
         plans = {}
         for name, view in self.data.views.items():
             size = view.size or self.data.image_size
@@ -109,37 +109,37 @@ class Run:
         if size == 0 or training.batch_size % (size * self.world.size):
             raise UserError(
                 f"training.batch_size {training.batch_size} does not divide among {self.world.size} workers in "
-                f"micro-batches of {size}; take a multiple of {max(size, 1) * self.world.size}"
+                f"micro-batches of {size}; set a multiple of {max(size, 1) * self.world.size}"
             )
         return size
 
     def micro_batches(self, training: TrainingSettings) -> int:
-        """Micro-batches of one worker in a step."""
+        """Number of micro-batches of one worker in a step."""
         return training.batch_size // (self.micro_batch_size(training) * self.world.size)
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """The training split with the labels that training may see, numbered by the classes of that split."""
+    """The training split with the labels visible to training, numbered by the classes of that split."""
 
     split: Split
     class_names: tuple[str, ...]
     label_N: NDArray[np.int64]
-    """-1 where training may not see it, or the sample cannot be read."""
+    """-1 if the label is not visible or the sample cannot be read."""
     unreadable: NDArray[np.int64]
     """Numbers of the samples that are never drawn, ascending."""
 
     @property
     def num_samples(self) -> int:
-        """Samples that are drawn in an epoch."""
+        """Number of samples in an epoch."""
         return self.split.num_samples - len(self.unreadable)
 
 
 def training_set(run: Run, training: TrainingSettings, objectives: Iterable[Objective]) -> TrainingSet:
     """Opens the training split and hides the labels that `data.labels` hides.
 
-    Raises `UserError` where the split has fewer samples than a batch, or where an objective needs labels and the split
-    has fewer than two classes or no visible label. Samples that cannot be read do not count.
+    Raises `UserError` if the split has fewer samples than a batch, or if an objective needs labels and the split has
+    fewer than two classes or no visible label. Samples that cannot be read do not count.
     """
     split, unreadable = run.dataset.split(run.data.train), run.unreadable(run.data.train)
     num_samples = split.num_samples - len(unreadable)
@@ -156,21 +156,21 @@ def training_set(run: Run, training: TrainingSettings, objectives: Iterable[Obje
             f"the split {split.name!r} holds {len(classes)} labelled {'class' if len(classes) == 1 else 'classes'} "
             f"({', '.join(names) or 'none'}), and training needs two: check the folders or the labels of data.source"
         )
-    own_label_N = np.where(split.label_N < 0, -1, np.searchsorted(classes, split.label_N))
-    label_N = visible_labels(own_label_N, run.data.labels, keys=split.keys, seed=run.seed, unreadable=unreadable)
+    split_label_N = np.where(split.label_N < 0, -1, np.searchsorted(classes, split.label_N))
+    label_N = visible_labels(split_label_N, run.data.labels, keys=split.keys, seed=run.seed, unreadable=unreadable)
     if needs_labels and not (label_N >= 0).any():
         raise UserError(f"data.labels {run.data.labels!r} leaves no visible label in the split {split.name!r}")
     return TrainingSet(split, tuple(run.dataset.manifest.classes[label] for label in classes), label_N, unreadable)
 
 
 def supervision(run: Run, data: TrainingSet) -> Supervision:
-    """What labels and experts state of the trained classes; raises `UserError` for a table that does not fit them."""
+    """The supervision of the trained classes by labels and experts; raises `UserError` if the table does not fit."""
     device, table, attributes = run.world.device, attribute_table(run.data), None
     if table is not None:
         if not (data.label_N >= 0).any():
             raise UserError(
                 f"data.attributes describes classes, and no label is visible in the split {data.split.name!r}: show "
-                "some (data.labels), or leave the objective `attributes` out"
+                "some (data.labels), or remove the objective `attributes`"
             )
         value_KA = table.rows(data.class_names)
         arrays = (value_KA, *score_weights(value_KA))

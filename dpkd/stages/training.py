@@ -1,8 +1,8 @@
-"""The stages `teach` and `distill`: networks that learn in the same steps, from images to saved weights.
+"""The stages `teach` and `distill`: networks trained in the same steps, from images to saved weights.
 
-`teach` makes `teachers/<name>`. `distill` trains all students at once under their teachers and makes `students/<name>`,
-`baselines/<name>`, and `teachers-live/<name>` for a teacher that goes on learning. A baseline is the same student on
-labels alone, one more network in the same loop: it sees the same images in the same views, for the same steps.
+`teach` writes `teachers/<name>`. `distill` trains all students together with their teachers and writes
+`students/<name>`, `baselines/<name>`, and `teachers-live/<name>` for a teacher that is trained during distillation. A
+baseline is the same student on labels alone, in the same loop: with the same images, views and steps.
 """
 
 from collections import Counter
@@ -37,12 +37,12 @@ from dpkd.train.task import Learner, Predictor, Task
 
 
 def teach(run: Run, name: str, *, stage: str) -> None:
-    """Trains one teacher from its newest checkpoint on, and saves its weights."""
+    """Trains one teacher, from its newest checkpoint on, and saves its weights."""
     settings, names = run.settings.teachers[name], list(run.settings.teachers)
     training = settings.training
     data = training_set(run, training, settings.objectives)
     followed = followed_teachers(run, settings.objectives, names[: names.index(name)])
-    place = -list(run.settings.trained_teachers).index(name)  # students have the places from 1 on
+    place = -list(run.settings.trained_teachers).index(name)  # the places of students start at 1
     network = new_network(run, data, settings, teachers=followed, place=place)
     learner = make_learner(run, data, network, settings=settings, training=training)
     teachers = {other: frozen_teacher(run, other, network, training) for other, network in followed.items()}
@@ -51,7 +51,7 @@ def teach(run: Run, name: str, *, stage: str) -> None:
 
 
 def distill(run: Run) -> None:
-    """Trains all students and baselines from the newest checkpoint on, and saves their weights."""
+    """Trains all students and baselines, from the newest checkpoint on, and saves their weights."""
     settings, training = run.settings.distill, run.settings.distill.training
     objectives = [objective for student in settings.students.values() for objective in student.objectives]
     data = training_set(run, training, objectives)
@@ -81,7 +81,7 @@ def distill(run: Run) -> None:
 
 
 def _on_labels_alone(student: StudentSettings) -> StudentSettings:
-    """The same student with mean pooling and its supervised loss alone (plain cross-entropy where it has none)."""
+    """The same student with mean pooling and only its supervised losses (plain cross-entropy if it has none)."""
     supervised = tuple(
         objective.model_copy(update={"weight": 1.0})
         for objective in student.objectives
@@ -100,10 +100,10 @@ def _train_task(
     stage: str,
     folder_of: Callable[[str], Path],
 ) -> None:
-    """Trains from the newest whole checkpoint to the end, and saves each learner into `folder_of` its name."""
+    """Trains from the newest whole checkpoint to the end, and saves each learner in the folder `folder_of(name)`."""
     training, world = settings.training, run.world
     checkpoints = Checkpoints(run.folder.checkpoints(stage), world=world, keep=training.keep_checkpoints)
-    # dropout must not depend on what this process did before; a checkpoint brings the state of its step
+    # dropout must not depend on earlier work of this process; a checkpoint restores the state of its step
     torch.manual_seed(run.seed * 100_003 + world.rank)
     maps = run.maps_of(data.split.name, task.maps)
     digests = {"packed images": run.dataset.manifest.fingerprint}
@@ -156,7 +156,7 @@ def _attempt(
     if world.rank == 0:
         if start_step:
             logger.info(f"{stage}: continues after step {start_step} of {plan.total_steps}")
-        run.folder.check_fence()  # the logs of a newer attempt stay
+        run.folder.check_fence()  # must not remove the logs of a newer attempt
         truncate(log_folder, from_attempt=attempt)
     sample_log = SampleLog(
         log_folder, attempt=attempt, world=world, micro_batch_size=micro_batch_size, start_step=start_step
@@ -193,7 +193,7 @@ def _attempt(
 
 
 def sample_order(run: Run, training: TrainingSettings, data: TrainingSet) -> SampleOrder:
-    """Which samples make which batch; those that cannot be read make none."""
+    """The order of samples in batches, without the samples that cannot be read."""
     order: SampleOrder
     if training.sampling == "class_aware":
         drawn_label_N = np.delete(data.label_N, data.unreadable)

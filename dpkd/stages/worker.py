@@ -1,4 +1,4 @@
-"""What a training worker does: joins its peers, then runs the stages that are left, in order."""
+"""The work of a training worker: it joins its peers, then runs the stages that are not done, in order."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -18,13 +18,13 @@ from dpkd.stages.run import Run
 from dpkd.stages.training import distill, teach
 
 PATIENCE_S = 1800.0
-"""Shortest time that a rank waits for its peers; the watchdog ends those that are behind before that."""
+"""Least timeout of a rank that waits for its peers; the watchdog ends ranks that are behind earlier."""
 
 
 def train_stages(argument: tuple[dict[str, Any], list[str], int | None]) -> None:
-    """Runs the training stages in this worker: `argument` holds the settings as plain values, stages, and the attempt.
+    """Runs the training stages in this worker; `argument` is (settings as plain values, stages, attempt).
 
-    After a fault it runs again: stages that an earlier attempt finished are done, and one that it began goes on.
+    It runs again after a failure: it skips the stages that are done, and continues an interrupted stage.
     """
     tree, stages, attempt = argument
     settings = parse_settings(tree, origin="settings of the run")
@@ -34,7 +34,7 @@ def train_stages(argument: tuple[dict[str, Any], list[str], int | None]) -> None
     try:
         _run_stages(Run.open(settings, world, attempt=attempt), stages)
     except Exception:
-        if world.size == 1:  # else peers would fail at the closed connection before this error is reported
+        if world.size == 1:  # otherwise peers would fail at the closed connection before this error is reported
             world.leave()
         raise
     world.leave()
@@ -50,7 +50,7 @@ def _run_stages(run: Run, stages: list[str]) -> None:
         logger.info(f"  workers   {workers}, engine {' and '.join(engines)}")
     refuse_unknown_classes(run.dataset, settings)
     refuse_small_splits(run)
-    # the driver has checked the files of earlier stages, and passed on those stages that are left
+    # the driver has checked the files of earlier stages; `stages` are those that were not done
     for stage in world.broadcast(left_to_do(run.folder, settings, stages) if world.rank == 0 else []):
         with recorded(stage, run.folder, settings) if world.rank == 0 else nullcontext():
             heartbeat(stage)

@@ -1,1 +1,1 @@
-"""Commands beside the run: inspect, audit, doctor."""
+"""Commands other than the run: inspect, audit, doctor."""

@@ -1,4 +1,4 @@
-"""Proves that a run used each sample exactly as the order says, over all its attempts, net of what was rolled back."""
+"""Proves that a run used each sample in the planned order, over all attempts, without the steps rolled back."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,18 +20,18 @@ from dpkd.train.divergence import read_skipped
 from dpkd.train.sample_log import History, checksum, read_history
 
 NUM_NAMED = 5
-"""Faulty steps that an error names; more are counted."""
+"""Number of faulty steps in an error message."""
 
 
 def audit(folder: str) -> None:
-    """Prints what the sample logs of a run hold, a line a stage that has begun.
+    """Prints the contents of the sample logs of a run, one line per stage that has started.
 
-    Raises `UserError` that names the steps whose samples are not those that the order gives, or that are missing though
-    a checkpoint or a finished stage covers them.
+    Raises `UserError` with the steps that used other samples than the order gives, or that the logs lack though a
+    checkpoint or a finished stage covers them.
     """
     path = Path(folder) / "settings.yaml"
     if not path.exists():
-        raise UserError(f"{folder}: no settings.yaml there; give the folder of a run")
+        raise UserError(f"{folder}: it has no settings.yaml; give the folder of a run")
     settings = load_settings(path, [])
     run = Run.open(settings, World(rank=0, size=1, local_rank=0, device=torch.device("cpu")))
     parts: dict[str, TeacherSettings | DistillSettings] = {
@@ -41,23 +41,23 @@ def audit(folder: str) -> None:
     faults: list[str] = []
     for stage, part in (parts | {"distill": settings.distill}).items():
         if run.folder.sample_log(stage).is_dir():
-            row, found = _audit_stage(run, stage, part)
+            row, stage_faults = _audit_stage(run, stage, part)
             table.add_row(stage, *row)
-            faults += found
+            faults += stage_faults
     if not table.rows:
-        raise UserError(f"{folder}: no stage of this run has a sample log yet; train first, or give another folder")
+        raise UserError(f"{folder}: no stage of this run has a sample log; train first, or give another folder")
     show(table)
     if faults:
         more = f"; and {len(faults) - NUM_NAMED:,} more" if len(faults) > NUM_NAMED else ""
         raise UserError(
-            f"{folder}: {len(faults):,} steps did not use just what the order says: {'; '.join(faults[:NUM_NAMED])}"
-            f"{more}. What was trained on them is not what the settings describe: keep the folder, and report it"
+            f"{folder}: {len(faults):,} steps did not use the samples of the order: {'; '.join(faults[:NUM_NAMED])}"
+            f"{more}. Their networks do not fit the settings: keep the folder, and report this error"
         )
-    logger.info("every step used just the samples that the order gives it, each once")
+    logger.info("every step used exactly the samples of the order, each once")
 
 
 def _audit_stage(run: Run, stage: str, part: TeacherSettings | DistillSettings) -> tuple[list[str], list[str]]:
-    """The cells of a stage's row, and what is wrong, step by step."""
+    """The cells of a stage's row, and the faults of its steps."""
     networks = part.students.values() if isinstance(part, DistillSettings) else [part]
     objectives = [objective for network in networks for objective in network.objectives]
     samples = training_set(run, part.training, objectives)
@@ -66,8 +66,8 @@ def _audit_stage(run: Run, stage: str, part: TeacherSettings | DistillSettings) 
     skipped = read_skipped(run.folder.skipped(stage))
     if run.folder.stages().get(stage, {}).get("status") == "done":
         last = part.training.num_steps(samples.num_samples)
-    else:  # the steps that the newest checkpoint covers
-        last = max((mark.step for mark in CheckpointStore(run.folder.checkpoints(stage)).committed()), default=0)
+    else:  # the newest checkpoint covers these steps
+        last = max((saved.step for saved in CheckpointStore(run.folder.checkpoints(stage)).committed()), default=0)
     steps = [step for step in range(last) if step not in skipped]
     faults = judge(history, order, steps)
     used = np.zeros(samples.split.num_samples, np.int64)
@@ -82,19 +82,19 @@ def _audit_stage(run: Run, stage: str, part: TeacherSettings | DistillSettings) 
 
 
 def judge(history: History, order: SampleOrder, steps: Iterable[int]) -> dict[int, str]:
-    """What is wrong with those of the steps that did not use just what the order says."""
+    """The faults of `steps` by step: other samples than those of the order, or missing logs."""
     faults = {}
     for step in steps:
-        made = history.steps.get(step)
-        if made is None:
+        log = history.steps.get(step)
+        if log is None:
             faults[step] = "no attempt has it in its log"
             continue
-        used = made.checksums[step]
-        layout = {"world_size": made.world_size, "micro_batch_size": made.micro_batch_size}
-        expected = [checksum(rank_slice(order.batch(step), rank=rank, **layout)) for rank in range(made.world_size)]
+        used = log.checksums[step]
+        layout = {"world_size": log.world_size, "micro_batch_size": log.micro_batch_size}
+        expected = [checksum(rank_slice(order.batch(step), rank=rank, **layout)) for rank in range(log.world_size)]
         wrong = [str(rank) for rank, crc in enumerate(expected) if used.get(rank, crc) != crc]
         if wrong:
-            faults[step] = f"attempt {made.attempt} used other samples on rank {', '.join(wrong)}"
-        elif len(used) < made.world_size:
-            faults[step] = f"attempt {made.attempt} has it for some of its ranks only"
+            faults[step] = f"attempt {log.attempt} used other samples on rank {', '.join(wrong)}"
+        elif len(used) < log.world_size:
+            faults[step] = f"attempt {log.attempt} has it for some of its ranks only"
     return faults

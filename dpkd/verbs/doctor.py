@@ -1,4 +1,4 @@
-"""Whether this machine has what training needs, and what to do where it has not."""
+"""A check of the packages and devices of this machine, with the way out for missing ones."""
 
 import os
 import platform
@@ -12,13 +12,13 @@ PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "ray", "tensorboard", "
 
 
 def doctor() -> None:
-    """Prints a line for each thing looked for, with the way out where it is missing."""
+    """Prints one line per package and device, with the way out if it is missing."""
     logger.info(f"python {platform.python_version()} at {sys.executable}, {os.cpu_count()} cores")
     installed = {package.metadata["Name"].lower(): package.version for package in metadata.distributions()}
     for name in PACKAGES:
         logger.info(f"  {name:<12} {installed.get(name) or f'missing: pip install {name}'}")
     if "torch" in installed:
-        # here, not at the top: the command line loads this module, and torch takes seconds or may be missing
+        # not at the top: the command line loads this module, and torch takes seconds or may be missing
         import torch  # noqa: PLC0415
 
         gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]

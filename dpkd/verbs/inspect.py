@@ -1,4 +1,4 @@
-"""What a packed data set and its prior sets hold, and whether every file is as its manifest says."""
+"""The contents of a packed data set and its prior sets, and a check of every file against its manifest."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -18,15 +18,15 @@ from dpkd.priors.store import MANIFEST_NAME, PriorSet, read_manifest, set_url
 from dpkd.report.pictures import sheet
 
 NUM_NAMED = 20
-"""Keys and damages that a line names; more are counted."""
+"""Number of keys or faults in a line; more are counted."""
 NUM_SHOWN = 4
-"""Samples in a picture without keys."""
+"""Number of samples in a picture without keys."""
 
 
 def inspect_dataset(url: str) -> None:
-    """Prints what the data set and its prior sets hold, and checks every file and every map.
+    """Prints the contents of the data set and its prior sets, and checks every file and every map.
 
-    Raises `UserError` that names each damaged shard, each sample whose maps are missing, damaged or another image's.
+    Raises `UserError` with each damaged shard, and each sample whose maps are missing, damaged or of another image.
     """
     dataset = Dataset.open(url)
     manifest = dataset.manifest
@@ -46,14 +46,14 @@ def inspect_dataset(url: str) -> None:
     for name in set_names:
         priors = read_manifest(set_url(url, name))
         if priors is None or priors.dataset != manifest.fingerprint:
-            continue  # `_inspect_priors` says what is wrong with the set
+            continue  # `_inspect_priors` raises the fault of the set
         logger.info(f"prior set {name}: {priors.num_flat:,} of {num_samples:,} samples have flat maps")
         lost = [dataset.split(split).keys[i] for split, numbers in priors.unreadable.items() for i in numbers]
         if lost:
             logger.info(f"prior set {name}: {len(lost):,} could not be read and are left out: {_first(lost, ', ')}")
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    _check_shards(url, shards, way_out="pack again, which makes the damaged ones anew")
-    logger.info("every shard is as its manifest says")
+    _check_shards(url, shards, way_out="pack again, which rewrites damaged shards")
+    logger.info("every shard fits its manifest")
     for name in set_names:
         _inspect_priors(dataset, name)
 
@@ -65,12 +65,12 @@ def prior_sets(url: str) -> list[str]:
 
 
 def draw_samples(url: str, picture: Path, *, set_name: str, keys: Sequence[str] = ()) -> None:
-    """Draws samples with all their maps into a PNG file: those of the keys, else some spread over all splits.
+    """Draws samples with all their maps into a PNG file: the samples `keys`, or a few of all splits.
 
-    Raises `UserError` for a key that no split has, and where the data set or the prior set cannot be read.
+    Raises `UserError` for a key that no split has, and if the data set or the prior set cannot be read.
     """
     if picture.suffix != ".png":
-        raise UserError(f"{picture} would hold a PNG: give --picture a path that ends in .png")
+        raise UserError(f"--picture {picture}: the picture is a PNG, so give a path that ends in .png")
     dataset, priors = Dataset.open(url), PriorSet.open(url, set_name)
     splits = {name: dataset.split(name) for name in dataset.manifest.splits}
     places = {key: (name, i) for name, split in splits.items() for i, key in enumerate(split.keys)}
@@ -93,7 +93,7 @@ def draw_samples(url: str, picture: Path, *, set_name: str, keys: Sequence[str] 
 
 
 def _check_shards(url: str, shards: Sequence[ShardInfo], *, way_out: str) -> None:
-    """Raises `UserError` that names the shards which are missing or have other bytes than the manifest says."""
+    """Raises `UserError` with the shards that are missing or differ from the manifest."""
     damaged = []
     with Progress(f"check {url}", len(shards), unit="shards") as progress:
         for shard in shards:
@@ -108,10 +108,10 @@ def _check_shards(url: str, shards: Sequence[ShardInfo], *, way_out: str) -> Non
 
 
 def _inspect_priors(dataset: Dataset, name: str) -> None:
-    """Prints what the prior set holds, and checks that each sample has its own maps and that each can be decoded."""
+    """Prints the contents of the prior set, and checks that each sample has maps of its image that can be decoded."""
     url, priors = set_url(dataset.url, name), PriorSet.open(dataset.url, name)
-    again = "run the prepare stage again, which makes the damaged ones anew"
-    _check_shards(url, [shard for split in priors.manifest.splits.values() for shard in split], way_out=again)
+    way_out = "run the prepare stage again, which rewrites damaged shards"
+    _check_shards(url, [shard for split in priors.manifest.splits.values() for shard in split], way_out=way_out)
     size_bytes, num_cells, damaged = Counter[str](), Counter[str](), list[str]()
     sums_2C: dict[str, npt.NDArray[np.float64]] = {}
     num_samples = sum(split.num_samples for split in dataset.manifest.splits.values())
@@ -141,9 +141,9 @@ def _inspect_priors(dataset: Dataset, name: str) -> None:
         table.add_row(prior.name, str(prior.channels), f"{size_bytes[prior.name] / num_samples:,.0f}", *cells)
     show(table)
     if damaged:
-        raise UserError(f"{url}: {_first(damaged, '; ')}; {again}")
+        raise UserError(f"{url}: {_first(damaged, '; ')}; {way_out}")
     num_maps = len(priors.manifest.priors)
-    logger.info(f"every sample that can be read has its {num_maps} maps, each of its own image and readable")
+    logger.info(f"every readable sample has its {num_maps} maps, each readable and of its image")
 
 
 def _first(words: Sequence[str], separator: str) -> str:

@@ -351,7 +351,7 @@ def test_the_set_is_inspected_and_drawn_with_its_learned_maps(dataset, priors, t
     prepare_all(dataset, priors=priors, accelerator=TWO_POOLS)
     inspect_dataset(dataset.url)
     said = capsys.readouterr().out
-    assert "has its 3 maps, each of its own image and readable" in said
+    assert "has its 3 maps, each readable and of its image" in said
     assert "│ learned-attention" in said
     assert "│ learned-edges" in said
     draw_samples(dataset.url, tmp_path / "sheet.png", set_name="default")

@@ -53,7 +53,7 @@ def test_described_classes_are_told_apart_by_what_was_learnt(run: Run, capsys: p
     class_K = np.array([run.dataset.manifest.classes.index(name) for name in names[:-1]])
     expected = zero_shot_accuracy(logit_NA[:, :2], split.label_N, class_K=class_K, value_KA=value_KA)
     assert measured(run, "novel", logit_NA) == {"conv": pytest.approx(expected)}
-    assert f"evaluate novel: data.attributes says nothing of {names[-1]}: left out" in capsys.readouterr().out
+    assert f"evaluate novel: data.attributes does not describe {names[-1]}: left out" in capsys.readouterr().out
 
 
 def test_a_split_of_classes_that_were_trained_on_or_not_described_has_no_figure(run: Run) -> None:
