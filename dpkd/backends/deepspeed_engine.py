@@ -1,8 +1,8 @@
-"""Training under DeepSpeed, ZeRO 0 to 3.
+"""Training with DeepSpeed, ZeRO 0 to 3.
 
 Parameters stay fp32 and lower precision is autocast, so that the parameters are the master weights at every ZeRO stage:
-replicated at stages 0 to 2, in shards (`ds_tensor`) at stage 3. State goes to disk tensor by tensor in the format of
-dpkd/engine/state.py, not in DeepSpeed's own checkpoints, which fit one stage and one world size.
+replicated at stages 0 to 2, in shards (`ds_tensor`) at stage 3. State is written tensor by tensor in the format of
+dpkd/engine/state.py, because a checkpoint of DeepSpeed fits only one stage and one world size.
 """
 
 import logging
@@ -24,7 +24,7 @@ from dpkd.errors import UserError
 
 
 class DeepSpeedEngine:
-    """DeepSpeed's engine behind the verbs of `Engine`."""
+    """The `Engine` of DeepSpeed."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class DeepSpeedEngine:
         self._world, self._accumulation = world, accumulation
         self._statistics = StepStatistics(module)
         self._clip = optimizer.clip or float("inf")
-        self._clips_itself = settings.zero_stage == 0  # DeepSpeed computes no norm there
+        self._clips_itself = settings.zero_stage == 0  # at stage 0 DeepSpeed computes no norm
         self._num_micros = 0
         trained = by_name(parameter_groups)
         self._parameters = list(trained.values())
@@ -55,8 +55,8 @@ class DeepSpeedEngine:
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": 0.0 if self._clips_itself else optimizer.clip or 0.0,
             "zero_optimization": {"stage": settings.zero_stage, "overlap_comm": on_gpu and settings.zero_stage > 1},
-            "zero_allow_untested_optimizer": True,  # its list has Adam only; SGD is tested here
-            "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU at every step
+            "zero_allow_untested_optimizer": True,  # DeepSpeed lists only Adam as tested; dpkd tests SGD
+            "timers": {"throughput": {"enabled": False}},  # otherwise every step waits for the GPU
         }
         self._engine, *_ = deepspeed.initialize(
             model=InPrecision(module, device=world.device, precision=precision),
@@ -108,10 +108,10 @@ class DeepSpeedEngine:
 
 
 def shard_frozen(network: nn.Module, *, world: World) -> nn.Module:
-    """Spreads the weights of a network that no longer learns over the ranks, and returns what runs it on all of them.
+    """Shards the weights of a frozen network over the ranks; returns a module that runs it on all ranks together.
 
-    ZeRO-3 without an optimizer gathers the weights of each layer while that runs. Tensors of up to 100,000 numbers stay
-    whole on every rank (DeepSpeed's default). At most an eighth of all is gathered, ahead too.
+    ZeRO-3 without an optimizer gathers the weights of each layer while it runs. Tensors of up to 100,000 numbers stay
+    whole on every rank (DeepSpeed's default). At most an eighth of the weights is gathered at a time, with prefetching.
     """
     live = sum(parameter.numel() for parameter in network.parameters()) // 8
     zero = {"stage": 3, "stage3_max_live_parameters": live, "stage3_prefetch_bucket_size": min(live, 50_000_000)}
@@ -121,9 +121,9 @@ def shard_frozen(network: nn.Module, *, world: World) -> nn.Module:
 
 
 def import_deepspeed(world: World) -> Any:
-    """The deepspeed package, quiet and on this world's device.
+    """The deepspeed package, without its log messages, on this world's device.
 
-    Imported here and not above because it takes seconds and decides at import which accelerator it runs on.
+    Not imported at the top, because the import takes seconds and selects the accelerator.
     """
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
@@ -136,7 +136,7 @@ def import_deepspeed(world: World) -> Any:
             "or set engine.kind=torch"
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # It would compile its shared-memory all-reduce here (tens of seconds, a C++ compiler and ninja), which only
-    # inference uses; an op that is not listed as compatible is left alone.
+    # DeepSpeed would compile its shared-memory all-reduce (tens of seconds, a C++ compiler and ninja), which only
+    # inference uses; it does not compile ops that are not listed as compatible.
     vars(deepspeed.ops)["__compatible_ops__"] = {}
     return deepspeed

@@ -1,4 +1,4 @@
-"""Picks the engine that the settings name, and how a frozen network is spread."""
+"""Creates the engine of the settings, and frozen networks, whole or sharded."""
 
 from typing import Any
 
@@ -13,24 +13,24 @@ from dpkd.engine.world import World
 
 
 def engine_kind(settings: EngineSettings) -> str:
-    """`auto` is DeepSpeed where there is a GPU, and plain PyTorch on a CPU."""
+    """The kind of engine; `auto` is DeepSpeed on a GPU and plain PyTorch on a CPU."""
     if settings.kind != "auto":
         return settings.kind
     return "deepspeed" if torch.cuda.is_available() else "torch"
 
 
 def make_engine(module: nn.Module, *, settings: EngineSettings, **arguments: Any) -> Engine:
-    """The engine that the settings name around a network; `TorchEngine` documents the arguments."""
+    """Creates the engine of the settings for a network; `TorchEngine` shows the arguments."""
     if engine_kind(settings) == "torch":
         return TorchEngine(module, settings=settings, **arguments)
-    # here, not at the top: importing DeepSpeed takes seconds and needs its tools, which plain PyTorch runs do without
+    # not at the top: the import of DeepSpeed takes seconds and needs tools that runs with plain PyTorch do not need
     from dpkd.backends.deepspeed_engine import DeepSpeedEngine  # noqa: PLC0415
 
     return DeepSpeedEngine(module, settings=settings, **arguments)
 
 
 def make_frozen(network: Any, *, settings: EngineSettings, world: World, precision: str) -> Frozen:
-    """A network that only predicts: sharded over the ranks by DeepSpeed at `zero_stage` 3, else whole on every rank.
+    """A network that only predicts: sharded over the ranks by DeepSpeed at `zero_stage` 3, whole otherwise.
 
     Every rank calls it with the same weights.
     """

@@ -1,6 +1,6 @@
-"""Picks the pool and the worker group that the settings name: this machine's, or the Ray cluster's.
+"""Creates the pool and the worker group of the settings, on this machine or on the Ray cluster.
 
-Imports are inside the functions: pool workers load the driver's modules too, and none should wait for torch or Ray.
+Imports are inside the functions, because pool workers load this module too and must not wait for torch or Ray.
 """
 
 import os
@@ -17,14 +17,14 @@ from dpkd.launch.world_size import WorldSizeRange
 
 
 def launcher_kind(settings: LauncherSettings) -> str:
-    """`auto` is Ray in a process that a Ray job started, and local elsewhere."""
+    """The kind of launcher; `auto` is Ray inside a Ray job and local otherwise."""
     if settings.kind != "auto":
         return settings.kind
     return "ray" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else "local"
 
 
 def make_pool(settings: LauncherSettings, *, hangs: Path) -> Pool:
-    """Processes for packing and preparing: `launcher.pool_workers`, else one a core; reports of hangs go to `hangs`."""
+    """The pool for packing and preparing, of `launcher.pool_workers` or one per core; reports hangs to `hangs`."""
     order = WatchOrder.begin(hangs, hang_timeout_s=settings.hang_timeout_s)
     if launcher_kind(settings) == "local":
         num_workers = settings.pool_workers or os.cpu_count() or 1
@@ -35,9 +35,9 @@ def make_pool(settings: LauncherSettings, *, hangs: Path) -> Pool:
 
 
 def make_accelerator(settings: LauncherSettings, *, hangs: Path) -> Accelerator | None:
-    """Processes for priors that run on a GPU, one a GPU of this machine or of the Ray cluster; none without a GPU.
+    """The pool for priors on GPUs, one worker per GPU of this machine or of the Ray cluster; None without a GPU.
 
-    On Ray a worker takes a GPU and no CPU, so that it comes up however many CPUs the other pool holds.
+    On Ray a worker uses a GPU and no CPU, so that it starts even if the other pool holds all CPUs.
     """
     order = WatchOrder.begin(hangs, hang_timeout_s=settings.hang_timeout_s)
     if launcher_kind(settings) == "local":
@@ -64,18 +64,18 @@ def make_accelerator(settings: LauncherSettings, *, hangs: Path) -> Accelerator 
 
 
 def make_worker_group(settings: LauncherSettings, *, sizes: Sequence[int] = (), module: str) -> WorkerGroup:
-    """Processes for training, as many of the numbers `sizes` as there is room for; none gives one a GPU, else one.
+    """The training workers, the largest number among `sizes` that fits; without sizes one per GPU, or one.
 
-    `module` holds what they are to run; those of this machine load it from here on.
+    `module` holds their work; on this machine the fork server starts to load it.
     """
     chosen = WorldSizeRange(tuple(sizes), settings.grow_after_s) if sizes else None
     if launcher_kind(settings) == "local":
         load_ahead("dpkd.backends.local_workers", module)
         from dpkd.backends.local_workers import LocalWorkers, node_resources  # noqa: PLC0415
 
-        here, num_workers = node_resources(), None
+        node, num_workers = node_resources(), None
         if chosen is not None:
-            num_workers = chosen.choose([here], threads=settings.threads, use_gpu=here.gpus > 0)
+            num_workers = chosen.choose([node], threads=settings.threads, use_gpu=node.gpus > 0)
         return LocalWorkers(num_workers, settings)
     from dpkd.backends.ray_workers import RayWorkers  # noqa: PLC0415
 

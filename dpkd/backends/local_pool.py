@@ -20,17 +20,17 @@ from dpkd.launch.settings import START_TIMEOUT_S
 from dpkd.launch.watchdog import WatchOrder, watched
 
 END_PATIENCE_S = 5.0
-"""Seconds in which a worker is to end by itself."""
+"""Seconds in which a worker must end before it is killed."""
 POLL_S = 1.0
 
 
 @dataclass
 class LocalPool:
-    """Spawned processes on this machine, started by each `map` and gone with it.
+    """Spawned processes on this machine, which each `map` starts and ends.
 
-    Each has the variables of one of the `environments` in its environment, which no other has at the same time. One
-    that gives no sign of life, on an item or while it is stopped, is ended as the `order` says; one that is not up
-    after `start_timeout_s`, by this process.
+    Each process has the variables of one of the `environments`, which no other process has at the same time. The
+    watchdogs of the `order` end a process that hangs on an item or is stopped; this process ends one that has not
+    started after `start_timeout_s`.
     """
 
     num_workers: int
@@ -39,7 +39,7 @@ class LocalPool:
     order: WatchOrder | None = None
     start_timeout_s: float = START_TIMEOUT_S
     numbers: Iterator[int] = field(default_factory=count)
-    """Of the workers, over all calls: reports of hangs are named by them."""
+    """Numbers of the workers, unique over all calls; reports of hangs have them in their names."""
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
         return map_items(_LocalWorkers(self, pickle.dumps(function)), items, order=self.order)
@@ -47,7 +47,7 @@ class LocalPool:
 
 @dataclass(eq=False, kw_only=True)
 class _LocalWorker(PoolWorker):
-    """A process, our end of its pipe, and its own environment variables."""
+    """A process, the driver's end of its pipe, and its environment variables."""
 
     process: BaseProcess
     connection: Connection
@@ -68,11 +68,11 @@ class _LocalWorkers:
 
     def __init__(self, pool: LocalPool, function: bytes) -> None:
         self._pool, self._function = pool, function
-        self._environments = list(pool.environments or [{}] * pool.num_workers)  # those that no worker has
-        assert len(self._environments) == pool.num_workers >= 1, "one environment a worker"
+        self._environments = list(pool.environments or [{}] * pool.num_workers)  # unused ones
+        assert len(self._environments) == pool.num_workers >= 1, "one environment per worker"
         self._all: list[_LocalWorker] = []
-        self._expected: dict[Any, _LocalWorker] = {}  # those that come up or work, by our end of the pipe
-        self._ready: deque[Any] = deque()  # of these, what came up, answered or died
+        self._expected: dict[Any, _LocalWorker] = {}  # starting or busy workers, by the driver's end of the pipe
+        self._ready: deque[Any] = deque()  # pipes of workers among them that have started, answered or died
 
     def start(self, num_expected: int) -> None:
         while self._environments and len(self._expected) < num_expected:
@@ -82,14 +82,14 @@ class _LocalWorkers:
             arguments = (theirs, self._function, environment, self._pool.order, number)
             process = context.Process(target=_serve, args=arguments, name="dpkd-pool", daemon=True)
             process.start()
-            theirs.close()  # so that its death reads as the end of the pipe
+            theirs.close()  # so that the pipe ends when the worker dies
             worker = _LocalWorker(number=number, process=process, connection=ours, environment=environment)
             self._all.append(worker)
             self._expected[ours] = worker
 
     def give(self, worker: _LocalWorker, item: Any) -> None:
         self._expected[worker.connection] = worker
-        with suppress(BrokenPipeError, ConnectionResetError):  # it died, which shows when its answer is read
+        with suppress(BrokenPipeError, ConnectionResetError):  # it died; reading its answer reports this
             worker.connection.send(item)
 
     def end(self, worker: _LocalWorker) -> None:
@@ -118,7 +118,7 @@ class _LocalWorkers:
         try:
             worker.answer = worker.connection.recv_bytes()
             worker.is_up = True
-        except (EOFError, OSError):  # it died, perhaps in the middle of a message
+        except (EOFError, OSError):  # it died, perhaps during a message
             self._all.remove(worker)
             self._environments.append(worker.environment)
             worker.wait_for_end()
@@ -130,10 +130,10 @@ class _LocalWorkers:
 def _serve(
     connection: Connection, function: bytes, environment: Mapping[str, str], order: WatchOrder | None, number: int
 ) -> None:
-    """The life of a worker: receives items until the pipe ends."""
+    """Runs a worker, which answers items until the pipe ends."""
     for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the parent decides
-    os.environ.update({**ONE_THREAD, **environment})  # before the function brings in numpy
+    os.environ.update({**ONE_THREAD, **environment})  # before the function imports numpy
     with watched(order, rank=number), suppress(EOFError, BrokenPipeError, ConnectionResetError):
         heartbeat(RESTING)
         connection.send_bytes(b"up")

@@ -1,14 +1,14 @@
-"""Workers on this machine: processes that this one starts, watches and ends.
+"""Training workers on this machine: processes that this one starts, watches and ends.
 
-Not torch's elastic agent: it waits for ever for a worker that is stopped after its work is done or while it starts,
-reports one failure where several workers failed, and takes the signals that ask a run to stop.
+The elastic agent of torch is not used: it waits forever for a worker that is stopped during its start or after its
+work, reports only one of several failures, and handles the signals that ask a run to stop.
 
-What a worker leaves in the folder of its generation for the driver:
+A worker writes these files for the driver into the folder of its generation:
 
-    1.up        it is at work, and watched
-    1.pickle    the `Failure` with which it ended
-    1.done      it has done its work
-    1.log       what a worker other than the first printed
+    1.up        the worker has started, and is watched
+    1.pickle    its `Failure`
+    1.done      it has finished its work
+    1.log       its output, except that of the first worker
 """
 
 import io
@@ -54,17 +54,17 @@ from dpkd.log import safe_output
 
 POLL_S = 0.1
 END_PATIENCE_S = 5.0
-"""What workers have to end by themselves once one has failed, or all are done."""
+"""Seconds in which workers must end after one has failed or all are done; then they are killed."""
 SAME_S = 0.5
 FOR_A_PEER = "another had failed"
 LOOPBACK = "127.0.0.1"
 
 
 class LocalWorkers:
-    """`num_workers` processes on this machine (None: one a GPU, or one); the first one's output is the user's.
+    """`num_workers` processes on this machine (None: one per GPU, or one); the output of the first one is shown.
 
-    Without `threads` in the settings they share the cores out, unless OMP_NUM_THREADS says otherwise. Workers that were
-    asked to stop are killed after `stop_grace_s`, or at a second Ctrl-C; those that are not at work after
+    Without `threads` in the settings they divide the cores equally, unless OMP_NUM_THREADS is set. Workers that were
+    asked to stop are killed after `stop_grace_s`, or at a second Ctrl-C; workers that have not started after
     `start_timeout_s` are killed too.
     """
 
@@ -91,14 +91,14 @@ class LocalWorkers:
 
 
 def node_resources() -> NodeResources:
-    """What this machine has for workers."""
+    """The CPUs and GPUs of this machine for workers."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return NodeResources(cpus, torch.cuda.device_count())
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where the workers of a generation are, and how many."""
+    """The folder, number and threads of the workers of a generation."""
 
     folder: Path
     num_workers: int
@@ -117,10 +117,10 @@ class _Generation:
         self._starting_s = self._stopping_s = self._ending_s = 0.0
 
     def run(self, start_method: str) -> list[Failure]:
-        """Runs them; returns how they failed, if they did."""
+        """Runs the workers; returns their failures."""
         listener = socket.create_server((LOOPBACK, 0))
         port: int = listener.getsockname()[1]
-        # where workers meet; it ends with this method
+        # the store of the process group; it ends with this method
         _store = dist.TCPStore(  # type: ignore[attr-defined]
             LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
@@ -129,7 +129,7 @@ class _Generation:
             for rank in range(self._place.num_workers):
                 arguments = (self._task, self._place, rank, port)
                 worker = context.Process(target=_enter, args=arguments, name=f"dpkd-worker-{rank}")
-                with block_stop_signals():  # until it has handlers of its own
+                with block_stop_signals():  # until the worker has installed its handlers
                     worker.start()
                 self._workers[rank] = worker
             clock = RunClock(POLL_S)
@@ -137,7 +137,7 @@ class _Generation:
                 connection.wait([worker.sentinel for worker in living.values()], timeout=POLL_S)
                 self._check(clock.passed_s())
         finally:
-            self._kill(self._living(), "")  # none, unless one could not be started
+            self._kill(self._living(), "")  # none is left, unless a start failed
         return self._failures()
 
     def _living(self) -> dict[int, BaseProcess]:
@@ -147,7 +147,7 @@ class _Generation:
         return living
 
     def _check(self, passed_s: float) -> None:
-        """Passes requests to stop on, and kills workers that have had their time."""
+        """Passes stop requests to the workers, and kills workers whose time is over."""
         reported, living, done = self._reported(), self._living(), self._ranks("done")
         if self._stop.count:
             for rank in living.keys() - self._asked:
@@ -168,25 +168,25 @@ class _Generation:
         elif self._starting_s > self._settings.start_timeout_s:
             self._kill(living.keys() - self._ranks("up"), late_start(self._settings.start_timeout_s))
 
-    def _kill(self, ranks: Collection[int], why: str) -> None:
+    def _kill(self, ranks: Collection[int], cause: str) -> None:
         for rank in ranks:
-            self._killed_for[rank] = why
+            self._killed_for[rank] = cause
             self._workers[rank].kill()
 
     def _ranks(self, word: str) -> set[int]:
-        """The ranks that have written a file of this name."""
+        """The ranks that have written a file `<rank>.<word>`."""
         return {int(path.stem) for path in self._place.folder.glob(f"*.{word}")}
 
     def _reported(self) -> dict[int, Failure]:
-        """The failures that workers wrote down."""
+        """The failures that workers reported, by rank."""
         paths = sorted(self._place.folder.glob("*.pickle"))
         return {int(path.stem): pickle.loads(path.read_bytes()) for path in paths}
 
     def _failures(self) -> list[Failure]:
-        """What workers reported, and the deaths of those that reported nothing.
+        """The failures that workers reported, and the deaths of workers without a report.
 
-        When a worker is killed, the first to report a failure is often a peer whose connection broke; so a death that
-        was seen about then counts as before it.
+        If a worker is killed, a peer with a broken connection often reports its failure first. So a death seen less
+        than `SAME_S` later counts as earlier.
         """
         reported, done = self._reported(), self._ranks("done")
         first_s = min((failure.time_s for failure in reported.values()), default=time.time())
@@ -196,7 +196,7 @@ class _Generation:
             if rank in reported or rank in done or self._killed_for.get(rank) == FOR_A_PEER:
                 continue
             exit_code = worker.exitcode
-            assert exit_code is not None, "it has been waited for"
+            assert exit_code is not None, "the worker has been joined"
             cause = self._killed_for.get(rank) or f"exited with code {exit_code}"
             if exit_code < 0 and rank not in self._killed_for:
                 known = -exit_code in set(signal.Signals)
@@ -211,9 +211,9 @@ class _Generation:
 
 
 def _enter(task: Task, place: _Place, rank: int, port: int) -> None:
-    """Runs the task as this rank, then leaves; the workers meet in the store that listens on the port of loopback."""
+    """Runs the task as this rank; the store of the process group listens on `port` of the loopback interface."""
     end_with_parent()
-    # blocked until here; the driver gets them too, and passes them on as one; loader workers inherit this
+    # signals were blocked until now; the driver gets them too and sends SIGTERM; loader workers inherit this
     signal.signal(signal.SIGTERM, lambda *_: world.request_stop())
     for number in set(STOP_SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
@@ -222,9 +222,9 @@ def _enter(task: Task, place: _Place, rank: int, port: int) -> None:
         with (place.folder / f"{rank}.log").open("wb") as file:
             for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
                 assert isinstance(stream, io.TextIOWrapper), stream
-                stream.reconfigure(line_buffering=True)  # what was printed before a death is to be read
+                stream.reconfigure(line_buffering=True)  # the log must hold the output before a death
                 os.dup2(file.fileno(), descriptor)
-    os.environ |= {  # by which torch and DeepSpeed find their place; the driver is what torch's agent would be
+    os.environ |= {  # torch and DeepSpeed read these; the driver replaces torch's agent
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(place.num_workers),
@@ -234,7 +234,7 @@ def _enter(task: Task, place: _Place, rank: int, port: int) -> None:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
     }
-    if sys.platform == "linux":  # a laptop's host name often resolves to nowhere, and nobody else is to connect
+    if sys.platform == "linux":  # a laptop's host name often does not resolve, and no other machine connects
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     if place.threads is not None:
@@ -245,10 +245,10 @@ def _enter(task: Task, place: _Place, rank: int, port: int) -> None:
         with watched(task.order, rank=rank):
             (place.folder / f"{rank}.up").touch()
             is_done = _work(task, rank, folder=place.folder)
-    except BaseException:  # noqa: BLE001  this is a process's end
+    except BaseException:  # noqa: BLE001 (the process ends here)
         traceback.print_exc()
     if not is_done:
-        # without unwinding this process: what torch has open aborts or hangs when its peers are gone
+        # without cleanup: open connections of torch abort or hang after the peers have ended
         with safe_output():
             sys.stdout.flush()
             sys.stderr.flush()
@@ -256,10 +256,10 @@ def _enter(task: Task, place: _Place, rank: int, port: int) -> None:
 
 
 def _work(task: Task, rank: int, *, folder: Path) -> bool:
-    """Does the work, and writes down how it ended; returns whether it is done."""
+    """Does the work and reports its end to the driver; returns whether it is done."""
     try:
         task.work(task.argument)
-    except Exception as error:  # noqa: BLE001  crosses to the driver, which raises it
+    except Exception as error:  # noqa: BLE001 (the driver raises it)
         part = folder / f"{rank}.part"
         part.write_bytes(pickle.dumps(Failure.of_error(rank, error)))
         part.rename(part.with_suffix(".pickle"))

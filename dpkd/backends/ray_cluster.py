@@ -1,7 +1,6 @@
 """The Ray cluster of this process: the connection to it, its nodes, and resources for the workers of a session.
 
-Resources are asked for as a placement group, so they are had for sure, nobody else takes them meanwhile, and an
-autoscaler sees what is wanted.
+Resources are requested as a placement group, which reserves them all together and shows the request to an autoscaler.
 """
 
 import contextlib
@@ -25,11 +24,11 @@ from dpkd.log import logger
 CHECK_S = 3.0
 POLL_S = 0.2
 QUIET_S = 10.0
-"""Seconds of waiting before the user reads what it waits for."""
+"""Seconds of waiting before a message to the user."""
 
 
 def connect() -> None:
-    """Joins the running cluster, once; Ray's own messages stay in its log files.
+    """Joins the running cluster, once; the messages of Ray go only to its log files.
 
     Raises `UserError` if there is no cluster, or its token is missing.
     """
@@ -42,27 +41,27 @@ def connect() -> None:
         raise UserError(
             f"launcher.kind=ray: no Ray cluster answers at {address!r} ({error}). Submit the command with "
             "`ray job submit -- …`, start a cluster with `ray start --head`, or set launcher.kind=local. A cluster "
-            "with token authentication wants RAY_AUTH_MODE=token and its token here too."
+            "with token authentication needs RAY_AUTH_MODE=token and its token on this machine too."
         ) from error
 
 
 def on_this_node(actor: type, *, max_concurrency: int) -> Any:
-    """A handle to a new actor of the class, on the node of this process, taking no CPU."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": max_concurrency, "scheduling_strategy": here}
+    """A handle to a new actor of the class, on the node of this process, without a CPU."""
+    strategy = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": max_concurrency, "scheduling_strategy": strategy}
     return ray.remote(**options)(actor).remote()
 
 
 def kill_actors(class_name: str) -> None:
-    """Kills the actors of this class that this job has made, and with them those that they own."""
-    core: Any = ray._private.worker.global_worker  # noqa: SLF001  as `ray.kill` does, for actors without a handle
+    """Kills the actors of this class in this job, and the actors that they own."""
+    core: Any = ray._private.worker.global_worker  # noqa: SLF001 (`ray.kill` does the same, but needs a handle)
     for actor, facts in actors(job_id=ray.JobID.from_hex(ray.get_runtime_context().get_job_id())).items():
         if facts["ActorClassName"] == class_name and facts["State"] != "DEAD":
             core.core_worker.kill_actor(ray.ActorID.from_hex(actor), True)
 
 
 def node_resources(*, free: bool = False) -> list[NodeResources]:
-    """What every node that stays has, or has free."""
+    """The resources of every node that is not draining, or its free resources."""
     draining = draining_nodes()
     nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
     left = available_resources_per_node() if free else {node["NodeID"]: node["Resources"] for node in nodes}
@@ -71,17 +70,17 @@ def node_resources(*, free: bool = False) -> list[NodeResources]:
 
 
 def draining_nodes() -> set[str]:
-    """The ids of the nodes that are about to leave; one question to the head."""
-    return set(ray._private.state.state.get_draining_nodes())  # noqa: SLF001  as Ray Train and Ray Data ask
+    """The ids of the nodes that are about to leave; one request to the head."""
+    return set(ray._private.state.state.get_draining_nodes())  # noqa: SLF001 (Ray Train and Ray Data do the same)
 
 
 def living_nodes() -> list[dict[str, float]]:
-    """The resources of each node that is alive."""
+    """The resources of each living node."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def shortage(needs: Mapping[str, float], *, nodes: Sequence[Mapping[str, float]], free: Mapping[str, float]) -> str:
-    """What a worker waits for, in words and numbers; `free` is what no worker of any job holds, over all nodes."""
+    """A message on missing resources of a worker; `free` are the unused resources of all nodes together."""
     wanted = " and ".join(f"{need:g} {name}" for name, need in needs.items())
     have = " and ".join(
         f"{sum(node.get(name, 0.0) for node in nodes):g} {name}s ({free.get(name, 0.0):g} free)" for name in needs
@@ -90,13 +89,13 @@ def shortage(needs: Mapping[str, float], *, nodes: Sequence[Mapping[str, float]]
 
 
 def enter_folder(folder: str) -> None:
-    """Changes to the driver's working folder if this node has it, so that relative paths mean the same."""
+    """Changes to the driver's working folder if this node has it, so that relative paths have the same meaning."""
     with contextlib.suppress(OSError):
         os.chdir(folder)
 
 
 def cause_of_death(error: object) -> str:
-    """Where and how a process of Ray's died, out of the page that Ray writes about it."""
+    """Place and cause of the death of a Ray process, from the long error text of Ray."""
     text = str(error)
     place = re.search(r"node_ip='([^']+)', pid=(\d+)", text)
     reason = next((line for line in text.splitlines() if "because" in line), text.partition("\n")[0])
@@ -104,7 +103,7 @@ def cause_of_death(error: object) -> str:
 
 
 def wait_for_resources(num_workers: int, needs: dict[str, float], *, stop_requested: Callable[[], bool]) -> None:
-    """Returns once the cluster has `needs` to give to each of so many; raises `StopRequested` when asked to stop."""
+    """Waits until the cluster has `needs` free for each of `num_workers`; raises `StopRequested` on a stop request."""
     group = placement_group([needs] * num_workers)
     quiet_until_s = time.monotonic() + QUIET_S
     try:
@@ -123,14 +122,14 @@ def wait_for_resources(num_workers: int, needs: dict[str, float], *, stop_reques
 
 
 class ResizeMonitor:
-    """Finds a reason to move while one generation works: a node that leaves, or room for more workers.
+    """Finds a cause to restart a running generation: a node that leaves, or resources for more workers.
 
-    `cause` is empty until there is one. Use it as a context manager: the resources that it holds for more workers are
-    given back at the end.
+    `cause` is empty until one is found. Use it as a context manager, which releases the resources that it reserved for
+    more workers.
     """
 
     def __init__(self, sizes: WorldSizeRange, *, size: int, needs: dict[str, float]) -> None:
-        """`size` workers are at work, each of which takes at least `needs` of a node's resources."""
+        """`size` is the current number of workers; each uses at least `needs` of a node's resources."""
         self.cause = ""
         self.began_s = 0.0
         more = sizes.above(size)
@@ -149,7 +148,7 @@ class ResizeMonitor:
             remove_placement_group(self._group)
 
     def check(self, nodes: Collection[str]) -> None:
-        """Checks the cluster every few seconds at most, once workers are at work, on these nodes."""
+        """Checks the cluster, at most every `CHECK_S` seconds; `nodes` are those of started workers."""
         if self.cause or not nodes or time.monotonic() < self._checked_s + CHECK_S:
             return
         self._checked_s = time.monotonic()

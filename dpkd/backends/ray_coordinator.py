@@ -1,6 +1,6 @@
-"""The coordinator: a small actor where the driver and the workers of one generation meet.
+"""The coordinator: a small actor that connects the driver and the workers of one generation.
 
-It loads neither torch nor Ray Train, so that it starts fast.
+It loads neither torch nor Ray Train, so it starts fast.
 """
 
 import asyncio
@@ -17,41 +17,41 @@ from dpkd.launch.worker_group import Failure
 
 @dataclass(frozen=True)
 class Status:
-    """What the coordinator knows about the workers."""
+    """The status of the workers."""
 
     output: str = ""
-    """Of the first one, since the last status."""
+    """Output of the first worker since the last status."""
     node_of: dict[int, str] = field(default_factory=dict)
-    """By rank, of those that are at work."""
+    """Node of each started worker, by rank."""
     done: set[int] = field(default_factory=set)
     failures: list[Failure] = field(default_factory=list)
 
 
 class Coordinator:
-    """The actor's class."""
+    """The class of the actor."""
 
     def __init__(self) -> None:
         self._status = Status()
         self._stop = asyncio.Event()
 
     async def enter(self, rank: int, node: str) -> None:
-        """Notes that a worker is at work, on this node."""
+        """Records that a worker has started on a node."""
         self._status.node_of[rank] = node
 
     async def done(self, rank: int) -> None:
-        """Notes that a worker has done its work."""
+        """Records that a worker has finished its work."""
         self._status.done.add(rank)
 
     async def fail(self, failure: Failure) -> None:
-        """Takes a worker's failure, at the time by this clock: those of the nodes differ."""
+        """Records a worker's failure with the time of this actor's clock, because the clocks of nodes differ."""
         self._status.failures.append(replace(failure, time_s=time.time()))
 
     async def write(self, text: str) -> None:
-        """Takes output of the first worker."""
+        """Adds output of the first worker."""
         self._status = replace(self._status, output=self._status.output + text)
 
     async def status(self) -> Status:
-        """How far the workers are, and the first one's output since the last call."""
+        """The status of the workers, with the output of the first one since the last call."""
         status, self._status = self._status, replace(self._status, output="")
         return status
 
@@ -65,7 +65,7 @@ class Coordinator:
 
 
 class Output(io.TextIOBase):
-    """Standard output of the first worker: whole lines go to the coordinator."""
+    """Standard output of the first worker, which sends whole lines to the coordinator."""
 
     def __init__(self, coordinator: Any) -> None:
         self._coordinator = coordinator
@@ -73,7 +73,7 @@ class Output(io.TextIOBase):
         self._lock = threading.Lock()
 
     def write(self, text: str) -> int:
-        """Takes text; sends it on at the end of a line."""
+        """Buffers text, and sends whole lines."""
         with self._lock:
             lines, newline, self._part = (self._part + text).rpartition("\n")
             if newline:
@@ -81,7 +81,7 @@ class Output(io.TextIOBase):
         return len(text)
 
     def close(self) -> None:
-        """Sends what is left, and waits until it has arrived."""
+        """Sends the rest of the text, and waits until it has arrived."""
         with self._lock:
             ray.get(self._coordinator.write.remote(self._part))
             self._part = ""

@@ -1,7 +1,7 @@
-"""The pool on a Ray cluster: one actor a CPU or GPU, one item at a time each, so that a death names its item.
+"""The pool on a Ray cluster: one actor per CPU or GPU, with one item at a time, so the item of a dead actor is known.
 
-The pool follows the cluster while it works: a node that joins gets workers, and the items of a node that is lost are
-done elsewhere. A lost node is no fault of the items that its workers had.
+The pool follows the cluster: it starts workers on new nodes, and other nodes process the items of a lost node. The loss
+of a node does not count against the items of its workers.
 """
 
 import math
@@ -27,16 +27,16 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 POLL_S = 1.0
-"""Seconds after which the resources of the cluster are asked for again, while nothing else happens."""
+"""Longest wait in seconds between two checks of the cluster's resources."""
 QUIET_S = 30.0
-"""Seconds between two messages on waiting for the cluster."""
+"""Seconds between two messages while the pool waits for the cluster."""
 
 
 class RayPool:
-    """Actors on the cluster that this process belongs to, each with a CPU or, if asked for, a share of a GPU.
+    """Actors on the cluster of this process, each with a CPU or with `gpus_per_worker` GPUs.
 
-    `num_workers` is a ceiling; None takes as many as the cluster has room for at each moment. `gpus_per_worker` is a
-    fraction up to 1, or a whole number.
+    `num_workers` is a maximum; None means as many as fit on the cluster at each time. `gpus_per_worker` is a fraction
+    up to 1, or a whole number.
     """
 
     def __init__(
@@ -47,44 +47,43 @@ class RayPool:
         connect()
         self._ceiling = num_workers
         self.order, self.numbers = order, count()
-        # a GPU worker takes no CPU, so that it comes up however many of them the pool for CPUs holds
+        # a GPU worker uses no CPU, so that it starts even if the pool for CPUs holds all of them
         self.needs = {"GPU": float(gpus_per_worker)} if gpus_per_worker else {"CPU": 1.0}
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
         return map_items(_RayWorkers(self, function), items, order=self.order)
 
     def limit(self) -> int:
-        """The most workers that there may be at this moment; one that waits shows an autoscaler the need."""
+        """The most workers at this time, at least one, because a waiting worker shows an autoscaler the need."""
         return self._ceiling or max(1, num_fitting(living_nodes(), needs=self.needs))
 
 
 def num_fitting(nodes: Sequence[Mapping[str, float]], *, needs: Mapping[str, float]) -> int:
-    """How many workers fit on nodes with these resources."""
+    """The number of workers that fit on nodes with these resources."""
     return sum(min(int(node.get(name, 0.0) / need + 1e-6) for name, need in needs.items()) for node in nodes)
 
 
 @dataclass(eq=False, kw_only=True)
 class _RayWorker(PoolWorker):
-    """An actor, and the node that it runs on, once it does."""
+    """An actor, and its node after it has started."""
 
     actor: Any
     node_id: str | None = None
     doubt: RayError | None = None
-    """Why it is not known whether it still lives."""
+    """The error after which it is unknown whether the actor is alive."""
 
 
 class _RayWorkers:
-    """The actors, and what they have not answered."""
+    """The actors and their open requests."""
 
     def __init__(self, pool: RayPool, function: Callable[[Any], Any]) -> None:
         self._pool, self._function = pool, ray.put(cloudpickle.dumps(function))
         self._all: list[_RayWorker] = []
-        self._expected: dict[Any, _RayWorker] = {}  # those that come up or work, by what they are to answer
+        self._expected: dict[Any, _RayWorker] = {}  # starting or busy workers, by the future of their answer
         self._reported_s, self._busy_s = -math.inf, time.monotonic()
 
     def start(self, num_expected: int) -> None:
-        # the threads are not set in the actor: Ray may have brought in numpy by then, and a node's own OMP_NUM_THREADS
-        # wins over Ray's
+        # not set in the actor: Ray may have imported numpy before, and OMP_NUM_THREADS of the node overrides Ray's
         options: dict[str, Any] = {
             "num_cpus": self._pool.needs.get("CPU", 0),
             "num_gpus": self._pool.needs.get("GPU", 0),
@@ -120,7 +119,7 @@ class _RayWorkers:
         try:
             answer = ray.get(done[0])
         except (ActorUnavailableError, ObjectLostError) as doubt:
-            # the connection broke, and Ray does not know yet what became of the worker: the next answer tells
+            # the connection broke and Ray does not know yet whether the worker is alive: the next answer shows it
             worker.doubt = doubt
             self._expected[worker.actor.node.remote()] = worker
             return None
@@ -131,7 +130,7 @@ class _RayWorkers:
             is_known_lost = "node has died" in str(death) if worker.node_id is None else worker.node_id not in living
             worker.death, worker.node_lost = cause_of_death(death), is_preempted or is_known_lost
             return worker
-        if worker.doubt is not None:  # it lives, and its answer to the item is gone
+        if worker.doubt is not None:  # it is alive, but its answer to the item is lost
             self.end(worker)
             worker.death, worker.node_lost = cause_of_death(worker.doubt), True
         elif worker.index is None:
@@ -141,7 +140,7 @@ class _RayWorkers:
         return worker
 
     def _report_waiting(self) -> None:
-        """Logs what is missing while no worker works: at once if no node could hold one, and now and then."""
+        """Logs missing resources while no worker is busy: at once if no node is large enough, and every `QUIET_S`."""
         now_s, nodes = time.monotonic(), living_nodes()
         has_room = num_fitting(nodes, needs=self._pool.needs) > 0
         is_due = now_s - max(self._reported_s, self._busy_s) > QUIET_S or (
@@ -155,7 +154,7 @@ class _RayWorkers:
 
 
 class _Server:
-    """The actor's own side."""
+    """The class of the actor."""
 
     def __init__(self, function: bytes, folder: str, order: WatchOrder | None, number: int) -> None:
         self._function = function
@@ -165,7 +164,7 @@ class _Server:
         heartbeat(RESTING)
 
     def node(self) -> str:
-        """The node that this runs on."""
+        """The id of the actor's node."""
         return str(ray.get_runtime_context().get_node_id())
 
     def answer(self, item: bytes) -> bytes:

@@ -1,16 +1,16 @@
-"""Workers on a Ray cluster, under Ray Train.
+"""Training workers on a Ray cluster, with Ray Train.
 
-Ray Train places, starts and watches one generation of workers; whether another follows is decided by the restart
-policy, as on one machine, and so is its size: Ray Train's own elasticity ends workers without having asked them to
-save, and knows nothing of a batch that they must share equally.
+Ray Train places, starts and watches one generation of workers. As on one machine, the restart policy of dpkd decides on
+further generations and their size: the elasticity of Ray Train ends workers before they save, and does not know that
+workers must share a batch equally.
 
-A session of several sizes starts each generation with as many workers as the cluster has room for. While it could do
-with more, it asks the cluster for their resources, which an autoscaler sees too; once it has had them for a while, all
-save and start again with more. A node that is about to leave has them save too; a node that is lost costs the steps
-since the last save.
+A session of several sizes starts each generation with as many workers as fit on the cluster. If more are allowed, it
+requests their resources, which an autoscaler sees too; after it has had them for some time, all workers save and
+restart with more. They also save and restart if a node is about to leave. The loss of a node costs the steps since the
+last save.
 
-The coordinator, a small actor on the driver's node, carries what Ray Train does not: the request to stop to the
-workers, and their failures and the first one's output to the driver.
+The coordinator, a small actor on the driver's node, sends the stop request to the workers, and their failures and the
+output of the first one to the driver, which Ray Train does not do.
 """
 
 import contextlib
@@ -63,25 +63,25 @@ from dpkd.launch.world_size import WorldSizeRange, cpus_per_worker
 from dpkd.log import logger, safe_output
 
 CONTROLLER = "TrainController"
-"""The actor that leads a generation, of which Ray Train gives no handle."""
+"""Class name of the actor that controls a generation; Ray Train gives no handle to it."""
 POLL_S = 0.3
 CAUSE_PATIENCE_S = 2.0
 DRIVER_SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # for their resources alone, which were free a moment before
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of the settings mean the driver's folder
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # only for resources, which were free just before
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in settings are relative to the driver's folder
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 
 
 class RayWorkers:
-    """Processes on the cluster, as many as `num_workers` says (None: one for each of its GPUs, or one).
+    """`num_workers` processes on the cluster (None: one per GPU, or one); the output of the first one is shown.
 
-    The first one's output is shown. Each worker takes an equal share of the nodes' CPUs, or `threads`, and a GPU if
-    the cluster has any. Workers that were asked to stop are ended after `stop_grace_s`, or at a second Ctrl-C; a
-    generation that is not at work after `start_timeout_s` fails.
+    Each worker uses an equal share of the nodes' CPUs, or `threads`, and a GPU if the cluster has any. Workers that
+    were asked to stop are ended after `stop_grace_s`, or at a second Ctrl-C; a generation that has not started after
+    `start_timeout_s` fails.
     """
 
     def __init__(self, num_workers: int | WorldSizeRange | None, settings: LauncherSettings) -> None:
@@ -116,9 +116,9 @@ class RayWorkers:
         return failures
 
     def _wait_for_size(self, stop: StopRequests, *, is_crowded: bool) -> tuple[int, int]:
-        """The number of workers to start and the CPUs for each, once these are free; raises `StopRequested`.
+        """Waits for resources; returns the number of workers and the CPUs of each. Raises `StopRequested`.
 
-        They share out what the nodes have, or what they have free if another job holds some of it.
+        The workers divide all CPUs of the nodes, or the free CPUs if `is_crowded` by another job.
         """
         use_gpu, threads = bool(self._gpu), self._settings.threads
         while True:
@@ -134,7 +134,7 @@ class RayWorkers:
 
 
 class _Generation:
-    """So many workers of a task, each with its resources, from their start until all have ended."""
+    """The `num_workers` workers of a task, each with `resources`, from their start until all have ended."""
 
     def __init__(
         self, task: Task, *, num_workers: int, resources: dict[str, float], settings: LauncherSettings
@@ -143,15 +143,15 @@ class _Generation:
         self._coordinator = on_this_node(Coordinator, max_concurrency=100_000)
         self._status = Status()
         self._error: Exception | None = None
-        """Of Ray Train."""
+        """The error of Ray Train."""
 
     def run(self, stop: StopRequests, resize: ResizeMonitor) -> list[Failure] | None:
-        """Runs them until they have ended; returns how they failed, if they did, and None if there was no room."""
+        """Runs the workers until they have ended; returns their failures, or None if the resources were not free."""
         ended: Failure | None = None
         try:
             with lasting_folder("workers", secrets.token_hex(4)) as folder:
                 fit = threading.Thread(target=self._fit, args=(str(folder),), name="dpkd-ray-train", daemon=True)
-                fit.start()  # so that this thread stays free for signals and output
+                fit.start()  # in a thread: this one handles signals and output
                 try:
                     ended = self._watch(fit, stop, resize)
                 except RayActorError as error:
@@ -161,14 +161,14 @@ class _Generation:
                     late = late_start(self._settings.start_timeout_s)
                     ended = Failure(-1, f"the actor in which driver and workers meet was {late}")
                 while fit.is_alive():
-                    kill_actors(CONTROLLER)  # the workers go with it
+                    kill_actors(CONTROLLER)  # its workers end too
                     fit.join(POLL_S)
         finally:
-            ray.kill(self._coordinator)  # which lives on as long as a traceback that holds it
+            ray.kill(self._coordinator)  # otherwise a traceback that holds it keeps it alive
         return self._failures(ended)
 
     def _fit(self, folder: str) -> None:
-        # threads that wait must not spin, as on one machine; read once, when the process loads torch
+        # waiting threads must not spin, as on one machine; torch reads it once, at its import
         variables = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
         config = {"task": self._task, "coordinator": self._coordinator, "folder": str(Path.cwd())}
         trainer = TorchTrainer(
@@ -177,7 +177,7 @@ class _Generation:
             scaling_config=ScalingConfig(
                 num_workers=self._num_workers, use_gpu="GPU" in self._resources, resources_per_worker=self._resources
             ),
-            run_config=RunConfig(  # type: ignore[call-arg]  # typed as that of version 1
+            run_config=RunConfig(  # type: ignore[call-arg]  # has the types of version 1
                 name=uuid.uuid4().hex,
                 storage_path=folder,
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
@@ -186,13 +186,13 @@ class _Generation:
         )
         try:
             trainer.fit()
-        except Exception as error:  # noqa: BLE001  `_failures` reads it
+        except Exception as error:  # noqa: BLE001 (`_failures` reads it)
             self._error = error
 
     def _watch(self, fit: threading.Thread, stop: StopRequests, resize: ResizeMonitor) -> Failure | None:
-        """Shows the workers' output and passes requests to stop on to them, until they are done.
+        """Shows the workers' output and sends them stop requests, until they have ended.
 
-        Returns early with a failure if they are not at work, or do not end, in time.
+        Returns a failure earlier if they do not start or end in time.
         """
         clock, starting_s, stopping_s = RunClock(POLL_S), 0.0, 0.0
         start_timeout_s, grace_s = self._settings.start_timeout_s, self._settings.stop_grace_s
@@ -222,7 +222,7 @@ class _Generation:
                 return Failure(-1, f"not done {grace_s:.0f} s after they were asked to stop")
 
     def _failures(self, ended: Failure | None) -> list[Failure] | None:
-        """What workers reported, and the deaths of those that reported nothing: they died before the others."""
+        """The failures that workers reported, and the deaths of workers without a report, which count as earlier."""
         reported, error = self._status.failures, self._error
         if isinstance(error, ControllerError) and isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
             return None
@@ -245,7 +245,7 @@ class _Generation:
 
 
 def _enter(config: dict[str, Any]) -> None:
-    """Runs the `task` of the config as the rank that Ray Train gave this process, in a thread of Ray's."""
+    """Runs the `task` of the config as the rank from Ray Train, in a thread of Ray."""
     task, coordinator = config["task"], config["coordinator"]
     enter_folder(config["folder"])
     if config["threads"] is not None:
@@ -259,10 +259,10 @@ def _enter(config: dict[str, Any]) -> None:
             with watched(task.order, rank=rank):
                 task.work(task.argument)
                 ray.get(coordinator.done.remote(rank))
-        except Exception as error:  # crosses to the driver too
+        except Exception as error:  # the driver gets it too
             failure = Failure.of_error(rank, error)
             ray.get(coordinator.fail.remote(failure))
-            if failure.symptom:  # Ray Train ends all once one has raised: the peer that caused this shall report first
+            if failure.symptom:  # after an error Ray Train ends all workers: the cause must be reported first
                 time.sleep(CAUSE_PATIENCE_S)
             raise
         finally:
@@ -270,7 +270,7 @@ def _enter(config: dict[str, Any]) -> None:
 
 
 def _pass_on_stop(coordinator: Any) -> None:
-    """Waits for the request to stop; ends this process at once where the coordinator is lost."""
+    """Waits for the stop request; ends this process at once if the coordinator is lost."""
     try:
         ray.get(coordinator.wait_for_stop.remote())
     except RayActorError:

@@ -1,6 +1,6 @@
-"""Where DeepSpeed keeps weights and optimizer state at ZeRO stages 1 to 3, and how to read and write them whole.
+"""Slots of DeepSpeed's weights and optimizer state at ZeRO stages 1 to 3, to read and write them whole.
 
-All weights are fp32, so a parameter is bit for bit its master weight, of which ZeRO keeps a second copy that writing
+All weights are fp32, so a parameter is bit for bit its master weight. ZeRO keeps a second copy of it, which writing
 must keep equal.
 """
 
@@ -17,9 +17,9 @@ from dpkd.engine.world import World
 
 
 class PartedOptimizer:
-    """Stages 1 and 2: weights whole, the optimizer's state and second copies of the weights in parts.
+    """Stages 1 and 2: whole weights, the optimizer's state and second copies of the weights in parts.
 
-    A parameter lies in the part of one rank, except those at the edges of the parts.
+    A parameter is in the part of one rank, except parameters at the edges of parts.
     """
 
     def __init__(self, zero: Any) -> None:
@@ -29,11 +29,11 @@ class PartedOptimizer:
         return Slot(parameter.shape, ((parameter, 0), *self._part(parameter)))
 
     def quantity(self, parameter: Any, name: str) -> Slot:
-        # DeepSpeed gathers on all ranks
+        # DeepSpeed gathers it on all ranks
         return Slot(parameter.shape, self._part(parameter, name), lambda *_: parameter.get_full_hp_param(name))
 
     def _part(self, parameter: Any, quantity: str | None = None) -> tuple[tuple[torch.Tensor, int], ...]:
-        """This rank's part of the second copy of a weight, or of a quantity; empty where it lies on other ranks."""
+        """This rank's part of the second copy of a weight, or of a quantity; empty if it is on other ranks."""
         mapping = parameter._hp_mapping if parameter.requires_grad else None  # noqa: SLF001
         if mapping is None:
             return ()
@@ -42,14 +42,14 @@ class PartedOptimizer:
     def set_num_updates(self, settings: OptimizerSettings, number: int) -> None:
         flats = self._zero.single_partition_of_fp32_groups
         set_num_updates(self._zero.optimizer, settings, tensors=flats, num_updates=number)
-        self._zero._lazy_init_hp_params_optimizer_state()  # noqa: SLF001 (it does so after its first step only)
+        self._zero._lazy_init_hp_params_optimizer_state()  # noqa: SLF001 (DeepSpeed calls it only after its first step)
 
     def refresh(self) -> None:
         pass
 
 
 class Sharded:
-    """Stage 3: every tensor flat, padded to a multiple of the ranks, an equal shard on each; frozen ones too."""
+    """Stage 3: every tensor, frozen ones too, is flat, padded, and in equal shards on all ranks."""
 
     def __init__(self, zero: Any, *, world: World) -> None:
         self._zero = zero
@@ -90,7 +90,7 @@ class Sharded:
 
 
 def placement(optimizer: Any, *, stage: int, world: World) -> Placement:
-    """Where DeepSpeed's optimizer keeps the state at a ZeRO stage."""
+    """The placement of the state of DeepSpeed's optimizer at a ZeRO stage."""
     if stage == 0:
         return Replicated(optimizer)
     return PartedOptimizer(optimizer) if stage < 3 else Sharded(optimizer, world=world)
