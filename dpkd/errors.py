@@ -46,9 +46,9 @@ def portable(error: Exception) -> Exception:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The hint `, did you mean 'x'?` for a misspelt name; empty if no known name is similar."""
+    """The hint ` (did you mean 'x'?)` for a misspelt name; empty if no known name is similar."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f", did you mean {near[0]!r}?" if near else ""
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def without_secrets(text: str) -> str:

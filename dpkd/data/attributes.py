@@ -34,8 +34,7 @@ import yaml
 from numpy.typing import NDArray
 
 from dpkd.config import read_yaml
-from dpkd.data.sources.records import nearest
-from dpkd.errors import UserError
+from dpkd.errors import UserError, did_you_mean
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
 
@@ -58,7 +57,7 @@ class AttributeTable:
         """The rows of these classes, in the same order; raises `UserError` with the names of missing classes."""
         row_of = {name: row for row, name in enumerate(self.classes)}
         if missing := [name for name in classes if name not in row_of]:
-            named = ", ".join(f"{name!r}{nearest(name, self.classes)}" for name in missing[:MAX_SHOWN])
+            named = ", ".join(f"{name!r}{did_you_mean(name, self.classes)}" for name in missing[:MAX_SHOWN])
             more = f" and {len(missing) - MAX_SHOWN} more" if len(missing) > MAX_SHOWN else ""
             raise UserError(
                 f"data.attributes {self.path} lacks {len(missing)} of {len(classes)} training classes: {named}{more}; "
@@ -122,7 +121,9 @@ def read_attributes(path: str) -> AttributeTable:
         for name, text in cells.items():
             try:
                 if name not in by_name:
-                    raise ValueError(f"no such attribute{nearest(name, by_name)} (declared are {', '.join(by_name)})")
+                    raise ValueError(
+                        f"no such attribute{did_you_mean(name, by_name)} (declared are {', '.join(by_name)})"
+                    )
                 if text not in _UNKNOWN:
                     values = by_name[name].values(text)
                     start = columns.index(by_name[name].columns[0])
@@ -162,7 +163,7 @@ class _Attribute:
         except ValueError:
             number = None
         if number is None or not self.takes_numbers:
-            near = f"grade{nearest(text, self.grades)} of {', '.join(self.grades)}" if self.grades else "number"
+            near = f"grade{did_you_mean(text, self.grades)} of {', '.join(self.grades)}" if self.grades else "number"
             raise ValueError(f"{text!r} is not a {near}")
         if not 0 <= number <= 1:
             raise ValueError(f"{text} is out of range: give a number from 0 to 1")

@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from dpkd.data.settings import ClassSplits, FileSplits, FractionSplits, GivenSplits
-from dpkd.data.sources.records import Record, keys_of, nearest
+from dpkd.data.sources.records import Record, keys_of
 from dpkd.data.sources.text import match_lines
-from dpkd.errors import UserError
+from dpkd.errors import UserError, did_you_mean
 from dpkd.log import logger
 
 Splits = GivenSplits | FractionSplits | ClassSplits | FileSplits
@@ -125,7 +125,7 @@ def _by_class(
         for name in wanted if not isinstance(wanted, int) else ():
             if name not in known:
                 raise UserError(
-                    f"data.splits.classes.{split} has {name!r}, not a class of the source{nearest(name, known)}"
+                    f"data.splits.classes.{split} has {name!r}, not a class of the source{did_you_mean(name, known)}"
                 )
             if name in split_of:
                 raise UserError(f"data.splits.classes has {name!r} in {split_of[name]!r} and in {split!r}: keep one")

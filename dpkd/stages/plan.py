@@ -13,8 +13,7 @@ from dpkd import __version__
 from dpkd.data.attributes import AttributeTable, read_attributes
 from dpkd.data.shards import MANIFEST_NAME as DATASET_NAME
 from dpkd.data.shards import Dataset
-from dpkd.data.sources.records import nearest
-from dpkd.errors import UserError
+from dpkd.errors import UserError, did_you_mean
 from dpkd.io import storage
 from dpkd.io.checkpoint_store import CheckpointStore
 from dpkd.log import logger
@@ -212,5 +211,5 @@ def refuse_unknown_classes(dataset: Dataset, settings: Settings) -> None:
                     known = ", ".join(trained[:MAX_NAMED]) or "no label"
                     raise UserError(
                         f"{key}.{field} names {name!r}, of which the split {settings.data.train!r} has no sample"
-                        f"{nearest(name, trained) or f' (it has: {known})'}: correct it"
+                        f"{did_you_mean(name, trained) or f' (it has: {known})'}: correct it"
                     )

@@ -1,6 +1,5 @@
 """The samples of a source before packing: the location of the bytes, and the labels."""
 
-import difflib
 import errno
 import os
 from collections import Counter
@@ -106,12 +105,6 @@ def keys_of(names: Sequence[str]) -> list[str]:
         key if counts[key] == 1 else f"{key}~{storage.digest(name.encode('utf-8', 'surrogateescape'))[:8]}"
         for key, name in zip(keys, names, strict=True)
     ]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)`, or an empty text if no known name is similar."""
-    matches = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
 def passed_over_as(name: str) -> str:

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 
 from dpkd.data.settings import TableSource
 from dpkd.data.shards import MASK_EXTENSION
-from dpkd.data.sources.records import Blob, Record, SourceContents, nearest
+from dpkd.data.sources.records import Blob, Record, SourceContents
 from dpkd.data.sources.text import cell_name, cell_value, class_of_label, decode_text, split_lines
-from dpkd.errors import UserError, without_secrets
+from dpkd.errors import UserError, did_you_mean, without_secrets
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
 from dpkd.io.record import parse_json
@@ -94,7 +94,7 @@ def _require_columns(source: TableSource, rows: list[Row]) -> None:
     for key, column in wanted:
         if column is not None and column not in columns:
             raise UserError(
-                f"data.source.{key}={column!r} is not a column of {source.path}{nearest(column, columns)}; "
+                f"data.source.{key}={column!r} is not a column of {source.path}{did_you_mean(column, columns)}; "
                 f"its columns are: {', '.join(sorted(columns))}"
             )
     if any(isinstance(row.get(source.path_column), dict | list) for row in rows):
