@@ -234,5 +234,5 @@ def _log_what_was_packed(manifest: Manifest, contents: SourceContents, *, window
         )
     if manifest.num_left_out:
         logger.info(f"pack: {manifest.num_left_out:,} samples are in no split of data.splits")
-    if contents.passed_over:
-        logger.info(f"pack: passed over {describe_counts(contents.passed_over)}")
+    if contents.ignored:
+        logger.info(f"pack: ignored {describe_counts(contents.ignored)}")

@@ -347,7 +347,7 @@ def test_shards_whose_manifest_is_damaged_or_lost_are_not_touched(images, tmp_pa
         assert files_of(tmp_path / "set") == before
 
 
-def test_the_log_has_how_the_source_was_understood_and_what_was_passed_over(tmp_path, capsys):
+def test_the_log_has_how_the_source_was_understood_and_what_was_ignored(tmp_path, capsys):
     images = make_folder(tmp_path / "images", counts={"train/cat": 3, "train/dog": 2, "train/nan": 1, "test/cat": 1})
     for name in ("a.gif", "b.gif", "c.heic", "notes"):
         (images / "train" / "cat" / name).write_bytes(b"x")
@@ -362,15 +362,15 @@ def test_the_log_has_how_the_source_was_understood_and_what_was_passed_over(tmp_
         "2 classes: cat, dog",
         "split test: 1 samples, 1 labelled in 1 classes, 0 without a label",
         "split train: 7 samples, 6 labelled in 2 classes, 1 without a label",
-        "passed over 2 .gif, 1 .heic, 1 in #recycle, 1 in @eaDir, 1 in __MACOSX, 1 without a suffix",
+        "ignored 2 .gif, 1 .heic, 1 in #recycle, 1 in @eaDir, 1 in __MACOSX, 1 without a suffix",
     ]
 
 
-def test_the_log_names_which_members_of_tars_were_passed_over(tmp_path, capsys):
+def test_the_log_names_which_members_of_tars_were_ignored(tmp_path, capsys):
     sample = {"jpg": image_bytes(0), "cls": b"3", "txt": b"a caption", "npy": b"x"}
     make_tar(tmp_path / "tars" / "train-0.tar", {"a": sample, "b": sample, "__MACOSX/c": sample, "._a": {"jpg": b"x"}})
     pack_at(ShardSource(path=str(tmp_path / "tars")), tmp_path / "set")
-    assert "pack: passed over 4 in __MACOSX, 2 .npy, 2 .txt, 1 .jpg" in capsys.readouterr().out
+    assert "pack: ignored 4 in __MACOSX, 2 .npy, 2 .txt, 1 .jpg" in capsys.readouterr().out
 
 
 def test_folders_of_coco_are_splits_and_a_folder_of_other_pictures_is_refused_by_what_it_holds(tmp_path, capsys):

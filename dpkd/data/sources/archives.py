@@ -24,7 +24,7 @@ from dpkd.data.image_headers import BrokenImage
 from dpkd.data.settings import ShardSource
 from dpkd.data.shards import MANIFEST_NAME, Dataset, is_given
 from dpkd.data.sources.folders import is_split_name
-from dpkd.data.sources.records import Blob, Record, SourceContents, passed_over_as, refuse_no_file, system_folder
+from dpkd.data.sources.records import Blob, Record, SourceContents, ignored_as, refuse_no_file, system_folder
 from dpkd.data.sources.text import IMAGE_SUFFIXES, cell_name, class_of_label, decode_text
 from dpkd.data.tars import Member, list_members
 from dpkd.errors import UserError
@@ -60,7 +60,7 @@ def find_in_archives(source: ShardSource, *, pool: Pool) -> SourceContents:
         bad=tuple(item for content in contents for item in content.bad),
         classes=classes,
         shuffled=True,
-        passed_over=sum((Counter(content.passed_over) for content in contents), Counter()),
+        ignored=sum((Counter(content.ignored) for content in contents), Counter()),
     )
 
 
@@ -102,15 +102,15 @@ def _list_tar(tar: Tar, *, classes: tuple[str, ...] | None) -> SourceContents:
         return SourceContents((), bad=((tar_name, "the tar does not exist"),))
     bad = [(f"{tar_name}/{name}", reason) for name, reason in listing.refused]
     parts: list[tuple[str, str, Member]] = []
-    passed_over: Counter[str] = Counter()
+    ignored: Counter[str] = Counter()
     for member in listing.members:
         match = re.fullmatch(r"((?:.*/|)[^./]+)\.([^/]+)", member.name, re.DOTALL)
         if match is None or system_folder(member.name):
-            passed_over[passed_over_as(member.name)] += 1
+            ignored[ignored_as(member.name)] += 1
             continue
         key, extension = match[1], match[2].lower()
         if f".{extension}" not in (*IMAGE_SUFFIXES, ".json", ".cls") and not is_given(extension):
-            passed_over[f".{extension}"] += 1
+            ignored[f".{extension}"] += 1
         parts.append((key, extension, member))
     # consecutive members with the same key, as WebDataset groups them
     samples = [(key, list(run)) for key, run in groupby(parts, key=itemgetter(0))]
@@ -128,7 +128,7 @@ def _list_tar(tar: Tar, *, classes: tuple[str, ...] | None) -> SourceContents:
             records.append(_record(tar, run, classes=classes))
         except ValueError as error:
             bad.append((f"{tar_name}/{key}", str(error)))
-    return SourceContents(tuple(records), tuple(bad), passed_over=passed_over)
+    return SourceContents(tuple(records), tuple(bad), ignored=ignored)
 
 
 def _record(tar: Tar, parts: list[tuple[str, str, Member]], *, classes: tuple[str, ...] | None) -> Record:

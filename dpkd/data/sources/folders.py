@@ -11,7 +11,7 @@ from collections import Counter
 
 from dpkd.data.settings import FolderSource
 from dpkd.data.shards import EXPERT_PREFIX
-from dpkd.data.sources.records import Blob, Record, SourceContents, describe_counts, passed_over_as, system_folder
+from dpkd.data.sources.records import Blob, Record, SourceContents, describe_counts, ignored_as, system_folder
 from dpkd.data.sources.text import class_of_label, is_image
 from dpkd.errors import UserError
 from dpkd.io import storage
@@ -28,17 +28,17 @@ def find_in_folders(source: FolderSource) -> SourceContents:
         raise UserError(f"data.source.path={source.path} does not exist: give the folder with the images")
     images: dict[str, Blob] = {}
     maps: list[tuple[str, str, Blob]] = []
-    passed_over: Counter[str] = Counter()
+    ignored: Counter[str] = Counter()
     for name, size in storage.walk(source.path):
         blob = Blob(storage.join(source.path, name), size=size)
         if not is_image(name) or system_folder(name):
-            passed_over[passed_over_as(name)] += 1
+            ignored[ignored_as(name)] += 1
         elif match := re.fullmatch(rf"(.*[^/])\.((?:mask|instances|{EXPERT_PREFIX}[^./]+)\.png)", name, re.DOTALL):
             maps.append((match[1], match[2], blob))
         else:
             images[name] = blob
     if not images:
-        other_files = f", but {describe_counts(passed_over)}" if passed_over else ""
+        other_files = f", but {describe_counts(ignored)}" if ignored else ""
         raise UserError(
             f"data.source.path={source.path} has {'masks and ' if maps else ''}no image (.jpg, .png, .webp, .bmp, "
             f".tif){other_files}: give another folder"
@@ -56,7 +56,7 @@ def find_in_folders(source: FolderSource) -> SourceContents:
         split, class_name = places[name]
         given = given_of[name.rpartition(".")[0]]
         records.append(Record(name=name, image=blob, class_name=class_name, split=split, given=given))
-    return SourceContents(records=tuple(records), bad=tuple(bad), layout=layout, passed_over=passed_over)
+    return SourceContents(records=tuple(records), bad=tuple(bad), layout=layout, ignored=ignored)
 
 
 def _places(images: list[str], *, path: str) -> tuple[dict[str, tuple[str | None, str | None]], str]:

@@ -79,7 +79,7 @@ class SourceContents:
     """True if the source's order must stay, because it streams."""
     layout: str = ""
     """A description of the detected layout."""
-    passed_over: Mapping[str, int] = field(default_factory=dict)
+    ignored: Mapping[str, int] = field(default_factory=dict)
     """Suffix or system folder -> number of files that belong to no sample."""
 
 
@@ -107,7 +107,7 @@ def keys_of(names: Sequence[str]) -> list[str]:
     ]
 
 
-def passed_over_as(name: str) -> str:
+def ignored_as(name: str) -> str:
     """The count's name for a file of no sample: `in @eaDir` for a system folder, else the suffix."""
     if folder := system_folder(name):
         return f"in {folder}"
