@@ -48,8 +48,7 @@ def any_class_of(base: type[Config]) -> WrapValidator:
         try:
             return chosen.model_validate(value)
         except ValidationError as error:
-            faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-            raise ValueError("; ".join(faults)) from None
+            raise ValueError(explain(error, chosen)) from None
 
     return WrapValidator(validate)
 

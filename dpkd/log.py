@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichBar
 
-from dpkd.errors import printable
+from dpkd.errors import UserError, printable
 from dpkd.io.errors import read_errors, write_errors
 
 INTERVAL_S = 10.0
@@ -181,6 +181,8 @@ class EventReader:
                 whole, newline, _ = file.read().rpartition(b"\n")
         except FileNotFoundError:
             return []
+        except (IsADirectoryError, NotADirectoryError) as error:
+            raise UserError(f"{self._path} is not a file: move it away, then run the command again") from error
         self._offset += len(whole) + len(newline)
         events = []
         for line in whole.split(b"\n"):

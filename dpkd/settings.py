@@ -326,8 +326,9 @@ class Settings(Config):
         for stored, key in {stored: key for name, key in key_of.items() for stored in _stored(name)}.items():
             kind, _, of = stored.partition("-")
             if kind not in kinds or kind == "learned":
-                unknown = f"{key} uses the prior {stored!r}, which no built-in prior computes"
-                raise ValueError(f"{unknown}: add {_as_prior(stored)} to prepare.priors (built in: {', '.join(kinds)})")
+                unknown = f"{key} uses the prior {stored!r}, which no built-in prior computes ({', '.join(kinds)})"
+                added = _as_prior(stored) if kind in kinds else "your own as {kind: package.module:Class}"
+                raise ValueError(f"{unknown}: add {added} to prepare.priors")
             yield kinds[kind](of=of) if of else kinds[kind]()  # type: ignore[call-arg]
 
     def _check_map(self, key: str, name: str) -> None:

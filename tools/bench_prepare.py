@@ -42,7 +42,7 @@ from dpkd.stages.pack import pack
 from dpkd.stages.prepare import prepare
 from tools.make_sample_data import SampleSettings, draw_samples
 
-VIEWS = ("lab_HWC", "lab8_HWC", "grey8_HW", "grey_HW")
+VIEWS = ("lab_HWC", "grey8_HW", "grey_HW")
 """The views of an image that more than one prior takes."""
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 

@@ -6,7 +6,7 @@ objective in another package, set `kind: package.module:Class` in the settings.
 
 from typing import Annotated
 
-from pydantic import Field, SerializeAsAny
+from pydantic import AfterValidator, Field, SerializeAsAny
 
 from dpkd.config import any_class_of
 from dpkd.objectives.attributes import Attributes
@@ -33,5 +33,16 @@ BuiltIn = Annotated[
     Field(discriminator="kind"),
 ]
 
-AnyObjective = Annotated[SerializeAsAny[BuiltIn], any_class_of(Objective)]
+
+def _complete(objective: Objective) -> Objective:
+    """The objective; raises `ValueError` for a class that lacks a method of an objective."""
+    lacks = [name for name in ("needs", "loss") if getattr(type(objective), name) is getattr(Objective, name)]
+    if lacks:
+        raise ValueError(
+            f"the objective {objective.kind!r} lacks {', '.join(lacks)}: see dpkd.objectives.base.Objective"
+        )
+    return objective
+
+
+AnyObjective = Annotated[SerializeAsAny[BuiltIn], any_class_of(Objective), AfterValidator(_complete)]
 """The settings of an objective: one of the built-in kinds, or a class of any package."""

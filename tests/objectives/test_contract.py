@@ -15,11 +15,13 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dpkd.data.batch import Batch, View
+from dpkd.errors import UserError
 from dpkd.objectives import BuiltIn
 from dpkd.objectives.base import Context, Head, Needs, Objective, Supervision, losses_of, named
 from dpkd.objectives.features import FeatureDistillation
 from dpkd.objectives.logits import LogitDistillation
 from dpkd.objectives.supervised import Supervised
+from dpkd.settings import parse_settings
 from tests.runs import Command, all_weights, settings_of, tiny, train_events
 
 if TYPE_CHECKING:
@@ -66,6 +68,28 @@ def test_an_objective_of_a_test_file_trains_resumes_and_is_drawn(whole: RunFolde
         assert "loss/Brightness" in board.Tags()["scalars"]
     heads = json.loads((again.folder.teacher("teacher") / "network.json").read_text())["spec"]["heads"]
     assert heads["brightness"] == {"reads": "embedding", "width": 3}
+
+
+class WithoutLoss(Objective):
+    kind: str = f"{__name__}:WithoutLoss"
+
+    def needs(self) -> Needs:
+        return Needs()
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        (KIND | {"scael": 1}, ["distill.students.s.objectives.0", "scael: no such key (did you mean 'scale'?)"]),
+        (KIND | {"weight": -1}, ["distill.students.s.objectives.0", "weight: -1 does not fit"]),
+        ({"kind": f"{__name__}:WithoutLoss"}, ["distill.students.s.objectives.0", "lacks loss"]),
+    ],
+)
+def test_a_class_that_is_no_objective_is_named_with_what_is_wrong(objective: dict, words: list[str]) -> None:
+    tree = {"data": {"source": "x"}, "distill": {"students": {"s": {"model": "resnet18", "objectives": [objective]}}}}
+    with pytest.raises(UserError) as caught:
+        parse_settings(tree, origin="test")
+    assert all(word in str(caught.value) for word in words), caught.value
 
 
 def context_of(outputs: Mapping[str, torch.Tensor], taught: Mapping[str, Mapping[str, torch.Tensor]]) -> Context:
