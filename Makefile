@@ -1,5 +1,5 @@
 # make quickstart   installs, draws a sample data set, and runs every stage on it
-# make test         installs what tests need, and runs them in two processes: under 8 minutes on 2 cores (JOBS=n takes n)
+# make test         installs what tests need, and runs them in two processes: 10 to 20 minutes on 2 cores (JOBS=n takes n)
 # make nightly      the tests that take longer, and those of untrusted input with more examples: some 40 minutes
 # make chaos        processes killed, stopped and cut off from one another, over and over, with a table of it at the end: about
 #                   90 minutes on 2 cores (the sum of its parts); SEED=n repeats a run, ALL=1 takes every storage call of a
@@ -48,9 +48,9 @@ chaos: $(INSTALLED)
 	    status=$$?; $(BIN)/python tools/chaos_report.py $(REPORT) && exit $$status
 
 benchmark: $(INSTALLED)
-	$(BIN)/python tools/bench_checkpoint.py
-	$(BIN)/python tools/bench_recovery.py --launcher local --fault kill
-	$(BIN)/python tools/bench_goodput.py
+	$(BIN)/python -m tools.bench_checkpoint
+	$(BIN)/python -m tools.bench_recovery --launcher local --fault kill
+	$(BIN)/python -m tools.bench_goodput
 
 fuzz: SEED := $(or $(SEED),$(shell date +%s))
 fuzz: $(INSTALLED)

@@ -1,6 +1,6 @@
 """Measures what is left of a run's time and steps when it is preempted: the shape of Ray Train's preemption benchmark.
 
-    python tools/bench_goodput.py --json
+    python -m tools.bench_goodput --json
 
 Ray's (ray-project/ray, pull request 65047): ViT-B/16, 8 workers, 1,600 steps of 1.13 s, a checkpoint every 400, four
 preemptions. Here a small ViT on the CPU takes as many steps and preemptions, in shorter steps, so that a restart weighs

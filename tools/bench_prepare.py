@@ -3,8 +3,8 @@
 Everything is measured in one run: the kernels alone in one process (decode, the shared views of an image, each prior's
 map, each map's encoding), then the whole stage with 1 and 2 workers on the same images as shards.
 
-    python tools/bench_prepare.py                          drawn images
-    python tools/bench_prepare.py --data FOLDER            the images below FOLDER, scaled to the size measured
+    python -m tools.bench_prepare                          drawn images
+    python -m tools.bench_prepare --data FOLDER            the images below FOLDER, scaled to the size measured
 
 A stage is timed from its first finished shard to its last, so that the start of processes does not count; that is
 `start_s`. Nothing else should run on the machine.
@@ -32,6 +32,7 @@ from dpkd.data.images import decode_image
 from dpkd.data.settings import FolderSource
 from dpkd.data.shards import Dataset
 from dpkd.errors import UserError
+from dpkd.log import logger
 from dpkd.priors import DEFAULT_PRIORS
 from dpkd.priors.base import ImageViews, keep_freed_memory
 from dpkd.priors.record import StoredMap, store_map
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         images = _images(options, folder / "drawn")
         dataset = _pack(images, folder, samples_per_shard=max(1, len(images) // options.shards))
         result: dict[str, Any] = {
-            "command": "python tools/bench_prepare.py " + " ".join(sys.argv[1:] if arguments is None else arguments),
+            "command": "python -m tools.bench_prepare " + " ".join(sys.argv[1:] if arguments is None else arguments),
             "commit": commit.stdout.strip(),
             "date": time.strftime("%Y-%m-%d"),
             "machine": f"{platform.processor()}, {os.cpu_count()} cores seen",
@@ -156,7 +157,7 @@ def _stage(dataset: Dataset, *, workers: int, name: str) -> dict[str, float]:
     quarantine = Quarantine(Path(dataset.url).parent / "quarantine.jsonl", limit=0)
     prepare(
         dataset,
-        PrepareSettings(name=name),
+        PrepareSettings(name=name, priors=DEFAULT_PRIORS),
         pool=LocalPool(workers),
         quarantine=quarantine,
         progress=lambda done, _total: marks.append((time.perf_counter(), done)),
@@ -194,6 +195,7 @@ def _mean_ms(items: list[Any], function: Callable[[Any], object]) -> float:
 
 
 if __name__ == "__main__":
+    logger.setLevel("WARNING")  # the result alone goes to stdout
     try:
         main()
     except UserError as error:

@@ -1,6 +1,6 @@
 """Measures how soon `prepare` goes on after a worker, or a node of a Ray cluster, is killed.
 
-    python tools/bench_prepare_faults.py --repeats 3
+    python -m tools.bench_prepare_faults --repeats 3
 
 Recovery is the time from the kill until the shard that the dead worker had is begun again. A node is a raylet of this
 machine that is killed with its workers; the time until Ray notices depends on the network that its death cuts.
@@ -25,6 +25,7 @@ from dpkd.backends.local_pool import LocalPool
 from dpkd.data.settings import FolderSource
 from dpkd.data.shards import Dataset
 from dpkd.launch.pool import Pool
+from dpkd.priors import DEFAULT_PRIORS
 from dpkd.report.quarantine import Quarantine
 from dpkd.settings import DataSettings, PrepareSettings
 from dpkd.stages.pack import pack
@@ -88,7 +89,7 @@ def _recovery_s(dataset: Dataset, pool: Pool, kill: Callable[[Path], None]) -> f
                 killed_s.append(time.time())
                 threading.Thread(target=kill, args=(marks,)).start()
 
-        settings = PrepareSettings(name=f"faults-{uuid.uuid4().hex}")
+        settings = PrepareSettings(name=f"faults-{uuid.uuid4().hex}", priors=DEFAULT_PRIORS)
         quarantine = Quarantine(Path(name) / "bad.jsonl", limit=0)
         prepare(dataset, settings, pool=_MarkingPool(pool, marks), quarantine=quarantine, progress=kill_once)
         counts = Counter(path.name.split("-")[0] for path in marks.iterdir())

@@ -1,8 +1,8 @@
 """Measures the seconds from a fault to the next logged step: a killed worker, a stopped one, a node lost and regained.
 
-    python tools/bench_recovery.py --launcher local --fault kill
-    python tools/bench_recovery.py --launcher ray --fault stop --hang-timeout-s 5
-    python tools/bench_recovery.py --launcher ray --fault node
+    python -m tools.bench_recovery --launcher local --fault kill
+    python -m tools.bench_recovery --launcher ray --fault stop --hang-timeout-s 5
+    python -m tools.bench_recovery --launcher ray --fault node
 
 Draws a small data set into a temporary folder, trains a small teacher on it with two workers, hits the second one after
 some steps, and prints a line a fault. On Ray it starts a cluster of two nodes on this machine; the fault `node` kills
