@@ -219,7 +219,7 @@ def test_the_process_that_workers_are_forked_from_may_be_killed_while_they_start
         touch_for_rank, str(tmp_path), supervision=supervision
     )
     assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
-    assert len(restarts) == 1
+    assert [restart.cause for restart in restarts] == ["not started: the process to fork it from was ended"]
     report.record("the process that workers are forked from", fault="SIGKILL", target="while they start")
 
 

@@ -129,8 +129,11 @@ class _Generation:
             for rank in range(self._place.num_workers):
                 arguments = (self._task, self._place, rank, port)
                 worker = context.Process(target=_enter, args=arguments, name=f"dpkd-worker-{rank}")
-                with block_stop_signals():  # until the worker has installed its handlers
-                    worker.start()
+                try:
+                    with block_stop_signals():  # until the worker has installed its handlers
+                        worker.start()
+                except (EOFError, ConnectionError):
+                    return [Failure(rank, "not started: the process to fork it from was ended")]
                 self._workers[rank] = worker
             clock = RunClock(POLL_S)
             while living := self._living():

@@ -65,7 +65,10 @@ def test_any_bytes_are_an_image_or_refused(data):
 
 @given(any_bytes(files()))
 def test_any_bytes_are_a_mask_or_refused(data):
-    outcome(lambda: decode_mask(data))
+    if outcome(lambda: decode_mask(data)) is None:
+        mask_HW = decode_mask(data)
+        assert mask_HW.dtype in (np.uint8, np.uint16)
+        assert mask_HW.shape == image_size(data)[::-1]
 
 
 @given(any_bytes(files()))
