@@ -27,6 +27,7 @@ from typing import Self
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 5.0
+_PORTS_GIVEN: set[int] = set()
 
 
 class LocalCluster:
@@ -134,9 +135,15 @@ def _ray() -> str:
 
 
 def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:  # all are open at once, so that none comes twice
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [server.getsockname()[1] for server in sockets]
+    """Ports that are free, and that this process has not given away before: the nodes open theirs later."""
+    ports: list[int] = []
+    with ExitStack() as stack:
+        while len(ports) < count:
+            port = stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
+            if port not in _PORTS_GIVEN:
+                ports.append(port)
+    _PORTS_GIVEN.update(ports)
+    return ports
 
 
 def main() -> None:
