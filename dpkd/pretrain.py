@@ -83,6 +83,7 @@ def run(settings: Settings, *, stages: Sequence[str] = STAGES) -> None:
         write_provenance(folder, settings.model_dump(mode="json"))
         start_resource_tracker()
         folder = folder.acquire()
+        folder.reopen(left)  # a stage whose files are damaged is recorded as done, and workers skip those
         with attempt_at(folder, left) as supervision:
             run_pool_stages(settings, folder, [stage for stage in left if stage in POOL_STAGES])
             if training := [stage for stage in left if stage not in POOL_STAGES]:

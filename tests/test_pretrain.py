@@ -68,6 +68,20 @@ def test_a_run_ends_with_its_summary_and_exports(whole: RunFolder) -> None:
         assert (whole.path / name).stat().st_size > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["students/vit/model.safetensors", "export/vit/model.safetensors"])
+def test_a_damaged_network_of_a_finished_run_is_written_again(whole: RunFolder, tmp_path: Path, place: str) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(whole.path, folder)
+    tree = tiny(folder, source=None, shards=shards_of(whole))
+    (folder / place).write_bytes(b"")
+    command = Command(tree, "--stages", "prepare,teach,distill,evaluate,export")
+    assert command.wait() == 0, command.output
+    stage = "distill" if place.startswith("students") else "export"
+    assert f"{folder / place} was changed or damaged: the stage {stage} runs again" in command.output
+    assert (folder / place).read_bytes() == (whole.path / place).read_bytes()
+
+
 def assert_accounted(folder: RunFolder, *, attempts: int, restarts: int = 0) -> dict[str, Any]:
     """The account of the run's time, which must cover it from its first event to its last."""
     events = [event for event in EventReader(folder.events).new() if "attempt" in event]

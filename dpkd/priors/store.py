@@ -204,9 +204,13 @@ class PriorSplit:
         return record
 
     def _read_index(self, shard: int) -> PriorIndex:
-        index = PriorIndex.from_bytes(storage.read_bytes(storage.join(self.url, index_name(self.shards[shard].name))))
+        url = storage.join(self.url, index_name(self.shards[shard].name))
+        try:
+            index = PriorIndex.from_bytes(storage.read_bytes(url))
+        except ValueError as error:
+            raise ValueError(f"the index {url}: {error}") from error
         if index.shard != self.shards[shard]:
-            raise ValueError(f"their index belongs to another shard than {MANIFEST_NAME} lists")
+            raise ValueError(f"the index {url} belongs to another shard than {MANIFEST_NAME} lists")
         return index
 
     def _open(self, shard: int) -> int:

@@ -170,13 +170,8 @@ class RunFolder:
         before_s, began_s = self.stages().get(stage, {}).get("seconds", 0.0), time.monotonic()
 
         def write(status: str, **facts: Any) -> None:
-            self.check_fence()
             seconds = round(before_s + time.monotonic() - began_s, 3)
-            record = {"status": status, "seconds": seconds, "given": _as_json(given), **facts}
-            data = checked(self.stages() | {stage: record})
-            with self.scratch("record") as folder, write_errors(self._stages):
-                (folder / self._stages.name).write_bytes(data)
-                storage.deliver(folder / self._stages.name, self._stages)
+            self._record({stage: {"status": status, "seconds": seconds, "given": _as_json(given), **facts}})
 
         write("running")
         if self.attempt is not None:
@@ -195,6 +190,21 @@ class RunFolder:
         write("done", made=made)
         if self.attempt is not None:
             self.write_event("stage_ended", stage=stage)
+
+    def reopen(self, stages: Iterable[str]) -> None:
+        """Records the finished stages among `stages` as running, so that they run again."""
+        done = {stage: record for stage, record in self.stages().items() if record["status"] == "done"}
+        again = {stage: {key: done[stage][key] for key in ("seconds", "given")} for stage in stages if stage in done}
+        if again:
+            self._record({stage: {"status": "running", **record} for stage, record in again.items()})
+
+    def _record(self, stages: dict[str, Any]) -> None:
+        """Replaces the records of these stages; raises `StaleAttempt` if a newer attempt has started."""
+        self.check_fence()
+        data = checked(self.stages() | stages)
+        with self.scratch("record") as folder, write_errors(self._stages):
+            (folder / self._stages.name).write_bytes(data)
+            storage.deliver(folder / self._stages.name, self._stages)
 
 
 def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:

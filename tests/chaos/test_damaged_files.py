@@ -28,6 +28,7 @@ NUM_CALLS = 4
 FEW = (
     ("distilling", "checkpoint part", "swap"), ("distilling", "skipped", "flip a bit"),
     ("distilling", "network weights", "truncate"), ("finished", "events", "folder"),
+    ("finished", "network weights", "empty"), ("teaching", "prior index", "flip a bit"),
 )  # fmt: skip
 
 

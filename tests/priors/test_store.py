@@ -121,7 +121,9 @@ def test_shards_of_another_preparation_are_not_served_under_an_old_manifest(own)
     old = (Path(own.url) / "priors/default/priors.json").read_bytes()
     prepare_all(own, priors=(Edge(stride=4),))
     (Path(own.url) / "priors/default/priors.json").write_bytes(old)
-    with pytest.raises(PriorMismatch, match=r"belongs to another shard than priors\.json lists"):
+    with pytest.raises(
+        PriorMismatch, match=r"the index .*\.index\.msgpack belongs to another shard than priors\.json lists"
+    ):
         PriorSet.open(own.url, "default").split("train").read(0, own.split("train").read(0))
 
 
