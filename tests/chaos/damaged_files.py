@@ -78,7 +78,7 @@ CALLS = {name: 100 + number for name, number in vars(errno).items() if name in (
 LIBRARY = ctypes.CDLL(os.environ["LD_PRELOAD"]) if "LD_PRELOAD" in os.environ else None
 PATIENCE_S = 120.0
 ALONE = world.World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-NETWORKS = ("teacher", "students/vit", "baselines/vit")
+NETWORKS = ("teachers/teacher", "students/vit", "baselines/vit")
 
 
 def tree(run: Path, *, source: Path, seed: int = 0) -> dict[str, Any]:

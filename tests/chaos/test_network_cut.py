@@ -87,7 +87,7 @@ def test_a_cut_network_is_noticed_and_the_run_goes_on_bit_equal(
     assert end["codes"] == [0, 0]
     audit(str(folder.path))
     one, other = all_weights(unbroken), all_weights(folder)
-    teacher = {name: weight for name, weight in one.items() if name.startswith("teacher:")}
+    teacher = {name: weight for name, weight in one.items() if name.startswith("teachers/")}
     assert teacher.keys() == other.keys()
     assert all(teacher[name].equal(other[name]) for name in teacher)
     for each in told:
