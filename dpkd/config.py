@@ -2,7 +2,7 @@
 
 import importlib
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from types import NoneType, UnionType
@@ -142,9 +142,18 @@ def _is_text(text: str, annotation: Any) -> bool:
     return types - {NoneType} == {str}
 
 
-def explain(error: ValidationError, root: type[BaseModel]) -> str:
-    """One line per fault, in the order of the file: the key, its value, the expected value, the nearest known key."""
-    lines = [_line(fault, root) for fault in error.errors(include_url=False)]
+def explain(error: ValidationError, root: type[BaseModel], *, overrides: Sequence[str] = ()) -> str:
+    """One line per fault, in the order of the file: the key, its value, the expected value, the nearest known key.
+
+    A line ends with the overrides that set the key or a part of its value.
+    """
+    lines = []
+    for fault in error.errors(include_url=False):
+        line = _line(fault, root)
+        path = line.partition(": ")[0]
+        keys = {text: re.escape(text.partition("=")[0]) for text in overrides}
+        culprits = [t for t, key in keys.items() if t.startswith(f"{path}.") or re.search(rf"(?<![\w.]){key}\b", line)]
+        lines.append(line + (f" (set on the command line: {' '.join(culprits)})" if culprits else ""))
     return lines[0] if len(lines) == 1 else f"{len(lines)} faults\n  " + "\n  ".join(lines)
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -366,15 +366,15 @@ def load_settings(path: str | Path, overrides: list[str]) -> Settings:
     tree = read_yaml_file(Path(path))
     for override in overrides:
         apply_override(tree, override, root=Settings)
-    return parse_settings(tree, origin=str(path))
+    return parse_settings(tree, origin=str(path), overrides=overrides)
 
 
-def parse_settings(tree: dict[str, Any], *, origin: str) -> Settings:
-    """Validates a tree of plain values and returns it as `Settings`; errors name the `origin`."""
+def parse_settings(tree: dict[str, Any], *, origin: str, overrides: Sequence[str] = ()) -> Settings:
+    """Validates a tree of plain values and returns it as `Settings`; errors name the `origin` and the overrides."""
     try:
         refuse_secrets(tree)
         return Settings.model_validate(tree)
     except RecursionError:
         raise UserError(f"{origin}: a value contains itself, or lists are nested too deeply") from None
     except ValidationError as error:
-        raise UserError(f"{origin}: {explain(error, Settings)}") from None
+        raise UserError(f"{origin}: {explain(error, Settings, overrides=overrides)}") from None

@@ -242,6 +242,24 @@ def test_a_wrong_override_is_named(tmp_path: Path, override: str, named: str) ->
 
 
 @pytest.mark.parametrize(
+    ("override", "other"),
+    [
+        ("run.sead=1", "run.dir=x"),
+        ("distill.training.steps=-1", "distill.training.epochs=2"),
+        ("data.splits.kind=clas", "data.image_size=32"),
+        ("distill.students.small.model={name: x, poling: y}", "distill.students.other.model=resnet10t"),
+        ("data.splits={kind: class, classes: {base: 3, novel: 2}}", "data.val=null"),
+    ],
+)
+def test_a_fault_of_an_override_names_it_and_no_other(tmp_path: Path, override: str, other: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(GOOD))
+    with pytest.raises(UserError) as caught:
+        load_settings(path, [other, override])
+    assert str(caught.value).endswith(f"(set on the command line: {override})")
+
+
+@pytest.mark.parametrize(
     ("text", "named"),
     [
         ("data: {source: a}\ndata: {source: b}\n", "is given twice"),
