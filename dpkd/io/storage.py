@@ -15,8 +15,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import fsspec
-
 from dpkd.errors import StorageUnavailable, UserError
 from dpkd.io.errors import NO_FILE, read_errors, remote_errors, write_errors
 from dpkd.io.temporary_folder import lasting_folder
@@ -85,7 +83,8 @@ def list_names(url: str | Path) -> list[str]:
 def walk(url: str | Path) -> list[tuple[str, int]]:
     """(relative path with slashes, bytes) of every file below a folder, sorted, without hidden names.
 
-    Follows linked folders. An entry that is neither file nor folder (a pipe, a device, a broken link) has -1 bytes.
+    Follows linked folders. An entry that is neither file nor folder (a pipe, a device, a broken link) has -1 bytes. An
+    empty local folder is one entry, with a slash at its end.
     """
     path = local_path(url)
     with read_errors(url):
@@ -103,9 +102,10 @@ def _walk_local(folder: Path, prefix: str, seen: set[str]) -> Iterator[tuple[str
     if real in seen:  # a link back to a folder above
         return
     with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
+        shown = [entry for entry in entries if not entry.name.startswith(".")]
+        if prefix and not shown:
+            yield prefix, 0
+        for entry in shown:
             if os.path.isdir(entry.path):  # noqa: PTH112 (Path.is_dir raises for a link to itself)
                 yield from _walk_local(Path(entry.path), f"{prefix}{entry.name}/", seen | {real})
             else:
@@ -296,6 +296,8 @@ class _RemoteFile:
 @contextmanager
 def _remote(url: str | Path) -> Iterator[tuple[Any, str]]:
     """Yields the file system and the name in it; converts errors of the body by `remote_errors`."""
+    import fsspec  # noqa: PLC0415  not at the top: it loads asyncio, and most runs use a disk
+
     try:
         # cached listings would hide files of other processes
         filesystem, name = fsspec.core.url_to_fs(str(url), use_listings_cache=False)

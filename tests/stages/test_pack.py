@@ -355,14 +355,17 @@ def test_the_log_has_how_the_source_was_understood_and_what_was_ignored(tmp_path
     for folder in ("train/@eaDir", "__MACOSX/train/cat", "train/.ipynb_checkpoints", "train/#recycle"):
         (images / folder).mkdir(parents=True)
         (images / folder / "x.jpg").write_bytes(image_bytes(51))
+    for folder in ("train/bird", "train/fish", "train/.hidden"):
+        (images / folder).mkdir()
+    (images / "train" / "fish" / "e.gif").write_bytes(b"x")
     pack_at(images, tmp_path / "set")
     lines = capsys.readouterr().out.splitlines()
     assert [line.removeprefix("pack: ") for line in lines] == [
-        "the folders are <split>/<class>/*, without a label in nan",
+        "the folders are <split>/<class>/*, without a label in nan, no image in train/bird, train/fish",
         "2 classes: cat, dog",
         "split test: 1 samples, 1 labelled in 1 classes, 0 without a label",
         "split train: 7 samples, 6 labelled in 2 classes, 1 without a label",
-        "ignored 2 .gif, 1 .heic, 1 in #recycle, 1 in @eaDir, 1 in __MACOSX, 1 without a suffix",
+        "ignored 3 .gif, 1 .heic, 1 in #recycle, 1 in @eaDir, 1 in __MACOSX, 1 without a suffix",
     ]
 
 

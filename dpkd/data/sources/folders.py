@@ -8,6 +8,7 @@ operating systems (`@eaDir`, `__MACOSX`, hidden ones) are ignored.
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 
 from dpkd.data.settings import FolderSource
 from dpkd.data.shards import EXPERT_PREFIX
@@ -20,6 +21,8 @@ SPLIT_NAMES = frozenset(
     {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "base", "novel", "query"}
 )
 UNLABELLED = frozenset({"unlabelled", "unlabeled"})
+MAX_NAMED = 10
+"""Number of folders without an image in the log."""
 
 
 def find_in_folders(source: FolderSource) -> SourceContents:
@@ -29,10 +32,12 @@ def find_in_folders(source: FolderSource) -> SourceContents:
     images: dict[str, Blob] = {}
     maps: list[tuple[str, str, Blob]] = []
     ignored: Counter[str] = Counter()
+    folders: set[str] = set()
     for name, size in storage.walk(source.path):
+        folders.add(name.rpartition("/")[0])
         blob = Blob(storage.join(source.path, name), size=size)
         if not is_image(name) or system_folder(name):
-            ignored[ignored_as(name)] += 1
+            ignored[ignored_as(name)] += not name.endswith("/")
         elif match := re.fullmatch(rf"(.*[^/])\.((?:mask|instances|{EXPERT_PREFIX}[^./]+)\.png)", name, re.DOTALL):
             maps.append((match[1], match[2], blob))
         else:
@@ -56,7 +61,16 @@ def find_in_folders(source: FolderSource) -> SourceContents:
         split, class_name = places[name]
         given = given_of[name.rpartition(".")[0]]
         records.append(Record(name=name, image=blob, class_name=class_name, split=split, given=given))
-    return SourceContents(records=tuple(records), bad=tuple(bad), layout=layout, ignored=ignored)
+    empty = sorted(folder for folder in folders - _with_parents(images) if not system_folder(f"{folder}/"))
+    if empty:
+        layout += f", no image in {', '.join(empty[:MAX_NAMED])}{' …' * (len(empty) > MAX_NAMED)}"
+    return SourceContents(records=tuple(records), bad=tuple(bad), layout=layout, ignored=+ignored)
+
+
+def _with_parents(names: Iterable[str]) -> set[str]:
+    """Every folder above the files `names`."""
+    folders = {name.rpartition("/")[0] for name in names}
+    return {"/".join(folder.split("/")[:depth]) for folder in folders for depth in range(folder.count("/") + 2)}
 
 
 def _places(images: list[str], *, path: str) -> tuple[dict[str, tuple[str | None, str | None]], str]:
