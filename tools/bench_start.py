@@ -1,0 +1,260 @@
+"""Measures starting and opening: CPU seconds of commands, of a run until its first step, and of opening large splits.
+
+    python -m tools.bench_start [--json] [--parts commands,step,opening] [--beside CHECKOUT]
+
+`commands` are `dpkd --help`, `dpkd plan --fast` and `dpkd plan` beside the imports of torch and timm, in turns.
+`step` trains a small teacher and a student on shards that exist, until the first step is logged; the CPU time is that
+of all processes of the run, and of each kind of them. `opening` opens data sets of which only the indexes exist, as a
+training worker does, until it has the samples of the first batch; memory is the growth of the largest resident size.
+`--beside` measures another checkout too, in turns with this one. CPU time is user and system, with child processes.
+"""
+
+import argparse
+import json
+import os
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tools.bench_goodput import ROOT, SAMPLES, run_settings
+from tools.make_sample_data import draw_samples
+
+BARE = "import torch, timm"
+COMMANDS = {
+    BARE: ["-c", BARE],
+    "import dpkd": ["-c", "import dpkd"],
+    "dpkd --help": ["-m", "dpkd.cli", "--help"],
+    "dpkd plan --fast": ["-m", "dpkd.cli", "plan", "--fast", "--config"],
+    "dpkd plan": ["-m", "dpkd.cli", "plan", "--config"],
+}
+MODEL = {"name": "resnet18", "arguments": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}}
+TRAINING = {"steps": 1, "batch_size": 16, "log_every": 1, "evaluate_every": 1000, "panels_every": 1000}
+PER_SHARD, NUM_CLASSES = 1000, 1000
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+Turn = Callable[[Path], dict[str, float]]
+"""Measures one checkout once: seconds or MB by name."""
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs the parts, prints a line for each figure or all as JSON, and returns them."""
+    parser = argparse.ArgumentParser(description="CPU seconds of starting and opening.")
+    parser.add_argument("--parts", default="commands,step,opening")
+    parser.add_argument("--samples", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000], help="of opening")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--beside", type=Path, action="append", default=[], help="another checkout, measured in turns")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    results: dict[str, Any] = {"load": os.getloadavg()[0]}
+    with tempfile.TemporaryDirectory(prefix="dpkd-start-") as name:
+        folder = Path(name)
+        draw_samples(folder / "sample", settings=SAMPLES, seed=0)
+        config = folder / "settings.json"
+        config.write_text(json.dumps(_settings(folder / "run", folder / "sample")))
+        turns: dict[str, Turn] = {}
+        if "commands" in options.parts:
+            turns["commands"] = lambda checkout: _commands(checkout, config)
+        if "step" in options.parts:
+            _run(ROOT, ["-m", "dpkd.pretrain", "--config", str(config), "--stages", "pack,prepare"])
+            turns["step"] = lambda checkout: _first_step(checkout, folder)
+        for num_samples in options.samples if "opening" in options.parts else ():
+            settings = _write_indexes(folder / str(num_samples), num_samples)
+            turns[f"opening {num_samples:,}"] = lambda checkout, path=settings: _opening(checkout, path)  # type: ignore[misc]
+        for part, turn in turns.items():
+            measured: dict[Path, list[dict[str, float]]] = {checkout: [] for checkout in [ROOT, *options.beside]}
+            for _ in range(options.repeats):
+                for checkout, figures in measured.items():
+                    figures.append(turn(checkout.resolve()))
+            for checkout, figures in measured.items():
+                medians = {key: statistics.median(figure.get(key, 0.0) for figure in figures) for key in figures[0]}
+                results[f"{part} of {checkout.resolve().name}"] = {key: round(at, 3) for key, at in medians.items()}
+    print(json.dumps(results, indent=1) if options.json else _table(results))
+    return results
+
+
+def _table(results: dict[str, Any]) -> str:
+    lines = []
+    for part, figures in results.items():
+        for name, value in figures.items() if isinstance(figures, dict) else (("", figures),):
+            over = f"  {value / figures[BARE]:6.3f} of {BARE}" if name and BARE in figures else ""
+            lines.append(f"{part:<32} {name:<28} {value:9.3f}{over}")
+    return "\n".join(lines)
+
+
+def _settings(run: Path, sample: Path) -> dict[str, Any]:
+    teacher = {"model": MODEL, "training": TRAINING}
+    launcher = {"kind": "local", "workers": 1}
+    tree = run_settings(run, sample, launcher=launcher, teacher=teacher, image_size=48, loader_workers=1)
+    tree["prepare"] = {"priors": [{"kind": "edge"}, {"kind": "saliency"}]}
+    tree["distill"] = {"students": {"student": {"model": MODEL}}, "training": TRAINING}
+    return tree
+
+
+def _run(checkout: Path, arguments: Sequence[str]) -> float:
+    """CPU seconds of a Python process and of the children that it has waited for."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    subprocess.run([sys.executable, *arguments], cwd=checkout, env=environment, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def _commands(checkout: Path, config: Path) -> dict[str, float]:
+    """CPU seconds of each command; a checkout without `--fast` has none for it."""
+    seconds = {}
+    for name, arguments in COMMANDS.items():
+        try:
+            seconds[name] = _run(checkout, [*arguments, str(config)] if arguments[-1] == "--config" else arguments)
+        except subprocess.CalledProcessError:
+            assert name == "dpkd plan --fast", name
+    return seconds
+
+
+def _first_step(checkout: Path, folder: Path) -> dict[str, float]:
+    """Wall and CPU seconds from the command to the first logged step, of all processes and of each kind."""
+    run = folder / f"step-{time.monotonic_ns()}"
+    tree = _settings(run, folder / "sample")
+    tree["data"] |= {"source": None, "shards": str(folder / "run" / "shards")}
+    config = folder / "step.json"
+    config.write_text(json.dumps(tree))
+    command = [sys.executable, "-m", "dpkd.pretrain", "--config", str(config), "--stages", "teach"]
+    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    began_s = time.monotonic()
+    with run.with_suffix(".log").open("wb") as log:
+        process = subprocess.Popen(
+            command, cwd=checkout, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+        events = run / "events.jsonl"
+        while not (events.exists() and b'"kind": "train"' in events.read_bytes()):
+            assert process.poll() is None, run.with_suffix(".log").read_text()[-2000:]
+            time.sleep(0.01)
+        figures = {"wall": time.monotonic() - began_s} | _session(process.pid)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return figures
+
+
+def _session(leader: int) -> dict[str, float]:
+    """CPU seconds of the living processes of a session and of the children that they waited for, by kind."""
+    seconds: Counter[str] = Counter({"cpu": 0.0})
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (path / "stat").read_text().rpartition(")")[2].split()
+            command = (path / "cmdline").read_bytes().decode(errors="replace")
+        except OSError:  # it has ended
+            continue
+        if int(fields[3]) == leader:
+            spent = sum(map(int, fields[11:15])) / TICKS_PER_S
+            kinds = ("forkserver", "resource_tracker", "watchdog")
+            kind = next((kind for kind in kinds if kind in command), "driver")
+            seconds["cpu"] += spent
+            seconds[f"cpu of {kind}"] += spent  # a forked worker has the command of its fork server
+    return dict(seconds)
+
+
+def _write_indexes(folder: Path, num_samples: int) -> Path:
+    """Writes settings, and a data set and a prior set of which only manifests and indexes exist."""
+    from dpkd.data.shards import MANIFEST_NAME, Manifest, ShardIndex, ShardInfo, SplitInfo, index_name  # noqa: PLC0415
+    from dpkd.io import storage  # noqa: PLC0415
+    from dpkd.priors.catalogue.edge import Edge  # noqa: PLC0415
+    from dpkd.priors.catalogue.saliency import Saliency  # noqa: PLC0415
+    from dpkd.priors.store import MANIFEST_NAME as PRIORS_NAME  # noqa: PLC0415
+    from dpkd.priors.store import PriorManifest, fingerprints, set_url  # noqa: PLC0415
+
+    url, priors = str(folder / "shards"), (Edge(), Saliency())
+    label_N = np.random.default_rng(0).integers(0, NUM_CLASSES, num_samples)
+    shards = []
+    for number, start in enumerate(range(0, num_samples, PER_SHARD)):
+        name = f"train-{number:06d}.tar"
+        shard = ShardInfo(name=name, num_samples=PER_SHARD, size_bytes=30_000 * PER_SHARD, sha256=f"{number:064x}")
+        at_N = np.arange(PER_SHARD)
+        spans = {"jpg": (30_000 * at_N + 512, 0 * at_N + 25_000), "json": (30_000 * at_N + 26_000, 0 * at_N + 120)}
+        index = ShardIndex(
+            keys=tuple(f"n{label:08d}/n{label:08d}_{start + i}" for i, label in enumerate(label_N[start:][:PER_SHARD])),
+            label_N=label_N[start : start + PER_SHARD],
+            groups=(None,) * PER_SHARD,
+            members=spans,
+            shard=shard,
+            checksum_N=at_N.astype(np.uint32),
+        )
+        storage.write_bytes_atomic(storage.join(url, index_name(name)), index.to_bytes())
+        shards.append(shard)
+    counts = tuple(np.bincount(label_N, minlength=NUM_CLASSES).tolist())
+    manifest = Manifest(
+        classes=tuple(f"n{label:08d}" for label in range(NUM_CLASSES)),
+        splits={
+            "train": SplitInfo(num_samples=num_samples, num_unlabelled=0, class_counts=counts, shards=tuple(shards))
+        },
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.2, 0.2, 0.2),
+        made_from={},
+    )
+    prior_manifest = PriorManifest(
+        dataset=manifest.fingerprint,
+        priors=priors,
+        fingerprints=fingerprints(priors),
+        splits={"train": tuple(shards)},
+        unreadable={"train": (3,)},
+    )
+    storage.write_bytes_atomic(storage.join(url, MANIFEST_NAME), manifest.to_bytes())
+    from dpkd.io.record import checked  # noqa: PLC0415
+
+    data = checked(prior_manifest.model_dump(mode="json"))
+    storage.write_bytes_atomic(storage.join(set_url(url, "default"), PRIORS_NAME), data)
+    tree = _settings(folder / "run", folder)
+    tree["data"] |= {"source": None, "shards": url, "train": "train", "val": None, "test": None}
+    (folder / "settings.json").write_text(json.dumps(tree))
+    return folder / "settings.json"
+
+
+OPENING = """
+import json, sys, time
+from pathlib import Path
+import torch
+from dpkd.engine.world import World
+from dpkd.settings import load_settings
+from dpkd.stages.plan import check_dataset
+from dpkd.stages.run import Run, supervision, training_set
+from dpkd.stages.training import sample_order
+
+def memory(key):
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[key].split()[0]) / 1024
+
+settings = load_settings(sys.argv[1], [])
+world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+Path("/proc/self/clear_refs").write_text("5")  # the largest size counts from here
+before, began_s = memory("VmRSS"), time.process_time()
+run, teacher = Run.open(settings, world), settings.teachers["teacher"]
+check_dataset(run.dataset, settings)
+data = training_set(run, teacher.training, teacher.objectives)
+supervision(run, data)
+order = sample_order(run, teacher.training, data)
+run.maps_of("train", ["edge"])
+opened_s = time.process_time()
+order.batch(0)
+print(json.dumps({"cpu": time.process_time() - began_s, "first batch": time.process_time() - opened_s,
+                  "peak MB": memory("VmHWM") - before, "MB": memory("VmRSS") - before}))
+"""
+
+
+def _opening(checkout: Path, settings: Path) -> dict[str, float]:
+    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    command = [sys.executable, "-c", OPENING, str(settings)]
+    done = subprocess.run(command, cwd=checkout, env=environment, check=True, capture_output=True, text=True)
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+if __name__ == "__main__":
+    main()
