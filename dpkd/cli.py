@@ -2,7 +2,7 @@
 
 dpkd pretrain --config FILE      the whole run, like `python -m dpkd.pretrain`
 dpkd pack|prepare|evaluate|export --config FILE     one stage of it
-dpkd plan --config FILE          shows the stages that would run; checks the settings
+dpkd plan --config FILE [--fast] shows the stages that would run; checks settings, files and (not with --fast) networks
 dpkd inspect DATASET             shows a packed data set and its prior sets; checks every file and map
 dpkd inspect DATASET --picture FILE.png [KEY ...]   draws samples with all their maps as one picture
 dpkd audit RUN                   checks that each sample was used in the planned order, over all attempts
@@ -16,11 +16,6 @@ from typing import NoReturn
 
 from dpkd import __version__, pretrain
 from dpkd.launch.signals import install_stop_handlers
-from dpkd.run.folder import RunFolder
-from dpkd.settings import load_settings
-from dpkd.stages.plan import plan_run, stages_of
-from dpkd.verbs.doctor import doctor
-from dpkd.verbs.inspect import draw_samples, inspect_dataset
 
 OF_SETTINGS = {
     "pretrain": "the whole run",
@@ -28,7 +23,7 @@ OF_SETTINGS = {
     "prepare": "compute prior maps beside the shards",
     "evaluate": "measure teacher, students and baselines again",
     "export": "write the students as timm folders and ONNX",
-    "plan": "show the stages that would run, and check the settings",
+    "plan": "show the stages that would run, and check settings, files and networks",
 }
 """The verbs that take settings, with their help."""
 
@@ -41,25 +36,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _act(options: argparse.Namespace) -> None:
+    # a verb loads what it needs: `--help` loads no settings, and few verbs load torch
     if options.verb == "doctor":
+        from dpkd.verbs.doctor import doctor
+
         doctor()
     elif options.verb == "audit":
-        # not at the top: no other verb needs torch in this process
-        from dpkd.verbs.audit import audit  # noqa: PLC0415
+        from dpkd.verbs.audit import audit
 
         audit(options.run)
-    elif options.verb == "inspect" and options.picture is not None:
-        draw_samples(options.dataset, options.picture, set_name=options.set, keys=options.keys)
     elif options.verb == "inspect":
-        inspect_dataset(options.dataset)
-    else:
-        settings = load_settings(options.config, options.overrides)
-        if options.verb == "plan":
-            plan_run(settings, RunFolder(settings.run.dir), stages_of(settings))
-        elif options.verb == "pretrain":
-            pretrain.run(settings, stages=pretrain.stage_names(options.stages))
+        from dpkd.verbs.inspect import draw_samples, inspect_dataset
+
+        if options.picture is None:
+            inspect_dataset(options.dataset)
         else:
-            pretrain.run(settings, stages=[options.verb])
+            draw_samples(options.dataset, options.picture, set_name=options.set, keys=options.keys)
+    elif options.verb == "plan":
+        from dpkd.verbs.plan import plan
+
+        plan(options.config, options.overrides, fast=options.fast)
+    else:
+        stages = pretrain.stage_names(options.stages) if options.verb == "pretrain" else [options.verb]
+        pretrain.run_settings(options.config, options.overrides, stages=stages)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
         pretrain.add_settings(verb)
         if name == "pretrain":
             pretrain.add_stages(verb)
+        elif name == "plan":
+            verb.add_argument("--fast", action="store_true", help="build no network, which loads torch")
     purpose = "show and check a data set and its priors; or draw samples"
     inspect = verbs.add_parser("inspect", help=purpose)
     inspect.add_argument("dataset", metavar="DATASET", help="folder or URL of the shards")

@@ -14,20 +14,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
-
-from rich.console import Console, RenderableType
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichBar
+from typing import TYPE_CHECKING, Any, Self
 
 from dpkd.errors import UserError, printable
 from dpkd.io.errors import read_errors, write_errors
 
+if TYPE_CHECKING:  # rich is loaded by the first table or bar
+    from rich.console import RenderableType
+    from rich.progress import Progress as RichBar
+
 INTERVAL_S = 10.0
 """Seconds between plain lines."""
 
-_bars: list[RichBar] = []
+_bars: list["RichBar"] = []
 
 
 @contextmanager
@@ -62,8 +61,10 @@ logger.propagate = False
 logger.addHandler(_Terminal())
 
 
-def show(table: RenderableType) -> None:
+def show(table: "RenderableType") -> None:
     """Prints a Rich table."""
+    from rich.console import Console  # noqa: PLC0415
+
     with safe_output():
         Console().print(table)
 
@@ -104,18 +105,18 @@ class Progress:
     def __enter__(self) -> Self:
         self._began_s = self._line_s = self._clock()
         if self._shown and sys.stdout.isatty():
-            self._bar = RichBar(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=30),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(),
-                console=_bars[-1].console if _bars else Console(file=sys.stdout),  # nested bars share a console
+            from rich import console, progress  # noqa: PLC0415
+
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}", markup=False),
+                progress.BarColumn(bar_width=30),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[rate]}", markup=False),
+                progress.TimeRemainingColumn(),
+                console=_bars[-1].console if _bars else console.Console(file=sys.stdout),  # nested bars share one
                 transient=True,
             )
-            self._task = self._bar.add_task(
-                escape(self._title), total=self._total, completed=self._done, rate=self._unit
-            )
+            self._task = self._bar.add_task(self._title, total=self._total, completed=self._done, rate=self._unit)
             with safe_output():
                 self._bar.start()
             _bars.append(self._bar)
@@ -139,7 +140,7 @@ class Progress:
         self._done, self._total = done, self._total if total is None else total
         self._note = self._note if note is None else f", {note}"
         if self._bar is not None:
-            self._bar.update(self._task, total=self._total, completed=done, rate=escape(self._rate + self._note))
+            self._bar.update(self._task, total=self._total, completed=done, rate=self._rate + self._note)
         elif self._shown and self._clock() - self._line_s >= INTERVAL_S:
             self._line_s = self._clock()
             share = f" ({done / self._total:.0%})" if self._total else ""

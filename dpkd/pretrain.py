@@ -8,27 +8,16 @@ Exit codes: 0 done, 2 settings, data or storage at fault, 75 stopped on request 
 import argparse
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
-from dpkd.backends.factory import make_accelerator, make_pool, make_worker_group
-from dpkd.data.shards import Dataset
 from dpkd.errors import StopRequested, StorageError, UserError, WorkerFailed, did_you_mean, printable
-from dpkd.launch.signals import install_stop_handlers, start_resource_tracker, stop_handlers
-from dpkd.log import Progress, duration, logger, safe_output
-from dpkd.priors.base import accelerated
-from dpkd.report.quarantine import Quarantine
-from dpkd.report.summary import final_words, write_summary
-from dpkd.run.attempt import attempt_at, write_provenance
-from dpkd.run.folder import RunFolder
-from dpkd.settings import Settings, load_settings
-from dpkd.stages.pack import pack
-from dpkd.stages.plan import POOL_STAGES, STAGES, dataset_url, plan_run, recorded, refuse_unknown_classes, stages_of
-from dpkd.stages.prepare import prepare
+from dpkd.launch.signals import install_stop_handlers, stop_handlers
+from dpkd.log import logger, safe_output
+from dpkd.stages import STAGES
 
 EXIT_USER, EXIT_STOPPED = 2, 75
 
@@ -44,7 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_stages(parser)
     options = parser.parse_intermixed_args(arguments)
     install_stop_handlers(interrupt)
-    return exit_code(lambda: run(load_settings(options.config, options.overrides), stages=stage_names(options.stages)))
+    return exit_code(lambda: run_settings(options.config, options.overrides, stages=stage_names(options.stages)))
+
+
+def run_settings(path: str, overrides: list[str], *, stages: Sequence[str]) -> None:
+    """Runs the stages with the settings of a file; raises the errors of `load_settings` and `run`."""
+    # not at the top: `--help` needs neither, and worker processes load this module as their main module
+    from dpkd.settings import load_settings  # noqa: PLC0415
+    from dpkd.stages.driver import run  # noqa: PLC0415
+
+    run(load_settings(path, overrides), stages=stages)
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -68,61 +66,6 @@ def stage_names(text: str | None) -> list[str]:
                 f"--stages {name!r}: no such stage{did_you_mean(name, STAGES)} (they are {', '.join(STAGES)})"
             )
     return [stage for stage in STAGES if stage in named]
-
-
-def run(settings: Settings, *, stages: Sequence[str] = STAGES) -> None:
-    """Runs the stages that are not done, in order, and prints the summary.
-
-    Raises `UserError`, before any work, for settings that contradict the run folder.
-    """
-    began = time.monotonic()
-    folder = RunFolder(settings.run.dir, checkpoints=settings.run.checkpoints)
-    stages = stages_of(settings, stages)
-    left = plan_run(settings, folder, stages)
-    if left:
-        write_provenance(folder, settings.model_dump(mode="json"))
-        start_resource_tracker()
-        folder = folder.acquire()
-        folder.reopen(left)  # a stage whose files are damaged is recorded as done, and workers skip those
-        with attempt_at(folder, left) as supervision:
-            run_pool_stages(settings, folder, [stage for stage in left if stage in POOL_STAGES])
-            if training := [stage for stage in left if stage not in POOL_STAGES]:
-                workers = make_worker_group(settings.launcher, sizes=settings.world_sizes, module="dpkd.stages.worker")
-                # not at the top: the driver of a cluster run needs no torch
-                from dpkd.stages.worker import train_stages  # noqa: PLC0415
-
-                argument = (settings.model_dump(mode="json"), training, folder.attempt)
-                workers.run(train_stages, argument, supervision=supervision)
-    logger.info(final_words(write_summary(folder.path)))
-    logger.info(f"{'done' if left else 'all was done before; nothing to do'}, {duration(time.monotonic() - began)}")
-
-
-def run_pool_stages(settings: Settings, folder: RunFolder, stages: Sequence[str]) -> None:
-    """Runs those of the stages pack and prepare that `stages` names."""
-    if not stages:
-        return
-    data, url, hangs = settings.data, dataset_url(folder, settings.data), folder.hangs
-    pool = make_pool(settings.launcher, hangs=hangs)
-    quarantine = Quarantine(folder.quarantine, limit=data.bad_limit)
-    if "pack" in stages:
-        with recorded("pack", folder, settings):
-            if data.source is not None:  # else the shards exist already
-                with Progress("pack", 0) as progress:
-                    pack(data, url, seed=settings.run.seed, pool=pool, quarantine=quarantine, progress=progress.reach)
-    if "prepare" in stages:
-        with recorded("prepare", folder, settings), Progress("prepare", 0) as progress:
-            dataset = Dataset.open(url)
-            refuse_unknown_classes(dataset, settings)
-            # only if a prior can use an accelerator: otherwise the driver needs no torch to look for GPUs
-            accelerate = accelerated(settings.prepare.chosen)
-            prepare(
-                dataset,
-                settings.prepare,
-                pool=pool,
-                accelerator=make_accelerator(settings.launcher, hangs=hangs) if accelerate else None,
-                quarantine=quarantine,
-                progress=progress.reach,
-            )
 
 
 def interrupt(_number: int, _frame: FrameType | None) -> None:

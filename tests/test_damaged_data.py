@@ -14,6 +14,7 @@ from dpkd import pretrain
 from dpkd.data.shards import Dataset
 from dpkd.priors.store import PriorSet
 from dpkd.run.folder import RunFolder
+from dpkd.stages import driver
 from dpkd.stages.worker import train_stages
 from tests.damage import change_member, cut_inside, flip_header
 from tests.runs import CONV, Command, settings_of, tiny, train_events
@@ -41,7 +42,7 @@ def damaged(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Da
     whole = next((source / "base").glob("*/*.jpg"))
     whole.with_name("broken.jpg").write_bytes(whole.read_bytes()[:300])
     tree = tiny(folder / "run", source=source)
-    pretrain.run_pool_stages(settings_of(tree), RunFolder(folder / "run"), ["pack"])
+    driver.run_pool_stages(settings_of(tree), RunFolder(folder / "run"), ["pack"])
     dataset = Dataset.open(str(folder / "run" / "shards"))
     base, val = dataset.split("base"), dataset.split("val")
     flipped = f"{base.info.shards[0].name}/{change_member(base, 3, 'jpg', flip_header)}"
@@ -94,7 +95,7 @@ def test_the_same_run_stops_at_limit_zero_with_what_to_do(
     shards = shutil.copytree(damaged.shards, tmp_path / "shards", ignore=shutil.ignore_patterns("priors"))
     tree = tiny(tmp_path / "strict", source=None, shards=Path(shards))
     tree["data"]["bad_limit"] = 0.0
-    assert pretrain.exit_code(lambda: pretrain.run(settings_of(tree))) == 2
+    assert pretrain.exit_code(lambda: driver.run(settings_of(tree))) == 2
     message = capfd.readouterr().err
     assert "data.bad_limit=0 allows" in message
     assert damaged.flipped in message or damaged.cut in message
@@ -112,7 +113,7 @@ def test_without_prior_maps_a_damaged_sample_stops_training_by_name(
     tree["teachers"]["teacher"] |= {"model": CONV, "objectives": [{"kind": "supervised"}]}
     tree["teachers"]["teacher"]["training"] |= {"steps": damaged.num_steps, "evaluate_every": 1000}
     tree["distill"]["students"] = {"conv": {"model": CONV, "objectives": [{"kind": "supervised"}, {"kind": "logits"}]}}
-    assert pretrain.exit_code(lambda: pretrain.run(settings_of(tree), stages=["prepare"])) == 0
+    assert pretrain.exit_code(lambda: driver.run(settings_of(tree), stages=["prepare"])) == 0
     plain = settings_of(tree).model_dump(mode="json")
     assert pretrain.exit_code(lambda: train_stages((plain, ["teach"], None))) == 2
     shard, _, key = damaged.flipped.partition("/")

@@ -34,7 +34,7 @@ from pathlib import Path
 
 reads = collections.Counter()
 sys.addaudithook(lambda event, found: reads.update([str(found[0])]) if event == "open" else None)
-from dpkd.pretrain import run
+from dpkd.stages.driver import run
 from dpkd.settings import load_settings
 
 run(load_settings(sys.argv[1], []))

@@ -18,6 +18,7 @@ from dpkd import cli, pretrain
 from dpkd.errors import UserError
 from dpkd.log import EventReader
 from dpkd.run.folder import RunFolder
+from dpkd.stages import driver
 from dpkd.stages.worker import train_stages
 from dpkd.verbs.audit import audit
 from tests.object_store import BUCKET, ObjectStore
@@ -167,7 +168,7 @@ def test_every_objective_of_every_network_is_logged(whole: RunFolder) -> None:
 def test_a_finished_run_is_left_as_it_is(whole: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.path.rglob("*.safetensors")}
     settings = settings_of(json.loads(json.dumps(_tree_of(whole))))
-    pretrain.run(settings)
+    driver.run(settings)
     assert "nothing to do" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in whole.path.rglob("*.safetensors")} == before
 
@@ -177,20 +178,20 @@ def _tree_of(folder: RunFolder) -> dict[str, Any]:
 
 
 def _source_of(folder: RunFolder) -> Path:
-    return Path(folder.stages()["pack"]["given"]["source"]["path"])
+    return Path(folder.stages()["pack"]["given"]["data"]["source"]["path"])
 
 
 def test_other_settings_than_those_on_disk_are_refused(whole: RunFolder) -> None:
     tree = _tree_of(whole)
     tree["teachers"]["teacher"]["optimizer"] = {"learning_rate": 0.5}
     with pytest.raises(UserError, match=r"teachers.teacher.optimizer.learning_rate: 0.001 on disk, 0.5 now"):
-        pretrain.run(settings_of(tree))
+        driver.run(settings_of(tree))
 
 
 def test_cadence_may_change_under_way(whole: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     tree = _tree_of(whole)
     tree["teachers"]["teacher"]["training"] |= {"log_every": 3, "checkpoint_every": 5}
-    pretrain.run(settings_of(tree))
+    driver.run(settings_of(tree))
     assert "nothing to do" in capsys.readouterr().out
 
 
@@ -352,7 +353,7 @@ def test_a_full_disk_stops_the_run_with_the_earlier_state_whole(whole: RunFolder
 
 def test_a_run_folder_that_cannot_be_written_is_named(sample_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tree = tiny(Path("/proc/nowhere"), source=sample_folder)
-    assert pretrain.exit_code(lambda: pretrain.run(settings_of(tree))) == 2
+    assert pretrain.exit_code(lambda: driver.run(settings_of(tree))) == 2
     assert "/proc/nowhere" in capfd.readouterr().err
 
 
@@ -411,7 +412,7 @@ def test_one_class_alone_is_named(sample_folder: Path, tmp_path: Path, capfd: py
     for split in ("val", "novel"):
         shutil.copytree(sample_folder / split, source / split)
     settings = settings_of(tiny(tmp_path / "one", source=source))
-    pretrain.run_pool_stages(settings, RunFolder(tmp_path / "one"), ["pack", "prepare"])
+    driver.run_pool_stages(settings, RunFolder(tmp_path / "one"), ["pack", "prepare"])
     assert pretrain.exit_code(lambda: train_stages((settings.model_dump(mode="json"), ["teach"], None))) == 2
     message = capfd.readouterr().err
     assert f"'base' holds 1 labelled class ({one.name})" in message, message

@@ -11,6 +11,7 @@ from dpkd import pretrain
 from dpkd.data.attributes import read_attributes
 from dpkd.errors import UserError
 from dpkd.run.folder import RunFolder
+from dpkd.stages import driver
 from dpkd.stages.plan import STAGES, left_to_do
 from dpkd.stages.worker import train_stages
 from tests.runs import Command, settings_of, tiny, train_events
@@ -47,7 +48,7 @@ def whole(sample_folder: Path, table: Path, tmp_path_factory: pytest.TempPathFac
 
 def again(whole: RunFolder, table: Path) -> dict[str, Any]:
     """The settings of the same run once more."""
-    return stated(whole.path, table, source=Path(whole.stages()["pack"]["given"]["source"]["path"]))
+    return stated(whole.path, table, source=Path(whole.stages()["pack"]["given"]["data"]["source"]["path"]))
 
 
 def test_every_statement_is_trained_on_and_shown(whole: RunFolder) -> None:
@@ -120,7 +121,7 @@ def stopped(tree: dict[str, Any], stage: str, capfd: pytest.CaptureFixture[str])
         plain = settings.model_dump(mode="json")
         assert pretrain.exit_code(lambda: train_stages((plain, [stage], None))) == 2
     else:
-        assert pretrain.exit_code(lambda: pretrain.run(settings, stages=[stage])) == 2
+        assert pretrain.exit_code(lambda: driver.run(settings, stages=[stage])) == 2
     return capfd.readouterr().err
 
 
@@ -145,6 +146,6 @@ def test_a_table_at_fault_stops_before_anything_is_written(
 ) -> None:
     (tmp_path / "table.csv").write_text("class,x\na,2\n")
     tree = stated(tmp_path / "run", tmp_path / "table.csv", source=sample_folder)
-    assert pretrain.exit_code(lambda: pretrain.run(settings_of(tree))) == 2
+    assert pretrain.exit_code(lambda: driver.run(settings_of(tree))) == 2
     assert "a.x: 2 is out of range" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()

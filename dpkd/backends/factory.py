@@ -66,7 +66,7 @@ def make_accelerator(settings: LauncherSettings, *, hangs: Path) -> Accelerator 
 def make_worker_group(settings: LauncherSettings, *, sizes: Sequence[int] = (), module: str) -> WorkerGroup:
     """The training workers, the largest number among `sizes` that fits; without sizes one per GPU, or one.
 
-    `module` holds their work; on this machine the fork server starts to load it.
+    `module` holds their work; on this machine their fork server starts to load it.
     """
     chosen = WorldSizeRange(tuple(sizes), settings.grow_after_s) if sizes else None
     if launcher_kind(settings) == "local":
@@ -76,7 +76,7 @@ def make_worker_group(settings: LauncherSettings, *, sizes: Sequence[int] = (), 
         node, num_workers = node_resources(), None
         if chosen is not None:
             num_workers = chosen.choose([node], threads=settings.threads, use_gpu=node.gpus > 0)
-        return LocalWorkers(num_workers, settings)
+        return LocalWorkers(num_workers, settings, module=module)
     from dpkd.backends.ray_workers import RayWorkers  # noqa: PLC0415
 
     return RayWorkers(chosen, settings)

@@ -65,19 +65,19 @@ class LocalWorkers:
 
     Without `threads` in the settings they divide the cores equally, unless OMP_NUM_THREADS is set. Workers that were
     asked to stop are killed after `stop_grace_s`, or at a second Ctrl-C; workers that have not started after
-    `start_timeout_s` are killed too.
+    `start_timeout_s` are killed too. Their fork server loads `module` (None: that of the work).
     """
 
-    def __init__(self, num_workers: int | None, settings: LauncherSettings) -> None:
+    def __init__(self, num_workers: int | None, settings: LauncherSettings, *, module: str | None = None) -> None:
         assert num_workers is None or num_workers >= 1, num_workers
         self._num_workers = num_workers or max(1, torch.cuda.device_count())
-        self._settings = settings
+        self._settings, self._module = settings, module
         self._threads = settings.threads
         if self._threads is None and "OMP_NUM_THREADS" not in os.environ:
             self._threads = max(1, node_resources().cpus // self._num_workers)
 
     def run(self, work: Callable[[Any], None], argument: Any, *, supervision: Supervision = UNSUPERVISED) -> None:
-        modules = (__name__, work.__module__)
+        modules = (__name__, self._module or work.__module__)
 
         def run_once(task: Task, stop: StopRequests) -> list[Failure]:
             with lasting_folder("workers", secrets.token_hex(4)) as folder:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image, TiffImagePlugin
 
 from dpkd.errors import without_secrets
 
@@ -140,6 +139,8 @@ _TIFF_NUMBERS: dict[int, Literal["unsigned", "signed", "float"]] = {1: "unsigned
 
 def _tiff(data: bytes) -> Header:
     """The first picture of a TIFF (TIFF 6.0, sections 2 to 8 and 18 to 19)."""
+    from PIL import TiffImagePlugin  # noqa: PLC0415  most images need no Pillow, and settings load this module
+
     big = 43 in data[2:4]
     try:
         with warnings.catch_warnings():
@@ -183,6 +184,8 @@ _PNM_MAXIMUM = re.compile(rb"P[2356](?:(?:\s|#[^\n]*\n)+\d+){2}(?:\s|#[^\n]*\n)+
 
 
 def _bmp_or_pnm(data: bytes) -> Header:
+    from PIL import Image  # noqa: PLC0415
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about large images and unusual headers

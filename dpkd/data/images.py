@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from dpkd.data.image_headers import UNREADABLE, BrokenImage, Header, image_format, read_header
 from dpkd.data.settings import Window
@@ -33,6 +32,8 @@ def decode_image(data: bytes, *, window: Window | None = None) -> NDArray[np.uin
         return _to_8_bit(data, header, window)
     if header.format != "pnm" and not header.alpha:
         return np.asarray(cv2.cvtColor(_decode(data, header, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB), dtype=np.uint8)
+    from PIL import Image  # noqa: PLC0415  most images need no Pillow, and settings load this module
+
     # OpenCV multiplies a TIFF by alpha, and does not scale a PNM by its maximum
     try:
         with warnings.catch_warnings():

@@ -207,7 +207,7 @@ def load_ahead() -> str:
     Workers are never forked from this process: a fork of a process with threads (CUDA, gloo, Ray) may hang.
     """
     with one_thread_each():  # workers inherit the server's environment and loaded libraries
-        return forking.load_ahead("__main__", __name__)
+        return forking.load_ahead("__main__", __name__, "dpkd.priors.store")  # the module of their map readers
 
 
 def _start_worker(worker: int) -> None:  # noqa: ARG001 (torch passes it)

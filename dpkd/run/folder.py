@@ -16,7 +16,7 @@ import json
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -141,20 +141,19 @@ class RunFolder:
                 faults.append(f"{file} is missing")
         return faults
 
-    def refuse_contradiction(self, stage: str, given: dict[str, Any]) -> None:
-        """Raises `UserError` with the differences if the stage began with other settings."""
-        record = self.stages().get(stage)
-        if record is None:
-            return
-        before, now = _leaves(record["given"]), _leaves(_as_json(given))
-        lines = [
-            f"  {key}: {before.get(key, '(absent)')!r} on disk, {now.get(key, '(absent)')!r} now"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key, "(absent)") != now.get(key, "(absent)")
-        ]
-        if lines:
+    def refuse_contradictions(self, given: Mapping[str, dict[str, Any]]) -> None:
+        """Raises `UserError` with the differences, and their stages, if stages in `given` began with other settings."""
+        records, stages_of = self.stages(), dict[str, list[str]]()
+        for stage in (stage for stage in given if stage in records):
+            before, now = _leaves(records[stage]["given"]), _leaves(_as_json(given[stage]))
+            for key in sorted(before.keys() | now.keys()):
+                was, is_now = (leaves.get(key, "(absent)") for leaves in (before, now))
+                if was != is_now:
+                    stages_of.setdefault(f"  {key}: {was!r} on disk, {is_now!r} now", []).append(stage)
+        if stages_of:
+            lines = [f"{difference} ({', '.join(stages)})" for difference, stages in stages_of.items()]
             raise UserError(
-                f"{self._stages}: the stage {stage} began with other settings:\n" + "\n".join(lines) + "\n"
+                f"{self._stages}: stages of this run began with other settings:\n" + "\n".join(lines) + "\n"
                 "Restore the old values, set another run.dir, or delete the run folder to start again."
             )
 

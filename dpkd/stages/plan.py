@@ -22,9 +22,8 @@ from dpkd.priors.store import set_url
 from dpkd.report.summary import EVALUATION_NAME
 from dpkd.run.folder import RunFolder
 from dpkd.settings import DataSettings, Settings
+from dpkd.stages import STAGES
 
-STAGES = ("pack", "prepare", "teach", "distill", "evaluate", "export")
-"""The names of stages on the command line; a teacher with another name than `teacher` has a stage `teach-<name>`."""
 POOL_STAGES = ("pack", "prepare")
 """Stages that run in a pool; the other stages run in the training workers."""
 
@@ -59,13 +58,13 @@ def stages_of(settings: Settings, names: Collection[str] = STAGES) -> list[str]:
 def stage_inputs(stage: str, settings: Settings) -> dict[str, Any]:
     """The settings that a stage's results depend on, as plain values."""
     tree: dict[str, Any] = settings.model_dump(mode="json")
-    data, seed, prefix = tree["data"], {"seed": settings.run.seed}, ""
+    data, seed, prefix = tree["data"], {"run": {"seed": settings.run.seed}}, ""
     if stage == "pack":
-        return seed | _pick(data, "source", "splits", "group_pattern", "samples_per_shard", "window")
+        return seed | {"data": _pick(data, "source", "splits", "group_pattern", "samples_per_shard", "window")}
     if stage == "prepare":
-        return settings.prepare.sealed().model_dump(mode="json")
+        return {"prepare": settings.prepare.sealed().model_dump(mode="json")}
     if stage == "export":
-        return dict(tree["export"])
+        return {"export": tree["export"]}
     if stage == "evaluate":
         results = {"data": _pick(data, "train", "val", "test"), "evaluate": tree["evaluate"]}
     else:
@@ -134,9 +133,10 @@ def left_to_do(
     network is damaged and its stage has no checkpoint.
     """
     faults, trained = faults or {}, {*teaching_stages(settings), "distill"}
-    for stage in stages:
-        if stage == "pack" or stage in trained:  # the other stages run again with other settings
-            folder.refuse_contradiction(stage, stage_inputs(stage, settings))
+    # the other stages run again with other settings
+    fixed = [stage for stage in stages if stage == "pack" or stage in trained]
+    folder.refuse_contradictions({stage: stage_inputs(stage, settings) for stage in fixed})
+    for stage in fixed:
         if stage in trained and faults.get(stage) and not CheckpointStore(folder.checkpoints(stage)).committed():
             raise UserError(
                 f"{'; '.join(faults[stage])}, and the stage {stage} has no checkpoint to write it again: restore it "
@@ -152,10 +152,34 @@ def left_to_do(
     return [stage for stage in stages if stage in left or (trains and stage in ("evaluate", "export"))]
 
 
+def refuse_missing_inputs(settings: Settings, left: Collection[str]) -> None:
+    """Raises `UserError` with the key if the stages that are left need a source, labels, split or weights that lack.
+
+    Splits are checked if the images are packed, and the files of a source if they are on a disk of this machine.
+    """
+    source, url = settings.data.source, dataset_url(RunFolder(settings.run.dir), settings.data)
+    if "pack" in left and source is not None:
+        path = storage.local_path(source.path)
+        if source.kind != "shards" and path is not None and not path.exists():  # shards may be a pattern
+            raise UserError(f"data.source.path={source.path} does not exist: give the folder or table of the images")
+        learners = (key for key, objective in settings.objectives.items() if "class" in objective.needs().targets)
+        if source.kind == "table" and source.label_column is None and (learner := next(learners, None)):
+            column = f"data.source={{kind: table, path: {source.path}, label_column: …}}"
+            raise UserError(f"{learner} learns from labels, and data.source.label_column is not set: give {column}")
+    elif {*left} - {"pack", "export"} and (source is None or storage.exists(storage.join(url, DATASET_NAME))):
+        check_dataset(Dataset.open(url), settings)
+    teach = {name: stage for stage, name in teaching_stages(settings).items()}
+    for key, network in settings.networks.items():
+        stage = teach.get(key.removeprefix("teachers."), "distill")
+        if network.weights is not None and stage in left and not storage.is_file(network.weights):
+            raise UserError(f"{key}.weights={network.weights} is not a file: give a safetensors file or a state dict")
+
+
 def plan_run(settings: Settings, folder: RunFolder, stages: Sequence[str]) -> list[str]:
     """The stages that are not done; logs the first screen: the work and status of each stage."""
     faults = {stage: folder.faults(stage) for stage in stages}
     left = left_to_do(folder, settings, stages, faults=faults)
+    refuse_missing_inputs(settings, left)
     logger.info(f"dpkd {__version__} · {folder.path} · seed {settings.run.seed}")
     for stage in stages:
         logger.info(f"  {stage:<9} {'' if stage in left else 'done: '}{_describe(stage, settings)}")
@@ -199,8 +223,14 @@ def trained_classes(dataset: Dataset, data: DataSettings) -> list[str]:
     return [name for name, count in zip(dataset.manifest.classes, counts, strict=True) if count]
 
 
-def refuse_unknown_classes(dataset: Dataset, settings: Settings) -> None:
-    """Raises `UserError` if the table lacks a trained class, or an objective names a class that is not trained."""
+def check_dataset(dataset: Dataset, settings: Settings) -> None:
+    """Raises `UserError` with the key of a split that the data set lacks, or of a class that is not trained."""
+    for role in ("train", "val", "test"):
+        name = getattr(settings.data, role)
+        if name is not None and name not in dataset.manifest.splits:
+            known = ", ".join(dataset.manifest.splits)
+            hint = did_you_mean(name, dataset.manifest.splits) or f" (it has: {known})"
+            raise UserError(f"data.{role}={name!r} is no split of the data set at {dataset.url}{hint}: correct it")
     trained, table = trained_classes(dataset, settings.data), attribute_table(settings.data)
     if table is not None:
         table.rows(trained)

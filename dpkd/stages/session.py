@@ -1,4 +1,4 @@
-"""The work of a training worker: it joins its peers, then runs the stages that are not done, in order."""
+"""The session of a training worker: it joins its peers, then runs the stages that are not done, in order."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -13,7 +13,7 @@ from dpkd.log import logger
 from dpkd.settings import parse_settings
 from dpkd.stages.evaluate import evaluate, refuse_small_splits
 from dpkd.stages.export import export
-from dpkd.stages.plan import left_to_do, recorded, refuse_unknown_classes, teaching_stages
+from dpkd.stages.plan import check_dataset, left_to_do, recorded, teaching_stages
 from dpkd.stages.run import Run
 from dpkd.stages.training import distill, teach
 
@@ -21,12 +21,8 @@ PATIENCE_S = 1800.0
 """Least timeout of a rank that waits for its peers; the watchdog ends ranks that are behind earlier."""
 
 
-def train_stages(argument: tuple[dict[str, Any], list[str], int | None]) -> None:
-    """Runs the training stages in this worker; `argument` is (settings as plain values, stages, attempt).
-
-    It runs again after a failure: it skips the stages that are done, and continues an interrupted stage.
-    """
-    tree, stages, attempt = argument
+def run_session(tree: dict[str, Any], stages: list[str], attempt: int | None) -> None:
+    """See `dpkd.stages.worker.train_stages`."""
     settings = parse_settings(tree, origin="settings of the run")
     if settings.data.loader.workers:
         load_ahead()
@@ -48,7 +44,7 @@ def _run_stages(run: Run, stages: list[str]) -> None:
         engines = sorted({engine_kind(network.engine) for network in settings.networks.values()})
         workers = f"{world.size} on {world.device.type}, {torch.get_num_threads()} threads each"
         logger.info(f"  workers   {workers}, engine {' and '.join(engines)}")
-    refuse_unknown_classes(run.dataset, settings)
+    check_dataset(run.dataset, settings)
     refuse_small_splits(run)
     # the driver has checked the files of earlier stages; `stages` are those that were not done
     for stage in world.broadcast(left_to_do(run.folder, settings, stages) if world.rank == 0 else []):

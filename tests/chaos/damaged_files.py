@@ -41,8 +41,7 @@ from dpkd.io import errors
 from dpkd.launch.pool import answer_to, result_of
 from dpkd.launch.worker_group import UNSUPERVISED, Supervision
 from dpkd.run.folder import RunFolder
-from dpkd.stages import evaluate
-from dpkd.stages import worker as session
+from dpkd.stages import driver, evaluate, session
 from dpkd.train.divergence import write_skipped
 from tests.chaos.file_faults import damage, names_file, obey_permissions
 from tests.runs import CONV, FIGURE_GROUND, VIT, settings_of, train_events
@@ -138,10 +137,10 @@ class Here:
 def command(settings: dict[str, Any], *, stages: Sequence[str] = pretrain.STAGES) -> int:
     """The command in this process, without new processes and long waits; its exit code."""
     torch.set_num_threads(1)
-    pretrain.make_pool = pretrain.make_worker_group = lambda *_, **__: Here()  # type: ignore[assignment,return-value]
+    driver.make_pool = driver.make_worker_group = lambda *_, **__: Here()  # type: ignore[assignment,return-value]
     errors.WAITS_S = (0.01,)
     evaluate.TIMING_S = 0.01
-    return pretrain.exit_code(lambda: pretrain.run(settings_of(settings), stages=list(stages)))
+    return pretrain.exit_code(lambda: driver.run(settings_of(settings), stages=list(stages)))
 
 
 def stop_in(stage: str, folder: RunFolder) -> None:

@@ -35,13 +35,17 @@ def test_a_contradiction_shows_just_the_difference(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     with folder.running("teach", {"optimizer": {"lr": 0.1, "decay": 0}, "objectives": [1, 2]}):
         pass
-    folder.refuse_contradiction("teach", {"optimizer": {"lr": 0.1, "decay": 0}, "objectives": [1, 2]})
+    with folder.running("distill", {"optimizer": {"lr": 0.1}}):
+        pass
+    folder.refuse_contradictions({"teach": {"optimizer": {"lr": 0.1, "decay": 0}, "objectives": [1, 2]}, "other": {}})
+    changed = {"teach": {"optimizer": {"lr": 0.2, "decay": 0}, "objectives": [1]}}
+    changed["distill"] = {"optimizer": {"lr": 0.2}}
     with pytest.raises(UserError) as caught:
-        folder.refuse_contradiction("teach", {"optimizer": {"lr": 0.2, "decay": 0}, "objectives": [1]})
-    message = str(caught.value)
-    assert "optimizer.lr: 0.1 on disk, 0.2 now" in message
-    assert "objectives.1: 2 on disk, '(absent)' now" in message
-    assert "decay" not in message
+        folder.refuse_contradictions(changed)
+    assert str(caught.value).splitlines()[1:-1] == [
+        "  objectives.1: 2 on disk, '(absent)' now (teach)",
+        "  optimizer.lr: 0.1 on disk, 0.2 now (teach, distill)",
+    ]
 
 
 def test_a_broken_record_is_named(tmp_path: Path) -> None:

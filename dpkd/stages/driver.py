@@ -1,0 +1,72 @@
+"""The driver of a run: the stages that are not done, in order, then the summary."""
+
+import time
+from collections.abc import Sequence
+
+from dpkd.backends.factory import make_accelerator, make_pool, make_worker_group
+from dpkd.data.shards import Dataset
+from dpkd.launch.signals import start_resource_tracker
+from dpkd.log import Progress, duration, logger
+from dpkd.priors.base import accelerated
+from dpkd.report.quarantine import Quarantine
+from dpkd.report.summary import final_words, write_summary
+from dpkd.run.attempt import attempt_at, write_provenance
+from dpkd.run.folder import RunFolder
+from dpkd.settings import Settings
+from dpkd.stages import STAGES
+from dpkd.stages.pack import pack
+from dpkd.stages.plan import POOL_STAGES, check_dataset, dataset_url, plan_run, recorded, stages_of
+from dpkd.stages.prepare import prepare
+from dpkd.stages.worker import SESSION, train_stages
+
+
+def run(settings: Settings, *, stages: Sequence[str] = STAGES) -> None:
+    """Runs the stages that are not done, in order, and prints the summary.
+
+    Raises `UserError`, before any work, for settings that contradict the run folder.
+    """
+    began = time.monotonic()
+    folder = RunFolder(settings.run.dir, checkpoints=settings.run.checkpoints)
+    stages = stages_of(settings, stages)
+    left = plan_run(settings, folder, stages)
+    if left:
+        write_provenance(folder, settings.model_dump(mode="json"))
+        start_resource_tracker()
+        folder = folder.acquire()
+        folder.reopen(left)  # a stage whose files are damaged is recorded as done, and workers skip those
+        with attempt_at(folder, left) as supervision:
+            run_pool_stages(settings, folder, [stage for stage in left if stage in POOL_STAGES])
+            if training := [stage for stage in left if stage not in POOL_STAGES]:
+                workers = make_worker_group(settings.launcher, sizes=settings.world_sizes, module=SESSION)
+                argument = (settings.model_dump(mode="json"), training, folder.attempt)
+                workers.run(train_stages, argument, supervision=supervision)
+    logger.info(final_words(write_summary(folder.path)))
+    logger.info(f"{'done' if left else 'all was done before; nothing to do'}, {duration(time.monotonic() - began)}")
+
+
+def run_pool_stages(settings: Settings, folder: RunFolder, stages: Sequence[str]) -> None:
+    """Runs those of the stages pack and prepare that `stages` names."""
+    if not stages:
+        return
+    data, url, hangs = settings.data, dataset_url(folder, settings.data), folder.hangs
+    pool = make_pool(settings.launcher, hangs=hangs)
+    quarantine = Quarantine(folder.quarantine, limit=data.bad_limit)
+    if "pack" in stages:
+        with recorded("pack", folder, settings):
+            if data.source is not None:  # else the shards exist already
+                with Progress("pack", 0) as progress:
+                    pack(data, url, seed=settings.run.seed, pool=pool, quarantine=quarantine, progress=progress.reach)
+    if "prepare" in stages:
+        with recorded("prepare", folder, settings), Progress("prepare", 0) as progress:
+            dataset = Dataset.open(url)
+            check_dataset(dataset, settings)
+            # only if a prior can use an accelerator: otherwise the driver needs no torch to look for GPUs
+            accelerate = accelerated(settings.prepare.chosen)
+            prepare(
+                dataset,
+                settings.prepare,
+                pool=pool,
+                accelerator=make_accelerator(settings.launcher, hangs=hangs) if accelerate else None,
+                quarantine=quarantine,
+                progress=progress.reach,
+            )
