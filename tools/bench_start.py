@@ -26,6 +26,13 @@ from typing import Any
 
 import numpy as np
 
+from dpkd.data.shards import MANIFEST_NAME, Manifest, ShardIndex, ShardInfo, SplitInfo, index_name, write_labels
+from dpkd.io import storage
+from dpkd.io.record import checked
+from dpkd.priors.catalogue.edge import Edge
+from dpkd.priors.catalogue.saliency import Saliency
+from dpkd.priors.store import MANIFEST_NAME as PRIORS_NAME
+from dpkd.priors.store import PriorManifest, fingerprints, set_url
 from tools.bench_goodput import ROOT, SAMPLES, run_settings
 from tools.make_sample_data import draw_samples
 
@@ -164,13 +171,6 @@ def _session(leader: int) -> dict[str, float]:
 
 def _write_indexes(folder: Path, num_samples: int) -> Path:
     """Writes settings, and a data set and a prior set of which only manifests and indexes exist."""
-    from dpkd.data.shards import MANIFEST_NAME, Manifest, ShardIndex, ShardInfo, SplitInfo, index_name  # noqa: PLC0415
-    from dpkd.io import storage  # noqa: PLC0415
-    from dpkd.priors.catalogue.edge import Edge  # noqa: PLC0415
-    from dpkd.priors.catalogue.saliency import Saliency  # noqa: PLC0415
-    from dpkd.priors.store import MANIFEST_NAME as PRIORS_NAME  # noqa: PLC0415
-    from dpkd.priors.store import PriorManifest, fingerprints, set_url  # noqa: PLC0415
-
     url, priors = str(folder / "shards"), (Edge(), Saliency())
     label_N = np.random.default_rng(0).integers(0, NUM_CLASSES, num_samples)
     shards = []
@@ -182,19 +182,20 @@ def _write_indexes(folder: Path, num_samples: int) -> Path:
         index = ShardIndex(
             keys=tuple(f"n{label:08d}/n{label:08d}_{start + i}" for i, label in enumerate(label_N[start:][:PER_SHARD])),
             label_N=label_N[start : start + PER_SHARD],
-            groups=(None,) * PER_SHARD,
             members=spans,
             shard=shard,
             checksum_N=at_N.astype(np.uint32),
         )
         storage.write_bytes_atomic(storage.join(url, index_name(name)), index.to_bytes())
         shards.append(shard)
+    labels = write_labels(url, "train", label_N, num_classes=NUM_CLASSES)
     counts = tuple(np.bincount(label_N, minlength=NUM_CLASSES).tolist())
+    split = SplitInfo(
+        num_samples=num_samples, num_unlabelled=0, class_counts=counts, shards=tuple(shards), labels=labels
+    )
     manifest = Manifest(
         classes=tuple(f"n{label:08d}" for label in range(NUM_CLASSES)),
-        splits={
-            "train": SplitInfo(num_samples=num_samples, num_unlabelled=0, class_counts=counts, shards=tuple(shards))
-        },
+        splits={"train": split},
         image_mean=(0.5, 0.5, 0.5),
         image_std=(0.2, 0.2, 0.2),
         made_from={},
@@ -207,8 +208,6 @@ def _write_indexes(folder: Path, num_samples: int) -> Path:
         unreadable={"train": (3,)},
     )
     storage.write_bytes_atomic(storage.join(url, MANIFEST_NAME), manifest.to_bytes())
-    from dpkd.io.record import checked  # noqa: PLC0415
-
     data = checked(prior_manifest.model_dump(mode="json"))
     storage.write_bytes_atomic(storage.join(set_url(url, "default"), PRIORS_NAME), data)
     tree = _settings(folder / "run", folder)

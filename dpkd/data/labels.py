@@ -1,26 +1,26 @@
 """Chooses the labels visible to training, deterministically, to measure label efficiency. Axes: N samples."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import compress
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpkd.data.settings import AllLabels, LabelsPerClass, ListedLabels, VisibleLabels
+from dpkd.data.shards import Labels
 from dpkd.data.sources.text import match_lines, read_lines
 from dpkd.errors import UserError
 
-Labels = NDArray[np.int64]
-
 
 def visible_labels(
-    label_N: Labels, settings: VisibleLabels, *, keys: Sequence[str], seed: int, unreadable: Labels | Sequence[int] = ()
+    label_N: Labels, settings: VisibleLabels, *, keys: Iterable[str], seed: int, unreadable: Labels | Sequence[int] = ()
 ) -> Labels:
     """The labels [N] that training may see, -1 for hidden or missing ones.
 
     The choice depends on the seed and the samples' keys, not on the packing. A larger count or fraction includes the
     labels of a smaller one. The labels of the samples `unreadable` are hidden and do not count; if labels are counted,
-    other samples replace them.
+    other samples replace them. If all labels are visible, no key is read.
 
     Raises `UserError` if a list does not match the split.
     """
@@ -29,12 +29,13 @@ def visible_labels(
     if isinstance(settings, AllLabels):
         return readable_N
     if isinstance(settings, ListedLabels):
-        shown = _listed(label_N, settings.path, keys=keys)
+        shown = _listed(label_N, settings.path, keys=list(keys))
     else:  # the first of each class, in an order drawn from seed and key
         labelled = np.flatnonzero(readable_N >= 0)
         salt = (seed % 2**64).to_bytes(8, "little")
-        draws = [hashlib.blake2b(keys[i].encode(), digest_size=8, key=salt).digest() for i in labelled.tolist()]
-        ordered = labelled[np.lexsort((np.frombuffer(b"".join(draws), np.uint64), readable_N[labelled]))]
+        hashes = (hashlib.blake2b(key.encode(), digest_size=8, key=salt) for key in compress(keys, readable_N >= 0))
+        draws = np.fromiter((int.from_bytes(each.digest(), "little") for each in hashes), np.uint64, len(labelled))
+        ordered = labelled[np.lexsort((draws, readable_N[labelled]))]
         starts = np.flatnonzero(np.diff(readable_N[ordered], prepend=-1))
         classes = np.split(ordered, starts[1:])
         if isinstance(settings, LabelsPerClass):

@@ -98,7 +98,7 @@ class ClassAwareOrder:
     their share of the split, spread evenly, so a batch has the same expected number of labels as with `Order`.
     """
 
-    def __init__(self, label_N: NDArray[np.int64], *, seed: int, global_batch_size: int) -> None:
+    def __init__(self, label_N: NDArray[np.signedinteger], *, seed: int, global_batch_size: int) -> None:
         _require_samples(len(label_N))
         self.num_samples = len(label_N)
         self.global_batch_size = global_batch_size
@@ -106,8 +106,9 @@ class ClassAwareOrder:
         # int32 halves the memory of large splits
         narrow: type[np.integer] = np.int32 if len(label_N) < 2**31 else np.int64
         by_class = np.argsort(label_N, kind="stable").astype(narrow)
-        labels, starts = np.unique(label_N[by_class], return_index=True)
-        members = np.split(by_class, starts[1:])
+        count_of = np.bincount(label_N + 1)  # from label -1 on
+        labels = np.flatnonzero(count_of) - 1
+        members = np.split(by_class, np.cumsum(count_of[labels + 1])[:-1])
         self._unlabelled = members.pop(0) if labels[0] < 0 else by_class[:0]
         self._members = members
         self._label_K = labels[labels >= 0]

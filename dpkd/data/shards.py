@@ -8,6 +8,8 @@
       <key>.mask.png                optional, the size of the image
       <key>.expert-<name>.png       optional, any number of them
   <split>-000000.index.msgpack      `ShardIndex`: columns, one entry a sample; written after its tar
+  <split>.labels.npy                the label of every sample, in the order of the shards; -1 without a label; int16 or
+                                    int32, mapped into memory, so that opening reads no index of a shard
 
 Each read compares the sample's bytes with the checksum of the index, because a damaged JPEG may decode without error.
 Manifest and index contain a checksum of their content, which detects a changed bit of a label.
@@ -16,6 +18,7 @@ A key is the path of the image in its source without the extension. Axes: N samp
 """
 
 import hashlib
+import io
 import os
 import zlib
 from bisect import bisect_right
@@ -39,9 +42,12 @@ from dpkd.io.shard_cache import MAX_FILES, MAX_INDEXES, ChecksumDiffers, LRUCach
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "dataset.json"
+LABELS_ENDING = ".labels.npy"
 EXPERT_PREFIX = "expert-"
 MASK_EXTENSION = "mask.png"
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
+
+Labels = NDArray[np.signedinteger]
 
 
 class ShardInfo(BaseModel):
@@ -55,6 +61,15 @@ class ShardInfo(BaseModel):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
+class FileInfo(BaseModel):
+    """One file with values of all samples of a split."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str = Field(pattern=r"^\w[\w.-]*\.npy$")
+    size_bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
 class SplitInfo(BaseModel):
     """One split: numbers of samples in all, without a label, and of each class (in the order of `Manifest.classes`)."""
 
@@ -63,6 +78,8 @@ class SplitInfo(BaseModel):
     num_unlabelled: int = Field(ge=0)
     class_counts: tuple[int, ...]
     shards: tuple[ShardInfo, ...]
+    labels: FileInfo | None = None
+    """None if an older version packed the images: then the labels are read from every shard's index."""
 
 
 class Manifest(BaseModel):
@@ -77,7 +94,6 @@ class Manifest(BaseModel):
     image_std: tuple[float, float, float]
     num_left_out: int = 0
     """Samples of the source that belong to no split."""
-    num_quarantined: int = 0
     made_from: dict[str, str]
     """The inputs of packing; the same values give the same bytes."""
 
@@ -99,7 +115,6 @@ class ShardIndex:
 
     keys: tuple[str, ...]
     label_N: NDArray[np.int64]
-    groups: tuple[str | None, ...]
     members: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]
     """extension -> (offset, size) of each sample's data."""
     shard: ShardInfo
@@ -122,7 +137,6 @@ class ShardIndex:
                 "plan": self.plan,
                 "keys": self.keys,
                 "labels": self.label_N.tolist(),
-                "groups": self.groups,
                 "members": columns,
                 "bad": self.bad,
                 "pixel_counts": self.pixel_counts,
@@ -137,7 +151,7 @@ class ShardIndex:
         try:
             columns = content["members"].items()
             return ShardIndex(
-                **{name: content[name] for name in ("keys", "groups", "plan", "bad", "pixel_counts")},
+                **{name: content[name] for name in ("keys", "plan", "bad", "pixel_counts")},
                 label_N=np.array(content["labels"], np.int64),
                 members={ext: (np.array(at, np.int64), np.array(size, np.int64)) for ext, (at, size) in columns},
                 shard=ShardInfo(**content["shard"]),
@@ -242,12 +256,33 @@ class Split:
     @property
     def keys(self) -> list[str]:
         """The key of every sample."""
-        return [key for index in self.indexes() for key in index.keys]
+        return list(self.iter_keys())
+
+    def iter_keys(self) -> Iterator[str]:
+        """The key of every sample; reads the index of a shard when its first key is asked for."""
+        return (key for index in self.indexes() for key in index.keys)
 
     @cached_property
-    def label_N(self) -> NDArray[np.int64]:  # noqa: N802 (the axis)
-        """The class of every sample, as an index into `Manifest.classes`; -1 without a label."""
-        return np.concatenate([np.empty(0, np.int64), *(index.label_N for index in self.indexes())])
+    def label_N(self) -> Labels:  # noqa: N802 (the axis)
+        """The class of every sample, as an index into `Manifest.classes`; -1 without a label. Read only.
+
+        The processes of a machine share its memory. Raises `UserError` if its file is missing or damaged.
+        """
+        info = self.info.labels
+        if info is None:
+            return np.concatenate([np.empty(0, np.int64), *(index.label_N for index in self.indexes())])
+        url = storage.join(self.url, info.name)
+        with _user_errors(url):
+            descriptor = open_shard(url, size_bytes=info.size_bytes, sha256_hex=info.sha256)
+            with os.fdopen(descriptor, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
+                    raise ValueError(f"its checksum differs from the one in {MANIFEST_NAME}")
+                file.seek(0)
+                np.lib.format.read_magic(file)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                if shape != (self.num_samples,) or dtype.kind != "i":
+                    raise ValueError(f"it has {shape} values of {dtype}, not {self.num_samples} labels")
+                return np.asarray(np.memmap(file, dtype, "r", file.tell(), shape))
 
     def index(self, k: int) -> ShardIndex:
         """The index of shard `k`; raises `UserError` if it is missing or belongs to another shard."""
@@ -354,6 +389,15 @@ def _user_errors(url: str) -> Iterator[None]:
         raise UserError(f"{url} is missing, but {MANIFEST_NAME} lists it: pack again or copy the file") from error
     except ValueError as error:
         raise UserError(f"{url} cannot be read: {error}; pack again or copy the file") from error
+
+
+def write_labels(url: str, split: str, label_N: Labels, *, num_classes: int) -> FileInfo:
+    """Writes the labels of a split into the data set at `url`."""
+    file, name = io.BytesIO(), f"{split}{LABELS_ENDING}"
+    narrow = label_N.astype("<i2" if num_classes < 2**15 else "<i4")
+    np.lib.format.write_array(file, narrow, version=(1, 0))
+    storage.write_bytes_atomic(storage.join(url, name), file.getvalue())
+    return FileInfo(name=name, size_bytes=file.tell(), sha256=storage.digest(file.getvalue()))
 
 
 def checksum(members: dict[str, bytes]) -> int:

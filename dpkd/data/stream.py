@@ -21,7 +21,7 @@ from dpkd.data.augment import apply_image, apply_map, centre_view, random_views
 from dpkd.data.batch import Batch, View
 from dpkd.data.images import decode_image
 from dpkd.data.settings import GLOBAL, AugmentSettings, LoaderSettings
-from dpkd.data.shards import Sample, Split
+from dpkd.data.shards import Labels, Sample, Split
 from dpkd.errors import StorageError, UserError
 from dpkd.launch import forking
 from dpkd.launch.forking import end_with_parent, one_thread_each
@@ -61,7 +61,7 @@ def load_batches(
     split: Split,
     draws: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]],
     *,
-    targets: Mapping[str, NDArray[np.int64]],
+    targets: Mapping[str, Labels],
     maps: MapReader | None,
     views: Mapping[str, ViewPlan],
     seed: int,
@@ -75,7 +75,7 @@ def load_batches(
     """
     cv2.setNumThreads(1)  # images are small, and OpenCV's threads would slow training
     work = (
-        _Work(index_B, epoch_B, {name: target_N[index_B] for name, target_N in targets.items()})
+        _Work(index_B, epoch_B, {name: target_N[index_B].astype(np.int64) for name, target_N in targets.items()})
         for index_B, epoch_B in draws
     )
     batches: DataLoader[Batch | UserError] = DataLoader(

@@ -105,7 +105,6 @@ def write_shard(job: ShardJob) -> ShardIndex:
     index = ShardIndex(
         keys=tuple(sample.key for sample in samples),
         label_N=np.array([sample.label for sample in samples], np.int64),
-        groups=tuple(sample.record.group for sample in samples),
         members=columns,
         shard=ShardInfo(name=job.name, num_samples=len(rows), size_bytes=writer.size_bytes, sha256=writer.sha256),
         plan=job.plan,

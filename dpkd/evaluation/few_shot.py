@@ -13,7 +13,7 @@ from dpkd.errors import UserError
 from dpkd.evaluation.settings import EpisodeSettings
 
 Floats = NDArray[np.floating]
-Integers = NDArray[np.int64]
+Integers = NDArray[np.signedinteger]
 
 CHUNK_BYTES = 64 << 20
 """Size of the query embeddings in memory at a time."""
@@ -34,7 +34,9 @@ def draw_episodes(label_N: Integers, settings: EpisodeSettings, *, seed: int, sp
 
     Raises `UserError` if fewer than `way` classes have `max(shots) + queries` samples.
     """
-    class_C, count_C = np.unique(label_N[label_N >= 0], return_counts=True)
+    count_K = np.bincount(label_N[label_N >= 0])
+    class_C = np.flatnonzero(count_K)
+    count_C = count_K[class_C]
     num_drawn = max(settings.shots) + settings.queries
     fits_C = count_C >= num_drawn
     if fits_C.sum() < settings.way:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpkd.data.labels import visible_labels
-from dpkd.data.shards import Split
+from dpkd.data.shards import Labels, Split
 from dpkd.engine.network import Frozen
 from dpkd.errors import UserError
 from dpkd.evaluation.attributes import zero_shot_accuracy
@@ -47,7 +47,6 @@ from dpkd.stages.plan import attribute_table, trained_classes
 from dpkd.stages.run import Run
 from dpkd.train.task import Predictor
 
-Labels = NDArray[np.int64]
 Specs = Mapping[str, NetworkSpec]
 Outputs = Mapping[str, Embedded]
 """Outputs by network."""
@@ -108,7 +107,8 @@ def refuse_small_splits(run: Run) -> None:
     if run.settings.evaluate is not None:
         few = run.settings.evaluate.episodes.model_copy(update={"episodes": 2})
         for name in run.data.evaluated_splits:
-            draw_episodes(run.dataset.split(name).label_N[run.readable(name)], few, seed=0, split=name)
+            label_N = np.delete(run.dataset.split(name).label_N, run.unreadable(name))
+            draw_episodes(label_N, few, seed=0, split=name)
 
 
 def load_networks(run: Run) -> dict[str, Network]:
@@ -199,7 +199,8 @@ def _classify(run: Run, specs: Specs, embedded: Outputs, label_N: Labels) -> Fig
     present = {names[label] for label in np.unique(label_N[label_N >= 0])}
     train = run.dataset.split(run.data.train)
     unreadable = run.unreadable(train.name)
-    seen_N = visible_labels(train.label_N, run.data.labels, keys=train.keys, seed=run.seed, unreadable=unreadable)
+    keys = train.iter_keys()
+    seen_N = visible_labels(train.label_N, run.data.labels, keys=keys, seed=run.seed, unreadable=unreadable)
     train_count_K = np.bincount(seen_N[seen_N >= 0], minlength=len(names))
     figures = {}
     for name, spec in specs.items():

@@ -72,7 +72,7 @@ class Monitor:
         transform = "l2" if evaluate.episodes.transform == "centred_l2" else evaluate.episodes.transform
         changes = {"episodes": evaluate.episodes_while_training, "transform": transform}
         settings = evaluate.episodes.model_copy(update=changes)
-        label_N = run.dataset.split(name).label_N[run.readable(name)]
+        label_N = np.delete(run.dataset.split(name).label_N, run.unreadable(name))
         return settings, draw_episodes(label_N, settings, seed=run.seed, split=name)
 
     def evaluate(self, step: int) -> None:
@@ -86,8 +86,6 @@ class Monitor:
             accuracy = few_shot_accuracy(outputs["embedding"], episodes, settings=settings)
             scores = {key: score(accuracy_E) for key, accuracy_E in accuracy.items()}
             self._board.few_shot(step, network=network, split=name, scores=scores)
-            means = {key: round(table["mean"], 4) for key, table in scores.items()}
-            run.folder.write_event("few_shot", network=network, step=step, split=name, **means)
 
     def panels(self, step: int, batch: Batch) -> None:
         """Draws images, priors, and each network's predictions and attention."""

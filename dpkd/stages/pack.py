@@ -18,6 +18,7 @@ from dpkd.data import sources
 from dpkd.data.settings import FileSplits, Window
 from dpkd.data.shards import (
     FORMAT_VERSION,
+    LABELS_ENDING,
     MANIFEST_NAME,
     MASK_EXTENSION,
     Dataset,
@@ -25,6 +26,7 @@ from dpkd.data.shards import (
     ShardIndex,
     SplitInfo,
     index_name,
+    write_labels,
 )
 from dpkd.data.sources.records import Record, SourceContents, describe_counts, keys_of, sorted_classes
 from dpkd.data.sources.text import read_lines
@@ -90,11 +92,13 @@ def pack(
         num_done += len(plan.jobs[number].samples)
         progress(num_done, num_planned)
     indexes = [index_of[number] for number in range(len(plan.jobs))]
-    manifest = _manifest(plan, indexes, train=data.train, num_quarantined=quarantine.counts.get(STAGE, 0))
+    manifest = _manifest(plan, indexes, train=data.train, destination=destination)
     shards = {shard.name for split in manifest.splits.values() for shard in split.shards}
-    kept = shards | {index_name(name) for name in shards}
+    kept = shards | {index_name(name) for name in shards} | {f"{split}{LABELS_ENDING}" for split in manifest.splits}
     for name in storage.list_names(destination):  # removes files of other attempts
-        left_over = name.endswith((".tar", ".index.msgpack")) or name.startswith(storage.TEMPORARY_PREFIX)
+        left_over = name.endswith((".tar", ".index.msgpack", LABELS_ENDING)) or name.startswith(
+            storage.TEMPORARY_PREFIX
+        )
         if left_over and name not in kept:
             storage.remove(storage.join(destination, name))
     storage.write_bytes_atomic(storage.join(destination, MANIFEST_NAME), manifest.to_bytes())  # the commit
@@ -184,7 +188,8 @@ def _take_place(destination: str, made_from: dict[str, str]) -> None:
     storage.write_bytes_atomic(storage.join(destination, PACKING_NAME), json.dumps(made_from, indent=1).encode())
 
 
-def _manifest(plan: Plan, indexes: Sequence[ShardIndex], *, train: str, num_quarantined: int) -> Manifest:
+def _manifest(plan: Plan, indexes: Sequence[ShardIndex], *, train: str, destination: str) -> Manifest:
+    """The manifest; writes the labels of each split, which it lists."""
     by_split: dict[str, list[ShardIndex]] = defaultdict(list)
     for job, index in zip(plan.jobs, indexes, strict=True):
         by_split[job.split].append(index)
@@ -200,6 +205,7 @@ def _manifest(plan: Plan, indexes: Sequence[ShardIndex], *, train: str, num_quar
             num_unlabelled=int((label_N < 0).sum()),
             class_counts=tuple(np.bincount(label_N[label_N >= 0], minlength=len(plan.classes)).tolist()),
             shards=tuple(index.shard for index in parts if index.shard.num_samples),
+            labels=write_labels(destination, split, label_N, num_classes=len(plan.classes)),
         )
     means, deviations = [], []
     counts_CV = np.array([index.pixel_counts for index in by_split.get(train, indexes)]).sum(axis=0)
@@ -213,7 +219,6 @@ def _manifest(plan: Plan, indexes: Sequence[ShardIndex], *, train: str, num_quar
         image_mean=(means[0], means[1], means[2]),
         image_std=(deviations[0], deviations[1], deviations[2]),
         num_left_out=plan.num_left_out,
-        num_quarantined=num_quarantined,
         made_from=plan.made_from,
     )
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from dpkd.data.attributes import score_weights
 from dpkd.data.labels import visible_labels
 from dpkd.data.settings import GLOBAL, AugmentSettings
-from dpkd.data.shards import Dataset, Split
+from dpkd.data.shards import Dataset, Labels, Split
 from dpkd.data.stream import ViewPlan
 from dpkd.engine.settings import TrainingSettings
 from dpkd.engine.world import World
@@ -124,7 +124,7 @@ class TrainingSet:
 
     split: Split
     class_names: tuple[str, ...]
-    label_N: NDArray[np.int64]
+    label_N: Labels
     """-1 if the label is not visible or the sample cannot be read."""
     unreadable: NDArray[np.int64]
     """Numbers of the samples that are never drawn, ascending."""
@@ -148,7 +148,7 @@ def training_set(run: Run, training: TrainingSettings, objectives: Iterable[Obje
             f"the split {split.name!r} has {num_samples} samples, fewer than one batch of "
             f"training.batch_size={training.batch_size}; lower it, or pack more images"
         )
-    classes = np.unique(split.label_N[split.label_N >= 0])
+    classes = np.flatnonzero(split.info.class_counts)
     needs_labels = any("class" in objective.needs().targets for objective in objectives)
     if needs_labels and len(classes) < 2:
         names = [run.dataset.manifest.classes[label] for label in classes]
@@ -156,8 +156,10 @@ def training_set(run: Run, training: TrainingSettings, objectives: Iterable[Obje
             f"the split {split.name!r} holds {len(classes)} labelled {'class' if len(classes) == 1 else 'classes'} "
             f"({', '.join(names) or 'none'}), and training needs two: check the folders or the labels of data.source"
         )
-    split_label_N = np.where(split.label_N < 0, -1, np.searchsorted(classes, split.label_N))
-    label_N = visible_labels(split_label_N, run.data.labels, keys=split.keys, seed=run.seed, unreadable=unreadable)
+    number_of = np.full(len(run.dataset.manifest.classes) + 1, -1, split.label_N.dtype)  # the last one for label -1
+    number_of[classes] = np.arange(len(classes))
+    keys, split_label_N = split.iter_keys(), number_of[split.label_N]
+    label_N = visible_labels(split_label_N, run.data.labels, keys=keys, seed=run.seed, unreadable=unreadable)
     if needs_labels and not (label_N >= 0).any():
         raise UserError(f"data.labels {run.data.labels!r} leaves no visible label in the split {split.name!r}")
     return TrainingSet(split, tuple(run.dataset.manifest.classes[label] for label in classes), label_N, unreadable)

@@ -53,6 +53,8 @@ def inspect_dataset(url: str) -> None:
             logger.info(f"prior set {name}: {len(lost):,} could not be read and are left out: {_first(lost, ', ')}")
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     _check_shards(url, shards, way_out="pack again, which rewrites damaged shards")
+    for name in manifest.splits:
+        _ = dataset.split(name).label_N  # raises if its file is damaged
     logger.info("every shard fits its manifest")
     for name in set_names:
         _inspect_priors(dataset, name)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from dpkd.data.shards import Dataset, Sample, ShardIndex, Split, Unreadable
+from dpkd.data.shards import Dataset, Sample, ShardIndex, Split, SplitInfo, Unreadable, index_name, write_labels
 from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.record import checked, parse_checked
@@ -210,12 +210,46 @@ def test_image_statistics_are_those_of_the_training_pixels(tmp_path):
 def test_a_label_or_key_changed_in_an_index_is_noticed(dataset):
     place = storage.join(dataset.url, "train-000000.index.msgpack")
     content = msgpack.unpackb(storage.read_bytes(place))
-    for column, value in (("labels", 0), ("keys", "train/dog/009"), ("groups", "one")):
+    for column, value in (("labels", 0), ("keys", "train/dog/009")):
         changed = {**content, column: [*content[column][:-1], value]}
         assert changed != content
         storage.write_bytes_atomic(place, msgpack.packb(changed))
         with pytest.raises(UserError, match=r"train-000000\.index\.msgpack cannot be read: .*its checksum is wrong"):
             dataset.split("train").index(0)
+
+
+def test_the_labels_of_a_split_are_those_of_its_shards_and_only_they_are_read(dataset):
+    split, without_file = dataset.split("train"), dataset.split("train").info.model_copy(update={"labels": None})
+    expected = [sample.meta["label"] for k in range(3) for sample in split.read_shard(k)]
+    for shard in split.info.shards:
+        Path(dataset.url, index_name(shard.name)).rename(Path(dataset.url, f"{shard.name}.away"))
+    label_N = dataset.split("train").label_N
+    assert [None if label < 0 else label for label in label_N.tolist()] == expected
+    assert (label_N.dtype, label_N.flags.writeable) == (np.dtype("<i2"), False)
+    for shard in split.info.shards:
+        Path(dataset.url, f"{shard.name}.away").rename(Path(dataset.url, index_name(shard.name)))
+    assert Split(dataset.url, "train", without_file).label_N.tolist() == label_N.tolist()
+
+
+def test_more_classes_than_16_bits_number_keep_their_labels(tmp_path):
+    label_N = np.array([0, 2**15 - 1, 2**15, -1])
+    info = SplitInfo(num_samples=4, num_unlabelled=1, class_counts=(), shards=())
+    for num_classes, kept in ((2**15 - 1, label_N[[0, 3, 3, 0]]), (2**15, label_N)):
+        written = info.model_copy(update={"labels": write_labels(str(tmp_path), "a", kept, num_classes=num_classes)})
+        assert Split(str(tmp_path), "a", written).label_N.tolist() == kept.tolist()
+
+
+def test_a_label_file_that_is_changed_cut_or_missing_is_named(dataset):
+    place = Path(dataset.url, "train.labels.npy")
+    data = place.read_bytes()
+    changed = [data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :] for i in range(len(data))]
+    for damaged in (*changed, data[:-1], data + b"\0", b""):
+        place.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"train\.labels\.npy cannot be read: its checksum differs"):
+            _ = dataset.split("train").label_N
+    place.unlink()
+    with pytest.raises(UserError, match=r"train\.labels\.npy is missing"):
+        _ = dataset.split("train").label_N
 
 
 def test_a_number_changed_in_the_manifest_is_noticed(dataset):

@@ -35,7 +35,7 @@ def own(packed, tmp_path) -> Path:
 
 def checked(data: bytes) -> None:
     index = ShardIndex.from_bytes(data)
-    assert len(index.keys) == len(index.label_N) == len(index.groups) == index.shard.num_samples
+    assert len(index.keys) == len(index.label_N) == index.shard.num_samples
     for offset_N, size_N in index.members.values():
         assert offset_N.dtype == size_N.dtype == np.int64
         assert (
