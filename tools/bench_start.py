@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ COMMANDS = {
 }
 MODEL = {"name": "resnet18", "arguments": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}}
 TRAINING = {"steps": 1, "batch_size": 16, "log_every": 1, "evaluate_every": 1000, "panels_every": 1000}
+KINDS = {"dpkd.data.stream": "loader", "dpkd.stages": "training", "watchdog": "watchdog", "resource_tracker": "tracker"}
+"""Processes of a run by a part of their command."""
 PER_SHARD, NUM_CLASSES = 1000, 1000
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
@@ -72,7 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         if "commands" in options.parts:
             turns["commands"] = lambda checkout: _commands(checkout, config)
         if "step" in options.parts:
-            _run(ROOT, ["-m", "dpkd.pretrain", "--config", str(config), "--stages", "pack,prepare"])
             turns["step"] = lambda checkout: _first_step(checkout, folder)
         for num_samples in options.samples if "opening" in options.parts else ():
             settings = _write_indexes(folder / str(num_samples), num_samples)
@@ -107,11 +108,18 @@ def _settings(run: Path, sample: Path) -> dict[str, Any]:
     return tree
 
 
+def _variables(checkout: Path) -> dict[str, str]:
+    """The environment of a command of this checkout, which keeps its bytecode as an installed package does."""
+    unset = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return unset | {"PYTHONPATH": str(checkout)}
+
+
 def _run(checkout: Path, arguments: Sequence[str]) -> float:
     """CPU seconds of a Python process and of the children that it has waited for."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    environment = os.environ | {"PYTHONPATH": str(checkout)}
-    subprocess.run([sys.executable, *arguments], cwd=checkout, env=environment, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, *arguments], cwd=checkout, env=_variables(checkout), check=True, capture_output=True
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -129,17 +137,22 @@ def _commands(checkout: Path, config: Path) -> dict[str, float]:
 
 def _first_step(checkout: Path, folder: Path) -> dict[str, float]:
     """Wall and CPU seconds from the command to the first logged step, of all processes and of each kind."""
-    run = folder / f"step-{time.monotonic_ns()}"
+    run, packed, config = (
+        folder / f"step-{time.monotonic_ns()}",
+        folder / f"packed-{checkout.name}",
+        folder / "step.json",
+    )
+    if not packed.exists():
+        config.write_text(json.dumps(_settings(packed, folder / "sample")))
+        _run(checkout, ["-m", "dpkd.pretrain", "--config", str(config), "--stages", "pack,prepare"])
     tree = _settings(run, folder / "sample")
-    tree["data"] |= {"source": None, "shards": str(folder / "run" / "shards")}
-    config = folder / "step.json"
+    tree["data"] |= {"source": None, "shards": str(packed / "shards")}
     config.write_text(json.dumps(tree))
     command = [sys.executable, "-m", "dpkd.pretrain", "--config", str(config), "--stages", "teach"]
-    environment = os.environ | {"PYTHONPATH": str(checkout)}
     began_s = time.monotonic()
     with run.with_suffix(".log").open("wb") as log:
         process = subprocess.Popen(
-            command, cwd=checkout, env=environment, stdout=log, stderr=log, start_new_session=True
+            command, cwd=checkout, env=_variables(checkout), stdout=log, stderr=log, start_new_session=True
         )
         events = run / "events.jsonl"
         while not (events.exists() and b'"kind": "train"' in events.read_bytes()):
@@ -153,7 +166,7 @@ def _first_step(checkout: Path, folder: Path) -> dict[str, float]:
 
 def _session(leader: int) -> dict[str, float]:
     """CPU seconds of the living processes of a session and of the children that they waited for, by kind."""
-    seconds: Counter[str] = Counter({"cpu": 0.0})
+    seconds: dict[str, float] = defaultdict(float)
     for path in Path("/proc").glob("[0-9]*"):
         try:
             fields = (path / "stat").read_text().rpartition(")")[2].split()
@@ -162,10 +175,11 @@ def _session(leader: int) -> dict[str, float]:
             continue
         if int(fields[3]) == leader:
             spent = sum(map(int, fields[11:15])) / TICKS_PER_S
-            kinds = ("forkserver", "resource_tracker", "watchdog")
-            kind = next((kind for kind in kinds if kind in command), "driver")
             seconds["cpu"] += spent
-            seconds[f"cpu of {kind}"] += spent  # a forked worker has the command of its fork server
+            # a forked worker has the command of its fork server
+            seconds[next((f"cpu of {kind}" for part, kind in KINDS.items() if part in command), "cpu of driver")] += (
+                spent
+            )
     return dict(seconds)
 
 
@@ -248,9 +262,8 @@ print(json.dumps({"cpu": time.process_time() - began_s, "first batch": time.proc
 
 
 def _opening(checkout: Path, settings: Path) -> dict[str, float]:
-    environment = os.environ | {"PYTHONPATH": str(checkout)}
     command = [sys.executable, "-c", OPENING, str(settings)]
-    done = subprocess.run(command, cwd=checkout, env=environment, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=checkout, env=_variables(checkout), check=True, capture_output=True, text=True)
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return figures
 

@@ -11,6 +11,7 @@ A worker writes these files for the driver into the folder of its generation:
     1.log       its output, except that of the first worker
 """
 
+import ctypes
 import io
 import multiprocessing
 import os
@@ -28,10 +29,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from dpkd.engine import world
 from dpkd.errors import StopRequested
 from dpkd.io.temporary_folder import lasting_folder
 from dpkd.launch.forking import end_fork_server, end_with_parent, load_ahead
@@ -70,7 +67,7 @@ class LocalWorkers:
 
     def __init__(self, num_workers: int | None, settings: LauncherSettings, *, module: str | None = None) -> None:
         assert num_workers is None or num_workers >= 1, num_workers
-        self._num_workers = num_workers or max(1, torch.cuda.device_count())
+        self._num_workers = num_workers or max(1, node_resources().gpus)
         self._settings, self._module = settings, module
         self._threads = settings.threads
         if self._threads is None and "OMP_NUM_THREADS" not in os.environ:
@@ -93,6 +90,13 @@ class LocalWorkers:
 def node_resources() -> NodeResources:
     """The CPUs and GPUs of this machine for workers."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        if not Path("/dev/kfd").exists():
+            return NodeResources(cpus, 0)  # neither CUDA nor ROCm: this process needs no torch to count GPUs
+    import torch  # noqa: PLC0415
+
     return NodeResources(cpus, torch.cuda.device_count())
 
 
@@ -120,10 +124,13 @@ class _Generation:
         """Runs the workers; returns their failures."""
         listener = socket.create_server((LOOPBACK, 0))
         port: int = listener.getsockname()[1]
-        # the store of the process group; it ends with this method
-        _store = dist.TCPStore(  # type: ignore[attr-defined]
-            LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-        )
+        if self._place.num_workers > 1:  # else the worker needs no store, and this process no torch
+            import torch.distributed as dist  # noqa: PLC0415
+
+            # the store of the process group; it ends with this method
+            _store = dist.TCPStore(  # type: ignore[attr-defined]
+                LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+            )
         context: Any = multiprocessing.get_context(start_method)
         try:
             for rank in range(self._place.num_workers):
@@ -216,6 +223,11 @@ class _Generation:
 def _enter(task: Task, place: _Place, rank: int, port: int) -> None:
     """Runs the task as this rank; the store of the process group listens on `port` of the loopback interface."""
     end_with_parent()
+    # not at the top: the driver loads this module too
+    import torch  # noqa: PLC0415
+
+    from dpkd.engine import world  # noqa: PLC0415
+
     # signals were blocked until now; the driver gets them too and sends SIGTERM; loader workers inherit this
     signal.signal(signal.SIGTERM, lambda *_: world.request_stop())
     for number in set(STOP_SIGNALS) - {signal.SIGTERM}:

@@ -38,7 +38,8 @@ def check_networks(settings: Settings) -> None:
                     build()
             except UserError:  # also for a model that reads its weights while it is built: only real ones can tell
                 build()
-            if network.model.pretrained and not timm.get_pretrained_cfg(model.name).has_weights:
+            published = timm.get_pretrained_cfg(model.name)
+            if network.model.pretrained and (published is None or not published.has_weights):
                 raise UserError(f"timm has no published weights of {model.name!r}: set model.pretrained=false")
         except UserError as error:
             raise UserError(f"{key}: {error}") from error
