@@ -293,6 +293,8 @@ class Settings(Config):
         for view in needs.views:
             if view not in self.data.views:
                 raise ValueError(f"{key} reads the view {view!r}; data.views has {', '.join(self.data.views)}")
+            if self.data.views[view].count < needs.num_views:
+                raise ValueError(f"{key} reads {needs.num_views} views or more: set data.views.{view}.count")
         if objective.control == "shuffle" and not needs.maps:
             raise ValueError(f"{key}.control=shuffle exchanges prior maps, and {objective.kind!r} reads none")
         augments = {section: self.teachers[teacher].augment} if teacher else {}

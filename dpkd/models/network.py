@@ -3,12 +3,15 @@
 Axes: B image, C colour or map channels, H W height and width, D features, K classes.
 """
 
+from functools import partial
+
 import torch
+from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
 from dpkd.models.backbone import Backbone
 from dpkd.models.resample import area_resample
-from dpkd.models.settings import FigureGroundPooling, NetworkSpec
+from dpkd.models.settings import FigureGroundPooling, HeadSpec, NetworkSpec
 from dpkd.models.weights import load_weights
 
 PLAIN_SHARE = 1e-3
@@ -26,10 +29,8 @@ class Network(nn.Module):
         self.backbone = Backbone(spec.model, num_classes=len(spec.classes), image_size=spec.image_size)
         self.heads = nn.ModuleDict()
         for name, head in spec.heads.items():
-            if head.reads == "embedding":
-                self.heads[name] = nn.Linear(self.backbone.embedding_dim, head.width)
-            else:
-                self.heads[name] = nn.Conv2d(self.backbone.patch_dim, head.width, 1)
+            dim = self.backbone.embedding_dim if head.reads == "embedding" else self.backbone.patch_dim
+            self.heads[name] = build_head(head, dim)
 
     def forward(self, image_BCHW: Tensor, weight_B1HW: Tensor | None = None) -> dict[str, Tensor]:
         """The outputs for normalised float images; figure-ground pooling needs `weight_B1HW` in [0, 1], of any size.
@@ -53,6 +54,16 @@ class Network(nn.Module):
         for name, head in self.heads.items():
             outputs[name] = head(outputs[self.spec.heads[name].reads])
         return outputs
+
+
+def build_head(head: HeadSpec, dim: int) -> nn.Module:
+    """A head on features of width `dim`; on a grid its linear layers are 1x1 convolutions."""
+    on_grid = head.reads != "embedding"
+    linear = partial(nn.Conv2d, kernel_size=1) if on_grid else nn.Linear
+    if head.hidden is None:
+        return linear(dim, head.width)
+    norm = (LayerNorm2d if on_grid else nn.LayerNorm)(dim)
+    return nn.Sequential(norm, linear(dim, head.hidden), nn.GELU(), linear(head.hidden, head.width))
 
 
 def figure_ground(patch_BDHW: Tensor, saliency_B1HW: Tensor, *, floor: float) -> Tensor:

@@ -46,10 +46,12 @@ Model = Annotated[ModelSettings, BeforeValidator(_named_model), TAKES_TEXT]
 
 
 class HeadSpec(Config):
-    """A linear head: on the embedding, or on each patch as a 1x1 convolution."""
+    """A linear head or an MLP: on the embedding, or on each patch as 1x1 convolutions."""
 
     reads: Literal["embedding", "patch"]
     width: int = Field(ge=1)
+    hidden: int | None = Field(None, ge=1)
+    """Width of the hidden layer of an MLP; None for a linear head."""
 
 
 class NetworkSpec(Config):

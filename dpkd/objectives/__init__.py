@@ -15,8 +15,10 @@ from dpkd.objectives.decoupled_logits import DecoupledLogits
 from dpkd.objectives.features import FeatureDistillation
 from dpkd.objectives.logits import LogitDistillation
 from dpkd.objectives.masked_prior import MaskedPrior
+from dpkd.objectives.patch_relations import PatchRelations
 from dpkd.objectives.patches import PatchDistillation
 from dpkd.objectives.region_bounds import RegionBounds
+from dpkd.objectives.relations import RelationDistillation
 from dpkd.objectives.standardised_logits import StandardisedLogits
 from dpkd.objectives.supervised import Supervised
 
@@ -29,7 +31,9 @@ BuiltIn = Annotated[
     | StandardisedLogits
     | DecoupledLogits
     | FeatureDistillation
-    | PatchDistillation,
+    | PatchDistillation
+    | RelationDistillation
+    | PatchRelations,
     Field(discriminator="kind"),
 ]
 

@@ -32,6 +32,8 @@ class Head:
     reads: Literal["embedding", "patch"]
     width: int | str
     """Number of outputs, or its source: `map.<name>` (channels), `attributes`, `teacher.<output>` (width)."""
+    hidden: int | None = None
+    """With a hidden width, the head is an MLP: layer norm, linear, GELU, linear."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Needs:
     """The maps that must have one channel of amounts."""
     views: tuple[str, ...] = (GLOBAL,)
     """Views of each image."""
+    num_views: int = 1
+    """Smallest number of views of each kind."""
     hidden_share: float = 0.0
     """Share of hidden patches in an additional view of the image, `hidden_view(share)`."""
     targets: tuple[str, ...] = ()
@@ -97,7 +101,7 @@ Outputs = Mapping[str, "Tensor"]
 class Context:
     """The inputs of the losses of one network, on one micro-batch.
 
-    The methods return outputs, maps and images of each image's first view of the kind.
+    The methods return outputs, maps and images of each image's first view of the kind, unless all are asked for.
     """
 
     batch: Batch
@@ -113,14 +117,22 @@ class Context:
     teacher_name: str | None = None
     """The teacher of the current objective."""
 
-    def student(self, output: str, *, view: str = GLOBAL) -> Tensor:
-        """An output of the trained network."""
-        return self._first(self.outputs[view][output])
+    def student(self, output: str, *, view: str = GLOBAL, all_views: bool = False) -> Tensor:
+        """An output of the trained network; with `all_views`, of all V views of the kind, as V blocks of B."""
+        tensor = self.outputs[view][output]
+        return tensor if all_views else self._first(tensor)
 
-    def teacher(self, output: str, *, view: str = GLOBAL) -> Tensor:
-        """An output of the objective's teacher."""
+    def teacher(self, output: str, *, view: str = GLOBAL, average_views: bool = False) -> Tensor:
+        """An output of the objective's teacher; with `average_views`, of all V views of the kind, as V blocks of B.
+
+        Each is then half the output of its view and half the mean over the views of its image.
+        """
         assert self.teacher_name is not None, "settings require a teacher"
-        return self._first(self.teachers[self.teacher_name][view][output])
+        tensor = self.teachers[self.teacher_name][view][output]
+        if not average_views:
+            return self._first(tensor)
+        view_VB = tensor.unflatten(0, (-1, len(self.batch.index_B)))
+        return ((view_VB + view_VB.mean(0)) / 2).flatten(0, 1)
 
     def map(self, name: str, *, view: str = GLOBAL) -> Tensor:
         """A prior map, BCHW float32; NaN if unknown."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field
+
 from dpkd.objectives.base import Context, Distillation, Head, Needs
 
 if TYPE_CHECKING:
@@ -11,17 +13,33 @@ if TYPE_CHECKING:
 
 
 class FeatureDistillation(Distillation):
-    """`0.5 (1 - cosine) + 0.5 smooth-L1` between standardised embeddings (UNIC, Sariyildiz et al. 2024)."""
+    """Distance between a head on the student's embedding and the teacher's embedding.
+
+    `unic`: `0.5 (1 - cosine) + 0.5 smooth-L1` of standardised embeddings (UNIC, Sariyildiz et al. 2024). `radio`: `0.9
+    (1 - cosine) + 0.1 smooth-L1` of the embeddings as they are (AM-RADIO, Ranzinger et al. 2024).
+    """
 
     kind: Literal["features"] = "features"
+    distance: Literal["unic", "radio"] = "unic"
+    hidden: int | None = Field(None, ge=1)
+    """Width of the hidden layer of an MLP head (layer norm, linear, GELU, linear); None for a linear head."""
+    average_views: bool = False
+    """Learns from all global views, with targets that are half the mean over the views of an image."""
 
     def needs(self) -> Needs:
-        head = Head("embedding", "teacher.embedding")
-        return Needs(heads={teacher_head(self.teacher, "embedding"): head}, teacher=("embedding",))
+        heads = {self._head: Head("embedding", "teacher.embedding", hidden=self.hidden)}
+        return Needs(heads=heads, teacher=("embedding",), num_views=2 if self.average_views else 1)
 
     def loss(self, context: Context) -> Tensor:
-        student_BD = context.student(teacher_head(self.teacher, "embedding"))
-        return self.weight * feature_distance(student_BD, context.teacher("embedding"), dim=1).mean()
+        student_BD = context.student(self._head, all_views=self.average_views)
+        teacher_BD = context.teacher("embedding", average_views=self.average_views)
+        if self.distance == "unic":
+            return self.weight * feature_distance(student_BD, teacher_BD, dim=1).mean()
+        return self.weight * weighted_distance(student_BD, teacher_BD, dim=1, cosine=0.9).mean()
+
+    @property
+    def _head(self) -> str:
+        return teacher_head(self.teacher, f"embedding-{self.hidden}" if self.hidden else "embedding")
 
 
 def teacher_head(teacher: str | None, output: str) -> str:
@@ -34,11 +52,16 @@ def feature_distance(student: Tensor, teacher: Tensor, *, dim: int) -> Tensor:
 
     UNIC (Sariyildiz et al. 2024), eq. 1 and 2, with the statistics of each vector, not running statistics.
     """
+    return weighted_distance(standardise(student, dim=dim), standardise(teacher, dim=dim), dim=dim, cosine=0.5)
+
+
+def weighted_distance(student: Tensor, teacher: Tensor, *, dim: int, cosine: float) -> Tensor:
+    """`w (1 - cosine) + (1 - w) smooth-L1` of the vectors along `dim`, where w is `cosine`; without that dimension."""
     import torch.nn.functional as F
 
-    student, teacher = standardise(student, dim=dim), standardise(teacher, dim=dim)
-    cosine = F.cosine_similarity(student, teacher, dim=dim)
-    return 0.5 * (1 - cosine) + 0.5 * F.smooth_l1_loss(student, teacher, reduction="none").mean(dim)
+    similarity = F.cosine_similarity(student, teacher, dim=dim)
+    smooth = F.smooth_l1_loss(student, teacher, reduction="none").mean(dim)
+    return cosine * (1 - similarity) + (1 - cosine) * smooth
 
 
 def standardise(features: Tensor, *, dim: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from dpkd.objectives.base import Context, Distillation, Head, Needs, Weight
@@ -24,12 +25,18 @@ class PatchDistillation(Distillation):
         return Needs(heads={teacher_head(self.teacher, "patch"): head}, teacher=("patch",), maps=maps, amounts=maps)
 
     def loss(self, context: Context) -> Tensor:
-        weight_B1HW = None
-        for name, factor in (("saliency", self.saliency), ("edge", self.edge)):
-            if factor:
-                weight_B1HW = factor * context.map(name) + (1 if weight_B1HW is None else weight_B1HW)
+        weight_B1HW = patch_weight(context, {"saliency": self.saliency, "edge": self.edge})
         student_BDHW = context.student(teacher_head(self.teacher, "patch"))
         return self.weight * distil_patches(student_BDHW, context.teacher("patch"), weight_B1HW)
+
+
+def patch_weight(context: Context, factors: Mapping[str, float]) -> Tensor | None:
+    """`1 + Σ factor · map` over the maps of `factors`, unknown maps as 0; B1HW, or None if all factors are 0."""
+    weight_B1HW = None
+    for name, factor in factors.items():
+        if factor:
+            weight_B1HW = factor * context.map(name).nan_to_num(0) + (1 if weight_B1HW is None else weight_B1HW)
+    return weight_B1HW
 
 
 def distil_patches(student_BDHW: Tensor, teacher_BDHW: Tensor, weight_B1HW: Tensor | None = None) -> Tensor:

@@ -19,13 +19,16 @@ class StandardisedLogits(Distillation):
     kind: Literal["standardised_logits"] = "standardised_logits"
     weight: float = Field(9.0, ge=0)
     temperature: float = Field(2.0, gt=0)
+    average_views: bool = False
+    """Learns from all global views, with targets that are half the mean over the views of an image."""
 
     def needs(self) -> Needs:
-        return Needs(student=("logits",), teacher=("logits",))
+        return Needs(student=("logits",), teacher=("logits",), num_views=2 if self.average_views else 1)
 
     def loss(self, context: Context) -> Tensor:
-        student_BK, teacher_BK = standardise_logits(context.student("logits")), context.teacher("logits")
-        return self.weight * distil_logits(student_BK, standardise_logits(teacher_BK), temperature=self.temperature)
+        student_BK = standardise_logits(context.student("logits", all_views=self.average_views))
+        teacher_BK = standardise_logits(context.teacher("logits", average_views=self.average_views))
+        return self.weight * distil_logits(student_BK, teacher_BK, temperature=self.temperature)
 
 
 def standardise_logits(logits_BK: Tensor) -> Tensor:

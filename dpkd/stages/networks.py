@@ -64,7 +64,7 @@ def new_network(
             width_of |= {"teacher.embedding": teacher.embedding_dim, "teacher.patch": teacher.patch_dim}
         for name, head in needs.heads.items():
             width = head.width if isinstance(head.width, int) else width_of[head.width]
-            heads[name] = HeadSpec(reads=head.reads, width=width)
+            heads[name] = HeadSpec(reads=head.reads, width=width, hidden=head.hidden)
     families = {name: number for number, name in enumerate(HEAD_FAMILIES)}
     ordered = sorted(heads, key=lambda name: (families.get(name.partition("/")[0], len(families)), name))
     spec = NetworkSpec(

@@ -6,23 +6,24 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import timm
 import torch
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dpkd.data.batch import Batch, View
 from dpkd.errors import UserError
 from dpkd.objectives import BuiltIn
-from dpkd.objectives.base import Context, Head, Needs, Objective, Supervision, losses_of, named
+from dpkd.objectives.base import Context, Head, Needs, Objective, losses_of, named
 from dpkd.objectives.features import FeatureDistillation
 from dpkd.objectives.logits import LogitDistillation
 from dpkd.objectives.supervised import Supervised
 from dpkd.settings import parse_settings
-from tests.runs import Command, all_weights, settings_of, tiny, train_events
+from tests.contexts import context_of
+from tests.runs import VIT, Command, all_weights, settings_of, tiny, train_events
 
 if TYPE_CHECKING:
     from dpkd.run.folder import RunFolder
@@ -67,7 +68,7 @@ def test_an_objective_of_a_test_file_trains_resumes_and_is_drawn(whole: RunFolde
         board = EventAccumulator(str(again.folder.tensorboard / stage / network)).Reload()
         assert "loss/Brightness" in board.Tags()["scalars"]
     heads = json.loads((again.folder.teacher("teacher") / "network.json").read_text())["spec"]["heads"]
-    assert heads["brightness"] == {"reads": "embedding", "width": 3}
+    assert heads["brightness"] == {"reads": "embedding", "width": 3, "hidden": None}
 
 
 class WithoutLoss(Objective):
@@ -83,22 +84,19 @@ class WithoutLoss(Objective):
         (KIND | {"scael": 1}, ["distill.students.s.objectives.0", "scael: no such key (did you mean 'scale'?)"]),
         (KIND | {"weight": -1}, ["distill.students.s.objectives.0", "weight: -1 does not fit"]),
         ({"kind": f"{__name__}:WithoutLoss"}, ["distill.students.s.objectives.0", "lacks loss"]),
+        ({"kind": "logits", "average_views": True}, ["objectives.0 reads 2 views or more", "data.views.global.count"]),
+        ({"kind": "logits", "teacher": "public"}, ["'public' is never trained and has no logits"]),
     ],
 )
 def test_a_class_that_is_no_objective_is_named_with_what_is_wrong(objective: dict, words: list[str]) -> None:
-    tree = {"data": {"source": "x"}, "distill": {"students": {"s": {"model": "resnet18", "objectives": [objective]}}}}
+    teachers = {"teacher": {"model": "resnet18", "objectives": [{"kind": "supervised"}]}}
+    if objective.get("teacher"):
+        teachers["public"] = {"model": "resnet18", "weights": "x"}
+    student = {"model": "resnet18", "objectives": [objective]}
+    tree = {"data": {"source": "x"}, "teachers": teachers, "distill": {"students": {"s": student}}}
     with pytest.raises(UserError) as caught:
         parse_settings(tree, origin="test")
     assert all(word in str(caught.value) for word in words), caught.value
-
-
-def context_of(outputs: Mapping[str, torch.Tensor], taught: Mapping[str, Mapping[str, torch.Tensor]]) -> Context:
-    size = len(next(iter(outputs.values())))
-    label_B = torch.arange(size) % 3
-    batch = Batch({"global": View(torch.zeros(size, 3, 4, 4, dtype=torch.uint8))}, {"class": label_B}, label_B, label_B)
-    supervision = Supervision(("a", "b", "c"), 1.0, torch.zeros(3))
-    teachers = {name: {"global": dict(teacher)} for name, teacher in taught.items()}
-    return Context(batch, {"global": dict(outputs)}, teachers, supervision, step=0, seed=0)
 
 
 def test_two_objectives_of_one_kind_both_count_under_names_of_their_own() -> None:
@@ -187,3 +185,36 @@ def test_a_public_network_teaches_beside_one_of_the_run_and_is_never_trained(
     }
     report = json.loads((command.folder.path / "evaluation.json").read_text())
     assert set(report["teachers"]) == {"teacher", "public"}
+
+
+def test_every_objective_that_follows_a_teacher_trains_and_no_head_leaves(whole: RunFolder, tmp_path: Path) -> None:
+    tree = tiny(tmp_path / "all", source=None, shards=whole.path / "shards")
+    tree["data"]["views"] = {"global": {"count": 2}}
+    tree["evaluate"] = None
+    objectives = [
+        {"kind": "supervised"},
+        {"kind": "logits", "average_views": True},
+        {"kind": "standardised_logits", "average_views": True},
+        {"kind": "features", "hidden": 12, "distance": "radio", "average_views": True},
+        {"kind": "features"},
+        {"kind": "relations", "distance": 1, "angle": 2, "average_views": True},
+        {"kind": "patch_relations", "saliency": 1},
+    ]
+    tree["distill"]["students"] = {"vit": {"model": VIT, "objectives": objectives, "engine": {"kind": "torch"}}}
+    tree["distill"]["training"] |= {"steps": 2, "checkpoint_every": 2}
+    command = Command(tree, "--stages", "prepare,teach,distill,export")
+    assert command.wait() == 0, command.output
+    last = [line for line in train_events(command.folder) if line["stage"] == "distill"][-1]
+    losses = {key.removeprefix("loss/student-vit/"): value for key, value in last.items() if key.startswith("loss/")}
+    names = {"supervised", "logits", "standardised_logits", "features", "features-2", "patch_relations"}
+    parts = {"relations.similarity", "relations.distance", "relations.angle"}
+    assert losses.keys() == names | parts
+    assert all(0 < value < 1e6 for value in losses.values())
+    heads = json.loads((command.folder.students / "vit" / "network.json").read_text())["spec"]["heads"]
+    assert {name: tuple(head.values()) for name, head in heads.items()} == {
+        "to_teacher/embedding": ("embedding", 16, None),
+        "to_teacher/embedding-12": ("embedding", 16, 12),
+    }
+    exported = load_file(command.folder.export / "vit" / "model.safetensors")
+    arguments = {"num_classes": 6, **VIT["arguments"]}
+    assert exported.keys() == timm.create_model(VIT["name"], **arguments).state_dict().keys()

@@ -3,14 +3,18 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from dpkd.data.batch import Batch, View
-from dpkd.objectives.base import Context, Supervision, losses_of
+from dpkd.models.network import build_head
+from dpkd.models.settings import HeadSpec
+from dpkd.objectives.base import losses_of
 from dpkd.objectives.decoupled_logits import decoupled_logits
-from dpkd.objectives.features import feature_distance, standardise
-from dpkd.objectives.logits import distil_logits
+from dpkd.objectives.features import FeatureDistillation, feature_distance, standardise
+from dpkd.objectives.logits import LogitDistillation, distil_logits
 from dpkd.objectives.patches import PatchDistillation, distil_patches, resample_features
-from dpkd.objectives.standardised_logits import standardise_logits
+from dpkd.objectives.relations import RelationDistillation, similarity_divergence
+from dpkd.objectives.standardised_logits import StandardisedLogits, standardise_logits
+from tests.contexts import context_of
 
 RNG = np.random.default_rng(0)
 
@@ -58,6 +62,54 @@ def test_embeddings_are_compared_standardised():
     assert float(loss) == pytest.approx(expected, rel=1e-4)
 
 
+def test_embeddings_as_they_are_are_compared_with_the_weights_of_radio():
+    student_BD, teacher_BD = RNG.normal(size=(5, 7)), 2 * RNG.normal(size=(5, 7)) + 1
+    cosine_B = (
+        (student_BD * teacher_BD).sum(1) / np.linalg.norm(student_BD, axis=1) / np.linalg.norm(teacher_BD, axis=1)
+    )
+    gap_BD = np.abs(student_BD - teacher_BD)
+    smooth_B = np.where(gap_BD < 1, 0.5 * gap_BD**2, gap_BD - 0.5).mean(1)
+    expected = (0.9 * (1 - cosine_B) + 0.1 * smooth_B).mean()
+    outputs = {"to_teacher/embedding-12": torch.tensor(student_BD)}
+    context = context_of(outputs, {"t": {"embedding": torch.tensor(teacher_BD)}})
+    (loss,) = losses_of([FeatureDistillation(distance="radio", hidden=12)], context).values()
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("reads", ["embedding", "patch"])
+def test_a_hidden_width_makes_the_head_an_mlp(reads):
+    head = build_head(HeadSpec(reads=reads, width=3, hidden=6), 4)
+    feature_BD = torch.randn(5, 4)
+    norm, first, _, last = head
+    torch.nn.init.normal_(norm.weight)
+    hidden_BD = F.layer_norm(feature_BD, (4,), norm.weight, norm.bias, eps=norm.eps) @ first.weight.view(6, 4).T
+    expected_BD = F.gelu(hidden_BD + first.bias) @ last.weight.view(3, 6).T + last.bias
+    found_BD = head(feature_BD) if reads == "embedding" else head(feature_BD[:, :, None, None].expand(5, 4, 2, 3))
+    torch.testing.assert_close(found_BD if reads == "embedding" else found_BD[:, :, 1, 2], expected_BD)
+
+
+def test_a_target_of_several_views_is_half_of_the_own_view_and_half_of_their_mean():
+    student_VBK, teacher_VBK = RNG.normal(size=(3, 4, 5)), RNG.normal(size=(3, 4, 5))
+    target_VBK = 0.5 * teacher_VBK + 0.5 * teacher_VBK.mean(0)
+    flat = [torch.tensor(x.reshape(12, 5)) for x in (student_VBK, teacher_VBK, target_VBK)]
+    names = ("logits", "embedding", "to_teacher/embedding")
+    context = context_of(dict.fromkeys(names, flat[0]), {"t": dict.fromkeys(names, flat[1])}, num_views=3)
+    p, q = softmax(target_VBK.reshape(12, 5) / 2), softmax(student_VBK.reshape(12, 5) / 2)
+    expected = {
+        LogitDistillation: 4 * (p * np.log(p / q)).sum(1).mean(),
+        FeatureDistillation: feature_distance(flat[0], flat[2], dim=1).mean(),
+        RelationDistillation: similarity_divergence(flat[0], flat[2], temperature=0.1),
+        StandardisedLogits: 9
+        * distil_logits(standardise_logits(flat[0]), standardise_logits(flat[2]), temperature=2.0),
+    }
+    for kind, value in expected.items():
+        (loss,) = losses_of([kind(average_views=True)], context).values()
+        assert float(loss) == pytest.approx(float(value), rel=1e-4), kind
+        (first,) = losses_of([kind()], context).values()
+        alone = context_of(dict.fromkeys(names, flat[0][:4]), {"t": dict.fromkeys(names, flat[1][:4])})
+        assert float(first) == float(next(iter(losses_of([kind()], alone).values()))), kind
+
+
 def test_scale_and_offset_of_an_embedding_do_not_count():
     embedding_BD = torch.randn(4, 32)
     assert feature_distance(embedding_BD, 5 * embedding_BD + 2, dim=1).numpy() == pytest.approx(0, abs=1e-5)
@@ -97,14 +149,14 @@ def test_the_losses_do_not_depend_on_how_a_batch_is_cut():
     torch.testing.assert_close(cut, distil_patches(student, teacher, weight))
 
 
-def test_weights_add_saliency_and_edges():
+def test_weights_add_saliency_and_edges_and_an_unknown_map_adds_nothing():
     maps = {"saliency": torch.rand(2, 1, 4, 4), "edge": torch.rand(2, 1, 4, 4)}
     student_BDHW, teacher_BDHW = torch.randn(2, 2, 6, 4, 4)
-    view = View(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), maps)
-    batch = Batch({"global": view}, {}, torch.arange(2), torch.zeros(2))
-    outputs, taught = {"to_teacher/patch": student_BDHW}, {"t": {"global": {"patch": teacher_BDHW}}}
-    supervision = Supervision((), 1.0, torch.zeros(0))
-    context = Context(batch, {"global": outputs}, taught, supervision, step=0, seed=0)
+    unknown = {**maps, "edge": torch.full((2, 1, 4, 4), torch.nan)}
+    outputs, taught = {"to_teacher/patch": student_BDHW}, {"t": {"patch": teacher_BDHW}}
+    (loss,) = losses_of([PatchDistillation()], context_of(outputs, taught, maps=unknown)).values()
+    torch.testing.assert_close(loss, distil_patches(student_BDHW, teacher_BDHW, 1 + maps["saliency"]))
+    context = context_of(outputs, taught, maps=maps)
     for saliency, edge in ((0.5, 3.0), (0, 2.0), (1.0, 0), (0, 0)):
         (loss,) = losses_of([PatchDistillation(saliency=saliency, edge=edge)], context).values()
         weight_B1HW = 1 + saliency * maps["saliency"] + edge * maps["edge"]
