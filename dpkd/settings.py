@@ -311,7 +311,7 @@ class Settings(Config):
         name = teacher_of(objective) or (among[0] if len(among) == 1 else None)
         if name is None or name not in among:
             raise ValueError(f"{key}.teacher={name!r}: name a teacher that comes before this network ({known})")
-        if "logits" in objective.needs().teacher and not self.teachers[name].objectives:
+        if {"logits", "patch_logits"} & set(objective.needs().teacher) and not self.teachers[name].objectives:
             raise ValueError(f"{key}: {name!r} is never trained and has no logits: follow its features")
 
     def _maps_used(self) -> Iterator[tuple[str, str]]:

@@ -4,6 +4,7 @@ Axes: B image, C colour, H W height and width (of the image, or of the patch gri
 """
 
 import difflib
+from collections.abc import Iterable
 from typing import Any
 
 import timm
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from dpkd.errors import UserError
 from dpkd.models.settings import ModelSettings
 
+LAYER = "layer-"
+"""The output of a layer is named `layer-<index>`, with timm's index of intermediate outputs."""
 OWN_ARGUMENTS = {
     "num_classes": "the classes of data.train",
     "pretrained": "model.pretrained",
@@ -39,6 +42,24 @@ class Backbone(nn.Module):
     def features(self, image_BCHW: Tensor) -> Tensor:
         """The model's last features, in the model's layout."""
         return self.timm.forward_features(image_BCHW)
+
+    def features_and_layers(self, image_BCHW: Tensor, outputs: Iterable[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The model's last features, and a map BDHW for each `layer-<index>` of the outputs, by name."""
+        indices = sorted(int(name.removeprefix(LAYER)) for name in outputs if name.startswith(LAYER))
+        if not indices:
+            return self.features(image_BCHW), {}
+        features, layers = self.timm.forward_intermediates(image_BCHW, indices=indices, output_fmt="NCHW")
+        return features, {f"{LAYER}{index}": layer for index, layer in zip(indices, layers, strict=True)}
+
+    def width(self, output: str) -> int:
+        """Channels of `embedding`, `patch` or `layer-<index>`; raises `UserError` if the model has no such layer."""
+        if not output.startswith(LAYER):
+            return self.embedding_dim if output == "embedding" else self.patch_dim
+        layers = self.timm.feature_info if hasattr(self.timm, "forward_intermediates") else []
+        index = int(output.removeprefix(LAYER))
+        if index >= len(layers):
+            raise UserError(f"model {self.name!r} has no layer {index}: timm gives {len(layers)}, counted from 0")
+        return int(layers[index]["num_chs"])
 
     def patches(self, features: Tensor, image_size: tuple[int, int]) -> Tensor:
         """The features as a map BDHW: channels first, without prefix tokens, patch tokens on a grid.

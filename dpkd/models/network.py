@@ -27,19 +27,22 @@ class Network(nn.Module):
         pooling = spec.model.pooling
         self.figure_ground_floor = pooling.floor if isinstance(pooling, FigureGroundPooling) else None
         self.backbone = Backbone(spec.model, num_classes=len(spec.classes), image_size=spec.image_size)
+        self.extra: frozenset[str] = frozenset()
+        """Further outputs for those who follow the network: `patch_logits`, `layer-<index>`."""
         self.heads = nn.ModuleDict()
         for name, head in spec.heads.items():
-            dim = self.backbone.embedding_dim if head.reads == "embedding" else self.backbone.patch_dim
-            self.heads[name] = build_head(head, dim)
+            self.heads[name] = build_head(head, self.backbone.width(head.reads))
 
     def forward(self, image_BCHW: Tensor, weight_B1HW: Tensor | None = None) -> dict[str, Tensor]:
         """The outputs for normalised float images; figure-ground pooling needs `weight_B1HW` in [0, 1], of any size.
 
         Outputs by name: `embedding` BD, `patch` BDHW, `logits` BK (if the network has classes), and the output of each
-        head, [B, width] or [B, width, H, W] on the patch grid. Raises `ValueError` if figure-ground pooling lacks a
-        weight.
+        head, [B, width] or [B, width, H, W] on its grid. If `extra` or a head asks for them: `layer-<index>` BDHW, and
+        `patch_logits` BKHW, each patch classified as if it filled the image. Raises `ValueError` if figure-ground
+        pooling lacks a weight.
         """
-        features = self.backbone.features(image_BCHW)
+        asked = {head.reads for head in self.spec.heads.values()} | self.extra
+        features, layers = self.backbone.features_and_layers(image_BCHW, sorted(asked))
         patch_BDHW = self.backbone.patches(features, (image_BCHW.shape[2], image_BCHW.shape[3]))
         if self.figure_ground_floor is None:
             embedding_BD = self.backbone.embed(features)
@@ -48,9 +51,13 @@ class Network(nn.Module):
         else:
             pooled_BD = figure_ground(patch_BDHW, weight_B1HW, floor=self.figure_ground_floor)
             embedding_BD = self.backbone.embed_pooled(pooled_BD)
-        outputs = {"embedding": embedding_BD, "patch": patch_BDHW}
+        outputs = {"embedding": embedding_BD, "patch": patch_BDHW, **layers}
         if self.spec.classes:
             outputs["logits"] = self.backbone.classify(embedding_BD)
+        if self.spec.classes and "patch_logits" in asked:
+            patch_BHWD = patch_BDHW.permute(0, 2, 3, 1)
+            logits_LK = self.backbone.classify(self.backbone.embed_pooled(patch_BHWD.flatten(0, 2)))
+            outputs["patch_logits"] = logits_LK.unflatten(0, patch_BHWD.shape[:3]).permute(0, 3, 1, 2)
         for name, head in self.heads.items():
             outputs[name] = head(outputs[self.spec.heads[name].reads])
         return outputs

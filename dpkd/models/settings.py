@@ -46,9 +46,9 @@ Model = Annotated[ModelSettings, BeforeValidator(_named_model), TAKES_TEXT]
 
 
 class HeadSpec(Config):
-    """A linear head or an MLP: on the embedding, or on each patch as 1x1 convolutions."""
+    """A linear head or an MLP: on the embedding, or on each patch of the last features or of a layer of timm."""
 
-    reads: Literal["embedding", "patch"]
+    reads: str = Field(pattern=r"^(embedding|patch|layer-\d+)$")
     width: int = Field(ge=1)
     hidden: int | None = Field(None, ge=1)
     """Width of the hidden layer of an MLP; None for a linear head."""

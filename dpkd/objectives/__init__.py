@@ -13,8 +13,10 @@ from dpkd.objectives.attributes import Attributes
 from dpkd.objectives.base import Objective
 from dpkd.objectives.decoupled_logits import DecoupledLogits
 from dpkd.objectives.features import FeatureDistillation
+from dpkd.objectives.locality import LocalityGuidance
 from dpkd.objectives.logits import LogitDistillation
 from dpkd.objectives.masked_prior import MaskedPrior
+from dpkd.objectives.patch_labels import PatchLabels
 from dpkd.objectives.patch_relations import PatchRelations
 from dpkd.objectives.patches import PatchDistillation
 from dpkd.objectives.region_bounds import RegionBounds
@@ -33,7 +35,9 @@ BuiltIn = Annotated[
     | FeatureDistillation
     | PatchDistillation
     | RelationDistillation
-    | PatchRelations,
+    | PatchRelations
+    | PatchLabels
+    | LocalityGuidance,
     Field(discriminator="kind"),
 ]
 

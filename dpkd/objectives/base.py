@@ -29,9 +29,10 @@ Weight = Annotated[float, Field(ge=0)]
 class Head:
     """A linear head that an objective adds to the network: on the embedding, or on each patch as a 1x1 convolution."""
 
-    reads: Literal["embedding", "patch"]
+    reads: str
+    """`embedding`, `patch` or `layer-<index>`."""
     width: int | str
-    """Number of outputs, or its source: `map.<name>` (channels), `attributes`, `teacher.<output>` (width)."""
+    """Number of outputs, or its source: `map.<name>` (channels), `attributes`, `classes+1`, `teacher.<output>`."""
     hidden: int | None = None
     """With a hidden width, the head is an MLP: layer norm, linear, GELU, linear."""
 
@@ -45,7 +46,7 @@ class Needs:
     heads: Mapping[str, Head] = field(default_factory=dict)
     """Additional outputs by name: each is a head of the network."""
     teacher: tuple[str, ...] = ()
-    """Outputs of the objective's teacher."""
+    """Outputs of the objective's teacher: those of `student`, `patch_logits`, and `layer-<index>` of timm."""
     maps: tuple[str, ...] = ()
     """Prior maps of the batch."""
     amounts: tuple[str, ...] = ()

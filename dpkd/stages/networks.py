@@ -3,6 +3,7 @@
 Axes: N sample, D feature, K class, A attribute.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -53,7 +54,7 @@ def new_network(
     """A network for training; its first weights depend only on the run's seed and its place among the networks."""
     table = attribute_table(run.data)
     channels = VIEW_MAPS | (run.priors.channels if run.priors is not None else {})
-    width_of = {f"map.{name}": count for name, count in channels.items()}
+    width_of = {f"map.{name}": count for name, count in channels.items()} | {"classes+1": len(data.class_names) + 1}
     if table is not None:
         width_of["attributes"] = len(table.names)
     heads: dict[str, HeadSpec] = {}
@@ -61,7 +62,8 @@ def new_network(
         needs = objective.needs()
         if needs.teacher:
             teacher = teachers[teacher_of(objective) or next(iter(teachers))].backbone
-            width_of |= {"teacher.embedding": teacher.embedding_dim, "teacher.patch": teacher.patch_dim}
+            with_width = {"embedding", "patch", *needs.teacher} - {"logits", "patch_logits"}
+            width_of |= {f"teacher.{output}": teacher.width(output) for output in with_width}
         for name, head in needs.heads.items():
             width = head.width if isinstance(head.width, int) else width_of[head.width]
             heads[name] = HeadSpec(reads=head.reads, width=width, hidden=head.hidden)
@@ -80,9 +82,18 @@ def new_network(
 
 
 def followed_teachers(run: Run, objectives: Iterable[Objective], names: Iterable[str]) -> dict[str, Network]:
-    """The teachers among `names` that the objectives follow; an objective without a name follows the only teacher."""
-    followed = {teacher_of(objective) for objective in objectives if objective.needs().teacher}
-    return {name: teacher_network(run, name) for name in names if name in followed or None in followed}
+    """The teachers among `names` that the objectives follow, with the outputs that they need.
+
+    An objective without a name follows the only teacher.
+    """
+    needed: dict[str | None, set[str]] = defaultdict(set)
+    for objective in objectives:
+        if objective.needs().teacher:
+            needed[teacher_of(objective)].update(objective.needs().teacher)
+    networks = {name: teacher_network(run, name) for name in names if name in needed or None in needed}
+    for name, network in networks.items():
+        network.extra = frozenset(needed[name] | needed[None])
+    return networks
 
 
 def teacher_network(run: Run, name: str) -> Network:

@@ -85,7 +85,7 @@ class WithoutLoss(Objective):
         (KIND | {"weight": -1}, ["distill.students.s.objectives.0", "weight: -1 does not fit"]),
         ({"kind": f"{__name__}:WithoutLoss"}, ["distill.students.s.objectives.0", "lacks loss"]),
         ({"kind": "logits", "average_views": True}, ["objectives.0 reads 2 views or more", "data.views.global.count"]),
-        ({"kind": "logits", "teacher": "public"}, ["'public' is never trained and has no logits"]),
+        ({"kind": "patch_labels", "teacher": "public"}, ["'public' is never trained and has no logits"]),
     ],
 )
 def test_a_class_that_is_no_objective_is_named_with_what_is_wrong(objective: dict, words: list[str]) -> None:
@@ -142,6 +142,8 @@ def test_every_kind_is_in_the_settings_and_declares_its_needs_without_torch(kind
     extra: dict[str, Any] = {}
     if kind == "region_bounds":
         extra = {"of": "saliency", "bounds": [{"statistic": "area", "at_most": 0.5}]}
+    if kind == "locality":
+        extra = {"layers": {0: 1}}
     code = (
         "import sys, pydantic, dpkd.objectives as o\n"
         f"objective = pydantic.TypeAdapter(o.AnyObjective).validate_python({{'kind': {kind!r}, **{extra!r}}})\n"
@@ -199,6 +201,9 @@ def test_every_objective_that_follows_a_teacher_trains_and_no_head_leaves(whole:
         {"kind": "features"},
         {"kind": "relations", "distance": 1, "angle": 2, "average_views": True},
         {"kind": "patch_relations", "saliency": 1},
+        {"kind": "patch_labels"},
+        {"kind": "patch_labels", "name": "sun", "prior": None},
+        {"kind": "locality", "layers": {0: 1, 1: 2}},
     ]
     tree["distill"]["students"] = {"vit": {"model": VIT, "objectives": objectives, "engine": {"kind": "torch"}}}
     tree["distill"]["training"] |= {"steps": 2, "checkpoint_every": 2}
@@ -206,14 +211,17 @@ def test_every_objective_that_follows_a_teacher_trains_and_no_head_leaves(whole:
     assert command.wait() == 0, command.output
     last = [line for line in train_events(command.folder) if line["stage"] == "distill"][-1]
     losses = {key.removeprefix("loss/student-vit/"): value for key, value in last.items() if key.startswith("loss/")}
-    names = {"supervised", "logits", "standardised_logits", "features", "features-2", "patch_relations"}
-    parts = {"relations.similarity", "relations.distance", "relations.angle"}
-    assert losses.keys() == names | parts
+    names = {"supervised", "logits", "standardised_logits", "features", "features-2", "patch_relations", "patch_labels"}
+    parts = {"relations.similarity", "relations.distance", "relations.angle", "locality.layer-0", "locality.layer-1"}
+    assert losses.keys() == names | parts | {"sun"}
     assert all(0 < value < 1e6 for value in losses.values())
     heads = json.loads((command.folder.students / "vit" / "network.json").read_text())["spec"]["heads"]
     assert {name: tuple(head.values()) for name, head in heads.items()} == {
         "to_teacher/embedding": ("embedding", 16, None),
         "to_teacher/embedding-12": ("embedding", 16, 12),
+        "to_teacher/layer-0-1": ("layer-0", 8, None),
+        "to_teacher/layer-1-2": ("layer-1", 8, None),
+        "to_teacher/patch_labels": ("patch", 7, None),
     }
     exported = load_file(command.folder.export / "vit" / "model.safetensors")
     arguments = {"num_classes": 6, **VIT["arguments"]}
