@@ -49,7 +49,7 @@ class DeepSpeedEngine:
         trained = by_name(parameter_groups)
         self._parameters = list(trained.values())
         on_gpu = world.device.type == "cuda"
-        self._optimizer = build_optimizer(parameter_groups, optimizer, fused=on_gpu)
+        self._optimizer = build_optimizer(parameter_groups, optimizer)
         config = {
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": accumulation,

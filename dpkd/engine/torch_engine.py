@@ -50,7 +50,7 @@ class TorchEngine:
         trained = by_name(parameter_groups)
         self._parameters = list(trained.values())
         on_gpu = world.device.type == "cuda"
-        self._optimizer = build_optimizer(parameter_groups, optimizer, fused=on_gpu)
+        self._optimizer = build_optimizer(parameter_groups, optimizer)
         self._buckets: DistributedDataParallel | None = None
         self._flat_gradient: torch.Tensor | None = None
         if world.size > 1 and (on_gpu if overlap is None else overlap):
