@@ -111,10 +111,17 @@ def apply_map(view: Crop, map_HWC: Map, *, size: int, nearest: bool, flip: Calla
 def normalise(image_BCHW: torch.Tensor, *, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """Images as float32 with each channel shifted by `mean` and divided by `std` (RGB in 0 … 1); the input is uint8."""
     assert image_BCHW.dtype == torch.uint8, "images are normalised once, from bytes"
-    device = image_BCHW.device
+    shift_C11, scale_C11 = _shift_and_scale(tuple(mean), tuple(std), image_BCHW.device)
+    return image_BCHW.float().sub_(shift_C11).mul_(scale_C11)
+
+
+@lru_cache(16)
+def _shift_and_scale(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """C11 each, kept on the device: a copy at every step would wait for it."""
     scale_C11 = 1 / (255 * torch.tensor(std, dtype=torch.float32, device=device)[:, None, None])
-    shift_C11 = torch.tensor(mean, dtype=torch.float32, device=device)[:, None, None] * 255
-    return (image_BCHW.float() - shift_C11) * scale_C11
+    return torch.tensor(mean, dtype=torch.float32, device=device)[:, None, None] * 255, scale_C11
 
 
 def _crop_size(settings: AugmentSettings, image_size: tuple[int, int], draws: list[float]) -> tuple[int, int]:

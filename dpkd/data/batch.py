@@ -5,6 +5,7 @@ Axes: B images of a micro-batch, V views of one kind, C channels, H and W pixels
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -17,6 +18,8 @@ class View:
     """uint8 RGB, [V·B, 3, H, W]; `augment.normalise` makes it the network's input."""
     maps: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Prior maps by name, float32 [V·B, C, h, w] at the map size, region labels included; NaN if unknown."""
+    normalised: dict[Any, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """The images as the input of networks, by mean and deviation: `network_inputs` computes each once."""
 
 
 @dataclass(frozen=True)

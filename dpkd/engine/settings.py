@@ -70,6 +70,8 @@ class TrainingSettings(Config):
     None checks only for nan and inf.
     """
     keep_checkpoints: int = Field(2, ge=1)
+    peak_tflops: float | None = Field(None, gt=0)
+    """Peak TFLOP/s of one device, for the model FLOPs utilisation; None: a table of GPUs (engine/peak.py)."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainingSettings":

@@ -2,17 +2,21 @@
 
     summary.json   {"run": folder, "protocol", "splits", "device",
                     "teachers", "live_teachers", "students", "baselines": {name: network},
-                    "stages": {stage: {"status", "seconds"}}, "goodput": as goodput.json, "exports": {student: folder},
+                    "stages": {stage: {"status", "seconds", "speed": {"images_per_s", "tflops", "mfu"}}},
+                    "goodput": as goodput.json, "exports": {student: folder},
                     "quarantine": {stage: number of samples}}
     network        {"parameters", "images_per_s", "few_shot": {split: {"5way_1shot": {"mean", "ci95"}}}, …}
 
-Its sources are `evaluation.json`, `stages.json`, `events.jsonl` and `quarantine.jsonl`. Accuracies are fractions. A
-number that cannot be measured is shown as a dash, and does not stop the run.
+`speed` has medians over the log lines of a training stage: TFLOP/s of one device, and their share of its peak if
+that is known. Its sources are `evaluation.json`, `stages.json`, `events.jsonl` and `quarantine.jsonl`. Accuracies are
+fractions. A number that cannot be measured is shown as a dash, and does not stop the run.
 """
 
 import json
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeVar
 
 from dpkd.io import storage
@@ -24,6 +28,7 @@ from dpkd.report.quarantine import Quarantine
 EVALUATION_NAME = "evaluation.json"
 QUARANTINE_NAME = "quarantine.jsonl"
 DASH = "–"
+SPEEDS = ("images_per_s", "tflops", "mfu")
 
 Table = list[list[str]]
 Value = TypeVar("Value")
@@ -49,6 +54,24 @@ def rate_words(per_s: float | None) -> str:
     return DASH if per_s is None else f"{per_s:,.0f}"
 
 
+def speed_words(numbers: Mapping[str, float]) -> str:
+    """The speed of a log line as text: `1,234 images/s, 410 TFLOP/s (41 % of the peak)`."""
+    words = f"{numbers['speed/images_per_s']:,.0f} images/s"
+    if "speed/tflops" in numbers:
+        words += f", {numbers['speed/tflops']:.3g} TFLOP/s"
+    return words + (f" ({100 * numbers['speed/mfu']:.0f} % of the peak)" if "speed/mfu" in numbers else "")
+
+
+def _speeds(events: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """By stage, the median of each speed over its log lines."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for event in events:
+        for name in SPEEDS if event.get("kind") == "train" else ():
+            if (key := f"speed/{name}") in event:
+                found[event["stage"]][name].append(event[key])
+    return {stage: {name: median(values) for name, values in speeds.items()} for stage, speeds in found.items()}
+
+
 def count_words(count: int) -> str:
     """A number of parameters as text: `110 k`, `1.25 M`, `22 M`."""
     if count < 1_000_000:
@@ -66,7 +89,13 @@ def write_summary(folder: Path) -> dict[str, Any]:
     """Writes `summary.json` and `summary.md` from the results of the stages in the run folder; returns the summary."""
     way_out = "run the stage that writes it again"
     records = read_record(folder / "stages.json", way_out=way_out)
-    stages = {name: {key: record[key] for key in ("status", "seconds")} for name, record in records.items()}
+    events = EventReader(folder / "events.jsonl").new()
+    stages: dict[str, dict[str, Any]] = {
+        name: {key: record[key] for key in ("status", "seconds")} for name, record in records.items()
+    }
+    for name, speed in _speeds(events).items():
+        if name in stages:
+            stages[name]["speed"] = speed
     exported = {path.name: str(path) for path in sorted((folder / "export").glob("[!.]*")) if path.is_dir()}
     summary = {
         "run": str(folder),
@@ -75,7 +104,7 @@ def write_summary(folder: Path) -> dict[str, Any]:
         "exports": exported,
         "quarantine": Quarantine(folder / QUARANTINE_NAME, limit=1.0).counts,
     }
-    account = TimeAccount(EventReader(folder / "events.jsonl").new())
+    account = TimeAccount(events)
     if account.attempts:
         summary["goodput"] = account.table()
     storage.write_bytes_atomic(folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
@@ -106,8 +135,11 @@ def markdown(summary: dict[str, Any]) -> str:
     lines = [f"# Run {summary['run']}", ""]
     if "protocol" in summary:
         lines += [figures_markdown(summary), ""]
-    stages = [[name, stage["status"], duration(stage["seconds"])] for name, stage in summary["stages"].items()]
-    lines += ["## Stages", "", *markdown_table([["stage", "status", "time"], *stages])]
+    stages = [["stage", "status", "time", "speed"]]
+    for name, stage in summary["stages"].items():
+        speed = {f"speed/{key}": value for key, value in stage.get("speed", {}).items()}
+        stages.append([name, stage["status"], duration(stage["seconds"]), speed_words(speed) if speed else DASH])
+    lines += ["## Stages", "", *markdown_table(stages)]
     if "goodput" in summary:
         goodput, rows = summary["goodput"], [["", "time", "share", "what it is"]]
         for name, meaning in sorted(MEANINGS.items(), key=lambda item: -goodput["seconds"][item[0]]):

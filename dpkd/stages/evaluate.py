@@ -84,7 +84,7 @@ def evaluate(run: Run) -> None:
             "image_size": network.spec.image_size,
             "pooling": network.spec.model.pooling.kind,
             "parameters": count_parameters(network),
-            "flops": figure_or_none(f"FLOPs of {network.spec.model.name}", partial(count_flops, network)),
+            "flops": figure_or_none(f"FLOPs of {network.spec.model.name}", partial(count_flops, network.spec)),
             "images_per_s": figure_or_none(f"images/s of {place}", partial(images_per_s, network)),
         }
     for split in run.data.evaluated_splits:

@@ -19,7 +19,7 @@ from dpkd.models.attention import with_attention
 from dpkd.report.goodput import TimeAccount
 from dpkd.report.pictures import panel
 from dpkd.report.quarantine import Quarantine
-from dpkd.report.summary import figure_or_none
+from dpkd.report.summary import figure_or_none, speed_words
 from dpkd.report.tensorboard import Board
 from dpkd.stages.networks import embed_networks
 from dpkd.stages.run import Run
@@ -45,7 +45,7 @@ class Monitor:
         self._board.close()
 
     def report(self, kind: str, *, step: int, **numbers: float) -> None:
-        """Writes a report of a `Meter`; the progress line shows images/s and the sum of each network's losses.
+        """Writes a report of a `Meter`; the progress line shows the speed and the sum of each network's losses.
 
         TensorBoard also shows the time of the whole run by category.
         """
@@ -58,7 +58,7 @@ class Monitor:
                 if key.startswith("loss/"):
                     losses[key.split("/")[1]] += value
             words = ", ".join(f"{network} {loss:.3f}" for network, loss in losses.items())
-            self._progress.reach(step, note=f"{numbers['speed/images_per_s']:,.0f} images/s, loss {words}")
+            self._progress.reach(step, note=f"{speed_words(numbers)}, loss {words}")
         elif kind == "spent":
             shares = {f"goodput/{name}": share for name, share in self._account.shares.items()}
             self._board.write(step, shares | {"goodput/step_goodput": self._account.step_goodput})

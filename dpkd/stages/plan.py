@@ -28,7 +28,15 @@ POOL_STAGES = ("pack", "prepare")
 """Stages that run in a pool; the other stages run in the training workers."""
 
 CADENCE = frozenset(
-    {"log_every", "evaluate_every", "panels_every", "checkpoint_every", "keep_checkpoints", "max_skipped_steps"}
+    {
+        "log_every",
+        "evaluate_every",
+        "panels_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "max_skipped_steps",
+        "peak_tflops",
+    }
 )
 """Training settings that may change during a stage, because its weights do not depend on them."""
 MAX_NAMED = 5

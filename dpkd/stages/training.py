@@ -17,12 +17,14 @@ import torch
 
 from dpkd.data.order import ClassAwareOrder, Order, OrderWithout, SampleOrder, rank_micro_batches
 from dpkd.data.stream import load_batches
+from dpkd.engine.peak import peak_tflops
 from dpkd.engine.settings import TrainingSettings
 from dpkd.io import storage
 from dpkd.log import Progress, logger
 from dpkd.models.saved import save_network
 from dpkd.models.settings import MeanPooling
 from dpkd.objectives.supervised import Supervised
+from dpkd.report.summary import figure_or_none
 from dpkd.settings import DistillSettings, StudentSettings, TeacherSettings
 from dpkd.stages.monitor import Monitor
 from dpkd.stages.networks import followed_teachers, frozen_teacher, make_learner, new_network, teacher_network
@@ -38,6 +40,11 @@ from dpkd.train.task import Learner, Predictor, Task
 
 def teach(run: Run, name: str, *, stage: str) -> None:
     """Trains one teacher, from its newest checkpoint on, and saves its weights."""
+    _train_task(run, *teach_task(run, name), stage=stage, folder_of=run.folder.teacher)
+
+
+def teach_task(run: Run, name: str) -> tuple[Task, TrainingSet, TeacherSettings]:
+    """The teacher and those that it follows, its training split, and its settings."""
     settings, names = run.settings.teachers[name], list(run.settings.teachers)
     training = settings.training
     data = training_set(run, training, settings.objectives)
@@ -47,11 +54,16 @@ def teach(run: Run, name: str, *, stage: str) -> None:
     learner = make_learner(run, data, network, settings=settings, training=training)
     teachers = {other: frozen_teacher(run, other, network, training) for other, network in followed.items()}
     task = Task({name: learner}, teachers=teachers, supervision=supervision(run, data), seed=run.seed)
-    _train_task(run, task, data, settings, stage=stage, folder_of=run.folder.teacher)
+    return task, data, settings
 
 
 def distill(run: Run) -> None:
     """Trains all students and baselines, from the newest checkpoint on, and saves their weights."""
+    _train_task(run, *distill_task(run), stage="distill", folder_of=run.folder.network)
+
+
+def distill_task(run: Run) -> tuple[Task, TrainingSet, DistillSettings]:
+    """All students, baselines and teachers, the training split, and the settings."""
     settings, training = run.settings.distill, run.settings.distill.training
     objectives = [objective for student in settings.students.values() for objective in student.objectives]
     data = training_set(run, training, objectives)
@@ -77,7 +89,7 @@ def distill(run: Run) -> None:
             learners[key] = make_learner(run, data, network, settings=variant, training=training)
     live = [name for name in networks if name not in teachers]
     task = Task(learners, teachers=teachers, live_teachers=live, supervision=supervision(run, data), seed=run.seed)
-    _train_task(run, task, data, settings, stage="distill", folder_of=run.folder.network)
+    return task, data, settings
 
 
 def _on_labels_alone(student: StudentSettings) -> StudentSettings:
@@ -162,12 +174,13 @@ def _attempt(
         log_folder, attempt=attempt, world=world, micro_batch_size=micro_batch_size, start_step=start_step
     )
     order, steps = sample_order(run, training, data), plan.steps_from(start_step)
+    views = run.view_plans(task.views, settings.augment)
     batches = load_batches(
         data.split,
         rank_micro_batches(order, steps, rank=world.rank, world_size=world.size, micro_batch_size=micro_batch_size),
         targets={"class": data.label_N},
         maps=run.maps_of(data.split.name, task.maps),
-        views=run.view_plans(task.views, settings.augment),
+        views=views,
         seed=run.seed,
         loader=run.data.loader,
     )
@@ -184,7 +197,13 @@ def _attempt(
             start_step=start_step,
             checkpoints=checkpoints,
             parts={**parts, "sample_log": sample_log},
-            meter=Meter(world=world, images_per_step=training.batch_size, report=monitor.report if shown else None),
+            meter=Meter(
+                world=world,
+                images_per_step=training.batch_size,
+                report=monitor.report if shown else None,
+                flops_per_image=lambda: figure_or_none(f"FLOPs of {stage}", partial(task.flops_per_image, views)),
+                peak_tflops=training.peak_tflops or peak_tflops(world.device, precision=run.precision(training)),
+            ),
             guard=NormGuard(spike=training.spike),
             evaluate=monitor.evaluate,
             draw_panels=monitor.panels,

@@ -3,8 +3,10 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 
 import torch
+from torch.profiler import record_function
 
 from dpkd.data.batch import Batch
 from dpkd.engine.world import World
@@ -18,12 +20,23 @@ class Meter:
 
     `report` takes `kind, *, step, **numbers`: kind `train` with the numbers of a log line
     (`loss/<network>/<objective>`, …), and the events of the loop (report/goodput.py). Only rank 0 has a `report`.
+    `speed/tflops` is the speed of one device; `speed/mfu` is its share of the peak (model FLOPs utilisation,
+    Chowdhery et al. 2022: recomputed activations do not count).
     """
 
-    def __init__(self, *, world: World, images_per_step: int, report: Callable[..., None] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        world: World,
+        images_per_step: int,
+        report: Callable[..., None] | None = None,
+        flops_per_image: Callable[[], int | None] = lambda: None,
+        peak_tflops: float | None = None,
+    ) -> None:
         self.seconds: dict[Interruption, float] = dict.fromkeys(INTERRUPTIONS, 0.0)
         """Total time of each kind of interruption until now."""
         self._world, self._images_per_step, self._report = world, images_per_step, report
+        self._flops_per_image, self._peak_tflops = cache(flops_per_image), peak_tflops  # counted for the first line
         self._done, self._any_event = 0, False
         self._event_seconds = dict(self.seconds)  # as of the last event
         self._pending: list[tuple[str, int, float, torch.Tensor]] = []
@@ -77,7 +90,10 @@ class Meter:
         """The next micro-batch of all networks, on this rank's device; the wait is timed."""
         self._num_micros += 1
         with self.interrupted("data_wait"):
-            return next(batches).to(self._world.device)
+            with record_function("dpkd: wait for data"):
+                batch = next(batches)
+            with record_function("dpkd: copy to the device"):
+                return batch.to(self._world.device)
 
     def add_losses(self, name: str, losses: Mapping[str, torch.Tensor]) -> None:
         """Adds the losses of one network on one micro-batch."""
@@ -125,6 +141,10 @@ class Meter:
         num_steps = len({norm.step for norm in self._settled})
         numbers["speed/images_per_s"] = num_steps * self._images_per_step / elapsed_s
         numbers["speed/data_wait"] = spent["data_wait"] / elapsed_s
+        if flops := self._flops_per_image():
+            numbers["speed/tflops"] = numbers["speed/images_per_s"] * flops / self._world.size / 1e12
+            if self._peak_tflops is not None:
+                numbers["speed/mfu"] = numbers["speed/tflops"] / self._peak_tflops
         if self._world.device.type == "cuda":
             numbers["speed/gpu_memory_gb"] = torch.cuda.max_memory_allocated(self._world.device) / 1e9
         return numbers

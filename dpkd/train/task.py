@@ -10,11 +10,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from dpkd.data.augment import normalise
 from dpkd.data.batch import Batch, View
 from dpkd.data.settings import GLOBAL
+from dpkd.data.stream import ViewPlan
 from dpkd.engine.protocol import Engine
+from dpkd.models.counts import count_flops
 from dpkd.models.network import Network
 from dpkd.models.settings import FigureGroundPooling, NetworkSpec
 from dpkd.objectives.base import Context, Objective, Outputs, Supervision, hidden_view, losses_of, teacher_of
@@ -58,6 +61,11 @@ class Learner:
         """Names of the views that the network reads."""
         return frozenset({GLOBAL}.union(*(objective.needs().views for objective in self.objectives)))
 
+    @property
+    def hidden_shares(self) -> list[float]:
+        """Shares of hidden patches of the hidden views, ascending."""
+        return sorted({objective.needs().hidden_share for objective in self.objectives} - {0.0})
+
 
 class Task:
     """Networks trained in the same steps, each with its objectives, and their teachers.
@@ -99,25 +107,44 @@ class Task:
         A network runs forward when its losses are requested, so the backward pass of the previous network can free its
         graph first.
         """
-        batch = with_view_maps(batch, self.maps)
-        teacher_outputs: dict[str, Mapping[str, Outputs]] = {
-            name: {
-                view: teacher.predict(*network_inputs(teacher.spec, batch.views[view]))
-                for view in sorted(self._followed_views[name])
-            }
-            for name, teacher in self.teachers.items()
-        }
+        with record_function("dpkd: maps of views"):
+            batch = with_view_maps(batch, self.maps)
+        teacher_outputs: dict[str, Mapping[str, Outputs]] = {}
+        for name, teacher in self.teachers.items():
+            with record_function(f"dpkd: forward of {name}, frozen"):
+                teacher_outputs[name] = {
+                    view: teacher.predict(*network_inputs(teacher.spec, batch.views[view]))
+                    for view in sorted(self._followed_views[name])
+                }
         for name, learner in self.learners.items():
-            outputs, masks = forward_views(learner, batch, step=step, seed=self._seed)
-            context = Context(
-                batch, outputs, teacher_outputs, self._supervision, step=step, seed=self._seed, masks=masks
-            )
-            yield name, losses_of(learner.objectives, context)
+            with record_function(f"dpkd: forward of {name}"):
+                outputs, masks = forward_views(learner, batch, step=step, seed=self._seed)
+            with record_function(f"dpkd: losses of {name}"):
+                context = Context(
+                    batch, outputs, teacher_outputs, self._supervision, step=step, seed=self._seed, masks=masks
+                )
+                losses = losses_of(learner.objectives, context)
+            yield name, losses
             if name in self.live_teachers:
                 teacher_outputs[name] = {
                     view: {key: output.detach() for key, output in outputs[view].items()}
                     for view in self._followed_views[name]
                 }
+
+    def flops_per_image(self, views: Mapping[str, ViewPlan]) -> int:
+        """Floating-point operations of a step for one image of the batch with these views.
+
+        A network in training counts three times its forward passes, of hidden views too; a teacher counts once.
+        """
+        views_of = [(3, learner.spec, sorted(learner.views)) for learner in self.learners.values()]
+        views_of += [(1, teacher.spec, sorted(self._followed_views[name])) for name, teacher in self.teachers.items()]
+        total = sum(
+            times * views[view].count * count_flops(spec, image_size=views[view].size)
+            for times, spec, names in views_of
+            for view in names
+        )
+        hidden = (len(learner.hidden_shares) * count_flops(learner.spec) for learner in self.learners.values())
+        return total + 3 * sum(hidden)
 
     def learning_rate(self, name: str, *, step: int) -> float:
         """Learning rate of one network at a step, before layer-wise decay."""
@@ -125,11 +152,11 @@ class Task:
 
 
 def with_view_maps(batch: Batch, names: Collection[str]) -> Batch:
-    """The batch with the maps of `names` that are computed from its views, if it lacks them."""
-    if "hog" not in names or "hog" in batch.views[GLOBAL].maps:
-        return batch
+    """The batch as new views, with the maps of `names` that are computed from them, if it lacks them."""
+    lacks = "hog" in names and "hog" not in batch.views[GLOBAL].maps
     views = {
-        name: View(view.image_BCHW, {**view.maps, "hog": hog(view.image_BCHW)}) for name, view in batch.views.items()
+        name: View(view.image_BCHW, {**view.maps, "hog": hog(view.image_BCHW)} if lacks else view.maps)
+        for name, view in batch.views.items()
     }
     return replace(batch, views=views)
 
@@ -145,7 +172,6 @@ def forward_views(
     outputs, masks = {}, {}
     pooling = learner.spec.model.pooling
     blank = pooling.blank if isinstance(pooling, FigureGroundPooling) else 0.0
-    hidden_shares = sorted({objective.needs().hidden_share for objective in learner.objectives} - {0.0})
     for name in sorted(learner.views):
         view = batch.views[name]
         image_BCHW, *weights = network_inputs(learner.spec, view)
@@ -154,7 +180,7 @@ def forward_views(
             blank_B = random_share(batch.index_B, step=step, share=blank, seed=seed).repeat(num_views)
             weights = [weight_B1HW.masked_fill(blank_B[:, None, None, None], 1.0) for weight_B1HW in weights]
         images, names = [image_BCHW], [name]
-        for share in hidden_shares if name == GLOBAL else ():
+        for share in learner.hidden_shares if name == GLOBAL else ():
             grid = learner.network.backbone.grid
             mask_B1HW = random_patch_mask(batch.index_B, step=step, grid=grid, ratio=share, seed=seed)
             masks[hidden_view(share)] = mask_B1HW
@@ -176,8 +202,10 @@ def network_inputs(spec: NetworkSpec, view: View) -> list[Tensor]:
 
     An unknown map weighs all patches equally.
     """
-    image_BCHW = normalise(view.image_BCHW, mean=spec.mean, std=spec.std)
-    return [image_BCHW, *(view.maps[name].nan_to_num(nan=1.0) for name in pooling_maps(spec))]
+    key = (spec.mean, spec.std)
+    if key not in view.normalised:
+        view.normalised[key] = normalise(view.image_BCHW, mean=spec.mean, std=spec.std)
+    return [view.normalised[key], *(view.maps[name].nan_to_num(nan=1.0) for name in pooling_maps(spec))]
 
 
 def pooling_maps(spec: NetworkSpec) -> frozenset[str]:

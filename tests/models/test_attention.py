@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 
 from dpkd.models.attention import with_attention
 from dpkd.models.counts import count_flops, count_parameters
@@ -52,7 +53,7 @@ def test_flops_of_a_vit_are_those_counted_by_hand():
     network = network_of("vit_tiny_patch16_224", VIT, classes=(), heads=heads({"edge": 1}))
     tokens, width, patches = 17, 48, 16
     block = tokens * 12 * width**2 + 2 * tokens**2 * width
-    assert count_flops(network) == 2 * (patches * 192 * width + 2 * block + patches * width)
+    assert count_flops(network.spec) == 2 * (patches * 192 * width + 2 * block + patches * width)
 
 
 def test_flops_of_a_head_that_attends_are_those_counted_by_hand():
@@ -62,7 +63,7 @@ def test_flops_of_a_head_that_attends_are_those_counted_by_hand():
     tokens, width = 16, 48
     block = tokens * 12 * width**2 + 2 * tokens**2 * width
     head = (1 + 2 * tokens + 1 + 8) * width**2 + 2 * tokens * width
-    assert count_flops(network) == 2 * (tokens * 192 * width + 2 * block + head + tokens * width)
+    assert count_flops(network.spec) == 2 * (tokens * 192 * width + 2 * block + head + tokens * width)
 
 
 def test_parameters_are_those_of_the_plain_timm_model():
@@ -71,9 +72,22 @@ def test_parameters_are_those_of_the_plain_timm_model():
     assert count_parameters(network) == sum(parameter.numel() for parameter in plain.parameters())
 
 
-def test_counting_leaves_mode_and_statistics_untouched():
-    network = network_of("test_resnet", {}).train()
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    count_flops(network)
-    assert network.training
-    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("resnet50", torchvision.models.ResNet50_Weights.DEFAULT),
+        ("densenet201", torchvision.models.DenseNet201_Weights.DEFAULT),
+        ("vit_large_patch16_224", torchvision.models.ViT_L_16_Weights.IMAGENET1K_SWAG_LINEAR_V1),
+        ("swin_tiny_patch4_window7_224", torchvision.models.Swin_T_Weights.DEFAULT),
+        ("convnext_tiny", torchvision.models.ConvNeXt_Tiny_Weights.DEFAULT),
+    ],
+)
+def test_flops_are_twice_the_multiply_adds_that_torchvision_publishes(name, published):
+    spec = network_of("test_resnet", {}, classes=tuple(map(str, range(1000)))).spec
+    spec = spec.model_copy(update={"model": ModelSettings(name=name), "image_size": 224})
+    assert count_flops(spec) == pytest.approx(2e9 * published.meta["_ops"], rel=0.005)
+
+
+def test_flops_of_a_convolution_grow_with_the_image():
+    spec = network_of("test_resnet", {}, classes=(), heads={}).spec
+    assert count_flops(spec, image_size=64) == pytest.approx(4 * count_flops(spec, image_size=32), rel=0.01)
