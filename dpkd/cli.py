@@ -2,6 +2,7 @@
 
 dpkd pretrain --config FILE      the whole run, like `python -m dpkd.pretrain`
 dpkd pack|prepare|evaluate|export --config FILE     one stage of it
+dpkd profile --config FILE [--stage distill]    some steps of a training stage: a trace, and where a step goes
 dpkd plan --config FILE [--fast] shows the stages that would run; checks settings, files and (not with --fast) networks
 dpkd inspect DATASET             shows a packed data set and its prior sets; checks every file and map
 dpkd inspect DATASET --picture FILE.png [KEY ...]   draws samples with all their maps as one picture
@@ -23,6 +24,7 @@ OF_SETTINGS = {
     "prepare": "compute prior maps beside the shards",
     "evaluate": "measure teacher, students and baselines again",
     "export": "write the students as timm folders and ONNX",
+    "profile": "run some steps of a training stage, and show where their time goes",
     "plan": "show the stages that would run, and check settings, files and networks",
 }
 """The verbs that take settings, with their help."""
@@ -56,6 +58,11 @@ def _act(options: argparse.Namespace) -> None:
         from dpkd.verbs.plan import plan
 
         plan(options.config, options.overrides, fast=options.fast)
+    elif options.verb == "profile":
+        from dpkd.settings import load_settings
+        from dpkd.verbs.profile import profile_stage
+
+        profile_stage(load_settings(options.config, options.overrides), options.stage, steps=options.steps)
     else:
         stages = pretrain.stage_names(options.stages) if options.verb == "pretrain" else [options.verb]
         pretrain.run_settings(options.config, options.overrides, stages=stages)
@@ -72,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
             pretrain.add_stages(verb)
         elif name == "plan":
             verb.add_argument("--fast", action="store_true", help="build no network, which loads torch")
+        elif name == "profile":
+            verb.add_argument("--stage", metavar="STAGE", help="teach, teach-NAME or distill; the first without it")
+            verb.add_argument("--steps", type=int, default=10, help="steps that count")
     purpose = "show and check a data set and its priors; or draw samples"
     inspect = verbs.add_parser("inspect", help=purpose)
     inspect.add_argument("dataset", metavar="DATASET", help="folder or URL of the shards")

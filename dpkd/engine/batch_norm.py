@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.profiler import record_function
 
 
 class StepStatistics:
@@ -51,6 +52,10 @@ class StepStatistics:
         if not self._norms:
             return
         assert self._num_micros, "commit without a micro-batch"
+        with record_function("dpkd: batch-norm statistics"):
+            self._commit(average)
+
+    def _commit(self, average: Callable[[Tensor], Tensor]) -> None:
         mean = average(torch.cat(self._sums) / self._num_micros)
         torch._foreach_add_(self._counts, 1)
         shares = []
