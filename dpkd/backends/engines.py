@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpkd.engine.network import Frozen, InPrecision
+from dpkd.engine.network import Frozen, InPrecision, cast_layers
 from dpkd.engine.protocol import Engine
 from dpkd.engine.settings import EngineSettings
 from dpkd.engine.torch_engine import TorchEngine
@@ -34,6 +34,8 @@ def make_frozen(network: Any, *, settings: EngineSettings, world: World, precisi
 
     Every rank calls it with the same weights.
     """
+    if precision == "bf16":
+        cast_layers(network)
     runner = InPrecision(network.eval().requires_grad_(False), device=world.device, precision=precision)
     if engine_kind(settings) == "torch" or settings.zero_stage < 3 or world.size == 1:
         return Frozen(network.spec, runner.to(world.device))

@@ -27,6 +27,13 @@ class InPrecision(nn.Module):
         return in_fp32(outputs)
 
 
+def cast_layers(network: nn.Module) -> None:
+    """Casts the weights that autocast would cast to bf16 at every call, for the same outputs from half the memory."""
+    for layer in network.modules():
+        if type(layer) in (nn.Linear, nn.Conv2d):  # subclasses may compute with their weights
+            layer.to(torch.bfloat16)
+
+
 def in_fp32(outputs: Any) -> Any:
     """Converts a floating-point tensor, or those in a dict, to fp32."""
     if isinstance(outputs, dict):
