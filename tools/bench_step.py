@@ -276,7 +276,7 @@ def peak_bytes(step: Step) -> int:
     step(), step()
     with profile(profile_memory=True) as profiled:
         step()
-    events: Any = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events: Any = profiled.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     return max(accumulate(size for _, size in changes))
 

@@ -1,9 +1,10 @@
 """Batch-norm running statistics that do not depend on the number of ranks or on accumulation."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.profiler import record_function
@@ -15,14 +16,21 @@ class StepStatistics:
     Plain batch norm updates them in every forward pass from the samples of one rank, so runs on one and on two ranks
     end with different statistics. Run every training forward within `micro_batch`, and call `commit` once per step, on
     all ranks. Until the commit the buffers hold the statistics of the last step, also for an evaluation within the
-    step. This class sets the momentum of the norms, so nothing else updates the statistics.
+    step. This class sets the momentum of the norms, so nothing else updates the statistics. It keeps the statistics of
+    all norms in one vector, of which the buffers of the norms are views: a step costs a few operations for any network.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
-        self._momenta = [norm.momentum for norm in self._norms]
-        self._sums: list[Tensor] = []
-        self._counts: list[Tensor] = []
+        if not self._norms:
+            return
+        self._flat, sizes = _flatten(self._norms)
+        self._counters = torch.stack([norm.num_batches_tracked for norm in self._norms])
+        for norm, counter in zip(self._norms, self._counters, strict=True):
+            norm.num_batches_tracked = counter.data
+        self._momenta, self._sizes = [norm.momentum for norm in self._norms], sizes.to(self._flat.device)
+        self._shares = self._share_of_step()
+        self._sum: Tensor | None = None
         self._num_micros = 0
         # momentum 0: activation checkpointing repeats forwards within the backward
         self._set_momentum(0.0)
@@ -33,56 +41,52 @@ class StepStatistics:
         if not self._norms:
             yield
             return
-        if not self._num_micros:
-            self._counts = [counter.clone() for counter in self._counters()]
-        last_step = [buffer.clone() for buffer in self._buffers()]
+        if self._sum is None:
+            self._counts = self._counters.clone()
+        last_step = self._flat.clone()
         self._set_momentum(1.0)  # the forward writes the statistics of its batch to the buffers
         yield
-        buffers = self._buffers()
-        if self._num_micros:
-            torch._foreach_add_(self._sums, buffers)
-        else:
-            self._sums = [buffer.clone() for buffer in buffers]
+        self._sum = self._flat.clone() if self._sum is None else self._sum.add_(self._flat)
         self._num_micros += 1
-        torch._foreach_copy_(buffers, last_step)
+        self._flat.copy_(last_step)
         self._set_momentum(0.0)
 
     def commit(self, average: Callable[[Tensor], Tensor]) -> None:
         """Ends the step; calls `average`, which returns a vector's mean over ranks, once, or never without a norm."""
         if not self._norms:
             return
-        assert self._num_micros, "commit without a micro-batch"
+        assert self._sum is not None, "commit without a micro-batch"
         with record_function("dpkd: batch-norm statistics"):
-            self._commit(average)
+            mean = average(self._sum / self._num_micros)
+            self._counters.copy_(self._counts.add_(1))  # count steps: each forward has counted itself
+            share, rest = self._share_of_step() if None in self._momenta else self._shares
+            self._flat.mul_(rest).add_(mean * share)
+        self._sum, self._num_micros = None, 0
 
-    def _commit(self, average: Callable[[Tensor], Tensor]) -> None:
-        mean = average(torch.cat(self._sums) / self._num_micros)
-        torch._foreach_add_(self._counts, 1)
-        shares = []
-        for momentum, count in zip(self._momenta, self._counts, strict=True):
-            share = float(1 / count) if momentum is None else momentum  # None: the plain mean over all steps
-            shares += [share, share]  # mean and variance
-        parts = zip(shares, mean.split([len(total) for total in self._sums]), strict=True)
-        buffers = self._buffers()
-        torch._foreach_mul_(buffers, [1 - share for share in shares])
-        torch._foreach_add_(buffers, [share * new for share, new in parts])
-        # count steps: each forward has counted itself
-        torch._foreach_copy_(self._counters(), self._counts)
-        self._num_micros = 0
+    def _share_of_step(self) -> tuple[Tensor, Tensor]:
+        """The share of the step in each statistic, and 1 minus it, as vectors."""
+        shares = [
+            1 / max(1, int(count)) if momentum is None else momentum  # None: the plain mean over all steps
+            for momentum, count in zip(self._momenta, self._counters, strict=True)
+        ]
+        share, rest = torch.tensor([shares, [1 - share for share in shares]], device=self._flat.device)
+        return share.repeat_interleave(self._sizes), rest.repeat_interleave(self._sizes)
 
     def _set_momentum(self, momentum: float) -> None:
         for norm in self._norms:
-            norm.momentum = momentum
+            vars(norm)["momentum"] = momentum  # without the search of nn.Module through its parameters
 
-    def _buffers(self) -> list[Tensor]:
-        """Mean and variance of each norm, alternating."""
-        # .data: autograd has saved the buffers for the coming backward
-        return [
-            buffer.data
-            for norm in self._norms
-            for buffer in (norm.running_mean, norm.running_var)
-            if buffer is not None
-        ]
 
-    def _counters(self) -> list[Tensor]:
-        return [norm.num_batches_tracked.data for norm in self._norms if norm.num_batches_tracked is not None]
+def _flatten(norms: Sequence[_BatchNorm]) -> tuple[Tensor, Tensor]:
+    """Moves the mean and variance of every norm to one vector; returns it, and the length of each norm's part.
+
+    The buffers become views of the vector. Each begins at a multiple of 256 bytes, as memory of its own would.
+    """
+    buffers = [(norm, name) for norm in norms for name in ("running_mean", "running_var")]
+    tensors = [getattr(norm, name) for norm, name in buffers]
+    padded = [F.pad(tensor, (0, -len(tensor) % 64)) for tensor in tensors]
+    flat = torch.cat(padded)
+    for (norm, name), tensor, part in zip(buffers, tensors, flat.split([len(pad) for pad in padded]), strict=True):
+        # .data: autograd must not see the writes to the vector, as it has saved the buffers for the coming backward
+        setattr(norm, name, part[: len(tensor)].data)
+    return flat, torch.tensor([2 * len(pad) for pad in padded[::2]])

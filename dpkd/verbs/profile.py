@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from dpkd.data.order import rank_micro_batches
@@ -96,7 +95,7 @@ class Part:
 def parts(events: Iterable[Any]) -> dict[str, Part]:
     """The parts of the steps by name, in the order in which they began."""
     on_host = sorted(
-        (event for event in events if event.device_type == DeviceType.CPU),
+        (event for event in events if event.device_type.name == "CPU"),
         key=lambda event: (event.time_range.start, -event.time_range.end),
     )
     found: dict[str, Part] = {}

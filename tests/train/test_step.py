@@ -24,7 +24,9 @@ CPU = torch.device("cpu")
 
 def network(name: str, *, mean: float = 0.5) -> Network:
     model, classes = ModelSettings(name=name), tuple(map(str, range(100)))
-    return build_network(NetworkSpec(model=model, classes=classes, image_size=64, mean=(mean,) * 3, std=(0.2,) * 3), seed=0)
+    return build_network(
+        NetworkSpec(model=model, classes=classes, image_size=64, mean=(mean,) * 3, std=(0.2,) * 3), seed=0
+    )
 
 
 def batch() -> Batch:
@@ -54,7 +56,14 @@ def test_networks_of_one_normalisation_share_their_input_and_others_have_their_o
 
 
 def test_a_frozen_network_of_layers_in_bf16_has_the_outputs_of_autocast() -> None:
-    for name in ("resnet18", "mobilenetv3_small_050", "vit_tiny_patch16_224", "convnext_atto", "nf_regnet_b0", "beit_base_patch16_224"):
+    for name in (
+        "resnet18",
+        "mobilenetv3_small_050",
+        "vit_tiny_patch16_224",
+        "convnext_atto",
+        "nf_regnet_b0",
+        "beit_base_patch16_224",
+    ):
         frozen = network(name).eval()
         runner = InPrecision(frozen, device=CPU, precision="bf16")
         image_BCHW = torch.randn(2, 3, 64, 64)
