@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from dpkd.engine.network import Frozen, InPrecision, cast_layers
@@ -12,21 +11,21 @@ from dpkd.engine.torch_engine import TorchEngine
 from dpkd.engine.world import World
 
 
-def engine_kind(settings: EngineSettings) -> str:
-    """The kind of engine; `auto` is DeepSpeed on a GPU and plain PyTorch on a CPU."""
+def engine_kind(settings: EngineSettings, *, world: World) -> str:
+    """The kind of engine; `auto` is DeepSpeed on several GPUs, else plain PyTorch: ZeRO shards nothing on one."""
     if settings.kind != "auto":
         return settings.kind
-    return "deepspeed" if torch.cuda.is_available() else "torch"
+    return "deepspeed" if world.device.type == "cuda" and world.size > 1 else "torch"
 
 
-def make_engine(module: nn.Module, *, settings: EngineSettings, **arguments: Any) -> Engine:
+def make_engine(module: nn.Module, *, settings: EngineSettings, world: World, **arguments: Any) -> Engine:
     """Creates the engine of the settings for a network; `TorchEngine` shows the arguments."""
-    if engine_kind(settings) == "torch":
-        return TorchEngine(module, settings=settings, **arguments)
+    if engine_kind(settings, world=world) == "torch":
+        return TorchEngine(module, settings=settings, world=world, **arguments)
     # not at the top: the import of DeepSpeed takes seconds and needs tools that runs with plain PyTorch do not need
     from dpkd.backends.deepspeed_engine import DeepSpeedEngine  # noqa: PLC0415
 
-    return DeepSpeedEngine(module, settings=settings, **arguments)
+    return DeepSpeedEngine(module, settings=settings, world=world, **arguments)
 
 
 def make_frozen(network: Any, *, settings: EngineSettings, world: World, precision: str) -> Frozen:
@@ -37,7 +36,7 @@ def make_frozen(network: Any, *, settings: EngineSettings, world: World, precisi
     if precision == "bf16":
         cast_layers(network)
     runner = InPrecision(network.eval().requires_grad_(False), device=world.device, precision=precision)
-    if engine_kind(settings) == "torch" or settings.zero_stage < 3 or world.size == 1:
+    if engine_kind(settings, world=world) == "torch" or settings.zero_stage < 3 or world.size == 1:
         return Frozen(network.spec, runner.to(world.device))
     from dpkd.backends.deepspeed_engine import shard_frozen  # noqa: PLC0415
 

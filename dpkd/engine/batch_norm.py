@@ -25,7 +25,7 @@ class StepStatistics:
         if not self._norms:
             return
         self._flat, sizes = _flatten(self._norms)
-        self._counters = torch.stack([norm.num_batches_tracked for norm in self._norms])
+        self._counters = torch.stack([count for norm in self._norms if (count := norm.num_batches_tracked) is not None])
         for norm, counter in zip(self._norms, self._counters, strict=True):
             norm.num_batches_tracked = counter.data
         self._momenta, self._sizes = [norm.momentum for norm in self._norms], sizes.to(self._flat.device)

@@ -13,18 +13,29 @@ from dpkd.errors import UserError
 
 
 class InPrecision(nn.Module):
-    """Runs a network under autocast to bf16 if `precision` is bf16; returns floating-point outputs as fp32."""
+    """Runs a network under autocast to bf16 if `precision` is bf16; returns floating-point outputs as fp32.
+
+    On a GPU a convolutional network gets its images channels-last, the layout of tensor cores, which its layers keep.
+    """
 
     def __init__(self, network: nn.Module, *, device: torch.device, precision: str) -> None:
         super().__init__()
         self.network = network
         self._device_type, self._autocast = device.type, precision == "bf16"
+        self._channels_last = device.type == "cuda" and is_convolutional(network)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, image_BCHW: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The network's outputs."""
+        if self._channels_last:
+            image_BCHW = image_BCHW.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self._device_type, dtype=torch.bfloat16, enabled=self._autocast):
-            outputs = self.network(*args, **kwargs)
+            outputs = self.network(image_BCHW, *args, **kwargs)
         return in_fp32(outputs)
+
+
+def is_convolutional(network: nn.Module) -> bool:
+    """Whether a network has more spatial convolutions than the one that embeds the patches of a transformer."""
+    return sum(max(part.kernel_size) > 1 for part in network.modules() if isinstance(part, nn.Conv2d)) > 1
 
 
 def cast_layers(network: nn.Module) -> None:

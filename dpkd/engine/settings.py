@@ -28,7 +28,7 @@ class ScheduleSettings(Config):
 
 
 class EngineSettings(Config):
-    """The engine of one network; `auto` uses DeepSpeed on a GPU and plain PyTorch on a CPU, and logs its choice."""
+    """The engine of one network; `auto` uses DeepSpeed on several GPUs, else plain PyTorch, and logs its choice."""
 
     kind: Literal["auto", "torch", "deepspeed"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] = 1

@@ -41,7 +41,7 @@ def _run_stages(run: Run, stages: list[str]) -> None:
     if settings.launcher.threads is not None:
         torch.set_num_threads(settings.launcher.threads)
     if world.rank == 0:
-        engines = sorted({engine_kind(network.engine) for network in settings.networks.values()})
+        engines = sorted({engine_kind(network.engine, world=world) for network in settings.networks.values()})
         workers = f"{world.size} on {world.device.type}, {torch.get_num_threads()} threads each"
         logger.info(f"  workers   {workers}, engine {' and '.join(engines)}")
     check_dataset(run.dataset, settings)

@@ -6,7 +6,7 @@ from itertools import repeat
 import torch
 
 from dpkd.data.batch import Batch, View
-from dpkd.engine.network import InPrecision, cast_layers
+from dpkd.engine.network import InPrecision, cast_layers, is_convolutional
 from dpkd.engine.settings import EngineSettings
 from dpkd.engine.world import World
 from dpkd.models.network import Network, build_network
@@ -73,3 +73,8 @@ def test_a_frozen_network_of_layers_in_bf16_has_the_outputs_of_autocast() -> Non
             found = runner(image_BCHW)
         assert all(torch.equal(found[key], expected[key]) for key in expected), name
         assert all(output.dtype == torch.float32 for output in found.values())
+
+
+def test_only_networks_of_convolutions_take_channels_last() -> None:
+    kinds = {"resnet18": True, "convnext_atto": True, "vit_tiny_patch16_224": False, "beit_base_patch16_224": False}
+    assert {name: is_convolutional(network(name)) for name in kinds} == kinds
