@@ -2,11 +2,10 @@
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import profile, record_function
 
 from dpkd.data.order import rank_micro_batches
 from dpkd.data.stream import load_batches
@@ -60,67 +59,56 @@ def profile_stage(settings: Settings, stage: str | None, *, steps: int) -> None:
         loader=run.data.loader,
     )
     meter = Meter(world=world, images_per_step=training.batch_size, report=lambda *_, **__: None)
-    on_gpu = world.device.type == "cuda"
-    profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])])
-    for step in range(plan.total_steps):
-        if step == WARM_UP:
-            profiler.start()
-        with record_function(PREFIX + STEP):
-            train_step(task, batches, step=step, plan=plan, meter=meter)
-            if plan.due(plan.log_every, step + 1):
-                with record_function("dpkd: logging"):
-                    meter.settle(step + 1, log=True)
-    if on_gpu:
-        torch.cuda.synchronize()
-    profiler.stop()
+
+    def run_steps(numbers: range) -> None:
+        for step in numbers:
+            with record_function(PREFIX + STEP):
+                train_step(task, batches, step=step, plan=plan, meter=meter)
+                if plan.due(plan.log_every, step + 1):
+                    with record_function("dpkd: logging"):
+                        meter.settle(step + 1, log=True)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    run_steps(range(WARM_UP))
+    with profile() as profiler:  # of the CPU, and of a GPU if there is one
+        run_steps(range(WARM_UP, plan.total_steps))
     batches.close()
     trace = run.folder.path / "profile" / f"{stage}.json.gz"
     trace.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(trace))
-    for line in table(parts(profiler.events() or []), num_steps=steps, stage=stage, on_gpu=on_gpu):
-        logger.info(line)
+    found = parts(profiler.events() or [])
+    total_us = sum(host_us for host_us, _ in found.values())
+    logger.info(f"{stage}: {total_us / steps / 1e3:.1f} ms a step, mean of {steps} steps after {WARM_UP}")
+    for name, (host_us, device_us) in sorted(found.items(), key=lambda item: -item[1][0]):
+        line = f"  {name:<40}{host_us / steps / 1e3:10.2f} ms{100 * host_us / total_us:7.1f} %"
+        logger.info(line + (f"{device_us / steps / 1e3:10.2f} ms of kernels" if device_us else ""))
     logger.info(f"trace: {trace} (chrome://tracing or https://ui.perfetto.dev)")
     world.leave()
 
 
-@dataclass
-class Part:
-    """Time of one part of the steps, in microseconds, without the parts inside it."""
+def parts(events: Iterable[Any]) -> dict[str, tuple[float, float]]:
+    """Microseconds of each part of the steps on the host, without the parts inside it, and of its kernels on a GPU.
 
-    host_us: float = 0.0
-    device_us: float = 0.0
-    """Time of the kernels that were launched in this part, also by the threads of the backward."""
+    A kernel belongs to the part in which it was launched, also by another thread, such as those of the backward.
+    """
+    on_host = [event for event in events if event.device_type.name == "CPU"]
+    found: dict[str, tuple[float, float]] = {}
+    open_parts: list[tuple[float, str]] = []
 
+    def add(name: str, host_us: float, device_us: float) -> None:
+        before = found.get(name, (0.0, 0.0))
+        found[name] = before[0] + host_us, before[1] + device_us
 
-def parts(events: Iterable[Any]) -> dict[str, Part]:
-    """The parts of the steps by name, in the order in which they began."""
-    on_host = sorted(
-        (event for event in events if event.device_type.name == "CPU"),
-        key=lambda event: (event.time_range.start, -event.time_range.end),
-    )
-    found: dict[str, Part] = {}
-    open_parts: list[tuple[float, Part]] = []
-    for event in on_host:
+    for event in sorted(on_host, key=lambda event: (event.time_range.start, -event.time_range.end)):
         start, end = event.time_range.start, event.time_range.end
         while open_parts and open_parts[-1][0] <= start:
             open_parts.pop()
         if event.name.startswith(PREFIX):
-            part = found.setdefault(event.name.removeprefix(PREFIX), Part())
-            part.host_us += end - start
             if open_parts:
-                open_parts[-1][1].host_us -= end - start
-            open_parts.append((end, part))
+                add(open_parts[-1][1], start - end, 0.0)
+            open_parts.append((end, event.name.removeprefix(PREFIX)))
+            add(open_parts[-1][1], end - start, 0.0)
         elif open_parts:
-            open_parts[-1][1].device_us += event.self_device_time_total
+            add(open_parts[-1][1], 0.0, event.self_device_time_total)
     return found
-
-
-def table(found: dict[str, Part], *, num_steps: int, stage: str, on_gpu: bool) -> list[str]:
-    """The parts as lines: milliseconds a step, and the share of the step."""
-    total_us = sum(part.host_us for part in found.values())
-    lines = [f"{stage}: {total_us / num_steps / 1e3:.1f} ms a step, mean of {num_steps} steps after {WARM_UP}"]
-    for name, part in sorted(found.items(), key=lambda item: -item[1].host_us):
-        share, device = 100 * part.host_us / total_us, f"{part.device_us / num_steps / 1e3:10.2f} ms of kernels"
-        line = f"  {name:<40}{part.host_us / num_steps / 1e3:10.2f} ms{share:7.1f} %"
-        lines.append(line + (device if on_gpu else ""))
-    return lines

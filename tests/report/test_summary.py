@@ -86,6 +86,19 @@ def test_summary_md_holds_table_probes_protocol_and_stages(run: Path) -> None:
     assert f"- small: `{run}/export/small`" in text
 
 
+def test_a_stage_has_the_median_speed_of_its_log_lines(run: Path) -> None:
+    lines = [{"kind": "train", "stage": "teach", "speed/images_per_s": rate} for rate in (1000.0, 1300.0, 10.0)]
+    for line in lines:
+        line |= {"speed/tflops": 0.4, "speed/mfu": 0.41}
+    (run / "events.jsonl").write_text("".join(json.dumps({"time": 1.0, **line}) + "\n" for line in lines))
+    stages = write_summary(run)["stages"]
+    assert stages["teach"]["speed"] == {"images_per_s": 1000.0, "tflops": 0.4, "mfu": 0.41}
+    assert "speed" not in stages["pack"]
+    text = (run / "summary.md").read_text()
+    assert "| teach | running | 1 min 00 s | 1,000 images/s, 0.4 TFLOP/s (41 % of the peak) |" in text
+    assert "| pack | done | 3 s | – |" in text
+
+
 def test_a_figure_ground_network_stands_with_what_it_does_without_its_map(run: Path) -> None:
     evaluation = json.loads((run / "evaluation.json").read_text())
     evaluation["teachers"]["teacher"]["plain_pooling"] = network(0.25)["few_shot"]
