@@ -1,5 +1,6 @@
 """What the engines share, on one process: averages, parameter groups, precision, activation checkpointing."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,6 +103,22 @@ def test_bf16_keeps_fp32_weights_and_comes_near_fp32() -> None:
     assert norm_bf16 != norm
     assert {weight.dtype for weight in weights_bf16.values()} == {torch.float32}
     assert weights.keys() == weights_bf16.keys()
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet10t"])
+def test_bf16_goes_on_from_its_state_bit_for_bit_with_statistics_in_fp32(name: str, tmp_path: Path) -> None:
+    arguments = VIT if name.startswith("vit") else {"num_classes": 3}
+    first, resumed = (engine(make(name, **arguments), precision="bf16", ema=0.9) for _ in range(2))
+    one_step(first)
+    first.state.snapshot()(tmp_path)
+    norm, weights = one_step(first)
+    resumed.state.load(tmp_path)
+    resumed_norm, resumed_weights = one_step(resumed)
+    assert resumed_norm == norm
+    assert all(torch.equal(resumed_weights[key], weight) for key, weight in weights.items())
+    buffers = dict(resumed.module.named_buffers())
+    assert all(torch.equal(buffers[key], buffer) for key, buffer in first.module.named_buffers())
+    assert {buffer.dtype for buffer in buffers.values()} <= {torch.float32, torch.int64}
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet10t"])
