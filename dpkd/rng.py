@@ -5,9 +5,15 @@ draws use raw bits. Philox (Salmon et al. 2011) turns a counter into bits; the p
 """
 
 from enum import IntEnum
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
+
+_LOCK = Lock()
+_PHILOX = np.random.Philox(key=0)
+_STATE = _PHILOX.state
+"""The state before the first number."""
 
 
 class Purpose(IntEnum):
@@ -23,7 +29,9 @@ def bits(count: int, *, seed: int, purpose: Purpose, place: tuple[int, int] = (0
     """`count` random 64-bit numbers [count] of this seed, purpose and place."""
     key = np.array([seed % 2**64, purpose], np.uint64)
     counter = np.array([0, 0, *place], np.uint64)  # the generator increments the first two words
-    return np.random.Philox(key=key, counter=counter).random_raw(count)
+    with _LOCK:  # a generator of its own for each place would take five times as long
+        _PHILOX.state = {**_STATE, "state": {"key": key, "counter": counter}}
+        return _PHILOX.random_raw(count)
 
 
 def uniform(count: int, *, seed: int, purpose: Purpose, place: tuple[int, int] = (0, 0)) -> NDArray[np.float64]:

@@ -2,7 +2,8 @@
 
 Prior maps follow the crop and the flip of their image. Their grids are coarser (21 x 21 for 84 x 84), so a crop starts
 and ends inside a cell. Maps are resampled with a triangle filter over the exact crop, as Pillow does for
-`resize(box=...)`; labels use the nearest cell. Axes: B images, H height, W width, C channels.
+`resize(box=...)`; labels use the nearest cell. Axes: B images, H height, W width, C channels. Views are written channel
+after channel (CHW), as batches hold them; the functions return them as HWC.
 """
 
 import math
@@ -22,9 +23,10 @@ from dpkd.rng import Purpose, uniform
 Image = NDArray[np.uint8]
 Map = NDArray[Any]
 
-GREY = np.array([0.299, 0.587, 0.114])
+GREY = (0.299, 0.587, 0.114)
 """Luma weights of RGB (ITU-R BT.601)."""
-_SAME = np.eye(3)
+_MAX_STEP = 1.5
+"""Distance of the samples of an image in pixels; at 2, details of images alias more than with a mean over the area."""
 _NUM_CROPS = 10
 """Crops tried before the largest crop of the nearest allowed ratio (Szegedy et al. 2015, as in torchvision)."""
 _NUM_DRAWS = 2 * _NUM_CROPS + 6
@@ -81,31 +83,55 @@ def centre_view(image_size: tuple[int, int]) -> Crop:
     return Crop(height, width, top=(height - side) // 2, left=(width - side) // 2, height=side, width=side)
 
 
-def apply_image(view: Crop, image_HWC: Image, *, size: int) -> Image:
-    """The view of an RGB image at `size` x `size`, uint8: averages pixels if the view shrinks, else interpolates."""
+def apply_image(view: Crop, image_HWC: Image, *, size: int, out_CHW: Image | None = None) -> Image:
+    """The view of an RGB image at `size` x `size`, uint8, written to `out_CHW` if given.
+
+    Bilinear; if the view shrinks, each pixel is the mean of bilinear samples at most `_MAX_STEP` pixels apart.
+    """
     crop: Any = image_HWC[view.top : view.top + view.height, view.left : view.left + view.width]
     if crop.shape[:2] != (size, size):
-        shrinks = view.height >= size and view.width >= size
-        crop = cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+        num_y, num_x = (max(1, math.ceil(length / (size * _MAX_STEP))) for length in (view.height, view.width))
+        crop = cv2.resize(crop, (num_x * size, num_y * size), interpolation=cv2.INTER_LINEAR)
+        if (num_y, num_x) != (1, 1):
+            crop = cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA)
     if (view.brightness, view.contrast, view.saturation) != (1.0, 1.0, 1.0):
         crop = cv2.transform(crop, _colour_matrix(view, mean_RGB=cv2.mean(crop)[:3]))
-    return cv2.flip(crop, 1) if view.flip else crop
+    out_CHW = np.empty((3, size, size), np.uint8) if out_CHW is None else out_CHW
+    cv2.split(crop, list(out_CHW))
+    if view.flip:
+        for channel_HW in out_CHW:
+            cv2.flip(channel_HW, 1, dst=channel_HW)
+    return out_CHW.transpose(1, 2, 0)
 
 
-def apply_map(view: Crop, map_HWC: Map, *, size: int, nearest: bool, flip: Callable[[Map], Map]) -> NDArray[np.float32]:
-    """The same view of a map that covers the whole image, float32 at `size` x `size`.
+def apply_map(
+    view: Crop,
+    map_HWC: Map,
+    *,
+    size: int,
+    nearest: bool,
+    flip: Callable[[Map], Map],
+    out_CHW: NDArray[np.float32] | None = None,
+) -> NDArray[np.float32]:
+    """The same view of a map of the whole image, float32 at `size` x `size`, written to `out_CHW` if given.
 
     `nearest` uses the cell at each pixel centre, for labels. `flip` returns the map of the mirrored image.
     """
+    left = view.left
+    if view.flip:
+        map_HWC, left = flip(map_HWC), view.image_width - view.width - view.left
     height, width, channels = map_HWC.shape
     y = (view.top * (height / view.image_height), view.height * (height / view.image_height), height, size)
-    x = (view.left * (width / view.image_width), view.width * (width / view.image_width), width, size)
+    x = (left * (width / view.image_width), view.width * (width / view.image_width), width, size)
+    map_CHW = map_HWC.transpose(2, 0, 1)
+    out_CHW = np.empty((channels, size, size), np.float32) if out_CHW is None else out_CHW
     if nearest:
-        view_HWC = map_HWC[_nearest_cells(*y)[:, None], _nearest_cells(*x)]
+        out_CHW[:] = map_CHW[:, _nearest_cells(*y)][:, :, _nearest_cells(*x)]
     else:
-        tall = _triangle_weights(*y) @ map_HWC.astype(np.float32, copy=False).reshape(height, width * channels)
-        view_HWC = np.matmul(_triangle_weights(*x), tall.reshape(-1, width, channels))
-    return np.asarray(flip(view_HWC) if view.flip else view_HWC, np.float32)
+        (rows, weight_yH), (columns, weight_xW) = _triangle_weights(*y), _triangle_weights(*x)
+        part_CHW = np.ascontiguousarray(map_CHW[:, rows, columns], np.float32)
+        np.matmul((weight_yH @ part_CHW).reshape(channels * size, -1), weight_xW.T, out=out_CHW.reshape(-1, size))
+    return out_CHW.transpose(1, 2, 0)
 
 
 def normalise(image_BCHW: torch.Tensor, *, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
@@ -149,23 +175,34 @@ def _colour_matrix(view: Crop, *, mean_RGB: Sequence[float]) -> NDArray[np.float
 
     The three definitions are torchvision's, in a fixed order. One matrix clips the values once, at the end.
     """
-    matrix = np.empty((3, 4))
-    matrix[:, :3] = view.saturation * _SAME + (1 - view.saturation) * GREY
-    matrix[:, :3] *= view.brightness * view.contrast
-    matrix[:, 3] = (1 - view.contrast) * view.brightness * float(GREY @ mean_RGB)
-    return matrix
+    gain, own = view.brightness * view.contrast, view.brightness * view.contrast * view.saturation
+    shift = (1 - view.contrast) * view.brightness * float(np.dot(GREY, mean_RGB))
+    red, green, blue = (gain * (1 - view.saturation) * weight for weight in GREY)
+    return np.array(((own + red, green, blue, shift), (red, own + green, blue, shift), (red, green, own + blue, shift)))
 
 
 @lru_cache(64)
-def _triangle_weights(start: float, length: float, num_cells: int, size: int) -> NDArray[np.float32]:
-    """The weight [size, num_cells] of each cell in each pixel: bilinear, with a wider triangle if the view shrinks."""
+def _triangle_weights(start: float, length: float, num_cells: int, size: int) -> tuple[slice, NDArray[np.float32]]:
+    """The cells of a view, and their weights [size, cells] in each pixel: bilinear, a wider triangle if it shrinks."""
     scale = length / size
-    centre = start + (np.arange(size) + 0.5) * scale
-    distance = np.abs(centre[:, None] - (np.arange(num_cells) + 0.5))
-    weight = np.maximum(0, 1 - distance / max(scale, 1.0))
-    weight = (weight / weight.sum(1, keepdims=True)).astype(np.float32)
+    reach = max(scale, 1.0)
+    low, high = start + scale / 2 - reach, start + length - scale / 2 + reach
+    cells = slice(max(0, int(low)), min(num_cells, int(high) + 1))
+    pixel_S = _centres(size) * (scale / reach) + (start - cells.start) / reach
+    weight = np.subtract.outer(pixel_S, _centres(cells.stop - cells.start) * (1 / reach))
+    np.abs(weight, out=weight)
+    np.subtract(1, weight, out=weight)
+    np.maximum(weight, 0, out=weight)
+    weight /= weight.sum(1, keepdims=True)
     weight.setflags(write=False)
-    return weight
+    return cells, weight
+
+
+@lru_cache(64)
+def _centres(count: int) -> NDArray[np.float32]:
+    centres = np.arange(count, dtype=np.float32) + np.float32(0.5)
+    centres.setflags(write=False)
+    return centres
 
 
 @lru_cache(64)

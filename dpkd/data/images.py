@@ -31,7 +31,7 @@ def decode_image(data: bytes, *, window: Window | None = None) -> NDArray[np.uin
     if header.deep:
         return _to_8_bit(data, header, window)
     if header.format != "pnm" and not header.alpha:
-        return np.asarray(cv2.cvtColor(_decode(data, header, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB), dtype=np.uint8)
+        return _decode(data, header, cv2.IMREAD_COLOR_RGB)
     from PIL import Image  # noqa: PLC0415  most images need no Pillow, and settings load this module
 
     # OpenCV multiplies a TIFF by alpha, and does not scale a PNM by its maximum
@@ -41,6 +41,11 @@ def decode_image(data: bytes, *, window: Window | None = None) -> NDArray[np.uin
             return np.array(Image.open(io.BytesIO(data), formats=("PPM", "TIFF")).convert("RGB"))
     except UNREADABLE as error:
         raise BrokenImage(f"the {header.format} cannot be decoded: {error}") from error
+
+
+def decode_checked(data: bytes) -> NDArray[np.uint8]:
+    """`decode_image` of bytes that `check_image` has returned, without another look at size, type and end."""
+    return _decode(data, Header(image_format(data) or "jpg", 0, 0), cv2.IMREAD_COLOR_RGB)
 
 
 def decode_mask(data: bytes) -> NDArray[np.uint8 | np.uint16]:

@@ -181,9 +181,15 @@ class Sample(NamedTuple):
 
     key: str
     image: bytes
-    meta: dict[str, Any]
+    json: bytes
     given: dict[str, bytes]
     """The expert's maps: image files by `given_name`."""
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """The content of the JSON; training does not look at it."""
+        meta: dict[str, Any] = parse_json(self.json)
+        return meta
 
 
 class Unreadable(NamedTuple):
@@ -361,7 +367,7 @@ class Split:
         return Sample(
             key=key,
             image=next(members[extension] for extension in IMAGE_EXTENSIONS if extension in members),
-            meta=parse_json(members["json"]),
+            json=members["json"],
             given={given_name(ext): data for ext, data in members.items() if is_given(ext)},
         )
 

@@ -5,8 +5,9 @@ in that order. Workers hold no permutation, so their number changes only the spe
 Axes: B images of a micro-batch, C channels, H and W pixels, N samples of the split.
 """
 
+import math
 import signal
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from dpkd.data.augment import apply_image, apply_map, centre_view, random_views
 from dpkd.data.batch import Batch, View
-from dpkd.data.images import decode_image
+from dpkd.data.images import decode_checked
 from dpkd.data.settings import GLOBAL, AugmentSettings, LoaderSettings
 from dpkd.data.shards import Labels, Sample, Split
 from dpkd.errors import StorageError, UserError
@@ -127,12 +128,12 @@ class _Work(NamedTuple):
     targets: dict[str, NDArray[np.int64]]
 
 
-class _SampleView(NamedTuple):
-    """One view of one image."""
+class _Filled(NamedTuple):
+    """One kind of view of a micro-batch, and its memory [V, B, …], which samples fill one after the other."""
 
-    image_CHW: NDArray[np.uint8]
+    view: View
+    image_VB3HW: NDArray[np.uint8]
     maps: dict[str, NDArray[np.float32]]
-    """By name, CHW."""
 
 
 @dataclass(frozen=True)
@@ -148,51 +149,67 @@ class _Reader(torch.utils.data.Dataset[Batch | UserError]):
     seed: int
 
     def __getitem__(self, work: _Work) -> Batch | UserError:
-        samples = []
-        for index, epoch in zip(work.index_B.tolist(), work.epoch_B.tolist(), strict=True):
+        filled: dict[str, _Filled] = {}
+        for row, (index, epoch) in enumerate(zip(work.index_B.tolist(), work.epoch_B.tolist(), strict=True)):
             try:
-                samples.append(self._read(index, epoch))
+                sample = self.split.read(index)
+                image_HWC = decode_checked(sample.image)
+                maps = {} if self.maps is None else self.maps.read(index, sample)
+                filled = filled or {
+                    name: _allocate(plan, len(work.index_B), {key: each.shape[2] for key, each in maps.items()})
+                    for name, plan in self.views.items()
+                }
+                self._fill(filled, image_HWC, maps, row=row, index=index, epoch=epoch)
             except (UserError, StorageError) as error:
                 return UserError(str(error))
             except (ValueError, OSError) as error:
                 return UserError(f"{self.split.describe(index)}: {error}; restore the shard, or pack the images again")
-        views = {}
-        for name, plan in self.views.items():
-            sample_views = [sample[name][turn] for turn in range(plan.count) for sample in samples]
-            maps = {key: _stack([view.maps[key] for view in sample_views]) for key in sample_views[0].maps}
-            views[name] = View(_stack([view.image_CHW for view in sample_views]), maps)
         return Batch(
-            views=views,
+            views={name: kind.view for name, kind in filled.items()},
             targets={name: torch.from_numpy(target_B) for name, target_B in work.targets.items()},
             index_B=torch.from_numpy(work.index_B.copy()),  # the order may cache and share the array
             epoch_B=torch.from_numpy(work.epoch_B.copy()),
         )
 
-    def _read(self, index: int, epoch: int) -> dict[str, list[_SampleView]]:
-        """The views of one sample by kind."""
-        sample = self.split.read(index)
-        image_HWC = decode_image(sample.image)
-        maps = {} if self.maps is None else self.maps.read(index, sample)
+    def _fill(
+        self,
+        filled: dict[str, _Filled],
+        image_HWC: NDArray[np.uint8],
+        maps: dict[str, NDArray[Any]],
+        *,
+        row: int,
+        index: int,
+        epoch: int,
+    ) -> None:
+        """Writes the views of one sample, by kind, into its row."""
         size = (image_HWC.shape[0], image_HWC.shape[1])
-        plans = [(name, plan) for name, plan in self.views.items() for _ in range(plan.count)]
-        augments = [plan.augment for _, plan in plans if plan.augment is not None]
+        augments = [plan.augment for plan in self.views.values() for _ in range(plan.count) if plan.augment is not None]
         random = iter(random_views(augments, size, seed=self.seed, epoch=epoch, index=index))
-        views: dict[str, list[_SampleView]] = {name: [] for name in self.views}
-        for name, plan in plans:
-            crop = centre_view(size) if plan.augment is None else next(random)
-            view = _SampleView(apply_image(crop, image_HWC, size=plan.size).transpose(2, 0, 1), {})
-            for key, map_HWC in maps.items():
-                assert self.maps is not None, "maps come from a reader"
-                nearest, flip = self.maps.nearest(key), partial(self.maps.flip, key)
-                view_HWC = apply_map(crop, map_HWC, size=plan.map_size, nearest=nearest, flip=flip)
-                view.maps[key] = view_HWC.transpose(2, 0, 1)
-            views[name].append(view)
-        return views
+        for name, plan in self.views.items():
+            for turn in range(plan.count):
+                crop = centre_view(size) if plan.augment is None else next(random)
+                apply_image(crop, image_HWC, size=plan.size, out_CHW=filled[name].image_VB3HW[turn, row])
+                for key, map_HWC in maps.items():
+                    assert self.maps is not None, "maps come from a reader"
+                    nearest, flip = self.maps.nearest(key), partial(self.maps.flip, key)
+                    out_CHW = filled[name].maps[key][turn, row]
+                    apply_map(crop, map_HWC, size=plan.map_size, nearest=nearest, flip=flip, out_CHW=out_CHW)
 
 
-def _stack(arrays: Sequence[NDArray[Any]]) -> torch.Tensor:
-    # without `out`, the stack would keep the memory layout of the transposed arrays
-    return torch.from_numpy(np.stack(arrays, out=np.empty((len(arrays), *arrays[0].shape), arrays[0].dtype)))
+def _allocate(plan: ViewPlan, num_samples: int, channels: Mapping[str, int]) -> _Filled:
+    shape, map_size = (plan.count, num_samples), (plan.map_size, plan.map_size)
+    image_VB3HW = _empty(*shape, 3, plan.size, plan.size, dtype=torch.uint8)
+    maps = {name: _empty(*shape, count, *map_size, dtype=torch.float32) for name, count in channels.items()}
+    view = View(image_VB3HW.flatten(0, 1), {name: map_VBCHW.flatten(0, 1) for name, map_VBCHW in maps.items()})
+    return _Filled(view, image_VB3HW.numpy(), {name: map_VBCHW.numpy() for name, map_VBCHW in maps.items()})
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor without values; in a worker, in memory that the training process maps, so that nothing is copied."""
+    if torch.utils.data.get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)  # noqa: SLF001 (as torch's collate)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
 
 
 def _begin(batches: DataLoader[Batch | UserError]) -> Iterator[Batch | UserError]:

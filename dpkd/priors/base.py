@@ -163,7 +163,7 @@ def grid_size(image: ImageViews, stride: int) -> tuple[int, int]:
 
 def mirror(map_HWC: Map) -> Map:
     """The map mirrored left to right, with the same values."""
-    return np.ascontiguousarray(map_HWC[:, ::-1])
+    return map_HWC[:, ::-1].copy("K")  # keeps the order of the axes in memory
 
 
 @cache

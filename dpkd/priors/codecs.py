@@ -10,7 +10,9 @@ A stored map has the name of its codec, its shape (H, W, C) and its scale, so it
     labels   PNG, H x (C·W), 8 bits if the labels fit, else 16             the label, int32 (scale 1)
 """
 
+import threading
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Literal, Protocol
 
 import cv2
@@ -93,11 +95,16 @@ class PackedCodec:
             declared = zstandard.frame_content_size(data)  # determines the allocated size
             if declared != num_bytes:
                 raise ValueError(f"{declared} bytes instead of {num_bytes}")
-            packed_N = np.frombuffer(zstandard.ZstdDecompressor().decompress(data), np.uint8)
+            packed_N = np.frombuffer(_decompressor(threading.get_ident()).decompress(data), np.uint8)
         except zstandard.ZstdError as error:
             raise ValueError(f"not zstd data: {error}") from error
         value_N = _VALUES_OF_BYTE[self.bits].take(packed_N, axis=0).ravel()[:num_values]
         return value_N.reshape(channels, height, width).transpose(1, 2, 0)
+
+
+@lru_cache(8)
+def _decompressor(thread: int) -> zstandard.ZstdDecompressor:  # noqa: ARG001 (no two threads may share one)
+    return zstandard.ZstdDecompressor()
 
 
 _VALUES_OF_BYTE = {
