@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     SAMPLES = 2
     CLASSES = 3
     VIEWS = 4
+    BACKGROUNDS = 5
 
 
 def bits(count: int, *, seed: int, purpose: Purpose, place: tuple[int, int] = (0, 0)) -> NDArray[np.uint64]:

@@ -37,6 +37,9 @@ from dpkd.priors import BUILT_IN, Prior
 from dpkd.priors.base import BatchExtractor
 from dpkd.priors.derived import DERIVED, derivable
 
+FROM_STORE = (".pooling", ".background")
+"""Endings of the keys whose map is stored, and has one channel of amounts; objectives may also compute maps."""
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
@@ -250,6 +253,12 @@ class Settings(Config):
         return {**teachers, "distill.training": self.distill.training}
 
     @property
+    def _augments(self) -> dict[str, AugmentSettings]:
+        """The augmentation of every training, by its key."""
+        teachers = {f"teachers.{name}.augment": teacher.augment for name, teacher in self.trained_teachers.items()}
+        return {**teachers, "distill.augment": self.distill.augment}
+
+    @property
     def world_sizes(self) -> tuple[int, ...]:
         """The allowed numbers of workers that share every batch equally, ascending; empty if the launcher chooses."""
         most, trainings = self.launcher.workers or 0, self.trainings.values()
@@ -318,12 +327,14 @@ class Settings(Config):
         for key, network in self.networks.items():
             if isinstance(network.model.pooling, FigureGroundPooling):
                 yield f"{key}.model.pooling", network.model.pooling.prior
+        for key, augment in self._augments.items():
+            yield from ((f"{key}.background", name) for name in augment.maps)
         for key, objective in self.objectives.items():
             yield from ((key, name) for name in objective.needs().maps)
 
     def _needed_priors(self) -> Iterator[Prior]:
         """Yields a prior with default settings for every stored map that this run uses."""
-        key_of = {name: key for key, name in self._maps_used() if name not in VIEW_MAPS or key.endswith(".pooling")}
+        key_of = {name: key for key, name in self._maps_used() if name not in VIEW_MAPS or key.endswith(FROM_STORE)}
         kinds = {prior.model_fields["kind"].default: prior for prior in BUILT_IN}
         for stored, key in {stored: key for name, key in key_of.items() for stored in _stored(name)}.items():
             kind, _, of = stored.partition("-")
@@ -336,8 +347,8 @@ class Settings(Config):
     def _check_map(self, key: str, name: str) -> None:
         """Checks that the map is computed, and that it holds amounts if an objective or a pooling needs amounts."""
         prepared = {prior.name: prior for prior in self.prepare.chosen}
-        pooling = key.endswith(".pooling")
-        if name in derivable(prepared) or (name in VIEW_MAPS and name not in prepared and not pooling):
+        stored = key.endswith(FROM_STORE)
+        if name in derivable(prepared) or (name in VIEW_MAPS and name not in prepared and not stored):
             return
         if name not in prepared:
             missing = ", ".join(_as_prior(stored) for stored in _stored(name) if stored not in prepared)
@@ -345,7 +356,7 @@ class Settings(Config):
             raise ValueError(f"{key} uses the prior {name!r}; prepare.priors makes {known}: add {missing}, or set auto")
         if prepared[name].nearest:
             raise ValueError(f"{key}: {name!r} holds region labels, not amounts: use another prior, such as 'saliency'")
-        if prepared[name].channels > 1 and (pooling or name in self.objectives[key].needs().amounts):
+        if prepared[name].channels > 1 and (stored or name in self.objectives[key].needs().amounts):
             raise ValueError(f"{key}: {name!r} has several channels: use a prior with one, such as 'saliency'")
 
 

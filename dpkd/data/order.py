@@ -11,6 +11,7 @@ An order has no unreadable samples: `OrderWithout` converts its numbers to those
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
 from functools import lru_cache, partial
 from typing import NamedTuple, Protocol
 
@@ -95,10 +96,18 @@ class ClassAwareOrder:
     """All classes equally often; a sample of a class repeats only after all other samples of the class.
 
     The sequence consists of rounds: each round has every class once, in a new order. Samples without a label (-1) keep
-    their share of the split, spread evenly, so a batch has the same expected number of labels as with `Order`.
+    their share of the split, spread evenly, so a batch has the same expected number of labels as with `Order`; or
+    `labelled_share`, which is rounded to a fraction with a denominator up to 1,000, is the share of the labelled ones.
     """
 
-    def __init__(self, label_N: NDArray[np.signedinteger], *, seed: int, global_batch_size: int) -> None:
+    def __init__(
+        self,
+        label_N: NDArray[np.signedinteger],
+        *,
+        seed: int,
+        global_batch_size: int,
+        labelled_share: float | None = None,
+    ) -> None:
         _require_samples(len(label_N))
         self.num_samples = len(label_N)
         self.global_batch_size = global_batch_size
@@ -110,6 +119,10 @@ class ClassAwareOrder:
         labels = np.flatnonzero(count_of) - 1
         members = np.split(by_class, np.cumsum(count_of[labels + 1])[:-1])
         self._unlabelled = members.pop(0) if labels[0] < 0 else by_class[:0]
+        share = Fraction(len(self._unlabelled), self.num_samples)
+        if labelled_share is not None:
+            share = 1 - Fraction(labelled_share).limit_denominator(1000)
+        self._unlabelled_share = share if len(self._unlabelled) else Fraction(0)
         self._members = members
         self._label_K = labels[labels >= 0]
         self._shuffles: dict[int, tuple[int, NDArray[np.integer]]] = {}
@@ -131,9 +144,9 @@ class ClassAwareOrder:
 
     def _at(self, position: int) -> tuple[int, int]:
         """The sample at a position of the endless sequence, and its number of earlier draws."""
-        num_unlabelled = len(self._unlabelled)
-        before = position * num_unlabelled // self.num_samples
-        if (position + 1) * num_unlabelled // self.num_samples > before:
+        share = self._unlabelled_share
+        before = position * share.numerator // share.denominator
+        if (position + 1) * share.numerator // share.denominator > before:
             return self._nth(-1, self._unlabelled, before)
         turn, place = divmod(position - before, len(self._members))
         slot = int(self._round(turn)[place])

@@ -110,6 +110,17 @@ class ListedLabels(Config):
 VisibleLabels = Annotated[AllLabels | LabelsPerClass | LabelFraction | ListedLabels, Field(discriminator="kind")]
 
 
+class BackgroundSettings(Config):
+    """Replaces the ground of images by that of other images, by a map of figure and ground."""
+
+    prior: str = "saliency"
+    """A prior map with one channel of amounts: 1 for figure."""
+    share: float = Field(0.5, gt=0, le=1)
+    """Share of the images."""
+    control: Literal["none", "shuffle"] = "none"
+    """`shuffle` takes the map of another image: a control experiment."""
+
+
 class AugmentSettings(Config):
     """Random views: a resized crop, a flip, and a colour change; prior maps follow the crop and the flip."""
 
@@ -119,6 +130,12 @@ class AugmentSettings(Config):
     brightness: float = Field(0.4, ge=0)
     contrast: float = Field(0.4, ge=0)
     saturation: float = Field(0.4, ge=0)
+    background: BackgroundSettings | None = None
+
+    @property
+    def maps(self) -> frozenset[str]:
+        """Names of the prior maps that it reads."""
+        return frozenset() if self.background is None else frozenset({self.background.prior})
 
 
 GLOBAL = "global"

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from dpkd.data.augment import apply_image, apply_map, centre_view, random_views
+from dpkd.data.background import replace_backgrounds
 from dpkd.data.batch import Batch, View
 from dpkd.data.images import decode_checked
 from dpkd.data.settings import GLOBAL, AugmentSettings, LoaderSettings
@@ -164,6 +165,19 @@ class _Reader(torch.utils.data.Dataset[Batch | UserError]):
                 return UserError(str(error))
             except (ValueError, OSError) as error:
                 return UserError(f"{self.split.describe(index)}: {error}; restore the shard, or pack the images again")
+        for name, plan in self.views.items():
+            background = plan.augment.background if plan.augment is not None else None
+            if background is not None:
+                view, image_VB3HW = filled[name].view, filled[name].image_VB3HW
+                image_B3HW = image_VB3HW.reshape(-1, *image_VB3HW.shape[2:])
+                image_B3HW[:] = replace_backgrounds(
+                    image_B3HW,
+                    view.maps[background.prior].numpy(),
+                    settings=background,
+                    seed=self.seed,
+                    index_B=work.index_B,
+                    epoch_B=work.epoch_B,
+                )
         return Batch(
             views={name: kind.view for name, kind in filled.items()},
             targets={name: torch.from_numpy(target_B) for name, target_B in work.targets.items()},

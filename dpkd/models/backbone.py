@@ -4,7 +4,10 @@ Axes: B image, C colour, H W height and width (of the image, or of the patch gri
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import timm
@@ -23,6 +26,17 @@ OWN_ARGUMENTS = {
     "features_only": "nothing: dpkd reads the last features of any model",
 }
 """Arguments of `timm.create_model` that dpkd sets, and their source."""
+
+
+@dataclass(frozen=True)
+class LayerMix:
+    """Mixes the features of R rows with those of partners, `share · own + (1 - share) · partner`, after one stage."""
+
+    stage: int
+    """Number of a stage of the model, from 1."""
+    share_R: Tensor
+    partner_R: Tensor
+    """Rows, counted from the first of these."""
 
 
 class Backbone(nn.Module):
@@ -75,6 +89,25 @@ class Backbone(nn.Module):
     def embed(self, features: Tensor) -> Tensor:
         """The pooled features before the classifier, BD."""
         return self.timm.forward_head(features, pre_logits=True)
+
+    @contextmanager
+    def mixing(self, mixes: Sequence[tuple[int, LayerMix]]) -> Iterator[None]:
+        """Mixes features after a stage of the model, in a forward pass of the body; each mix starts at a row.
+
+        Raises `UserError` if the model has fewer stages.
+        """
+        hooks = []
+        stages = [stage["module"] for stage in getattr(self.timm, "feature_info", [])]
+        for first, mix in mixes:
+            if mix.stage > len(stages):
+                raise UserError(f"model {self.name!r} has {len(stages)} stages: lower mixup.stages={mix.stage}")
+            stage = self.timm.get_submodule(stages[mix.stage - 1])
+            hooks.append(stage.register_forward_hook(partial(_mix_rows, first=first, mix=mix)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def embed_pooled(self, pooled_BD: Tensor) -> Tensor:
         """The embedding BD of pooled patch features: the output of the model's head.
@@ -135,6 +168,14 @@ class Backbone(nn.Module):
                     f"the logits of model {self.name!r} are not a function of its embedding; choose another model"
                 )
         self.timm.train(was_training)
+
+
+def _mix_rows(_stage: nn.Module, _inputs: Any, features: Tensor, *, first: int, mix: LayerMix) -> Tensor:
+    """The features of a stage, in which the rows of one view, from `first` on, are mixed with their partners."""
+    rows = features[first : first + len(mix.share_R)]
+    share_R = mix.share_R.to(rows.dtype).view(-1, *[1] * (rows.ndim - 1))
+    mixed = share_R * rows + (1 - share_R) * rows[mix.partner_R]
+    return torch.cat([features[:first], mixed, features[first + len(rows) :]])
 
 
 def create_timm_model(settings: ModelSettings, *, num_classes: int, image_size: int) -> nn.Module:

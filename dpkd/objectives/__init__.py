@@ -16,16 +16,20 @@ from dpkd.objectives.features import FeatureDistillation
 from dpkd.objectives.locality import LocalityGuidance
 from dpkd.objectives.logits import LogitDistillation
 from dpkd.objectives.masked_prior import MaskedPrior
+from dpkd.objectives.mixup import Mixup
 from dpkd.objectives.patch_labels import PatchLabels
 from dpkd.objectives.patch_relations import PatchRelations
 from dpkd.objectives.patches import PatchDistillation
 from dpkd.objectives.region_bounds import RegionBounds
 from dpkd.objectives.relations import RelationDistillation
+from dpkd.objectives.rotation import Rotation
 from dpkd.objectives.standardised_logits import StandardisedLogits
 from dpkd.objectives.supervised import Supervised
 
 BuiltIn = Annotated[
     Supervised
+    | Mixup
+    | Rotation
     | MaskedPrior
     | Attributes
     | RegionBounds

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 from pydantic import Field
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dpkd.data.batch import Batch
+    from dpkd.models.backbone import LayerMix
 
 VIEW_MAPS = {"hog": 9}
 """Channels of the maps that training computes from the view if no prior set has them."""
@@ -38,6 +39,44 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Draw:
+    """Where a derived view is drawn: its random draws depend on the seed, the step and the samples alone."""
+
+    index_B: Tensor
+    """Samples of the split."""
+    step: int
+    seed: int
+    grid: tuple[int, int]
+    """Patches of the network's input, (rows, columns)."""
+
+
+@dataclass(frozen=True)
+class Derived:
+    """The inputs of one network for a derived view: R rows, which are the first of the micro-batch."""
+
+    inputs: Sequence[Tensor]
+    """Normalised images R3HW, and the map that weighs patches R1hw if the network reads one."""
+    facts: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the losses must know of this view, such as the hidden patches."""
+    mix: LayerMix | None = None
+
+
+class DerivedView(Protocol):
+    """A further view of the images, made on the training device from the global view; equal ones are made once."""
+
+    @property
+    def name(self) -> str:
+        """The name under which its outputs are found."""
+
+    @property
+    def share(self) -> float:
+        """The share of the micro-batch's images that it has."""
+
+    def derive(self, inputs: Sequence[Tensor], draw: Draw) -> Derived:
+        """The view of a network's inputs for the global view: normalised images B3HW, and perhaps a map B1hw."""
+
+
+@dataclass(frozen=True)
 class Needs:
     """The needs of an objective; they depend only on its settings."""
 
@@ -55,19 +94,14 @@ class Needs:
     """Views of each image."""
     num_views: int = 1
     """Smallest number of views of each kind."""
-    hidden_share: float = 0.0
-    """Share of hidden patches in an additional view of the image, `hidden_view(share)`."""
+    derived: tuple[DerivedView, ...] = ()
+    """Further views, made from the global view during training."""
     targets: tuple[str, ...] = ()
     """Required knowledge of samples: `class` (a visible label), `attributes` (a table of the classes)."""
     classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Classes that need training samples, by the settings key that lists them."""
     own_colours: str | None = None
     """The setting that depends on image colours, so that augmentation must not change them."""
-
-
-def hidden_view(share: float) -> str:
-    """Name of the global view with this share of hidden patches."""
-    return f"hidden-{share:g}"
 
 
 @dataclass(frozen=True)
@@ -113,8 +147,8 @@ class Context:
     supervision: Supervision
     step: int
     seed: int
-    masks: Mapping[str, Tensor] = field(default_factory=dict)
-    """Hidden patches of each hidden view: bool B1HW on the patch grid, true for hidden patches."""
+    facts: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    """The facts of each derived view."""
     teacher_name: str | None = None
     """The teacher of the current objective."""
 

@@ -7,11 +7,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+TURNS, MIXES, LAYERS = (1 << 32, 2 << 32, 3 << 32)
+"""Streams of draws: those of two streams are independent. Patches and shares use the numbers below them."""
+
+
+def uniform(index_B: Tensor, *, step: int, seed: int, stream: int = 1) -> Tensor:
+    """A uniform number from [0, 1) for each sample; float64 B."""
+    return _shift_right(_mix(_random_keys(index_B, step=step, seed=seed) + stream), 11).double() / 2**53
+
+
+def beta(index_B: Tensor, alpha: int, *, step: int, seed: int, stream: int) -> Tensor:
+    """A number from Beta(alpha, alpha) for each sample: the middle one of `2 alpha - 1` uniform numbers; float64 B."""
+    draws = [uniform(index_B, step=step, seed=seed, stream=stream + turn) for turn in range(2 * alpha - 1)]
+    return torch.stack(draws).median(0).values
+
 
 def random_share(index_B: Tensor, *, step: int, share: float, seed: int) -> Tensor:
     """Chooses each sample with probability `share`; bool B."""
-    uniform_B = _shift_right(_mix(_random_keys(index_B, step=step, seed=seed) + 1), 11).double() / 2**53
-    return uniform_B < share
+    return uniform(index_B, step=step, seed=seed) < share
 
 
 def random_patch_mask(index_B: Tensor, *, step: int, grid: tuple[int, int], ratio: float, seed: int) -> Tensor:

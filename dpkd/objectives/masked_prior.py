@@ -5,18 +5,41 @@ Axes: B sample, C channel, H W height and width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from dpkd.data.settings import GLOBAL
-from dpkd.objectives.base import Context, Head, Needs, Objective, Weight, hidden_view
+from dpkd.objectives.base import Context, Derived, Draw, Head, Needs, Objective, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SPREAD_FLOOR = 0.05
 """Added to a map's standard deviation, so that a flat map is not amplified to noise."""
+
+
+@dataclass(frozen=True)
+class HiddenPatches:
+    """The images with the mean colour in a ratio of their patches; `mask` is bool B1HW on the patch grid."""
+
+    ratio: float
+    share: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """The name of this view."""
+        return f"hidden-{self.ratio:g}"
+
+    def derive(self, inputs: Sequence[Tensor], draw: Draw) -> Derived:
+        """Draws the hidden patches of each image."""
+        from dpkd.objectives.draws import hide_patches, random_patch_mask
+
+        image_BCHW, *weights = inputs
+        mask_B1HW = random_patch_mask(draw.index_B, step=draw.step, grid=draw.grid, ratio=self.ratio, seed=draw.seed)
+        return Derived([hide_patches(image_BCHW, mask_B1HW), *weights], {"mask": mask_B1HW})
 
 
 class MaskedPrior(Objective):
@@ -30,15 +53,17 @@ class MaskedPrior(Objective):
 
     def needs(self) -> Needs:
         heads = {f"prior/{name}": Head("patch", f"map.{name}") for name in self.targets}
-        return Needs(heads=heads, maps=tuple(self.targets), hidden_share=self.mask_ratio)
+        derived = (HiddenPatches(self.mask_ratio),) if self.mask_ratio else ()
+        return Needs(heads=heads, maps=tuple(self.targets), derived=derived)
 
     def loss(self, context: Context) -> dict[str, Tensor]:
-        view = hidden_view(self.mask_ratio) if self.mask_ratio else GLOBAL
+        view = HiddenPatches(self.mask_ratio).name if self.mask_ratio else GLOBAL
+        mask_B1HW = context.facts[view]["mask"] if self.mask_ratio else None
         losses = {}
         for name, weight in self.targets.items():
             prediction_BCHW = context.student(f"prior/{name}", view=view)
             target_BCHW = prior_target(context.map(name), (prediction_BCHW.shape[2], prediction_BCHW.shape[3]))
-            losses[name] = self.weight * weight * masked_prior(prediction_BCHW, target_BCHW, context.masks.get(view))
+            losses[name] = self.weight * weight * masked_prior(prediction_BCHW, target_BCHW, mask_B1HW)
         return losses
 
 

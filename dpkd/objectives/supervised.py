@@ -43,22 +43,24 @@ def supervised(
     label_smoothing: float = 0.0,
     log_prior_K: Tensor | None = None,
     tau: float = 1.0,
+    weight_B: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy summed over the labelled samples (label >= 0), divided by `B * labelled_share`; a scalar.
 
     `labelled_share` is the expected share of labelled samples. The division by it, not by the number in this batch,
     makes the mean over micro-batches independent of the cut of the batch. `log_prior_K` adds `tau * log prior` to the
-    logits (Menon et al. 2021, eq. 10; tau 1 is balanced softmax, Ren et al. 2020). Zero, with gradients, if no sample
-    is labelled.
+    logits (Menon et al. 2021, eq. 10; tau 1 is balanced softmax, Ren et al. 2020); `weight_B` multiplies the loss of
+    each sample. Zero, with gradients, if no sample is labelled.
     """
     import torch.nn.functional as F
 
     assert labelled_share > 0, "supervised loss without a labelled sample in the split"
     if log_prior_K is not None:
         logits_BK = logits_BK + tau * log_prior_K
-    total = F.cross_entropy(
-        logits_BK.float(), label_B, ignore_index=-1, reduction="sum", label_smoothing=label_smoothing
+    loss_B = F.cross_entropy(
+        logits_BK.float(), label_B, ignore_index=-1, reduction="none", label_smoothing=label_smoothing
     )
+    total = (loss_B if weight_B is None else weight_B * loss_B).sum()
     return total / (len(label_B) * labelled_share)
 
 

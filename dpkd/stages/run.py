@@ -150,6 +150,7 @@ def training_set(run: Run, training: TrainingSettings, objectives: Iterable[Obje
         )
     classes = np.flatnonzero(split.info.class_counts)
     needs_labels = any("class" in objective.needs().targets for objective in objectives)
+    needs_labels = needs_labels or training.labelled_share is not None
     if needs_labels and len(classes) < 2:
         names = [run.dataset.manifest.classes[label] for label in classes]
         raise UserError(
@@ -165,7 +166,7 @@ def training_set(run: Run, training: TrainingSettings, objectives: Iterable[Obje
     return TrainingSet(split, tuple(run.dataset.manifest.classes[label] for label in classes), label_N, unreadable)
 
 
-def supervision(run: Run, data: TrainingSet) -> Supervision:
+def supervision(run: Run, data: TrainingSet, training: TrainingSettings) -> Supervision:
     """The supervision of the trained classes by labels and experts; raises `UserError` if the table does not fit."""
     device, table, attributes = run.world.device, attribute_table(run.data), None
     if table is not None:
@@ -179,4 +180,6 @@ def supervision(run: Run, data: TrainingSet) -> Supervision:
         attributes = ClassAttributes(*(torch.from_numpy(array).to(device) for array in arrays))
     log_prior_K = log_class_prior(torch.from_numpy(data.label_N), len(data.class_names)).to(device)
     share = float((data.label_N >= 0).sum() / data.num_samples)
+    if training.labelled_share is not None and share < 1:
+        share = training.labelled_share
     return Supervision(data.class_names, share, log_prior_K, attributes)

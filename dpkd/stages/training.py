@@ -53,7 +53,8 @@ def teach_task(run: Run, name: str) -> tuple[Task, TrainingSet, TeacherSettings]
     network = new_network(run, data, settings, teachers=followed, place=place)
     learner = make_learner(run, data, network, settings=settings, training=training)
     teachers = {other: frozen_teacher(run, other, network, training) for other, network in followed.items()}
-    task = Task({name: learner}, teachers=teachers, supervision=supervision(run, data), seed=run.seed)
+    labels = supervision(run, data, training)
+    task = Task({name: learner}, teachers=teachers, supervision=labels, seed=run.seed)
     return task, data, settings
 
 
@@ -88,7 +89,8 @@ def distill_task(run: Run) -> tuple[Task, TrainingSet, DistillSettings]:
             network = new_network(run, data, variant, teachers=networks, place=place)
             learners[key] = make_learner(run, data, network, settings=variant, training=training)
     live = [name for name in networks if name not in teachers]
-    task = Task(learners, teachers=teachers, live_teachers=live, supervision=supervision(run, data), seed=run.seed)
+    labels = supervision(run, data, training)
+    task = Task(learners, teachers=teachers, live_teachers=live, supervision=labels, seed=run.seed)
     return task, data, settings
 
 
@@ -97,7 +99,7 @@ def _on_labels_alone(student: StudentSettings) -> StudentSettings:
     supervised = tuple(
         objective.model_copy(update={"weight": 1.0})
         for objective in student.objectives
-        if isinstance(objective, Supervised)
+        if objective.kind == "supervised"
     )
     model = student.model.model_copy(update={"pooling": MeanPooling()})
     return student.model_copy(update={"model": model, "objectives": supervised or (Supervised(),)})
@@ -117,7 +119,7 @@ def _train_task(
     checkpoints = Checkpoints(run.folder.checkpoints(stage), world=world, keep=training.keep_checkpoints)
     # dropout must not depend on earlier work of this process; a checkpoint restores the state of its step
     torch.manual_seed(run.seed * 100_003 + world.rank)
-    maps = run.maps_of(data.split.name, task.maps)
+    maps = run.maps_of(data.split.name, task.maps | settings.augment.maps)
     digests = {"packed images": run.dataset.manifest.fingerprint}
     digests |= {f"map {name!r}": digest for name, digest in maps.digests.items()} if maps is not None else {}
     digests["readable samples"] = storage.digest(data.unreadable.tobytes())
@@ -179,7 +181,7 @@ def _attempt(
         data.split,
         rank_micro_batches(order, steps, rank=world.rank, world_size=world.size, micro_batch_size=micro_batch_size),
         targets={"class": data.label_N},
-        maps=run.maps_of(data.split.name, task.maps),
+        maps=run.maps_of(data.split.name, task.maps | settings.augment.maps),
         views=views,
         seed=run.seed,
         loader=run.data.loader,
@@ -214,9 +216,11 @@ def _attempt(
 def sample_order(run: Run, training: TrainingSettings, data: TrainingSet) -> SampleOrder:
     """The order of samples in batches, without the samples that cannot be read."""
     order: SampleOrder
-    if training.sampling == "class_aware":
-        drawn_label_N = np.delete(data.label_N, data.unreadable)
-        order = ClassAwareOrder(drawn_label_N, seed=run.seed, global_batch_size=training.batch_size)
+    if training.sampling == "class_aware" or training.labelled_share is not None:
+        label_N = np.delete(data.label_N, data.unreadable)
+        class_N = label_N if training.sampling == "class_aware" else np.minimum(label_N, 0)  # else one class has all
+        share = training.labelled_share
+        order = ClassAwareOrder(class_N, seed=run.seed, global_batch_size=training.batch_size, labelled_share=share)
     else:
         num_lost = Counter(data.split.locate(i)[0] for i in data.unreadable.tolist())
         order = Order(

@@ -20,8 +20,8 @@ from dpkd.engine.protocol import Engine
 from dpkd.models.counts import count_flops
 from dpkd.models.network import Network
 from dpkd.models.settings import FigureGroundPooling, NetworkSpec
-from dpkd.objectives.base import Context, Objective, Outputs, Supervision, hidden_view, losses_of, teacher_of
-from dpkd.objectives.draws import hide_patches, random_patch_mask, random_share
+from dpkd.objectives.base import Context, DerivedView, Draw, Objective, Outputs, Supervision, losses_of, teacher_of
+from dpkd.objectives.draws import random_share
 from dpkd.objectives.hog import hog
 
 
@@ -62,9 +62,10 @@ class Learner:
         return frozenset({GLOBAL}.union(*(objective.needs().views for objective in self.objectives)))
 
     @property
-    def hidden_shares(self) -> list[float]:
-        """Shares of hidden patches of the hidden views, ascending."""
-        return sorted({objective.needs().hidden_share for objective in self.objectives} - {0.0})
+    def derived(self) -> list[DerivedView]:
+        """The views that its objectives derive from the global view, by name."""
+        views = {view for objective in self.objectives for view in objective.needs().derived}
+        return sorted(views, key=lambda view: view.name)
 
 
 class Task:
@@ -118,10 +119,10 @@ class Task:
                 }
         for name, learner in self.learners.items():
             with record_function(f"dpkd: forward of {name}"):
-                outputs, masks = forward_views(learner, batch, step=step, seed=self._seed)
+                outputs, facts = forward_views(learner, batch, step=step, seed=self._seed)
             with record_function(f"dpkd: losses of {name}"):
                 context = Context(
-                    batch, outputs, teacher_outputs, self._supervision, step=step, seed=self._seed, masks=masks
+                    batch, outputs, teacher_outputs, self._supervision, step=step, seed=self._seed, facts=facts
                 )
                 losses = losses_of(learner.objectives, context)
             yield name, losses
@@ -134,7 +135,7 @@ class Task:
     def flops_per_image(self, views: Mapping[str, ViewPlan]) -> int:
         """Floating-point operations of a step for one image of the batch with these views.
 
-        A network in training counts three times its forward passes, of hidden views too; a teacher counts once.
+        A network in training counts three times its forward passes, of derived views too; a teacher counts once.
         """
         views_of = [(3, learner.spec, sorted(learner.views)) for learner in self.learners.values()]
         views_of += [(1, teacher.spec, sorted(self._followed_views[name])) for name, teacher in self.teachers.items()]
@@ -143,8 +144,11 @@ class Task:
             for times, spec, names in views_of
             for view in names
         )
-        hidden = (len(learner.hidden_shares) * count_flops(learner.spec) for learner in self.learners.values())
-        return total + 3 * sum(hidden)
+        derived = (
+            sum(view.share for view in learner.derived) * count_flops(learner.spec)
+            for learner in self.learners.values()
+        )
+        return total + round(3 * sum(derived))
 
     def learning_rate(self, name: str, *, step: int) -> float:
         """Learning rate of one network at a step, before layer-wise decay."""
@@ -163,14 +167,15 @@ def with_view_maps(batch: Batch, names: Collection[str]) -> Batch:
 
 def forward_views(
     learner: Learner, batch: Batch, *, step: int, seed: int
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Runs a network in training mode; returns its outputs by view, and the mask of each hidden view.
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Mapping[str, Tensor]]]:
+    """Runs a network in training mode; returns its outputs by view, and the facts of each derived view.
 
-    Hidden views share the forward pass of the global view. A figure-ground network pools a share of the samples with
+    Derived views share the forward pass of the global view. A figure-ground network pools a share of the samples with
     equal weights.
     """
-    outputs, masks = {}, {}
-    pooling = learner.spec.model.pooling
+    outputs: dict[str, dict[str, Tensor]] = {}
+    facts: dict[str, Mapping[str, Tensor]] = {}
+    backbone, pooling = learner.network.backbone, learner.spec.model.pooling
     blank = pooling.blank if isinstance(pooling, FigureGroundPooling) else 0.0
     for name in sorted(learner.views):
         view = batch.views[name]
@@ -179,22 +184,21 @@ def forward_views(
             num_views = len(image_BCHW) // len(batch.index_B)
             blank_B = random_share(batch.index_B, step=step, share=blank, seed=seed).repeat(num_views)
             weights = [weight_B1HW.masked_fill(blank_B[:, None, None, None], 1.0) for weight_B1HW in weights]
-        images, names = [image_BCHW], [name]
-        for share in learner.hidden_shares if name == GLOBAL else ():
-            grid = learner.network.backbone.grid
-            mask_B1HW = random_patch_mask(batch.index_B, step=step, grid=grid, ratio=share, seed=seed)
-            masks[hidden_view(share)] = mask_B1HW
-            images.append(hide_patches(image_BCHW[: len(mask_B1HW)], mask_B1HW))
-            names.append(hidden_view(share))
-        if len(images) == 1:
+        if name != GLOBAL or not learner.derived:
             outputs[name] = learner.engine.forward(image_BCHW, *weights)
             continue
-        sizes = [len(image) for image in images]
-        whole = [torch.cat([weight[:size] for size in sizes]) for weight in weights]
-        together = learner.engine.forward(torch.cat(images), *whole)
-        parts = {key: output.split(sizes) for key, output in together.items()}
-        outputs |= {view_name: {key: parts[key][index] for key in parts} for index, view_name in enumerate(names)}
-    return outputs, masks
+        first = [part[: len(batch.index_B)] for part in (image_BCHW, *weights)]
+        draw = Draw(batch.index_B, step=step, seed=seed, grid=backbone.grid)
+        derived = {view.name: view.derive(first, draw) for view in learner.derived}
+        facts |= {key: view.facts for key, view in derived.items()}
+        together = [[image_BCHW, *weights], *(view.inputs for view in derived.values())]
+        sizes = [len(inputs[0]) for inputs in together]
+        mixes = [(sum(sizes[:row]), view.mix) for row, view in enumerate(derived.values(), start=1) if view.mix]
+        with backbone.mixing(mixes):
+            joined = learner.engine.forward(*(torch.cat(parts) for parts in zip(*together, strict=True)))
+        parts = {key: output.split(sizes) for key, output in joined.items()}
+        outputs |= {key: {out: parts[out][row] for out in parts} for row, key in enumerate([name, *derived])}
+    return outputs, facts
 
 
 def network_inputs(spec: NetworkSpec, view: View) -> list[Tensor]:

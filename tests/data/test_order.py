@@ -159,3 +159,13 @@ def test_an_order_without_some_samples_shows_the_others_by_their_own_numbers(kep
     samples, _ = _stream(order, 2 * len(numbers))
     for seen in np.split(samples, 2):
         assert sorted(seen) == numbers.tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(-1, 4), min_size=2, max_size=40).map(lambda labels: np.array([-1, 0, *labels])), SEEDS)
+def test_labelled_samples_have_the_given_share_of_each_batch(label_N, seed):
+    order = ClassAwareOrder(label_N, seed=seed, global_batch_size=8, labelled_share=0.75)
+    for step in range(5):
+        assert np.count_nonzero(label_N[order.batch(step)] >= 0) == 6
+    only_labelled = ClassAwareOrder(np.zeros(5, np.int64), seed=seed, global_batch_size=8, labelled_share=0.75)
+    assert only_labelled.batch(0).max() < 5

@@ -226,3 +226,26 @@ def test_every_objective_that_follows_a_teacher_trains_and_no_head_leaves(whole:
     exported = load_file(command.folder.export / "vit" / "model.safetensors")
     arguments = {"num_classes": 6, **VIT["arguments"]}
     assert exported.keys() == timm.create_model(VIT["name"], **arguments).state_dict().keys()
+
+
+def test_a_teacher_that_learns_from_derived_views_and_other_grounds_resumes_bit_for_bit(
+    whole: RunFolder, tmp_path: Path
+) -> None:
+    tree = tiny(tmp_path / "own", source=None, shards=whole.path / "shards")
+    tree["data"]["labels"] = {"kind": "fraction", "fraction": 0.5}
+    teacher = tree["teachers"]["teacher"]
+    teacher["objectives"] += [{"kind": "rotation", "weight": 0.5, "share": 0.5}, {"kind": "mixup", "stages": 2}]
+    teacher["augment"] = {"background": {"share": 0.5}}
+    teacher["training"] |= {"labelled_share": 0.5}
+    straight = Command(tree, "--stages", "prepare,teach")
+    assert straight.wait() == 0, straight.output
+    for kind in ("supervised", "rotation", "mixup"):
+        assert train_events(straight.folder)[0][f"loss/teacher/{kind}"] > 0
+    tree["run"]["dir"] = str(tmp_path / "killed")
+    killed = Command(tree, "--stages", "prepare,teach")
+    killed.wait_for_step("teach", 3)
+    killed.kill_all()
+    again = Command(tree, "--stages", "prepare,teach")
+    assert again.wait() == 0, again.output
+    for name, weights in all_weights(straight.folder).items():
+        assert torch.equal(weights, all_weights(again.folder)[name]), name

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpkd.data.batch import Batch, View
-from dpkd.objectives.base import Context, Supervision, hidden_view
+from dpkd.objectives.base import Context, Supervision
 from dpkd.objectives.draws import hide_patches, random_patch_mask
-from dpkd.objectives.masked_prior import MaskedPrior, masked_prior, prior_target
+from dpkd.objectives.masked_prior import HiddenPatches, MaskedPrior, masked_prior, prior_target
 
 MASK_64 = (1 << 64) - 1
 
@@ -128,13 +128,13 @@ def test_a_target_that_is_not_known_moves_nothing_and_leaves_the_others_as_they_
 
 
 def test_the_objective_weighs_the_error_of_each_map_that_it_predicts():
-    view, index_B = hidden_view(0.4), torch.arange(3)
+    view, index_B = HiddenPatches(0.4).name, torch.arange(3)
     maps = {"edge": torch.rand(3, 1, 8, 8), "lbp": torch.rand(3, 2, 8, 8)}
     batch = Batch({"global": View(torch.zeros(3, 3, 16, 16, dtype=torch.uint8), maps)}, {}, index_B, index_B)
     outputs = {f"prior/{name}": torch.randn(3, map_BCHW.shape[1], 4, 4) for name, map_BCHW in maps.items()}
     mask_B1HW = random_patch_mask(index_B, step=0, grid=(4, 4), ratio=0.4, seed=0)
     supervision = Supervision(("a",), 1.0, torch.zeros(1))
-    context = Context(batch, {view: outputs}, {}, supervision, step=0, seed=0, masks={view: mask_B1HW})
+    context = Context(batch, {view: outputs}, {}, supervision, step=0, seed=0, facts={view: {"mask": mask_B1HW}})
     losses = MaskedPrior(weight=2.0, targets={"edge": 1.0, "lbp": 0.5}).loss(context)
     assert losses.keys() == maps.keys()
     for name, weight in (("edge", 2.0), ("lbp", 1.0)):
