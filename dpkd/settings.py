@@ -179,7 +179,7 @@ class StudentSettings(NetworkSettings):
     """One student: its network, objectives, optimizer, schedule and engine."""
 
     objectives: tuple[AnyObjective, ...] = (Supervised(), LogitDistillation())
-    baseline: bool = False
+    baseline: bool = True
     """Also train the same network on labels alone, with mean pooling, on the same images and steps; see `baselines`."""
 
 

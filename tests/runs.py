@@ -66,7 +66,7 @@ def tiny(run_dir: Path, *, source: Path | None, shards: Path | None = None) -> d
                     "baseline": True,
                     "engine": {"kind": "torch"},
                 },
-                "vit": {"model": VIT, "objectives": LOSSES, "engine": {"kind": "torch"}},
+                "vit": {"model": VIT, "objectives": LOSSES, "baseline": False, "engine": {"kind": "torch"}},
             },
             "training": training | often,
         },

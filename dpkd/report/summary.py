@@ -122,6 +122,7 @@ def final_words(summary: dict[str, Any]) -> str:
         for name, *cells in rows:
             aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
             lines.append("  ".join([name.ljust(widths[0]), *aligned]))
+        lines += ["", *warnings] if (warnings := _not_better(summary)) else []
     if summary["exports"]:
         lines += ["", "exported students (timm folder, ONNX):", *(f"  {path}" for path in summary["exports"].values())]
     if summary["quarantine"]:
@@ -160,6 +161,7 @@ def markdown(summary: dict[str, Any]) -> str:
 def figures_markdown(evaluation: dict[str, Any]) -> str:
     """The tables and the protocol of an evaluation, as Markdown."""
     lines = [_heading(evaluation), "", *markdown_table(_few_shot_table(evaluation)), ""]
+    lines += [*_not_better(evaluation), ""] if _not_better(evaluation) else []
     titles = {
         "probes": "kNN and linear probe",
         "classification": "Accuracy on known classes",
@@ -220,6 +222,21 @@ def _few_shot_table(summary: dict[str, Any]) -> Table:
         if "over_baseline" in student:
             add(f"{name}: gain over labels alone", student["over_baseline"], sign="+")
     return rows
+
+
+def _not_better(summary: dict[str, Any]) -> list[str]:
+    """A sentence for each student that is not better than its baseline at the largest number of shots."""
+    split, sentences = _report_split(summary), []
+    for name, student in summary["students"].items():
+        gain = list(student["over_baseline"][split].values())[-1] if "over_baseline" in student else None
+        if gain is not None and gain["mean"] <= gain["ci95"]:
+            comparison = "worse than" if gain["mean"] < -gain["ci95"] else "no better than"
+            sentences.append(
+                f"student {name} is {comparison} the same network on labels alone ({percent(gain, sign='+')}): use the "
+                f"network in baselines/{name}, or try more steps, more unlabelled images, or a teacher that is better "
+                "than this baseline without its prior map"
+            )
+    return sentences
 
 
 def _quarantined(summary: dict[str, Any]) -> str:

@@ -83,7 +83,7 @@ def distill_task(run: Run) -> tuple[Task, TrainingSet, DistillSettings]:
             teachers[name] = learners[name]
     for place, (name, student) in enumerate(settings.students.items(), start=1):
         variants = {f"student-{name}": student}
-        if student.baseline:
+        if student.baseline and (data.label_N >= 0).any():
             variants[f"baseline-{name}"] = _on_labels_alone(student)
         for key, variant in variants.items():
             network = new_network(run, data, variant, teachers=networks, place=place)

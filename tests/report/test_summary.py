@@ -76,6 +76,23 @@ def test_the_run_ends_with_the_table_the_exports_and_the_command(run: Path, caps
     assert lines[-1] == f"curves:  tensorboard --logdir {run}"
 
 
+@pytest.mark.parametrize(
+    ("mean", "told"), [(0.031, None), (0.001, "no better than"), (-0.001, "no better than"), (-0.02, "worse than")]
+)
+def test_a_student_that_is_not_better_than_its_baseline_is_told_so(run: Path, mean: float, told: str | None) -> None:
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    gains = evaluation["students"]["small"]["over_baseline"]["novel"]
+    gains["5way_5shot"] = {"mean": mean, "ci95": 0.002}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    text = final_words(write_summary(run))
+    sentence = (
+        f"student small is {told} the same network on labels alone ({percent(gains['5way_5shot'], sign='+')}): use"
+    )
+    assert (sentence in text) == (told is not None)
+    assert (sentence in (run / "summary.md").read_text()) == (told is not None)
+    assert ("on labels alone (" in text) == (told is not None)
+
+
 def test_summary_md_holds_table_probes_protocol_and_stages(run: Path) -> None:
     write_summary(run)
     text = (run / "summary.md").read_text()
