@@ -179,8 +179,13 @@ class StudentSettings(NetworkSettings):
     """One student: its network, objectives, optimizer, schedule and engine."""
 
     objectives: tuple[AnyObjective, ...] = (Supervised(), LogitDistillation())
-    baseline: bool = True
-    """Also train the same network on labels alone, with mean pooling, on the same images and steps; see `baselines`."""
+    baseline: Annotated[
+        tuple[Annotated[float, Field(gt=0)], ...],
+        BeforeValidator(
+            lambda given: {True: (1.0,), False: ()}.get(given, given) if isinstance(given, bool) else given
+        ),
+    ] = (1.0,)
+    """Trainings of the same network on labels alone, in times of the student's steps; `true` is [1], `false` none."""
 
 
 def _without_nulls(value: Any) -> Any:

@@ -58,7 +58,7 @@ def test_a_run_ends_with_its_summary_and_exports(whole: RunFolder) -> None:
                 assert 0 < network["few_shot"][split][shot]["mean"] < 1
                 assert network["few_shot"][split][shot]["ci95"] > 0
     assert {stage["status"] for stage in summary["stages"].values()} == {"done"}
-    assert list(summary["stages"]) == ["pack", "prepare", "teach", "distill", "evaluate", "export"]
+    assert list(summary["stages"]) == ["pack", "prepare", "teach", "distill", "baseline-conv", "evaluate", "export"]
     for name in (
         "settings.yaml",
         "versions.json",
@@ -100,15 +100,15 @@ def test_the_time_of_a_run_is_accounted_and_shown(whole: RunFolder) -> None:
     goodput = assert_accounted(whole, attempts=1)
     stages, spent = whole.stages(), goodput["seconds"]
     prepared = stages["pack"]["seconds"] + stages["prepare"]["seconds"]
-    trained = stages["teach"]["seconds"] + stages["distill"]["seconds"]
+    trained = sum(stages[stage]["seconds"] for stage in ("teach", "distill", "baseline-conv"))
     assert spent["preparation"] == pytest.approx(prepared, abs=0.1)
     assert 0 < spent["training"] + spent["data_wait"] + spent["checkpoint"] < trained
     assert spent["evaluation"] > stages["evaluate"]["seconds"]
     assert spent["recovery"] == spent["lost_work"] == spent["idle"] == 0
-    assert (goodput["steps"], goodput["lost_steps"]) == (12, 0)
+    assert (goodput["steps"], goodput["lost_steps"]) == (18, 0)
     table = (whole.path / "summary.md").read_text().split("## Where the time went")[1]
     assert f"| {100 * goodput['shares']['training']:.1f} % | steps that count |" in table
-    for stage in ("teach", "distill"):
+    for stage in ("teach", "distill", "baseline-conv"):
         shown = EventAccumulator(str(whole.tensorboard / stage)).Reload().Scalars("goodput/training")
         assert [event.step for event in shown] == [1, 2, 3, 4, 5, 6]
         assert all(0 < event.value < 1 for event in shown)
@@ -161,7 +161,8 @@ def test_every_objective_of_every_network_is_logged(whole: RunFolder) -> None:
     for student in ("conv", "vit"):
         for objective in ("supervised", "logits", "features", "patches"):
             assert distilled[f"loss/student-{student}/{objective}"] > 0
-    assert {key for key in distilled if "baseline-conv" in key and "loss" in key} == {"loss/baseline-conv/supervised"}
+    alone = losses(whole, "baseline-conv")[6]
+    assert {key for key in alone if key.startswith("loss/")} == {"loss/baseline-conv/supervised"}
     assert {"loss/teacher/masked_prior.hog", "loss/teacher/masked_prior.edge"} <= losses(whole, "teach")[6].keys()
 
 
@@ -256,7 +257,7 @@ def test_a_stopped_run_says_so_and_goes_on(whole: RunFolder, tmp_path: Path, num
     assert again.wait() == 0, again.output
     assert_same_weights(whole, again.folder)
     goodput = assert_accounted(again.folder, attempts=2)
-    assert (goodput["steps"], goodput["lost_steps"]) == (12, 0)
+    assert (goodput["steps"], goodput["lost_steps"]) == (18, 0)
     assert min(goodput["seconds"][name] for name in ("idle", "recovery", "checkpoint")) > 0
 
 

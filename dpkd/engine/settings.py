@@ -58,7 +58,7 @@ class TrainingSettings(Config):
     """Images in one forward pass of one worker, and in one batch norm; None means `batch_size / workers`."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     sampling: Literal["uniform", "class_aware"] = "uniform"
-    labelled_share: float | None = Field(None, gt=0, lt=1)
+    labelled_share: float | None = Field(None, gt=0, le=1)
     """Share of labelled samples in each batch; None means their share of the split."""
     log_every: int = Field(10, ge=1)
     evaluate_every: int | None = Field(None, ge=1)

@@ -186,8 +186,10 @@ def networks(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     named |= {f"{name}, after distilling": teacher for name, teacher in summary.get("live_teachers", {}).items()}
     for name, student in summary["students"].items():
         named[f"student {name}"] = student
-        if name in summary["baselines"]:
-            named[f"{name} on labels alone"] = summary["baselines"][name]
+        for key, baseline in summary["baselines"].items():
+            if key.partition(".")[0] == name:
+                _, longer, length = key.partition(".x")
+                named[f"{name} on labels alone{f', {length} x steps' if longer else ''}"] = baseline
     return named
 
 
@@ -231,10 +233,11 @@ def _not_better(summary: dict[str, Any]) -> list[str]:
         gain = list(student["over_baseline"][split].values())[-1] if "over_baseline" in student else None
         if gain is not None and gain["mean"] <= gain["ci95"]:
             comparison = "worse than" if gain["mean"] < -gain["ci95"] else "no better than"
+            better = student.get("baseline", name)
             sentences.append(
                 f"student {name} is {comparison} the same network on labels alone ({percent(gain, sign='+')}): use the "
-                f"network in baselines/{name}, or try more steps, more unlabelled images, or a teacher that is better "
-                "than this baseline without its prior map"
+                f"network in baselines/{better}, or try more steps, more unlabelled images, or a teacher that is "
+                "better than this baseline without its prior map"
             )
     return sentences
 

@@ -5,7 +5,8 @@
     network: {"model", "image_size", "pooling", "parameters", "flops", "images_per_s",
               "few_shot": {split: {"5way_1shot": {"mean", "ci95"}}},     flops and images_per_s may be null
               "plain_pooling": {split: …}            figure-ground networks, pooled without their prior map
-              "over_baseline": {split: …}            students: paired difference on the same episodes
+              "over_baseline": {split: …}            students: paired difference on the same episodes from
+              "baseline": name                       the baseline that is best on the first split
               "probes": {split: {"knn", "linear"}}, "classification": {split: {"overall", "balanced", …}},
               "zero_shot": {split: {"overall", "balanced", "chance"}}}      classes known only by their attributes
 
@@ -14,6 +15,7 @@ Unreadable samples are left out. Axes: N readable sample, D feature, E episode, 
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -42,6 +44,7 @@ from dpkd.report.summary import EVALUATION_NAME, figure_or_none, figures_markdow
 from dpkd.report.tensorboard import Board
 from dpkd.run.folder import RunFolder
 from dpkd.settings import EvaluateSettings
+from dpkd.stages.baselines import baselines
 from dpkd.stages.networks import Embedded, embed_networks, spread, teacher_network
 from dpkd.stages.plan import attribute_table, trained_classes
 from dpkd.stages.run import Run
@@ -87,11 +90,14 @@ def evaluate(run: Run) -> None:
             "flops": figure_or_none(f"FLOPs of {network.spec.model.name}", partial(count_flops, network.spec)),
             "images_per_s": figure_or_none(f"images/s of {place}", partial(images_per_s, network)),
         }
+    chosen: dict[str, str] = {}
     for split in run.data.evaluated_splits:
-        for kind, figures in _measure(run, networks, run.dataset.split(split), settings).items():
+        for kind, figures in _measure(run, networks, run.dataset.split(split), settings, chosen=chosen).items():
             for place, figure in figures.items():
                 tables[place].setdefault(kind, {})[split] = figure
     if run.world.rank == 0:
+        for student, baseline in chosen.items():
+            tables[student]["baseline"] = baseline.removeprefix("baselines.")
         run.folder.check_fence()
         board = Board(run.folder.tensorboard / "evaluate", start_step=-1)
         board.show(0, "summary", figures_markdown(report))
@@ -131,8 +137,22 @@ class PlainlyPooled(Frozen):
         return super().predict(image_BCHW, torch.zeros_like(weight_B1HW))
 
 
-def _measure(run: Run, networks: Mapping[str, Network], split: Split, settings: EvaluateSettings) -> dict[str, Figures]:
-    """One split's figures by kind on rank 0, in the order of the report; empty on the other ranks, which embed."""
+def _baselines_of(run: Run, networks: Mapping[str, Network]) -> dict[str, list[str]]:
+    """The keys of the baselines of each student that has some."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name, baseline in baselines(run.settings).items():
+        if {f"students.{baseline.student}", f"baselines.{name}"} <= networks.keys():
+            found[f"students.{baseline.student}"].append(f"baselines.{name}")
+    return found
+
+
+def _measure(
+    run: Run, networks: Mapping[str, Network], split: Split, settings: EvaluateSettings, *, chosen: dict[str, str]
+) -> dict[str, Figures]:
+    """One split's figures by kind on rank 0, in the order of the report; empty on the other ranks, which embed.
+
+    `chosen` is the baseline that each student is compared with: the best one on the first split, which is added.
+    """
     indices = run.readable(split.name)
     label_N = split.label_N[indices]
     episodes = draw_episodes(label_N, settings.episodes, seed=run.seed, split=split.name)
@@ -161,11 +181,10 @@ def _measure(run: Run, networks: Mapping[str, Network], split: Split, settings: 
         name: {key: score(accuracy_E) for key, accuracy_E in by_key.items()} for name, by_key in accuracies.items()
     }
     over_baseline = {}
-    for name in networks:
-        baseline = name.replace("students.", "baselines.")
-        if baseline != name and baseline in networks:
-            gains = {key: accuracy_E - accuracies[baseline][key] for key, accuracy_E in accuracies[name].items()}
-            over_baseline[name] = {key: score(gain_E) for key, gain_E in gains.items()}
+    for student, candidates in _baselines_of(run, networks).items():
+        best = chosen.setdefault(student, max(candidates, key=lambda name: list(scores[name].values())[-1]["mean"]))
+        gains = {key: accuracy_E - accuracies[best][key] for key, accuracy_E in accuracies[student].items()}
+        over_baseline[student] = {key: score(gain_E) for key, gain_E in gains.items()}
     specs = {name: network.spec for name, network in networks.items()}
     return {
         "few_shot": {name: scores[name] for name in networks},

@@ -23,6 +23,7 @@ from dpkd.report.summary import EVALUATION_NAME
 from dpkd.run.folder import RunFolder
 from dpkd.settings import DataSettings, Settings
 from dpkd.stages import STAGES
+from dpkd.stages.baselines import baselines
 
 POOL_STAGES = ("pack", "prepare")
 """Stages that run in a pool; the other stages run in the training workers."""
@@ -53,13 +54,19 @@ def teaching_stages(settings: Settings) -> dict[str, str]:
     return {"teach" if name == "teacher" else f"teach-{name}": name for name in settings.trained_teachers}
 
 
+def baseline_stages(settings: Settings) -> dict[str, str]:
+    """The name of the baseline by the name of its stage."""
+    return {f"baseline-{name}": name for name in baselines(settings)}
+
+
 def stages_of(settings: Settings, names: Collection[str] = STAGES) -> list[str]:
     """The stages among `names` that the settings turn on, in order."""
     left_out = {"evaluate": settings.evaluate is None, "export": settings.export is None}
+    several = {"teach": teaching_stages(settings), "baselines": baseline_stages(settings)}
     stages: list[str] = []
     for name in STAGES:
         if name in names and not left_out.get(name):
-            stages += teaching_stages(settings) if name == "teach" else [name]
+            stages += several.get(name, [name])
     return stages
 
 
@@ -84,6 +91,12 @@ def stage_inputs(stage: str, settings: Settings) -> dict[str, Any]:
             if all(teacher["during_distill"] == "frozen" for teacher in teachers.values()):
                 prefix = "distill."
             results = {"distill": part, "teachers": teachers}
+            for student in part["students"].values():
+                del student["baseline"]
+        elif stage in baseline_stages(settings):
+            name, prefix = baseline_stages(settings)[stage], "baselines."
+            part = baselines(settings)[name].settings.model_dump(mode="json")
+            results = {"baselines": {name: part}}
         else:
             name = teaching_stages(settings)[stage]
             part, prefix = tree["teachers"][name], f"teachers.{name}."
@@ -118,9 +131,11 @@ def stage_outputs(stage: str, settings: Settings) -> list[str | Path]:
     if stage == "evaluate":
         return [folder.path / EVALUATION_NAME]
     if stage == "distill":
-        parents = [folder.students, folder.baselines, folder.live_teachers]
+        parents = [folder.students, folder.live_teachers]
     elif stage == "export":
         parents = [folder.export]
+    elif stage in baseline_stages(settings):
+        return sorted((folder.baselines / baseline_stages(settings)[stage]).glob("[!.]*"))
     else:
         return sorted(folder.teacher(teaching_stages(settings)[stage]).glob("[!.]*"))
     return sorted(path for parent in parents for path in parent.glob("[!.]*/[!.]*"))
@@ -140,7 +155,7 @@ def left_to_do(
     Raises `UserError` with the differences if a finished or interrupted stage began with other settings, and if a
     network is damaged and its stage has no checkpoint.
     """
-    faults, trained = faults or {}, {*teaching_stages(settings), "distill"}
+    faults, trained = faults or {}, {*teaching_stages(settings), "distill", *baseline_stages(settings)}
     # the other stages run again with other settings
     fixed = [stage for stage in stages if stage == "pack" or stage in trained]
     folder.refuse_contradictions({stage: stage_inputs(stage, settings) for stage in fixed})
@@ -189,8 +204,9 @@ def plan_run(settings: Settings, folder: RunFolder, stages: Sequence[str]) -> li
     left = left_to_do(folder, settings, stages, faults=faults)
     refuse_missing_inputs(settings, left)
     logger.info(f"dpkd {__version__} · {folder.path} · seed {settings.run.seed}")
+    width = max(map(len, (*stages, "workers  ")))
     for stage in stages:
-        logger.info(f"  {stage:<9} {'' if stage in left else 'done: '}{_describe(stage, settings)}")
+        logger.info(f"  {stage:<{width}} {'' if stage in left else 'done: '}{_describe(stage, settings)}")
     for stage in stages:
         for fault in faults[stage]:
             logger.info(f"{fault}: the stage {stage} runs again")
@@ -213,6 +229,9 @@ def _describe(stage: str, settings: Settings) -> str:
         teachers = ", ".join(f"{teacher.during_distill} {name}" for name, teacher in settings.teachers.items())
         students = ", ".join(f"{name} ({student.model.name})" for name, student in settings.distill.students.items())
         networks = f"{teachers or 'no teacher'} into {students}"
+    elif stage in baseline_stages(settings):
+        baseline = baselines(settings)[baseline_stages(settings)[stage]].settings
+        networks, training = f"{baseline.model.name} on labels alone", baseline.training
     else:
         teacher = settings.teachers[teaching_stages(settings)[stage]]
         networks, training = teacher.model.name, teacher.training

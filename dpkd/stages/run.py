@@ -166,8 +166,11 @@ def training_set(run: Run, training: TrainingSettings, objectives: Iterable[Obje
     return TrainingSet(split, tuple(run.dataset.manifest.classes[label] for label in classes), label_N, unreadable)
 
 
-def supervision(run: Run, data: TrainingSet, training: TrainingSettings) -> Supervision:
-    """The supervision of the trained classes by labels and experts; raises `UserError` if the table does not fit."""
+def supervision(run: Run, data: TrainingSet, *, labelled_share: float | None = None) -> Supervision:
+    """The supervision of the trained classes by labels and experts; raises `UserError` if the table does not fit.
+
+    `labelled_share` is that of the drawn samples, None if they are drawn alike.
+    """
     device, table, attributes = run.world.device, attribute_table(run.data), None
     if table is not None:
         if not (data.label_N >= 0).any():
@@ -180,6 +183,6 @@ def supervision(run: Run, data: TrainingSet, training: TrainingSettings) -> Supe
         attributes = ClassAttributes(*(torch.from_numpy(array).to(device) for array in arrays))
     log_prior_K = log_class_prior(torch.from_numpy(data.label_N), len(data.class_names)).to(device)
     share = float((data.label_N >= 0).sum() / data.num_samples)
-    if training.labelled_share is not None and share < 1:
-        share = training.labelled_share
+    if labelled_share is not None and share < 1:
+        share = labelled_share
     return Supervision(data.class_names, share, log_prior_K, attributes)

@@ -13,9 +13,9 @@ from dpkd.log import logger
 from dpkd.settings import parse_settings
 from dpkd.stages.evaluate import evaluate, refuse_small_splits
 from dpkd.stages.export import export
-from dpkd.stages.plan import check_dataset, left_to_do, recorded, teaching_stages
+from dpkd.stages.plan import baseline_stages, check_dataset, left_to_do, recorded, teaching_stages
 from dpkd.stages.run import Run
-from dpkd.stages.training import distill, teach
+from dpkd.stages.training import distill, teach, train_baseline
 
 PATIENCE_S = 1800.0
 """Least timeout of a rank that waits for its peers; the watchdog ends ranks that are behind earlier."""
@@ -37,7 +37,8 @@ def run_session(tree: dict[str, Any], stages: list[str], attempt: int | None) ->
 
 
 def _run_stages(run: Run, stages: list[str]) -> None:
-    settings, world, teaching = run.settings, run.world, teaching_stages(run.settings)
+    settings, world = run.settings, run.world
+    teaching, alone = teaching_stages(settings), baseline_stages(settings)
     if settings.launcher.threads is not None:
         torch.set_num_threads(settings.launcher.threads)
     if world.rank == 0:
@@ -54,6 +55,8 @@ def _run_stages(run: Run, stages: list[str]) -> None:
                 teach(run, teaching[stage], stage=stage)
             elif stage == "distill":
                 distill(run)
+            elif stage in alone:
+                train_baseline(run, alone[stage], stage=stage)
             elif stage == "evaluate":
                 evaluate(run)
             elif world.rank == 0:

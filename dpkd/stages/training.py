@@ -1,8 +1,8 @@
-"""The stages `teach` and `distill`: networks trained in the same steps, from images to saved weights.
+"""The training stages: networks trained in the same steps, from images to saved weights.
 
 `teach` writes `teachers/<name>`. `distill` trains all students together with their teachers and writes
-`students/<name>`, `baselines/<name>`, and `teachers-live/<name>` for a teacher that is trained during distillation. A
-baseline is the same student on labels alone, in the same loop: with the same images, views and steps.
+`students/<name>`, and `teachers-live/<name>` for a teacher that is trained during distillation. `baseline-<name>`
+writes `baselines/<name>`.
 """
 
 from collections import Counter
@@ -22,10 +22,9 @@ from dpkd.engine.settings import TrainingSettings
 from dpkd.io import storage
 from dpkd.log import Progress, logger
 from dpkd.models.saved import save_network
-from dpkd.models.settings import MeanPooling
-from dpkd.objectives.supervised import Supervised
 from dpkd.report.summary import figure_or_none
-from dpkd.settings import DistillSettings, StudentSettings, TeacherSettings
+from dpkd.settings import DistillSettings, TeacherSettings
+from dpkd.stages.baselines import baselines
 from dpkd.stages.monitor import Monitor
 from dpkd.stages.networks import followed_teachers, frozen_teacher, make_learner, new_network, teacher_network
 from dpkd.stages.run import Run, TrainingSet, supervision, training_set
@@ -53,18 +52,18 @@ def teach_task(run: Run, name: str) -> tuple[Task, TrainingSet, TeacherSettings]
     network = new_network(run, data, settings, teachers=followed, place=place)
     learner = make_learner(run, data, network, settings=settings, training=training)
     teachers = {other: frozen_teacher(run, other, network, training) for other, network in followed.items()}
-    labels = supervision(run, data, training)
+    labels = supervision(run, data, labelled_share=training.labelled_share)
     task = Task({name: learner}, teachers=teachers, supervision=labels, seed=run.seed)
     return task, data, settings
 
 
 def distill(run: Run) -> None:
-    """Trains all students and baselines, from the newest checkpoint on, and saves their weights."""
+    """Trains all students, from the newest checkpoint on, and saves their weights."""
     _train_task(run, *distill_task(run), stage="distill", folder_of=run.folder.network)
 
 
 def distill_task(run: Run) -> tuple[Task, TrainingSet, DistillSettings]:
-    """All students, baselines and teachers, the training split, and the settings."""
+    """All students and teachers, the training split, and the settings."""
     settings, training = run.settings.distill, run.settings.distill.training
     objectives = [objective for student in settings.students.values() for objective in student.objectives]
     data = training_set(run, training, objectives)
@@ -82,27 +81,31 @@ def distill_task(run: Run) -> tuple[Task, TrainingSet, DistillSettings]:
         if teacher.during_distill == "ema":
             teachers[name] = learners[name]
     for place, (name, student) in enumerate(settings.students.items(), start=1):
-        variants = {f"student-{name}": student}
-        if student.baseline and (data.label_N >= 0).any():
-            variants[f"baseline-{name}"] = _on_labels_alone(student)
-        for key, variant in variants.items():
-            network = new_network(run, data, variant, teachers=networks, place=place)
-            learners[key] = make_learner(run, data, network, settings=variant, training=training)
+        network = new_network(run, data, student, teachers=networks, place=place)
+        learners[f"student-{name}"] = make_learner(run, data, network, settings=student, training=training)
     live = [name for name in networks if name not in teachers]
-    labels = supervision(run, data, training)
+    labels = supervision(run, data, labelled_share=training.labelled_share)
     task = Task(learners, teachers=teachers, live_teachers=live, supervision=labels, seed=run.seed)
     return task, data, settings
 
 
-def _on_labels_alone(student: StudentSettings) -> StudentSettings:
-    """The same student with mean pooling and only its supervised losses (plain cross-entropy if it has none)."""
-    supervised = tuple(
-        objective.model_copy(update={"weight": 1.0})
-        for objective in student.objectives
-        if objective.kind == "supervised"
-    )
-    model = student.model.model_copy(update={"pooling": MeanPooling()})
-    return student.model_copy(update={"model": model, "objectives": supervised or (Supervised(),)})
+def train_baseline(run: Run, name: str, *, stage: str) -> None:
+    """Trains a student's network on labels alone, from its newest checkpoint on, and saves its weights.
+
+    Its first weights are those of the student. Without visible labels of two classes there is no baseline.
+    """
+    student, settings = baselines(run.settings)[name]
+    data = training_set(run, run.settings.distill.training, [])
+    if len(np.unique(data.label_N[data.label_N >= 0])) < 2:
+        if run.world.rank == 0:
+            logger.info(f"{stage}: left out, because labels of fewer than two classes are visible")
+        return
+    place = 1 + list(run.settings.distill.students).index(student)
+    network = new_network(run, data, settings, teachers={}, place=place)
+    learner = make_learner(run, data, network, settings=settings, training=settings.training)
+    labels = supervision(run, data, labelled_share=settings.training.labelled_share)
+    task = Task({f"baseline-{name}": learner}, teachers={}, supervision=labels, seed=run.seed)
+    _train_task(run, task, data, settings, stage=stage, folder_of=run.folder.network)
 
 
 def _train_task(

@@ -13,7 +13,8 @@ from dpkd.errors import UserError
 from dpkd.io.checkpoint_store import CheckpointStore
 from dpkd.log import logger, show
 from dpkd.settings import DistillSettings, TeacherSettings, load_settings
-from dpkd.stages.plan import teaching_stages
+from dpkd.stages.baselines import baselines
+from dpkd.stages.plan import baseline_stages, teaching_stages
 from dpkd.stages.run import Run, training_set
 from dpkd.stages.training import sample_order
 from dpkd.train.divergence import read_skipped
@@ -39,7 +40,9 @@ def audit(folder: str) -> None:
     }
     table = Table("stage", "steps", "attempts", "rolled back", "skipped", "samples", "times each")
     faults: list[str] = []
-    for stage, part in (parts | {"distill": settings.distill}).items():
+    parts["distill"] = settings.distill
+    parts |= {stage: baselines(settings)[name].settings for stage, name in baseline_stages(settings).items()}
+    for stage, part in parts.items():
         if run.folder.sample_log(stage).is_dir():
             row, stage_faults = _audit_stage(run, stage, part)
             table.add_row(stage, *row)

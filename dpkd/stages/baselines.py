@@ -1,0 +1,49 @@
+"""The baselines of the students: the same networks, trained on labels alone, which show what distillation gave."""
+
+from typing import NamedTuple
+
+from dpkd.models.settings import MeanPooling
+from dpkd.objectives.supervised import Supervised
+from dpkd.settings import Settings, StudentSettings, TeacherSettings
+
+
+class Baseline(NamedTuple):
+    """One training of a student's network on labels alone."""
+
+    student: str
+    settings: TeacherSettings
+
+
+def baselines(settings: Settings) -> dict[str, Baseline]:
+    """The baselines by name: `<student>`, or `<student>.x0.5` with half of the student's steps.
+
+    Each has the student's model with mean pooling, weights, optimizer, schedule, engine and augmentation, and the
+    supervised losses of the student with weight 1, or plain cross-entropy. All samples of its batches are labelled.
+    """
+    return {
+        name if length == 1 else f"{name}.x{length:g}": Baseline(name, _on_labels_alone(settings, student, length))
+        for name, student in settings.distill.students.items()
+        for length in student.baseline
+    }
+
+
+def _on_labels_alone(settings: Settings, student: StudentSettings, length: float) -> TeacherSettings:
+    supervised = tuple(
+        objective.model_copy(update={"weight": 1.0})
+        for objective in student.objectives
+        if objective.kind == "supervised"
+    )
+    training = settings.distill.training
+    unit = "steps" if training.steps is not None else "epochs"
+    amount = length * (training.steps or training.epochs or 1)
+    scaled = {unit: max(1, round(amount)) if unit == "steps" else amount, "labelled_share": 1.0}
+    return TeacherSettings(
+        model=student.model.model_copy(update={"pooling": MeanPooling()}),
+        weights=student.weights,
+        objectives=supervised or (Supervised(),),
+        optimizer=student.optimizer,
+        schedule=student.schedule,
+        engine=student.engine,
+        augment=settings.distill.augment,
+        training=training.model_copy(update=scaled),
+    )
