@@ -29,7 +29,7 @@ TRANSFORMER = ModelSettings(
 
 @pytest.fixture(scope="session")
 def untrained_run(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A packed and prepared run with a teacher, the students `conv` and `vit`, and a baseline of `conv`."""
+    """A packed and prepared run with a teacher, the students `conv` and `vit`, and two baselines of `conv`."""
     place = tmp_path_factory.mktemp("runs") / "untrained"
     small = {"name": "test_resnet"}
     settings = settings_of(
@@ -45,7 +45,7 @@ def untrained_run(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory)
             },
             "prepare": {"priors": [{"kind": "saliency"}]},
             "teachers": {"teacher": {"model": small, "objectives": [{"kind": "supervised"}]}},
-            "distill": {"students": {name: {"model": small} for name in ("conv", "vit")}},
+            "distill": {"students": {"conv": {"model": small, "baseline": [0.5, 1]}, "vit": {"model": small}}},
             "evaluate": {
                 "episodes": {"way": 4, "shots": [1, 5], "queries": 8, "episodes": 100},
                 "probes": {"neighbours": 5},
@@ -64,6 +64,7 @@ def untrained_run(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory)
         run.folder.students / "conv": CONVOLUTIONAL,
         run.folder.students / "vit": TRANSFORMER,
         run.folder.baselines / "conv": CONVOLUTIONAL,
+        run.folder.baselines / "conv.x0.5": CONVOLUTIONAL,
     }
     for seed, (place, model) in enumerate(places.items()):
         spec = NetworkSpec(
