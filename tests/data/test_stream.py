@@ -79,7 +79,6 @@ def _write_shard(folder: Path, name: str, samples: range) -> ShardInfo:
     index = ShardIndex(
         keys=keys,
         label_N=np.array([i % 3 for i in samples]),
-        groups=(None,) * len(keys),
         members={name: (np.array(at), np.array(size)) for name, (at, size) in members.items()},
         shard=shard,
         checksum_N=np.array(checksums, np.uint32),
