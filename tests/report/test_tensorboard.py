@@ -1,6 +1,7 @@
 """What TensorBoard reads back from the files of a board."""
 
 from io import BytesIO
+import time
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,7 @@ def test_what_an_interrupted_run_wrote_beyond_its_checkpoint_is_struck_out(tmp_p
     for step in (10, 20, 30):
         first.write(step, {"speed/images_per_s": 1.0})
     first.close()
+    time.sleep(1.1)  # TensorBoard orders files by the second in their names; another attempt starts later
     again = Board(tmp_path, start_step=10)
     for step in (20, 30, 40):
         again.write(step, {"speed/images_per_s": 2.0})
