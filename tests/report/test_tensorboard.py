@@ -1,7 +1,7 @@
 """What TensorBoard reads back from the files of a board."""
 
-from io import BytesIO
 import time
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
