@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,7 +134,7 @@ def _prepare(folder: Path, *, data: Path | None, num_images: int) -> None:
         draw_samples(data, settings=SampleSettings(size=max(width, height), largest=20), seed=0)
     paths = [path for path in sorted(data.rglob("*.jpg")) if "_" not in path.stem]
     for i, path in zip(range(num_images), itertools.cycle(paths), strict=False):
-        image_HWC = cv2.imread(str(path))
+        image_HWC: Any = cv2.imread(str(path))
         if (image_HWC.shape[0] > image_HWC.shape[1]) != (height > width):
             image_HWC = image_HWC.swapaxes(0, 1)
         scale = min(image_HWC.shape[0] / height, image_HWC.shape[1] / width)
@@ -224,7 +225,7 @@ def _views(case: Case) -> Callable[[Any], Any]:
 
 
 def _batches(dataset: Any, case: Case, *, shuffle: bool = True) -> Iterator[Any]:
-    options = {"num_workers": case.workers, "persistent_workers": case.workers > 0}
+    options: Any = {"num_workers": case.workers, "persistent_workers": case.workers > 0}
     loader = torch.utils.data.DataLoader(dataset, BATCH, shuffle=shuffle, drop_last=True, **options)
     return itertools.chain.from_iterable(itertools.repeat(loader))
 
@@ -243,7 +244,7 @@ class _Items(torch.utils.data.Dataset[Any]):
 
 
 def _webdataset(case: Case, *, decode: str | None) -> Iterator[Any]:
-    import webdataset  # type: ignore[import-not-found]  # noqa: PLC0415
+    webdataset: Any = import_module("webdataset")
 
     views = _views(case)
 
@@ -262,10 +263,10 @@ def _jpeg(path: Path) -> dict[str, Any]:
 
 
 def _litdata(case: Case) -> Iterator[Any]:
-    import litdata  # type: ignore[import-not-found]  # noqa: PLC0415
+    litdata: Any = import_module("litdata")
 
     views, folder = _views(case), case.folder / "litdata"
-    if not folder.exists():
+    if not (folder / "index.json").exists():
         litdata.optimize(_jpeg, case.files, str(folder), chunk_bytes="16MB", num_workers=1)
     dataset = litdata.StreamingDataset(str(folder), shuffle=True, transform=lambda item: views(item["image"]))
     loader = litdata.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=case.workers, drop_last=True)
@@ -273,10 +274,10 @@ def _litdata(case: Case) -> Iterator[Any]:
 
 
 def _mosaic(case: Case) -> Iterator[Any]:
-    import streaming  # type: ignore[import-not-found]  # noqa: PLC0415
+    streaming: Any = import_module("streaming")
 
     views, folder = _views(case), case.folder / "mosaic"
-    if not folder.exists():
+    if not (folder / "index.json").exists():
         with streaming.MDSWriter(out=str(folder), columns={"image": "jpeg"}) as writer:
             for path in case.files:
                 writer.write(_jpeg(path))
@@ -294,7 +295,7 @@ def _opencv(case: Case) -> Iterator[Any]:
 
 def _opencv_view(path: Path, *, size: int) -> torch.Tensor:
     """A file decoded, cropped, resized, coloured and flipped by OpenCV alone."""
-    image_HWC = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR_RGB)
+    image_HWC: Any = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR_RGB)
     rows, columns = image_HWC.shape[:2]
     height, width = rows + 1, columns
     while height > rows or width > columns:

@@ -33,10 +33,14 @@ _GRACE_S = 600
 """Time until a worker ends after a stop signal to the process group: training may still need its batches."""
 
 
+Maps = dict[str, NDArray[Any]]
+"""Prior maps of one sample by name, HWC."""
+
+
 class MapReader(Protocol):
     """The prior maps of a split; `dpkd.priors` reads them from prior shards. An implementation must pickle."""
 
-    def read(self, i: int, sample: Sample) -> dict[str, NDArray[Any]]:
+    def read(self, i: int, sample: Sample) -> Maps:
         """The maps of sample `i` by name, HWC over the whole image; raises `ValueError` for maps of another sample."""
 
     def nearest(self, name: str) -> bool:
@@ -156,11 +160,8 @@ class _Reader(torch.utils.data.Dataset[Batch | UserError]):
                 sample = self.split.read(index)
                 image_HWC = decode_checked(sample.image)
                 maps = {} if self.maps is None else self.maps.read(index, sample)
-                filled = filled or {
-                    name: _allocate(plan, len(work.index_B), {key: each.shape[2] for key, each in maps.items()})
-                    for name, plan in self.views.items()
-                }
-                self._fill(filled, image_HWC, maps, row=row, index=index, epoch=epoch)
+                filled = filled or {name: _allocate(plan, len(work.index_B), maps) for name, plan in self.views.items()}
+                self._fill(filled, row, image_HWC, maps, {"seed": self.seed, "epoch": epoch, "index": index})
             except (UserError, StorageError) as error:
                 return UserError(str(error))
             except (ValueError, OSError) as error:
@@ -186,19 +187,12 @@ class _Reader(torch.utils.data.Dataset[Batch | UserError]):
         )
 
     def _fill(
-        self,
-        filled: dict[str, _Filled],
-        image_HWC: NDArray[np.uint8],
-        maps: dict[str, NDArray[Any]],
-        *,
-        row: int,
-        index: int,
-        epoch: int,
+        self, filled: dict[str, _Filled], row: int, image_HWC: NDArray[np.uint8], maps: Maps, draw: dict[str, int]
     ) -> None:
-        """Writes the views of one sample, by kind, into its row."""
+        """Writes the views of one sample into its row."""
         size = (image_HWC.shape[0], image_HWC.shape[1])
         augments = [plan.augment for plan in self.views.values() for _ in range(plan.count) if plan.augment is not None]
-        random = iter(random_views(augments, size, seed=self.seed, epoch=epoch, index=index))
+        random = iter(random_views(augments, size, **draw))
         for name, plan in self.views.items():
             for turn in range(plan.count):
                 crop = centre_view(size) if plan.augment is None else next(random)
@@ -210,12 +204,13 @@ class _Reader(torch.utils.data.Dataset[Batch | UserError]):
                     apply_map(crop, map_HWC, size=plan.map_size, nearest=nearest, flip=flip, out_CHW=out_CHW)
 
 
-def _allocate(plan: ViewPlan, num_samples: int, channels: Mapping[str, int]) -> _Filled:
+def _allocate(plan: ViewPlan, num_samples: int, maps: Maps) -> _Filled:
+    """Memory for one kind of view of all samples; `maps` are those of one sample."""
     shape, map_size = (plan.count, num_samples), (plan.map_size, plan.map_size)
     image_VB3HW = _empty(*shape, 3, plan.size, plan.size, dtype=torch.uint8)
-    maps = {name: _empty(*shape, count, *map_size, dtype=torch.float32) for name, count in channels.items()}
-    view = View(image_VB3HW.flatten(0, 1), {name: map_VBCHW.flatten(0, 1) for name, map_VBCHW in maps.items()})
-    return _Filled(view, image_VB3HW.numpy(), {name: map_VBCHW.numpy() for name, map_VBCHW in maps.items()})
+    empty = {name: _empty(*shape, map_HWC.shape[2], *map_size, dtype=torch.float32) for name, map_HWC in maps.items()}
+    view = View(image_VB3HW.flatten(0, 1), {name: map_VBCHW.flatten(0, 1) for name, map_VBCHW in empty.items()})
+    return _Filled(view, image_VB3HW.numpy(), {name: map_VBCHW.numpy() for name, map_VBCHW in empty.items()})
 
 
 def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -223,7 +218,7 @@ def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     if torch.utils.data.get_worker_info() is None:
         return torch.empty(shape, dtype=dtype)
     storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)  # noqa: SLF001 (as torch's collate)
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
 def _begin(batches: DataLoader[Batch | UserError]) -> Iterator[Batch | UserError]:
