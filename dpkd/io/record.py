@@ -16,6 +16,8 @@ from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
 
 KEY = "checksum"
+_PACKED_KEY: bytes = msgpack.packb(KEY)
+_CHANGED = "its checksum is wrong: it was changed since it was written"
 MAX_DEPTH = 64
 """Deepest nesting of lists and objects; json, pickle and msgpack each fail at a different depth of some hundreds."""
 
@@ -49,7 +51,12 @@ def checked(content: dict[str, Any]) -> bytes:
 
 def parse_checked(data: bytes) -> dict[str, Any]:
     """The object without its checksum; raises `ValueError` if it is no object or its checksum is missing or wrong."""
-    return _verified(parse_json(data), _json_checksum)
+    content = parse_json(data)
+    if not isinstance(content, dict):
+        raise ValueError("it is not an object")  # noqa: TRY004 (a fault of the file)
+    if content.pop(KEY, None) != _json_checksum(content):
+        raise ValueError(_CHANGED)
+    return content
 
 
 def read_record(
@@ -65,30 +72,29 @@ def read_record(
 
 
 def pack_checked(content: dict[str, Any]) -> bytes:
-    """The object as msgpack, with its checksum as the last entry."""
-    packed: bytes = msgpack.packb({**content, KEY: _msgpack_checksum(content)})
-    return packed
+    """The object of at most 14 keys as msgpack, with its checksum as the last entry."""
+    assert len(content) < 15, "one byte holds the number of keys"
+    plain: bytes = msgpack.packb(content)
+    return bytes([plain[0] + 1]) + plain[1:] + _checksum_entry(plain)
 
 
 def unpack_checked(data: bytes) -> dict[str, Any]:
     """The object from `pack_checked`, with lists as tuples; raises `ValueError` if it is damaged."""
+    end = data.rfind(_PACKED_KEY)
+    plain = bytes([data[0] - 1]) + data[1:end] if end > 0 and 0x80 < data[0] < 0x90 else b""
+    if data[end:] != _checksum_entry(plain):
+        raise ValueError(_CHANGED)
     try:
-        return _verified(msgpack.unpackb(data, use_list=False), _msgpack_checksum)
+        content: dict[str, Any] = msgpack.unpackb(plain, use_list=False)
     except (TypeError, msgpack.UnpackException) as error:
         raise ValueError(f"not a packed record: {error!r}") from error
-
-
-def _verified(content: Any, checksum: Callable[[dict[str, Any]], int]) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise ValueError("it is not an object")  # noqa: TRY004 (a fault of the file)
-    if content.pop(KEY, None) != checksum(content):
-        raise ValueError("its checksum is wrong: it was changed since it was written")
     return content
+
+
+def _checksum_entry(plain: bytes) -> bytes:
+    entry: bytes = _PACKED_KEY + msgpack.packb(zlib.crc32(plain))
+    return entry
 
 
 def _json_checksum(plain: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode())
-
-
-def _msgpack_checksum(plain: dict[str, Any]) -> int:
-    return zlib.crc32(msgpack.packb(plain))
