@@ -5,6 +5,10 @@ map, each map's encoding), then the whole stage with 1 and 2 workers on the same
 
     python -m tools.bench_prepare                          drawn images
     python -m tools.bench_prepare --data FOLDER            the images below FOLDER, scaled to the size measured
+    python -m tools.bench_prepare --data FOLDER --against CHECKOUT
+
+The last compares this code with that of another checkout: two processes prepare the same shard and run the kernels in
+turns, and the median ratio of their CPU times counts.
 
 A stage is timed from its first finished shard to its last, so that the start of processes does not count; that is
 `start_s`. Nothing else should run on the machine.
@@ -14,13 +18,14 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +35,7 @@ import cv2
 from dpkd.backends.local_pool import LocalPool
 from dpkd.data.images import decode_image
 from dpkd.data.settings import FolderSource
-from dpkd.data.shards import Dataset
+from dpkd.data.shards import Dataset, Sample
 from dpkd.errors import UserError
 from dpkd.log import logger
 from dpkd.priors import DEFAULT_PRIORS
@@ -43,8 +48,9 @@ from dpkd.stages.pack import pack
 from dpkd.stages.prepare import prepare
 from tools.make_sample_data import SampleSettings, draw_samples
 
-VIEWS = ("lab_HWC", "grey8_HW", "grey_HW")
-"""The views of an image that more than one prior takes."""
+ROOT = Path(__file__).resolve().parents[1]
+VIEWS = ("lab_HWC", "half_lab_HWC", "grey8_HW", "grey_HW")
+"""The views of an image that more than one prior takes; another checkout may have others."""
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -57,8 +63,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--shards", type=int, default=16, help="shards that they are packed into")
     parser.add_argument("--kernel-images", type=int, default=400, help="images that the bare kernels are timed on")
     parser.add_argument("--repeats", type=int, default=1, help="times that each number of workers is measured")
+    parser.add_argument("--against", metavar="CHECKOUT", help="compare with the code in this folder")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each side of a comparison")
+    parser.add_argument("--serve", metavar="SHARDS", help=argparse.SUPPRESS)  # one side of a comparison
     options = parser.parse_args(arguments)
     cv2.setNumThreads(1)
+    if options.serve:
+        return _serve(Dataset.open(options.serve))
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -73,6 +84,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             "size": options.size,
             "data": options.data or "drawn",
         }
+        if options.against:
+            result |= compare(dataset, Path(options.against), rounds=options.rounds)
+            print(json.dumps(result, indent=1))
+            return result
         ((_, kernels),) = LocalPool(1).map(_kernels, [images[: options.kernel_images]])
         result |= kernels
         for workers in (1, 2):
@@ -115,7 +130,7 @@ def _pack(images: list[bytes], folder: Path, *, samples_per_shard: int) -> Datas
 
 
 def _kernels(images: list[bytes]) -> dict[str, Any]:
-    """Mean wall milliseconds of each kernel, the bytes of each map, and their sums; run in a process of its own."""
+    """Mean CPU milliseconds of each kernel, the bytes of each map, and their sums; run in a process of its own."""
     cv2.setNumThreads(1)
     keep_freed_memory()
     for prior in DEFAULT_PRIORS:
@@ -127,7 +142,7 @@ def _kernels(images: list[bytes]) -> dict[str, Any]:
             image = ImageViews(decode_image(data))
         with _timed(time_s, "views"):
             for view in VIEWS:
-                getattr(image, view)
+                getattr(image, view, None)
         for prior in DEFAULT_PRIORS:
             with _timed(time_s, prior.name):
                 map_HWC = prior.map(image)
@@ -146,9 +161,63 @@ def _kernels(images: list[bytes]) -> dict[str, Any]:
 
 @contextmanager
 def _timed(time_s: dict[str, float], name: str) -> Iterator[None]:
-    start_s = time.perf_counter()
+    start_s = time.process_time()
     yield
-    time_s[name] += time.perf_counter() - start_s
+    time_s[name] += time.process_time() - start_s
+
+
+class _ThisProcess:
+    """A pool of this process alone, so that its CPU time is that of the stage."""
+
+    @staticmethod
+    def map(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        return enumerate(map(function, items))
+
+
+def compare(dataset: Dataset, checkout: Path, *, rounds: int) -> dict[str, Any]:
+    """Medians of each side's CPU milliseconds an image, and of the other's over this code's, by kernel and stage."""
+    sides = []
+    for folder in (ROOT, checkout.resolve()):
+        command = [sys.executable, __file__, "--serve", dataset.url]
+        environment = os.environ | {"PYTHONPATH": str(folder)}
+        sides.append(
+            subprocess.Popen(
+                command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+        )
+    rows: list[list[dict[str, float]]] = []
+    for _ in range(rounds + 1):
+        rows.append([])
+        for side in sides:
+            assert side.stdin and side.stdout
+            print(file=side.stdin, flush=True)
+            rows[-1].append(json.loads(side.stdout.readline()))
+    for side in sides:
+        side.communicate()
+    rows = rows[1:]  # the first compiles
+    table = {}
+    for name in rows[0][0]:
+        pairs = [(new[name], old[name]) for new, old in rows]
+        new_ms, old_ms = (round(statistics.median(of_side), 3) for of_side in zip(*pairs, strict=True))
+        ratios = statistics.quantiles((old / max(new, 1e-6) for new, old in pairs), n=4)
+        table[name] = {"ms": new_ms, "other_ms": old_ms, "quartiles": [round(ratio, 3) for ratio in ratios]}
+    return {"against": str(checkout), "rounds": rounds, "comparison": table}
+
+
+def _serve(dataset: Dataset) -> dict[str, Any]:
+    """One side of a comparison: at each line read, prints the CPU milliseconds of the stage and of each kernel."""
+    images = [sample.image for sample in dataset.split("train").read_shard(0) if isinstance(sample, Sample)]
+    priors = PrepareSettings(name="comparison", priors=DEFAULT_PRIORS)
+    quarantine = Quarantine(Path(dataset.url).parent / "quarantine.jsonl", limit=0)
+    for _ in sys.stdin:
+        start_s = time.process_time()
+        made = prepare(dataset, priors, pool=_ThisProcess(), quarantine=quarantine, progress=lambda *_: None)
+        stage_ms = 1e3 * (time.process_time() - start_s) / len(images)
+        shutil.rmtree(made.url)
+        kernels = _kernels(images)
+        of_map = {name: ms for name, ms in kernels["kernel_ms"].items()}
+        print(json.dumps({"stage": stage_ms, "kernels": kernels["kernels_ms"]} | of_map), flush=True)
+    return {}
 
 
 def _stage(dataset: Dataset, *, workers: int, name: str) -> dict[str, float]:

@@ -36,10 +36,9 @@ class ImageViews:
         return height, width
 
     @cached_property
-    def lab_HWC(self) -> npt.NDArray[np.float32]:  # noqa: N802 (the axes)
-        """CIE L*a*b*, float32: L from 0 to 100."""
-        rgb_HWC = self.rgb_HWC.astype(np.float32) * np.float32(1 / 255)
-        return _locked(np.asarray(cv2.cvtColor(rgb_HWC, cv2.COLOR_RGB2Lab), np.float32))
+    def half_lab_HWC(self) -> npt.NDArray[np.float32]:  # noqa: N802 (the axes)
+        """`lab` of the image at half size."""
+        return _locked(lab(halved(self.rgb_HWC)))
 
     @cached_property
     def grey8_HW(self) -> npt.NDArray[np.uint8]:  # noqa: N802
@@ -50,6 +49,19 @@ class ImageViews:
     def grey_HW(self) -> npt.NDArray[np.float32]:  # noqa: N802
         """Luma from 0 to 255, float32."""
         return _locked(self.grey8_HW.astype(np.float32))
+
+
+def halved(image: npt.NDArray[Value]) -> npt.NDArray[Value]:
+    """Means over 2 x 2 cells, HW or HWC; an odd side is rounded."""
+    height, width = image.shape[:2]
+    size = (max(1, round(width / 2)), max(1, round(height / 2)))
+    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), image.dtype)
+
+
+def lab(rgb_HWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """CIE L*a*b*, float32: L from 0 to 100."""
+    unit_HWC = rgb_HWC.astype(np.float32) * np.float32(1 / 255)
+    return np.asarray(cv2.cvtColor(unit_HWC, cv2.COLOR_RGB2Lab), np.float32)
 
 
 def _locked(array: npt.NDArray[Value]) -> npt.NDArray[Value]:

@@ -6,9 +6,12 @@ from dpkd.priors.base import ImageViews
 from dpkd.priors.catalogue.colour import Colour
 
 
-def test_means_and_deviations_agree_with_scikit_image(photograph):
-    lab_HWC = color.rgb2lab(photograph).reshape(12, 16, 16, 16, 3)
-    found_HWC = Colour().map(ImageViews(photograph))
+@pytest.mark.parametrize("stride", [4, 16])  # 16: at half size
+def test_means_and_deviations_agree_with_scikit_image(photograph, stride):
+    half_HWC = np.rint(photograph.reshape(96, 2, 128, 2, 3).mean((1, 3))).astype(np.uint8)
+    lab_HWC = color.rgb2lab(half_HWC if stride == 16 else photograph)
+    lab_HWC = lab_HWC.reshape(192 // stride, -1, 256 // stride, lab_HWC.shape[1] * stride // 256, 3)
+    found_HWC = Colour(stride=stride).map(ImageViews(photograph))
     mean_HWC, deviation_HWC = lab_HWC.mean((1, 3)), lab_HWC.std((1, 3))
     np.testing.assert_allclose(found_HWC[:, :, 0] * 100, mean_HWC[:, :, 0], atol=0.3)
     np.testing.assert_allclose(found_HWC[:, :, 1:3] * 256 - 128, mean_HWC[:, :, 1:], atol=0.6)

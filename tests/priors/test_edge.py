@@ -14,15 +14,14 @@ from dpkd.priors.catalogue.edge import (
     Edge,
     boundary_odds,
     crests,
-    gradients,
     levels,
     line_strength,
-    tensor,
+    structure,
 )
 
 
 def blurred(map_HW, scale):
-    return ndimage.gaussian_filter(map_HW, scale, mode="mirror")
+    return ndimage.gaussian_filter(map_HW, scale, mode="mirror", radius=int(np.ceil(3 * scale)))
 
 
 def halved(map_HW):
@@ -31,8 +30,9 @@ def halved(map_HW):
 
 
 def slopes(map_HW, scale):
-    """Central differences of the smoothed map times the scale, 0 across the frame; x and y."""
-    y_HW, x_HW = (scale * each_HW for each_HW in np.gradient(blurred(map_HW, scale)))
+    """Central differences of the map, smoothed and times the scale unless it is 0; 0 across the frame; x and y."""
+    smooth_HW = blurred(map_HW, scale) * scale if scale else map_HW
+    y_HW, x_HW = (each_HW.copy() for each_HW in np.gradient(smooth_HW))
     x_HW[:, [0, -1]] = y_HW[[0, -1]] = 0
     return x_HW, y_HW
 
@@ -45,11 +45,13 @@ def eigenvalues(planes, scale):
 
 def reference_cues(image_HWC):
     """The cues but those along lines in float64, with scikit-image's Lab and SciPy's Gaussians; sides of 16 k px."""
-    light_HW, *chroma = np.moveaxis(color.rgb2lab(image_HWC), 2, 0)
-    planes = [[halved(light_HW), *(3 * halved(plane_HW) for plane_HW in chroma)]]
+    half_HWC = np.stack([np.rint(halved(plane_HW)) for plane_HW in np.moveaxis(image_HWC, 2, 0)], axis=2)
+    light_HW, *chroma = np.moveaxis(color.rgb2lab(half_HWC.astype(np.uint8)), 2, 0)
+    planes = [[light_HW, *(3 * plane_HW for plane_HW in chroma)]]
     for _ in range(3):
         planes.append([halved(plane_HW) for plane_HW in planes[-1]])
-    variance_HW = halved(light_HW**2) - halved(light_HW) ** 2
+    luma_HW = np.rint(image_HWC @ (0.299, 0.587, 0.114)) / 2.55
+    variance_HW = halved(luma_HW**2) - halved(luma_HW) ** 2
     step_HW = eigenvalues(planes[0], 0.8)[..., 1]
     mean_HW = np.sqrt(blurred((eigenvalues(planes[0], 0.8) ** 2).sum(-1), 1))
     contrast_HW = halved(np.sqrt(np.sqrt(variance_HW.clip(0)) + 0.25))
@@ -66,16 +68,15 @@ def reference_cues(image_HWC):
 
 
 def test_the_cues_agree_with_scipy_and_scikit_image(photograph):
-    for found, expected in zip(levels(ImageViews(photograph).lab_HWC), reference_cues(photograph), strict=True):
+    for found, expected in zip(levels(ImageViews(photograph)), reference_cues(photograph), strict=True):
         for name, expected_HW in expected.items():
             np.testing.assert_allclose(found[name], expected_HW, atol=0.02 * expected_HW.max(), err_msg=name)
 
 
 def test_the_odds_are_the_weighed_sum_of_the_logarithms_of_the_cues(photograph):
-    lab_HWC = ImageViews(photograph).lab_HWC
-    found_HW = boundary_odds(lab_HWC)
+    found_HW = boundary_odds(ImageViews(photograph))
     expected_HW = np.full(found_HW.shape, BIAS)
-    for cues, weights in zip(levels(lab_HWC), WEIGHTS, strict=True):
+    for cues, weights in zip(levels(ImageViews(photograph)), WEIGHTS, strict=True):
         assert set(cues) == set(weights)
         for name, weight in weights.items():
             said_HW = weight * np.log(cues[name] + FLOOR)
@@ -86,37 +87,52 @@ def test_the_odds_are_the_weighed_sum_of_the_logarithms_of_the_cues(photograph):
     np.testing.assert_allclose(-odds_HW, found_HW, atol=1e-3)
 
 
+def gradients(planes):
+    """The central differences of each plane, HW6, 0 across the frame."""
+    return np.stack([part_HW for plane_HW in planes for part_HW in slopes(plane_HW, 0)], axis=2).astype(np.float32)
+
+
+def test_structure_agrees_with_numpy(photograph):
+    planes = [plane_HW.astype(np.float32) for plane_HW in np.moveaxis(photograph[:40, :50], 2, 0)]
+    gradient_HW6, tensor_3HW, strength_3HW = structure(planes, 1.5)
+    expected_HW6 = np.stack([part_HW for plane_HW in planes for part_HW in slopes(plane_HW.astype(float), 1.5)], axis=2)
+    np.testing.assert_allclose(gradient_HW6, expected_HW6, atol=1e-3)
+    x_HWC, y_HWC = expected_HW6[:, :, ::2], expected_HW6[:, :, 1::2]
+    expected_3HW = [(x_HWC**2).sum(2), (y_HWC**2).sum(2), (x_HWC * y_HWC).sum(2)]
+    np.testing.assert_allclose(tensor_3HW, expected_3HW, rtol=1e-3, atol=0.05)
+    smaller_HW, larger_HW = np.moveaxis(eigenvalues([plane_HW.astype(float) for plane_HW in planes], 1.5), 2, 0)
+    np.testing.assert_allclose(strength_3HW[:2], [larger_HW, smaller_HW], atol=0.05)
+    np.testing.assert_allclose(strength_3HW[2], np.hypot(x_HWC[:, :, 0], y_HWC[:, :, 0]), atol=0.01)
+
+
 def test_strength_along_a_line_agrees_with_scipy():
-    random = np.random.default_rng(0)
-    planes_CHW = random.normal(size=(3, 20, 24)).astype(np.float32)
-    gradient_2CHW = gradients(planes_CHW, scale=1.0)
-    tensor_3HW = np.stack([cv2.GaussianBlur(part_HW, (0, 0), 2) for part_HW in tensor(gradient_2CHW)])
+    gradient_HW6 = gradients(np.random.default_rng(0).normal(size=(3, 20, 24)))
+    x_HWC, y_HWC = gradient_HW6[:, :, ::2], gradient_HW6[:, :, 1::2]
+    tensor_3HW = np.stack([(x_HWC**2).sum(2), (y_HWC**2).sum(2), (x_HWC * y_HWC).sum(2)])
+    tensor_3HW = np.stack([cv2.GaussianBlur(part_HW, (0, 0), 2) for part_HW in tensor_3HW])
     weight_K = np.array([1, 0.7, 0.2], np.float32)
     angle_HW = 0.5 * np.arctan2(2 * tensor_3HW[2], tensor_3HW[0] - tensor_3HW[1])
     across = np.cos(angle_HW), np.sin(angle_HW)
     place = np.mgrid[:20, :24]
     total_CHW = 0
     for k in range(-2, 3):
-        at = [place[0] + 2 * k * across[0], place[1] - 2 * k * across[1]]
-        x_CHW, y_CHW = (
-            np.array([ndimage.map_coordinates(plane_HW, np.rint(at), order=0) for plane_HW in part_CHW])
-            for part_CHW in gradient_2CHW
-        )
-        total_CHW += weight_K[abs(k)] * (across[0] * x_CHW + across[1] * y_CHW)
+        at = np.rint([place[0] + 2 * k * across[0], place[1] - 2 * k * across[1]])
+        part_6HW = [ndimage.map_coordinates(part_HW, at, order=0) for part_HW in np.moveaxis(gradient_HW6, 2, 0)]
+        total_CHW += weight_K[abs(k)] * (across[0] * np.array(part_6HW[::2]) + across[1] * np.array(part_6HW[1::2]))
     expected_HW = np.sqrt((total_CHW**2).sum(0)) / (1 + 2 * 0.9)
-    found_HW = line_strength(gradient_2CHW, tensor_3HW, weight_K=weight_K, step=2.0)
+    found_HW = line_strength(gradient_HW6, tensor_3HW, weight_K=weight_K, step=2.0)
     np.testing.assert_allclose(found_HW[5:-5, 5:-5], expected_HW[5:-5, 5:-5], atol=1e-4)
 
 
 def test_opposite_steps_along_a_line_cancel_and_equal_ones_do_not():
-    even_CHW = np.zeros((3, 32, 32), np.float32)
+    even_CHW = np.zeros((3, 32, 32))
     even_CHW[0, :, 16:] = 10
     striped_CHW = even_CHW.copy()
     striped_CHW[0, ::2] = 10 - striped_CHW[0, ::2]  # every second row the other way round
     across_x = np.zeros((3, 32, 32), np.float32)
     across_x[0] = 1
     kept, cancelled = (
-        line_strength(gradients(each, scale=1.0), across_x, weight_K=np.ones(3, np.float32), step=1.0)[16, 16]
+        line_strength(gradients(each), across_x, weight_K=np.ones(3, np.float32), step=1.0)[16, 16]
         for each in (even_CHW, striped_CHW)
     )
     assert kept == pytest.approx(5)

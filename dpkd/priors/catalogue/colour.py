@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from pydantic import Field
 
-from dpkd.priors.base import ImageViews, PriorConfig, grid_size
+from dpkd.priors.base import ImageViews, PriorConfig, grid_size, lab
 from dpkd.priors.catalogue.kernels import cell_histogram, cell_means
 from dpkd.priors.codecs import BYTES, NIBBLES, Codec, Map
 
@@ -19,8 +19,8 @@ LARGEST_DEVIATION = 50.0
 class Colour(PriorConfig):
     """Mean of L*, a* and b*, then their standard deviations, in a cell every `stride` pixels: six channels in [0, 1].
 
-    Stored as L/100, (a + 128)/256, (b + 128)/256 and deviation/50. The colours are those of the original image: a
-    target for views with unchanged colours.
+    Stored as L/100, (a + 128)/256, (b + 128)/256 and deviation/50. Cells from 8 pixels are those of the image at half
+    size. The colours are those of the original image: a target for views with unchanged colours.
     """
 
     kind: Literal["colour"] = "colour"
@@ -28,6 +28,7 @@ class Colour(PriorConfig):
     """First scales red, green and blue to one mean (von Kries; Buchsbaum 1980), for images with different lamps."""
     stride: int = Field(16, ge=2)
 
+    version: ClassVar[int] = 2
     channels: ClassVar[int] = 6
     codec: ClassVar[Codec] = BYTES
 
@@ -36,7 +37,8 @@ class Colour(PriorConfig):
             mean_C = np.maximum(image.rgb_HWC.reshape(-1, 3).mean(0), 1)
             scaled_HWC = image.rgb_HWC * (mean_C.mean() / mean_C).astype(np.float32)
             image = ImageViews(np.rint(np.minimum(scaled_HWC, 255)).astype(np.uint8))
-        size, lab_HWC = grid_size(image, self.stride), image.lab_HWC
+        size = grid_size(image, self.stride)
+        lab_HWC = image.half_lab_HWC if self.stride >= 8 else lab(image.rgb_HWC)
         mean_HWC = cell_means(lab_HWC, size)
         variance_HWC = cell_means(np.asarray(cv2.multiply(lab_HWC, lab_HWC), np.float32), size) - mean_HWC**2
         deviation_HWC = np.sqrt(np.maximum(variance_HWC, 0)) * np.float32(1 / LARGEST_DEVIATION)

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from pydantic import Field
 
-from dpkd.priors.base import ImageViews, PriorConfig, grid_size
+from dpkd.priors.base import ImageViews, PriorConfig, grid_size, halved
 from dpkd.priors.catalogue.kernels import Image, Kernel, cell_means
 from dpkd.priors.codecs import NIBBLES, Codec, Map
 
@@ -18,12 +18,12 @@ Cues = dict[str, Image]
 
 LEAST, SURE = 0.11, 0.22
 """Hysteresis of a crest: every cell has at least the first probability, and one cell has at least the second."""
-CHROMA = np.float32(3)
-"""Weight of the colour channels a and b against lightness."""
+PLANES = (np.float32(1), np.float32(3), np.float32(3))
+"""Weights of L, a and b."""
 FLOOR = np.float32(0.5)
 """Added to a cue before the logarithm: smaller cues are noise."""
-LINE_WEIGHT_K = np.exp(-0.5 * (np.arange(4) * 2 / 4) ** 2).astype(np.float32)
-"""Weights of every second cell along a line, up to 6 cells to each side: a Gaussian of 4."""
+LINE_WEIGHT_K = np.exp(-0.5 * (np.arange(3) * 3 / 4) ** 2).astype(np.float32)
+"""Weights of every third cell along a line, up to 6 cells to each side: a Gaussian of 4."""
 TINY = np.float32(1e-12)
 """Keeps the direction of a zero vector finite."""
 
@@ -50,12 +50,12 @@ class Edge(PriorConfig):
     """Keeps only crests, one cell wide, by hysteresis from 0.11 to 0.22: few bytes, and sharp after enlargement."""
     stride: int = Field(2, ge=1)
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     channels: ClassVar[int] = 1
     codec: ClassVar[Codec] = NIBBLES
 
     def map(self, image: ImageViews) -> Map:
-        odds_HW, size = boundary_odds(image.lab_HWC), grid_size(image, self.stride)
+        odds_HW, size = boundary_odds(image), grid_size(image, self.stride)
         if odds_HW.shape != size:
             finer = size[0] > odds_HW.shape[0] or size[1] > odds_HW.shape[1]
             odds_HW = enlarged(odds_HW, size, cubic=True) if finer else cell_means(odds_HW, size)[:, :, 0]
@@ -69,56 +69,56 @@ class Edge(PriorConfig):
         return np.asarray(probability_HW[:, :, None], np.float32)
 
 
-def boundary_odds(lab_HWC: Image) -> Image:
-    """Logarithm of the odds that a person draws a boundary, HW with a cell every 2 px of a Lab image.
+def boundary_odds(image: ImageViews) -> Image:
+    """Logarithm of the odds that a person draws a boundary, HW with a cell every 2 px.
 
     `BIAS` plus, for each cue c of each level, its weight times ln(c + `FLOOR`).
     """
     odds_HW = np.zeros((1, 1), np.float32)
-    for cues, weights in zip(reversed(levels(lab_HWC)), reversed(WEIGHTS), strict=True):
-        parts = (np.float32(weight) * np.log(cues[name] + FLOOR) for name, weight in weights.items())
-        level_HW = np.asarray(sum(parts), np.float32)
-        odds_HW = level_HW + enlarged(odds_HW, level_HW.shape)
+    for cues, weights in zip(reversed(levels(image)), reversed(WEIGHTS), strict=True):
+        odds_HW = enlarged(odds_HW, next(iter(cues.values())).shape)
+        for name, weight in weights.items():
+            odds_HW += np.float32(weight) * np.log(cues[name] + FLOOR)
     return odds_HW + np.float32(BIAS)
 
 
-def levels(lab_HWC: Image) -> list[Cues]:
+def levels(image: ImageViews) -> list[Cues]:
     """The cues of each level, finest level first.
 
-    The planes are (L, 3a, 3b) after a Gaussian of one cell (0.8 at level 0); J is their structure tensor. `step` and
-    `cross` are the roots of J's larger and smaller eigenvalue; `light` is the gradient of L; `mean` is the root mean
-    square of the gradient over a Gaussian of 1; `line` is the gradient along a line (`line_strength`) in the direction
-    of J over a Gaussian of 2. `texture` is the gradient of the contrast in cells of level 0, over a Gaussian of 1.5.
-    `around` and `aligned` are means of level 0's `step` and coherent energy over a wide Gaussian. Strong surroundings
-    are evidence against a boundary (surround suppression, Grigorescu et al. 2003), unless they are aligned.
+    The planes are (L, 3a, 3b) of the image at half size after a Gaussian of one cell (0.8 at level 0); J is their
+    structure tensor. `step` and `cross` are the roots of J's larger and smaller eigenvalue; `light` is the gradient of
+    L; `mean` is the root mean square of the gradient over a Gaussian of 1; `line` is the gradient along a line
+    (`line_strength`) in the direction of J over a Gaussian of 2. `texture` is the gradient of the contrast of luma in
+    cells of level 0, over a Gaussian of 1.5. `around` and `aligned` are means of level 0's `step` and coherent energy
+    over a wide Gaussian. Strong surroundings are evidence against a boundary (surround suppression, Grigorescu et al.
+    2003), unless they are aligned.
     """
-    cell_HWC, light_HW = halved(lab_HWC), np.ascontiguousarray(lab_HWC[:, :, 0])
-    planes = [cell_HWC[:, :, 0].copy(), cell_HWC[:, :, 1] * CHROMA, cell_HWC[:, :, 2] * CHROMA]
-    variance_HW = halved(light_HW * light_HW) - np.square(cell_HWC[:, :, 0])
-    contrast_HW = np.sqrt(np.sqrt(np.maximum(variance_HW, 0)) + np.float32(0.25))
+    grey_HW, unit = image.grey_HW, np.float32(100 / 255)
+    variance_HW = halved(np.asarray(cv2.multiply(grey_HW, grey_HW))) - np.square(halved(grey_HW))
+    contrast_HW = np.sqrt(np.sqrt(np.maximum(variance_HW, 0)) * unit + np.float32(0.25))
 
-    gradient_2CHW, tensor_3HW = _smoothed(planes, 0.8)
-    step_HW, spread_3HW = strengths(tensor_3HW)[0], _spread(tensor_3HW)
+    planes = [plane_HW * weight for plane_HW, weight in zip(cv2.split(image.half_lab_HWC), PLANES, strict=True)]
+    gradient_HWK, tensor_3HW, (step_HW, _, slope_HW) = structure(planes, 0.8)
+    spread_3HW = _spread(tensor_3HW)
     aligned_HW = np.sqrt(cv2.magnitude(spread_3HW[0] - spread_3HW[1], 2 * spread_3HW[2]))
     first = {
         "step": step_HW,
-        "light": _length(gradient_2CHW),
-        "line": line_strength(gradient_2CHW, spread_3HW),
+        "light": slope_HW,
+        "line": line_strength(gradient_HWK, spread_3HW),
         "mean": np.sqrt(_blurred(tensor_3HW[0] + tensor_3HW[1], 1)),
     }
-    planes = [halved(plane_HW) for plane_HW in planes]
-    around_HW = halved(step_HW)
+    planes, around_HW = [halved(plane_HW) for plane_HW in planes], halved(step_HW)
     second = {
-        "cross": strengths(_smoothed(planes, 1.0)[1])[1],
-        "texture": _length(gradients(_blurred(halved(contrast_HW), 1.5)[None], scale=1.5)),
+        "cross": structure(planes, 1.0)[2][1],
+        "texture": structure([halved(contrast_HW)], 1.5)[2][2],
         "around": _blurred(around_HW, 4),
     }
     planes = [halved(plane_HW) for plane_HW in planes]
-    gradient_2CHW, tensor_3HW = _smoothed(planes, 1.0)
-    third = {"line": line_strength(gradient_2CHW, _spread(tensor_3HW))}
+    gradient_HWK, tensor_3HW, _ = structure(planes, 1.0)
+    third = {"line": line_strength(gradient_HWK, _spread(tensor_3HW))}
     planes = [halved(plane_HW) for plane_HW in planes]
     fourth = {
-        "cross": strengths(_smoothed(planes, 1.0)[1])[1],
+        "cross": structure(planes, 1.0)[2][1],
         "around": _blurred(halved(halved(around_HW)), 4),
         "aligned": _blurred(halved(halved(halved(aligned_HW))), 2),
     }
@@ -131,30 +131,14 @@ def enlarged(map_HW: Image, size: tuple[int, ...], *, cubic: bool = False) -> Im
     return np.asarray(cv2.resize(map_HW, size[::-1], interpolation=interpolation), np.float32)
 
 
-def halved(image: Image) -> Image:
-    """Means over 2 x 2 cells, HW or HWC; an odd side is rounded."""
-    height, width = image.shape[:2]
-    size = (max(1, round(width / 2)), max(1, round(height / 2)))
-    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.float32)
-
-
-def _smoothed(planes: Sequence[Image], scale: float) -> tuple[Image, Image]:
-    """Gradients of the planes at a scale, times the scale (γ-normalised, Lindeberg 1998), and their tensor."""
-    gradient_2CHW = gradients(np.stack([_blurred(plane_HW, scale) for plane_HW in planes]), scale=scale)
-    return gradient_2CHW, tensor(gradient_2CHW)
-
-
-def _length(gradient_2CHW: Image) -> Image:
-    """Length of the gradient of the first plane."""
-    return np.asarray(cv2.magnitude(gradient_2CHW[0, 0], gradient_2CHW[1, 0]), np.float32)
-
-
 def _spread(tensor_3HW: Image) -> Image:
     return np.stack([_blurred(part_HW, 2) for part_HW in tensor_3HW])
 
 
 def _blurred(map_HW: Image, scale: float) -> Image:
-    return np.asarray(cv2.GaussianBlur(map_HW, (0, 0), scale), np.float32)
+    """The map after a Gaussian, cut at three deviations."""
+    side = 2 * int(np.ceil(3 * scale)) + 1
+    return np.asarray(cv2.GaussianBlur(map_HW, (side, side), scale), np.float32)
 
 
 def crests(map_HW: Image, *, direction_px: float, fine_px: float, least: float = 0.0) -> Image:
@@ -163,47 +147,62 @@ def crests(map_HW: Image, *, direction_px: float, fine_px: float, least: float =
     A pixel is on a crest if the map is not larger one pixel to either side. The direction across a crest is the
     direction of the strongest downward curvature of the map smoothed by `direction_px`.
     """
-    smooth_HW = cv2.GaussianBlur(map_HW, (0, 0), direction_px)
-    second, flat, first = np.array([1.0, -2.0, 1.0]), np.array([1.0]), np.array([-0.5, 0.0, 0.5])
-    xx_HW, yy_HW = cv2.sepFilter2D(smooth_HW, -1, second, flat), cv2.sepFilter2D(smooth_HW, -1, flat, second)
-    xy_HW = cv2.sepFilter2D(smooth_HW, -1, first, first)
-    fine_HW = cv2.GaussianBlur(map_HW, (0, 0), fine_px)
-    return np.asarray(_suppress(np.pad(fine_HW, 1, mode="edge"), yy_HW - xx_HW, -2 * xy_HW, np.float32(least)))
+    smooth_HW, fine_HW = _blurred(map_HW, direction_px), _blurred(map_HW, fine_px)
+    bordered_HW = cv2.copyMakeBorder(smooth_HW, 1, 1, 1, 1, cv2.BORDER_REFLECT_101)
+    return np.asarray(_suppress(np.pad(fine_HW, 1, mode="edge"), bordered_HW, np.float32(least)))
 
 
-def gradients(planes_CHW: Image, scale: float) -> Image:
-    """`scale` times the central differences of C planes, 2CHW: along x, then along y; 0 at the border."""
-    gradient_2CHW = np.zeros((2, *planes_CHW.shape), np.float32)
-    factor = np.float32(0.5 * scale)
-    gradient_2CHW[0, :, :, 1:-1] = factor * (planes_CHW[:, :, 2:] - planes_CHW[:, :, :-2])
-    gradient_2CHW[1, :, 1:-1] = factor * (planes_CHW[:, 2:] - planes_CHW[:, :-2])
-    return gradient_2CHW
+def structure(planes: Sequence[Image], scale: float) -> tuple[Image, Image, Image]:
+    """Gradients of the planes at a scale (HW, x and y of each plane), their structure tensor, and its strengths.
+
+    The gradients are central differences times the scale (γ-normalised, Lindeberg 1998), 0 at the border; the tensor
+    (Di Zenzo 1986), 3HW, is xx, yy, xy, summed over the planes; the strengths, 3HW, are the roots of its larger and
+    smaller eigenvalue, and the length of the gradient of the first plane.
+    """
+    plane_CHW = np.stack([_blurred(plane_HW, scale) for plane_HW in planes])
+    gradient_HWK, tensor_3HW, strength_3HW = _structure(plane_CHW, np.float32(0.5 * scale))
+    return gradient_HWK, tensor_3HW, strength_3HW
 
 
-def tensor(gradient_2CHW: Image) -> Image:
-    """The structure tensor (Di Zenzo 1986) of `gradients`, 3HW: xx, yy, xy, summed over the planes."""
-    x_CHW, y_CHW = gradient_2CHW
-    return np.stack([(x_CHW * x_CHW).sum(0), (y_CHW * y_CHW).sum(0), (x_CHW * y_CHW).sum(0)])
+@Kernel
+def _structure(plane_CHW, factor):  # type: ignore[no-untyped-def]
+    num_planes, height, width = plane_CHW.shape
+    gradient_HWK = np.zeros((height, width, 2 * num_planes), np.float32)
+    tensor_3HW, strength_3HW = np.zeros((3, height, width), np.float32), np.zeros((3, height, width), np.float32)
+    x_W, y_W = np.zeros(width, np.float32), np.zeros(width, np.float32)
+    for y in range(height):
+        xx_W, yy_W, xy_W = tensor_3HW[0, y], tensor_3HW[1, y], tensor_3HW[2, y]
+        larger_W, smaller_W, length_W = strength_3HW[0, y], strength_3HW[1, y], strength_3HW[2, y]
+        for c in range(num_planes):
+            above_W, level_W = plane_CHW[c, max(y - 1, 0)], plane_CHW[c, y]
+            below_W = plane_CHW[c, y + 1] if 0 < y < height - 1 else above_W
+            for x in range(1, width - 1):
+                x_W[x] = factor * (level_W[x + 1] - level_W[x - 1])
+            for x in range(width):
+                y_W[x] = factor * (below_W[x] - above_W[x])
+                xx_W[x] += x_W[x] * x_W[x]
+                yy_W[x] += y_W[x] * y_W[x]
+                xy_W[x] += x_W[x] * y_W[x]
+            for x in range(width):
+                gradient_HWK[y, x, 2 * c], gradient_HWK[y, x, 2 * c + 1] = x_W[x], y_W[x]
+            if c == 0:
+                length_W[:] = np.sqrt(xx_W + yy_W)
+        for x in range(width):
+            across, twice = xx_W[x] - yy_W[x], xy_W[x] + xy_W[x]
+            total, root = xx_W[x] + yy_W[x], np.sqrt(across * across + twice * twice)
+            larger_W[x] = np.sqrt((total + root) * np.float32(0.5))
+            smaller_W[x] = np.sqrt(max(total - root, np.float32(0)) * np.float32(0.5))
+    return gradient_HWK, tensor_3HW, strength_3HW
 
 
-def strengths(tensor_3HW: Image) -> tuple[Image, Image]:
-    """Square roots of the tensor's larger and smaller eigenvalue, HW each."""
-    xx_HW, yy_HW, xy_HW = tensor_3HW
-    root_HW = np.sqrt(np.square(xx_HW - yy_HW) + np.square(2 * xy_HW))
-    return np.sqrt(0.5 * (xx_HW + yy_HW + root_HW)), np.sqrt(0.5 * np.maximum(xx_HW + yy_HW - root_HW, 0))
-
-
-def line_strength(
-    gradient_2CHW: Image, tensor_3HW: Image, *, weight_K: Image = LINE_WEIGHT_K, step: float = 2.0
-) -> Image:
+def line_strength(gradient_HW6: Image, tensor_3HW: Image, *, weight_K: Image = LINE_WEIGHT_K, step: float = 3.0) -> Image:
     """The gradient of three planes across a straight line through each pixel, HW.
 
     The line follows the eigenvector of the tensor's smaller eigenvalue. The gradients at `step` times 0, ±1, ...,
     ±(K - 1) pixels along the line are projected across it and averaged with `weight_K` for each plane, so that opposite
     steps, as in texture, cancel. The result is the root of the sum of squares over the planes.
     """
-    x_and_y = [part_HW for plane_2HW in gradient_2CHW.swapaxes(0, 1) for part_HW in plane_2HW]
-    return np.asarray(_along_lines(np.asarray(cv2.merge(x_and_y)), tensor_3HW, weight_K, step))
+    return np.asarray(_along_lines(gradient_HW6, tensor_3HW, weight_K, step))
 
 
 @Kernel
@@ -253,19 +252,22 @@ def _within(position, size):  # type: ignore[no-untyped-def]
 
 
 @Kernel
-def _suppress(padded_HW, double_x_HW, double_y_HW, least):  # type: ignore[no-untyped-def]
-    """The map without padding; 0 below `least`, or if it is larger on a side along half the angle of `double`."""
-    height, width = double_x_HW.shape
+def _suppress(padded_HW, smooth_HW, least):  # type: ignore[no-untyped-def]
+    """The map without padding; 0 below `least`, or if it is larger on a side along the strongest downward curvature."""
+    height, width = padded_HW.shape[0] - 2, padded_HW.shape[1] - 2
     kept_HW = np.zeros((height, width), np.float32)
-    for y in range(height):
-        for x in range(width):
-            value = padded_HW[y + 1, x + 1]
+    for y in range(1, height + 1):
+        for x in range(1, width + 1):
+            value = padded_HW[y, x]
             if value < least:
                 continue
-            across_x, across_y = _unit(double_x_HW[y, x], double_y_HW[y, x])
+            # yy - xx and -2 xy, with the second differences xx, yy and xy
+            vertical = smooth_HW[y - 1, x] + smooth_HW[y + 1, x] - smooth_HW[y, x - 1] - smooth_HW[y, x + 1]
+            slant = smooth_HW[y - 1, x + 1] + smooth_HW[y + 1, x - 1] - smooth_HW[y - 1, x - 1] - smooth_HW[y + 1, x + 1]
+            across_x, across_y = _unit(vertical, np.float32(0.5) * slant)
             largest = True
             for sign in (1, -1):
-                at_x, at_y = x + 1 + sign * across_x, y + 1 + sign * across_y
+                at_x, at_y = x + sign * across_x, y + sign * across_y
                 left, top = min(int(at_x), width), min(int(at_y), height)
                 share_x, share_y = at_x - left, at_y - top
                 upper = padded_HW[top, left] * (1 - share_x) + padded_HW[top, left + 1] * share_x
@@ -273,5 +275,5 @@ def _suppress(padded_HW, double_x_HW, double_y_HW, least):  # type: ignore[no-un
                 if upper * (1 - share_y) + lower * share_y > value:
                     largest = False
             if largest:
-                kept_HW[y, x] = value
+                kept_HW[y - 1, x - 1] = value
     return kept_HW

@@ -1,7 +1,7 @@
 """Functions for several extractors: numba kernels, and means and histograms over the cells of a grid."""
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import cv2
@@ -68,6 +68,7 @@ def cell_histogram(
     return histogram_HWC
 
 
+@lru_cache(maxsize=16)
 def _shares(num_pixels: int, num_cells: int) -> tuple[npt.NDArray[np.int32], Image]:
     """For each pixel of an axis, its first cell and its share in that cell; the rest is in the next cell."""
     first = np.arange(num_pixels) * num_cells // num_pixels

@@ -29,12 +29,14 @@ class Orientation(PriorConfig):
     codec: ClassVar[Codec] = BYTES
 
     def map(self, image: ImageViews) -> Map:
-        if min(image.size) < 3:  # too thin for a gradient
-            dx_HW = dy_HW = np.zeros(image.size, np.float32)
-        else:  # OpenCV's Sobel gradient, int16, is 8 times the slope
-            dx_HW, dy_HW = (np.float32(1 / 8) * slope_HW for slope_HW in cv2.spatialGradient(image.grey8_HW))
-        tensor_HWC = cv2.merge([cv2.multiply(dx_HW, dx_HW), cv2.multiply(dy_HW, dy_HW), cv2.multiply(dx_HW, dy_HW)])
-        xx_HW, yy_HW, xy_HW = np.moveaxis(cell_means(np.asarray(tensor_HWC), grid_size(image, self.stride)), 2, 0)
+        size = grid_size(image, self.stride)
+        xx_HW = yy_HW = xy_HW = np.zeros(size, np.float32)
+        if min(image.size) >= 3:  # else too thin for a gradient; OpenCV's is 8 times the slope
+            dx_HW, dy_HW = cv2.spatialGradient(image.grey8_HW)
+            xx_HW, yy_HW, xy_HW = (
+                cell_means(np.asarray(cv2.multiply(*pair, scale=1 / 64, dtype=cv2.CV_32F), np.float32), size)[:, :, 0]
+                for pair in ((dx_HW, dx_HW), (dy_HW, dy_HW), (dx_HW, dy_HW))
+            )
         cos_HW, sin_HW = xx_HW - yy_HW, 2 * xy_HW
         length_HW = np.sqrt(cos_HW**2 + sin_HW**2)
         coherence_HW = length_HW / (xx_HW + yy_HW + np.float32(NOISE))

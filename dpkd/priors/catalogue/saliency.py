@@ -1,6 +1,7 @@
 """Figure and ground by minimum barrier saliency."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import ClassVar, Literal
 
 import cv2
@@ -31,7 +32,7 @@ class Saliency(PriorConfig):
     kind: Literal["saliency"] = "saliency"
     working_px: int = Field(112, ge=16)
     """Longer side of the image for the computation; smaller images keep their size."""
-    passes: int = Field(3, ge=1)
+    passes: int = Field(2, ge=1)
     """Number of raster scans of the distance transform."""
     centre: float = Field(0.5, ge=0, le=1)
     """Loss of a corner relative to the centre: 0 none, 1 all."""
@@ -50,16 +51,11 @@ class Saliency(PriorConfig):
         lab_HWC = np.asarray(cv2.cvtColor(small_HWC, cv2.COLOR_RGB2Lab), np.uint8)
         rows, columns = max(1, round(FRAME_SHARE * height)), max(1, round(FRAME_SHARE * width))
         strips = [lab_HWC[:rows], lab_HWC[-rows:], lab_HWC[:, :columns], lab_HWC[:, -columns:]]
-        distance_HW = _unit(barrier_distance(lab_HWC, self.passes).astype(np.float32))
-        from_strip_RHW = np.stack([_unit(strip_HW) for strip_HW in mahalanobis(lab_HWC, strips)])
+        from_strip_RHW = mahalanobis(lab_HWC, strips)
+        from_strip_RHW /= np.maximum(from_strip_RHW.max((1, 2), keepdims=True), np.float32(1e-6))
         from_frame_HW = from_strip_RHW.sum(0) - from_strip_RHW.max(0)  # without the strip that the figure touches
-        distance_HW = _unit(distance_HW + _unit(from_frame_HW))
-
-        y_H = (np.arange(height, dtype=np.float32) + 0.5) / height - 0.5
-        x_W = (np.arange(width, dtype=np.float32) + 0.5) / width - 0.5
-        # 1 at the centre, decreasing linearly to 0 in the corners
-        central_HW = 1 - np.sqrt(y_H[:, None] ** 2 + x_W[None, :] ** 2) * np.float32(np.sqrt(2))
-        distance_HW = _unit(distance_HW * (1 - np.float32(self.centre) * (1 - central_HW)))
+        distance_HW = _unit(barrier_distance(lab_HWC, self.passes).astype(np.float32)) + _unit(from_frame_HW)
+        distance_HW = _unit(distance_HW * _centred(height, width, self.centre))
 
         level, _ = cv2.threshold(np.rint(distance_HW * 255).astype(np.uint8), 0, 255, cv2.THRESH_OTSU)
         turn = np.float32(max(level / 255, LOWEST_THRESHOLD))
@@ -67,6 +63,14 @@ class Saliency(PriorConfig):
         height, width = grid_size(image, self.stride)
         method = cv2.INTER_AREA if height < saliency_HW.shape[0] else cv2.INTER_LINEAR
         return cv2.resize(saliency_HW, (width, height), interpolation=method)[:, :, None]
+
+
+@lru_cache(maxsize=16)
+def _centred(height: int, width: int, loss: float) -> npt.NDArray[np.float32]:
+    """Weights from 1 at the centre, decreasing linearly to 1 - `loss` in the corners."""
+    y_H, x_W = ((np.arange(side, dtype=np.float32) + 0.5) / side - 0.5 for side in (height, width))
+    away_HW = np.sqrt(y_H[:, None] ** 2 + x_W**2) * np.float32(np.sqrt(2))
+    return np.asarray(1 - np.float32(loss) * away_HW, np.float32)
 
 
 def _unit(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -80,7 +84,7 @@ def barrier_distance(image_HWC, passes):  # type: ignore[no-untyped-def]
     """Minimum barrier distance of each pixel of a uint8 image to the frame, summed over the channels; int32 HW.
 
     The barrier of a path is its highest minus its lowest value. The result of raster scanning (Zhang et al. 2015,
-    algorithm 1) is never below the exact distance, and close to it after three passes.
+    algorithm 1) is never below the exact distance, and close to it after a few passes.
     """
     height, width, channels = image_HWC.shape
     total_HW = np.zeros((height, width), np.int32)
@@ -112,14 +116,12 @@ def mahalanobis(image_HWC: npt.NDArray[np.uint8], regions: Sequence[npt.NDArray[
 
     Noise with a deviation of one level is added to each region's covariance.
     """
-    means_RC, precisions_RCC = [], []
-    for region_HWC in regions:
-        colour_NC = region_HWC.reshape(-1, 3).astype(np.float64)
-        means_RC.append(colour_NC.mean(0))
-        centred_NC = colour_NC - means_RC[-1]
-        precisions_RCC.append(np.linalg.inv(centred_NC.T @ centred_NC / len(centred_NC) + np.eye(3)))
-    means, precisions = np.asarray(means_RC, np.float32), np.asarray(precisions_RCC, np.float32)
-    return np.asarray(_distances(np.ascontiguousarray(np.moveaxis(image_HWC, 2, 0)), means, precisions))
+    flags = cv2.COVAR_NORMAL | cv2.COVAR_ROWS | cv2.COVAR_SCALE
+    moments = [cv2.calcCovarMatrix(region_HWC.reshape(-1, 3), None, flags) for region_HWC in regions]  # type: ignore[call-overload]
+    precision_RCC = np.linalg.inv(np.stack([covariance_CC for covariance_CC, _ in moments]) + np.eye(3))
+    mean_RC = np.concatenate([mean_1C for _, mean_1C in moments]).astype(np.float32)
+    planes_CHW = np.stack(cv2.split(image_HWC))
+    return np.asarray(_distances(planes_CHW, mean_RC, precision_RCC.astype(np.float32)), np.float32)
 
 
 @Kernel

@@ -21,7 +21,8 @@ class Ridge(PriorConfig):
 
     With λ₁ ≤ λ₂ the eigenvalues of the Hessian of luma at scale s: bright R = max over s of s²·max(-λ₁, 0), dark
     R = max over s of s²·max(λ₂, 0) (Lindeberg 1998, γ = 1; only the larger eigenvalue, as in Frangi et al. 1998 for
-    long thin shapes). The map is √min(R/48, 1), R averaged over the cell. Scales from 2 are computed at half size.
+    long thin shapes). The map is √min(R/48, 1), R averaged over the cell. Scales from 2 are computed at half size, and
+    compared there with those below if cells are larger than a pixel.
     """
 
     kind: Literal["ridge"] = "ridge"
@@ -29,32 +30,37 @@ class Ridge(PriorConfig):
     """Standard deviations of the Gaussians, in pixels: about half the width of the lines."""
     stride: int = Field(8, ge=1)
 
+    version: ClassVar[int] = 2
     channels: ClassVar[int] = 2
     codec: ClassVar[Codec] = JpegCodec()
 
     def map(self, image: ImageViews) -> Map:
         height, width = image.size
-        strength_HWC = np.zeros((height, width, 2), np.float32)
-        half_HW = cv2.resize(image.grey_HW, ((width + 1) // 2, (height + 1) // 2), interpolation=cv2.INTER_AREA)
-        coarse_HWC = np.zeros((*half_HW.shape, 2), np.float32)
+        fine_HW = image.grey_HW
+        half_HW = np.asarray(cv2.resize(fine_HW, ((width + 1) // 2, (height + 1) // 2), interpolation=cv2.INTER_AREA))
+        fine_2HW, half_2HW = np.zeros((2, *fine_HW.shape), np.float32), np.zeros((2, *half_HW.shape), np.float32)
         for scale in self.scales:
             if scale < 2:
-                _add_ridges(np.asarray(cv2.GaussianBlur(image.grey_HW, (0, 0), scale)), scale, strength_HWC)
+                _add_ridges(np.asarray(cv2.GaussianBlur(fine_HW, (0, 0), scale)), scale, fine_2HW)
             else:
-                _add_ridges(np.asarray(cv2.GaussianBlur(half_HW, (0, 0), scale / 2)), scale / 2, coarse_HWC)
-        coarse_HWC = np.asarray(cv2.resize(coarse_HWC, (width, height), interpolation=cv2.INTER_LINEAR))
-        mean_HWC = cell_means(np.asarray(cv2.max(strength_HWC, coarse_HWC)), grid_size(image, self.stride))
-        return np.sqrt(np.minimum(mean_HWC * np.float32(1 / FULL_SCALE), np.float32(1)))
+                _add_ridges(np.asarray(cv2.GaussianBlur(half_HW, (0, 0), scale / 2)), scale / 2, half_2HW)
+        size, means = grid_size(image, self.stride), []
+        joint = (half_HW if self.stride > 1 else fine_HW).shape[::-1]
+        for strength_HW, coarse_HW in zip(fine_2HW, half_2HW, strict=True):
+            resized_HW = cv2.resize(strength_HW, joint, interpolation=cv2.INTER_AREA)
+            largest_HW = cv2.max(resized_HW, cv2.resize(coarse_HW, joint, interpolation=cv2.INTER_LINEAR))
+            means.append(cell_means(np.asarray(largest_HW, np.float32), size))
+        return np.sqrt(np.minimum(np.concatenate(means, axis=2) * np.float32(1 / FULL_SCALE), np.float32(1)))
 
 
 @Kernel
-def _add_ridges(smooth_HW, scale, strength_HWC):  # type: ignore[no-untyped-def]
+def _add_ridges(smooth_HW, scale, strength_2HW):  # type: ignore[no-untyped-def]
     """Updates the maximum ridge strength (bright, dark) with an image smoothed at `scale`, except at the border."""
     scale_square = np.float32(scale * scale)
     height, width = smooth_HW.shape
-    low_W, high_W = np.empty(width, np.float32), np.empty(width, np.float32)
     for y in range(1, height - 1):
         above, level, below = smooth_HW[y - 1], smooth_HW[y], smooth_HW[y + 1]
+        bright, dark = strength_2HW[0, y], strength_2HW[1, y]
         for x in range(1, width - 1):
             twice = level[x] + level[x]
             xx = level[x - 1] + level[x + 1] - twice
@@ -63,11 +69,8 @@ def _add_ridges(smooth_HW, scale, strength_HWC):  # type: ignore[no-untyped-def]
             middle = (xx + yy) * np.float32(0.5)
             slant = (xx - yy) * np.float32(0.5)
             spread = np.sqrt(slant * slant + xy * xy)
-            low_W[x] = (spread - middle) * scale_square
-            high_W[x] = (spread + middle) * scale_square
-        for x in range(1, width - 1):
-            strength_HWC[y, x, 0] = max(strength_HWC[y, x, 0], low_W[x])
-            strength_HWC[y, x, 1] = max(strength_HWC[y, x, 1], high_W[x])
+            bright[x] = max(bright[x], (spread - middle) * scale_square)
+            dark[x] = max(dark[x], (spread + middle) * scale_square)
 
 
 class Symmetry(PriorConfig):

@@ -1,6 +1,6 @@
 """Texture: local binary patterns, Gabor energy, and the co-occurrence of grey levels."""
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import ClassVar, Literal
 
 import cv2
@@ -21,6 +21,8 @@ WAVELENGTH_PX = 4.0
 """Gabor: wavelength of the finest octave; it doubles with each octave."""
 SIGMA_PX = 0.56 * WAVELENGTH_PX
 """Gabor: deviation of the Gaussian envelope, for a bandwidth of one octave (Daugman 1985)."""
+REACH_PX = 6
+"""Gabor: pixels to each side under a filter; it is cut at about 2.7 deviations."""
 FULL_SCALE = 48.0
 """Gabor: the amplitude, in grey levels, that is stored as 1."""
 LEVELS = 8
@@ -48,11 +50,16 @@ class Lbp(PriorConfig):
 
 def uniform_patterns(grey_HW: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """The rotation-invariant uniform pattern of each pixel, 0 to 9; border pixels are replicated."""
-    bit_KN = np.arange(256)[:, None] >> np.arange(8) & 1  # of each code of 8 bits
-    num_changes_K = (bit_KN != np.roll(bit_KN, 1, axis=1)).sum(1)
-    uniform_K = np.where(num_changes_K <= 2, bit_KN.sum(1), 9).astype(np.uint8)
     code_HW = _codes(cv2.copyMakeBorder(grey_HW, 1, 1, 1, 1, cv2.BORDER_REPLICATE))
-    return np.asarray(cv2.LUT(code_HW, uniform_K), np.uint8)
+    return np.asarray(cv2.LUT(code_HW, _uniform()), np.uint8)
+
+
+@cache
+def _uniform() -> npt.NDArray[np.uint8]:
+    """The pattern of each code of eight bits."""
+    bit_KN = np.arange(256)[:, None] >> np.arange(8) & 1
+    num_changes_K = (bit_KN != np.roll(bit_KN, 1, axis=1)).sum(1)
+    return np.where(num_changes_K <= 2, bit_KN.sum(1), 9).astype(np.uint8)
 
 
 @Kernel
@@ -79,15 +86,17 @@ def _codes(grey_HW):  # type: ignore[no-untyped-def]
 class Gabor(PriorConfig):
     """Square root of the filters' amplitude in a cell every `stride` pixels: 4 directions in each octave, in [0, 1].
 
-    Quadrature pairs (Gabor energy, Adelson & Bergen 1985) of luma, of wavelengths 4, 8, 16 ... px on a pyramid:
-    amplitude √(even² + odd²), its mean over the cell divided by 48 grey levels, clipped, square-rooted. Channel 4·o + d
-    is octave o from the finest, and d the direction of the wave: 0, 45, 90 or 135 degrees from x towards y, y down.
+    Quadrature pairs (Gabor energy, Adelson & Bergen 1985) of luma, of wavelengths 4, 8, 16 ... px on a pyramid, at
+    every second pixel of each octave: amplitude √(even² + odd²), its mean over the cell divided by 48 grey levels,
+    clipped, square-rooted. Channel 4·o + d is octave o from the finest, and d the direction of the wave: 0, 45, 90 or
+    135 degrees from x towards y, y down.
     """
 
     kind: Literal["gabor"] = "gabor"
     octaves: int = Field(3, ge=1, le=5)
     stride: int = Field(16, ge=2)
 
+    version: ClassVar[int] = 2
     codec: ClassVar[Codec] = NIBBLES
 
     @property
@@ -101,7 +110,7 @@ class Gabor(PriorConfig):
             if octave:  # by area, which commutes with mirroring
                 height, width = ((side + 1) // 2 for side in grey_HW.shape)
                 grey_HW = np.asarray(cv2.resize(grey_HW, (width, height), interpolation=cv2.INTER_AREA), np.float32)
-            planes.append(cell_means(_amplitudes(grey_HW), size))
+            planes += [cell_means(plane_HW, size) for plane_HW in _amplitudes(grey_HW)]
         return np.sqrt(np.minimum(np.concatenate(planes, axis=2) * np.float32(1 / FULL_SCALE), np.float32(1)))
 
     def flip(self, map_HWC: Map) -> Map:
@@ -111,44 +120,64 @@ class Gabor(PriorConfig):
 
 
 def _amplitudes(grey_HW: Image) -> Image:
-    """√(even² + odd²) of the four directions, HWC.
+    """√(even² + odd²) of the four directions, DHW, every 2 px: symmetric to the middle of the image.
 
     exp(i(ux + vy)) is the product of a filter along x and one along y, so each pair consists of separable filters.
     """
-    flat, cos, sin = _filters(1.0)
-    _, slant_cos, slant_sin = _filters(np.sqrt(0.5))
+    height, width = grey_HW.shape
+    padded_HW = cv2.copyMakeBorder(
+        grey_HW, REACH_PX, REACH_PX + 1, REACH_PX, REACH_PX + 1, cv2.BORDER_REFLECT_101
+    )
+    size = ((height + 1) // 2, (width + 1) // 2)
+    return np.asarray(_filtered(padded_HW, _filters(height % 2), _filters(width % 2), size), np.float32)
 
-    def filtered(along_x: Image, along_y: Image) -> Image:
-        return np.asarray(cv2.sepFilter2D(grey_HW, -1, along_x, along_y), np.float32)
 
-    across_HW = cv2.magnitude(filtered(cos, flat), filtered(sin, flat))
-    down_HW = cv2.magnitude(filtered(flat, cos), filtered(flat, sin))
-    cc_HW, ss_HW = filtered(slant_cos, slant_cos), filtered(slant_sin, slant_sin)
-    cs_HW, sc_HW = filtered(slant_cos, slant_sin), filtered(slant_sin, slant_cos)
-    falling_HW = cv2.magnitude(cv2.subtract(cc_HW, ss_HW), cv2.add(cs_HW, sc_HW))
-    rising_HW = cv2.magnitude(cv2.add(cc_HW, ss_HW), cv2.subtract(sc_HW, cs_HW))
-    return np.asarray(cv2.merge([across_HW, falling_HW, down_HW, rising_HW]), np.float32)
+@Kernel
+def _filtered(padded_HW, filter_y_FK, filter_x_FK, size):  # type: ignore[no-untyped-def]
+    height, width = size
+    num_filters, padded_width = len(filter_y_FK), padded_HW.shape[1]
+    row_FW, column_2FW = np.empty((num_filters, padded_width), np.float32), np.empty((2, num_filters, padded_width // 2), np.float32)
+    part_PW, amplitude_DHW = np.empty((8, width), np.float32), np.empty((DIRECTIONS, height, width), np.float32)
+    for y in range(height):
+        row_FW[:] = 0
+        for f in range(num_filters):
+            for k in range(filter_y_FK.shape[1]):
+                weight = filter_y_FK[f, k]
+                for x in range(padded_width):
+                    row_FW[f, x] += weight * padded_HW[2 * y + k, x]
+            for x in range(padded_width // 2):
+                column_2FW[0, f, x], column_2FW[1, f, x] = row_FW[f, 2 * x], row_FW[f, 2 * x + 1]
+        part_PW[:] = 0
+        for p, fx, fy in ((0, 1, 0), (1, 2, 0), (2, 0, 1), (3, 0, 2), (4, 3, 3), (5, 4, 4), (6, 3, 4), (7, 4, 3)):
+            for k in range(filter_x_FK.shape[1]):
+                weight, parity, start = filter_x_FK[fx, k], k % 2, k // 2
+                for x in range(width):
+                    part_PW[p, x] += weight * column_2FW[parity, fy, np.uint64(x + start)]
+        for x in range(width):
+            cc, ss, cs, sc = part_PW[4, x], part_PW[5, x], part_PW[6, x], part_PW[7, x]
+            amplitude_DHW[0, y, x] = np.sqrt(part_PW[0, x] ** 2 + part_PW[1, x] ** 2)
+            amplitude_DHW[1, y, x] = np.sqrt((cc - ss) ** 2 + (cs + sc) ** 2)
+            amplitude_DHW[2, y, x] = np.sqrt(part_PW[2, x] ** 2 + part_PW[3, x] ** 2)
+            amplitude_DHW[3, y, x] = np.sqrt((cc + ss) ** 2 + (cs - sc) ** 2)
+    return amplitude_DHW
 
 
 @lru_cache(maxsize=2)
-def _filters(share: float) -> tuple[Image, Image, Image]:
-    """A Gaussian, and its products with cos and sin of `share` times the frequency; cos gives 0 for a uniform image.
+def _filters(odd: int) -> Image:
+    """Five filters: a Gaussian, and its products with cos and sin of the whole frequency, then of the diagonal's share.
 
-    The scale gives amplitude 1 for a wave of amplitude 1 along the filter (on a diagonal, for the product of two
-    filters).
+    They are around a pixel for an axis of odd length, else between two pixels. cos gives 0 for a uniform image. The
+    scale gives amplitude 1 for a wave of amplitude 1 along the filter (on a diagonal, for the product of two filters).
     """
-    radius = int(np.ceil(2.5 * SIGMA_PX))
-    x_N = np.arange(-radius, radius + 1)
-    gauss_N = np.exp(-0.5 * (x_N / SIGMA_PX) ** 2)
-    gauss_N /= gauss_N.sum()
-    phase_N = 2 * np.pi * share * x_N / WAVELENGTH_PX
-    even_N = gauss_N * (np.cos(phase_N) - (gauss_N * np.cos(phase_N)).sum())
-    scale = np.sqrt(2) if share < 1 else 2.0
-    return (
-        gauss_N.astype(np.float32),
-        (scale * even_N).astype(np.float32),
-        (scale * gauss_N * np.sin(phase_N)).astype(np.float32),
-    )
+    x_K = np.arange(2 * REACH_PX + 2 - odd) - (2 * REACH_PX + 1 - odd) / 2
+    gauss_K = np.exp(-0.5 * (x_K / SIGMA_PX) ** 2)
+    gauss_K /= gauss_K.sum()
+    filters = [gauss_K]
+    for share, scale in ((1.0, 2.0), (np.sqrt(0.5), np.sqrt(2))):
+        phase_K = 2 * np.pi * share * x_K / WAVELENGTH_PX
+        even_K = np.cos(phase_K) - (gauss_K * np.cos(phase_K)).sum()
+        filters += [scale * gauss_K * even_K, scale * gauss_K * np.sin(phase_K)]
+    return np.stack(filters).astype(np.float32)
 
 
 class Glcm(PriorConfig):
