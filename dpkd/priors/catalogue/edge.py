@@ -195,7 +195,9 @@ def _structure(plane_CHW, factor):  # type: ignore[no-untyped-def]
     return gradient_HWK, tensor_3HW, strength_3HW
 
 
-def line_strength(gradient_HW6: Image, tensor_3HW: Image, *, weight_K: Image = LINE_WEIGHT_K, step: float = 3.0) -> Image:
+def line_strength(
+    gradient_HW6: Image, tensor_3HW: Image, *, weight_K: Image = LINE_WEIGHT_K, step: float = 3.0
+) -> Image:
     """The gradient of three planes across a straight line through each pixel, HW.
 
     The line follows the eigenvector of the tensor's smaller eigenvalue. The gradients at `step` times 0, ±1, ...,
@@ -263,7 +265,9 @@ def _suppress(padded_HW, smooth_HW, least):  # type: ignore[no-untyped-def]
                 continue
             # yy - xx and -2 xy, with the second differences xx, yy and xy
             vertical = smooth_HW[y - 1, x] + smooth_HW[y + 1, x] - smooth_HW[y, x - 1] - smooth_HW[y, x + 1]
-            slant = smooth_HW[y - 1, x + 1] + smooth_HW[y + 1, x - 1] - smooth_HW[y - 1, x - 1] - smooth_HW[y + 1, x + 1]
+            slant = (
+                smooth_HW[y - 1, x + 1] + smooth_HW[y + 1, x - 1] - smooth_HW[y - 1, x - 1] - smooth_HW[y + 1, x + 1]
+            )
             across_x, across_y = _unit(vertical, np.float32(0.5) * slant)
             largest = True
             for sign in (1, -1):

@@ -11,8 +11,10 @@ from pydantic import Field
 from dpkd.data.image_headers import BrokenImage
 from dpkd.data.images import decode_mask
 from dpkd.priors.base import ImageViews, PriorConfig, grid_size, lab
-from dpkd.priors.catalogue.kernels import Kernel, cell_means
+from dpkd.priors.catalogue.kernels import Image, Kernel, cell_means
 from dpkd.priors.codecs import LABELS, Codec, JpegCodec, Map
+
+Indices = npt.NDArray[np.int64]
 
 
 class Superpixel(PriorConfig):
@@ -43,7 +45,7 @@ class Superpixel(PriorConfig):
 
 
 @lru_cache(maxsize=16)
-def neighbours(height: int, width: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def neighbours(height: int, width: int) -> tuple[Indices, Indices]:
     """The first and the second cell of each pair of neighbours on a grid.
 
     The order halves the grid again and again, so that cells of one colour merge to squares.
@@ -57,59 +59,61 @@ def neighbours(height: int, width: int) -> tuple[npt.NDArray[np.int64], npt.NDAr
     return first_P[order_P], second_P[order_P]
 
 
-@Kernel
-def merged_regions(colour_NC, first_P, second_P, num_regions):  # type: ignore[no-untyped-def]
+def merged_regions(colour_NC: Image, first_P: Indices, second_P: Indices, num_regions: int) -> Indices:
     """Labels of N cells, merged to `num_regions` regions; cells first_P[p] and second_P[p] are neighbours.
 
     In each round every region merges with the neighbour of the least loss, until `num_regions` are left: the regions
     of the least losses first. The loss of two regions of n and m cells is the increase of the sum of squared
     deviations, n m / (n + m) times the squared distance of their mean colours, here plus 1: smaller regions first.
     """
-    count, label_N, total_RC = len(colour_NC), np.arange(len(colour_NC)), colour_NC.copy()
-    size_R = np.ones(count, np.float32)
-    first_P, second_P = first_P.copy(), second_P.copy()
-    while count > num_regions:
-        mean_RC = total_RC / size_R.reshape(-1, 1)
-        least_R, nearest_R = np.full(count, np.inf, np.float32), np.zeros(count, np.int64)
-        for p in range(len(first_P)):
-            i, j = first_P[p], second_P[p]
-            d0, d1, d2 = mean_RC[i, 0] - mean_RC[j, 0], mean_RC[i, 1] - mean_RC[j, 1], mean_RC[i, 2] - mean_RC[j, 2]
-            loss = (d0 * d0 + d1 * d1 + d2 * d2 + np.float32(1)) * (size_R[i] * size_R[j] / (size_R[i] + size_R[j]))
-            if loss < least_R[i]:
-                least_R[i], nearest_R[i] = loss, j
-            if loss < least_R[j]:
-                least_R[j], nearest_R[j] = loss, i
-
-        root_R, order_R, remaining = np.arange(count), np.arange(count), count
-        if (nearest_R[nearest_R] == root_R).sum() < 2 * num_regions:  # fewer would be left: a tree has one such pair
-            order_R = np.argsort(least_R)
-        for r in order_R:  # a root is the smallest number of its region
-            i, j = r, nearest_R[r]
-            while root_R[i] != i:
-                i = root_R[i]
-            while root_R[j] != j:
-                j = root_R[j]
-            if i != j:
-                root_R[max(i, j)] = min(i, j)
-                remaining -= 1
-                if remaining == num_regions:
-                    break
-
-        count = 0
-        for r in range(len(root_R)):
-            if root_R[r] == r:
-                root_R[r] = count
-                total_RC[count], size_R[count] = total_RC[r], size_R[r]
-                count += 1
-            else:
-                root_R[r] = k = root_R[root_R[r]]
-                total_RC[k] += total_RC[r]
-                size_R[k] += size_R[r]
-        total_RC, size_R, label_N = total_RC[:count], size_R[:count], root_R[label_N]
-        first_P, second_P = root_R[first_P], root_R[second_P]
+    label_N, total_RC, size_R = np.arange(len(colour_NC)), colour_NC, np.ones(len(colour_NC), np.float32)
+    while len(size_R) > num_regions:
+        least_R, nearest_R = _nearest(total_RC / size_R[:, None], size_R, first_P, second_P)
+        merged_R = _merged(np.argsort(least_R), nearest_R, num_regions)
+        *totals, size_R = (np.bincount(merged_R, part_R).astype(np.float32) for part_R in (*total_RC.T, size_R))
+        total_RC, label_N = np.stack(totals, axis=1), merged_R[label_N]
+        first_P, second_P = merged_R[first_P], merged_R[second_P]
         apart_P = first_P != second_P
         first_P, second_P = first_P[apart_P], second_P[apart_P]
     return label_N
+
+
+@Kernel
+def _nearest(mean_RC, size_R, first_P, second_P):  # type: ignore[no-untyped-def]
+    """The least loss of each region, and the neighbour that it merges with."""
+    least_R, nearest_R = np.full(len(size_R), np.inf, np.float32), np.zeros(len(size_R), np.int64)
+    for p in range(len(first_P)):
+        i, j = first_P[p], second_P[p]
+        d0, d1, d2 = mean_RC[i, 0] - mean_RC[j, 0], mean_RC[i, 1] - mean_RC[j, 1], mean_RC[i, 2] - mean_RC[j, 2]
+        loss = (d0 * d0 + d1 * d1 + d2 * d2 + np.float32(1)) * (size_R[i] * size_R[j] / (size_R[i] + size_R[j]))
+        if loss < least_R[i]:
+            least_R[i], nearest_R[i] = loss, j
+        if loss < least_R[j]:
+            least_R[j], nearest_R[j] = loss, i
+    return least_R, nearest_R
+
+
+@Kernel
+def _merged(order_R, nearest_R, num_regions):  # type: ignore[no-untyped-def]
+    """New labels of the regions, merged with the nearest ones in this order until `num_regions` are left."""
+    root_R, remaining = np.arange(len(order_R)), len(order_R)  # a root is the smallest number of its region
+    for r in order_R:
+        i, j = r, nearest_R[r]
+        while root_R[i] != i:
+            i = root_R[i]
+        while root_R[j] != j:
+            j = root_R[j]
+        if i != j and remaining > num_regions:
+            root_R[max(i, j)] = min(i, j)
+            remaining -= 1
+    count = 0
+    for r in range(len(root_R)):
+        if root_R[r] == r:
+            root_R[r] = count
+            count += 1
+        else:
+            root_R[r] = root_R[root_R[r]]
+    return root_R
 
 
 class Expert(PriorConfig):

@@ -32,7 +32,7 @@ class Saliency(PriorConfig):
     kind: Literal["saliency"] = "saliency"
     working_px: int = Field(112, ge=16)
     """Longer side of the image for the computation; smaller images keep their size."""
-    passes: int = Field(2, ge=1)
+    passes: int = Field(3, ge=1)
     """Number of raster scans of the distance transform."""
     centre: float = Field(0.5, ge=0, le=1)
     """Loss of a corner relative to the centre: 0 none, 1 all."""
@@ -84,7 +84,7 @@ def barrier_distance(image_HWC, passes):  # type: ignore[no-untyped-def]
     """Minimum barrier distance of each pixel of a uint8 image to the frame, summed over the channels; int32 HW.
 
     The barrier of a path is its highest minus its lowest value. The result of raster scanning (Zhang et al. 2015,
-    algorithm 1) is never below the exact distance, and close to it after a few passes.
+    algorithm 1) is never below the exact distance, and close to it after three passes.
     """
     height, width, channels = image_HWC.shape
     total_HW = np.zeros((height, width), np.int32)

@@ -125,9 +125,7 @@ def _amplitudes(grey_HW: Image) -> Image:
     exp(i(ux + vy)) is the product of a filter along x and one along y, so each pair consists of separable filters.
     """
     height, width = grey_HW.shape
-    padded_HW = cv2.copyMakeBorder(
-        grey_HW, REACH_PX, REACH_PX + 1, REACH_PX, REACH_PX + 1, cv2.BORDER_REFLECT_101
-    )
+    padded_HW = cv2.copyMakeBorder(grey_HW, REACH_PX, REACH_PX + 1, REACH_PX, REACH_PX + 1, cv2.BORDER_REFLECT_101)
     size = ((height + 1) // 2, (width + 1) // 2)
     return np.asarray(_filtered(padded_HW, _filters(height % 2), _filters(width % 2), size), np.float32)
 
@@ -136,7 +134,10 @@ def _amplitudes(grey_HW: Image) -> Image:
 def _filtered(padded_HW, filter_y_FK, filter_x_FK, size):  # type: ignore[no-untyped-def]
     height, width = size
     num_filters, padded_width = len(filter_y_FK), padded_HW.shape[1]
-    row_FW, column_2FW = np.empty((num_filters, padded_width), np.float32), np.empty((2, num_filters, padded_width // 2), np.float32)
+    row_FW, column_2FW = (
+        np.empty((num_filters, padded_width), np.float32),
+        np.empty((2, num_filters, padded_width // 2), np.float32),
+    )
     part_PW, amplitude_DHW = np.empty((8, width), np.float32), np.empty((DIRECTIONS, height, width), np.float32)
     for y in range(height):
         row_FW[:] = 0
