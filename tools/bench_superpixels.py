@@ -72,7 +72,9 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
             for name, map_HW in found.items():
                 if map_HW is not None:
                     size = image_HWC.shape[1::-1]
-                    label_HW = cv2.resize(map_HW.astype(np.int32), size, interpolation=cv2.INTER_NEAREST)
+                    label_HW = np.asarray(
+                        cv2.resize(map_HW.astype(np.int32), size, interpolation=cv2.INTER_NEAREST), np.int64
+                    )
                     of_masks = [figures(label_HW, np.asarray(mask, np.int64)) for mask in masks]
                     scores[name].append([*np.mean(of_masks, axis=0), len(np.unique(map_HW)), ms])
             progress.advance()

@@ -61,7 +61,7 @@ def _tables(path: Path, random: np.random.Generator) -> Iterator[tuple[list[tupl
     share_HW = _drawn_share(path)
     for side, num_places in SIZES:
         seen_HWC = image_HWC if side is None else cv2.resize(image_HWC, (side, side), interpolation=cv2.INTER_AREA)
-        found = levels(ImageViews(np.asarray(seen_HWC, np.uint8)).lab_HWC)
+        found = levels(ImageViews(np.asarray(seen_HWC, np.uint8)))
         size = found[0]["line"].shape
         names = [(level, name) for level, cues in enumerate(found) for name in cues]
         said = [enlarged(np.log(found[level][name] + FLOOR), size) for level, name in names]

@@ -5,7 +5,7 @@ import hashlib
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, cached_property, lru_cache
-from typing import ClassVar, Literal, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import cv2
 import numpy as np
@@ -51,8 +51,8 @@ class ImageViews:
         return _locked(self.grey8_HW.astype(np.float32))
 
 
-def halved(image: npt.NDArray[Value]) -> npt.NDArray[Value]:
-    """Means over 2 x 2 cells, HW or HWC; an odd side is rounded."""
+def halved(image: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Means over 2 x 2 cells, HW or HWC, of the same type; an odd side is rounded."""
     height, width = image.shape[:2]
     size = (max(1, round(width / 2)), max(1, round(height / 2)))
     return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), image.dtype)
