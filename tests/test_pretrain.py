@@ -200,16 +200,16 @@ def test_cadence_may_change_under_way(whole: RunFolder, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(("stage", "step"), [pytest.param("teach", 3, marks=pytest.mark.chaos), ("distill", 4)])
 def test_a_run_killed_at_a_step_ends_bit_equal(whole: RunFolder, tmp_path: Path, stage: str, step: int) -> None:
     tree = tiny(tmp_path / "killed", source=None, shards=shards_of(whole))
-    first = Command(tree, "--stages", "teach,distill")
+    first = Command(tree, "--stages", "teach,distill,baselines")
     first.wait_for_step(stage, step)
     first.kill_all()
-    again = Command(tree, "--stages", "teach,distill")
+    again = Command(tree, "--stages", "teach,distill,baselines")
     assert again.wait() == 0, again.output
     assert f"{stage}: continues after step" in again.output
     assert_same_weights(whole, again.folder)
     audit(str(again.folder.path))
     goodput = assert_accounted(again.folder, attempts=2)
-    assert goodput["steps"] == 12
+    assert goodput["steps"] == 18
     assert min(goodput["seconds"][name] for name in ("idle", "recovery", "lost_work")) > 0
 
 
@@ -244,7 +244,7 @@ def test_a_run_with_its_checkpoints_on_an_object_store_goes_on_after_a_kill(
 def test_a_stopped_run_says_so_and_goes_on(whole: RunFolder, tmp_path: Path, number: int, to_all: bool) -> None:
     tree = tiny(tmp_path / "stopped", source=None, shards=shards_of(whole))
     tree["data"]["loader"] = {"workers": 1}
-    command = Command(tree, "--stages", "teach,distill")
+    command = Command(tree, "--stages", "teach,distill,baselines")
     command.wait_for_step("teach", 1)
     if to_all:  # as Slurm and a closing terminal do
         os.killpg(command.process.pid, number)
@@ -253,7 +253,7 @@ def test_a_stopped_run_says_so_and_goes_on(whole: RunFolder, tmp_path: Path, num
     assert command.wait() == 75, command.output
     assert "saved; the same command goes on from there" in command.output
     assert "Traceback" not in command.output
-    again = Command(tree, "--stages", "teach,distill")
+    again = Command(tree, "--stages", "teach,distill,baselines")
     assert again.wait() == 0, again.output
     assert_same_weights(whole, again.folder)
     goodput = assert_accounted(again.folder, attempts=2)
@@ -274,7 +274,7 @@ def assert_same_losses(one: RunFolder, other: RunFolder) -> None:
 def test_two_workers_see_the_same_batches_and_losses_as_one(whole: RunFolder, tmp_path: Path) -> None:
     tree = tiny(tmp_path / "two", source=None, shards=shards_of(whole))
     tree["launcher"]["workers"] = 2
-    command = Command(tree, "--stages", "teach,distill")
+    command = Command(tree, "--stages", "teach,distill,baselines")
     assert command.wait() == 0, command.output
     assert_same_losses(whole, command.folder)
     audit(str(command.folder.path))
@@ -316,7 +316,7 @@ def test_deepspeed_on_two_workers_gives_the_losses_of_plain_pytorch(whole: RunFo
     tree["teachers"]["teacher"]["engine"] |= {"kind": "deepspeed", "zero_stage": 3}
     for student, stage in (("conv", 2), ("vit", 1)):
         tree["distill"]["students"][student]["engine"] = {"kind": "deepspeed", "zero_stage": stage}
-    command = Command(tree, "--stages", "teach,distill")
+    command = Command(tree, "--stages", "teach,distill,baselines")
     assert command.wait() == 0, command.output
     assert "[INFO]" not in command.output, command.output  # DeepSpeed's own lines are noise to a user
     assert_same_losses(whole, command.folder)

@@ -38,6 +38,7 @@ def batches_for_six(folder: Path, *, source: Path) -> dict[str, Any]:
         part["training"] |= {"evaluate_every": STEPS // 2, "panels_every": STEPS}
     for network in (tree["teachers"]["teacher"], *tree["distill"]["students"].values()):
         network["optimizer"] = CALM
+    tree["distill"]["students"]["conv"]["baseline"] = False  # the faults are for the two stages of the steps
     model = tree["distill"]["students"]["vit"]["model"]
     tree["distill"]["students"]["vit"]["model"] = model | {"arguments": model["arguments"] | {"pos_drop_rate": 0.0}}
     tree["launcher"] |= {"workers": 2, "hang_timeout_s": 5, "max_restarts": 20}
