@@ -38,8 +38,7 @@ def profile_stage(settings: Settings, stage: str | None, *, steps: int) -> None:
     if settings.launcher.threads is not None:
         torch.set_num_threads(settings.launcher.threads)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its own start on the screen
-    world = join()
-    run = Run.open(settings, world)
+    run = Run.open(settings, world := join())
     task, data, owner = distill_task(run) if stage == "distill" else teach_task(run, teachers[stage])
     training = owner.training
     plan = Plan(WARM_UP + steps, run.micro_batches(training), training.log_every, WARM_UP + steps + 1, None, None)
@@ -53,7 +52,7 @@ def profile_stage(settings: Settings, stage: str | None, *, steps: int) -> None:
             micro_batch_size=run.micro_batch_size(training),
         ),
         targets={"class": data.label_N},
-        maps=run.maps_of(data.split.name, task.maps),
+        maps=run.maps_of(data.split.name, task.maps | owner.augment.maps),
         views=run.view_plans(task.views, owner.augment),
         seed=run.seed,
         loader=run.data.loader,
