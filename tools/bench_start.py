@@ -26,8 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from dpkd.data.shards import MANIFEST_NAME, Manifest, ShardIndex, ShardInfo, SplitInfo, index_name
-from dpkd.data.writer import write_labels
+from dpkd.data.shards import MANIFEST_NAME, Manifest, ShardIndex, ShardInfo, SplitInfo, index_name, write_labels
 from dpkd.io import storage
 from dpkd.io.record import checked
 from dpkd.priors.catalogue.edge import Edge

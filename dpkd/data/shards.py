@@ -18,6 +18,7 @@ A key is the path of the image in its source without the extension. Axes: N samp
 """
 
 import hashlib
+import io
 import os
 import zlib
 from bisect import bisect_right
@@ -37,7 +38,7 @@ from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
 from dpkd.io.record import checked, pack_checked, parse_checked, parse_json, unpack_checked
-from dpkd.io.shard_cache import MAX_FILES, MAX_INDEXES, ChecksumDiffers, LRUCache, open_shard, read_span
+from dpkd.io.shard_cache import MAX_FILES, MAX_INDEXES, ChecksumDiffers, LRUCache, open_shard
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "dataset.json"
@@ -214,10 +215,14 @@ class Dataset:
         except NO_FILE as error:
             raise UserError(f"no data set at {url}: {MANIFEST_NAME} is missing; pack one first (dpkd pack)") from error
         except ValueError as error:
-            way_out = "restore it from a copy, or remove the folder and pack the images again"
-            raise UserError(f"{manifest_url} is not the manifest of a data set: {error}; {way_out}") from error
+            raise UserError(
+                f"{manifest_url} is not the manifest of a data set: {error}; restore it from a copy, or remove the "
+                "folder and pack the images again"
+            ) from error
         if (version := manifest.format_version) != FORMAT_VERSION:
-            raise UserError(f"{manifest_url} has format version {version}, not {FORMAT_VERSION}: pack the images again")
+            raise UserError(
+                f"{manifest_url} has format version {version}, and dpkd reads {FORMAT_VERSION}: pack the images again"
+            )
         return Dataset(url=url, manifest=manifest)
 
     def split(self, name: str) -> "Split":
@@ -392,9 +397,23 @@ def _user_errors(url: str) -> Iterator[None]:
         raise UserError(f"{url} cannot be read: {error}; pack again or copy the file") from error
 
 
+def write_labels(url: str, split: str, label_N: Labels, *, num_classes: int) -> FileInfo:
+    """Writes the labels of a split into the data set at `url`."""
+    file, name = io.BytesIO(), f"{split}{LABELS_ENDING}"
+    narrow = label_N.astype("<i2" if num_classes < 2**15 else "<i4")
+    np.lib.format.write_array(file, narrow, version=(1, 0))
+    storage.write_bytes_atomic(storage.join(url, name), file.getvalue())
+    return FileInfo(name=name, size_bytes=file.tell(), sha256=storage.digest(file.getvalue()))
+
+
 def checksum(members: dict[str, bytes]) -> int:
     """CRC-32 of all members of a sample, in the order of their extensions."""
     crc = 0
     for extension in sorted(members):
         crc = zlib.crc32(members[extension], crc)
     return crc
+
+
+def read_span(descriptor: int, offset: int, size: int) -> bytes:
+    """`size` bytes of an open file from `offset`; fewer, without more memory, if the file ends earlier."""
+    return os.pread(descriptor, max(0, min(size, os.fstat(descriptor).st_size - offset)), offset)

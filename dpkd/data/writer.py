@@ -1,6 +1,5 @@
 """Writes one shard and its index in a pool worker; restartable, with identical bytes each time."""
 
-import io
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -12,18 +11,7 @@ from numpy.typing import NDArray
 from dpkd.data.image_headers import BrokenImage
 from dpkd.data.images import check_image, check_mask
 from dpkd.data.settings import Window
-from dpkd.data.shards import (
-    FORMAT_VERSION,
-    LABELS_ENDING,
-    MASK_EXTENSION,
-    FileInfo,
-    Labels,
-    ShardIndex,
-    ShardInfo,
-    checksum,
-    given_name,
-    index_name,
-)
+from dpkd.data.shards import FORMAT_VERSION, MASK_EXTENSION, ShardIndex, ShardInfo, checksum, given_name, index_name
 from dpkd.data.sources.records import Blob, Record
 from dpkd.data.tars import Member, TarWriter
 from dpkd.io import storage
@@ -161,12 +149,3 @@ def _given(record: Record) -> list[tuple[str, Blob]]:
 
 def _json(content: Any) -> bytes:
     return json.dumps(content, sort_keys=True, default=str).encode()
-
-
-def write_labels(url: str, split: str, label_N: Labels, *, num_classes: int) -> FileInfo:
-    """Writes the labels of a split into the data set at `url`."""
-    file, name = io.BytesIO(), f"{split}{LABELS_ENDING}"
-    narrow = label_N.astype("<i2" if num_classes < 2**15 else "<i4")
-    np.lib.format.write_array(file, narrow, version=(1, 0))
-    storage.write_bytes_atomic(storage.join(url, name), file.getvalue())
-    return FileInfo(name=name, size_bytes=file.tell(), sha256=storage.digest(file.getvalue()))

@@ -107,8 +107,3 @@ class LRUCache(Generic[Value]):
     def __del__(self) -> None:
         for value in self._values.values():
             self._on_evict(value)
-
-
-def read_span(descriptor: int, offset: int, size: int) -> bytes:
-    """`size` bytes of an open file from `offset`; fewer, without more memory, if the file ends earlier."""
-    return os.pread(descriptor, max(0, min(size, os.fstat(descriptor).st_size - offset)), offset)

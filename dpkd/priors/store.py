@@ -20,12 +20,12 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
-from dpkd.data.shards import Dataset, Sample, ShardInfo, index_name
+from dpkd.data.shards import Dataset, Sample, ShardInfo, index_name, read_span
 from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
 from dpkd.io.record import pack_checked, parse_checked, unpack_checked
-from dpkd.io.shard_cache import MAX_FILES, MAX_INDEXES, LRUCache, open_shard, read_span
+from dpkd.io.shard_cache import MAX_FILES, MAX_INDEXES, LRUCache, open_shard
 from dpkd.priors import Prior
 from dpkd.priors.base import fingerprint, mirror
 from dpkd.priors.codecs import Map

@@ -26,11 +26,12 @@ from dpkd.data.shards import (
     ShardIndex,
     SplitInfo,
     index_name,
+    write_labels,
 )
 from dpkd.data.sources.records import Record, SourceContents, describe_counts, keys_of, sorted_classes
 from dpkd.data.sources.text import read_lines
 from dpkd.data.splits import assign, draw, group_by_pattern
-from dpkd.data.writer import Planned, ShardJob, write_labels, write_shard
+from dpkd.data.writer import Planned, ShardJob, write_shard
 from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.launch.pool import Pool

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from dpkd.data.shards import Dataset, Sample, ShardIndex, Split, SplitInfo, Unreadable, index_name
-from dpkd.data.writer import write_labels
+from dpkd.data.shards import Dataset, Sample, ShardIndex, Split, SplitInfo, Unreadable, index_name, write_labels
 from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.record import checked, parse_checked
