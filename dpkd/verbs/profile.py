@@ -76,14 +76,17 @@ def profile_stage(settings: Settings, stage: str | None, *, steps: int) -> None:
     trace = run.folder.path / "profile" / f"{stage}.json.gz"
     trace.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(trace))
-    found = parts(profiler.events() or [])
+    _print_parts(parts(profiler.events() or []), stage=stage, steps=steps)
+    logger.info(f"trace: {trace} (chrome://tracing or https://ui.perfetto.dev)")
+    world.leave()
+
+
+def _print_parts(found: dict[str, tuple[float, float]], *, stage: str, steps: int) -> None:
     total_us = sum(host_us for host_us, _ in found.values())
     logger.info(f"{stage}: {total_us / steps / 1e3:.1f} ms a step, mean of {steps} steps after {WARM_UP}")
     for name, (host_us, device_us) in sorted(found.items(), key=lambda item: -item[1][0]):
         line = f"  {name:<40}{host_us / steps / 1e3:10.2f} ms{100 * host_us / total_us:7.1f} %"
         logger.info(line + (f"{device_us / steps / 1e3:10.2f} ms of kernels" if device_us else ""))
-    logger.info(f"trace: {trace} (chrome://tracing or https://ui.perfetto.dev)")
-    world.leave()
 
 
 def parts(events: Iterable[Any]) -> dict[str, tuple[float, float]]:
