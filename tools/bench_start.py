@@ -4,8 +4,9 @@
 
 `commands` are `dpkd --help`, `dpkd plan --fast` and `dpkd plan` beside the imports of torch and timm, in turns.
 `step` trains a small teacher and a student on shards that exist, until the first step is logged; the CPU time is that
-of all processes of the run, and of each kind of them. `opening` opens data sets of which only the indexes exist, as a
-training worker does, until it has the samples of the first batch; memory is the growth of the largest resident size.
+of all processes of the run, and of each kind of them. `opening` opens data sets of which only manifests and labels
+exist, as a training worker does, until it has the numbers of the samples of the first batch; memory is the growth of
+the resident size.
 `--beside` measures another checkout too, in turns with this one. CPU time is user and system, with child processes.
 """
 
@@ -26,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from dpkd.data.shards import MANIFEST_NAME, Manifest, ShardIndex, ShardInfo, SplitInfo, index_name, write_labels
+from dpkd.data.shards import MANIFEST_NAME, Manifest, ShardInfo, SplitInfo, write_labels
 from dpkd.io import storage
 from dpkd.io.record import checked
 from dpkd.priors.catalogue.edge import Edge
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         if "step" in options.parts:
             turns["step"] = lambda checkout: _first_step(checkout, folder)
         for num_samples in options.samples if "opening" in options.parts else ():
-            settings = _write_indexes(folder / str(num_samples), num_samples)
+            settings = _write_manifests(folder / str(num_samples), num_samples)
             turns[f"opening {num_samples:,}"] = lambda checkout, path=settings: _opening(checkout, path)  # type: ignore[misc]
         for part, turn in turns.items():
             measured: dict[Path, list[dict[str, float]]] = {checkout: [] for checkout in [ROOT, *options.beside]}
@@ -183,25 +184,14 @@ def _session(leader: int) -> dict[str, float]:
     return dict(seconds)
 
 
-def _write_indexes(folder: Path, num_samples: int) -> Path:
-    """Writes settings, and a data set and a prior set of which only manifests and indexes exist."""
+def _write_manifests(folder: Path, num_samples: int) -> Path:
+    """Writes settings, and a data set and a prior set without shards: manifests and labels."""
     url, priors = str(folder / "shards"), (Edge(), Saliency())
     label_N = np.random.default_rng(0).integers(0, NUM_CLASSES, num_samples)
-    shards = []
-    for number, start in enumerate(range(0, num_samples, PER_SHARD)):
-        name = f"train-{number:06d}.tar"
-        shard = ShardInfo(name=name, num_samples=PER_SHARD, size_bytes=30_000 * PER_SHARD, sha256=f"{number:064x}")
-        at_N = np.arange(PER_SHARD)
-        spans = {"jpg": (30_000 * at_N + 512, 0 * at_N + 25_000), "json": (30_000 * at_N + 26_000, 0 * at_N + 120)}
-        index = ShardIndex(
-            keys=tuple(f"n{label:08d}/n{label:08d}_{start + i}" for i, label in enumerate(label_N[start:][:PER_SHARD])),
-            label_N=label_N[start : start + PER_SHARD],
-            members=spans,
-            shard=shard,
-            checksum_N=at_N.astype(np.uint32),
-        )
-        storage.write_bytes_atomic(storage.join(url, index_name(name)), index.to_bytes())
-        shards.append(shard)
+    shards = [
+        ShardInfo(name=f"train-{k:06d}.tar", num_samples=PER_SHARD, size_bytes=30_000 * PER_SHARD, sha256=f"{k:064x}")
+        for k in range(num_samples // PER_SHARD)
+    ]
     labels = write_labels(url, "train", label_N, num_classes=NUM_CLASSES)
     counts = tuple(np.bincount(label_N, minlength=NUM_CLASSES).tolist())
     split = SplitInfo(

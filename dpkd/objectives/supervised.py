@@ -71,5 +71,7 @@ def log_class_prior(label_N: Tensor, num_classes: int) -> Tensor:
     """
     import torch
 
-    count_K = torch.bincount(label_N[label_N >= 0], minlength=num_classes).double().clamp(min=0.5)
+    # part by part: `bincount` copies its input as int64
+    parts = [torch.bincount(part_N[part_N >= 0], minlength=num_classes) for part_N in label_N.split(1 << 20)]
+    count_K = torch.stack(parts).sum(0).double().clamp(min=0.5)
     return (count_K / count_K.sum()).log().float()

@@ -154,7 +154,7 @@ def _measure(
     `chosen` is the baseline that each student is compared with: the best one on the first split, which is added.
     """
     indices = run.readable(split.name)
-    label_N = split.label_N[indices]
+    label_N = split.label_N[indices].astype(np.int64)
     episodes = draw_episodes(label_N, settings.episodes, seed=run.seed, split=split.name)
     if episodes.left_out and run.world.rank == 0:
         names = ", ".join(run.dataset.manifest.classes[label] for label in episodes.left_out)
