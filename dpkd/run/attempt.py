@@ -36,10 +36,17 @@ def write_provenance(folder: RunFolder, settings: dict[str, Any]) -> None:
         commit = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         pass  # dpkd is not in a git checkout
-    installed = {package.metadata["Name"].lower(): package.version for package in metadata.distributions()}
     versions: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
-    versions |= {name: installed.get(name) for name in PACKAGES} | {"git": commit}
+    versions |= {name: installed_version(name) for name in PACKAGES} | {"git": commit}
     storage.write_bytes_atomic(folder.path / "versions.json", (json.dumps(versions, indent=1) + "\n").encode())
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed package, else None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 @contextmanager

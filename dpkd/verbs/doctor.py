@@ -4,9 +4,9 @@ import os
 import platform
 import shutil
 import sys
-from importlib import metadata
 
 from dpkd.log import logger
+from dpkd.run.attempt import installed_version
 
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "ray", "tensorboard", "onnx", "onnxruntime")
 
@@ -14,11 +14,10 @@ PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "ray", "tensorboard", "
 def doctor() -> None:
     """Prints one line per package and device, with the way out if it is missing."""
     logger.info(f"python {platform.python_version()} at {sys.executable}, {os.cpu_count()} cores")
-    installed = {package.metadata["Name"].lower(): package.version for package in metadata.distributions()}
     for name in PACKAGES:
-        logger.info(f"  {name:<12} {installed.get(name) or f'missing: pip install {name}'}")
-    if "torch" in installed:
-        # not at the top: the command line loads this module, and torch takes seconds or may be missing
+        logger.info(f"  {name:<12} {installed_version(name) or f'missing: pip install {name}'}")
+    if installed_version("torch"):
+        # not at the top: torch may be missing
         import torch  # noqa: PLC0415
 
         gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
