@@ -83,9 +83,11 @@ def test_shards_and_maps_on_s3_are_those_of_a_local_run(local, object_store, tmp
         sample = dataset.split("train").read(i)
         assert sample == here.split("train").read(i)
         assert maps.record(i, sample).to_bytes() == maps_here.record(i, sample).to_bytes()
+    assert dataset.split("train").label_N.tolist() == here.split("train").label_N.tolist()
     puts = puts_of(object_store)
     pack_and_prepare(dataset.url, local, tmp_path, pool=SerialPool(), source="s3://bucket/images")
-    assert {Path(name).name for name in puts} <= {MANIFEST_NAME, "priors.json"}
+    labels = {f"{split}.labels.npy" for split in dataset.manifest.splits}
+    assert {Path(name).name for name in puts} <= {MANIFEST_NAME, "priors.json", *labels}
 
 
 def test_tars_on_s3_are_a_source_by_pattern_and_by_folder(local, object_store, tmp_path):
