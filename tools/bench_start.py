@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from dpkd.data.shards import MANIFEST_NAME, Manifest, ShardInfo, SplitInfo, write_labels
+from dpkd.data.label_file import write_labels
+from dpkd.data.shards import MANIFEST_NAME, Manifest, ShardInfo, SplitInfo
 from dpkd.io import storage
 from dpkd.io.record import checked
 from dpkd.priors.catalogue.edge import Edge

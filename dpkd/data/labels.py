@@ -7,8 +7,8 @@ from itertools import compress
 import numpy as np
 from numpy.typing import NDArray
 
+from dpkd.data.label_file import Labels
 from dpkd.data.settings import AllLabels, LabelsPerClass, ListedLabels, VisibleLabels
-from dpkd.data.shards import Labels
 from dpkd.data.sources.text import match_lines, read_lines
 from dpkd.errors import UserError
 

@@ -18,7 +18,6 @@ A key is the path of the image in its source without the extension. Axes: N samp
 """
 
 import hashlib
-import io
 import os
 import zlib
 from bisect import bisect_right
@@ -34,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from dpkd.data.label_file import FileInfo, Labels, read_labels
 from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
@@ -42,12 +42,9 @@ from dpkd.io.shard_cache import MAX_FILES, MAX_INDEXES, ChecksumDiffers, LRUCach
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "dataset.json"
-LABELS_ENDING = ".labels.npy"
 EXPERT_PREFIX = "expert-"
 MASK_EXTENSION = "mask.png"
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
-
-Labels = NDArray[np.signedinteger]
 
 
 class ShardInfo(BaseModel):
@@ -57,15 +54,6 @@ class ShardInfo(BaseModel):
     name: str = Field(pattern=r"^\w[\w.-]*\.tar$")
     """A file name in the data set's folder, without a path."""
     num_samples: int = Field(ge=0)
-    size_bytes: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-
-class FileInfo(BaseModel):
-    """One file with values of all samples of a split."""
-
-    model_config = ConfigDict(frozen=True)
-    name: str = Field(pattern=r"^\w[\w.-]*\.npy$")
     size_bytes: int = Field(ge=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
@@ -279,16 +267,7 @@ class Split:
             return np.concatenate([np.empty(0, np.int64), *(index.label_N for index in self.indexes())])
         url = storage.join(self.url, info.name)
         with _user_errors(url):
-            descriptor = open_shard(url, size_bytes=info.size_bytes, sha256_hex=info.sha256)
-            with os.fdopen(descriptor, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
-                    raise ValueError(f"its checksum differs from the one in {MANIFEST_NAME}")
-                file.seek(0)
-                np.lib.format.read_magic(file)
-                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-                if shape != (self.num_samples,) or dtype.kind != "i":
-                    raise ValueError(f"it has {shape} values of {dtype}, not {self.num_samples} labels")
-                return np.asarray(np.memmap(file, dtype, "r", file.tell(), shape))
+            return read_labels(url, info, num_samples=self.num_samples)
 
     def index(self, k: int) -> ShardIndex:
         """The index of shard `k`; raises `UserError` if it is missing or belongs to another shard."""
@@ -395,15 +374,6 @@ def _user_errors(url: str) -> Iterator[None]:
         raise UserError(f"{url} is missing, but {MANIFEST_NAME} lists it: pack again or copy the file") from error
     except ValueError as error:
         raise UserError(f"{url} cannot be read: {error}; pack again or copy the file") from error
-
-
-def write_labels(url: str, split: str, label_N: Labels, *, num_classes: int) -> FileInfo:
-    """Writes the labels of a split into the data set at `url`."""
-    file, name = io.BytesIO(), f"{split}{LABELS_ENDING}"
-    narrow = label_N.astype("<i2" if num_classes < 2**15 else "<i4")
-    np.lib.format.write_array(file, narrow, version=(1, 0))
-    storage.write_bytes_atomic(storage.join(url, name), file.getvalue())
-    return FileInfo(name=name, size_bytes=file.tell(), sha256=storage.digest(file.getvalue()))
 
 
 def checksum(members: dict[str, bytes]) -> int:

@@ -22,8 +22,9 @@ from dpkd.data.augment import apply_image, apply_map, centre_view, random_views
 from dpkd.data.background import replace_backgrounds
 from dpkd.data.batch import Batch, View
 from dpkd.data.images import decode_checked
+from dpkd.data.label_file import Labels
 from dpkd.data.settings import GLOBAL, AugmentSettings, LoaderSettings
-from dpkd.data.shards import Labels, Sample, Split
+from dpkd.data.shards import Sample, Split
 from dpkd.errors import StorageError, UserError
 from dpkd.launch import forking
 from dpkd.launch.forking import end_with_parent, one_thread_each

@@ -25,8 +25,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dpkd.data.label_file import Labels
 from dpkd.data.labels import visible_labels
-from dpkd.data.shards import Labels, Split
+from dpkd.data.shards import Split
 from dpkd.engine.network import Frozen
 from dpkd.errors import UserError
 from dpkd.evaluation.attributes import zero_shot_accuracy

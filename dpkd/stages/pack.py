@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpkd.data import sources
+from dpkd.data.label_file import LABELS_ENDING, write_labels
 from dpkd.data.settings import FileSplits, Window
 from dpkd.data.shards import (
     FORMAT_VERSION,
-    LABELS_ENDING,
     MANIFEST_NAME,
     MASK_EXTENSION,
     Dataset,
@@ -26,7 +26,6 @@ from dpkd.data.shards import (
     ShardIndex,
     SplitInfo,
     index_name,
-    write_labels,
 )
 from dpkd.data.sources.records import Record, SourceContents, describe_counts, keys_of, sorted_classes
 from dpkd.data.sources.text import read_lines

@@ -9,9 +9,10 @@ import torch
 from numpy.typing import NDArray
 
 from dpkd.data.attributes import score_weights
+from dpkd.data.label_file import Labels
 from dpkd.data.labels import visible_labels
 from dpkd.data.settings import GLOBAL, AugmentSettings
-from dpkd.data.shards import Dataset, Labels, Split
+from dpkd.data.shards import Dataset, Split
 from dpkd.data.stream import ViewPlan
 from dpkd.engine.settings import TrainingSettings
 from dpkd.engine.world import World

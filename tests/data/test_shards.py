@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import webdataset
 
-from dpkd.data.shards import Dataset, Sample, ShardIndex, Split, SplitInfo, Unreadable, index_name, write_labels
+from dpkd.data.label_file import write_labels
+from dpkd.data.shards import Dataset, Sample, ShardIndex, Split, SplitInfo, Unreadable, index_name
 from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.record import checked, parse_checked
