@@ -255,9 +255,8 @@ def check_dataset(dataset: Dataset, settings: Settings) -> None:
     for role in ("train", "val", "test"):
         name = getattr(settings.data, role)
         if name is not None and name not in dataset.manifest.splits:
-            known = ", ".join(dataset.manifest.splits)
-            hint = did_you_mean(name, dataset.manifest.splits) or f" (it has: {known})"
-            raise UserError(f"data.{role}={name!r} is no split of the data set at {dataset.url}{hint}: correct it")
+            hint, known = did_you_mean(name, dataset.manifest.splits), ", ".join(dataset.manifest.splits)
+            raise UserError(f"data.{role}={name!r} is no split of the data set at {dataset.url}{hint}; it has: {known}")
     trained, table = trained_classes(dataset, settings.data), attribute_table(settings.data)
     if table is not None:
         table.rows(trained)
