@@ -269,7 +269,8 @@ def _litdata(case: Case) -> Iterator[Any]:
     if not (folder / "index.json").exists():
         litdata.optimize(_jpeg, case.files, str(folder), chunk_bytes="16MB", num_workers=1)
     dataset = litdata.StreamingDataset(str(folder), shuffle=True, transform=lambda item: views(item["image"]))
-    loader = litdata.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=case.workers, drop_last=True)
+    options = {"num_workers": case.workers, "persistent_workers": case.workers > 0, "drop_last": True}
+    loader = litdata.StreamingDataLoader(dataset, batch_size=BATCH, **options)
     return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
