@@ -12,7 +12,7 @@ from dpkd.data.attributes import read_attributes
 from dpkd.errors import UserError
 from dpkd.run.folder import RunFolder
 from dpkd.stages import driver
-from dpkd.stages.plan import STAGES, left_to_do
+from dpkd.stages.plan import left_to_do, stages_of
 from dpkd.stages.worker import train_stages
 from tests.runs import Command, settings_of, tiny, train_events
 
@@ -80,15 +80,15 @@ def test_the_summary_has_the_zero_shot_table(whole: RunFolder) -> None:
 def test_the_run_is_finished_until_a_row_changes(whole: RunFolder, table: Path, sample_folder: Path) -> None:
     settings = settings_of(again(whole, table))
     base, novel = ([path.name for path in (sample_folder / split).iterdir()] for split in ("base", "novel"))
-    text = table.read_text()
-    assert left_to_do(whole, settings, STAGES) == []
+    text, stages = table.read_text(), stages_of(settings)
+    assert left_to_do(whole, settings, stages) == []
     try:
         table.write_text(_changed(text, next(name for name in novel if name != "unlabelled")))
-        assert left_to_do(whole, settings, STAGES) == ["evaluate"]
+        assert left_to_do(whole, settings, stages) == ["evaluate"]
         seen = next(name for name in base if name != "unlabelled")
         table.write_text(_changed(text, seen))
         with pytest.raises(UserError, match=rf"attributes.classes.{seen}.solidity: .* on disk, 0.123 now"):
-            left_to_do(whole, settings, STAGES)
+            left_to_do(whole, settings, stages)
     finally:
         table.write_text(text)
 
