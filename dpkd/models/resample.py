@@ -3,6 +3,8 @@
 Axes: B sample, C channel, H W height and width, O I output and input cells of one side.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -14,8 +16,9 @@ def area_resample(map_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
     """
     rows_OI = _shared_length(map_BCHW.shape[-2], size[0], device=map_BCHW.device)
     columns_OI = _shared_length(map_BCHW.shape[-1], size[1], device=map_BCHW.device)
-    # autocast would run the products in half precision
-    with torch.autocast(map_BCHW.device.type, enabled=False):
+    device = map_BCHW.device.type
+    # autocast would run the products in half precision; the device meta, on which operations are counted, has none
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         return rows_OI @ map_BCHW.float() @ columns_OI.T
 
 

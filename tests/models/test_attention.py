@@ -10,7 +10,7 @@ import torchvision
 from dpkd.models.attention import with_attention
 from dpkd.models.counts import count_flops, count_parameters
 from dpkd.models.network import build_network
-from dpkd.models.settings import ModelSettings, NetworkSpec
+from dpkd.models.settings import FigureGroundPooling, ModelSettings, NetworkSpec
 from tests.heads import heads
 
 VIT: dict[str, Any] = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -91,3 +91,10 @@ def test_flops_are_twice_the_multiply_adds_that_torchvision_publishes(name, publ
 def test_flops_of_a_convolution_grow_with_the_image():
     spec = network_of("test_resnet", {}, classes=(), heads={}).spec
     assert count_flops(spec, image_size=64) == pytest.approx(4 * count_flops(spec, image_size=32), rel=0.01)
+
+
+def test_flops_are_those_of_the_backbone_whatever_the_pooling():
+    spec = network_of("test_resnet", {}).spec
+    figure_ground = spec.model.model_copy(update={"pooling": FigureGroundPooling()})
+    pooled = count_flops(spec.model_copy(update={"model": figure_ground}))
+    assert pooled == pytest.approx(count_flops(spec), rel=0.01)
