@@ -35,7 +35,10 @@ _NUM_DRAWS = 2 * _NUM_CROPS + 6
 
 @dataclass(frozen=True)
 class Crop:
-    """One view of an image: a box in pixels, a flip, and colour factors (1: no change)."""
+    """One view of an image: a box in pixels, a flip, and colour factors (1: no change).
+
+    `by_area` shrinks by means over areas: slower, and nearer to the preprocessing that an exported student has.
+    """
 
     image_height: int
     image_width: int
@@ -47,6 +50,7 @@ class Crop:
     brightness: float = 1.0
     contrast: float = 1.0
     saturation: float = 1.0
+    by_area: bool = False
 
 
 def random_views(
@@ -80,16 +84,21 @@ def centre_view(image_size: tuple[int, int]) -> Crop:
     """The view for evaluation: the largest centred square of an image of (height, width) pixels, colours unchanged."""
     height, width = image_size
     side = min(height, width)
-    return Crop(height, width, top=(height - side) // 2, left=(width - side) // 2, height=side, width=side)
+    return Crop(
+        height, width, top=(height - side) // 2, left=(width - side) // 2, height=side, width=side, by_area=True
+    )
 
 
 def apply_image(view: Crop, image_HWC: Image, *, size: int, out_CHW: Image | None = None) -> Image:
     """The view of an RGB image at `size` x `size`, uint8, written to `out_CHW` if given.
 
-    Bilinear; if the view shrinks, each pixel is the mean of bilinear samples at most `_MAX_STEP` pixels apart.
+    Bilinear; if the view shrinks, each pixel is the mean of bilinear samples at most `_MAX_STEP` pixels apart, or, with
+    `by_area`, the mean over its area.
     """
     crop: Any = image_HWC[view.top : view.top + view.height, view.left : view.left + view.width]
-    if crop.shape[:2] != (size, size):
+    if view.by_area and min(view.height, view.width) > size:
+        crop = cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA)
+    elif crop.shape[:2] != (size, size):
         num_y, num_x = (max(1, math.ceil(length / (size * _MAX_STEP))) for length in (view.height, view.width))
         crop = cv2.resize(crop, (num_x * size, num_y * size), interpolation=cv2.INTER_LINEAR)
         if (num_y, num_x) != (1, 1):

@@ -97,7 +97,7 @@ def test_preprocessing_of_timm_gives_what_the_network_was_trained_on(exported_ru
     seen_HWC = apply_image(centre_view(image_HWC.shape[:2]), image_HWC, size=spec.image_size)
     ours = normalise(torch.from_numpy(seen_HWC).permute(2, 0, 1)[None], mean=spec.mean, std=spec.std)[0]
     difference = (transform(Image.fromarray(image_HWC)) - ours).abs()  # Pillow and OpenCV weigh pixels differently
-    assert difference.mean() < 0.06 * ours.std()
+    assert difference.mean() < 0.05 * ours.std()
 
 
 @pytest.mark.parametrize("student", ["conv", "vit"])
