@@ -28,19 +28,14 @@ def baselines(settings: Settings) -> dict[str, Baseline]:
 
 
 def _on_labels_alone(settings: Settings, student: StudentSettings, length: float) -> TeacherSettings:
-    supervised = tuple(
-        objective.model_copy(update={"weight": 1.0})
-        for objective in student.objectives
-        if objective.kind == "supervised"
-    )
+    supervised = [objective for objective in student.objectives if objective.kind == "supervised"]
     training = settings.distill.training
-    unit = "steps" if training.steps is not None else "epochs"
-    amount = length * (training.steps or training.epochs or 1)
-    scaled = {unit: max(1, round(amount)) if unit == "steps" else amount, "labelled_share": 1.0}
+    steps = training.steps and max(1, round(length * training.steps))
+    scaled = {"steps": steps, "epochs": training.epochs and length * training.epochs, "labelled_share": 1.0}
     return TeacherSettings(
         model=student.model.model_copy(update={"pooling": MeanPooling()}),
         weights=student.weights,
-        objectives=supervised or (Supervised(),),
+        objectives=tuple(each.model_copy(update={"weight": 1.0}) for each in supervised or [Supervised()]),
         optimizer=student.optimizer,
         schedule=student.schedule,
         engine=student.engine,

@@ -222,12 +222,8 @@ def sample_order(run: Run, training: TrainingSettings, data: TrainingSet) -> Sam
     if training.sampling == "class_aware" or training.labelled_share is not None:
         label_N = np.delete(data.label_N, data.unreadable)
         class_N = label_N if training.sampling == "class_aware" else np.minimum(label_N, 0)  # else one class has all
-        order = ClassAwareOrder(
-            class_N,
-            seed=run.seed,
-            global_batch_size=training.batch_size,
-            labelled_share=training.labelled_share,
-        )
+        share = training.labelled_share
+        order = ClassAwareOrder(class_N, seed=run.seed, global_batch_size=training.batch_size, labelled_share=share)
     else:
         num_lost = Counter(data.split.locate(i)[0] for i in data.unreadable.tolist())
         order = Order(
