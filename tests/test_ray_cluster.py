@@ -264,6 +264,7 @@ def test_a_run_that_loses_a_node_and_gains_one_ends_as_unbroken(
             cluster.kill_node(1)
             wait_for(lambda: len(restarts(folder)) == 1, driver=command.process, folder=folder)
             published = newest(folder)
+            wait_for(lambda: len(passes(folder)) == 2, driver=command.process, folder=folder)  # on one node
             cluster.add_node(1)
             wait_for(lambda: len(restarts(folder)) == 2, driver=command.process, folder=folder)
             assert command.process.wait(timeout=400) == 0, command.output
