@@ -20,9 +20,11 @@ from dpkd.objectives.mixup import Mixup
 from dpkd.objectives.patch_labels import PatchLabels
 from dpkd.objectives.patch_relations import PatchRelations
 from dpkd.objectives.patches import PatchDistillation
+from dpkd.objectives.pseudo_labels import PseudoLabels
 from dpkd.objectives.region_bounds import RegionBounds
 from dpkd.objectives.relations import RelationDistillation
 from dpkd.objectives.rotation import Rotation
+from dpkd.objectives.sigreg import SigReg
 from dpkd.objectives.standardised_logits import StandardisedLogits
 from dpkd.objectives.supervised import Supervised
 
@@ -30,6 +32,8 @@ BuiltIn = Annotated[
     Supervised
     | Mixup
     | Rotation
+    | PseudoLabels
+    | SigReg
     | MaskedPrior
     | Attributes
     | RegionBounds

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TURNS, MIXES, LAYERS = (1 << 32, 2 << 32, 3 << 32)
+TURNS, MIXES, LAYERS, STRONG = (number << 32 for number in (1, 2, 3, 4))
 """Streams of draws: those of two streams are independent. Patches and shares use the numbers below them."""
 
 

@@ -40,7 +40,7 @@ class Board:
             match name.split("/"):
                 case ["loss", network, *objective]:
                     runs[network]["/".join(["loss", *objective])] = number
-                case ["learning_rate" | "gradient_norm" as kind, network]:
+                case ["learning_rate" | "gradient_norm" | "effective_rank" as kind, network]:
                     runs[network][f"training/{kind}"] = number
                 case _:
                     runs[""][name] = number

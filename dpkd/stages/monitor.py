@@ -13,8 +13,9 @@ from torch import Tensor
 from dpkd.data.batch import Batch
 from dpkd.data.settings import GLOBAL
 from dpkd.evaluation.few_shot import Episodes, draw_episodes, few_shot_accuracy, score
+from dpkd.evaluation.rank import COLLAPSED, effective_rank
 from dpkd.evaluation.settings import EpisodeSettings
-from dpkd.log import EventReader, Progress
+from dpkd.log import EventReader, Progress, logger
 from dpkd.models.attention import with_attention
 from dpkd.report.goodput import TimeAccount
 from dpkd.report.pictures import panel
@@ -76,7 +77,7 @@ class Monitor:
         return settings, draw_episodes(label_N, settings, seed=run.seed, split=name)
 
     def evaluate(self, step: int) -> None:
-        """Writes the few-shot accuracy of every network on the validation split."""
+        """Writes the few-shot accuracy and effective rank of every network on the validation split."""
         run, name = self._run, str(self._run.data.val)
         embedded = embed_networks(run, self._task.learners, run.dataset.split(name), indices=run.readable(name))
         if not self._writes:
@@ -86,6 +87,13 @@ class Monitor:
             accuracy = few_shot_accuracy(outputs["embedding"], episodes, settings=settings)
             scores = {key: score(accuracy_E) for key, accuracy_E in accuracy.items()}
             self._board.few_shot(step, network=network, split=name, scores=scores)
+            rank = effective_rank(outputs["embedding"])
+            self._board.write(step, {f"effective_rank/{network}": rank})
+            if rank < COLLAPSED:
+                logger.info(
+                    f"{self._stage}, step {step}: the embeddings of {network} on {name} have an effective rank of "
+                    f"{rank:.2f} of {outputs['embedding'].shape[1]}: they collapse; lower its learning rate"
+                )
 
     def panels(self, step: int, batch: Batch) -> None:
         """Draws images, priors, and each network's predictions and attention."""

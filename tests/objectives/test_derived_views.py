@@ -13,6 +13,7 @@ from dpkd.models.settings import ModelSettings, NetworkSpec
 from dpkd.objectives.base import Context, Draw, Supervision
 from dpkd.objectives.draws import beta
 from dpkd.objectives.mixup import Mixed, Mixup
+from dpkd.objectives.pseudo_labels import PseudoLabels, Strong
 from dpkd.objectives.rotation import Rotation, Turned, turned
 from dpkd.objectives.supervised import supervised
 
@@ -152,3 +153,46 @@ def test_a_mix_after_a_stage_that_the_model_lacks_is_refused():
     mix = LayerMix(6, torch.ones(1), torch.zeros(1, dtype=torch.int64))
     with pytest.raises(UserError, match=r"resnet18.*5 stages.*mixup.stages=6"), backbone.mixing([(0, mix)]):
         pass
+
+
+def test_without_magnitude_a_strong_view_is_the_image():
+    image_BCHW, map_B1HW = torch.randn(6, 3, 20, 20), torch.rand(6, 1, 5, 5)
+    derived = Strong(magnitude=0.0, share=0.5).derive([image_BCHW, map_B1HW], draw(torch.arange(6)))
+    torch.testing.assert_close(derived.inputs[0], image_BCHW[:3], rtol=0, atol=1e-5)
+    torch.testing.assert_close(derived.inputs[1], map_B1HW[:3], rtol=0, atol=1e-5)
+
+
+def test_a_strong_view_belongs_to_the_sample_and_the_step():
+    image_BCHW, index_B = torch.randn(8, 3, 16, 16), torch.arange(8)
+    strong = Strong(magnitude=1.0, share=1.0)
+    whole = strong.derive([image_BCHW], draw(index_B)).inputs[0]
+    torch.testing.assert_close(strong.derive([image_BCHW[5:]], draw(index_B[5:])).inputs[0], whole[5:])
+    assert not torch.allclose(strong.derive([image_BCHW], draw(index_B, step=4)).inputs[0], whole)
+
+
+def test_a_strong_view_moves_its_map_and_lacks_a_square():
+    """A grey image with a dark figure keeps its grey whatever the colours do, so figure and map can be compared."""
+    figure_11HW = torch.zeros(1, 1, 32, 32)
+    figure_11HW[..., 8:20, 10:24] = 1
+    image_B3HW = (2 + figure_11HW).expand(64, 3, -1, -1)
+    derived = Strong(magnitude=0.8, share=1.0).derive([image_B3HW, figure_11HW.expand(64, -1, -1, -1)], draw(MANY[:64]))
+    image_B3HW, map_B1HW = derived.inputs
+    assert torch.equal(image_B3HW[:, 0], image_B3HW[:, 2])
+    hole_share = (image_B3HW[:, 0] == 0).float().mean()
+    assert 0.05 < hole_share < (0.5 * 0.8) ** 2 + 0.01  # holes at the border are smaller
+    for image_HW, map_HW in zip(image_B3HW[:, 0], map_B1HW[:, 0], strict=True):
+        seen_HW = (image_HW != 0) & ((map_HW == 0) | (map_HW == 1))
+        value_N, is_figure_N = image_HW[seen_HW], map_HW[seen_HW] == 1
+        if is_figure_N.any() and not is_figure_N.all():
+            assert value_N[is_figure_N].mean() > value_N[~is_figure_N].mean()
+
+
+def test_pseudo_labels_count_where_the_network_is_sure():
+    weak_BK = torch.tensor([[9.0, 0, 0], [1.0, 0.5, 0], [0, 0, 8.0], [0, 9.0, 0]], requires_grad=True)
+    strong_RK = torch.randn(3, 3, requires_grad=True)
+    given = context(4, {"global": {"logits": weak_BK}, "strong": {"logits": strong_RK}}, {}, label_B=-torch.ones(4))
+    loss = PseudoLabels(weight=2.0, share=0.75).loss(given)
+    surprise_RK = -strong_RK.log_softmax(1)
+    torch.testing.assert_close(loss, 2 * (surprise_RK[0, 0] + surprise_RK[2, 2]) / 3)
+    loss.backward()
+    assert weak_BK.grad is None
