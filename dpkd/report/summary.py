@@ -5,7 +5,8 @@
                     "stages": {stage: {"status", "seconds", "speed": {"images_per_s", "tflops", "mfu"}}},
                     "goodput": as goodput.json, "exports": {student: folder},
                     "quarantine": {stage: number of samples}}
-    network        {"parameters", "images_per_s", "few_shot": {split: {"5way_1shot": {"mean", "ci95"}}}, …}
+    network        {"parameters", "images_per_s", "few_shot": {split: {"5way_1shot": {"mean", "ci95"}}}, …},
+                   as in evaluation.json
 
 `speed` has medians over the log lines of a training stage: TFLOP/s of one device, and their share of its peak if
 that is known. Its sources are `evaluation.json`, `stages.json`, `events.jsonl` and `quarantine.jsonl`. Accuracies are
@@ -122,7 +123,7 @@ def final_words(summary: dict[str, Any]) -> str:
         for name, *cells in rows:
             aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
             lines.append("  ".join([name.ljust(widths[0]), *aligned]))
-        lines += ["", *warnings] if (warnings := _not_better(summary)) else []
+        lines += ["", *notes] if (notes := [*_invalid(summary), *_not_better(summary)]) else []
     if summary["exports"]:
         lines += ["", "exported students (timm folder, ONNX):", *(f"  {path}" for path in summary["exports"].values())]
     if summary["quarantine"]:
@@ -161,7 +162,8 @@ def markdown(summary: dict[str, Any]) -> str:
 def figures_markdown(evaluation: dict[str, Any]) -> str:
     """The tables and the protocol of an evaluation, as Markdown."""
     lines = [_heading(evaluation), "", *markdown_table(_few_shot_table(evaluation)), ""]
-    lines += [*_not_better(evaluation), ""] if _not_better(evaluation) else []
+    for note in (*_invalid(evaluation), *_not_better(evaluation)):
+        lines += [note, ""]
     titles = {
         "probes": "kNN and linear probe",
         "classification": "Accuracy on known classes",
@@ -181,16 +183,23 @@ def figures_markdown(evaluation: dict[str, Any]) -> str:
 
 
 def networks(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The table of every network, by the name that users read."""
-    named = dict(summary["teachers"])
-    named |= {f"{name}, after distilling": teacher for name, teacher in summary.get("live_teachers", {}).items()}
-    for name, student in summary["students"].items():
-        named[f"student {name}"] = student
-        for key, baseline in summary["baselines"].items():
-            if key.partition(".")[0] == name:
-                _, longer, length = key.partition(".x")
-                named[f"{name} on labels alone{f', {length} x steps' if longer else ''}"] = baseline
+    """The table of every network, by the name that users read: each student and its baselines, then the teachers."""
+    students = (_with_baselines(summary, name) for name in summary["students"])
+    return {title: network for student in students for title, network in student.items()} | _teachers(summary)
+
+
+def _with_baselines(summary: dict[str, Any], student: str) -> dict[str, dict[str, Any]]:
+    named = {f"student {student}": summary["students"][student]}
+    for key, baseline in summary["baselines"].items():
+        name, longer, length = key.partition(".x")
+        if name == student:
+            named[f"{student} on labels alone{f', {length} x steps' if longer else ''}"] = baseline
     return named
+
+
+def _teachers(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    live = {f"{name}, after distilling": teacher for name, teacher in summary.get("live_teachers", {}).items()}
+    return summary["teachers"] | live
 
 
 def _heading(summary: dict[str, Any]) -> str:
@@ -207,7 +216,10 @@ def _report_split(summary: dict[str, Any]) -> str:
 
 
 def _few_shot_table(summary: dict[str, Any]) -> Table:
-    """One row per network with its accuracy on the report split, then the students' gains over labels alone."""
+    """The accuracy of every network on the report split, as it is exported; with its prior map in a row below.
+
+    A student's gain over labels alone follows its baselines. `_invalid` explains the stars.
+    """
     split = _report_split(summary)
     settings = list(next(iter(networks(summary).values()))["few_shot"][split])
     shots = [key.split("_")[1].replace("shot", "-shot") for key in settings]
@@ -216,14 +228,34 @@ def _few_shot_table(summary: dict[str, Any]) -> Table:
     def add(title: str, scores: dict[str, Any], *facts: str, sign: str = "") -> None:
         rows.append([title, *(facts or ("", "")), *(percent(scores[split][key], sign=sign) for key in settings)])
 
-    for name, network in networks(summary).items():
-        add(name, network["few_shot"], count_words(network["parameters"]), rate_words(network["images_per_s"]))
-        if "plain_pooling" in network:
-            add("  without its prior map", network["plain_pooling"])
+    def add_networks(named: dict[str, dict[str, Any]]) -> None:
+        for name, network in named.items():
+            title = f"{name} *" if split in network.get("seen", {}) else name
+            facts = count_words(network["parameters"]), rate_words(network["images_per_s"])
+            add(title, network.get("plain_pooling", network["few_shot"]), *facts)
+            if "plain_pooling" in network:
+                add("  with its prior map", network["few_shot"])
+
     for name, student in summary["students"].items():
+        add_networks(_with_baselines(summary, name))
         if "over_baseline" in student:
             add(f"{name}: gain over labels alone", student["over_baseline"], sign="+")
+    add_networks(_teachers(summary))
     return rows
+
+
+def _invalid(summary: dict[str, Any]) -> list[str]:
+    """A sentence on the networks whose figures are no few-shot figures, because weights were trained on the classes."""
+    split = _report_split(summary)
+    seen = {name: each["seen"][split] for name, each in networks(summary).items() if split in each.get("seen", {})}
+    if not seen:
+        return []
+    classes = sorted({name for names in seen.values() for name in names})
+    few = ", ".join(classes[:3]) + (", …" if len(classes) > 3 else "")
+    whose = f"{', '.join(seen)} or of a teacher"
+    return [
+        f"* invalid: by teachers.<name>.seen, weights of {whose} have seen {len(classes)} classes of {split} ({few})"
+    ]
 
 
 def _not_better(summary: dict[str, Any]) -> list[str]:

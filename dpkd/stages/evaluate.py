@@ -5,6 +5,7 @@
     network: {"model", "image_size", "pooling", "parameters", "flops", "images_per_s",
               "few_shot": {split: {"5way_1shot": {"mean", "ci95"}}},     flops and images_per_s may be null
               "plain_pooling": {split: …}            figure-ground networks, pooled without their prior map
+              "seen": {split: [classes]}             only where `teachers.<name>.seen` has classes of the split
               "over_baseline": {split: …}            students: paired difference on the same episodes from
               "baseline": name                       the baseline that is best on the first split
               "probes": {split: {"knn", "linear"}}, "classification": {split: {"overall", "balanced", …}},
@@ -33,6 +34,7 @@ from dpkd.errors import UserError
 from dpkd.evaluation.attributes import zero_shot_accuracy
 from dpkd.evaluation.few_shot import draw_episodes, few_shot_accuracy, score
 from dpkd.evaluation.long_tail import long_tail
+from dpkd.evaluation.seen import seen_among
 from dpkd.io import storage
 from dpkd.io.record import parse_json, read_record
 from dpkd.log import logger
@@ -97,6 +99,9 @@ def evaluate(run: Run) -> None:
             for place, figure in figures.items():
                 tables[place].setdefault(kind, {})[split] = figure
     if run.world.rank == 0:
+        for place, table in tables.items():
+            if classes := _seen(run, place):
+                table["seen"] = classes
         for student, baseline in chosen.items():
             tables[student]["baseline"] = baseline.removeprefix("baselines.")
         run.folder.check_fence()
@@ -136,6 +141,18 @@ class PlainlyPooled(Frozen):
         """Runs the network with a blank map instead of the given one."""
         image_BCHW, weight_B1HW = inputs
         return super().predict(image_BCHW, torch.zeros_like(weight_B1HW))
+
+
+def _seen(run: Run, place: str) -> dict[str, list[str]]:
+    """By split, the classes that public weights behind a network were trained on."""
+    seen = run.settings.seen.get(place.removeprefix("live_"), frozenset())
+    names, found = run.dataset.manifest.classes, {}
+    for split in run.data.evaluated_splits:
+        label_N = run.dataset.split(split).label_N
+        classes = [names[label] for label in np.unique(label_N[label_N >= 0])]
+        if seen and (both := seen_among(classes, seen)):
+            found[split] = both
+    return found
 
 
 def _baselines_of(run: Run, networks: Mapping[str, Network]) -> dict[str, list[str]]:

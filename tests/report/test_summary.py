@@ -65,13 +65,13 @@ def test_the_run_ends_with_the_table_the_exports_and_the_command(run: Path, caps
     assert lines[0].startswith("Few-shot accuracy on novel: 5 classes an episode, the same 2,000 episodes for all")
     table = [line.split("  ") for line in lines[2:7]]
     assert [cells[0] for cells in table[1:]] == [
-        "teacher",
         "student small",
         "small on labels alone",
         "small: gain over labels alone",
+        "teacher",
     ]
-    assert lines[4].endswith("110 k     1,234  44.0 ± 0.4 %  64.0 ± 0.3 %")
-    assert lines[6].endswith("+5.0 ± 0.2 %  +3.1 ± 0.2 %")
+    assert lines[3].endswith("110 k     1,234  44.0 ± 0.4 %  64.0 ± 0.3 %")
+    assert lines[5].endswith("+5.0 ± 0.2 %  +3.1 ± 0.2 %")
     assert f"  {run}/export/small" in lines
     assert lines[-1] == f"curves:  tensorboard --logdir {run}"
 
@@ -121,9 +121,24 @@ def test_a_figure_ground_network_stands_with_what_it_does_without_its_map(run: P
     evaluation["teachers"]["teacher"]["plain_pooling"] = network(0.25)["few_shot"]
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     lines = final_words(write_summary(run)).splitlines()
-    assert lines[3].endswith("45.0 ± 0.4 %  65.0 ± 0.3 %")
-    assert lines[4].startswith("  without its prior map  ")
-    assert lines[4].endswith("25.0 ± 0.4 %  45.0 ± 0.3 %")
+    assert lines[6].startswith("teacher ")
+    assert lines[6].endswith("25.0 ± 0.4 %  45.0 ± 0.3 %")
+    assert lines[7].startswith("  with its prior map  ")
+    assert lines[7].endswith("45.0 ± 0.4 %  65.0 ± 0.3 %")
+
+
+def test_figures_on_classes_that_public_weights_have_seen_are_marked_invalid(run: Path) -> None:
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert "invalid" not in final_words(write_summary(run))
+    for network_of in (evaluation["teachers"]["teacher"], evaluation["students"]["small"]):
+        network_of["seen"] = {"novel": ["bird", "cat", "dog", "fish"], "val": ["car"]}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    text = final_words(write_summary(run))
+    starred = [line.split("  ")[0] for line in text.splitlines() if " *  " in line]
+    assert starred == ["student small *", "teacher *"]
+    sentence = "weights of student small, teacher or of a teacher have seen 4 classes of novel (bird, cat, dog, …)"
+    assert f"* invalid: by teachers.<name>.seen, {sentence}" in text
+    assert sentence in (run / "summary.md").read_text()
 
 
 def test_a_run_that_was_not_evaluated_has_a_summary_of_its_stages(run: Path) -> None:
