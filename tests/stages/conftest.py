@@ -25,6 +25,8 @@ TRANSFORMER = ModelSettings(
     arguments={"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2},
     pooling=FigureGroundPooling(),
 )
+SEEN = ["Blue_checked_square", "ship"]
+"""Classes that the first weights of the teacher were trained on, one of them in the test split."""
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +46,7 @@ def untrained_run(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory)
                 "loader": {"workers": 0},
             },
             "prepare": {"priors": [{"kind": "saliency"}]},
-            "teachers": {"teacher": {"model": small, "objectives": [{"kind": "supervised"}]}},
+            "teachers": {"teacher": {"model": small, "objectives": [{"kind": "supervised"}], "seen": SEEN}},
             "distill": {"students": {"conv": {"model": small, "baseline": [0.5, 1]}, "vit": {"model": small}}},
             "evaluate": {
                 "episodes": {"way": 4, "shots": [1, 5], "queries": 8, "episodes": 100},

@@ -80,6 +80,9 @@ def test_every_network_has_its_figures_on_both_splits(evaluated_run: Run) -> Non
             assert all(0 < each["mean"] < 1 and 0 < each["ci95"] < 0.1 for each in scores.values())
         assert set(table["probes"]["novel"]) == {"knn", "linear"}
         assert "classification" not in table  # no network knows the classes of val and novel
+    learned_from_it = [report["teachers"]["teacher"], *report["students"].values()]
+    assert [table.get("seen") for table in learned_from_it] == [{"novel": ["blue-checked-square"]}] * 3
+    assert not any("seen" in table for table in report["baselines"].values())
     networks = load_networks(evaluated_run)
     assert report["students"]["vit"]["parameters"] == count_parameters(networks["students.vit"])
 
