@@ -192,22 +192,23 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     return rows
 
 
-def _dpkd(case: Case, *, priors: tuple[str, ...]) -> Iterator[Any]:
+def _dpkd(case: Case, *, priors: tuple[str, ...], cache_gb: float = 0.0) -> Iterator[Any]:
     dataset = Dataset.open(str(case.folder / "shards"))
     split = dataset.split("train")
     order = Order(split.shard_sizes, seed=0, global_batch_size=BATCH, block_shards=8)
     views = {GLOBAL: ViewPlan(case.size, case.size // 4, AugmentSettings(), count=2 if case.several else 1)}
     if case.several:
         views["local"] = ViewPlan(LOCAL_SIZE, LOCAL_SIZE // 4, AugmentSettings(crop_scale=LOCAL_SCALE), count=6)
-    return load_batches(
+    batches = load_batches(
         split,
         ((order.batch(step), order.epochs_of(step)) for step in itertools.count()),
         targets={"class": split.label_N},
         maps=PriorSet.open(dataset.url, "bench").split("train").only(priors) if priors else None,
         views=views,
         seed=0,
-        loader=LoaderSettings(workers=case.workers),
+        loader=LoaderSettings(workers=case.workers, cache_gb=cache_gb),
     )
+    return itertools.islice(batches, split.num_samples // BATCH if cache_gb else 0, None)
 
 
 def _views(case: Case) -> Callable[[Any], Any]:
@@ -291,12 +292,20 @@ def _image_folder(case: Case, *, options: dict[str, Any]) -> Iterator[Any]:
 
 
 def _opencv(case: Case) -> Iterator[Any]:
-    return _batches(_Items(case.files, partial(_opencv_view, size=case.size)), case)
+    return _batches(_Items(case.files, lambda path: _opencv_view(_decoded(path), size=case.size)), case)
 
 
-def _opencv_view(path: Path, *, size: int) -> torch.Tensor:
-    """A file decoded, cropped, resized, coloured and flipped by OpenCV alone."""
-    image_HWC: Any = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR_RGB)
+def _opencv_decoded(case: Case) -> Iterator[Any]:
+    images = [_decoded(path) for path in case.files]
+    return _batches(_Items(images, partial(_opencv_view, size=case.size)), case)
+
+
+def _decoded(path: Path) -> Any:
+    return cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR_RGB)
+
+
+def _opencv_view(image_HWC: Any, *, size: int) -> torch.Tensor:
+    """An image cropped, resized, coloured and flipped by OpenCV alone."""
     rows, columns = image_HWC.shape[:2]
     height, width = rows + 1, columns
     while height > rows or width > columns:
@@ -321,6 +330,7 @@ LOADERS: dict[str, Callable[[Case], Iterator[Any]]] = {
     REFERENCE: partial(_dpkd, priors=("edge", "saliency")),
     "dpkd, all default priors": partial(_dpkd, priors=ALL),
     "dpkd, no priors": partial(_dpkd, priors=()),
+    "dpkd, no priors, kept images": partial(_dpkd, priors=(), cache_gb=1.0),
     "webdataset, decode pil": partial(_webdataset, decode="pil"),
     "webdataset, decode torchrgb8": partial(_webdataset, decode="torchrgb8"),
     "webdataset, decode_jpeg": partial(_webdataset, decode=None),
@@ -331,6 +341,7 @@ LOADERS: dict[str, Callable[[Case], Iterator[Any]]] = {
         _image_folder, options={"loader": partial(torchvision_io.decode_image, mode="RGB")}
     ),
     "OpenCV alone": _opencv,
+    "OpenCV alone, decoded images": _opencv_decoded,
 }
 SEVERAL = (REFERENCE, "dpkd, all default priors", "dpkd, no priors", "ImageFolder, PIL", "ImageFolder, decode_jpeg")
 

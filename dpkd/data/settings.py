@@ -162,3 +162,5 @@ class LoaderSettings(Config):
     prefetch: int = Field(4, ge=1)
     block_shards: int = Field(8, ge=1)
     """Shards shuffled together: a larger block mixes better, a smaller block streams remote shards better."""
+    cache_gb: float = Field(0.0, ge=0)
+    """Memory of each rank for decoded images, in 10^9 bytes: they are decoded once, until it is full."""

@@ -8,6 +8,7 @@ Axes: B images of a micro-batch, C channels, H and W pixels, N samples of the sp
 import math
 import signal
 from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 from dpkd.data.augment import apply_image, apply_map, centre_view, random_views
 from dpkd.data.background import replace_backgrounds
 from dpkd.data.batch import Batch, View
+from dpkd.data.decoded import DecodedImages
 from dpkd.data.images import decode_checked
 from dpkd.data.label_file import Labels
 from dpkd.data.settings import GLOBAL, AugmentSettings, LoaderSettings
@@ -78,21 +80,26 @@ def load_batches(
 
     `targets` has an array [N] for each target of the batch; random views depend on the seed.
 
-    Raises `UserError` with shard and key for an unreadable sample.
+    Raises `UserError` with shard and key for an unreadable sample, and if the decoded images that it is to keep exceed
+    the shared memory.
     """
     cv2.setNumThreads(1)  # images are small, and OpenCV's threads would slow training
     work = (
         _Work(index_B, epoch_B, {name: target_N[index_B].astype(np.int64) for name, target_N in targets.items()})
         for index_B, epoch_B in draws
     )
+    method = load_ahead() if loader.workers else None
+    cache_bytes = int(loader.cache_gb * 1e9)
+    lock = torch.multiprocessing.get_context(method).Lock() if method else nullcontext()
+    decoded = DecodedImages(split.num_samples, num_bytes=cache_bytes, lock=lock) if cache_bytes else None
     batches: DataLoader[Batch | UserError] = DataLoader(
-        _Reader(split, maps, views, seed),
+        _Reader(split, maps, views, seed, decoded),
         batch_size=None,
         sampler=work,
         num_workers=loader.workers,
         prefetch_factor=loader.prefetch if loader.workers else None,
         worker_init_fn=_start_worker,
-        multiprocessing_context=load_ahead() if loader.workers else None,
+        multiprocessing_context=method,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # a loader must not change the random state of training
     )
@@ -124,7 +131,7 @@ def evaluation_batches(
         maps=maps,
         views={GLOBAL: ViewPlan(image_size, map_size, augment=None)},
         seed=0,
-        loader=loader.model_copy(update={"workers": min(loader.workers, len(cuts))}),
+        loader=loader.model_copy(update={"workers": min(loader.workers, len(cuts)), "cache_gb": 0}),
     )
 
 
@@ -153,14 +160,13 @@ class _Reader(torch.utils.data.Dataset[Batch | UserError]):
     maps: MapReader | None
     views: Mapping[str, ViewPlan]
     seed: int
+    decoded: DecodedImages | None
 
     def __getitem__(self, work: _Work) -> Batch | UserError:
         filled: dict[str, _Filled] = {}
         for row, (index, epoch) in enumerate(zip(work.index_B.tolist(), work.epoch_B.tolist(), strict=True)):
             try:
-                sample = self.split.read(index)
-                image_HWC = decode_checked(sample.image)
-                maps = {} if self.maps is None else self.maps.read(index, sample)
+                image_HWC, maps = self._read(index)
                 filled = filled or {name: _allocate(plan, len(work.index_B), maps) for name, plan in self.views.items()}
                 self._fill(filled, row, image_HWC, maps, {"seed": self.seed, "epoch": epoch, "index": index})
             except (UserError, StorageError) as error:
@@ -186,6 +192,17 @@ class _Reader(torch.utils.data.Dataset[Batch | UserError]):
             index_B=torch.from_numpy(work.index_B.copy()),  # the order may cache and share the array
             epoch_B=torch.from_numpy(work.epoch_B.copy()),
         )
+
+    def _read(self, index: int) -> tuple[NDArray[np.uint8], Maps]:
+        """The image and the maps of a sample; one that was kept is neither read nor decoded again."""
+        kept_HWC = None if self.decoded is None else self.decoded.get(index)
+        if kept_HWC is not None and self.maps is None:
+            return kept_HWC, {}
+        sample = self.split.read(index)
+        image_HWC = decode_checked(sample.image) if kept_HWC is None else kept_HWC
+        if self.decoded is not None and kept_HWC is None:
+            self.decoded.keep(index, image_HWC)
+        return image_HWC, {} if self.maps is None else self.maps.read(index, sample)
 
     def _fill(
         self, filled: dict[str, _Filled], row: int, image_HWC: NDArray[np.uint8], maps: Maps, draw: dict[str, int]

@@ -159,6 +159,38 @@ def test_workers_change_nothing(split, workers):
     _assert_equal(_train(split, 0, 5, maps=maps, loader=LoaderSettings(workers=workers, prefetch=2)), expected)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kept_bytes", [10**6, 20_000])  # all images, and some of them
+@pytest.mark.parametrize("maps", [None, ImageAsMaps()])
+def test_kept_images_change_nothing(split, workers, kept_bytes, maps):
+    loader = LoaderSettings(workers=workers, cache_gb=kept_bytes / 1e9)
+    _assert_equal(_train(split, 0, 9, maps=maps, loader=loader), _train(split, 0, 9, maps=maps))
+
+
+def test_kept_images_are_not_read_again(split, tmp_path):
+    expected = _train(split, 0, 6)
+    order = Order(SHARD_SIZES, seed=5, global_batch_size=8, block_shards=2)
+    batches = load_batches(
+        split,
+        rank_micro_batches(order, range(6), rank=0, world_size=1, micro_batch_size=2),
+        targets={"class": split.label_N},
+        maps=None,
+        views=one_view(24, 24),
+        seed=5,
+        loader=LoaderSettings(workers=0, cache_gb=1e-3),
+    )
+    first = [next(batches) for _ in range(8)]  # the first epoch
+    for shard in tmp_path.glob("*.tar"):
+        with shard.open("r+b") as file:
+            file.write(bytes(shard.stat().st_size))
+    _assert_equal([*first, *batches], expected)
+
+
+def test_more_memory_than_the_machine_shares_is_refused(split):
+    with pytest.raises(UserError, match=r"data\.loader\.cache_gb asks for 1000000\.0 GB .* lower it"):
+        _train(split, 0, 1, loader=LoaderSettings(workers=0, cache_gb=1e6))
+
+
 def test_resuming_gives_the_rest_of_the_batches(split):
     _assert_equal(_train(split, 3, 6), _train(split, 0, 6)[12:])
 
