@@ -16,7 +16,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart install test nightly chaos benchmark fuzz lint format lock clean
+.PHONY: quickstart install test nightly chaos benchmark benchmark-check fuzz lint format lock clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python tools/make_sample_data.py data/sample
@@ -51,6 +51,9 @@ benchmark: $(INSTALLED)
 	$(BIN)/python -m tools.bench_checkpoint
 	$(BIN)/python -m tools.bench_recovery --launcher local --fault kill
 	$(BIN)/python -m tools.bench_goodput
+
+benchmark-check: $(INSTALLED)
+	$(BIN)/python -m tools.benchmark_check
 
 fuzz: SEED := $(or $(SEED),$(shell date +%s))
 fuzz: $(INSTALLED)
