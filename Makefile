@@ -5,6 +5,7 @@
 #                   90 minutes on 2 cores (the sum of its parts); SEED=n repeats a run, ALL=1 takes every storage call of a
 #                   save where else some are drawn, and every damage of a file: some hours more
 # make benchmark    what a save, a restart and preemptions cost on this machine: half an hour; tools/bench_*.py has the others
+# make benchmark-check   whether loader, step and start are as fast as they were, by ratios: about four minutes
 # make fuzz         the tests of untrusted input with many more examples, for as long as it takes; SEED=n repeats a run
 # make lint         formatting, lint, types, and the size and shape of the code;  make format mends the first two
 # make lock         resolves pyproject.toml anew into requirements.lock
