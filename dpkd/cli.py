@@ -4,6 +4,7 @@ dpkd pretrain --config FILE      the whole run, like `python -m dpkd.pretrain`
 dpkd pack|prepare|evaluate|export --config FILE     one stage of it
 dpkd profile --config FILE [--stage distill]    some steps of a training stage: a trace, and where a step goes
 dpkd plan --config FILE [--fast] shows the stages that would run; checks settings, files and (not with --fast) networks
+dpkd ledger --config FILE [--pairs 3] [--budget 2h]    what teacher, tricks and each prior bring on your images
 dpkd inspect DATASET             shows a packed data set and its prior sets; checks every file and map
 dpkd inspect DATASET --picture FILE.png [KEY ...]   draws samples with all their maps as one picture
 dpkd audit RUN                   checks that each sample was used in the planned order, over all attempts
@@ -11,6 +12,8 @@ dpkd doctor                      checks that this machine has the packages and d
 """
 
 import argparse
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -25,6 +28,7 @@ OF_SETTINGS = {
     "evaluate": "measure teacher, students and baselines again",
     "export": "write the students as timm folders and ONNX",
     "profile": "run some steps of a training stage, and show where their time goes",
+    "ledger": "measure what teacher, tricks and priors bring on your images",
     "plan": "show the stages that would run, and check settings, files and networks",
 }
 """The verbs that take settings, with their help."""
@@ -32,7 +36,8 @@ OF_SETTINGS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, runs the verb, and returns the exit code (see `dpkd.pretrain`)."""
-    options = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(words, argparse.Namespace(command=shlex.join(["dpkd", *words])))
     install_stop_handlers(pretrain.interrupt)
     return pretrain.exit_code(lambda: _act(options))
 
@@ -63,6 +68,14 @@ def _act(options: argparse.Namespace) -> None:
         from dpkd.verbs.profile import profile_stage
 
         profile_stage(load_settings(options.config, options.overrides), options.stage, steps=options.steps)
+    elif options.verb == "ledger":
+        from dpkd.settings import load_settings
+        from dpkd.verbs.ledger import ledger, plan_ledger
+
+        settings = load_settings(options.config, options.overrides)
+        out = Path(options.out or f"{settings.run.dir}-ledger")
+        asked = {name: getattr(options, name) for name in ("pairs", "rows", "shares", "command")}
+        ledger(plan_ledger(settings, out, **asked), budget=options.budget, jobs=options.jobs)
     else:
         stages = pretrain.stage_names(options.stages) if options.verb == "pretrain" else [options.verb]
         pretrain.run_settings(options.config, options.overrides, stages=stages)
@@ -82,6 +95,13 @@ def _parser() -> argparse.ArgumentParser:
         elif name == "profile":
             verb.add_argument("--stage", metavar="STAGE", help="teach, teach-NAME or distill; the first without it")
             verb.add_argument("--steps", type=int, default=10, help="steps that count")
+        elif name == "ledger":
+            verb.add_argument("--pairs", type=int, default=3, help="seeds; each draws labels, weights and batches")
+            verb.add_argument("--budget", metavar="2h", help="time that may be used, as 90m or 1h30m")
+            verb.add_argument("--out", metavar="FOLDER", help="folder of all runs; <run.dir>-ledger without it")
+            verb.add_argument("--rows", metavar="A,B", help="only these rows, as ledger.md names them")
+            verb.add_argument("--shares", metavar="0.05,0.1", help="shares of the labels to train with, besides")
+            verb.add_argument("--jobs", type=int, default=1, help="runs side by side")
     purpose = "show and check a data set and its priors; or draw samples"
     inspect = verbs.add_parser("inspect", help=purpose)
     inspect.add_argument("dataset", metavar="DATASET", help="folder or URL of the shards")

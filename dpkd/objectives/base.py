@@ -196,6 +196,10 @@ class Objective(Config):
         """The needs from the network, the batch and a teacher."""
         raise NotImplementedError
 
+    def without_maps(self) -> Objective | None:
+        """The same objective without prior maps, to measure what they bring; None if it is nothing without them."""
+        return None if self.needs().maps else self
+
     def loss(self, context: Context) -> Tensor | Mapping[str, Tensor]:
         """The weighted loss, a scalar mean over the micro-batch; or several losses by name, which are summed."""
         raise NotImplementedError

@@ -41,6 +41,9 @@ class PatchLabels(Distillation):
         heads = {teacher_head(self.teacher, "patch_labels"): Head("patch", "classes+1")}
         return Needs(heads=heads, teacher=("patch_logits",), maps=maps, amounts=maps)
 
+    def without_maps(self) -> PatchLabels:
+        return self.model_copy(update={"prior": None})
+
     def loss(self, context: Context) -> Tensor:
         import torch.nn.functional as F
 

@@ -24,6 +24,9 @@ class PatchRelations(Distillation):
         maps = ("saliency",) if self.saliency else ()
         return Needs(student=("patch",), teacher=("patch",), maps=maps, amounts=maps)
 
+    def without_maps(self) -> PatchRelations:
+        return self.model_copy(update={"saliency": 0.0})
+
     def loss(self, context: Context) -> Tensor:
         weight_B1HW = patch_weight(context, {"saliency": self.saliency})
         return self.weight * kernel_misalignment(context.student("patch"), context.teacher("patch"), weight_B1HW)

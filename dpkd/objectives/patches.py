@@ -24,6 +24,9 @@ class PatchDistillation(Distillation):
         head = Head("patch", "teacher.patch")
         return Needs(heads={teacher_head(self.teacher, "patch"): head}, teacher=("patch",), maps=maps, amounts=maps)
 
+    def without_maps(self) -> PatchDistillation:
+        return self.model_copy(update={"saliency": 0.0, "edge": 0.0})
+
     def loss(self, context: Context) -> Tensor:
         weight_B1HW = patch_weight(context, {"saliency": self.saliency, "edge": self.edge})
         student_BDHW = context.student(teacher_head(self.teacher, "patch"))

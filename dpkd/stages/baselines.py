@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from dpkd.models.settings import MeanPooling
+from dpkd.objectives import AnyObjective
 from dpkd.objectives.supervised import Supervised
 from dpkd.settings import Settings, StudentSettings, TeacherSettings
 
@@ -28,17 +29,22 @@ def baselines(settings: Settings) -> dict[str, Baseline]:
 
 
 def _on_labels_alone(settings: Settings, student: StudentSettings, length: float) -> TeacherSettings:
-    supervised = [objective for objective in student.objectives if objective.kind == "supervised"]
     training = settings.distill.training
     steps = training.steps and max(1, round(length * training.steps))
     scaled = {"steps": steps, "epochs": training.epochs and length * training.epochs, "labelled_share": 1.0}
     return TeacherSettings(
         model=student.model.model_copy(update={"pooling": MeanPooling()}),
         weights=student.weights,
-        objectives=tuple(each.model_copy(update={"weight": 1.0}) for each in supervised or [Supervised()]),
+        objectives=labels_alone(student),
         optimizer=student.optimizer,
         schedule=student.schedule,
         engine=student.engine,
         augment=settings.distill.augment,
         training=training.model_copy(update=scaled),
     )
+
+
+def labels_alone(student: StudentSettings) -> tuple[AnyObjective, ...]:
+    """The supervised objectives of a student with weight 1, or plain cross-entropy."""
+    supervised = [objective for objective in student.objectives if objective.kind == "supervised"]
+    return tuple(objective.model_copy(update={"weight": 1.0}) for objective in supervised or [Supervised()])

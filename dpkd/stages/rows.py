@@ -1,0 +1,133 @@
+"""The rows of a ledger: configurations derived from a user's settings, each as the overrides that make it.
+
+all                       the user's settings
+labels alone              no teacher, no prior; the students learn labels alone, as their baselines do
+labels + tricks           the same, with the objectives that need neither a teacher nor a map (rotation, mixup)
+teacher without priors    every use of a prior map removed
+random maps               every use that has a control takes the map of another image
+without U, only U         all uses of a map but one, and one alone
+all at 5 % of labels, labels alone at 5 % of labels
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+import yaml
+
+from dpkd.config import apply_override
+from dpkd.errors import UserError
+from dpkd.models.settings import FigureGroundPooling
+from dpkd.objectives.base import Objective, named
+from dpkd.settings import Settings, TeacherSettings, parse_settings
+from dpkd.stages.baselines import labels_alone
+
+ALL, LABELS, TRICKS, PLAIN, RANDOM = "all", "labels alone", "labels + tricks", "teacher without priors", "random maps"
+
+
+def prior_uses(settings: Settings) -> dict[str, list[str]]:
+    """The keys that use prior maps by the name of the use: `teacher.pooling`, `students.patches`.
+
+    Students share a use of one name, because they are trained together.
+    """
+    uses: dict[str, list[str]] = defaultdict(list)
+    for key, network in settings.networks.items():
+        owner = key.removeprefix("teachers.") if isinstance(network, TeacherSettings) else "students"
+        if isinstance(network.model.pooling, FigureGroundPooling):
+            uses[f"{owner}.pooling"].append(f"{key}.model.pooling")
+        if isinstance(network, TeacherSettings) and network.objectives and network.augment.background is not None:
+            uses[f"{owner}.background"].append(f"{key}.augment.background")
+        for position, (name, objective) in enumerate(named(network.objectives).items()):
+            if objective.needs().maps:
+                uses[f"{owner}.{name}"].append(f"{key}.objectives.{position}")
+    if settings.distill.augment.background is not None:
+        uses["students.background"].append("distill.augment.background")
+    return dict(uses)
+
+
+def rows_of(settings: Settings, *, shares: Sequence[float] = ()) -> dict[str, list[str]]:
+    """The overrides of each row by its name, those that tell most first; `shares` are shares of labels."""
+    uses = prior_uses(settings)
+    names, alone = list(uses), _without_teachers(settings, tricks=())
+    table: dict[str, list[str]] = {ALL: [], LABELS: alone}
+    if tricks := signals(settings):
+        table[TRICKS] = _without_teachers(settings, tricks=tricks)
+    if uses:
+        table[PLAIN] = without(settings, names)
+        controls = [key for keys in uses.values() for key in keys if not key.endswith(".pooling")]
+        if controls:
+            table[RANDOM] = [f"{key}.control=shuffle" for key in controls]
+    table |= {f"without {name}": without(settings, [name]) for name in names}
+    table |= {f"only {name}": without(settings, [other for other in names if other != name]) for name in names}
+    for share in shares:
+        labels, of = override("data.labels", {"kind": "fraction", "fraction": share}), at(share)
+        table |= {ALL + of: [labels], LABELS + of: [*alone, labels]}
+    return table
+
+
+def at(share: float) -> str:
+    """The end of the name of a row with this share of labels."""
+    return f" at {100 * share:g} % of labels"
+
+
+def signals(settings: Settings) -> list[Objective]:
+    """The first objective of each kind that needs neither a teacher nor a map, without the supervised ones."""
+    found: dict[str, Objective] = {}
+    for objective in settings.objectives.values():
+        needs = objective.needs()
+        if objective.kind != "supervised" and not needs.maps and not needs.teacher:
+            found.setdefault(objective.kind, objective)
+    return list(found.values())
+
+
+def _without_teachers(settings: Settings, *, tricks: Sequence[Objective]) -> list[str]:
+    overrides = [override("teachers", {}), "distill.training.labelled_share=1"]
+    for name, student in settings.distill.students.items():
+        objectives = _plain((*labels_alone(student), *tricks))
+        overrides.append(override(f"distill.students.{name}.objectives", objectives))
+        if isinstance(student.model.pooling, FigureGroundPooling):
+            overrides.append(override(f"distill.students.{name}.model.pooling", {"kind": "mean"}))
+    if settings.distill.augment.background is not None:
+        overrides.append("distill.augment.background=null")
+    if settings.data.attributes is not None and not any("attributes" in each.needs().targets for each in tricks):
+        overrides.append("data.attributes=null")
+    return overrides
+
+
+def without(settings: Settings, names: Collection[str]) -> list[str]:
+    """The overrides that remove these uses: an objective keeps what it is without maps, or goes."""
+    uses = prior_uses(settings)
+    keys = {key for name in names for key in uses[name]}
+    overrides = [override(key, {"kind": "mean"}) for key in sorted(keys) if key.endswith(".pooling")]
+    overrides += [override(key, None) for key in sorted(keys) if key.endswith(".background")]
+    for key, network in settings.networks.items():
+        places = {f"{key}.objectives.{position}": each for position, each in enumerate(network.objectives)}
+        changed = {place: each.without_maps() for place, each in places.items() if place in keys}
+        if None in changed.values():
+            left = [each for place in places if (each := changed.get(place, places[place])) is not None]
+            overrides.append(override(f"{key}.objectives", _plain(left)))
+        else:
+            overrides += [override(place, _plain([each])[0]) for place, each in changed.items() if each is not None]
+    return overrides
+
+
+def _plain(objectives: Iterable[Objective]) -> list[dict[str, Any]]:
+    return [{"kind": each.kind, **each.model_dump(mode="json", exclude_defaults=True)} for each in objectives]
+
+
+def override(key: str, value: Any) -> str:
+    """`key=value` for the command line."""
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1_000_000)
+    return f"{key}={text.removesuffix('...' + chr(10)).strip()}"
+
+
+def with_overrides(settings: Settings, overrides: Iterable[str], *, origin: str) -> Settings:
+    """The settings with these overrides; raises `UserError`, also if a student would learn nothing."""
+    tree = settings.model_dump(mode="json")
+    for each in overrides:
+        apply_override(tree, each, root=Settings)
+    changed = parse_settings(tree, origin=origin)
+    for name, student in changed.distill.students.items():
+        if not student.objectives:
+            raise UserError(f"{origin}: distill.students.{name} would learn nothing: all its objectives read maps")
+    return changed
