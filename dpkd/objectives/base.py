@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
@@ -191,6 +191,8 @@ class Objective(Config):
     weight: Weight = 1.0
     control: Literal["none", "shuffle"] = "none"
     """`shuffle` swaps the prior maps between images of the batch: a control experiment."""
+    map_free: ClassVar[Mapping[str, Any]] = {}
+    """Settings with which it reads no map, if there are some."""
 
     def needs(self) -> Needs:
         """The needs from the network, the batch and a teacher."""
@@ -198,7 +200,10 @@ class Objective(Config):
 
     def without_maps(self) -> Objective | None:
         """The same objective without prior maps, to measure what they bring; None if it is nothing without them."""
-        return None if self.needs().maps else self
+        if not self.needs().maps:
+            return self
+        plain = self.model_copy(update={**self.map_free, "control": "none"})
+        return None if plain.needs().maps else plain
 
     def loss(self, context: Context) -> Tensor | Mapping[str, Tensor]:
         """The weighted loss, a scalar mean over the micro-batch; or several losses by name, which are summed."""

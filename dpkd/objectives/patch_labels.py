@@ -5,7 +5,8 @@ Axes: B sample, K class, H W patch grid, N patches.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -35,14 +36,12 @@ class PatchLabels(Distillation):
     temperature: float = Field(1.0, gt=0)
     """Divides the teacher's logits; a high one weighs the `top` classes equally, as SUN does."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
+    map_free: ClassVar[Mapping[str, Any]] = {"prior": None}
 
     def needs(self) -> Needs:
         maps = (self.prior,) if self.prior else ()
         heads = {teacher_head(self.teacher, "patch_labels"): Head("patch", "classes+1")}
         return Needs(heads=heads, teacher=("patch_logits",), maps=maps, amounts=maps)
-
-    def without_maps(self) -> PatchLabels:
-        return self.model_copy(update={"prior": None})
 
     def loss(self, context: Context) -> Tensor:
         import torch.nn.functional as F

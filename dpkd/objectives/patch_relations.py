@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dpkd.objectives.base import Context, Distillation, Needs, Weight
 from dpkd.objectives.patches import patch_weight, resample_features
@@ -19,13 +20,11 @@ class PatchRelations(Distillation):
 
     kind: Literal["patch_relations"] = "patch_relations"
     saliency: Weight = 0.0
+    map_free: ClassVar[Mapping[str, Any]] = {"saliency": 0.0}
 
     def needs(self) -> Needs:
         maps = ("saliency",) if self.saliency else ()
         return Needs(student=("patch",), teacher=("patch",), maps=maps, amounts=maps)
-
-    def without_maps(self) -> PatchRelations:
-        return self.model_copy(update={"saliency": 0.0})
 
     def loss(self, context: Context) -> Tensor:
         weight_B1HW = patch_weight(context, {"saliency": self.saliency})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dpkd.objectives.base import Context, Distillation, Head, Needs, Weight
 from dpkd.objectives.features import feature_distance, teacher_head
@@ -18,14 +18,12 @@ class PatchDistillation(Distillation):
     kind: Literal["patches"] = "patches"
     saliency: Weight = 1.0
     edge: Weight = 2.0
+    map_free: ClassVar[Mapping[str, Any]] = {"saliency": 0.0, "edge": 0.0}
 
     def needs(self) -> Needs:
         maps = tuple(name for name, weight in (("saliency", self.saliency), ("edge", self.edge)) if weight)
         head = Head("patch", "teacher.patch")
         return Needs(heads={teacher_head(self.teacher, "patch"): head}, teacher=("patch",), maps=maps, amounts=maps)
-
-    def without_maps(self) -> PatchDistillation:
-        return self.model_copy(update={"saliency": 0.0, "edge": 0.0})
 
     def loss(self, context: Context) -> Tensor:
         weight_B1HW = patch_weight(context, {"saliency": self.saliency, "edge": self.edge})
