@@ -26,12 +26,21 @@ import yaml
 from dpkd.errors import StopRequested, UserError, did_you_mean
 from dpkd.io import storage
 from dpkd.log import duration, logger
-from dpkd.report.summary import DASH, markdown_table
+from dpkd.report.summary import markdown_table
 from dpkd.run.folder import RunFolder
 from dpkd.settings import Settings, parse_settings
 from dpkd.stages.plan import POOL_STAGES, left_to_do, stages_of
 from dpkd.stages.rows import ALL, LABELS, RANDOM, at, prior_uses, rows_of, with_overrides, without
-from dpkd.verbs.ledger_report import FEW, MEAN, Figures, Results, advise, draw_intervals, interval, measured
+from dpkd.verbs.ledger_report import (
+    Figures,
+    Results,
+    accuracies,
+    accuracy_table,
+    advise,
+    draw_intervals,
+    gain_table,
+    measured,
+)
 
 UNITS_S = {"d": 86_400, "h": 3600, "m": 60, "min": 60, "s": 1}
 NEVER = 1_000_000_000
@@ -82,17 +91,16 @@ class Training:
 
     def figures(self) -> Figures:
         """The figures of the students as exported; of trainings of several lengths, of the best on the first split."""
-        summary = json.loads((self.path / "summary.json").read_text())
+        summary, splits = json.loads((self.path / "summary.json").read_text()), self.settings.data.evaluated_splits
         found = {}
         for name, student in summary["students"].items():
             longer = [other for key, other in summary["baselines"].items() if key.partition(".")[0] == name]
             exported = [network.get("plain_pooling", network["few_shot"]) for network in (student, *longer)]
-            first = self.settings.data.evaluated_splits[0]
-            best = max(exported, key=lambda by_split: list(by_split[first].values())[-1]["mean"])
+            best = max(exported, key=lambda by_split: list(by_split[splits[0]].values())[-1]["mean"])
+            scores = {(split, key): score["mean"] for split in splits for key, score in best[split].items()}
             found[name] = {
-                (split, setting): best[split][setting]["mean"]
-                for split in self.settings.data.evaluated_splits
-                for setting in best[split]
+                f"{split} {key.partition('_')[2].replace('shot', '-shot')}": mean
+                for (split, key), mean in scores.items()
             }
         return found
 
@@ -263,38 +271,40 @@ class Runs:
 
 def write_report(plan: Plan, done: Sequence[Training], *, left: Sequence[str], failed: Sequence[str]) -> None:
     """Writes `ledger.json`, `ledger.md` and the pictures of the finished runs."""
-    uses, figures = list(prior_uses(plan.settings)), {(run.row, run.seed): run.figures() for run in done}
-    results = Results(figures, plan.same)
+    uses = list(prior_uses(plan.settings))
+    results = Results({(run.row, run.seed): run.figures() for run in done}, plan.same)
     gains, advice = measured(results, uses, plan.shares), advise(results, uses)
     overrides = without(plan.settings, advice.removed) if advice.row == ALL else plan.overrides[advice.row]
-    titles = [f"{split} {setting.partition('_')[2].replace('shot', '-shot')}" for split, setting in results.places]
-    table = [["", "student", *titles, "pairs"]]
-    for row, over, shows, student, by_place in gains:
-        cells = [by_place[place].words() for place in results.places]
-        table.append([f"{row} − {over}: {shows}", student, *cells, str(next(iter(by_place.values())).num_seeds)])
-    accuracy = [["row", "student", *titles, "time of a run"]]
-    for row in dict.fromkeys(run.row for run in done):
-        took = duration(mean(run.seconds for run in done if run.row == row))
-        for student in results.students:
-            found = [interval(results.by_seed(row, student, place).values()) for place in results.places]
-            accuracy.append([row, student, *(each.words("") if each else DASH for each in found), took])
-    lines = ["# What helps on these images", "", f"`{plan.command}`", "", "## What to do", ""]
-    if (pairs := len({run.seed for run in done})) < FEW:
-        lines += [f"**{pairs} of at least {FEW} pairs: a direction, not a measurement.**", ""]
-    lines += [*(f"- {reason}" for reason in advice.reasons), ""]
+    seconds = {
+        row: mean(run.seconds for run in done if run.row == row) for row in dict.fromkeys(run.row for run in done)
+    }
+    facts = ("row", "seed", "seconds")
+    record = {
+        "command": plan.command,
+        "advice": {**advice._asdict(), "overrides": overrides},
+        "gains": [gain._asdict() for gain in gains],
+        "runs": [{**{key: getattr(run, key) for key in facts}, "figures": run.figures()} for run in done],
+        "rows": plan.overrides,
+        "same": plan.same,
+        "left": left,
+        "failed": failed,
+    }
+    lines = [
+        "# What helps on these images",
+        "",
+        f"`{plan.command}`",
+        "",
+        "## What to do",
+        "",
+        *advice.lines(results),
+        "",
+    ]
     lines += [f"Recommended: {advice.row}" + (", with these settings:" if overrides else ", as the settings are."), ""]
     lines += [*_block(overrides), "## Gains", "", "In points, as exported, with 95 % intervals over pairs.", ""]
-    lines += ["![gains](gains.png)", "", *markdown_table(table), "", "## Accuracy", "", *markdown_table(accuracy), ""]
-    last = results.places[-1]
-    drawn = {f"{g.row} - {g.over}, {g.student}": g.gains[last] for g in gains if g.student != MEAN}
-    curve = {
-        f"{row}, {student}": each
-        for student in results.students
-        for row in [row + at(share) for share in plan.shares for row in (ALL, LABELS)]
-        if student != MEAN and (each := interval(results.by_seed(row, student, last).values()))
-    }
-    if curve:
-        picture = draw_intervals(curve, title=f"accuracy, {titles[-1]}", sign="")
+    lines += ["![gains](gains.png)", "", *markdown_table(gain_table(results, gains)), "", "## Accuracy", ""]
+    lines += [*markdown_table(accuracy_table(results, {row: duration(each) for row, each in seconds.items()})), ""]
+    if curve := accuracies(results, [row + at(share) for share in plan.shares for row in (ALL, LABELS)]):
+        picture = draw_intervals(curve, title=f"accuracy, {results.places[-1]}", sign="")
         storage.write_bytes_atomic(plan.out / "labels.png", picture)
         lines += ["![accuracy by share of labels](labels.png)", ""]
     lines += ["## Rows", ""]
@@ -303,39 +313,17 @@ def write_report(plan: Plan, done: Sequence[Training], *, left: Sequence[str], f
         lines += _block(plan.overrides[row]) if first == row else []
     lines += [f"- {note}" for note in (*plan.notes, *(f"failed: {fault}" for fault in failed))]
     if left:
-        lines += ["", "## Not run yet", "", *(f"- {name}" for name in left), "", *_block([plan.command])]
-    record = {
-        "command": plan.command,
-        "advice": {**advice._asdict(), "overrides": overrides},
-        "gains": [
-            {**gain._asdict(), "gains": [(*place, *found) for place, found in gain.gains.items()]} for gain in gains
-        ],
-        "runs": [
-            {
-                "row": run.row,
-                "seed": run.seed,
-                "folder": str(run.path),
-                "seconds": run.seconds,
-                "figures": {
-                    student: [(*place, value) for place, value in by_place.items()]
-                    for student, by_place in figures[run.row, run.seed].items()
-                },
-            }
-            for run in done
-        ],
-        "rows": plan.overrides,
-        "same": plan.same,
-        "left": left,
-        "failed": failed,
-    }
-    storage.write_bytes_atomic(plan.out / "gains.png", draw_intervals(drawn, title=f"gain in points, {titles[-1]}"))
+        lines += ["", "## Not run yet", "", *(f"- {name}" for name in left), "", "```", plan.command, "```"]
+    drawn = {f"{gain.row} - {gain.over}, {gain.student}": gain.gains[results.places[-1]] for gain in gains}
+    picture = draw_intervals(drawn, title=f"gain in points, {results.places[-1]}")
+    storage.write_bytes_atomic(plan.out / "gains.png", picture)
     storage.write_bytes_atomic(plan.out / "ledger.json", (json.dumps(record, indent=1) + "\n").encode())
     storage.write_bytes_atomic(plan.out / "ledger.md", ("\n".join(lines) + "\n").encode())
 
 
-def _block(words: Sequence[str]) -> list[str]:
-    """A block to copy, a line each; none without words."""
-    return ["```", *(" \\\n".join(map(shlex.quote, words))).split("\n"), "```", ""] if words else []
+def _block(overrides: Sequence[str]) -> list[str]:
+    """A block to copy, an override a line; none without overrides."""
+    return ["```", *" \\\n".join(map(shlex.quote, overrides)).split("\n"), "```", ""] if overrides else []
 
 
 def seconds_of(budget: str | None) -> float:

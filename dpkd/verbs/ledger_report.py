@@ -1,7 +1,7 @@
 """What a ledger says: paired gains with their intervals, a recommendation, and pictures.
 
-A figure is the accuracy of an exported student, by place: split and setting (`5way_5shot`). Rows of one seed share
-labels, first weights and episodes, so the gain of one row over another is the mean over seeds of their differences.
+A figure is the accuracy of an exported student, by place (`val 5-shot`). Rows of one seed share labels, first weights
+and episodes, so the gain of one row over another is the mean over seeds of their differences.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dpkd.report.summary import Table
 from dpkd.stages.rows import ALL, LABELS, PLAIN, RANDOM, TRICKS, at
 
-Place = tuple[str, str]
-Figures = Mapping[str, Mapping[Place, float]]
+Figures = Mapping[str, Mapping[str, float]]
 """Accuracy by student and place; the first split is that of choices, and the number of shots grows."""
 MEAN = "mean of students"
 FEW = 3
@@ -64,11 +64,16 @@ class Results:
         return (*names, MEAN) if len(names) > 1 else names
 
     @property
-    def places(self) -> tuple[Place, ...]:
-        """All splits and settings."""
+    def places(self) -> tuple[str, ...]:
+        """Splits and numbers of shots."""
         return tuple(next(iter(next(iter(self.runs.values())).values())))
 
-    def by_seed(self, row: str, student: str, place: Place) -> dict[int, float]:
+    @property
+    def judged(self) -> str:
+        """The place by which advice is given: most shots on the first split."""
+        return [place for place in self.places if place.split()[0] == self.places[0].split()[0]][-1]
+
+    def by_seed(self, row: str, student: str, place: str) -> dict[int, float]:
         """The accuracy of a row."""
         of_row = {seed: figures for (name, seed), figures in self.runs.items() if name == self.same.get(row)}
         return {
@@ -76,10 +81,9 @@ class Results:
             for seed, figures in of_row.items()
         }
 
-    def gain(self, row: str, over: str, student: str, place: Place | None = None) -> Interval | None:
-        """The gain of a row over another, by default with most shots on the first split; None without a pair."""
-        place = place or [place for place in self.places if place[0] == self.places[0][0]][-1]
-        left, right = (self.by_seed(name, student, place) for name in (row, over))
+    def gain(self, row: str, over: str, student: str, place: str | None = None) -> Interval | None:
+        """The gain of a row over another, by default where advice is given; None without a pair."""
+        left, right = (self.by_seed(name, student, place or self.judged) for name in (row, over))
         return interval([left[seed] - right[seed] for seed in left if seed in right])
 
 
@@ -90,7 +94,7 @@ class Measured(NamedTuple):
     over: str
     shows: str
     student: str
-    gains: dict[Place, Interval]
+    gains: dict[str, Interval]
 
 
 def measured(results: Results, uses: Collection[str], shares: Sequence[float]) -> list[Measured]:
@@ -106,9 +110,10 @@ def measured(results: Results, uses: Collection[str], shares: Sequence[float]) -
         *((f"only {name}", PLAIN, f"{name}, alone") for name in uses),
         *((ALL + at(share), LABELS + at(share), f"distilling{at(share)}") for share in shares),
     ]
-    pairs = {(results.same.get(row), results.same.get(over)): (row, over, shows) for row, over, shows in compared[::-1]}
-    found = []
-    for (first, second), comparison in reversed(pairs.items()):
+    found, pairs = [], dict[tuple[str | None, str | None], tuple[str, str, str]]()
+    for row, over, shows in compared:
+        pairs.setdefault((results.same.get(row), results.same.get(over)), (row, over, shows))
+    for (first, second), comparison in pairs.items():
         for student in results.students if first != second else ():
             gains = {place: results.gain(*comparison[:2], student, place) for place in results.places}
             known = {place: gain for place, gain in gains.items() if gain is not None}
@@ -124,6 +129,13 @@ class Advice(NamedTuple):
     removed: tuple[str, ...]
     reasons: tuple[str, ...]
 
+    def lines(self, results: Results) -> list[str]:
+        """The reasons as a list in Markdown, with a warning where pairs are few."""
+        pairs = len({seed for _, seed in results.runs})
+        few = f"**{pairs} of at least {FEW} pairs: a direction, not a measurement.**"
+        lines = [*([few, ""] if pairs < FEW else []), f"By the gains in points on {results.judged}:", ""]
+        return [*lines, *(f"- {reason}" for reason in self.reasons)]
+
 
 def advise(results: Results, uses: Collection[str]) -> Advice:
     """What to keep: a part that is not shown to help is not recommended, and a use of a prior goes if it hurts."""
@@ -133,7 +145,7 @@ def advise(results: Results, uses: Collection[str]) -> Advice:
     def judge(over: str, students: Sequence[str], *words: str) -> list[int]:
         """The signs of the gains over a row; adds a reason for each, in the words of (unclear, better, worse)."""
         gains = {student: gain for student in students if (gain := results.gain(ALL, over, student))}
-        figures = {student: f"{gain.words()} points over {over}" for student, gain in gains.items()}
+        figures = {student: f"{gain.words()} over {over}" for student, gain in gains.items()}
         reasons.extend(f"{student}: {words[gain.sign]} ({figures[student]})" for student, gain in gains.items())
         return [gain.sign for gain in gains.values()]
 
@@ -163,6 +175,32 @@ def advise(results: Results, uses: Collection[str]) -> Advice:
     elif whole and whole[0] <= 0 and max(verdicts.values(), default=0) <= 0:
         row = PLAIN
     return Advice(row, removed if row == ALL else (), tuple(reasons))
+
+
+def gain_table(results: Results, gains: Sequence[Measured]) -> Table:
+    """A line for each comparison and student."""
+    rows = [["", "student", *results.places, "pairs"]]
+    for row, over, shows, student, by_place in gains:
+        pairs = {str(gain.num_seeds) for gain in by_place.values()}
+        rows.append([f"{row} − {over}: {shows}", student, *(gain.words() for gain in by_place.values()), *pairs])
+    return rows
+
+
+def accuracy_table(results: Results, took: Mapping[str, str]) -> Table:
+    """A line for each row that ran and student; `took` has the mean time of a run in words."""
+    rows = [["row", "student", *results.places, "time of a run"]]
+    for row, time in took.items():
+        for student in results.students:
+            found = [interval(results.by_seed(row, student, place).values()) for place in results.places]
+            rows.append([row, student, *(accuracy.words("") for accuracy in found if accuracy), time])
+    return rows
+
+
+def accuracies(results: Results, rows: Sequence[str]) -> dict[str, Interval]:
+    """The accuracy at the last place of each of the rows that ran and each student, by its name in a picture."""
+    pairs = [(row, student) for student in results.students for row in rows]
+    found = {pair: interval(results.by_seed(*pair, results.places[-1]).values()) for pair in pairs}
+    return {f"{row}, {student}": accuracy for (row, student), accuracy in found.items() if accuracy}
 
 
 def draw_intervals(lines: Mapping[str, Interval], *, title: str, sign: str = "+") -> bytes:

@@ -111,8 +111,8 @@ def test_an_objective_without_maps_needs_none_and_is_else_the_same(kind: Any) ->
 def test_gains_are_paired_by_seed_and_their_interval_is_that_of_the_paired_t_test() -> None:
     rng = np.random.default_rng(0)
     one, other = rng.normal(0.6, 0.02, (2, 5))
-    runs = {(ALL, seed): {"conv": {("val", "5way_5shot"): value}} for seed, value in enumerate(one)}
-    runs |= {(LABELS, seed): {"conv": {("val", "5way_5shot"): value}} for seed, value in enumerate(other[:4])}
+    runs = {(ALL, seed): {"conv": {"val 5-shot": value}} for seed, value in enumerate(one)}
+    runs |= {(LABELS, seed): {"conv": {"val 5-shot": value}} for seed, value in enumerate(other[:4])}
     gain = Results(runs, {ALL: ALL, LABELS: LABELS}).gain(ALL, LABELS, "conv")
     reference = ttest_rel(one[:4], other[:4]).confidence_interval(0.95)
     assert gain is not None
@@ -153,7 +153,7 @@ def test_the_advice_follows_the_gains(accuracy: Mapping[str, float], row: str, r
     # the difference of two rows varies a little from seed to seed; a student more does not change the advice
     runs = {
         (name, seed): {
-            student: {("val", "5way_5shot"): mean + 1e-4 * (len(name) * (seed + 1) % 7)} for student in ("conv", "vit")
+            student: {"val 5-shot": mean + 1e-4 * (len(name) * (seed + 1) % 7)} for student in ("conv", "vit")
         }
         for name, mean in table.items()
         for seed in range(3)
@@ -162,7 +162,7 @@ def test_the_advice_follows_the_gains(accuracy: Mapping[str, float], row: str, r
     assert results.students == ("conv", "vit", MEAN)
     advice = advise(results, USES)
     assert (advice.row, advice.removed) == (row, removed)
-    gained = {(gain.row, gain.over): gain.gains["val", "5way_5shot"].mean for gain in measured(results, USES, ())}
+    gained = {(gain.row, gain.over): gain.gains["val 5-shot"].mean for gain in measured(results, USES, ())}
     assert gained[ALL, LABELS] == pytest.approx(0.7 - table[LABELS], abs=1e-3)
     assert gained["only teacher.pooling", PLAIN] == pytest.approx(0.65 - table[PLAIN], abs=1e-3)
 
@@ -227,7 +227,7 @@ def test_a_ledger_reports_its_runs_goes_on_and_holds_its_budget(
     conv, alone = (summary["students"]["conv"] for summary in figures.values())
     difference = conv["plain_pooling"]["novel"]["5way_5shot"]["mean"] - alone["few_shot"]["novel"]["5way_5shot"]["mean"]
     (gain,) = [gain for gain in record["gains"] if gain["student"] == "conv"]
-    assert gain["gains"][-1] == ["novel", "5way_5shot", pytest.approx(difference), None, 1]
+    assert gain["gains"]["novel 5-shot"] == [pytest.approx(difference), None, 1]
     # the student of the row is the baseline of a whole run, to the last bit
     baseline = load_file(whole.baselines / "conv/model.safetensors")
     student = load_file(out / "labels-alone/seed-0/students/conv/model.safetensors")
