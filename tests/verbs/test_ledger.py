@@ -267,14 +267,14 @@ def test_a_ledger_whose_driver_ends_goes_on_and_ends_with_the_same_figures(
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
         return subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL)
 
-    assert start("unbroken").wait(timeout=200) == 0
+    assert start("unbroken").wait() == 0
     driver, folder = start("broken"), RunFolder(tmp_path / "broken/all/seed-0")
     while not any(line["step"] >= 10 for line in train_events(folder)):
         assert driver.poll() is None
         time.sleep(0.05)
     driver.send_signal(number)
-    assert driver.wait(timeout=100) == (75 if number == signal.SIGTERM else -9)
-    assert start("broken").wait(timeout=200) == 0
+    assert driver.wait() == (75 if number == signal.SIGTERM else -9)
+    assert start("broken").wait() == 0
     assert "continues after step" in (tmp_path / "broken/all/seed-0.log").read_text()
     records = [json.loads((tmp_path / name / "ledger.json").read_text()) for name in ("unbroken", "broken")]
     assert records[0]["gains"] == records[1]["gains"]
