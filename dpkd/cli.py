@@ -5,6 +5,7 @@ dpkd pack|prepare|evaluate|export --config FILE     one stage of it
 dpkd profile --config FILE [--stage distill]    some steps of a training stage: a trace, and where a step goes
 dpkd plan --config FILE [--fast] shows the stages that would run; checks settings, files and (not with --fast) networks
 dpkd ledger --config FILE [--pairs 3] [--budget 2h]    what teacher, tricks and each prior bring on your images
+dpkd adapt EXPORT --shots FOLDER turns a few labelled images of new classes into a classifier, as timm folder and ONNX
 dpkd inspect DATASET             shows a packed data set and its prior sets; checks every file and map
 dpkd inspect DATASET --picture FILE.png [KEY ...]   draws samples with all their maps as one picture
 dpkd audit RUN                   checks that each sample was used in the planned order, over all attempts
@@ -59,6 +60,10 @@ def _act(options: argparse.Namespace) -> None:
             inspect_dataset(options.dataset)
         else:
             draw_samples(options.dataset, options.picture, set_name=options.set, keys=options.keys)
+    elif options.verb == "adapt":
+        from dpkd.verbs.adapt import adapt
+
+        adapt(options.export, options.shots, out=options.out, method=options.method)
     elif options.verb == "plan":
         from dpkd.verbs.plan import plan
 
@@ -102,6 +107,12 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--rows", metavar="A,B", help="only these rows, as ledger.md names them")
             verb.add_argument("--shares", metavar="0.05,0.1", help="shares of the labels to train with, besides")
             verb.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    adapted = verbs.add_parser("adapt", help="turn a few labelled images of new classes into a classifier")
+    adapted.add_argument("export", metavar="EXPORT", help="folder of an exported student, or an adapted one")
+    adapted.add_argument("--shots", required=True, metavar="FOLDER", help="images of the new classes, <class>/*")
+    adapted.add_argument("--out", metavar="FOLDER", help="folder to write; beside EXPORT without it")
+    methods = "auto, prototypes, logistic or fine_tune"
+    adapted.add_argument("--method", default="auto", metavar="METHOD", help=methods)
     purpose = "show and check a data set and its priors; or draw samples"
     inspect = verbs.add_parser("inspect", help=purpose)
     inspect.add_argument("dataset", metavar="DATASET", help="folder or URL of the shards")

@@ -11,13 +11,11 @@ Axes: B image, C channel, H W height and width, D feature.
 
 import json
 import math
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import safetensors.torch
 import timm
 import torch
@@ -27,6 +25,7 @@ from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.log import logger
 from dpkd.models.network import Network
+from dpkd.models.onnx_file import difference_of, write_module
 from dpkd.models.saved import load_network
 from dpkd.models.settings import FigureGroundPooling, NetworkSpec
 from dpkd.report.model_card import model_card
@@ -34,12 +33,9 @@ from dpkd.report.summary import figure_or_none
 from dpkd.stages.evaluate import read_evaluation
 from dpkd.stages.run import Run
 
-ONNX_OPSET = 18
 TIMM_TOLERANCE = 1e-5
 OF_DOWNLOADS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 """Arguments of `timm.create_model` with the source of weights; timm sets them for a folder."""
-CHECK_BATCHES = (1, 3)
-"""Batch sizes at which ONNX is compared; the exported file must accept any size."""
 
 
 def export(run: Run) -> None:
@@ -123,7 +119,7 @@ def write_timm_folder(folder: Path, network: Network) -> None:
                 outputs = {"embedding": embedding_BD, "logits": model(image_BCHW)}
         except (RuntimeError, TypeError, AssertionError):  # the model does not accept these arguments or this size
             continue
-        smallest = min(smallest, max(_difference(outputs[name], expected[name]) for name in _output_names(spec)))
+        smallest = min(smallest, max(difference_of(outputs[name], expected[name]) for name in _output_names(spec)))
         if smallest <= TIMM_TOLERANCE:
             return
     raise UserError(
@@ -152,8 +148,8 @@ class _ForOnnx(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        outputs = self.network(*inputs)
+    def forward(self, image_BCHW: Tensor, weight_B1HW: Tensor | None = None) -> tuple[Tensor, ...]:
+        outputs = self.network(image_BCHW, weight_B1HW)
         return tuple(outputs[name] for name in _output_names(self.network.spec))
 
 
@@ -164,46 +160,16 @@ def write_onnx(path: Path, network: Network, *, map_size: int, tolerance: float)
     Outputs: `embedding` [B, D] and `logits` [B, K]. Raises `UserError` above the tolerance.
     """
     names = ["image", "weight"] if isinstance(network.spec.model.pooling, FigureGroundPooling) else ["image"]
-    module = _ForOnnx(network).eval()
-    batch = torch.export.Dim("batch", min=1)
-    with torch.inference_mode(), warnings.catch_warnings():
-        # image and weight share this axis
-        warnings.filterwarnings("ignore", message=".*The axis name: batch will not be used")
-        torch.onnx.export(
-            module,
-            _inputs(network.spec, batch_size=2, map_size=map_size)[: len(names)],
+    try:
+        return write_module(
             path,
-            input_names=names,
-            output_names=_output_names(network.spec),
-            dynamic_shapes={"inputs": tuple({0: batch} for _ in names)},
-            opset_version=ONNX_OPSET,
-            external_data=False,
-            verbose=False,
-            dynamo=True,
+            _ForOnnx(network).eval(),
+            lambda batch_size: _inputs(network.spec, batch_size=batch_size, map_size=map_size)[: len(names)],
+            names=(names, _output_names(network.spec)),
+            tolerance=tolerance,
         )
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    difference = 0.0
-    for batch_size in CHECK_BATCHES:
-        inputs = _inputs(network.spec, batch_size=batch_size, map_size=map_size)[: len(names)]
-        outputs = session.run(None, {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)})
-        with torch.inference_mode():
-            expected = module(*inputs)
-        for output, expected_output in zip(outputs, expected, strict=True):
-            difference = max(difference, _difference(torch.from_numpy(output), expected_output))
-    if difference > tolerance:
-        raise UserError(
-            f"ONNX gives other outputs than PyTorch: they differ by {difference:.2g} of the largest, and "
-            f"{tolerance:.2g} is allowed; raise export.tolerance, or set export.onnx=false"
-        )
-    return difference
-
-
-def _difference(output: Tensor, expected: Tensor) -> float:
-    """The largest difference, relative to the largest expected value; infinite for different shapes."""
-    if output.shape != expected.shape:
-        return math.inf
-    difference = float((output - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
-    return difference if math.isfinite(difference) else math.inf
+    except UserError as error:
+        raise UserError(f"{error}; raise export.tolerance, or set export.onnx=false") from error
 
 
 def _output_names(spec: NetworkSpec) -> list[str]:
