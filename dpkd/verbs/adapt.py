@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -27,7 +28,7 @@ from dpkd.data.image_headers import BrokenImage
 from dpkd.data.images import decode_image
 from dpkd.data.settings import FolderSource
 from dpkd.data.sources import find
-from dpkd.data.sources.records import Record, sorted_classes
+from dpkd.data.sources.records import Blob, sorted_classes
 from dpkd.errors import UserError, did_you_mean
 from dpkd.evaluation.adaptation import (
     MAX_FOLDS,
@@ -88,32 +89,17 @@ print(dict(zip(model.pretrained_cfg["label_names"], probability)))
 """
 
 
-@dataclass(frozen=True)
-class Shots:
-    """The labelled images of the new classes; the first of the views is the plain one."""
+class Shots(NamedTuple):
+    """The embedded images of the new classes."""
 
-    classes: tuple[str, ...]
-    files: tuple[str, ...]
     label_S: Integers
     embedding_SVD: Floats
     view_SVCHW: Tensor | None
     """Half precision; kept for the fine-tune alone."""
 
-    def by_class(self) -> dict[str, list[str]]:
-        """The files of each class."""
-        pairs = list(zip(self.files, self.label_S.tolist(), strict=True))
-        return {name: [file for file, label in pairs if label == k] for k, name in enumerate(self.classes)}
 
-
-class Fitted(NamedTuple):
-    """A network, which is the exported one or a fine-tuned copy, and a head for its embedding."""
-
-    network: Exported
-    head: Head
-
-
-Fit = Callable[[Integers], Fitted]
-"""Learns from the shots of these numbers."""
+Fit = Callable[[Integers], tuple[Exported, Head]]
+"""Learns from the shots of these numbers: the exported network or a fine-tuned copy, and a head for its embedding."""
 
 
 @dataclass(frozen=True)
@@ -147,21 +133,34 @@ def adapt(
         raise UserError(f"--method {method}: no such method{did_you_mean(method, METHODS)} ({', '.join(METHODS)})")
     if os.path.lexists(folder):
         raise UserError(f"--out {folder} exists already and is never overwritten: remove it or choose another folder")
-    earlier = _earlier(export, method)
-    records = _listed(shots)
-    classes = sorted_classes(record.class_name for record in records)
-    if both := [name for name in classes if earlier is not None and name in earlier["classes"]]:
+    earlier, images = _earlier(export, method), _listed(shots)
+    classes = {} if earlier is None else earlier["classes"]
+    if both := [name for name in images if name in classes]:
         raise UserError(f"{export} has the class {both[0]} already: rename its folder in --shots {shots}")
-    if earlier is None and len(classes) < 2:
-        raise UserError(f"--shots {shots} has one class, {classes[0]}: give at least two, one folder each")
+    if len(classes | images) < 2:
+        raise UserError(f"--shots {shots} has one class, {next(iter(images))}: give at least two, one folder each")
     exported = Exported(export)
-    keep_views = earlier is None and method in ("auto", "fine_tune")
-    found = _embedded(exported, records, classes, seed=seed, keep_views=keep_views)
+    found = _embedded(exported, images, seed=seed, keep_views=earlier is None and method in ("auto", "fine_tune"))
     if earlier is None:
         network, card, stored = _new(exported, found, method, seed=seed)
     else:
         network, card, stored = _added(exported, found, earlier)
-    _write(folder, network, card, stored, onnx=onnx)
+    card["classes"] = classes | {name: [blob.url for blob in blobs] for name, blobs in images.items()}
+    scratch = folder.with_name(f".{folder.name}.new")
+    try:
+        with write_errors(folder):
+            storage.remove_tree(scratch)
+            scratch.mkdir(parents=True)
+            network.write(scratch, list(card["classes"]), onnx=onnx)
+            (scratch / CARD_NAME).write_text(json.dumps(card, indent=1) + "\n")
+            if stored is not None:
+                safetensors.numpy.save_file(stored, scratch / SHOTS_NAME)
+            (scratch / "README.md").write_text(_model_card(folder.name, card))
+        storage.publish(scratch, folder)
+    finally:
+        storage.remove_tree(scratch)
+    logger.info(f"{card['method']}: {_certainty(card)}")
+    logger.info(f'adapted: {folder}; timm.create_model("local-dir:{folder}", pretrained=True) loads it')
     measured = Measured(**card["measured"]) if card["measured"] else None
     return Adapted(folder, tuple(card["classes"]), card["method"], measured)
 
@@ -185,102 +184,89 @@ def _earlier(export: Path, method: str) -> dict[str, Any] | None:
     return card
 
 
-def _listed(folder: Path) -> list[Record]:
-    """The labelled images, by name; raises `UserError` for another layout and for what cannot be used."""
+def _listed(folder: Path) -> dict[str, list[Blob]]:
+    """The images of each class, by name; raises `UserError` for another layout and for what cannot be used."""
     try:
         contents = find(FolderSource(path=str(folder)), pool=LocalPool(1))
     except UserError as error:
         raise UserError(str(error).replace("data.source.path=", "--shots ")) from error
-    records = [record for record in contents.records if record.class_name is not None]
-    if not records or any(record.split is not None for record in records):
+    records = sorted(contents.records, key=lambda record: record.name)
+    names = sorted_classes(record.class_name for record in records)
+    if not names or any(record.split is not None for record in records):
         raise UserError(f"--shots {folder} was read as {contents.layout}: give a folder of class folders, <class>/*")
     for name, reason in contents.bad:
         raise UserError(f"--shots {folder / name}: {reason}")
-    if len(records) < len(contents.records):
-        logger.info(f"{len(contents.records) - len(records):,} images without a class are left out")
-    return sorted(records, key=lambda record: record.name)
+    if unlabelled := sum(record.class_name is None for record in records):
+        logger.info(f"{unlabelled:,} images without a class are left out")
+    return {name: [record.image for record in records if record.class_name == name] for name in names}
 
 
-def _embedded(
-    exported: Exported, records: list[Record], classes: tuple[str, ...], *, seed: int, keep_views: bool
-) -> Shots:
+def _embedded(exported: Exported, images: dict[str, list[Blob]], *, seed: int, keep_views: bool) -> Shots:
     """The embeddings of all views of the images; raises `UserError` for an image that cannot be read."""
-    label_S = np.array([classes.index(str(record.class_name)) for record in records])
-    counts = np.bincount(label_S)
+    counts = [len(blobs) for blobs in images.values()]
     embeddings, kept = [], []
-    with Progress(f"{len(classes)} classes with {counts.min()} to {counts.max()} shots", len(records)) as progress:
-        for index, record in enumerate(records):
+    with Progress(f"{len(counts)} classes with {min(counts)} to {max(counts)} shots", sum(counts)) as progress:
+        for index, blob in enumerate(chain.from_iterable(images.values())):
             try:
-                image_HWC = decode_image(record.image.read())
+                image_HWC = decode_image(blob.read())
             except BrokenImage as error:
-                raise UserError(f"--shots {record.image.url}: {error}; replace or remove the image") from error
+                raise UserError(f"--shots {blob.url}: {error}; replace or remove the image") from error
             view_VCHW = exported.views(image_HWC, seed=seed, index=index)
             embeddings.append(exported.embed(view_VCHW))
             kept += [view_VCHW.half()] if keep_views else []
             progress.advance()
     if not np.isfinite(embeddings).all():
         raise UserError(f"{exported.folder} gives embeddings that are NaN or infinite: train its network again")
-    files = tuple(record.image.url for record in records)
-    return Shots(classes, files, label_S, np.stack(embeddings), torch.stack(kept) if kept else None)
+    return Shots(np.repeat(np.arange(len(counts)), counts), np.stack(embeddings), torch.stack(kept) if kept else None)
 
 
 def _fits(exported: Exported, shots: Shots, *, seed: int) -> dict[str, list[Fit]]:
     """The classifiers that each method tries; of equal ones it takes the first."""
-    x_SVD, label_S = shots.embedding_SVD, shots.label_S
+    label_S, x_SVD, view_SVCHW = shots
 
-    def by_prototypes(learn: Integers) -> Fitted:
-        return Fitted(exported, balanced_prototypes(x_SVD[learn].mean(1), label_S[learn]))
+    def by_prototypes(learn: Integers) -> tuple[Exported, Head]:
+        return exported, balanced_prototypes(x_SVD[learn].mean(1), label_S[learn])
 
-    def by_regression(strength: float, learn: Integers) -> Fitted:
-        return Fitted(exported, logistic(x_SVD[learn], label_S[learn], strength=strength))
+    def by_regression(strength: float, learn: Integers) -> tuple[Exported, Head]:
+        return exported, logistic(x_SVD[learn], label_S[learn], strength=strength)
 
-    def by_tuning(learn: Integers) -> Fitted:
-        assert shots.view_SVCHW is not None, "the fine-tune needs the views"
-        start = exported.with_head(by_prototypes(learn).head.scaled(START_SCALE))
-        network = start.fine_tuned(shots.view_SVCHW[learn], label_S[learn], seed=seed)
-        return Fitted(network, network.head())
+    def by_tuning(learn: Integers) -> tuple[Exported, Head]:
+        assert view_SVCHW is not None, "the fine-tune needs the views"
+        start = exported.with_head(by_prototypes(learn)[1].scaled(START_SCALE))
+        network = start.fine_tuned(view_SVCHW[learn], label_S[learn], seed=seed)
+        return network, network.head()
 
     regressions: list[Fit] = [partial(by_regression, strength) for strength in STRENGTHS]
     return {"prototypes": [by_prototypes], "logistic": regressions, "fine_tune": [by_tuning]}
 
 
-def _chosen(exported: Exported, shots: Shots, method: str, *, seed: int) -> tuple[str, Fitted, dict[str, Measured]]:
-    """The method, its classifier of all shots, and what was measured of each method that was tried."""
-    label_S, fits = shots.label_S, _fits(exported, shots, seed=seed)
-    fold_S = folds(label_S, seed=seed)
+def _chosen(exported: Exported, shots: Shots, method: str, *, seed: int) -> tuple[str, Fit, dict[str, Measured]]:
+    """The method, its classifier, and what was measured of each method that was tried."""
+    label_S, x_SVD, view_SVCHW = shots
+    fits, fold_S = _fits(exported, shots, seed=seed), folds(label_S, seed=seed)
+    names = list(fits) if method == "auto" else [method]
 
     def classify(fit: Fit, learn: Integers, left_out: Integers) -> Floats:
         network, head = fit(learn)
-        if network is exported or shots.view_SVCHW is None:
-            return head.logits(shots.embedding_SVD[left_out, 0])
-        return head.logits(network.embed(shots.view_SVCHW[left_out, 0].float()))
+        if network is exported or view_SVCHW is None:
+            return head.logits(x_SVD[left_out, 0])
+        return head.logits(network.embed(view_SVCHW[left_out, 0].float()))
 
-    names = list(fits) if method == "auto" else [method]
-    if method == "auto" and (reason := _no_tuning(exported, label_S)):
+    flops = (MAX_FOLDS + 1) * exported.fine_tune_flops()
+    if method == "auto" and (np.bincount(label_S).min() < MIN_SHOTS or flops > MAX_FLOPS):
         names.remove("fine_tune")
-        logger.info(f"  fine_tune is not tried: {reason}")
-    if fold_S is None:
-        logger.info("  no figure: a class has one shot, so none can be left out")
-        return names[0], fits[names[0]][0](np.arange(len(label_S))), {}
+        limits = f"{MIN_SHOTS} shots of each class and at most {MAX_FLOPS / 1e12:.0f} TFLOP"
+        logger.info(f"  fine_tune is not tried: it takes {limits}, and here {flops / 1e12:.1f}")
     tried: dict[str, Measured] = {}
-    best: dict[str, Fit] = {}
+    best: dict[str, Fit] = {name: fits[name][0] for name in names}
+    if fold_S is None:
+        return names[0], best[names[0]], tried
     for name in names:
         results = [(measure(out_of_fold(partial(classify, fit), fold_S), label_S), fit) for fit in fits[name]]
         tried[name], best[name] = max(results, key=lambda result: result[0].correct)
         logger.info(f"  {name:<11}{_right(tried[name])}")
     name = max(tried, key=lambda name: tried[name].correct)
-    return name, best[name](np.arange(len(label_S))), tried
-
-
-def _no_tuning(exported: Exported, label_S: Integers) -> str | None:
-    """Why `auto` does not fine-tune, or None."""
-    fewest = int(np.bincount(label_S).min())
-    if fewest < MIN_SHOTS:
-        return f"a class has {fewest} shots, and it takes {MIN_SHOTS}"
-    flops = (MAX_FOLDS + 1) * exported.fine_tune_flops()
-    if flops > MAX_FLOPS:
-        return f"it would take {flops / 1e12:,.0f} TFLOP, more than {MAX_FLOPS / 1e12:.0f}; `--method fine_tune` does"
-    return None
+    return name, best[name], tried
 
 
 Result = tuple[Exported, dict[str, Any], dict[str, NDArray[Any]] | None]
@@ -289,92 +275,56 @@ Result = tuple[Exported, dict[str, Any], dict[str, NDArray[Any]] | None]
 
 def _new(exported: Exported, shots: Shots, method: str, *, seed: int) -> Result:
     """The classifier of these classes."""
-    name, (network, head), tried = _chosen(exported, shots, method, seed=seed)
-    scale, stored = tried[name].scale if tried else 1.0, None
-    card: dict[str, Any] = {
+    label_S, x_SVD, _ = shots
+    name, fit, tried = _chosen(exported, shots, method, seed=seed)
+    network, head = fit(np.arange(len(label_S)))
+    scale, mean_SD = tried[name].scale if tried else 1.0, x_SVD.mean(1)
+    centre_D = class_means(mean_SD, label_S).mean(0)
+    stored = {"centre": centre_D, "label": label_S, "plain": x_SVD[:, 0].copy(), "mean": mean_SD}
+    figures = {each: measured._asdict() for each, measured in tried.items()}
+    card = {
         "format_version": 1,
         "export": str(exported.folder),
         "method": name,
         "seed": seed,
-        "scale": scale,
+        "scale": scale / spread(mean_SD, centre_D) if name == "prototypes" else scale,
+        "measured": figures.get(name),
+        "tried": figures,
     }
-    if name == "prototypes":
-        mean_SD = shots.embedding_SVD.mean(1)
-        centre_D = class_means(mean_SD, shots.label_S).mean(0)
-        card["scale"] /= spread(mean_SD, centre_D)
-        plain_SD = shots.embedding_SVD[:, 0].copy()
-        stored = {"centre": centre_D, "label": shots.label_S, "plain": plain_SD, "mean": mean_SD}
-    figures = {each: measured._asdict() for each, measured in tried.items()}
-    card |= {"classes": shots.by_class(), "measured": figures.get(name), "tried": figures}
-    return network.with_head(head.scaled(scale)), card, stored
+    return network.with_head(head.scaled(scale)), card, stored if name == "prototypes" else None
 
 
 def _added(exported: Exported, shots: Shots, earlier: dict[str, Any]) -> Result:
     """The earlier classifier with further rows, of the same centre and scale; measured on the shots of all classes."""
     stored = safetensors.numpy.load_file(exported.folder / SHOTS_NAME)
-    mean_SD = shots.embedding_SVD.mean(1)
-    stored["label"] = np.concatenate([stored["label"], shots.label_S + len(earlier["classes"])])
-    stored["plain"] = np.concatenate([stored["plain"], shots.embedding_SVD[:, 0]])
-    stored["mean"] = np.concatenate([stored["mean"], mean_SD])
-    by_prototypes = partial(prototypes, centre_D=stored["centre"])
-    rows = by_prototypes(mean_SD, shots.label_S).scaled(earlier["scale"])
+    further = shots.label_S + len(earlier["classes"]), shots.embedding_SVD[:, 0], shots.embedding_SVD.mean(1)
+    for name, more in zip(("label", "plain", "mean"), further, strict=True):
+        stored[name] = np.concatenate([stored[name], more])
+    label_S, by_prototypes = stored["label"], partial(prototypes, centre_D=stored["centre"])
+    rows = by_prototypes(further[2], shots.label_S).scaled(earlier["scale"])
     head = Head(*map(np.concatenate, zip(exported.head(), (part.astype(np.float32) for part in rows), strict=True)))
-    figure, fold_S = None, folds(stored["label"], seed=earlier["seed"])
-    if fold_S is not None:
 
-        def classify(learn: Integers, left_out: Integers) -> Floats:
-            return by_prototypes(stored["mean"][learn], stored["label"][learn]).logits(stored["plain"][left_out])
+    def classify(learn: Integers, left_out: Integers) -> Floats:
+        return by_prototypes(stored["mean"][learn], label_S[learn]).logits(stored["plain"][left_out])
 
-        measured = measure(out_of_fold(classify, fold_S), stored["label"])
-        figure = measured._asdict() | {"scale": earlier["scale"]}
-    card = earlier | {"classes": earlier["classes"] | shots.by_class(), "measured": figure, "tried": {}}
-    return exported.with_head(head), card, stored
-
-
-def _write(
-    folder: Path, network: Exported, card: dict[str, Any], stored: dict[str, NDArray[Any]] | None, *, onnx: bool
-) -> None:
-    """Writes the folder, whole or not at all."""
-    scratch = folder.with_name(f".{folder.name}.new")
-    try:
-        with write_errors(folder):
-            storage.remove_tree(scratch)
-            scratch.mkdir(parents=True)
-            network.write(scratch, list(card["classes"]), onnx=onnx)
-            (scratch / CARD_NAME).write_text(json.dumps(card, indent=1) + "\n")
-            if stored is not None:
-                safetensors.numpy.save_file(stored, scratch / SHOTS_NAME)
-            (scratch / "README.md").write_text(_model_card(folder.name, card))
-        storage.publish(scratch, folder)
-    finally:
-        storage.remove_tree(scratch)
-    logger.info(f"method: {card['method']}; {_certainty(card)}")
-    logger.info(f"adapted: {folder}")
-    logger.info(f'load: timm.create_model("local-dir:{folder}", pretrained=True); {folder}/README.md has the rest')
+    fold_S = folds(label_S, seed=earlier["seed"])
+    figure = None if fold_S is None else measure(out_of_fold(classify, fold_S), label_S)._asdict()
+    return exported.with_head(head), earlier | {"measured": figure, "tried": {}}, stored
 
 
 def _right(measured: Measured) -> str:
-    low, high = measured.interval
-    share = measured.correct / measured.num_shots
-    return (
-        f"{share:.1%} of the shots when left out ({measured.correct} of {measured.num_shots}), "
-        f"95 % interval {low:.1%} to {high:.1%}"
-    )
+    (low, high), share = measured.interval, measured.correct / measured.num_shots
+    right = f"{share:.1%} of the shots when left out ({measured.correct} of {measured.num_shots})"
+    return f"{right}, 95 % interval {low:.1%} to {high:.1%}"
 
 
 def _certainty(card: dict[str, Any]) -> str:
     if card["measured"] is None:
-        return "its accuracy is not known: a class has one shot, so nothing can be measured; give two or more of each"
+        return "its accuracy is not known, because a class has one shot and none can be left out: give two or more"
     return f"accuracy on new images: {_right(Measured(**card['measured']))}"
 
 
 def _model_card(name: str, card: dict[str, Any]) -> str:
     rows = [["class", "shots"], *([each, str(len(files))] for each, files in card["classes"].items())]
-    return CARD.format(
-        front_matter=FRONT_MATTER,
-        name=name,
-        export=card["export"],
-        method=card["method"],
-        certainty=_certainty(card),
-        table="\n".join(markdown_table(rows)),
-    )
+    facts = {"export": card["export"], "method": card["method"], "certainty": _certainty(card)}
+    return CARD.format(front_matter=FRONT_MATTER, name=name, table="\n".join(markdown_table(rows)), **facts)

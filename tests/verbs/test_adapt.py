@@ -4,6 +4,7 @@ import json
 import shutil
 from math import comb
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -73,7 +74,7 @@ def adapted(export: Path, shots: Path) -> Path:
 
 def by_timm(folder: Path, paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings and logits of image files, as the model card says."""
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     transform = create_transform(**resolve_data_config({}, model=model), is_training=False)
     image_BCHW = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
     with torch.no_grad():
