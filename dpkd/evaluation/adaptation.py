@@ -15,8 +15,8 @@ Integers = NDArray[np.signedinteger]
 MAX_FOLDS = 5
 SCALES = 2.0 ** np.linspace(-6, 6, 121)
 """Factors of the logits that are tried."""
-STRENGTHS = (1.0, 10.0, 100.0)
-"""C of the logistic heads that are tried; an embedding has a length of about 1, and all views of a shot count once."""
+STRENGTH = 10.0
+"""C of the logistic head. The best of several is no better, and the figure of 25 shots is then too high."""
 
 
 class Head(NamedTuple):
@@ -60,15 +60,18 @@ def balanced_prototypes(embedding_SD: Floats, label_S: Integers) -> Head:
     return prototypes(embedding_SD, label_S, centre_D=centre_D).scaled(1 / spread(embedding_SD, centre_D))
 
 
-def logistic(embedding_SVD: Floats, label_S: Integers, *, strength: float) -> Head:
-    """Logistic regression (L2, classes balanced) on all views; reads the raw embedding."""
+def logistic(embedding_SVD: Floats, label_S: Integers) -> Head:
+    """Logistic regression (L2, classes balanced) on all views around their centre, of unit spread.
+
+    All views of a shot together count once. The head reads the embedding as it is.
+    """
     from sklearn.linear_model import LogisticRegression  # noqa: PLC0415  slow to import
 
     num_views, dim = embedding_SVD.shape[1:]
     mean_SD = embedding_SVD.mean(1)
     centre_D = class_means(mean_SD, label_S).mean(0)
     size = spread(mean_SD, centre_D)
-    fitted = LogisticRegression(C=strength / num_views, class_weight="balanced", max_iter=1000).fit(
+    fitted = LogisticRegression(C=STRENGTH / num_views, class_weight="balanced", max_iter=1000).fit(
         ((embedding_SVD - centre_D) / size).reshape(-1, dim), np.repeat(label_S, num_views)
     )
     weight_KD, bias_K = fitted.coef_ / size, fitted.intercept_

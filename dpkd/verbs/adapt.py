@@ -32,7 +32,6 @@ from dpkd.data.sources.records import Blob, sorted_classes
 from dpkd.errors import UserError, did_you_mean
 from dpkd.evaluation.adaptation import (
     MAX_FOLDS,
-    STRENGTHS,
     Floats,
     Head,
     Integers,
@@ -65,8 +64,8 @@ CARD = """\
 {front_matter}
 # {name}
 
-The network of `{export}` as a classifier of new classes, made from a few labelled images by `dpkd adapt`; method
-`{method}`. {certainty}.
+The network of `{export}` as a classifier of new classes, made from a few labelled images by `dpkd adapt`.
+Method `{method}`: {certainty}.
 
 The interval is that of Clopper and Pearson for new images that are drawn like the shots, with classes as frequent as
 among them. Each shot was classified by a model that learnt from the others.
@@ -220,15 +219,15 @@ def _embedded(exported: Exported, images: dict[str, list[Blob]], *, seed: int, k
     return Shots(np.repeat(np.arange(len(counts)), counts), np.stack(embeddings), torch.stack(kept) if kept else None)
 
 
-def _fits(exported: Exported, shots: Shots, *, seed: int) -> dict[str, list[Fit]]:
-    """The classifiers that each method tries; of equal ones it takes the first."""
+def _fits(exported: Exported, shots: Shots, *, seed: int) -> dict[str, Fit]:
+    """The classifier of each method."""
     label_S, x_SVD, view_SVCHW = shots
 
     def by_prototypes(learn: Integers) -> tuple[Exported, Head]:
         return exported, balanced_prototypes(x_SVD[learn].mean(1), label_S[learn])
 
-    def by_regression(strength: float, learn: Integers) -> tuple[Exported, Head]:
-        return exported, logistic(x_SVD[learn], label_S[learn], strength=strength)
+    def by_regression(learn: Integers) -> tuple[Exported, Head]:
+        return exported, logistic(x_SVD[learn], label_S[learn])
 
     def by_tuning(learn: Integers) -> tuple[Exported, Head]:
         assert view_SVCHW is not None, "the fine-tune needs the views"
@@ -236,8 +235,7 @@ def _fits(exported: Exported, shots: Shots, *, seed: int) -> dict[str, list[Fit]
         network = start.fine_tuned(view_SVCHW[learn], label_S[learn], seed=seed)
         return network, network.head()
 
-    regressions: list[Fit] = [partial(by_regression, strength) for strength in STRENGTHS]
-    return {"prototypes": [by_prototypes], "logistic": regressions, "fine_tune": [by_tuning]}
+    return {"prototypes": by_prototypes, "logistic": by_regression, "fine_tune": by_tuning}
 
 
 def _chosen(exported: Exported, shots: Shots, method: str, *, seed: int) -> tuple[str, Fit, dict[str, Measured]]:
@@ -258,15 +256,13 @@ def _chosen(exported: Exported, shots: Shots, method: str, *, seed: int) -> tupl
         limits = f"{MIN_SHOTS} shots of each class and at most {MAX_FLOPS / 1e12:.0f} TFLOP"
         logger.info(f"  fine_tune is not tried: it takes {limits}, and here {flops / 1e12:.1f}")
     tried: dict[str, Measured] = {}
-    best: dict[str, Fit] = {name: fits[name][0] for name in names}
     if fold_S is None:
-        return names[0], best[names[0]], tried
+        return names[0], fits[names[0]], tried
     for name in names:
-        results = [(measure(out_of_fold(partial(classify, fit), fold_S), label_S), fit) for fit in fits[name]]
-        tried[name], best[name] = max(results, key=lambda result: result[0].correct)
+        tried[name] = measure(out_of_fold(partial(classify, fits[name]), fold_S), label_S)
         logger.info(f"  {name:<11}{_right(tried[name])}")
-    name = max(tried, key=lambda name: tried[name].correct)
-    return name, best[name], tried
+    name = max(names, key=lambda name: tried[name].correct)  # on a tie the first
+    return name, fits[name], tried
 
 
 Result = tuple[Exported, dict[str, Any], dict[str, NDArray[Any]] | None]

@@ -232,7 +232,7 @@ def test_a_folded_logistic_head_gives_the_probabilities_of_scikit_learn(num_clas
     reference = LogisticRegression(C=10.0, class_weight="balanced", max_iter=1000).fit(
         (x_SD - centre_D) / size, label_S
     )
-    logit_SK = logistic(x_SD[:, None], label_S, strength=10.0).logits(x_SD)
+    logit_SK = logistic(x_SD[:, None], label_S).logits(x_SD)
     share_SK = np.exp(logit_SK) / np.exp(logit_SK).sum(1, keepdims=True)
     np.testing.assert_allclose(share_SK, reference.predict_proba((x_SD - centre_D) / size), atol=1e-6)
 
