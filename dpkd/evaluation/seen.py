@@ -13,7 +13,7 @@ def seen_among(classes: Collection[str], seen: Iterable[str]) -> list[str]:
     """
     names = {_plain(name) for name in seen if name not in SUBSETS}
     for subset in SUBSETS.keys() & seen:
-        from timm.data import ImageNetInfo  # noqa: PLC0415  (loads torch)
+        from timm.data.imagenet_info import ImageNetInfo  # noqa: PLC0415  (loads torch)
 
         info = ImageNetInfo(SUBSETS[subset])
         names.update(info.label_names())
