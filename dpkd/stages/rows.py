@@ -22,7 +22,9 @@ from dpkd.objectives.base import Objective, named
 from dpkd.settings import Settings, TeacherSettings, parse_settings
 from dpkd.stages.baselines import labels_alone
 
-ALL, LABELS, TRICKS, PLAIN, RANDOM = "all", "labels alone", "labels + tricks", "teacher without priors", "random maps"
+ALL, LABELS, TRICKS, TRICKS_ON_ALL = "all", "labels alone", "labels + tricks", "labels + tricks on all images"
+PLAIN, RANDOM = "teacher without priors", "random maps"
+ALL_LABELLED = "distill.training.labelled_share=1"
 
 
 def prior_uses(settings: Settings) -> dict[str, list[str]]:
@@ -52,6 +54,8 @@ def rows_of(settings: Settings, *, shares: Sequence[float] = ()) -> dict[str, li
     table: dict[str, list[str]] = {ALL: [], LABELS: alone}
     if tricks := signals(settings):
         table[TRICKS] = _without_teachers(settings, tricks=tricks)
+        if settings.data.labels.kind != "all" or settings.distill.training.labelled_share is not None:
+            table[TRICKS_ON_ALL] = [each for each in table[TRICKS] if each != ALL_LABELLED]
     if uses:
         table[PLAIN] = without(settings, names)
         controls = [key for keys in uses.values() for key in keys if not key.endswith(".pooling")]
@@ -81,7 +85,7 @@ def signals(settings: Settings) -> list[Objective]:
 
 
 def _without_teachers(settings: Settings, *, tricks: Sequence[Objective]) -> list[str]:
-    overrides = [override("teachers", {}), "distill.training.labelled_share=1"]
+    overrides = [override("teachers", {}), ALL_LABELLED]
     for name, student in settings.distill.students.items():
         objectives = _plain((*labels_alone(student), *tricks))
         overrides.append(override(f"distill.students.{name}.objectives", objectives))

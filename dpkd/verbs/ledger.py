@@ -149,6 +149,10 @@ def plan_ledger(
         notes.append("data.labels shows the same labels to every seed: pairs differ in first weights and batches alone")
     if RANDOM in table and any(name.endswith(".pooling") for name in prior_uses(settings)):
         notes.append(f"pooling has no control, so it has the image's own map in the row {RANDOM!r} too")
+    if any(settings.seen.values()):
+        notes.append(
+            "teachers.<name>.seen: a teacher knows classes, so figures of `all` on them are no few-shot figures"
+        )
     run = settings.run.model_copy(update={"dir": str(out / "prepared")})
     data = settings.data.model_copy(update={"shards": settings.data.shards or str(out / "shards")})
     images = settings.model_copy(update={"run": run, "data": data})

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dpkd.report.summary import Table
-from dpkd.stages.rows import ALL, LABELS, PLAIN, RANDOM, TRICKS, at
+from dpkd.stages.rows import ALL, LABELS, PLAIN, RANDOM, TRICKS, TRICKS_ON_ALL, at
 
 Figures = Mapping[str, Mapping[str, float]]
 """Accuracy by student and place; the first split is that of choices, and the number of shots grows."""
@@ -102,6 +102,7 @@ def measured(results: Results, uses: Collection[str], shares: Sequence[float]) -
     compared = [
         (ALL, LABELS, "distilling"),
         (ALL, TRICKS, "distilling, beyond its tricks"),
+        (ALL, TRICKS_ON_ALL, "distilling, beyond its tricks"),
         (ALL, PLAIN, "all priors"),
         (ALL, RANDOM, "maps, beyond those of other images"),
         (TRICKS, LABELS, "tricks without a teacher"),
@@ -152,7 +153,10 @@ def advise(results: Results, uses: Collection[str]) -> Advice:
     hurts = "distilling does not help here, it hurts: train on labels alone"
     helped = judge(LABELS, each, "distilling brings no clear gain", "distilling helps", hurts)
     better, worse = "a teacher brings more than its tricks", "the tricks do better without a teacher"
-    beyond = judge(TRICKS, each, "a teacher brings no clear gain over its tricks", better, worse)
+    unclear, tricks = "a teacher brings no clear gain over its tricks", [TRICKS, TRICKS_ON_ALL]
+    signs = [judge(row, each, unclear, better, worse) for row in tricks]
+    beyond = [min(both) for both in zip(*filter(None, signs), strict=True)]
+    best = max(tricks, key=lambda row: gain.mean if (gain := results.gain(row, LABELS, together)) else -1.0)
     whole = judge(PLAIN, [together], "the priors bring no clear gain", "the priors help", "the priors hurt")
     unclear = "the maps are no better than those of other images, so a gain is not shown to be theirs"
     judge(RANDOM, [together], unclear, "the maps themselves help", "maps of other images do better")
@@ -168,10 +172,10 @@ def advise(results: Results, uses: Collection[str]) -> Advice:
             reasons.append(f"{name}: {words} ({figures})")
     row, removed = ALL, tuple(name for name, sign in verdicts.items() if sign < 0)
     if helped and max(helped) <= 0:
-        over = results.gain(TRICKS, LABELS, together)
-        row = TRICKS if over and over.sign > 0 else LABELS
+        over = results.gain(best, LABELS, together)
+        row = best if over and over.sign > 0 else LABELS
     elif beyond and max(beyond) <= 0:
-        row = TRICKS
+        row = best
     elif whole and whole[0] <= 0 and max(verdicts.values(), default=0) <= 0:
         row = PLAIN
     return Advice(row, removed if row == ALL else (), tuple(reasons))

@@ -18,15 +18,17 @@ from safetensors.torch import load_file
 from scipy.stats import ttest_rel
 
 from dpkd import cli
+from dpkd.data.settings import LabelFraction
 from dpkd.errors import UserError
 from dpkd.objectives import BuiltIn
 from dpkd.run.folder import RunFolder
 from dpkd.settings import Settings
-from dpkd.stages.rows import ALL, LABELS, PLAIN, RANDOM, TRICKS, prior_uses, rows_of, with_overrides
+from dpkd.stages.rows import ALL, LABELS, PLAIN, RANDOM, TRICKS, TRICKS_ON_ALL, prior_uses, rows_of, with_overrides
 from dpkd.verbs.ledger import ledger, plan_ledger, seconds_of
 from dpkd.verbs.ledger_report import MEAN, Results, advise, interval, measured
 from tests.runs import settings_of, tiny, train_events
 
+FEW_LABELS = LabelFraction(fraction=0.2)
 TWO_ROWS = f"{ALL},{LABELS}"
 
 
@@ -71,6 +73,11 @@ def test_each_row_differs_from_the_settings_in_what_its_name_says(tmp_path: Path
         assert rows[name].distill.training.labelled_share == 1
         for row_student in rows[name].distill.students.values():
             assert [each.kind for each in row_student.objectives] == expected
+    assert TRICKS_ON_ALL not in rows  # every label is visible
+    few = derived(settings.model_copy(update={"data": settings.data.model_copy(update={"labels": FEW_LABELS})}))
+    assert few[TRICKS].distill.training.labelled_share == 1
+    assert few[TRICKS_ON_ALL].distill.training == settings.distill.training
+    assert few[TRICKS_ON_ALL].distill.students == few[TRICKS].distill.students
     assert rows["all at 10 % of labels"].data.labels.model_dump() == {"kind": "fraction", "fraction": 0.1}
     assert rows["labels alone at 10 % of labels"].teachers == {}
 
@@ -142,6 +149,7 @@ USES = ["teacher.pooling", "students.patches"]
         ({LABELS: 0.72}, TRICKS, ()),
         ({LABELS: 0.72, TRICKS: 0.65}, LABELS, ()),
         ({TRICKS: 0.72}, TRICKS, ()),
+        ({TRICKS_ON_ALL: 0.72}, TRICKS_ON_ALL, ()),
         ({"without students.patches": 0.72}, ALL, ("students.patches",)),
         ({PLAIN: 0.72, "without teacher.pooling": 0.71, "without students.patches": 0.705}, PLAIN, ()),
     ],
