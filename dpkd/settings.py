@@ -26,7 +26,7 @@ from dpkd.data.settings import (
 )
 from dpkd.engine.settings import EngineSettings, OptimizerSettings, ScheduleSettings, TrainingSettings
 from dpkd.errors import UserError, refuse_secrets
-from dpkd.evaluation.seen import SUBSETS
+from dpkd.evaluation.seen import Seen
 from dpkd.evaluation.settings import EpisodeSettings, ProbeSettings
 from dpkd.launch.settings import LauncherSettings
 from dpkd.models.settings import FigureGroundPooling, Model
@@ -114,8 +114,7 @@ class DataSettings(Config):
             case FractionSplits(fractions=splits) | ClassSplits(classes=splits) | FileSplits(files=splits):
                 for role, split in (("train", self.train), ("val", self.val), ("test", self.test)):
                     if split is not None and split not in splits:
-                        known = ", ".join(splits)
-                        raise ValueError(f"data.{role} names the split {split!r}, but data.splits makes {known}")
+                        raise ValueError(f"data.{role}={split!r} is no split of data.splits ({', '.join(splits)})")
 
     @property
     def evaluated_splits(self) -> tuple[str, ...]:
@@ -164,16 +163,8 @@ class TeacherSettings(NetworkSettings):
     training: TrainingSettings = TrainingSettings(epochs=100)
     during_distill: Literal["frozen", "live", "ema"] = "frozen"
     """`live` also trains it in the same steps with its objectives; with `ema` students follow its averaged weights."""
-    seen: tuple[str, ...] = ()
+    seen: tuple[Seen, ...] = ()
     """Classes that its first weights were trained on, or `imagenet-1k`, `-12k`, `-21k`: figures on them are invalid."""
-
-    @field_validator("seen")
-    @classmethod
-    def _is_known(cls, seen: tuple[str, ...]) -> tuple[str, ...]:
-        for name in seen:
-            if name.casefold().startswith("imagenet") and name not in SUBSETS:
-                raise ValueError(f"{name!r} is no data set that dpkd knows ({', '.join(SUBSETS)})")
-        return seen
 
     @model_validator(mode="after")
     def _can_learn(self) -> "TeacherSettings":
@@ -256,18 +247,6 @@ class Settings(Config):
             for key, network in self.networks.items()
             for position, objective in enumerate(network.objectives)
         }
-
-    @property
-    def seen(self) -> dict[str, frozenset[str]]:
-        """`teachers.<name>.seen` by `teachers.<name>` and, with those of its teachers, `students.<name>`."""
-        seen: dict[str, frozenset[str]] = {}
-        for key, network in self.networks.items():
-            own = network.seen if isinstance(network, TeacherSettings) else ()
-            followed = {
-                teacher_of(each) or next(iter(self.teachers)) for each in network.objectives if each.needs().teacher
-            }
-            seen[key.removeprefix("distill.")] = frozenset(own).union(*(seen[f"teachers.{name}"] for name in followed))
-        return seen
 
     @property
     def trained_teachers(self) -> dict[str, TeacherSettings]:

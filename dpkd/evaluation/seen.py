@@ -1,9 +1,22 @@
 """Classes that public weights were trained on: few-shot figures on such classes are not valid."""
 
 from collections.abc import Collection, Iterable
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 SUBSETS = {"imagenet-1k": "imagenet1k", "imagenet-12k": "imagenet12k", "imagenet-21k": "imagenet21k"}
 """Data sets that timm knows, with its names."""
+
+
+def _known(name: str) -> str:
+    if name.casefold().startswith("imagenet") and name not in SUBSETS:
+        raise ValueError(f"{name!r} is no data set that dpkd knows ({', '.join(SUBSETS)})")
+    return name
+
+
+Seen = Annotated[str, AfterValidator(_known)]
+"""A class, or one of `SUBSETS`."""
 
 
 def seen_among(classes: Collection[str], seen: Iterable[str]) -> list[str]:

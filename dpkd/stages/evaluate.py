@@ -42,11 +42,12 @@ from dpkd.models.counts import count_flops, count_parameters
 from dpkd.models.network import Network
 from dpkd.models.saved import load_network
 from dpkd.models.settings import FigureGroundPooling, NetworkSpec
+from dpkd.objectives.base import teacher_of
 from dpkd.report.quarantine import Quarantine
 from dpkd.report.summary import EVALUATION_NAME, figure_or_none, figures_markdown
 from dpkd.report.tensorboard import Board
 from dpkd.run.folder import RunFolder
-from dpkd.settings import EvaluateSettings
+from dpkd.settings import EvaluateSettings, Settings, TeacherSettings
 from dpkd.stages.baselines import baselines
 from dpkd.stages.networks import Embedded, embed_networks, spread, teacher_network
 from dpkd.stages.plan import attribute_table, trained_classes
@@ -143,9 +144,20 @@ class PlainlyPooled(Frozen):
         return super().predict(image_BCHW, torch.zeros_like(weight_B1HW))
 
 
+def seen_by(settings: Settings) -> dict[str, frozenset[str]]:
+    """`teachers.<name>.seen` by `teachers.<name>` and, with those of its teachers, `students.<name>`."""
+    seen: dict[str, frozenset[str]] = {}
+    for key, network in settings.networks.items():
+        own = network.seen if isinstance(network, TeacherSettings) else ()
+        learns = (objective for objective in network.objectives if objective.needs().teacher)
+        followed = {teacher_of(objective) or next(iter(settings.teachers)) for objective in learns}
+        seen[key.removeprefix("distill.")] = frozenset(own).union(*(seen[f"teachers.{name}"] for name in followed))
+    return seen
+
+
 def _seen(run: Run, place: str) -> dict[str, list[str]]:
     """By split, the classes that public weights behind a network were trained on."""
-    seen = run.settings.seen.get(place.removeprefix("live_"), frozenset())
+    seen = seen_by(run.settings).get(place.removeprefix("live_"), frozenset())
     names, found = run.dataset.manifest.classes, {}
     for split in run.data.evaluated_splits:
         label_N = run.dataset.split(split).label_N

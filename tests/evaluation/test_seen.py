@@ -6,6 +6,7 @@ import pytest
 
 from dpkd.errors import UserError
 from dpkd.evaluation.seen import seen_among
+from dpkd.stages.evaluate import seen_by
 from tests.runs import settings_of, tiny
 
 
@@ -27,7 +28,7 @@ def test_what_a_teacher_has_seen_counts_for_those_that_follow_it(tmp_path: Path)
     students = tree["distill"]["students"]
     for name, teacher in (("conv", "own"), ("vit", "public")):
         students[name]["objectives"] = [{"kind": "features", "teacher": teacher}]
-    seen = settings_of(tree).seen
+    seen = seen_by(settings_of(tree))
     assert seen == {
         "teachers.public": {"imagenet-1k", "square"},
         "teachers.own": set(),
@@ -35,7 +36,7 @@ def test_what_a_teacher_has_seen_counts_for_those_that_follow_it(tmp_path: Path)
         "students.vit": {"imagenet-1k", "square"},
     }
     tree["teachers"]["own"]["objectives"].append({"kind": "features", "teacher": "public"})
-    assert settings_of(tree).seen["students.conv"] == {"imagenet-1k", "square"}
+    assert seen_by(settings_of(tree))["students.conv"] == {"imagenet-1k", "square"}
 
 
 def test_an_unknown_public_data_set_is_refused(tmp_path: Path) -> None:
