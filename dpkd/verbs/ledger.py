@@ -149,7 +149,7 @@ def plan_ledger(
         notes.append("data.labels shows the same labels to every seed: pairs differ in first weights and batches alone")
     if RANDOM in table and any(name.endswith(".pooling") for name in prior_uses(settings)):
         notes.append(f"pooling has no control, so it has the image's own map in the row {RANDOM!r} too")
-    if any(settings.seen.values()):
+    if any(teacher.seen for teacher in settings.teachers.values()):
         notes.append(
             "teachers.<name>.seen: a teacher knows classes, so figures of `all` on them are no few-shot figures"
         )
