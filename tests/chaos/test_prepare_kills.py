@@ -73,7 +73,7 @@ class Driver:
         """The pool workers that run now."""
         if kind == "ray":
             running = psutil.process_iter(["cmdline"])
-            return [each for each in running if "ray::_Worker" in " ".join(each.info["cmdline"] or [])]
+            return [each for each in running if "ray::_Server" in " ".join(each.info["cmdline"] or [])]
         children = psutil.Process(self.process.pid).children() if self.process.poll() is None else []
         return [child for child in children if "spawn_main" in _command(child)]
 
