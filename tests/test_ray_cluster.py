@@ -271,7 +271,9 @@ def test_a_run_that_loses_a_node_and_gains_one_ends_as_unbroken(
         finally:
             command.process.kill()
     assert restarts(folder)[1] == "there is room for 2 workers instead of 1"
-    assert re.findall(r"^starts (\d) workers", command.output, re.MULTILINE) == ["2", "1", "2"]
+    starts = re.findall(r"^starts (\d) workers", command.output, re.MULTILINE)
+    # Ray may count a lost node for a while, so the start on what is left may be the second try
+    assert starts in (["2", "1", "2"], ["2", "2", "1", "2"])
     with_two, with_one, with_two_again = passes(folder)
     assert 0 < published <= with_one.began
     assert with_two.ended - with_one.began <= 2 * CHECKPOINT_EVERY  # a save may still be under way when it is lost
