@@ -22,6 +22,8 @@ class FigureGroundPooling(Config):
     blank: float = Field(0.0, ge=0, le=1)
     """Share of training samples with plain pooling, as with a blank map, so that the network also works without the
     map. An exported timm model has no map."""
+    control: Literal["none", "shuffle"] = "none"
+    """`shuffle` pools each image by the map of another: a control experiment."""
 
 
 Pooling = Annotated[MeanPooling | FigureGroundPooling, Field(discriminator="kind")]

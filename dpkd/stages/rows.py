@@ -4,7 +4,7 @@ all                       the user's settings
 labels alone              no teacher, no prior; the students learn labels alone, as their baselines do
 labels + tricks           the same, with the objectives that need neither a teacher nor a map (rotation, mixup)
 teacher without priors    every use of a prior map removed
-random maps               every use that has a control takes the map of another image
+random maps               every use takes the map of another image
 without U, only U         all uses of a map but one, and one alone
 all at 5 % of labels, labels alone at 5 % of labels
 """
@@ -58,9 +58,7 @@ def rows_of(settings: Settings, *, shares: Sequence[float] = ()) -> dict[str, li
             table[TRICKS_ON_ALL] = [each for each in table[TRICKS] if each != ALL_LABELLED]
     if uses:
         table[PLAIN] = without(settings, names)
-        controls = [key for keys in uses.values() for key in keys if not key.endswith(".pooling")]
-        if controls:
-            table[RANDOM] = [f"{key}.control=shuffle" for key in controls]
+        table[RANDOM] = [f"{key}.control=shuffle" for keys in uses.values() for key in keys]
     table |= {f"without {name}": without(settings, [name]) for name in names}
     table |= {f"only {name}": without(settings, [other for other in names if other != name]) for name in names}
     for share in shares:

@@ -204,12 +204,16 @@ def forward_views(
 def network_inputs(spec: NetworkSpec, view: View) -> list[Tensor]:
     """The network's inputs from a view: normalised images, and the map that weighs patches in its pooling, if any.
 
-    An unknown map weighs all patches equally.
+    An unknown map weighs all patches equally. With `control: shuffle` it is the map of the previous image.
     """
     key = (spec.mean, spec.std)
     if key not in view.normalised:
         view.normalised[key] = normalise(view.image_BCHW, mean=spec.mean, std=spec.std)
-    return [view.normalised[key], *(view.maps[name].nan_to_num(nan=1.0) for name in pooling_maps(spec))]
+    weights = [view.maps[name].nan_to_num(nan=1.0) for name in pooling_maps(spec)]
+    pooling = spec.model.pooling
+    if isinstance(pooling, FigureGroundPooling) and pooling.control == "shuffle":
+        weights = [weight_B1HW.roll(1, dims=0) for weight_B1HW in weights]
+    return [view.normalised[key], *weights]
 
 
 def pooling_maps(spec: NetworkSpec) -> frozenset[str]:

@@ -30,7 +30,7 @@ from dpkd.report.summary import markdown_table
 from dpkd.run.folder import RunFolder
 from dpkd.settings import Settings, parse_settings
 from dpkd.stages.plan import POOL_STAGES, left_to_do, stages_of
-from dpkd.stages.rows import ALL, LABELS, RANDOM, at, prior_uses, rows_of, with_overrides, without
+from dpkd.stages.rows import ALL, LABELS, at, prior_uses, rows_of, with_overrides, without
 from dpkd.verbs.ledger_report import (
     Figures,
     Results,
@@ -147,8 +147,6 @@ def plan_ledger(
     same = {name: next(first for first, other in derived.items() if other == derived[name]) for name in derived}
     if settings.data.labels.kind in ("all", "listed"):
         notes.append("data.labels shows the same labels to every seed: pairs differ in first weights and batches alone")
-    if RANDOM in table and any(name.endswith(".pooling") for name in prior_uses(settings)):
-        notes.append(f"pooling has no control, so it has the image's own map in the row {RANDOM!r} too")
     if any(teacher.seen for teacher in settings.teachers.values()):
         notes.append(
             "teachers.<name>.seen: a teacher knows classes, so figures of `all` on them are no few-shot figures"

@@ -10,7 +10,7 @@ from dpkd.engine.network import InPrecision, cast_layers, is_convolutional
 from dpkd.engine.settings import EngineSettings
 from dpkd.engine.world import World
 from dpkd.models.network import Network, build_network
-from dpkd.models.settings import ModelSettings, NetworkSpec
+from dpkd.models.settings import FigureGroundPooling, ModelSettings, NetworkSpec
 from dpkd.objectives.logits import LogitDistillation
 from dpkd.objectives.supervised import Supervised
 from dpkd.train.loop import Plan, train_step
@@ -53,6 +53,21 @@ def test_networks_of_one_normalisation_share_their_input_and_others_have_their_o
     (first,), (second,), (third,) = (network_inputs(spec, view) for spec in (one, same, other))
     assert first is second
     torch.testing.assert_close(third, (view.image_BCHW / 255 - 0.4) / 0.2)
+
+
+def test_the_control_of_pooling_weighs_patches_by_the_map_of_another_image() -> None:
+    view = View(batch().views["global"].image_BCHW, {"saliency": torch.rand(8, 1, 4, 4)})
+    spec = network("test_resnet").spec
+    own, shuffled = (
+        spec.model_copy(
+            update={"model": spec.model.model_copy(update={"pooling": FigureGroundPooling(control=control)})}
+        )
+        for control in ("none", "shuffle")
+    )
+    (image, weight), (same_image, other) = network_inputs(own, view), network_inputs(shuffled, view)
+    assert image is same_image
+    torch.testing.assert_close(weight, view.maps["saliency"])
+    torch.testing.assert_close(other[3], weight[2])
 
 
 def test_a_frozen_network_of_layers_in_bf16_has_the_outputs_of_autocast() -> None:

@@ -63,6 +63,8 @@ def test_each_row_differs_from_the_settings_in_what_its_name_says(tmp_path: Path
     teacher, student = rows[RANDOM].teachers["teacher"], rows[RANDOM].distill.students["vit"]
     assert teacher.augment.background is not None
     assert teacher.augment.background.control == "shuffle"
+    poolings = [network.model.pooling for network in rows[RANDOM].networks.values()]
+    assert {getattr(pooling, "control", None) for pooling in poolings} == {"shuffle", None}
     assert [each.control for each in teacher.objectives] == ["none", "shuffle", "none"]
     assert [each.control for each in student.objectives] == ["none", "none", "none", "shuffle"]
     patches = rows[PLAIN].distill.students["vit"].objectives[3].model_dump()
