@@ -204,7 +204,8 @@ def _embedded(exported: Exported, images: dict[str, list[Blob]], *, seed: int, k
     """The embeddings of all views of the images; raises `UserError` for an image that cannot be read."""
     counts = [len(blobs) for blobs in images.values()]
     embeddings, kept = [], []
-    with Progress(f"{len(counts)} classes with {min(counts)} to {max(counts)} shots", sum(counts)) as progress:
+    shots = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    with Progress(f"{len(counts)} classes with {shots} shots each", sum(counts)) as progress:
         for index, blob in enumerate(chain.from_iterable(images.values())):
             try:
                 image_HWC = decode_image(blob.read())
@@ -254,7 +255,8 @@ def _chosen(exported: Exported, shots: Shots, method: str, *, seed: int) -> tupl
     if method == "auto" and (np.bincount(label_S).min() < MIN_SHOTS or flops > MAX_FLOPS):
         names.remove("fine_tune")
         limits = f"{MIN_SHOTS} shots of each class and at most {MAX_FLOPS / 1e12:.0f} TFLOP"
-        logger.info(f"  fine_tune is not tried: it takes {limits}, and here {flops / 1e12:.1f}")
+        here = f"{np.bincount(label_S).min()} shots, {flops / 1e12:.1f} TFLOP"
+        logger.info(f"  fine_tune  not tried: it needs {limits} (here: {here})")
     tried: dict[str, Measured] = {}
     if fold_S is None:
         return names[0], fits[names[0]], tried
@@ -310,14 +312,14 @@ def _added(exported: Exported, shots: Shots, earlier: dict[str, Any]) -> Result:
 
 def _right(measured: Measured) -> str:
     (low, high), share = measured.interval, measured.correct / measured.num_shots
-    right = f"{share:.1%} of the shots when left out ({measured.correct} of {measured.num_shots})"
+    right = f"{share:.1%} ({measured.correct} of {measured.num_shots} shots, each left out once)"
     return f"{right}, 95 % interval {low:.1%} to {high:.1%}"
 
 
 def _certainty(card: dict[str, Any]) -> str:
     if card["measured"] is None:
         return "its accuracy is not known, because a class has one shot and none can be left out: give two or more"
-    return f"accuracy on new images: {_right(Measured(**card['measured']))}"
+    return f"accuracy on new images {_right(Measured(**card['measured']))}"
 
 
 def _model_card(name: str, card: dict[str, Any]) -> str:
