@@ -24,7 +24,7 @@ class DecodedImages:
     """
 
     def __init__(self, num_samples: int, *, num_bytes: int, lock: AbstractContextManager[Any]) -> None:
-        """Raises `UserError` if the machine has less shared memory than `num_bytes`."""
+        """Takes the memory at once, so that it cannot run out later; raises `UserError` if there is too little."""
         place = os.statvfs(SHARED)
         free = place.f_bavail * place.f_frsize
         if num_bytes > free:
@@ -32,10 +32,10 @@ class DecodedImages:
                 f"data.loader.cache_gb asks for {num_bytes / 1e9:.1f} GB of shared memory in each rank, and "
                 f"{SHARED} has {free / 1e9:.1f} GB left: lower it, or enlarge {SHARED} (docker run --shm-size)"
             )
-        self._pixels = torch.empty(num_bytes, dtype=torch.uint8).share_memory_()
-        self._place_N3 = torch.zeros(
-            num_samples, 3, dtype=torch.int64
-        ).share_memory_()  # end of its pixels, height, width
+        storage = torch.UntypedStorage._new_shared(num_bytes)  # noqa: SLF001  (`share_memory_` copies)
+        self._pixels = torch.empty(0, dtype=torch.uint8).set_(storage)
+        # end of its pixels, height, width
+        self._place_N3 = torch.zeros(num_samples, 3, dtype=torch.int64).share_memory_()
         self._used = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._lock = lock
 

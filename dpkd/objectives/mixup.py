@@ -29,7 +29,11 @@ class Mixed:
     alpha: int
     stages: int
     share: float
-    name: str = "mixed"
+
+    @property
+    def name(self) -> str:
+        """The name of this view: equal views are made once."""
+        return f"mixed {self.alpha} {self.stages} {self.share:g}"
 
     def derive(self, inputs: Sequence[Tensor], draw: Draw) -> Derived:
         """Draws the place, and the share of each image."""

@@ -31,7 +31,11 @@ class Strong:
 
     magnitude: float
     share: float
-    name: str = "strong"
+
+    @property
+    def name(self) -> str:
+        """The name of this view: equal views are made once."""
+        return f"strong {self.magnitude:g} {self.share:g}"
 
     def derive(self, inputs: Sequence[Tensor], draw: Draw) -> Derived:
         """Draws and makes the changes; with magnitude 0 the images stay as they are."""

@@ -24,7 +24,11 @@ class Turned:
     """A share of the images, each turned by 0, 90, 180 or 270 degrees; `turn` is int64 R, in quarters."""
 
     share: float
-    name: str = "turned"
+
+    @property
+    def name(self) -> str:
+        """The name of this view: equal views are made once."""
+        return f"turned {self.share:g}"
 
     def derive(self, inputs: Sequence[Tensor], draw: Draw) -> Derived:
         """Draws the turn of each image."""

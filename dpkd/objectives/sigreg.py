@@ -63,7 +63,7 @@ def _directions(width: int, count: int, *, step: int, seed: int) -> Tensor:
     """Unit vectors, float32 DA, drawn for the step on the CPU, so that all ranks have the same."""
     import torch
 
-    generator = torch.Generator().manual_seed((seed << 32) + step)
+    generator = torch.Generator().manual_seed(((seed << 32) + step) % 2**63)
     return torch.nn.functional.normalize(torch.randn(width, count, generator=generator), dim=0)
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 
 from dpkd.data.augment import apply_image, random_views
 from dpkd.data.batch import Batch
+from dpkd.data.decoded import DecodedImages
 from dpkd.data.images import decode_image, encode_png
 from dpkd.data.order import Order, rank_micro_batches
 from dpkd.data.settings import AugmentSettings, LoaderSettings
@@ -184,6 +186,16 @@ def test_kept_images_are_not_read_again(split, tmp_path):
         with shard.open("r+b") as file:
             file.write(bytes(shard.stat().st_size))
     _assert_equal([*first, *batches], expected)
+
+
+def test_an_image_that_does_not_fit_is_not_kept_and_a_smaller_one_still_is(split):
+    images = [np.full((side, side, 3), side, np.uint8) for side in (10, 20, 5)]
+    decoded = DecodedImages(split.num_samples, num_bytes=3 * (10 * 10 + 5 * 5), lock=nullcontext())
+    for index, image_HWC in enumerate(images):
+        decoded.keep(index, image_HWC)
+    np.testing.assert_array_equal(decoded.get(0), images[0])
+    assert decoded.get(1) is None
+    np.testing.assert_array_equal(decoded.get(2), images[2])
 
 
 def test_more_memory_than_the_machine_shares_is_refused(split):

@@ -18,6 +18,7 @@ from dpkd.objectives.rotation import Rotation, Turned, turned
 from dpkd.objectives.supervised import supervised
 
 MANY = torch.arange(4000)
+MIXED = Mixed(alpha=1, stages=0, share=1.0).name
 
 
 def draw(index_B: torch.Tensor, *, step: int = 3, seed: int = 0) -> Draw:
@@ -60,7 +61,8 @@ def test_turns_are_equally_likely_and_belong_to_the_sample():
 
 def test_rotation_is_the_cross_entropy_of_the_turn_over_its_share_of_the_images():
     logits_R4, turn_R = torch.randn(3, 4), torch.tensor([2, 0, 3])
-    given = context(6, {"turned": {"rotation": logits_R4}}, {"turned": {"turn": turn_R}}, label_B=torch.zeros(6).long())
+    view = Turned(0.5).name
+    given = context(6, {view: {"rotation": logits_R4}}, {view: {"turn": turn_R}}, label_B=torch.zeros(6).long())
     expected = -logits_R4.log_softmax(1)[range(3), turn_R].mean()
     torch.testing.assert_close(Rotation(share=0.5, weight=2.0).loss(given), 2 * expected)
     assert len(Turned(0.5).derive([torch.zeros(6, 3, 4, 4)], draw(torch.arange(6))).facts["turn"]) == 3
@@ -90,8 +92,8 @@ def test_the_place_of_a_mix_is_each_of_the_first_stages_in_turn():
 
 def test_mixup_is_the_cross_entropy_of_both_labels_by_their_shares():
     logits_BK, label_B, share_B = torch.randn(4, 3), torch.tensor([0, 2, -1, 1]), torch.tensor([0.9, 0.3, 0.5, 0.6])
-    facts = {"mixed": {"share": share_B, "partner": torch.tensor([3, 0, 1, 2])}}
-    given = context(4, {"mixed": {"logits": logits_BK}}, facts, label_B=label_B, labelled_share=0.75)
+    facts = {MIXED: {"share": share_B, "partner": torch.tensor([3, 0, 1, 2])}}
+    given = context(4, {MIXED: {"logits": logits_BK}}, facts, label_B=label_B, labelled_share=0.75)
     surprise_BK = -logits_BK.log_softmax(1)
     terms = [0.9 * surprise_BK[0, 0], 0.1 * surprise_BK[0, 1], 0.3 * surprise_BK[1, 2], 0.7 * surprise_BK[1, 0]]
     terms += [0.5 * surprise_BK[2, 2], 0.6 * surprise_BK[3, 1]]  # a hidden label does not count
@@ -100,8 +102,8 @@ def test_mixup_is_the_cross_entropy_of_both_labels_by_their_shares():
 
 def test_mixup_with_whole_shares_is_the_supervised_loss():
     logits_BK, label_B = torch.randn(4, 3), torch.tensor([0, 2, -1, 1])
-    facts = {"mixed": {"share": torch.ones(4), "partner": torch.tensor([3, 0, 1, 2])}}
-    given = context(4, {"mixed": {"logits": logits_BK}}, facts, label_B=label_B, labelled_share=0.75)
+    facts = {MIXED: {"share": torch.ones(4), "partner": torch.tensor([3, 0, 1, 2])}}
+    given = context(4, {MIXED: {"logits": logits_BK}}, facts, label_B=label_B, labelled_share=0.75)
     torch.testing.assert_close(Mixup().loss(given), supervised(logits_BK, label_B, labelled_share=0.75))
 
 
@@ -190,9 +192,19 @@ def test_a_strong_view_moves_its_map_and_lacks_a_square():
 def test_pseudo_labels_count_where_the_network_is_sure():
     weak_BK = torch.tensor([[9.0, 0, 0], [1.0, 0.5, 0], [0, 0, 8.0], [0, 9.0, 0]], requires_grad=True)
     strong_RK = torch.randn(3, 3, requires_grad=True)
-    given = context(4, {"global": {"logits": weak_BK}, "strong": {"logits": strong_RK}}, {}, label_B=-torch.ones(4))
+    given = context(
+        4, {"global": {"logits": weak_BK}, Strong(1.0, 0.75).name: {"logits": strong_RK}}, {}, label_B=-torch.ones(4)
+    )
     loss = PseudoLabels(weight=2.0, share=0.75).loss(given)
     surprise_RK = -strong_RK.log_softmax(1)
     torch.testing.assert_close(loss, 2 * (surprise_RK[0, 0] + surprise_RK[2, 2]) / 3)
     loss.backward()
     assert weak_BK.grad is None
+
+
+def test_views_of_other_settings_have_other_names():
+    """Outputs are found by name, so two objectives of one kind with other settings would read the same view."""
+    views = [Turned(0.5), Turned(1.0), Mixed(1, 0, 0.5), Mixed(1, 2, 0.5), Mixed(2, 0, 0.5), Strong(1.0, 0.5)]
+    views += [Strong(0.5, 0.5), Strong(1.0, 1.0)]
+    assert len({view.name for view in views}) == len(views)
+    assert Strong(1.0, 0.5).name == Strong(1.0, 0.5).name
