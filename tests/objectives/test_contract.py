@@ -189,7 +189,7 @@ def test_a_public_network_teaches_beside_one_of_the_run_and_is_never_trained(
     assert set(report["teachers"]) == {"teacher", "public"}
 
 
-def test_every_objective_that_follows_a_teacher_trains_and_no_head_leaves(whole: RunFolder, tmp_path: Path) -> None:
+def test_every_objective_that_needs_no_expert_trains_and_no_head_leaves(whole: RunFolder, tmp_path: Path) -> None:
     tree = tiny(tmp_path / "all", source=None, shards=whole.path / "shards")
     tree["data"]["views"] = {"global": {"count": 2}}
     tree["evaluate"] = None
@@ -204,6 +204,9 @@ def test_every_objective_that_follows_a_teacher_trains_and_no_head_leaves(whole:
         {"kind": "patch_labels"},
         {"kind": "patch_labels", "name": "sun", "prior": None},
         {"kind": "locality", "layers": {0: 1, 1: 2}},
+        {"kind": "sigreg", "width": 5, "hidden": 7},
+        {"kind": "pseudo_labels", "threshold": 0.0},
+        {"kind": "pseudo_labels", "threshold": 0.0, "magnitude": 0.5, "share": 0.5},
     ]
     tree["distill"]["students"] = {"vit": {"model": VIT, "objectives": objectives, "engine": {"kind": "torch"}}}
     tree["distill"]["training"] |= {"steps": 2, "checkpoint_every": 2}
@@ -213,7 +216,8 @@ def test_every_objective_that_follows_a_teacher_trains_and_no_head_leaves(whole:
     losses = {key.removeprefix("loss/student-vit/"): value for key, value in last.items() if key.startswith("loss/")}
     names = {"supervised", "logits", "standardised_logits", "features", "features-2", "patch_relations", "patch_labels"}
     parts = {"relations.similarity", "relations.distance", "relations.angle", "locality.layer-0", "locality.layer-1"}
-    assert losses.keys() == names | parts | {"sun"}
+    own = {"sigreg.agreement", "sigreg.normality", "pseudo_labels", "pseudo_labels-2"}
+    assert losses.keys() == names | parts | own | {"sun"}
     assert all(0 < value < 1e6 for value in losses.values())
     heads = json.loads((command.folder.students / "vit" / "network.json").read_text())["spec"]["heads"]
     assert {name: tuple(head.values()) for name, head in heads.items()} == {
@@ -222,6 +226,7 @@ def test_every_objective_that_follows_a_teacher_trains_and_no_head_leaves(whole:
         "to_teacher/layer-0-1": ("layer-0", 8, None),
         "to_teacher/layer-1-2": ("layer-1", 8, None),
         "to_teacher/patch_labels": ("patch", 7, None),
+        "sigreg": ("embedding", 5, 7),
     }
     exported = load_file(command.folder.export / "vit" / "model.safetensors")
     arguments = {"num_classes": 6, **VIT["arguments"]}
