@@ -6,8 +6,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 
+VERBS = ("adapt", "fit")
+
+
 def __getattr__(name: str) -> Any:
-    """`dpkd.adapt`, loaded when it is asked for: it needs torch and timm."""
-    if name != "adapt":
+    """`dpkd.adapt` and `dpkd.fit`, loaded when they are asked for: they need many packages."""
+    if name not in VERBS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return import_module("dpkd.verbs.adapt").adapt
+    return getattr(import_module(f"dpkd.verbs.{name}"), name)

@@ -1,6 +1,7 @@
 """The `dpkd` command: the whole run, single stages, and checks of data sets, runs and the machine.
 
-dpkd pretrain --config FILE      the whole run, like `python -m dpkd.pretrain`
+dpkd pretrain PHOTOS             the whole run, like `python -m dpkd.pretrain`; settings are chosen for the images
+dpkd pretrain --config FILE      the whole run with these settings; the other verbs take either too
 dpkd pack|prepare|evaluate|export --config FILE     one stage of it
 dpkd profile --config FILE [--stage distill]    some steps of a training stage: a trace, and where a step goes
 dpkd plan --config FILE [--fast] shows the stages that would run; checks settings, files and (not with --fast) networks
@@ -67,23 +68,21 @@ def _act(options: argparse.Namespace) -> None:
     elif options.verb == "plan":
         from dpkd.verbs.plan import plan
 
-        plan(options.config, options.overrides, fast=options.fast)
+        plan(pretrain.settings_of(options)[0], fast=options.fast)
     elif options.verb == "profile":
-        from dpkd.settings import load_settings
         from dpkd.verbs.profile import profile_stage
 
-        profile_stage(load_settings(options.config, options.overrides), options.stage, steps=options.steps)
+        profile_stage(pretrain.settings_of(options)[0], options.stage, steps=options.steps)
     elif options.verb == "ledger":
-        from dpkd.settings import load_settings
         from dpkd.verbs.ledger import ledger, plan_ledger
 
-        settings = load_settings(options.config, options.overrides)
+        settings, _ = pretrain.settings_of(options)
         out = Path(options.out or f"{settings.run.dir}-ledger")
         asked = {name: getattr(options, name) for name in ("pairs", "rows", "shares", "command")}
         ledger(plan_ledger(settings, out, **asked), budget=options.budget, jobs=options.jobs)
     else:
         stages = pretrain.stage_names(options.stages) if options.verb == "pretrain" else [options.verb]
-        pretrain.run_settings(options.config, options.overrides, stages=stages)
+        pretrain.run_settings(options, stages=stages)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,6 +15,8 @@ _SECRET = re.compile(
     re.IGNORECASE,
 )
 
+EXIT_USER, EXIT_STOPPED = 2, 75
+
 
 class UserError(Exception):
     """A fault of the user's settings or data; the message names key or file, value and way out. Exit code 2."""

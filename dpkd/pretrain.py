@@ -1,5 +1,6 @@
 """The entry point of a run: settings, then the stages in order, then the summary.
 
+    python -m dpkd.pretrain photos [--students A,B] [--teacher MODEL] [key.path=value ...]     settings are chosen
     python -m dpkd.pretrain --config configs/quickstart.yaml [key.path=value ...] [--stages pack,prepare]
 
 Exit codes: 0 done, 2 settings, data or storage at fault, 75 stopped on request and resumable, 1 any other error.
@@ -12,14 +13,24 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from dpkd.errors import StopRequested, StorageError, UserError, WorkerFailed, did_you_mean, printable
+from dpkd.errors import (
+    EXIT_STOPPED,
+    EXIT_USER,
+    StopRequested,
+    StorageError,
+    UserError,
+    WorkerFailed,
+    did_you_mean,
+    printable,
+)
 from dpkd.launch.signals import install_stop_handlers, stop_handlers
 from dpkd.log import logger, safe_output
 from dpkd.stages import STAGES
 
-EXIT_USER, EXIT_STOPPED = 2, 75
+if TYPE_CHECKING:
+    from dpkd.settings import Settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,23 +44,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_stages(parser)
     options = parser.parse_intermixed_args(arguments)
     install_stop_handlers(interrupt)
-    return exit_code(lambda: run_settings(options.config, options.overrides, stages=stage_names(options.stages)))
+    return exit_code(lambda: run_settings(options, stages=stage_names(options.stages)))
 
 
-def run_settings(path: str, overrides: list[str], *, stages: Sequence[str]) -> None:
-    """Runs the stages with the settings of a file; raises the errors of `load_settings` and `run`."""
-    # not at the top: `--help` needs neither, and worker processes load this module as their main module
-    from dpkd.settings import load_settings  # noqa: PLC0415
+def run_settings(options: argparse.Namespace, *, stages: Sequence[str]) -> None:
+    """Runs the stages with the settings of the options; raises the errors of `settings_of` and `run`."""
+    # not at the top: `--help` does not need it, and worker processes load this module as their main module
     from dpkd.stages.driver import run  # noqa: PLC0415
 
-    run(load_settings(path, overrides), stages=stages)
+    settings, chosen = settings_of(options)
+    run(settings, stages=stages, chosen=chosen)
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of every command that takes settings."""
-    purpose = "settings that replace those of the file"
-    parser.add_argument("--config", required=True, metavar="FILE", help="settings, YAML")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help=purpose)
+    parser.add_argument("given", nargs="*", metavar="SOURCE | key.path=value", help="images; settings to replace")
+    parser.add_argument("--config", metavar="FILE", help="settings, YAML; without it they are chosen for SOURCE")
+    parser.add_argument("--students", metavar="A,B", help="timm models to train, without --config")
+    parser.add_argument("--teacher", metavar="MODEL", help="timm model or file of its weights, without --config")
+
+
+def settings_of(options: argparse.Namespace) -> "tuple[Settings, str | None]":
+    """The settings of the arguments of `add_settings`, and the text of those that were chosen, which it prints."""
+    overrides = [text for text in options.given if "=" in text]
+    sources = [text for text in options.given if "=" not in text]
+    if options.config is not None:
+        extra = [*sources, *(f"--{name}" for name in ("students", "teacher") if getattr(options, name) is not None)]
+        if extra:
+            raise UserError(f"{' '.join(extra)}: with --config, give settings as key.path=value")
+        from dpkd.settings import load_settings  # noqa: PLC0415
+
+        return load_settings(options.config, overrides), None
+    if len(sources) > 1:
+        raise UserError(f"{' '.join(sources)}: give one folder or table of images, and settings as key.path=value")
+    from dpkd.defaults import chosen_settings  # noqa: PLC0415  loads readers of images and tables
+
+    source = sources[0] if sources else None
+    settings, chosen = chosen_settings(source, overrides, students=options.students, teacher=options.teacher)
+    logger.info(chosen)
+    return settings, chosen
 
 
 def add_stages(parser: argparse.ArgumentParser) -> None:

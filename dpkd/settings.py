@@ -208,7 +208,7 @@ class DistillSettings(Config):
 class EvaluateSettings(Config):
     """The measurements on the validation and test splits, the same for teachers, students and baselines."""
 
-    episodes: EpisodeSettings = EpisodeSettings()
+    episodes: EpisodeSettings | None = EpisodeSettings()  # None: accuracy on known classes alone
     episodes_while_training: int = Field(400, ge=2)
     probes: ProbeSettings | None = ProbeSettings()
 

@@ -13,7 +13,7 @@ from dpkd.launch.pool import Accelerator, Pool
 from dpkd.launch.settings import LauncherSettings
 from dpkd.launch.watchdog import WatchOrder
 from dpkd.launch.worker_group import WorkerGroup
-from dpkd.launch.world_size import WorldSizeRange
+from dpkd.launch.world_size import NodeResources, WorldSizeRange
 
 
 def launcher_kind(settings: LauncherSettings) -> str:
@@ -21,6 +21,19 @@ def launcher_kind(settings: LauncherSettings) -> str:
     if settings.kind != "auto":
         return settings.kind
     return "ray" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else "local"
+
+
+def machine(settings: LauncherSettings) -> NodeResources:
+    """The CPUs and GPUs that a run may use, of this machine or of all nodes of the Ray cluster."""
+    if launcher_kind(settings) == "local":
+        from dpkd.backends.local_workers import node_resources as resources_here  # noqa: PLC0415
+
+        return resources_here()
+    from dpkd.backends.ray_cluster import connect, node_resources  # noqa: PLC0415
+
+    connect()
+    nodes = node_resources()
+    return NodeResources(cpus=sum(node.cpus for node in nodes), gpus=sum(node.gpus for node in nodes))
 
 
 def make_pool(settings: LauncherSettings, *, hangs: Path) -> Pool:

@@ -44,7 +44,10 @@ class GivenSplits(Config):
 
 
 class FractionSplits(Config):
-    """Splits by share of the samples, drawn by group, stratified by class: `{train: 0.8, val: 0.1, test: 0.1}`."""
+    """Splits by share, drawn by group, stratified by class: `{train: 0.8, val: 0.1, test: 0.1}`.
+
+    The shares are of the labelled samples, and the others train; if none is labelled, they are of all samples.
+    """
 
     kind: Literal["fraction"] = "fraction"
     fractions: dict[str, float]

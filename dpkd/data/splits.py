@@ -65,7 +65,8 @@ def assign(
         case GivenSplits():
             wanted, assignment = set(), Assignment([record.split or train for record in records])
         case FractionSplits():
-            wanted, assignment = set(splits.fractions), Assignment(_by_fraction(records, splits.fractions, seed=seed))
+            wanted = set(splits.fractions)
+            assignment = Assignment(_by_fraction(records, splits.fractions, seed=seed, train=train))
         case ClassSplits():
             wanted = set(splits.classes)
             assignment = Assignment(_by_class(records, splits.classes, seed=seed, train=train))
@@ -89,18 +90,27 @@ def assign(
     return assignment
 
 
-def _by_fraction(records: Sequence[Record], fractions: Mapping[str, float], *, seed: int) -> list[str | None]:
-    """Assigns whole groups, in a drawn order, to the split that lacks most samples of the group's main class."""
+def _by_fraction(
+    records: Sequence[Record], fractions: Mapping[str, float], *, seed: int, train: str
+) -> list[str | None]:
+    """Assigns whole groups, in a drawn order, to the split that lacks most samples of the group's main class.
+
+    Where samples are labelled, groups without a label train, because nothing could be measured on them.
+    """
     if abs(sum(fractions.values()) - 1) > 1e-6 or min(fractions.values(), default=0) <= 0:
         raise UserError(f"data.splits.fractions={dict(fractions)} must be above 0 and sum to 1")
     members: dict[tuple[bool, str], list[int]] = defaultdict(list)
     for i, record in enumerate(records):
         members[(False, record.name) if record.group is None else (True, record.group)].append(i)
     strata: dict[str, list[tuple[bool, str]]] = defaultdict(list)
+    any_label = train in fractions and any(record.class_name is not None for record in records)
+    split_of: dict[int, str] = {}
     for unit, rows in members.items():
         counts = Counter(records[i].class_name or "" for i in rows)
-        strata[min(counts, key=lambda name: (-counts[name], name))].append(unit)
-    split_of: dict[int, str] = {}
+        if any_label and set(counts) == {""}:
+            split_of |= dict.fromkeys(rows, train)
+        else:
+            strata[min(counts, key=lambda name: (-counts[name], name))].append(unit)
     # kept from class to class, so that small splits also get rare classes
     lacking = dict.fromkeys(fractions, 0.0)
     for stratum in sorted(strata):

@@ -4,6 +4,7 @@ Axes: N samples, D embedding, E episodes, W ways (classes of an episode), K shot
 class. Accuracies are fractions in [0, 1].
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -131,10 +132,12 @@ def _logistic(x_ND: Floats, support_EWK: Integers, query_EWQ: Integers) -> Integ
     )
 
 
-def score(accuracy_E: NDArray[np.float64]) -> dict[str, float]:
+def score(accuracy_E: NDArray[np.float64], *, added: Sequence[float] = ()) -> dict[str, float]:
     """`{"mean", "ci95"}`: the mean over episodes, and half its normal 95 % interval, 1.96 · standard deviation / √E.
 
-    For two networks on the same episodes, the score of the differences has a narrower interval.
+    For two networks on the same episodes, the score of the differences has a narrower interval. `added` values widen
+    the interval alone.
     """
-    ci95 = 1.96 * accuracy_E.std(ddof=1) / np.sqrt(len(accuracy_E))
+    value_E = np.append(accuracy_E, added)
+    ci95 = 1.96 * value_E.std(ddof=1) / np.sqrt(len(value_E))
     return {"mean": float(accuracy_E.mean()), "ci95": float(ci95)}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dpkd.report.summary import count_words, markdown_table, percent, rate_words
+from dpkd.report.summary import DASH, count_words, markdown_table, percent, rate_words
 
 FRONT_MATTER = """\
 ---
@@ -78,22 +78,29 @@ def model_card(
 
 
 def _numbers(table: dict[str, Any], evaluation: dict[str, Any]) -> list[str]:
-    """The table of few-shot accuracies, and the conditions of their measurement."""
+    """The table of accuracies, and the conditions of their measurement."""
     protocol, has_map = evaluation["protocol"], "plain_pooling" in table
     kinds = {
-        "few_shot": "with its prior map" if has_map else "few-shot accuracy",
+        "few_shot": "with its prior map" if has_map else "accuracy",
         "plain_pooling": "as timm pools",
         "over_baseline": "gain over the same network on labels alone",
     }
-    rows = [["", "split", *next(iter(table["few_shot"].values()))]]
+    keys = list(dict.fromkeys(key for scores in table["few_shot"].values() for key in scores))
+    rows = [["", "split", *(key.replace("_", " ") for key in keys)]]
     for kind, title in kinds.items():
         sign = "+" if kind == "over_baseline" else ""
         for split, scores in table.get(kind, {}).items():
-            rows.append([title, split, *(percent(score, sign=sign) for score in scores.values())])
-    conditions = (
-        f"Mean and 95 % interval over {protocol['episodes']:,} episodes of {protocol['way']} classes with "
-        f"{protocol['queries']} queries each; {protocol['classifier'].replace('_', ' ')} on embeddings after "
-        f"`{protocol['transform']}`, seed {protocol['seed']}. {rate_words(table['images_per_s'])} images/s on "
-        f"{evaluation['device']}, decoding not counted.\n"
+            cells = [percent(scores[key], sign=sign) if key in scores else DASH for key in keys]
+            rows.append([title, split, *cells])
+    conditions = "Known classes: " + ", ".join(
+        f"{n:,} images of {split}" for split, n in evaluation["labelled"].items()
     )
+    if "way" in protocol:
+        conditions = (
+            f"Mean and 95 % interval over {protocol['episodes']:,} episodes of {protocol['way']} classes with "
+            f"{protocol['queries']} queries each; {protocol['classifier'].replace('_', ' ')} on embeddings after "
+            f"`{protocol['transform']}`, seed {protocol['seed']}"
+        )
+    speed = f"{rate_words(table['images_per_s'])} images/s on {evaluation['device']}, decoding not counted"
+    conditions = f"{conditions}. {speed}.\n"
     return ["\n".join(markdown_table(rows)) + "\n", conditions]

@@ -29,6 +29,8 @@ from dpkd.report.quarantine import Quarantine
 EVALUATION_NAME = "evaluation.json"
 QUARANTINE_NAME = "quarantine.jsonl"
 DASH = "–"
+KNOWN, MAX_INTERVAL = "known_classes", 0.05
+"""The key of the accuracy on known classes, and the half of its 95 % interval above which a sentence warns."""
 SPEEDS = ("images_per_s", "tflops", "mfu")
 
 Table = list[list[str]]
@@ -123,7 +125,8 @@ def final_words(summary: dict[str, Any]) -> str:
         for name, *cells in rows:
             aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
             lines.append("  ".join([name.ljust(widths[0]), *aligned]))
-        lines += ["", *notes] if (notes := [*_invalid(summary), *_not_better(summary)]) else []
+        notes = [*_invalid(summary), *_few_images(summary), *_not_better(summary)]
+        lines += ["", *notes] if notes else []
     if summary["exports"]:
         lines += ["", "exported students (timm folder, ONNX):", *(f"  {path}" for path in summary["exports"].values())]
     if summary["quarantine"]:
@@ -162,7 +165,7 @@ def markdown(summary: dict[str, Any]) -> str:
 def figures_markdown(evaluation: dict[str, Any]) -> str:
     """The tables and the protocol of an evaluation, as Markdown."""
     lines = [_heading(evaluation), "", *markdown_table(_few_shot_table(evaluation)), ""]
-    for note in (*_invalid(evaluation), *_not_better(evaluation)):
+    for note in (*_invalid(evaluation), *_few_images(evaluation), *_not_better(evaluation)):
         lines += [note, ""]
     titles = {
         "probes": "kNN and linear probe",
@@ -203,11 +206,12 @@ def _teachers(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _heading(summary: dict[str, Any]) -> str:
-    protocol = summary["protocol"]
-    return (
-        f"Few-shot accuracy on {_report_split(summary)}: {protocol['way']} classes an episode, the same "
-        f"{protocol['episodes']:,} episodes for all, mean ± 95 % interval; images/s on {summary['device']}"
-    )
+    protocol, split = summary["protocol"], _report_split(summary)
+    by = f"mean ± 95 % interval; images/s on {summary['device']}"
+    if "way" not in protocol:
+        return f"Accuracy on {summary['labelled'][split]:,} labelled images of {split}, {by}"
+    episodes = f"{protocol['way']} classes an episode, the same {protocol['episodes']:,} episodes for all"
+    return f"Few-shot accuracy on {split}: {episodes}, {by}"
 
 
 def _report_split(summary: dict[str, Any]) -> str:
@@ -221,12 +225,12 @@ def _few_shot_table(summary: dict[str, Any]) -> Table:
     A student's gain over labels alone follows its baselines. `_invalid` explains the stars.
     """
     split = _report_split(summary)
-    settings = list(next(iter(networks(summary).values()))["few_shot"][split])
-    shots = [key.split("_")[1].replace("shot", "-shot") for key in settings]
-    rows = [["", "parameters", "images/s", *shots]]
+    settings = list(dict.fromkeys(key for network in networks(summary).values() for key in network["few_shot"][split]))
+    rows = [["", "parameters", "images/s", *map(column_words, settings)]]
 
     def add(title: str, scores: dict[str, Any], *facts: str, sign: str = "") -> None:
-        rows.append([title, *(facts or ("", "")), *(percent(scores[split][key], sign=sign) for key in settings)])
+        cells = [percent(scores[split][key], sign=sign) if key in scores[split] else DASH for key in settings]
+        rows.append([title, *(facts or ("", "")), *cells])
 
     def add_networks(named: dict[str, dict[str, Any]]) -> None:
         for name, network in named.items():
@@ -244,6 +248,21 @@ def _few_shot_table(summary: dict[str, Any]) -> Table:
     return rows
 
 
+def column_words(key: str) -> str:
+    """A kind of accuracy as text: `5way_1shot` is `1-shot`, and `known_classes` is `known classes`."""
+    return key.rpartition("way_")[2].replace("shot", "-shot").replace("_", " ")
+
+
+def _few_images(summary: dict[str, Any]) -> list[str]:
+    """A sentence on what the accuracy on known classes can show, where it is of few images."""
+    split = _report_split(summary)
+    intervals = [network["few_shot"][split].get(KNOWN, {}).get("ci95", 0.0) for network in networks(summary).values()]
+    if max(intervals, default=0.0) <= MAX_INTERVAL:
+        return []
+    images, points = summary["labelled"][split], 100 * max(intervals)
+    return [f"accuracy on {images:,} images may be off by {points:.0f} points: label more of {split} to know it better"]
+
+
 def _invalid(summary: dict[str, Any]) -> list[str]:
     """A sentence on the networks whose figures are no few-shot figures, because weights were trained on the classes."""
     split = _report_split(summary)
@@ -259,11 +278,16 @@ def _invalid(summary: dict[str, Any]) -> list[str]:
 
 
 def _not_better(summary: dict[str, Any]) -> list[str]:
-    """A sentence for each student that is not better than its baseline at the largest number of shots."""
+    """A sentence for each student that is not better than its baseline, on known classes or with most shots."""
     split, sentences = _report_split(summary), []
     for name, student in summary["students"].items():
         gain = list(student["over_baseline"][split].values())[-1] if "over_baseline" in student else None
-        if gain is not None and gain["mean"] <= gain["ci95"]:
+        if gain is None or gain["mean"] > gain["ci95"]:
+            continue
+        if -gain["ci95"] <= gain["mean"] and gain["ci95"] > MAX_INTERVAL:
+            few = "too few images are measured to tell it from"
+            sentences.append(f"student {name}: {few} the same network on labels alone ({percent(gain, sign='+')})")
+        else:
             comparison = "worse than" if gain["mean"] < -gain["ci95"] else "no better than"
             better = student.get("baseline", name)
             sentences.append(

@@ -1,7 +1,7 @@
 """TensorBoard files of a stage: one TensorBoard run per network, so that networks share their charts.
 
 <folder>/              speed/…, goodput/…, quarantine/…, and the summary's text, once per stage
-<folder>/<network>/    loss/<objective>, training/learning_rate, training/gradient_norm, few_shot/…, panels
+<folder>/<network>/    loss/<objective>, training/learning_rate, training/gradient_norm, few_shot/…, accuracy/…, panels
 """
 
 import threading
@@ -49,22 +49,25 @@ class Board:
                 for tag, number in tagged.items():
                     run.add_scalar(tag, number, step)
 
-    def few_shot(self, step: int, *, network: str, split: str, scores: Mapping[str, Mapping[str, float]]) -> None:
+    def accuracy(self, step: int, *, network: str, split: str, scores: Mapping[str, Mapping[str, float]]) -> None:
         """Writes `{"5way_1shot": {"mean", "ci95"}}` as a chart per key, and its 95 % interval as charts and a band.
+
+        The chart of `known_classes` is `accuracy/<split>_known_classes`, and others are `few_shot/<split>_5way_1shot`.
 
         The bands are on TensorBoard's Custom Scalars page, one chart per key.
         """
         charts = {}
         with self._run(network) as run:
             for key, score in scores.items():
-                mean, interval = f"few_shot/{split}_{key}", f"few_shot_ci95/{split}_{key}"
+                group = "few_shot" if key.endswith("shot") else "accuracy"
+                mean, interval = f"{group}/{split}_{key}", f"{group}_ci95/{split}_{key}"
                 run.add_scalar(mean, score["mean"], step)
                 run.add_scalar(f"{interval}_low", score["mean"] - score["ci95"], step)
                 run.add_scalar(f"{interval}_high", score["mean"] + score["ci95"], step)
                 charts[f"{split} {key}"] = ["Margin", [mean, f"{interval}_low", f"{interval}_high"]]
             if network not in self._banded:  # TensorBoard reads the layout once
                 self._banded.add(network)
-                run.add_custom_scalars({"few-shot accuracy with 95 % interval": charts})
+                run.add_custom_scalars({"accuracy with 95 % interval": charts})
 
     def show(self, step: int, tag: str, content: str | NDArray[np.uint8], *, network: str = "") -> None:
         """Writes Markdown, such as the table of the summary, or an RGB image HWC, to the run of a network."""

@@ -26,8 +26,13 @@ ALIVE_S = 30.0
 PACKAGES = ("dpkd", "torch", "torchvision", "timm", "deepspeed", "ray", "numpy", "opencv-contrib-python-headless")
 
 
-def write_provenance(folder: RunFolder, settings: dict[str, Any]) -> None:
-    """Writes `settings.yaml` with all defaults, and `versions.json` with the git commit of dpkd."""
+def write_provenance(folder: RunFolder, settings: dict[str, Any], *, chosen: str | None = None) -> None:
+    """Writes `settings.yaml` with all defaults, and `versions.json` with the git commit of dpkd.
+
+    Chosen settings, as text with their reasons, are written to `chosen.yaml`.
+    """
+    if chosen is not None:
+        storage.write_bytes_atomic(folder.path / "chosen.yaml", chosen.encode())
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     storage.write_bytes_atomic(folder.path / "settings.yaml", text.encode())
     commit = None

@@ -20,17 +20,18 @@ from dpkd.stages.prepare import prepare
 from dpkd.stages.worker import SESSION, train_stages
 
 
-def run(settings: Settings, *, stages: Sequence[str] = STAGES) -> None:
+def run(settings: Settings, *, stages: Sequence[str] = STAGES, chosen: str | None = None) -> None:
     """Runs the stages that are not done, in order, and prints the summary.
 
-    Raises `UserError`, before any work, for settings that contradict the run folder.
+    `chosen` is the text of chosen settings, which is kept in the run folder. Raises `UserError`, before any work, for
+    settings that contradict the run folder.
     """
     began = time.monotonic()
     folder = RunFolder(settings.run.dir, checkpoints=settings.run.checkpoints)
     stages = stages_of(settings, stages)
     left = plan_run(settings, folder, stages)
     if left:
-        write_provenance(folder, settings.model_dump(mode="json"))
+        write_provenance(folder, settings.model_dump(mode="json"), chosen=chosen)
         start_resource_tracker()
         folder = folder.acquire()
         folder.reopen(left)  # a stage whose files are damaged is recorded as done, and workers skip those

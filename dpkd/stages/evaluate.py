@@ -2,8 +2,9 @@
 
     {"protocol": {"way", "shots", …, "seed"}, "splits": {"val": name, "test": name}, "device": words,
      "teachers", "live_teachers", "students", "baselines": {name: network}}
-    network: {"model", "image_size", "pooling", "parameters", "flops", "images_per_s",
-              "few_shot": {split: {"5way_1shot": {"mean", "ci95"}}},     flops and images_per_s may be null
+     "labelled": {split: number of labelled images}
+    network: {"model", "image_size", "pooling", "parameters", "flops", "images_per_s",       the last two may be null
+              "few_shot": {split: {"5way_1shot": {"mean", "ci95"}, "known_classes": {"mean", "ci95"}}},
               "plain_pooling": {split: …}            figure-ground networks, pooled without their prior map
               "seen": {split: [classes]}             only where `teachers.<name>.seen` has classes of the split
               "over_baseline": {split: …}            students: paired difference on the same episodes from
@@ -33,7 +34,7 @@ from dpkd.engine.network import Frozen
 from dpkd.errors import UserError
 from dpkd.evaluation.attributes import zero_shot_accuracy
 from dpkd.evaluation.few_shot import draw_episodes, few_shot_accuracy, score
-from dpkd.evaluation.long_tail import long_tail
+from dpkd.evaluation.long_tail import ADDED_TO_GAINS, ADDED_TO_HITS, known_hits, long_tail, predict_known
 from dpkd.evaluation.seen import seen_among
 from dpkd.io import storage
 from dpkd.io.record import parse_json, read_record
@@ -44,7 +45,7 @@ from dpkd.models.saved import load_network
 from dpkd.models.settings import FigureGroundPooling, NetworkSpec
 from dpkd.objectives.base import teacher_of
 from dpkd.report.quarantine import Quarantine
-from dpkd.report.summary import EVALUATION_NAME, figure_or_none, figures_markdown
+from dpkd.report.summary import EVALUATION_NAME, KNOWN, figure_or_none, figures_markdown
 from dpkd.report.tensorboard import Board
 from dpkd.run.folder import RunFolder
 from dpkd.settings import EvaluateSettings, Settings, TeacherSettings
@@ -76,8 +77,9 @@ def evaluate(run: Run) -> None:
     assert settings is not None, "the stage is left out without settings"
     networks = {place: network.to(device) for place, network in load_networks(run).items()}
     report: dict[str, Any] = {
-        "protocol": {**settings.episodes.model_dump(mode="json"), "seed": run.seed},
+        "protocol": (settings.episodes.model_dump(mode="json") if settings.episodes else {}) | {"seed": run.seed},
         "splits": {"val": run.data.val, "test": run.data.test},
+        "labelled": {},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu,
         "teachers": {},
         "students": {},
@@ -96,6 +98,7 @@ def evaluate(run: Run) -> None:
         }
     chosen: dict[str, str] = {}
     for split in run.data.evaluated_splits:
+        report["labelled"][split] = int((run.dataset.split(split).label_N[run.readable(split)] >= 0).sum())
         for kind, figures in _measure(run, networks, run.dataset.split(split), settings, chosen=chosen).items():
             for place, figure in figures.items():
                 tables[place].setdefault(kind, {})[split] = figure
@@ -116,12 +119,18 @@ def evaluate(run: Run) -> None:
 
 
 def refuse_small_splits(run: Run) -> None:
-    """Raises `UserError` if a split is too small for the episodes; call it before any training."""
-    if run.settings.evaluate is not None:
-        few = run.settings.evaluate.episodes.model_copy(update={"episodes": 2})
-        for name in run.data.evaluated_splits:
-            label_N = np.delete(run.dataset.split(name).label_N, run.unreadable(name))
-            draw_episodes(label_N, few, seed=0, split=name)
+    """Raises `UserError` if nothing can be measured on a split; call it before any training."""
+    if run.settings.evaluate is None:
+        return
+    episodes = run.settings.evaluate.episodes
+    for name in run.data.evaluated_splits:
+        label_N = np.delete(run.dataset.split(name).label_N, run.unreadable(name))
+        if episodes is not None:
+            draw_episodes(label_N, episodes.model_copy(update={"episodes": 2}), seed=0, split=name)
+        elif not (label_N >= 0).any():
+            raise UserError(
+                f"split {name!r} has no label, so nothing can be measured on it: set data.val or .test=null"
+            )
 
 
 def load_networks(run: Run) -> dict[str, Network]:
@@ -185,11 +194,6 @@ def _measure(
     """
     indices = run.readable(split.name)
     label_N = split.label_N[indices].astype(np.int64)
-    episodes = draw_episodes(label_N, settings.episodes, seed=run.seed, split=split.name)
-    if episodes.left_out and run.world.rank == 0:
-        names = ", ".join(run.dataset.manifest.classes[label] for label in episodes.left_out)
-        few = f"{len(episodes.left_out)} classes have too few samples for an episode"
-        logger.info(f"evaluate {split.name}: {few}: {names}")
     predictors: dict[str, Predictor] = {}
     for name, network in networks.items():
         predictors[name] = Frozen(network.spec, network)
@@ -197,31 +201,44 @@ def _measure(
             predictors[name + PLAIN] = PlainlyPooled(network.spec, network)
     embedded = embed_networks(run, predictors, split, indices=indices, shown=True)
     means: dict[str, NDArray[np.float32]] = {}
-    if settings.episodes.transform == "centred_l2":
+    if settings.episodes is not None and settings.episodes.transform == "centred_l2":
         train = run.dataset.split(run.data.train)
         few_trained = embed_networks(run, predictors, train, indices=spread(run.readable(train.name)), shown=True)
         means = {name: outputs["embedding"].mean(0) for name, outputs in few_trained.items()}
     if run.world.rank != 0:
         return {}
-    accuracies = {
-        name: few_shot_accuracy(outputs["embedding"], episodes, settings=settings.episodes, base_mean_D=means.get(name))
-        for name, outputs in embedded.items()
-    }
+    accuracies: dict[str, dict[str, NDArray[np.float64]]] = {name: {} for name in embedded}
+    if settings.episodes is not None:
+        episodes = draw_episodes(label_N, settings.episodes, seed=run.seed, split=split.name)
+        if episodes.left_out:
+            names = ", ".join(run.dataset.manifest.classes[label] for label in episodes.left_out)
+            few = f"{len(episodes.left_out)} classes have too few samples for an episode"
+            logger.info(f"evaluate {split.name}: {few}: {names}")
+        for name, outputs in embedded.items():
+            accuracies[name] = few_shot_accuracy(
+                outputs["embedding"], episodes, settings=settings.episodes, base_mean_D=means.get(name)
+            )
+    predictions = _predictions(run, networks, embedded, label_N)
+    for name, prediction_N in predictions.items():
+        accuracies[name][KNOWN] = known_hits(prediction_N, label_N)
     scores = {
-        name: {key: score(accuracy_E) for key, accuracy_E in by_key.items()} for name, by_key in accuracies.items()
+        name: {key: score(hit_E, added=ADDED_TO_HITS if key == KNOWN else ()) for key, hit_E in by_key.items()}
+        for name, by_key in accuracies.items()
     }
     over_baseline = {}
     for student, candidates in _baselines_of(run, networks).items():
         best = chosen.setdefault(student, max(candidates, key=lambda name: list(scores[name].values())[-1]["mean"]))
         gains = {key: accuracy_E - accuracies[best][key] for key, accuracy_E in accuracies[student].items()}
-        over_baseline[student] = {key: score(gain_E) for key, gain_E in gains.items()}
+        over_baseline[student] = {
+            key: score(gain_E, added=ADDED_TO_GAINS if key == KNOWN else ()) for key, gain_E in gains.items()
+        }
     specs = {name: network.spec for name, network in networks.items()}
     return {
         "few_shot": {name: scores[name] for name in networks},
         "plain_pooling": {name: scores[name + PLAIN] for name in networks if name + PLAIN in scores},
         "over_baseline": over_baseline,
         "probes": _probe(run, embedded, label_N, split=split.name),
-        "classification": _classify(run, specs, embedded, label_N),
+        "classification": _classify(run, predictions, label_N),
         "zero_shot": zero_shot(run, specs, embedded, label_N, split=split.name),
     }
 
@@ -242,22 +259,31 @@ def _probe(run: Run, embedded: Outputs, label_N: Labels, *, split: str) -> Figur
     return figures
 
 
-def _classify(run: Run, specs: Specs, embedded: Outputs, label_N: Labels) -> Figures:
-    """Accuracy of the logits of the networks that know all classes of the split."""
-    names = run.dataset.manifest.classes
-    present = {names[label] for label in np.unique(label_N[label_N >= 0])}
+def _predictions(
+    run: Run, networks: Mapping[str, Network], embedded: Outputs, label_N: Labels
+) -> dict[str, NDArray[np.int64]]:
+    """The predicted labels of the networks that know all classes of the split; also without a prior map."""
+    predictions: dict[str, NDArray[np.int64]] = {}
+    for name, outputs in embedded.items():
+        known = networks[name.removesuffix(PLAIN)].spec.classes
+        if "logits" in outputs:
+            prediction_N = predict_known(outputs["logits"], label_N, known=known, classes=run.dataset.manifest.classes)
+            predictions |= {} if prediction_N is None else {name: prediction_N}
+    return predictions
+
+
+def _classify(run: Run, predictions: Mapping[str, NDArray[np.int64]], label_N: Labels) -> Figures:
+    """Accuracy over frequent and rare classes, of networks as they are exported."""
     train = run.dataset.split(run.data.train)
     unreadable = run.unreadable(train.name)
     keys = train.iter_keys()
     seen_N = visible_labels(train.label_N, run.data.labels, keys=keys, seed=run.seed, unreadable=unreadable)
-    train_count_K = np.bincount(seen_N[seen_N >= 0], minlength=len(names))
-    figures = {}
-    for name, spec in specs.items():
-        if "logits" in embedded[name] and present <= set(spec.classes):
-            label_K = np.array([names.index(class_name) for class_name in spec.classes])
-            prediction_N = label_K[embedded[name]["logits"].argmax(1)]
-            figures[name] = long_tail(prediction_N, label_N, train_count_K=train_count_K)
-    return figures
+    train_count_K = np.bincount(seen_N[seen_N >= 0], minlength=len(run.dataset.manifest.classes))
+    return {
+        name: long_tail(predictions.get(name + PLAIN, prediction_N), label_N, train_count_K=train_count_K)
+        for name, prediction_N in predictions.items()
+        if not name.endswith(PLAIN)
+    }
 
 
 def zero_shot(run: Run, specs: Specs, embedded: Outputs, label_N: Labels, *, split: str) -> Figures:

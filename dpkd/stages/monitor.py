@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpkd.data.batch import Batch
+from dpkd.data.label_file import Labels
 from dpkd.data.settings import GLOBAL
 from dpkd.evaluation.few_shot import Episodes, draw_episodes, few_shot_accuracy, score
+from dpkd.evaluation.long_tail import ADDED_TO_HITS, known_hits, predict_known
 from dpkd.evaluation.rank import COLLAPSED, effective_rank
 from dpkd.evaluation.settings import EpisodeSettings
 from dpkd.log import EventReader, Progress, logger
@@ -20,7 +22,7 @@ from dpkd.models.attention import with_attention
 from dpkd.report.goodput import TimeAccount
 from dpkd.report.pictures import panel
 from dpkd.report.quarantine import Quarantine
-from dpkd.report.summary import figure_or_none, speed_words
+from dpkd.report.summary import KNOWN, figure_or_none, speed_words
 from dpkd.report.tensorboard import Board
 from dpkd.stages.networks import embed_networks
 from dpkd.stages.run import Run
@@ -65,28 +67,42 @@ class Monitor:
             self._board.write(step, shares | {"goodput/step_goodput": self._account.step_goodput})
 
     @cached_property
-    def _protocol(self) -> tuple[EpisodeSettings, Episodes]:
+    def _labels(self) -> Labels:
+        """The labels of the readable samples of the validation split."""
+        name = str(self._run.data.val)
+        return np.delete(self._run.dataset.split(name).label_N, self._run.unreadable(name)).astype(np.int64)
+
+    @cached_property
+    def _protocol(self) -> tuple[EpisodeSettings, Episodes] | None:
         """The episodes from the validation split, fewer than those of the evaluation at the end."""
         run, evaluate, name = self._run, self._run.settings.evaluate, self._run.data.val
         assert evaluate is not None and name is not None, "only due if something is evaluated"  # noqa: PT018
+        if evaluate.episodes is None:
+            return None
         # centring needs a pass over the training split, which only the evaluation at the end makes
         transform = "l2" if evaluate.episodes.transform == "centred_l2" else evaluate.episodes.transform
         changes = {"episodes": evaluate.episodes_while_training, "transform": transform}
         settings = evaluate.episodes.model_copy(update=changes)
-        label_N = np.delete(run.dataset.split(name).label_N, run.unreadable(name))
-        return settings, draw_episodes(label_N, settings, seed=run.seed, split=name)
+        return settings, draw_episodes(self._labels, settings, seed=run.seed, split=name)
 
     def evaluate(self, step: int) -> None:
-        """Writes the few-shot accuracy and effective rank of every network on the validation split."""
+        """Writes the accuracy and effective rank of every network on the validation split."""
         run, name = self._run, str(self._run.data.val)
         embedded = embed_networks(run, self._task.learners, run.dataset.split(name), indices=run.readable(name))
         if not self._writes:
             return
-        settings, episodes = self._protocol
         for network, outputs in embedded.items():
-            accuracy = few_shot_accuracy(outputs["embedding"], episodes, settings=settings)
-            scores = {key: score(accuracy_E) for key, accuracy_E in accuracy.items()}
-            self._board.few_shot(step, network=network, split=name, scores=scores)
+            scores = {}
+            if self._protocol is not None:
+                settings, episodes = self._protocol
+                accuracy = few_shot_accuracy(outputs["embedding"], episodes, settings=settings)
+                scores = {key: score(accuracy_E) for key, accuracy_E in accuracy.items()}
+            known, classes = self._task.learners[network].spec.classes, run.dataset.manifest.classes
+            if "logits" in outputs:
+                prediction_N = predict_known(outputs["logits"], self._labels, known=known, classes=classes)
+                if prediction_N is not None:
+                    scores[KNOWN] = score(known_hits(prediction_N, self._labels), added=ADDED_TO_HITS)
+            self._board.accuracy(step, network=network, split=name, scores=scores)
             rank = effective_rank(outputs["embedding"])
             self._board.write(step, {f"effective_rank/{network}": rank})
             if rank < COLLAPSED:

@@ -61,7 +61,8 @@ def baseline_stages(settings: Settings) -> dict[str, str]:
 
 def stages_of(settings: Settings, names: Collection[str] = STAGES) -> list[str]:
     """The stages among `names` that the settings turn on, in order."""
-    left_out = {"evaluate": settings.evaluate is None, "export": settings.export is None}
+    measures = settings.evaluate is not None and settings.data.evaluated_splits
+    left_out = {"evaluate": not measures, "export": settings.export is None}
     several = {"teach": teaching_stages(settings), "baselines": baseline_stages(settings)}
     stages: list[str] = []
     for name in STAGES:
@@ -220,8 +221,9 @@ def _describe(stage: str, settings: Settings) -> str:
     if stage == "prepare":
         return "prior maps: " + (", ".join(prior.name for prior in settings.prepare.chosen) or "none")
     if stage == "evaluate" and settings.evaluate is not None:
-        splits = ", ".join(settings.data.evaluated_splits) or "no split"
-        return f"{settings.evaluate.episodes.episodes:,} episodes on {splits}"
+        episodes = settings.evaluate.episodes
+        figures = "accuracy on known classes" if episodes is None else f"{episodes.episodes:,} episodes"
+        return f"{figures} on {', '.join(settings.data.evaluated_splits)}"
     if stage == "export":
         return "students as timm folders" + (" and ONNX" if settings.export and settings.export.onnx else "")
     if stage == "distill":

@@ -4,16 +4,15 @@ from functools import partial
 
 from dpkd.errors import UserError
 from dpkd.run.folder import RunFolder
-from dpkd.settings import Settings, load_settings
+from dpkd.settings import Settings
 from dpkd.stages.plan import plan_run, stages_of
 
 
-def plan(config: str, overrides: list[str], *, fast: bool = False) -> None:
-    """Checks the settings, logs each stage and its status, and, unless `fast`, builds every network without weights.
+def plan(settings: Settings, *, fast: bool = False) -> None:
+    """Logs each stage and its status, and, unless `fast`, builds every network without weights.
 
     Raises `UserError` with the key, its value and the way out.
     """
-    settings = load_settings(config, overrides)
     plan_run(settings, RunFolder(settings.run.dir), stages_of(settings))
     if not fast:
         check_networks(settings)

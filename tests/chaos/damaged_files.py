@@ -37,6 +37,7 @@ import torch._dynamo  # optimizers load it at their first step: better once here
 
 from dpkd import pretrain
 from dpkd.engine import world
+from dpkd.errors import EXIT_STOPPED
 from dpkd.io import errors
 from dpkd.launch.pool import answer_to, result_of
 from dpkd.launch.worker_group import UNSUPERVISED, Supervision
@@ -216,7 +217,7 @@ class Trials:
                 stop_in(stage, RunFolder(self.run))
                 return command(self._settings)
 
-            self._attempt(stopped, expected=pretrain.EXIT_STOPPED)
+            self._attempt(stopped, expected=EXIT_STOPPED)
             self._keep(state, leave=True)
         self._attempt(lambda: command(self._settings), expected=0)
         self._keep("finished")

@@ -40,7 +40,7 @@ def test_each_network_has_its_own_run_and_shares_its_tags_with_the_others(tmp_pa
 def test_few_shot_accuracy_stands_with_its_interval_and_as_a_band(tmp_path: Path) -> None:
     board = Board(tmp_path)
     for step in (10, 20):
-        board.few_shot(step, network="small", split="val", scores={"5way_1shot": {"mean": 0.5, "ci95": 0.125}})
+        board.accuracy(step, network="small", split="val", scores={"5way_1shot": {"mean": 0.5, "ci95": 0.125}})
     board.close()
     events = read(tmp_path / "small")
     values = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}

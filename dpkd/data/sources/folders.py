@@ -17,9 +17,12 @@ from dpkd.data.sources.text import class_of_label, is_image
 from dpkd.errors import UserError
 from dpkd.io import storage
 
-SPLIT_NAMES = frozenset(
-    {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "base", "novel", "query"}
-)
+ROLES = {
+    "train": frozenset({"train", "training", "base"}),
+    "val": frozenset({"val", "valid", "validation", "dev"}),
+    "test": frozenset({"test", "testing", "eval", "novel", "query"}),
+}
+"""Usual names of splits by their use."""
 UNLABELLED = frozenset({"unlabelled", "unlabeled"})
 MAX_NAMED = 10
 """Number of folders without an image in the log."""
@@ -98,7 +101,13 @@ def _places(images: list[str], *, path: str) -> tuple[dict[str, tuple[str | None
 
 def is_split_name(folder: str) -> bool:
     """True for the usual names of splits, with or without a year (`train2017`)."""
-    return re.sub(r"[-_]?(19|20)\d\d$", "", folder.lower()) in SPLIT_NAMES
+    return role_of(folder) is not None
+
+
+def role_of(folder: str) -> str | None:
+    """`train`, `val` or `test` for the usual names of splits, with or without a year; else None."""
+    name = re.sub(r"[-_]?(19|20)\d\d$", "", folder.lower())
+    return next((role for role, names in ROLES.items() if name in names), None)
 
 
 def _class(folder: str) -> str | None:

@@ -32,9 +32,9 @@ _ERROR = "\0error"
 
 def find_in_table(source: TableSource) -> SourceContents:
     """All rows of the table; raises `UserError` if it cannot be read or lacks a column of the settings."""
-    path = source.path.partition("?")[0] if "://" in source.path else source.path
-    rows = _read(source.path, suffix=path.rpartition(".")[2].lower())
+    rows = _rows(source)
     _require_columns(source, rows)
+    path = source.path.partition("?")[0] if "://" in source.path else source.path
     folder = path.rpartition("/")[0] if "/" in path else "."
     records: dict[str, Record] = {}
     bad: list[tuple[str, str]] = []
@@ -52,6 +52,16 @@ def find_in_table(source: TableSource) -> SourceContents:
             image = f" ({cell.strip()})" if isinstance(cell, str) and cell.strip() else ""
             bad.append((f"{source.path} row {number}{image}", str(error)))
     return SourceContents(records=tuple(records[name] for name in sorted(records)), bad=tuple(bad))
+
+
+def columns_of(source: TableSource) -> list[str]:
+    """The names of the columns, sorted; raises `UserError` if the table cannot be read."""
+    return sorted({column for row in _rows(source) for column in row if column != _ERROR})
+
+
+def _rows(source: TableSource) -> list[Row]:
+    path = source.path.partition("?")[0] if "://" in source.path else source.path
+    return _read(source.path, suffix=path.rpartition(".")[2].lower())
 
 
 def _record(row: Row, *, source: TableSource, folder: str) -> Record:

@@ -1,0 +1,288 @@
+"""Settings for a source of images, chosen by what stands there and by this machine, with a reason for each.
+
+    dpkd pretrain photos --students resnet18,vit_tiny_patch16_224 --teacher vit_small_patch14_dinov2.lvd142m
+
+The same call chooses the same settings, so that it continues its run. Every key can also be given as `key=value`.
+"""
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import yaml
+
+from dpkd.backends.factory import machine
+from dpkd.backends.local_pool import LocalPool
+from dpkd.config import apply_override
+from dpkd.data.image_headers import BrokenImage, read_header
+from dpkd.data.settings import TableSource
+from dpkd.data.sources import find
+from dpkd.data.sources.folders import ROLES, role_of
+from dpkd.data.sources.records import Record
+from dpkd.data.sources.tables import columns_of
+from dpkd.data.splits import assign, group_by_pattern
+from dpkd.errors import UserError, did_you_mean
+from dpkd.launch.settings import LauncherSettings
+from dpkd.settings import DataSettings, Settings, parse_settings
+
+COLUMNS = {
+    "path_column": ("path", "file", "filename", "file_name", "filepath", "image", "image_path"),
+    "label_column": ("label", "class", "class_name", "target", "category", "diagnosis"),
+    "split_column": ("split", "subset", "fold"),
+    "group_column": ("group", "patient", "patient_id", "subject", "subject_id", "case", "case_id"),
+}
+"""Usual names of the columns of a table; capitals do not count."""
+HOLD_OUT, HOLD_OUT_TWICE = 5, 50
+"""Labels of a middle class from which images are held out for val, and from which for test too."""
+MEASURED_SIZES = 32
+"""Number of images whose size is read."""
+CPU_SAMPLES, GPU_SAMPLES = 12_000, 2_000_000
+"""Samples of a training, for each CPU core or in all: some ten minutes, or an hour."""
+SMALL: dict[str, Any] = {"name": "resnet10t", "arguments": {"channels": [32, 64, 128, 256]}}
+TEACHER, STUDENT = {False: "resnet10t", True: "resnet50"}, {False: SMALL, True: {"name": "resnet18"}}
+"""The models by whether there is a GPU."""
+OF_TEACHER = [
+    {"kind": "supervised", "balance": "logit_adjusted"},
+    {"kind": "rotation", "weight": 0.5, "share": 0.5},
+    {"kind": "mixup", "weight": 0.5, "share": 0.5},
+]
+OF_UNLABELLED = [{"kind": "rotation"}, {"kind": "sigreg"}]
+"""Objectives of a teacher of the user's images, with labels and without."""
+
+
+class Choice(NamedTuple):
+    """The value of a setting, and the reason for it."""
+
+    value: Any
+    reason: str
+
+
+Choices = dict[str, Choice]
+"""By key of the settings."""
+
+
+def chosen_settings(
+    source: str | None, overrides: Sequence[str] = (), *, students: str | None = None, teacher: str | None = None
+) -> tuple[Settings, str]:
+    """The settings for a source with `key=value` overrides, and what was chosen as YAML with reasons.
+
+    `students` are timm models; `teacher` is `auto`, a timm model with published weights, or a file of weights called
+    like its model. Raises `UserError` for a source that cannot be read, and for models that are unknown.
+    """
+    given: dict[str, Any] = {} if source is None else {"data": {"source": source}}
+    for override in overrides:
+        apply_override(given, override, root=Settings)
+    path = given.get("data", {}).get("source")
+    path = path.get("path") if isinstance(path, dict) else path
+    if not isinstance(path, str):
+        raise UserError("no images: give a folder or a table of them, as in `dpkd pretrain photos`, or --config FILE")
+    choices = _of_source(path)
+    data = _data(choices, overrides)
+    assert data.source is not None
+    records, _ = group_by_pattern(find(data.source, pool=LocalPool(1)).records, data.group_pattern)
+    choices |= _of_splits(records)
+    seed = int(given.get("run", {}).get("seed", 0))
+    choices |= _of_networks(records, _data(choices, overrides), seed=seed, students=students, teacher=teacher)
+    tree = _tree(choices)
+    for override in overrides:
+        apply_override(tree, override, root=Settings)
+    lines = _with_reasons(_tree(choices), choices)
+    return parse_settings(tree, origin="chosen settings", overrides=overrides), "\n".join(lines)
+
+
+def _tree(choices: Choices) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, choice in choices.items():
+        *parents, last = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = choice.value
+    return tree
+
+
+def _with_reasons(tree: Mapping[str, Any], choices: Choices, parents: tuple[str, ...] = ()) -> list[str]:
+    lines, indent = list[str](), "  " * len(parents)
+    for key, value in tree.items():
+        path = (*parents, key)
+        if choice := choices.get(".".join(path)):
+            flow = yaml.safe_dump({key: value}, default_flow_style=True, sort_keys=False, width=math.inf).strip()[1:-1]
+            line, comment = indent + flow, f"# {choice.reason}"
+            lines += [f"{line:<44}  {comment}"] if len(line) < 60 else [indent + comment, line]
+        else:
+            lines += [f"{indent}{key}:", *_with_reasons(value, choices, path)]
+    return lines
+
+
+def _data(choices: Choices, overrides: Sequence[str]) -> DataSettings:
+    """The section `data` of the choices with its overrides."""
+    tree = _tree(choices)
+    of_data = [override for override in overrides if override.startswith(("data.", "data="))]
+    for override in of_data:
+        apply_override(tree, override, root=Settings)
+    shell = {"data": tree["data"], "distill": {"students": {"none": {"model": "none", "objectives": []}}}}
+    return parse_settings(shell, origin="chosen settings", overrides=of_data).data
+
+
+def _of_source(path: str) -> Choices:
+    """The run folder, and the source with the columns of a table."""
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(path).stem).strip("-") or "images"
+    choices = {"run.dir": Choice(f"runs/{name}", "named after the source")}
+    if not re.search(r"\.(csv|tsv|jsonl|parquet)(\?.*)?$", path):
+        return choices | {"data.source": Choice(path, "given")}
+    columns = {column.lower(): column for column in columns_of(TableSource(path=path))}
+    found = {use: columns[name] for use, names in COLUMNS.items() for name in names if name in columns}
+    return choices | {
+        "data.source.kind": Choice("table", "a row is an image"),
+        "data.source.path": Choice(path, "given"),
+        **{f"data.source.{use}": Choice(column, "by its name") for use, column in found.items()},
+    }
+
+
+def _of_splits(records: Sequence[Record]) -> Choices:
+    """The splits: those of the source, or images held out by class where enough are labelled."""
+    given = sorted({record.split for record in records if record.split is not None})
+    if given:
+        by_role = {role: next((name for name in given if role_of(name) == role), None) for role in ROLES}
+        if by_role["train"] is None:
+            raise UserError(f"the source has the splits {', '.join(given)}: name the one for training, data.train=NAME")
+        reasons = dict.fromkeys(given, "a split of the source")
+        return {
+            f"data.{role}": Choice(name, reasons.get(name or "", "none in the source"))
+            for role, name in by_role.items()
+        }
+    labels = Counter(record.class_name for record in records if record.class_name is not None)
+    per_class = int(median(labels.values())) if labels else 0
+    count = f"{per_class} labels in the median class"
+    if per_class < HOLD_OUT:
+        few = f"{count} are too few to hold some out" if labels else "no image has a label"
+        return {f"data.{role}": Choice(None, f"{few}: nothing is measured") for role in ("val", "test")}
+    whole = " and never cut a group" if any(record.group is not None for record in records) else ""
+    reason = f"{len(labels)} classes, {count}: split by class{whole}; images without a label train"
+    if per_class < HOLD_OUT_TWICE:
+        fractions: dict[str, float] = {"train": 0.8, "val": 0.2}
+        test = Choice(None, "too few labels to hold out twice: the figures are those of val")
+    else:
+        fractions, test = {"train": 0.8, "val": 0.1, "test": 0.1}, Choice("test", "for the figures of the report")
+    splits = {"data.splits": Choice({"kind": "fraction", "fractions": fractions}, reason)}
+    return splits | {"data.val": Choice("val", "for choices"), "data.test": test}
+
+
+def _of_networks(
+    records: Sequence[Record], data: DataSettings, *, seed: int, students: str | None, teacher: str | None
+) -> Choices:
+    """Image size, networks, objectives and lengths, for the images of training and this machine."""
+    splits = assign(records, data.splits, seed=seed, train=data.train, listed={}).splits
+    counts, trained = defaultdict[str | None, Counter[str | None]](Counter), list[Record]()
+    for record, split in zip(records, splits, strict=True):
+        counts[split][record.class_name] += 1
+        trained += [record] if split == data.train else []
+    if not trained:
+        raise UserError(
+            f"data.train={data.train!r} has no image; the splits are {', '.join(sorted(filter(None, splits)))}"
+        )
+    num_labelled = len(trained) - counts[data.train].pop(None, 0)
+    found = machine(LauncherSettings())
+    number, kind = (found.gpus, "GPU") if found.gpus else (found.cpus, "CPU core")
+    here = f"{number} {kind}{'s' if number > 1 else ''}"
+    own = teacher in (None, "auto")
+    guide: dict[str, Any] = {"name": TEACHER[found.gpus > 0]} if own else _with_weights(str(teacher))
+    models = [{"name": name.strip()} for name in students.split(",")] if students else [STUDENT[found.gpus > 0]]
+    samples = GPU_SAMPLES if found.gpus else CPU_SAMPLES * found.cpus
+    epochs = min(300 if found.gpus else 100, max(30 if found.gpus else 3, round(samples / len(trained))))
+    batch_size = 2 ** int(math.log2(max(2, min(256 * found.gpus or 64, len(trained) // 2))))
+    training: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "log_every": 20}
+    if 0 < num_labelled < len(trained) / 2:
+        training["labelled_share"] = 0.5  # else few batches would teach a class
+    length = Choice(training, f"for {len(trained):,} images and {here}; longer is better")
+    choices = {
+        "data.image_size": _image_size(
+            trained, [model["name"] for model in (guide, *models)], most=224 if found.gpus else 96
+        ),
+        "data.loader.workers": Choice(min(8, max(1, found.cpus // max(1, found.gpus) - 1)), f"for {here}"),
+    }
+    if own:
+        guide["pooling"] = {"kind": "figure_ground"}
+        if not num_labelled:
+            choices["data.views"] = Choice({"global": {"count": 2}}, "sigreg compares two views of each image")
+        choices |= {
+            "teachers.teacher.model": Choice(guide, f"larger than the students, for {here}; a map shows it the figure"),
+            "teachers.teacher.objectives": Choice(
+                OF_TEACHER if num_labelled else OF_UNLABELLED,
+                "turned and mixed images beside the labels" if num_labelled else "needs no label",
+            ),
+            "teachers.teacher.augment": Choice({"background": {"share": 0.5}}, "figures on the ground of other images"),
+            "teachers.teacher.training": length,
+        }
+    else:
+        key, value = ("weights", guide.pop("weights")) if "weights" in guide else ("model", None)
+        choices["teachers.teacher.model"] = Choice(guide, "given; it is never trained")
+        if key == "weights":
+            choices["teachers.teacher.weights"] = Choice(value, "given")
+    objectives = [
+        *([{"kind": "supervised", "weight": 0.5}] if num_labelled else []),
+        *([{"kind": "logits", "weight": 4.0, "temperature": 2.0}] if num_labelled and own else []),
+        {"kind": "features", "weight": 2.0},
+        {"kind": "relations", "weight": 2.0},
+    ]
+    for model in models:
+        key = f"distill.students.{re.sub(r'[^A-Za-z0-9_-]+', '-', model['name'])}"
+        choices[f"{key}.model"] = Choice(model, "given" if students else f"smaller than the teacher, for {here}")
+        choices[f"{key}.objectives"] = Choice(
+            objectives, "follows the teacher" + (" and the labels" if num_labelled else "")
+        )
+        if not num_labelled:
+            choices[f"{key}.baseline"] = Choice([], "there are no labels to compare with")
+    return choices | {"distill.training": length} | _of_evaluation(data, counts)
+
+
+def _of_evaluation(data: DataSettings, counts: Mapping[str | None, Counter[str | None]]) -> Choices:
+    """Accuracy on known classes where training knows them, else episodes that fit the smallest split."""
+    if not data.evaluated_splits:
+        return {}
+    classes = {split: [name for name in counts[split] if name is not None] for split in data.evaluated_splits}
+    if all({*names} <= counts[data.train].keys() for names in classes.values()):
+        return {"evaluate.episodes": Choice(None, "training knows all classes: accuracy on them is measured")}
+    way = min(5, *map(len, classes.values()))
+    # a twentieth may turn out to be damaged
+    fewest = min(sorted(counts[split][name] for name in names)[-way] * 19 // 20 for split, names in classes.items())
+    shots = [shot for shot in (1, 5) if fewest >= 3 * shot] or [1]
+    episodes = {"way": way, "shots": shots, "queries": max(1, min(15, fewest - shots[-1]))}
+    return {"evaluate.episodes": Choice(episodes, f"new classes with {fewest} images or more")}
+
+
+def _image_size(trained: Sequence[Record], names: Sequence[str], *, most: int) -> Choice:
+    """The shorter side of an image in the middle, at most `most`, in whole patches of all networks."""
+    sides = []
+    for record in trained[:: max(1, len(trained) // MEASURED_SIZES)]:
+        with suppress(BrokenImage):
+            header = read_header(record.image.read())
+            sides.append(min(header.width, header.height))
+    side = int(median(sides)) if sides else most
+    patches = [int(found[1]) for name in names if (found := re.search(r"_patch(\d+)", name))]
+    step = math.lcm(*patches) if patches else 32
+    size = max(step, round(min(side, most) / step) * step)
+    return Choice(size, f"shorter sides are about {side} px" + (f", patches {step}" if patches else ""))
+
+
+def _with_weights(teacher: str) -> dict[str, Any]:
+    """The settings of a model that is never trained: published weights of timm, or a file called like its model."""
+    import timm  # noqa: PLC0415  loads torch, which other choices need not
+
+    if timm.is_model(teacher):
+        return {"name": teacher, "pretrained": True}
+    path = Path(teacher).expanduser()
+    if not path.is_file():
+        near = did_you_mean(teacher, timm.list_models())
+        raise UserError(f"--teacher {teacher}: neither a timm model{near} nor a file of weights")
+    if not timm.is_model(path.stem):
+        raise UserError(
+            f"--teacher {teacher}: {path.stem!r} is no timm model, so its architecture is not known: call the file "
+            "like its model, such as vit_small_patch14_dinov2.safetensors"
+        )
+    return {"name": path.stem, "weights": str(path)}
