@@ -39,7 +39,12 @@ OF_SETTINGS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, runs the verb, and returns the exit code (see `dpkd.pretrain`)."""
     words = sys.argv[1:] if arguments is None else arguments
-    options = _parser().parse_args(words, argparse.Namespace(command=shlex.join(["dpkd", *words])))
+    parser = _parser()
+    options, left = parser.parse_known_args(words, argparse.Namespace(command=shlex.join(["dpkd", *words])))
+    if "given" in options and not any(word.startswith("-") for word in left):
+        options.given += left  # argparse takes only the first of several groups of words between options
+    elif left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
     install_stop_handlers(pretrain.interrupt)
     return pretrain.exit_code(lambda: _act(options))
 

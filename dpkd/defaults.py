@@ -10,6 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -102,7 +103,7 @@ def _tree(choices: Choices) -> dict[str, Any]:
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[last] = choice.value
+        node[last] = deepcopy(choice.value)
     return tree
 
 

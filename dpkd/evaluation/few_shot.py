@@ -135,9 +135,9 @@ def _logistic(x_ND: Floats, support_EWK: Integers, query_EWQ: Integers) -> Integ
 def score(accuracy_E: NDArray[np.float64], *, added: Sequence[float] = ()) -> dict[str, float]:
     """`{"mean", "ci95"}`: the mean over episodes, and half its normal 95 % interval, 1.96 · standard deviation / √E.
 
-    For two networks on the same episodes, the score of the differences has a narrower interval. `added` values widen
-    the interval alone.
+    For two networks on the same episodes, the score of the differences has a narrower interval. `added` values belong
+    to the interval alone: it reaches the farther end of theirs.
     """
     value_E = np.append(accuracy_E, added)
-    ci95 = 1.96 * value_E.std(ddof=1) / np.sqrt(len(value_E))
+    ci95 = 1.96 * value_E.std(ddof=1) / np.sqrt(len(value_E)) + abs(value_E.mean() - accuracy_E.mean())
     return {"mean": float(accuracy_E.mean()), "ci95": float(ci95)}

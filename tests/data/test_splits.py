@@ -54,6 +54,16 @@ def test_a_fraction_split_of_single_samples_is_stratified(counts, seed):
             assert abs(here - fraction * count) <= 2
 
 
+def test_samples_without_a_label_train_where_others_have_one():
+    samples = records(*(("a", None) for _ in range(20)), *((None, None) for _ in range(30)), ("a", "g"), (None, "g"))
+    split_of = assigned(samples, FRACTIONS)
+    assert Counter(split_of[f"{i:04d}.jpg"] for i in range(20, 50)) == {"train": 30}
+    assert Counter(split_of[f"{i:04d}.jpg"] for i in range(20)).total() == 20
+    assert split_of["0050.jpg"] == split_of["0051.jpg"]
+    unlabelled = records(*((None, None) for _ in range(50)))
+    assert Counter(assigned(unlabelled, FRACTIONS).values()) == {"train": 30, "val": 10, "test": 10}
+
+
 def test_another_seed_draws_another_split():
     samples = records(*(("a", None) for _ in range(50)))
     assert assigned(samples, FRACTIONS, seed=0) != assigned(samples, FRACTIONS, seed=1)

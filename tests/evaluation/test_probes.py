@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from sklearn.model_selection import train_test_split
@@ -9,7 +10,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
-from dpkd.evaluation.long_tail import long_tail
+from dpkd.evaluation.few_shot import score
+from dpkd.evaluation.long_tail import ADDED_TO_GAINS, ADDED_TO_HITS, known_hits, long_tail, predict_known
 from dpkd.evaluation.probes import ProbeSplit, probe, probe_split
 from dpkd.evaluation.settings import ProbeSettings
 
@@ -70,6 +72,29 @@ def test_long_tail_accuracy_is_that_of_scikit_learn_and_of_each_group() -> None:
         "medium": 0.5,
         "few": 0.0,
     }
+
+
+def test_predictions_are_labels_of_the_data_set_and_need_all_classes() -> None:
+    classes, logits_NK = ("ant", "bee", "cat"), np.array([[1, 2], [3, 0], [0, 1]], np.float32)
+    label_N = np.array([0, 2, -1])
+    prediction_N = predict_known(logits_NK, label_N, known=("cat", "ant"), classes=classes)
+    assert prediction_N is not None
+    assert prediction_N.tolist() == [0, 2, 0]
+    assert known_hits(prediction_N, label_N).tolist() == [1.0, 1.0]
+    assert predict_known(logits_NK, np.array([0, 1]), known=("cat", "ant"), classes=classes) is None
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8, 0.95])
+@pytest.mark.parametrize("count", [5, 20, 100])
+def test_intervals_of_few_images_hold_the_truth(share: float, count: int) -> None:
+    def coverage(truth: float, drawn_RN: NDArray[np.float64], added: tuple[float, ...]) -> float:
+        scores = [score(value_N, added=added) for value_N in drawn_RN]
+        return float(np.mean([abs(each["mean"] - truth) <= each["ci95"] for each in scores]))
+
+    rng = np.random.default_rng(0)
+    hit_RN, other_RN = (rng.binomial(1, p, (2000, count)).astype(np.float64) for p in (share, share - 0.1))
+    assert coverage(share, hit_RN, ADDED_TO_HITS) > 0.9
+    assert coverage(0.1, hit_RN - other_RN, ADDED_TO_GAINS) > 0.9
 
 
 def test_groups_without_a_class_are_absent_and_unlabelled_samples_do_not_count() -> None:
