@@ -7,6 +7,7 @@ dpkd profile --config FILE [--stage distill]    some steps of a training stage: 
 dpkd plan --config FILE [--fast] shows the stages that would run; checks settings, files and (not with --fast) networks
 dpkd ledger --config FILE [--pairs 3] [--budget 2h]    what teacher, tricks and each prior bring on your images
 dpkd adapt EXPORT --shots FOLDER turns a few labelled images of new classes into a classifier, as timm folder and ONNX
+dpkd settings [KEY]              shows every setting with its values, its default, and what it is
 dpkd inspect DATASET             shows a packed data set and its prior sets; checks every file and map
 dpkd inspect DATASET --picture FILE.png [KEY ...]   draws samples with all their maps as one picture
 dpkd audit RUN                   checks that each sample was used in the planned order, over all attempts
@@ -74,6 +75,10 @@ def _act(options: argparse.Namespace) -> None:
         from dpkd.verbs.plan import plan
 
         plan(pretrain.settings_of(options)[0], fast=options.fast)
+    elif options.verb == "settings":
+        from dpkd.verbs.settings import show_settings
+
+        show_settings(options.key, form=options.form)
     elif options.verb == "profile":
         from dpkd.verbs.profile import profile_stage
 
@@ -117,6 +122,10 @@ def _parser() -> argparse.ArgumentParser:
     adapted.add_argument("--out", metavar="FOLDER", help="folder to write; beside EXPORT without it")
     methods = "auto, prototypes, logistic or fine_tune"
     adapted.add_argument("--method", default="auto", metavar="METHOD", help=methods)
+    shown = verbs.add_parser("settings", help="show every setting with its values, its default, and what it is")
+    shown.add_argument("key", nargs="?", metavar="KEY", help="only this key and those below it, as data.loader")
+    forms = "text, a Markdown table, or a JSON schema with which editors check and complete settings files"
+    shown.add_argument("--form", choices=("text", "markdown", "schema"), default="text", help=forms)
     purpose = "show and check a data set and its priors; or draw samples"
     inspect = verbs.add_parser("inspect", help=purpose)
     inspect.add_argument("dataset", metavar="DATASET", help="folder or URL of the shards")

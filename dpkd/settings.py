@@ -1,6 +1,5 @@
 """The settings of a run: its sections, and the checks across them before any work. Loads no heavy package."""
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from dpkd.config import TAKES_TEXT, Config, PathText, apply_override, explain, read_yaml_file
+from dpkd.config import Config, PathText, apply_override, explain, read_yaml_file
 from dpkd.data.settings import (
     GLOBAL,
     AllLabels,
@@ -18,7 +17,7 @@ from dpkd.data.settings import (
     FractionSplits,
     GivenSplits,
     LoaderSettings,
-    Source,
+    SourceOrPath,
     Splits,
     ViewSettings,
     VisibleLabels,
@@ -61,19 +60,10 @@ class RunSettings(Config):
         return value
 
 
-def _source_of_path(value: Any) -> Any:
-    """Settings of the source for a plain path or URL, by its extension."""
-    if not isinstance(value, str):
-        return value
-    if re.search(r"\.(csv|tsv|jsonl|parquet)(\?.*)?$", value):
-        return {"kind": "table", "path": value}
-    return {"kind": "shards" if value.endswith(".tar") else "folder", "path": value}
-
-
 class DataSettings(Config):
     """The images: their source, splits, packing, and size in training."""
 
-    source: Annotated[Source | None, BeforeValidator(_source_of_path), TAKES_TEXT] = None
+    source: SourceOrPath | None = None
     """None uses the existing data set at `shards`."""
     shards: PathText | None = None
     """Path or any fsspec URL of the packed data set; None means a folder in the run folder."""
@@ -127,9 +117,13 @@ class PrepareSettings(Config):
 
     name: str = Field("default", pattern=r"^\w[\w.-]*$")
     """Name of the prior set: `<shards>/priors/<name>`."""
-    priors: Annotated[tuple[Prior, ...] | None, BeforeValidator(lambda given: None if given == "auto" else given)] = (
-        None
-    )
+    priors: Annotated[
+        tuple[Prior, ...] | None,
+        BeforeValidator(
+            lambda given: None if given == "auto" else given,
+            json_schema_input_type=tuple[Prior, ...] | Literal["auto"] | None,
+        ),
+    ] = None
     """`auto` or None computes the maps that the objectives and poolings of this run need."""
 
     @property
@@ -184,7 +178,8 @@ class StudentSettings(NetworkSettings):
     baseline: Annotated[
         tuple[Annotated[float, Field(gt=0)], ...],
         BeforeValidator(
-            lambda given: {True: (1.0,), False: ()}.get(given, given) if isinstance(given, bool) else given
+            lambda given: {True: (1.0,), False: ()}.get(given, given) if isinstance(given, bool) else given,
+            json_schema_input_type=bool | tuple[Annotated[float, Field(gt=0)], ...],
         ),
     ] = (1.0,)
     """Trainings of the same network on labels alone, in times of the student's steps; `true` is [1], `false` none."""

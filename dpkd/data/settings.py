@@ -1,10 +1,11 @@
 """Settings of the data room: sources, splits, views and loading of images."""
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from dpkd.config import Config, PathText
+from dpkd.config import TAKES_TEXT, Config, PathText
 
 
 class FolderSource(Config):
@@ -35,6 +36,19 @@ class ShardSource(Config):
 
 
 Source = Annotated[FolderSource | TableSource | ShardSource, Field(discriminator="kind")]
+
+
+def _source_of_path(value: Any) -> Any:
+    """Settings of the source for a plain path or URL, by its extension."""
+    if not isinstance(value, str):
+        return value
+    if re.search(r"\.(csv|tsv|jsonl|parquet)(\?.*)?$", value):
+        return {"kind": "table", "path": value}
+    return {"kind": "shards" if value.endswith(".tar") else "folder", "path": value}
+
+
+SourceOrPath = Annotated[Source, BeforeValidator(_source_of_path, json_schema_input_type=str | Source), TAKES_TEXT]
+"""Settings of a source, or only its path or URL."""
 
 
 class GivenSplits(Config):

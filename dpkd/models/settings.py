@@ -43,7 +43,7 @@ def _named_model(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-Model = Annotated[ModelSettings, BeforeValidator(_named_model), TAKES_TEXT]
+Model = Annotated[ModelSettings, BeforeValidator(_named_model, json_schema_input_type=str | ModelSettings), TAKES_TEXT]
 """Settings of a model, or only its name."""
 
 
