@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dpkd.errors import UserError
+from dpkd.models.published import fetch_weights
 from dpkd.models.settings import ModelSettings
 
 LAYER = "layer-"
@@ -186,6 +187,8 @@ def create_timm_model(settings: ModelSettings, *, num_classes: int, image_size: 
     if not timm.is_model(settings.name):
         near = difflib.get_close_matches(settings.name, timm.list_models(), n=3, cutoff=0.5)
         raise UserError(f"model.name {settings.name!r} is not a timm model; nearest: {', '.join(near) or 'none'}")
+    if settings.pretrained:
+        fetch_weights(settings.name)
     for name in OWN_ARGUMENTS.keys() & settings.arguments.keys():
         raise UserError(f"model.arguments.{name} is set by dpkd (from {OWN_ARGUMENTS[name]}); remove it")
     # most convolutional models accept any image size and lack the argument

@@ -197,6 +197,13 @@ def refuse_missing_inputs(settings: Settings, left: Collection[str]) -> None:
         stage = teach.get(key.removeprefix("teachers."), "distill")
         if network.weights is not None and stage in left and not storage.is_file(network.weights):
             raise UserError(f"{key}.weights={network.weights} is not a file: give a safetensors file or a state dict")
+        if network.model.pretrained and stage in left:
+            from dpkd.models.published import fetch_weights  # noqa: PLC0415  loads torch, which few runs need here
+
+            try:
+                fetch_weights(network.model.name)
+            except UserError as error:
+                raise UserError(f"{key}: {error}") from error
 
 
 def plan_run(settings: Settings, folder: RunFolder, stages: Sequence[str]) -> list[str]:
