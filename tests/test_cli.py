@@ -1,6 +1,7 @@
 """The command line: what its verbs load, and where its lines go."""
 
 import io
+import os
 import resource
 import subprocess
 import sys
@@ -101,3 +102,29 @@ def test_characters_that_the_output_lacks_are_replaced(monkeypatch: pytest.Monke
     logger.info("dpkd · Zürich")
     show("≥ 3")
     assert written.getvalue() == b"dpkd \\xb7 Z\\xfcrich\n\\u2265 3\n"
+
+
+WITHOUT_TRAIN = """
+from importlib.machinery import PathFinder
+
+find = PathFinder.find_spec
+absent = ("ray", "deepspeed", "tensorboard")
+PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in absent else find(name, *rest)
+"""
+
+
+def test_the_extra_for_training_is_asked_for_where_it_is_missing_and_not_before(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_TRAIN)
+    config = str(settings_at(tmp_path))
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        path = os.pathsep.join([str(tmp_path), str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
+        command = [sys.executable, "-m", "dpkd.cli", *words, "--config", config]
+        environment = os.environ | {"PYTHONPATH": path}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    assert run("pretrain", "--stages", "pack,prepare").returncode == 0
+    refused = run("plan", "--fast")
+    assert refused.returncode == 2
+    assert refused.stderr == "error: this run needs tensorboard: pip install 'dpkd[train]'\n"
+    assert "ray: pip install" in run("plan", "--fast", "launcher.kind=ray").stderr

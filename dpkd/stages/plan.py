@@ -6,10 +6,12 @@ Loads no heavy package, because the driver of a run uses it too.
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dpkd import __version__
+from dpkd.backends.factory import launcher_kind, machine
 from dpkd.data.attributes import AttributeTable, read_attributes
 from dpkd.data.shards import MANIFEST_NAME as DATASET_NAME
 from dpkd.data.shards import Dataset
@@ -206,10 +208,23 @@ def refuse_missing_inputs(settings: Settings, left: Collection[str]) -> None:
                 raise UserError(f"{key}: {error}") from error
 
 
+def refuse_missing_packages(settings: Settings, left: Collection[str]) -> None:
+    """Raises `UserError` if a package of the extra `train` is missing that the stages that are left need."""
+    missing = {name for name in ("deepspeed", "ray", "tensorboard") if find_spec(name) is None}
+    needed = {"ray"} & missing if launcher_kind(settings.launcher) == "ray" else set()
+    if missing and not needed and {*left} - {*POOL_STAGES}:
+        kinds = {network.engine.kind for network in settings.networks.values()}
+        several = "auto" in kinds and machine(settings.launcher).gpus > 1
+        needed = {"tensorboard", *(["deepspeed"] if several or "deepspeed" in kinds else [])} & missing
+    if needed:
+        raise UserError(f"this run needs {', '.join(sorted(needed))}: pip install 'dpkd[train]'")
+
+
 def plan_run(settings: Settings, folder: RunFolder, stages: Sequence[str]) -> list[str]:
     """The stages that are not done; logs the first screen: the work and status of each stage."""
     faults = {stage: folder.faults(stage) for stage in stages}
     left = left_to_do(folder, settings, stages, faults=faults)
+    refuse_missing_packages(settings, left)
     refuse_missing_inputs(settings, left)
     logger.info(f"dpkd {__version__} · {folder.path} · seed {settings.run.seed}")
     width = max(map(len, (*stages, "workers  ")))

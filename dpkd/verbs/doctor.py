@@ -15,7 +15,8 @@ def doctor() -> None:
     """Prints one line per package and device, with the way out if it is missing."""
     logger.info(f"python {platform.python_version()} at {sys.executable}, {os.cpu_count()} cores")
     for name in PACKAGES:
-        logger.info(f"  {name:<12} {installed_version(name) or f'missing: pip install {name}'}")
+        package = "'dpkd[train]'" if name in ("deepspeed", "ray", "tensorboard") else name
+        logger.info(f"  {name:<12} {installed_version(name) or f'missing: pip install {package}'}")
     if installed_version("torch"):
         # not at the top: torch may be missing
         import torch  # noqa: PLC0415
