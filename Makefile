@@ -7,7 +7,8 @@
 # make benchmark    what a save, a restart and preemptions cost on this machine: half an hour; tools/bench_*.py has the others
 # make benchmark-check   whether loader, step and start are as fast as they were, by ratios: about four minutes
 # make fuzz         the tests of untrusted input with many more examples, for as long as it takes; SEED=n repeats a run
-# make lint         formatting, lint, types, and the size and shape of the code;  make format mends the first two
+# make lint         formatting, lint, types, links of the docs, and the size and shape of the code;  make format mends the first two
+# make docs         the site of the docs, in build/site
 # make lock         resolves pyproject.toml anew into requirements.lock
 # VENV=path and PYTHON=python3.12 choose the environment and the interpreter it is made with.
 
@@ -17,7 +18,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart install test nightly chaos benchmark benchmark-check fuzz lint format lock clean
+.PHONY: quickstart install test nightly chaos benchmark benchmark-check fuzz docs lint format lock clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python tools/make_sample_data.py data/sample
@@ -61,7 +62,10 @@ fuzz: $(INSTALLED)
 	@echo "seed $(SEED): make fuzz SEED=$(SEED) repeats this run"
 	$(BIN)/python -m pytest tests/fuzz --timeout=0 --hypothesis-profile=fuzz --hypothesis-seed=$(SEED)
 
-lint: $(INSTALLED)
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
+
+lint: $(INSTALLED) docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
