@@ -71,6 +71,15 @@ class RunFolder:
         if self.attempt is not None:
             self._fence.check(self.attempt)
 
+    def first_time(self, name: str) -> bool:
+        """Whether this is the first call with this name in this attempt, over all restarts of its workers."""
+        with suppress(FileNotFoundError):  # a newer attempt has begun, or a reader has none
+            try:
+                (self._attempts / f"{self.attempt or 0:04d}{_TEMPORARY}" / name).touch(exist_ok=False)
+            except FileExistsError:
+                return False
+        return True
+
     @contextmanager
     def scratch(self, name: str) -> Iterator[Path]:
         """Yields an empty folder of this attempt for results that are moved to their place once they are whole.

@@ -45,7 +45,7 @@ def export(run: Run) -> None:
     """
     settings = run.settings.export
     assert settings is not None, "the stage is left out without settings"
-    evaluation = read_evaluation(run.folder) if run.settings.evaluate is not None else None
+    evaluation = read_evaluation(run.folder) if run.settings.evaluate is not None and run.measured_splits else None
     for name in run.settings.distill.students:
         network = load_network(run.folder.students / name)
         spec = network.spec
