@@ -89,20 +89,28 @@ def check_splits(
                         f"{did_you_mean(name, trained) or f' (it has: {known})'}: correct it"
                     )
     for key, training in trainings.items():
-        if train.num_samples < training.batch_size:
-            raise UserError(
-                f"the split {data.train!r} has {train.num_samples} samples, fewer than one batch of {key}.batch_size="
-                f"{training.batch_size}; lower it, or pack more images"
-            )
-        needing = [f"{key}.labelled_share"] if training.labelled_share is not None else []
-        of_labels = (other for other, objective in settings.objectives.items() if "class" in objective.needs().targets)
-        needing += (other for other in of_labels if other.startswith(key.removesuffix("training")))
-        if needing and len(trained) < 2:
-            num_classes = f"{len(trained)} labelled {'class' if len(trained) == 1 else 'classes'}"
-            raise UserError(
-                f"the split {data.train!r} holds {num_classes} ({', '.join(trained) or 'none'}), and {needing[0]} "
-                "needs two: check the folders or the labels of data.source, or remove it"
-            )
+        _check_training(key, training, settings=settings, train=train, trained=trained)
     if settings.evaluate is not None and trainings:
         for name in measured_splits(data, counts):
             drawable_classes(np.array(counts[name].class_counts), settings.evaluate.episodes, split=name)
+
+
+def _check_training(
+    key: str, training: TrainingSettings, *, settings: Settings, train: SplitCounts, trained: Sequence[str]
+) -> None:
+    """Raises `UserError` if the training split has fewer samples than a batch, or fewer classes than needed."""
+    name = settings.data.train
+    if train.num_samples < training.batch_size:
+        raise UserError(
+            f"the split {name!r} has {train.num_samples} samples, fewer than one batch of {key}.batch_size="
+            f"{training.batch_size}; lower it, or pack more images"
+        )
+    needing = [f"{key}.labelled_share"] if training.labelled_share is not None else []
+    of_labels = (other for other, objective in settings.objectives.items() if "class" in objective.needs().targets)
+    needing += (other for other in of_labels if other.startswith(key.removesuffix("training")))
+    if needing and len(trained) < 2:
+        num_classes = f"{len(trained)} labelled {'class' if len(trained) == 1 else 'classes'}"
+        raise UserError(
+            f"the split {name!r} holds {num_classes} ({', '.join(trained) or 'none'}), and {needing[0]} needs two: "
+            "check the folders or the labels of data.source, or remove it"
+        )

@@ -15,6 +15,7 @@ from dpkd.run.attempt import attempt_at, write_provenance
 from dpkd.run.folder import RunFolder
 from dpkd.settings import Settings
 from dpkd.stages import STAGES
+from dpkd.stages.origin import with_origin
 from dpkd.stages.pack import check_plan, pack
 from dpkd.stages.plan import POOL_STAGES, check_dataset, dataset_url, plan_run, recorded, stages_of
 from dpkd.stages.prepare import prepare
@@ -28,6 +29,7 @@ def run(settings: Settings, *, stages: Sequence[str] = STAGES) -> None:
     """
     began = time.monotonic()
     folder = RunFolder(settings.run.dir, checkpoints=settings.run.checkpoints)
+    settings = with_origin(settings, folder)
     stages = stages_of(settings, stages)
     left = plan_run(settings, folder, stages)
     # without pack and prepare the training workers check the networks: they load torch anyway

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpkd import __version__
+from dpkd.data.settings import GLOBAL
 from dpkd.data.shards import MANIFEST_NAME as DATASET_NAME
 from dpkd.data.shards import Dataset
 from dpkd.engine.settings import TrainingSettings
@@ -109,7 +110,7 @@ def stage_inputs(stage: str, settings: Settings) -> dict[str, Any]:
             del part["during_distill"]
             results = {"teachers": {name: part}}
         part["training"] = {key: value for key, value in part["training"].items() if key not in CADENCE}
-        results["data"] = _pick(data, "image_size", "map_size", "views", "train", "labels")
+        results["data"] = _pick(data, "image_size", "map_size", "train", "labels") | _views(data, prefix, settings)
     learned = [objective for key, objective in settings.objectives.items() if key.startswith(prefix)]
     table = attribute_table(settings.data)
     if table is not None and any("attributes" in objective.needs().targets for objective in learned):
@@ -124,6 +125,12 @@ def stage_inputs(stage: str, settings: Settings) -> dict[str, Any]:
 
 def _pick(tree: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: tree[key] for key in keys}
+
+
+def _views(data: dict[str, Any], prefix: str, settings: Settings) -> dict[str, Any]:
+    """The views that the objectives with this prefix read: those of other stages may change."""
+    read = (objective.needs().views for key, objective in settings.objectives.items() if key.startswith(prefix))
+    return {"views": _pick(data["views"], *sorted({GLOBAL}.union(*read)))}
 
 
 def stage_outputs(stage: str, settings: Settings) -> list[str | Path]:
@@ -162,8 +169,9 @@ def left_to_do(
     network is damaged and its stage has no checkpoint.
     """
     faults, trained = faults or {}, {*teaching_stages(settings), "distill", *baseline_stages(settings)}
-    # the other stages run again with other settings
-    fixed = [stage for stage in stages if stage == "pack" or stage in trained]
+    # a stage that has saved nothing, and the other stages, run again with other settings
+    bound = folder.bound(trained)
+    fixed = [stage for stage in stages if stage in bound or (stage == "pack" and (bound or folder.is_done(stage)))]
     folder.refuse_contradictions({stage: stage_inputs(stage, settings) for stage in fixed})
     for stage in fixed:
         if stage in trained and faults.get(stage) and not CheckpointStore(folder.checkpoints(stage)).committed():
@@ -171,7 +179,11 @@ def left_to_do(
                 f"{'; '.join(faults[stage])}, and the stage {stage} has no checkpoint to write it again: restore it "
                 "from a copy, or set another run.dir to train again"
             )
-    again = [stage for stage in POOL_STAGES if list(stages) == [stage]]
+    if settings.run.from_ is not None and (
+        damaged := [fault for stage in POOL_STAGES for fault in faults.get(stage, ())]
+    ):
+        raise UserError(f"{'; '.join(damaged)}, and run.from is only read: mend that run, or set another run.from")
+    again = [stage for stage in POOL_STAGES if list(stages) == [stage] and settings.run.from_ is None]
     left = [
         stage
         for stage in stages

@@ -4,6 +4,7 @@ import os
 
 from dpkd.run.folder import RunFolder
 from dpkd.settings import load_settings
+from dpkd.stages.origin import with_origin
 from dpkd.stages.plan import dataset_url, plan_run, stages_of
 
 
@@ -15,6 +16,7 @@ def plan(config: str, overrides: list[str], *, fast: bool = False) -> None:
     """
     settings = load_settings(config, overrides)
     folder = RunFolder(settings.run.dir)
+    settings = with_origin(settings, folder)
     left = plan_run(settings, folder, stages_of(settings))
     if fast:
         return
