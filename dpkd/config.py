@@ -161,7 +161,7 @@ def _line(fault: ErrorDetails, root: type[BaseModel]) -> str:
     keys, owner, annotation = _user_keys(fault["loc"], root)
     path, kind = ".".join(keys), fault["type"]
     if kind == "extra_forbidden":
-        known = list(owner.model_fields)
+        known = [field.alias or name for name, field in owner.model_fields.items()]
         hint = did_you_mean(keys[-1], known) or f" (known here: {', '.join(known)})"
         return f"{path}: no such key{hint}"
     if kind == "missing":
@@ -197,8 +197,11 @@ def _user_keys(location: tuple[int | str, ...], root: type[BaseModel]) -> tuple[
 def _step(annotation: Any, key: str) -> Any:
     """The type of the value at `key`: of a field, or of the values of a mapping or list; None for an unknown key."""
     for member, _ in _members(annotation):
-        if _is_model(member) and key in member.model_fields:
-            field = member.model_fields[key]
+        fields = (
+            {field.alias or name: field for name, field in member.model_fields.items()} if _is_model(member) else {}
+        )
+        if key in fields:
+            field = fields[key]
             metadata: Any = (field.annotation, *field.metadata)
             return Annotated[metadata] if field.metadata else field.annotation
         if get_origin(member) is dict:

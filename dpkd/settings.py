@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from dpkd.config import Config, PathText, apply_override, explain, read_yaml_file
 from dpkd.data.settings import (
@@ -36,28 +36,12 @@ from dpkd.objectives.supervised import Supervised
 from dpkd.priors import BUILT_IN, Prior
 from dpkd.priors.base import BatchExtractor
 from dpkd.priors.derived import DERIVED, derivable
+from dpkd.run.settings import RunSettings
 
 FROM_STORE = (".pooling", ".background")
 """Endings of the keys whose map is stored, and has one channel of amounts; objectives may also compute maps."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-
-
-class RunSettings(Config):
-    """The run folder, the place of checkpoints, and the seed of all random draws."""
-
-    dir: PathText = "runs/default"
-    """A path that every worker sees."""
-    checkpoints: PathText | None = None
-    """A path or any fsspec URL that only this run uses; None means a folder in the run folder."""
-    seed: int = Field(0, ge=0)
-
-    @field_validator("dir")
-    @classmethod
-    def _is_a_path(cls, value: str) -> str:
-        if "://" in value:
-            raise ValueError(f"{value!r} is a URL: give a path on a disk that all workers see")
-        return value
 
 
 class DataSettings(Config):

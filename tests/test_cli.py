@@ -28,10 +28,14 @@ print(code, [name for name in sys.argv[1].split(",") if name in sys.modules], fi
 HEAVY = ("torch", "timm", "ray", "pyarrow", "fsspec", "rich", "PIL", "numba", "sklearn")
 
 
+COUNTS = {"base/a": 8, "base/b": 8, "val/a": 2, "val/b": 2, "novel/c": 2, "novel/d": 2}
+
+
 def settings_at(folder: Path, **students: Any) -> Path:
     """A settings file of a tiny run, with other students where given."""
-    source = make_folder(folder / "images", counts={"base/a": 3, "base/b": 3, "val/a": 3, "novel/c": 3})
+    source = make_folder(folder / "images", counts=COUNTS)
     tree = tiny(folder / "run", source=source)
+    tree["evaluate"]["episodes"] |= {"way": 2, "shots": [1], "queries": 1}
     tree["distill"]["students"] |= students
     config = folder / "settings.yaml"
     config.write_text(yaml.safe_dump(tree))

@@ -15,6 +15,13 @@ from numpy.typing import NDArray
 from dpkd.errors import UserError
 
 SHARED = "/dev/shm"  # noqa: S108  (where Linux keeps memory that processes share)
+ENLARGE = f"enlarge {SHARED} (docker run --shm-size)"
+
+
+def free_shared() -> int:
+    """Free bytes of the shared memory."""
+    place = os.statvfs(SHARED)
+    return place.f_bavail * place.f_frsize
 
 
 class DecodedImages:
@@ -25,12 +32,10 @@ class DecodedImages:
 
     def __init__(self, num_samples: int, *, num_bytes: int, lock: AbstractContextManager[Any]) -> None:
         """Takes the memory at once, so that it cannot run out later; raises `UserError` if there is too little."""
-        place = os.statvfs(SHARED)
-        free = place.f_bavail * place.f_frsize
-        if num_bytes > free:
+        if num_bytes > (free := free_shared()):
             raise UserError(
                 f"data.loader.cache_gb asks for {num_bytes / 1e9:.1f} GB of shared memory in each rank, and "
-                f"{SHARED} has {free / 1e9:.1f} GB left: lower it, or enlarge {SHARED} (docker run --shm-size)"
+                f"{SHARED} has {free / 1e9:.1f} GB left: lower it, or {ENLARGE}"
             )
         storage = torch.UntypedStorage._new_shared(num_bytes)  # noqa: SLF001  (`share_memory_` copies)
         self._pixels = torch.empty(0, dtype=torch.uint8).set_(storage)

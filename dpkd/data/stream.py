@@ -10,7 +10,9 @@ import signal
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from itertools import chain, islice
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import cv2
@@ -22,7 +24,7 @@ from torch.utils.data import DataLoader
 from dpkd.data.augment import apply_image, apply_map, centre_view, random_views
 from dpkd.data.background import replace_backgrounds
 from dpkd.data.batch import Batch, View
-from dpkd.data.decoded import DecodedImages
+from dpkd.data.decoded import ENLARGE, SHARED, DecodedImages, free_shared
 from dpkd.data.images import decode_checked
 from dpkd.data.label_file import Labels
 from dpkd.data.settings import GLOBAL, AugmentSettings, LoaderSettings
@@ -31,6 +33,7 @@ from dpkd.errors import StorageError, UserError
 from dpkd.launch import forking
 from dpkd.launch.forking import end_with_parent, one_thread_each
 from dpkd.launch.signals import block_stop_signals
+from dpkd.log import logger
 
 _GRACE_S = 600
 """Time until a worker ends after a stop signal to the process group: training may still need its batches."""
@@ -45,6 +48,10 @@ class MapReader(Protocol):
 
     def read(self, i: int, sample: Sample) -> Maps:
         """The maps of sample `i` by name, HWC over the whole image; raises `ValueError` for maps of another sample."""
+
+    @property
+    def num_channels(self) -> int:
+        """Number of channels of all maps."""
 
     def nearest(self, name: str) -> bool:
         """True if the values of this map are labels, which must not be averaged."""
@@ -84,9 +91,15 @@ def load_batches(
     the shared memory.
     """
     cv2.setNumThreads(1)  # images are small, and OpenCV's threads would slow training
+    draws = iter(draws)
+    first = list(islice(draws, 1))
+    batch_bytes = sum(_bytes_of(plan, len(index_B), maps) for plan in views.values() for index_B, _ in first)
+    if loader.workers and (lack := _lacking(loader.workers * (loader.prefetch + 1) * batch_bytes)):
+        _log_once(f"{lack}: images are read in the training process, as with data.loader.workers=0")
+        loader = loader.model_copy(update={"workers": 0})
     work = (
         _Work(index_B, epoch_B, {name: target_N[index_B].astype(np.int64) for name, target_N in targets.items()})
-        for index_B, epoch_B in draws
+        for index_B, epoch_B in chain(first, draws)
     )
     method = load_ahead() if loader.workers else None
     cache_bytes = int(loader.cache_gb * 1e9)
@@ -171,6 +184,10 @@ class _Reader(torch.utils.data.Dataset[Batch | UserError]):
                 self._fill(filled, row, image_HWC, maps, {"seed": self.seed, "epoch": epoch, "index": index})
             except (UserError, StorageError) as error:
                 return UserError(str(error))
+            except RuntimeError as error:
+                if "shared memory" not in str(error):
+                    raise
+                return UserError(f"{SHARED} is full ({str(error)[:200]}): {ENLARGE}, or set data.loader.workers=0")
             except (ValueError, OSError) as error:
                 return UserError(f"{self.split.describe(index)}: {error}; restore the shard, or pack the images again")
         for name, plan in self.views.items():
@@ -229,6 +246,25 @@ def _allocate(plan: ViewPlan, num_samples: int, maps: Maps) -> _Filled:
     empty = {name: _empty(*shape, map_HWC.shape[2], *map_size, dtype=torch.float32) for name, map_HWC in maps.items()}
     view = View(image_VB3HW.flatten(0, 1), {name: map_VBCHW.flatten(0, 1) for name, map_VBCHW in empty.items()})
     return _Filled(view, image_VB3HW.numpy(), {name: map_VBCHW.numpy() for name, map_VBCHW in empty.items()})
+
+
+def _bytes_of(plan: ViewPlan, num_samples: int, maps: MapReader | None) -> int:
+    """The bytes that `_allocate` takes."""
+    per_view = 3 * plan.size**2 + 4 * (0 if maps is None else maps.num_channels) * plan.map_size**2
+    return plan.count * num_samples * per_view
+
+
+def _lacking(num_bytes: int) -> str:
+    """A sentence if the shared memory of this machine has less room than this; else empty."""
+    if not Path(SHARED).is_dir() or num_bytes <= (free := free_shared()):
+        return ""
+    sizes = f"{num_bytes / 1e6:,.1f} MB of shared memory, and {SHARED} has {free / 1e6:,.1f} MB left"
+    return f"data.loader.workers needs {sizes} ({ENLARGE})"
+
+
+@cache
+def _log_once(line: str) -> None:
+    logger.info(line)
 
 
 def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -36,28 +36,33 @@ def draw_episodes(label_N: Integers, settings: EpisodeSettings, *, seed: int, sp
     Raises `UserError` if fewer than `way` classes have `max(shots) + queries` samples.
     """
     count_K = np.bincount(label_N[label_N >= 0])
-    class_C = np.flatnonzero(count_K)
-    count_C = count_K[class_C]
-    num_drawn = max(settings.shots) + settings.queries
-    fits_C = count_C >= num_drawn
-    if fits_C.sum() < settings.way:
-        raise UserError(
-            f"evaluate.episodes.way={settings.way} is too large: split {split!r} has {len(class_C)} labelled classes, "
-            f"{fits_C.sum()} of them with the {num_drawn} samples of an episode (shots={list(settings.shots)}, "
-            f"queries={settings.queries}); lower .way, .queries or .shots, or change data.splits"
-        )
+    class_C, num_drawn = drawable_classes(count_K, settings, split=split), max(settings.shots) + settings.queries
     rng = np.random.Generator(np.random.Philox(seed))
     order_N = np.argsort(label_N, kind="stable")
-    first_C = np.searchsorted(label_N[order_N], class_C[fits_C])
-    way_EW = _distinct(rng, np.full(settings.episodes, fits_C.sum()), settings.way)
+    first_C = np.searchsorted(label_N[order_N], class_C)
+    way_EW = _distinct(rng, np.full(settings.episodes, len(class_C)), settings.way)
     row_R = way_EW.ravel()
-    pick_RS = _distinct(rng, count_C[fits_C][row_R], num_drawn)
+    pick_RS = _distinct(rng, count_K[class_C][row_R], num_drawn)
     sample_EWS = order_N[first_C[row_R][:, None] + pick_RS].reshape(*way_EW.shape, num_drawn)
     return Episodes(
         support_EWK=sample_EWS[..., : max(settings.shots)],
         query_EWQ=sample_EWS[..., max(settings.shots) :],
-        left_out=tuple(int(label) for label in class_C[~fits_C]),
+        left_out=tuple(np.setdiff1d(np.flatnonzero(count_K), class_C).tolist()),
     )
+
+
+def drawable_classes(count_K: Integers, settings: EpisodeSettings, *, split: str) -> Integers:
+    """The classes with the `max(shots) + queries` samples of an episode; raises `UserError` if they are below `way`."""
+    num_drawn = max(settings.shots) + settings.queries
+    class_C = np.flatnonzero(count_K >= num_drawn)
+    if len(class_C) < settings.way:
+        raise UserError(
+            f"evaluate.episodes.way={settings.way} is too large: split {split!r} has {np.count_nonzero(count_K)} "
+            f"labelled classes, {len(class_C)} of them with the {num_drawn} samples of an episode "
+            f"(shots={list(settings.shots)}, queries={settings.queries}); lower .way, .queries or .shots, or change "
+            "data.splits"
+        )
+    return class_C
 
 
 def _distinct(rng: np.random.Generator, size_R: Integers, count: int) -> Integers:

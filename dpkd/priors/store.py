@@ -169,6 +169,11 @@ class PriorSplit:
         """The fingerprint of each prior whose map is read, by name."""
         return {name: digest for name, digest in self._fingerprints.items() if name in self._decoded}
 
+    @property
+    def num_channels(self) -> int:
+        """Number of channels of the maps; a derived map has one."""
+        return sum(self._prior_of[name].channels if name in self._prior_of else 1 for name in self.names)
+
     def read(self, i: int, sample: Sample) -> dict[str, Map]:
         """The maps of sample `i` by name, HWC; raises `PriorMismatch` if they are damaged or not of `sample`."""
         record = self.record(i, sample)

@@ -1,7 +1,8 @@
 """The run folder: its paths, and the inputs, status and output files of each stage.
 
 runs/<name>/stages.json   {"<stage>": {"status": "running" | "done", "seconds": float, "given": {key: value},
-                                       "made": {place: sha256}}, …, "checksum": …}; "made" only if the stage is done
+                                       "made": {place: sha256}}, …, "checksum": …}; "made" only if the stage is done,
+                          "from": folder, if another run did it (`run.from`)
 
 runs/<name>/attempts/attempt-0003.json    the third attempt at the run has started (`dpkd.io.fence`)
 runs/<name>/attempts/0003.tmp/            its temporary folder for stages.json and exports, which are then moved
@@ -23,12 +24,17 @@ from typing import Any
 
 from dpkd.errors import UserError
 from dpkd.io import storage
+from dpkd.io.checkpoint_store import CheckpointStore
 from dpkd.io.errors import NO_FILE, write_errors
 from dpkd.io.fence import Fence
 from dpkd.io.record import checked, read_record
 from dpkd.log import append_json
 
 _TEMPORARY = ".tmp"
+OTHER_WAYS = (
+    "Restore the old values, or set another run.dir: with run.from={} it keeps the finished stages pack, prepare and "
+    "teach. Or delete the run folder to start again."
+)
 
 
 class RunFolder:
@@ -51,6 +57,7 @@ class RunFolder:
         self._stages = self.path / "stages.json"
         self._attempts = self.path / "attempts"
         self._fence = Fence(str(self._attempts))
+        self._borrowed: dict[str, dict[str, Any]] = {}
 
     def acquire(self) -> "RunFolder":
         """Starts a new attempt and returns its run folder; older attempts can then write no result."""
@@ -64,12 +71,23 @@ class RunFolder:
                         (self._attempts / name).rename(aside)  # one step: the older attempt may still write to it
                     shutil.rmtree(aside, ignore_errors=True)
             (self._attempts / f"{attempt:04d}{_TEMPORARY}").mkdir()
-        return RunFolder(self.path, checkpoints=self._checkpoints, attempt=attempt)
+        acquired = RunFolder(self.path, checkpoints=self._checkpoints, attempt=attempt)
+        acquired._keep(self._borrowed)
+        return acquired
 
     def check_fence(self) -> None:
         """Raises `StaleAttempt` if a newer attempt than this one has started."""
         if self.attempt is not None:
             self._fence.check(self.attempt)
+
+    def first_time(self, name: str) -> bool:
+        """Whether this is the first call with this name in this attempt, over all restarts of its workers."""
+        with suppress(FileNotFoundError):  # a newer attempt has begun, or a reader has none
+            try:
+                (self._attempts / f"{self.attempt or 0:04d}{_TEMPORARY}" / name).touch(exist_ok=False)
+            except FileExistsError:
+                return False
+        return True
 
     @contextmanager
     def scratch(self, name: str) -> Iterator[Path]:
@@ -121,19 +139,55 @@ class RunFolder:
 
     def stages(self) -> dict[str, dict[str, Any]]:
         """The inputs of each stage, its status and its seconds over all attempts; empty before the first stage."""
-        return read_record(self._stages, way_out="restore it, or set another run.dir")
+        return self._borrowed | read_record(self._stages, way_out="restore it, or set another run.dir")
 
-    def is_done(self, stage: str, given: dict[str, Any]) -> bool:
-        """Whether the stage finished with exactly these settings; `faults` checks its files."""
+    def borrow(self, origin: "RunFolder", given: Mapping[str, dict[str, Any]], *, way_out: str) -> None:
+        """Counts the stages in `given` that another run has finished as done here; `acquire` writes them.
+
+        Raises `UserError` with the differences if one of them has other settings.
+        """
+        done = {stage: record for stage, record in origin.stages().items() if record["status"] == "done"}
+        origin.refuse_contradictions({stage: given[stage] for stage in given if stage in done}, way_out=way_out)
+        for stage in (stage for stage in given if stage in done):
+            made = {origin._absolute(place): sha256 for place, sha256 in done[stage]["made"].items()}  # noqa: SLF001
+            facts = {"seconds": 0.0, "made": made, "from": str(origin.path.absolute())}
+            self._borrowed[stage] = done[stage] | facts
+
+    def _keep(self, borrowed: Mapping[str, dict[str, Any]]) -> None:
+        """Records borrowed stages, with copies of the networks of the other run."""
+        records = {}
+        for stage, record in borrowed.items():
+            made, networks = dict(record["made"]), Path(record["from"]) / "teachers"
+            for place in [place for place in made if Path(place).is_relative_to(networks)]:
+                own = Path("teachers") / Path(place).relative_to(networks)
+                storage.write_bytes_atomic(self.path / own, storage.read_bytes(place))
+                made[str(own)] = made.pop(place)
+            records[stage] = record | {"made": made}
+        if records:
+            self._record(records)
+
+    def is_done(self, stage: str, given: dict[str, Any] | None = None) -> bool:
+        """Whether the stage finished, with exactly these settings if they are given; `faults` checks its files."""
         record = self.stages().get(stage)
-        return record is not None and record["status"] == "done" and record["given"] == _as_json(given)
+        is_done = record is not None and record["status"] == "done"
+        return is_done and (given is None or self.stages()[stage]["given"] == _as_json(given))
+
+    def bound(self, stages: Iterable[str]) -> set[str]:
+        """The training stages among `stages` that have finished or saved a checkpoint, so that their settings stay."""
+        records = self.stages()
+        return {
+            stage
+            for stage in stages
+            if stage in records
+            and (records[stage]["status"] == "done" or CheckpointStore(self.checkpoints(stage)).committed())
+        }
 
     def faults(self, stage: str) -> list[str]:
         """Faults of the files of a finished stage, each of which is read; none for an unfinished stage."""
         record = self.stages().get(stage, {})
         faults = []
         for place, sha256 in record["made"].items() if record.get("status") == "done" else ():
-            file = self.path / place if storage.local_path(place) is not None else place
+            file = self._absolute(place)
             try:
                 if storage.sha256(file) != sha256:
                     faults.append(f"{file} was changed or damaged")
@@ -141,7 +195,10 @@ class RunFolder:
                 faults.append(f"{file} is missing")
         return faults
 
-    def refuse_contradictions(self, given: Mapping[str, dict[str, Any]]) -> None:
+    def _absolute(self, place: str) -> str:
+        return place if storage.local_path(place) is None else str(self.path.absolute() / place)
+
+    def refuse_contradictions(self, given: Mapping[str, dict[str, Any]], *, way_out: str | None = None) -> None:
         """Raises `UserError` with the differences, and their stages, if stages in `given` began with other settings."""
         records, stages_of = self.stages(), dict[str, list[str]]()
         for stage in (stage for stage in given if stage in records):
@@ -154,7 +211,7 @@ class RunFolder:
             lines = [f"{difference} ({', '.join(stages)})" for difference, stages in stages_of.items()]
             raise UserError(
                 f"{self._stages}: stages of this run began with other settings:\n" + "\n".join(lines) + "\n"
-                "Restore the old values, set another run.dir, or delete the run folder to start again."
+                f"{way_out or OTHER_WAYS.format(self.path)}"
             )
 
     @contextmanager
@@ -166,11 +223,14 @@ class RunFolder:
         Failed attempts count too. An attempt also writes `stage_began` and `stage_ended` to `events.jsonl`. After the
         body `makes` returns the files of the stage. Raises `StaleAttempt` if a newer attempt has started.
         """
-        before_s, began_s = self.stages().get(stage, {}).get("seconds", 0.0), time.monotonic()
+        before = self.stages().get(stage, {})
+        before_s, began_s = before.get("seconds", 0.0), time.monotonic()
+        if before.get("given", given := _as_json(given)) != given:  # it saved nothing with the earlier settings
+            shutil.rmtree(self.sample_log(stage), ignore_errors=True)
 
         def write(status: str, **facts: Any) -> None:
             seconds = round(before_s + time.monotonic() - began_s, 3)
-            self._record({stage: {"status": status, "seconds": seconds, "given": _as_json(given), **facts}})
+            self._record({stage: {"status": status, "seconds": seconds, "given": given, **facts}})
 
         write("running")
         if self.attempt is not None:

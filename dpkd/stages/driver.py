@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from dpkd.backends.factory import make_accelerator, make_pool, make_worker_group
 from dpkd.data.shards import Dataset
@@ -14,10 +15,11 @@ from dpkd.run.attempt import attempt_at, write_provenance
 from dpkd.run.folder import RunFolder
 from dpkd.settings import Settings
 from dpkd.stages import STAGES
-from dpkd.stages.pack import pack
+from dpkd.stages.origin import with_origin
+from dpkd.stages.pack import check_plan, pack
 from dpkd.stages.plan import POOL_STAGES, check_dataset, dataset_url, plan_run, recorded, stages_of
 from dpkd.stages.prepare import prepare
-from dpkd.stages.worker import SESSION, train_stages
+from dpkd.stages.worker import CHECKED, SESSION, check_in_child, train_stages
 
 
 def run(settings: Settings, *, stages: Sequence[str] = STAGES, chosen: str | None = None) -> None:
@@ -28,15 +30,21 @@ def run(settings: Settings, *, stages: Sequence[str] = STAGES, chosen: str | Non
     """
     began = time.monotonic()
     folder = RunFolder(settings.run.dir, checkpoints=settings.run.checkpoints)
+    settings = with_origin(settings, folder)
     stages = stages_of(settings, stages)
     left = plan_run(settings, folder, stages)
+    # without pack and prepare the training workers check the networks: they load torch anyway
+    if checks := bool({*left} & {*POOL_STAGES}) and not {*left} <= {*POOL_STAGES}:
+        check_in_child(settings.model_dump(mode="json"), left)
     if left:
         write_provenance(folder, settings.model_dump(mode="json"), chosen=chosen)
         start_resource_tracker()
         folder = folder.acquire()
+        if checks:
+            folder.first_time(CHECKED)
         folder.reopen(left)  # a stage whose files are damaged is recorded as done, and workers skip those
         with attempt_at(folder, left) as supervision:
-            run_pool_stages(settings, folder, [stage for stage in left if stage in POOL_STAGES])
+            run_pool_stages(settings, folder, left)
             if training := [stage for stage in left if stage not in POOL_STAGES]:
                 workers = make_worker_group(settings.launcher, sizes=settings.world_sizes, module=SESSION)
                 argument = (settings.model_dump(mode="json"), training, folder.attempt)
@@ -45,8 +53,9 @@ def run(settings: Settings, *, stages: Sequence[str] = STAGES, chosen: str | Non
     logger.info(f"{'done' if left else 'all was done before; nothing to do'}, {duration(time.monotonic() - began)}")
 
 
-def run_pool_stages(settings: Settings, folder: RunFolder, stages: Sequence[str]) -> None:
-    """Runs those of the stages pack and prepare that `stages` names."""
+def run_pool_stages(settings: Settings, folder: RunFolder, left: Sequence[str]) -> None:
+    """Runs those of the stages pack and prepare that are `left`."""
+    stages = [stage for stage in left if stage in POOL_STAGES]
     if not stages:
         return
     data, url, hangs = settings.data, dataset_url(folder, settings.data), folder.hangs
@@ -56,11 +65,19 @@ def run_pool_stages(settings: Settings, folder: RunFolder, stages: Sequence[str]
         with recorded("pack", folder, settings):
             if data.source is not None:  # else the shards exist already
                 with Progress("pack", 0) as progress:
-                    pack(data, url, seed=settings.run.seed, pool=pool, quarantine=quarantine, progress=progress.reach)
+                    pack(
+                        data,
+                        url,
+                        seed=settings.run.seed,
+                        pool=pool,
+                        quarantine=quarantine,
+                        progress=progress.reach,
+                        check=partial(check_plan, settings=settings, left=left),
+                    )
     if "prepare" in stages:
         with recorded("prepare", folder, settings), Progress("prepare", 0) as progress:
             dataset = Dataset.open(url)
-            check_dataset(dataset, settings)
+            check_dataset(dataset, settings, left)
             # only if a prior can use an accelerator: otherwise the driver needs no torch to look for GPUs
             accelerate = accelerated(settings.prepare.chosen)
             prepare(

@@ -50,8 +50,8 @@ from dpkd.report.tensorboard import Board
 from dpkd.run.folder import RunFolder
 from dpkd.settings import EvaluateSettings, Settings, TeacherSettings
 from dpkd.stages.baselines import baselines
+from dpkd.stages.check_data import attribute_table, trained_classes
 from dpkd.stages.networks import Embedded, embed_networks, spread, teacher_network
-from dpkd.stages.plan import attribute_table, trained_classes
 from dpkd.stages.run import Run
 from dpkd.train.task import Predictor
 
@@ -63,6 +63,7 @@ Figures = dict[str, dict[str, Any]]
 
 PLAIN = " without its prior map"
 """Marks a second measurement of a figure-ground network, with the pooling of the exported timm model."""
+ROLES = ("val", "test")
 TIMING_BATCH = 64
 TIMING_S = 0.8
 
@@ -70,15 +71,22 @@ TIMING_S = 0.8
 def evaluate(run: Run) -> None:
     """Measures every network on the validation and the test split and writes `evaluation.json`.
 
-    Every rank embeds its share; rank 0 measures and writes. Raises `UserError` if a split is too small.
+    Every rank embeds its share; rank 0 measures and writes. A split without a label is left out, and without any other
+    there is no file. Raises `UserError` if a split is too small.
     """
+    measured = run.measured_splits
+    if unlabelled := [name for name in run.data.evaluated_splits if name not in measured]:
+        if run.world.rank == 0:
+            logger.info(f"evaluate: nothing is measured on {' and '.join(unlabelled)}, which has no label")
+        if not measured:
+            return
     settings, device, threads = run.settings.evaluate, run.world.device, torch.get_num_threads()
     on_cpu = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
     assert settings is not None, "the stage is left out without settings"
     networks = {place: network.to(device) for place, network in load_networks(run).items()}
     report: dict[str, Any] = {
         "protocol": (settings.episodes.model_dump(mode="json") if settings.episodes else {}) | {"seed": run.seed},
-        "splits": {"val": run.data.val, "test": run.data.test},
+        "splits": {role: getattr(run.data, role) if getattr(run.data, role) in measured else None for role in ROLES},
         "labelled": {},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu,
         "teachers": {},
@@ -97,7 +105,7 @@ def evaluate(run: Run) -> None:
             "images_per_s": figure_or_none(f"images/s of {place}", partial(images_per_s, network)),
         }
     chosen: dict[str, str] = {}
-    for split in run.data.evaluated_splits:
+    for split in measured:
         report["labelled"][split] = int((run.dataset.split(split).label_N[run.readable(split)] >= 0).sum())
         for kind, figures in _measure(run, networks, run.dataset.split(split), settings, chosen=chosen).items():
             for place, figure in figures.items():
@@ -116,21 +124,6 @@ def evaluate(run: Run) -> None:
         data = (json.dumps(report, indent=1) + "\n").encode()
         storage.write_bytes_atomic(run.folder.path / EVALUATION_NAME, data)
     run.world.barrier()
-
-
-def refuse_small_splits(run: Run) -> None:
-    """Raises `UserError` if nothing can be measured on a split; call it before any training."""
-    if run.settings.evaluate is None:
-        return
-    episodes = run.settings.evaluate.episodes
-    for name in run.data.evaluated_splits:
-        label_N = np.delete(run.dataset.split(name).label_N, run.unreadable(name))
-        if episodes is not None:
-            draw_episodes(label_N, episodes.model_copy(update={"episodes": 2}), seed=0, split=name)
-        elif not (label_N >= 0).any():
-            raise UserError(
-                f"split {name!r} has no label, so nothing can be measured on it: set data.val or .test=null"
-            )
 
 
 def load_networks(run: Run) -> dict[str, Network]:

@@ -31,7 +31,6 @@ from dpkd.models.settings import FigureGroundPooling, NetworkSpec
 from dpkd.report.model_card import model_card
 from dpkd.report.summary import figure_or_none
 from dpkd.stages.evaluate import read_evaluation
-from dpkd.stages.plan import stages_of
 from dpkd.stages.run import Run
 
 TIMM_TOLERANCE = 1e-5
@@ -46,7 +45,7 @@ def export(run: Run) -> None:
     """
     settings = run.settings.export
     assert settings is not None, "the stage is left out without settings"
-    evaluation = read_evaluation(run.folder) if stages_of(run.settings, ["evaluate"]) else None
+    evaluation = read_evaluation(run.folder) if run.settings.evaluate is not None and run.measured_splits else None
     for name in run.settings.distill.students:
         network = load_network(run.folder.students / name)
         spec = network.spec

@@ -12,6 +12,7 @@ import numpy as np
 import timm
 import torch
 from numpy.typing import NDArray
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from dpkd.backends.engines import make_engine, make_frozen
 from dpkd.data.settings import GLOBAL
@@ -27,8 +28,8 @@ from dpkd.models.parameters import parameter_groups
 from dpkd.models.saved import load_network
 from dpkd.models.settings import HeadSpec, NetworkSpec
 from dpkd.objectives.base import VIEW_MAPS, Objective, teacher_of
-from dpkd.settings import StudentSettings, TeacherSettings
-from dpkd.stages.plan import attribute_table
+from dpkd.settings import DataSettings, NetworkSettings, StudentSettings, TeacherSettings
+from dpkd.stages.check_data import attribute_table
 from dpkd.stages.run import Run, TrainingSet
 from dpkd.train.task import Learner, Predictor, network_inputs, pooling_maps
 
@@ -52,9 +53,34 @@ def new_network(
     place: int,
 ) -> Network:
     """A network for training; its first weights depend only on the run's seed and its place among the networks."""
-    table = attribute_table(run.data)
-    channels = VIEW_MAPS | (run.priors.channels if run.priors is not None else {})
-    width_of = {f"map.{name}": count for name, count in channels.items()} | {"classes+1": len(data.class_names) + 1}
+    channels, manifest = run.priors.channels if run.priors is not None else {}, run.dataset.manifest
+    spec = network_spec(
+        settings,
+        data=run.data,
+        classes=data.class_names,
+        channels=channels,
+        teachers=teachers,
+        statistics=(manifest.image_mean, manifest.image_std),
+    )
+    return build_network(spec, seed=run.seed * 1000 + place, weights=settings.weights)
+
+
+def network_spec(
+    settings: NetworkSettings,
+    *,
+    data: DataSettings,
+    classes: tuple[str, ...],
+    channels: Mapping[str, int],
+    teachers: Mapping[str, Network],
+    statistics: tuple[tuple[float, float, float], tuple[float, float, float]],
+) -> NetworkSpec:
+    """The spec of a network with the heads of its objectives.
+
+    `channels` are those of the stored prior maps, `statistics` mean and deviation of the training images.
+    """
+    table = attribute_table(data)
+    width_of = {f"map.{name}": count for name, count in {**VIEW_MAPS, **channels}.items()}
+    width_of["classes+1"] = len(classes) + 1
     if table is not None:
         width_of["attributes"] = len(table.names)
     heads: dict[str, HeadSpec] = {}
@@ -69,16 +95,15 @@ def new_network(
             heads[name] = HeadSpec(reads=head.reads, width=width, hidden=head.hidden)
     families = {name: number for number, name in enumerate(HEAD_FAMILIES)}
     ordered = sorted(heads, key=lambda name: (families.get(name.partition("/")[0], len(families)), name))
-    spec = NetworkSpec(
+    return NetworkSpec(
         model=settings.model,
-        classes=data.class_names,
-        image_size=run.data.image_size,
-        mean=run.dataset.manifest.image_mean,
-        std=run.dataset.manifest.image_std,
+        classes=classes,
+        image_size=data.image_size,
+        mean=statistics[0],
+        std=statistics[1],
         heads={name: heads[name] for name in ordered},
         attributes=table.names if table is not None and "attributes" in heads else (),
     )
-    return build_network(spec, seed=run.seed * 1000 + place, weights=settings.weights)
 
 
 def followed_teachers(run: Run, objectives: Iterable[Objective], names: Iterable[str]) -> dict[str, Network]:
@@ -97,18 +122,19 @@ def followed_teachers(run: Run, objectives: Iterable[Objective], names: Iterable
 
 
 def teacher_network(run: Run, name: str) -> Network:
-    """The network of a teacher, on the CPU: with the weights of the stage `teach`, or of its settings if never trained.
-
-    A teacher that is never trained has no logits, and reads images with the normalisation of its weights.
-    """
+    """The network of a teacher, on the CPU: with the weights of its stage, or of its settings if never trained."""
     teacher = run.settings.teachers[name]
     if teacher.objectives:
         return load_network(run.folder.teacher(name))
-    config: Any = timm.get_pretrained_cfg(teacher.model.name)
-    spec = NetworkSpec(
-        model=teacher.model, classes=(), image_size=run.data.image_size, mean=config.mean, std=config.std
-    )
+    spec = untrained_spec(teacher, image_size=run.data.image_size)
     return build_network(spec, seed=run.seed, weights=teacher.weights).eval()
+
+
+def untrained_spec(teacher: NetworkSettings, *, image_size: int) -> NetworkSpec:
+    """The spec of a teacher that is never trained: without logits, and with the normalisation of its weights."""
+    config: Any = timm.get_pretrained_cfg(teacher.model.name)
+    mean, std = (config.mean, config.std) if config is not None else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    return NetworkSpec(model=teacher.model, classes=(), image_size=image_size, mean=mean, std=std)
 
 
 def frozen_teacher(run: Run, name: str, network: Network, training: TrainingSettings) -> Frozen:

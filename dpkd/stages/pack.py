@@ -8,8 +8,8 @@ the bytes do not depend on the number of workers or on interruptions. Finished s
 
 import json
 import re
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,7 @@ from dpkd.data.shards import (
     Manifest,
     ShardIndex,
     SplitInfo,
+    given_name,
     index_name,
 )
 from dpkd.data.sources.records import Record, SourceContents, describe_counts, keys_of, sorted_classes
@@ -36,7 +37,10 @@ from dpkd.io import storage
 from dpkd.launch.pool import Pool
 from dpkd.log import logger
 from dpkd.report.quarantine import Quarantine
-from dpkd.settings import DataSettings
+from dpkd.settings import DataSettings, Settings
+from dpkd.stages.check_data import SplitCounts, check_splits
+from dpkd.stages.plan import left_trainings
+from dpkd.stages.prepare import refuse_missing_experts
 
 STAGE = "pack"
 PACKING_NAME = "packing.json"
@@ -53,6 +57,16 @@ class Plan:
     num_left_out: int
     made_from: dict[str, str]
 
+    @property
+    def counts(self) -> dict[str, SplitCounts]:
+        """The counts of the samples of each split, as long as all of them can be used."""
+        labels: dict[str, list[int]] = defaultdict(list)
+        for job in self.jobs:
+            labels[job.split] += (sample.label for sample in job.samples)
+        return {
+            split: SplitCounts.of(np.array(label), num_classes=len(self.classes)) for split, label in labels.items()
+        }
+
 
 def pack(
     data: DataSettings,
@@ -62,11 +76,13 @@ def pack(
     pool: Pool,
     quarantine: Quarantine,
     progress: Callable[[int, int], None],
+    check: Callable[[Plan], None] = lambda _: None,
 ) -> Dataset:
     """Packs the source into shards at `destination`, or completes them; returns the data set.
 
-    `progress(done, total)` counts samples. Raises `UserError` for an unusable source or settings, more bad samples than
-    `quarantine` allows, a destination with another content, and a place that cannot be written.
+    `progress(done, total)` counts samples. `check` gets the plan before any image is decoded. Raises `UserError` for an
+    unusable source or settings, more bad samples than `quarantine` allows, a destination with another content, and a
+    place that cannot be written.
     """
     if data.source is None:
         return Dataset.open(destination)
@@ -75,6 +91,7 @@ def pack(
     quarantine.begin(STAGE)
     contents = sources.find(data.source, pool=pool)
     plan = plan_shards(contents, data, seed=seed, destination=destination)
+    check(plan)
 
     def report(bad: Sequence[tuple[str, str]]) -> None:
         for item, reason in bad:
@@ -104,6 +121,16 @@ def pack(
     storage.remove(storage.join(destination, PACKING_NAME))
     _log_what_was_packed(manifest, contents, window=data.window)
     return Dataset(url=destination, manifest=manifest)
+
+
+def check_plan(plan: Plan, settings: Settings, *, left: Collection[str]) -> None:
+    """Raises the errors of `check_splits` and `refuse_missing_experts` for the stages that are left after packing."""
+    if {*left} <= {STAGE}:
+        return
+    place = f"data.source={settings.data.source and settings.data.source.path}"
+    check_splits(settings, plan.classes, plan.counts, place=place, trainings=left_trainings(settings, left))
+    given = Counter(given_name(name) for job in plan.jobs for sample in job.samples for name in sample.record.given)
+    refuse_missing_experts(settings.prepare.chosen, given, place=place)
 
 
 def plan_shards(contents: SourceContents, data: DataSettings, *, seed: int, destination: str) -> Plan:

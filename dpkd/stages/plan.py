@@ -12,10 +12,11 @@ from typing import Any
 
 from dpkd import __version__
 from dpkd.backends.factory import launcher_kind, machine
-from dpkd.data.attributes import AttributeTable, read_attributes
+from dpkd.data.settings import GLOBAL
 from dpkd.data.shards import MANIFEST_NAME as DATASET_NAME
 from dpkd.data.shards import Dataset
-from dpkd.errors import UserError, did_you_mean
+from dpkd.engine.settings import TrainingSettings
+from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.checkpoint_store import CheckpointStore
 from dpkd.log import logger
@@ -26,6 +27,8 @@ from dpkd.run.folder import RunFolder
 from dpkd.settings import DataSettings, Settings
 from dpkd.stages import STAGES
 from dpkd.stages.baselines import baselines
+from dpkd.stages.check_data import attribute_table, check_splits, counts_of, trained_classes
+from dpkd.stages.prepare import refuse_equal_names
 
 POOL_STAGES = ("pack", "prepare")
 """Stages that run in a pool; the other stages run in the training workers."""
@@ -42,8 +45,6 @@ CADENCE = frozenset(
     }
 )
 """Training settings that may change during a stage, because its weights do not depend on them."""
-MAX_NAMED = 5
-"""Number of classes in an error message."""
 
 
 def dataset_url(folder: RunFolder, data: DataSettings) -> str:
@@ -54,6 +55,12 @@ def dataset_url(folder: RunFolder, data: DataSettings) -> str:
 def teaching_stages(settings: Settings) -> dict[str, str]:
     """The name of the trained teacher by the name of its stage."""
     return {"teach" if name == "teacher" else f"teach-{name}": name for name in settings.trained_teachers}
+
+
+def left_trainings(settings: Settings, left: Collection[str]) -> dict[str, TrainingSettings]:
+    """The training settings of the stages that are left, by their key; baselines train like their students."""
+    names = {f"teachers.{name}.training": stage for stage, name in teaching_stages(settings).items()}
+    return {key: training for key, training in settings.trainings.items() if names.get(key, "distill") in left}
 
 
 def baseline_stages(settings: Settings) -> dict[str, str]:
@@ -106,7 +113,7 @@ def stage_inputs(stage: str, settings: Settings) -> dict[str, Any]:
             del part["during_distill"]
             results = {"teachers": {name: part}}
         part["training"] = {key: value for key, value in part["training"].items() if key not in CADENCE}
-        results["data"] = _pick(data, "image_size", "map_size", "views", "train", "labels")
+        results["data"] = _pick(data, "image_size", "map_size", "train", "labels") | _views(data, prefix, settings)
     learned = [objective for key, objective in settings.objectives.items() if key.startswith(prefix)]
     table = attribute_table(settings.data)
     if table is not None and any("attributes" in objective.needs().targets for objective in learned):
@@ -123,6 +130,12 @@ def _pick(tree: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: tree[key] for key in keys}
 
 
+def _views(data: dict[str, Any], prefix: str, settings: Settings) -> dict[str, Any]:
+    """The views that the objectives with this prefix read: those of other stages may change."""
+    read = (objective.needs().views for key, objective in settings.objectives.items() if key.startswith(prefix))
+    return {"views": _pick(data["views"], *sorted({GLOBAL}.union(*read)))}
+
+
 def stage_outputs(stage: str, settings: Settings) -> list[str | Path]:
     """The files of a finished stage that other stages read or users copy."""
     folder = RunFolder(settings.run.dir)
@@ -132,7 +145,7 @@ def stage_outputs(stage: str, settings: Settings) -> list[str | Path]:
     if stage == "prepare":
         return [storage.join(set_url(shards, settings.prepare.name), PRIORS_NAME)]
     if stage == "evaluate":
-        return [folder.path / EVALUATION_NAME]
+        return [path for path in (folder.path / EVALUATION_NAME,) if path.exists()]  # without a label there is none
     if stage == "distill":
         parents = [folder.students, folder.live_teachers]
     elif stage == "export":
@@ -159,8 +172,9 @@ def left_to_do(
     network is damaged and its stage has no checkpoint.
     """
     faults, trained = faults or {}, {*teaching_stages(settings), "distill", *baseline_stages(settings)}
-    # the other stages run again with other settings
-    fixed = [stage for stage in stages if stage == "pack" or stage in trained]
+    # a stage that has saved nothing, and the other stages, run again with other settings
+    bound = folder.bound(trained)
+    fixed = [stage for stage in stages if stage in bound or (stage == "pack" and (bound or folder.is_done(stage)))]
     folder.refuse_contradictions({stage: stage_inputs(stage, settings) for stage in fixed})
     for stage in fixed:
         if stage in trained and faults.get(stage) and not CheckpointStore(folder.checkpoints(stage)).committed():
@@ -168,7 +182,11 @@ def left_to_do(
                 f"{'; '.join(faults[stage])}, and the stage {stage} has no checkpoint to write it again: restore it "
                 "from a copy, or set another run.dir to train again"
             )
-    again = [stage for stage in POOL_STAGES if list(stages) == [stage]]
+    if settings.run.from_ is not None and (
+        damaged := [fault for stage in POOL_STAGES for fault in faults.get(stage, ())]
+    ):
+        raise UserError(f"{'; '.join(damaged)}, and run.from is only read: mend that run, or set another run.from")
+    again = [stage for stage in POOL_STAGES if list(stages) == [stage] and settings.run.from_ is None]
     left = [
         stage
         for stage in stages
@@ -193,7 +211,9 @@ def refuse_missing_inputs(settings: Settings, left: Collection[str]) -> None:
             column = f"data.source={{kind: table, path: {source.path}, label_column: …}}"
             raise UserError(f"{learners[0]} learns from labels, and data.source.label_column is not set: give {column}")
     elif {*left} - {"pack", "export"} and (source is None or storage.exists(storage.join(url, DATASET_NAME))):
-        check_dataset(Dataset.open(url), settings)
+        check_dataset(Dataset.open(url), settings, left)
+    if "prepare" in left:
+        refuse_equal_names(settings.prepare.chosen)
     teach = {name: stage for stage, name in teaching_stages(settings).items()}
     for key, network in settings.networks.items():
         stage = teach.get(key.removeprefix("teachers."), "distill")
@@ -263,33 +283,7 @@ def _describe(stage: str, settings: Settings) -> str:
     return f"{networks}, {length} of {training.batch_size} images"
 
 
-def attribute_table(data: DataSettings) -> AttributeTable | None:
-    """The table of `data.attributes`, or None; raises `UserError` for a faulty table."""
-    return None if data.attributes is None else read_attributes(data.attributes)
-
-
-def trained_classes(dataset: Dataset, data: DataSettings) -> list[str]:
-    """Classes with labelled samples in the training split, in the data set's order."""
-    counts = dataset.split(data.train).info.class_counts
-    return [name for name, count in zip(dataset.manifest.classes, counts, strict=True) if count]
-
-
-def check_dataset(dataset: Dataset, settings: Settings) -> None:
-    """Raises `UserError` with the key of a split that the data set lacks, or of a class that is not trained."""
-    for role in ("train", "val", "test"):
-        name = getattr(settings.data, role)
-        if name is not None and name not in dataset.manifest.splits:
-            hint, known = did_you_mean(name, dataset.manifest.splits), ", ".join(dataset.manifest.splits)
-            raise UserError(f"data.{role}={name!r} is no split of the data set at {dataset.url}{hint}; it has: {known}")
-    trained, table = trained_classes(dataset, settings.data), attribute_table(settings.data)
-    if table is not None:
-        table.rows(trained)
-    for key, objective in settings.objectives.items():
-        for field, names in objective.needs().classes.items():
-            for name in names:
-                if name not in trained:
-                    known = ", ".join(trained[:MAX_NAMED]) or "no label"
-                    raise UserError(
-                        f"{key}.{field} names {name!r}, of which the split {settings.data.train!r} has no sample"
-                        f"{did_you_mean(name, trained) or f' (it has: {known})'}: correct it"
-                    )
+def check_dataset(dataset: Dataset, settings: Settings, left: Collection[str]) -> None:
+    """Raises the errors of `check_splits` for a packed data set and the stages that are left."""
+    place, trainings = f"the data set at {dataset.url}", left_trainings(settings, left)
+    check_splits(settings, dataset.manifest.classes, counts_of(dataset), place=place, trainings=trainings)

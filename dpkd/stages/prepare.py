@@ -87,7 +87,9 @@ def prepare(
     index of the images is missing.
     """
     priors = settings.sealed().chosen
-    _check(dataset, priors)
+    refuse_equal_names(priors)
+    experts = any(isinstance(prior, Expert) for prior in priors)
+    refuse_missing_experts(priors, dataset.given() if experts else {}, place=dataset.url)
     url = set_url(dataset.url, settings.name)
     before = read_manifest(url)
     if before is None or (before.dataset, before.fingerprints) != (dataset.manifest.fingerprint, fingerprints(priors)):
@@ -125,21 +127,23 @@ def prepare(
     return PriorSet.open(dataset.url, settings.name)
 
 
-def _check(dataset: Dataset, priors: Sequence[Prior]) -> None:
-    """Raises `UserError` for two maps with the same name, and for an expert map that no sample has."""
+def refuse_equal_names(priors: Sequence[Prior]) -> None:
+    """Raises `UserError` for two maps with the same name."""
     name, count = Counter(prior.name for prior in priors).most_common(1)[0] if priors else ("", 0)
     if count > 1:
         raise UserError(
             f"prepare.priors makes the map {name!r} {count} times: keep one, or prepare the other in another set "
             "(prepare.name)"
         )
-    experts = [prior.of for prior in priors if isinstance(prior, Expert)]
-    given = dataset.given() if experts else {}
-    for expert in experts:
+
+
+def refuse_missing_experts(priors: Sequence[Prior], given: Mapping[str, int], *, place: str) -> None:
+    """Raises `UserError` for an expert map that no sample has; `given` counts the samples with each at `place`."""
+    for expert in (prior.of for prior in priors if isinstance(prior, Expert)):
         if expert not in given:
             known = ", ".join(f"{name} ({count:,} samples)" for name, count in given.items()) or "none"
             raise UserError(
-                f"prepare.priors asks for the expert map {expert!r}, which no sample of {dataset.url} has; given are: "
+                f"prepare.priors asks for the expert map {expert!r}, which no sample of {place} has; given are: "
                 f"{known}; the map N of IMAGE.jpg is a file IMAGE.expert-N.png or IMAGE.mask.png in its folder"
             )
 

@@ -22,7 +22,8 @@ from dpkd.objectives.supervised import log_class_prior
 from dpkd.priors.store import PriorSet, PriorSplit, fingerprints
 from dpkd.run.folder import RunFolder
 from dpkd.settings import DataSettings, Settings
-from dpkd.stages.plan import attribute_table, dataset_url
+from dpkd.stages.check_data import SplitCounts, attribute_table, measured_splits
+from dpkd.stages.plan import dataset_url
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,18 @@ class Run:
         """Numbers of the other samples of the split, ascending."""
         return np.delete(np.arange(self.dataset.split(split).num_samples), self.unreadable(split))
 
+    @cached_property
+    def counts(self) -> dict[str, SplitCounts]:
+        """The counts of the readable samples of each split."""
+        splits, num_classes = map(self.dataset.split, self.dataset.manifest.splits), len(self.dataset.manifest.classes)
+        label_N_of = {split.name: np.delete(split.label_N, self.unreadable(split.name)) for split in splits}
+        return {name: SplitCounts.of(label_N, num_classes=num_classes) for name, label_N in label_N_of.items()}
+
+    @property
+    def measured_splits(self) -> tuple[str, ...]:
+        """The evaluated splits that have a label."""
+        return measured_splits(self.data, self.counts)
+
     @property
     def map_size(self) -> int:
         """Side of the prior maps of the global view."""
@@ -139,25 +152,12 @@ class TrainingSet:
 def training_set(run: Run, training: TrainingSettings, objectives: Iterable[Objective]) -> TrainingSet:
     """Opens the training split and hides the labels that `data.labels` hides.
 
-    Raises `UserError` if the split has fewer samples than a batch, or if an objective needs labels and the split has
-    fewer than two classes or no visible label. Samples that cannot be read do not count.
+    Raises `UserError` if an objective needs labels and the split has no visible label.
     """
     split, unreadable = run.dataset.split(run.data.train), run.unreadable(run.data.train)
-    num_samples = split.num_samples - len(unreadable)
-    if num_samples < training.batch_size:
-        raise UserError(
-            f"the split {split.name!r} has {num_samples} samples, fewer than one batch of "
-            f"training.batch_size={training.batch_size}; lower it, or pack more images"
-        )
     classes = np.flatnonzero(split.info.class_counts)
     needs_labels = any("class" in objective.needs().targets for objective in objectives)
     needs_labels = needs_labels or training.labelled_share is not None
-    if needs_labels and len(classes) < 2:
-        names = [run.dataset.manifest.classes[label] for label in classes]
-        raise UserError(
-            f"the split {split.name!r} holds {len(classes)} labelled {'class' if len(classes) == 1 else 'classes'} "
-            f"({', '.join(names) or 'none'}), and training needs two: check the folders or the labels of data.source"
-        )
     number_of = np.full(len(run.dataset.manifest.classes) + 1, -1, split.label_N.dtype)  # the last one for label -1
     number_of[classes] = np.arange(len(classes))
     keys, split_label_N = split.iter_keys(), number_of[split.label_N]

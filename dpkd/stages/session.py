@@ -11,11 +11,14 @@ from dpkd.engine.world import join
 from dpkd.launch.heartbeat import SLOW, heartbeat
 from dpkd.log import logger
 from dpkd.settings import parse_settings
-from dpkd.stages.evaluate import evaluate, refuse_small_splits
+from dpkd.stages.check_data import check_splits
+from dpkd.stages.check_networks import check_networks
+from dpkd.stages.evaluate import evaluate
 from dpkd.stages.export import export
-from dpkd.stages.plan import baseline_stages, check_dataset, left_to_do, recorded, teaching_stages
+from dpkd.stages.plan import baseline_stages, left_to_do, left_trainings, recorded, teaching_stages
 from dpkd.stages.run import Run
 from dpkd.stages.training import distill, teach, train_baseline
+from dpkd.stages.worker import CHECKED
 
 PATIENCE_S = 1800.0
 """Least timeout of a rank that waits for its peers; the watchdog ends ranks that are behind earlier."""
@@ -45,8 +48,12 @@ def _run_stages(run: Run, stages: list[str]) -> None:
         engines = sorted({engine_kind(network.engine, world=world) for network in settings.networks.values()})
         workers = f"{world.size} on {world.device.type}, {torch.get_num_threads()} threads each"
         logger.info(f"  workers   {workers}, engine {' and '.join(engines)}")
-    check_dataset(run.dataset, settings)
-    refuse_small_splits(run)
+    place = f"the data set at {run.dataset.url}"
+    check_splits(
+        settings, run.dataset.manifest.classes, run.counts, place=place, trainings=left_trainings(settings, stages)
+    )
+    if world.rank == 0 and run.folder.first_time(CHECKED):
+        check_networks(settings, stages)
     # the driver has checked the files of earlier stages; `stages` are those that were not done
     for stage in world.broadcast(left_to_do(run.folder, settings, stages) if world.rank == 0 else []):
         with recorded(stage, run.folder, settings) if world.rank == 0 else nullcontext():

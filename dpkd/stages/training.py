@@ -129,7 +129,7 @@ def _train_task(
     parts: dict[str, Part] = {name: engine.state for name, engine in task.engines.items()}
     parts |= {"random": RandomState(world), "inputs": Inputs(digests, world)}
     total_steps = training.num_steps(data.num_samples)
-    evaluates = run.data.val is not None and run.settings.evaluate is not None
+    evaluates = run.data.val in run.measured_splits and run.settings.evaluate is not None
     plan = Plan(
         total_steps=total_steps,
         micro_batches=run.micro_batches(training),

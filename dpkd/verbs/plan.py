@@ -1,40 +1,34 @@
 """Shows the stages that a run would do, and checks what can be known before any work."""
 
-from functools import partial
+import os
 
-from dpkd.errors import UserError
 from dpkd.run.folder import RunFolder
 from dpkd.settings import Settings
-from dpkd.stages.plan import plan_run, stages_of
+from dpkd.stages.origin import with_origin
+from dpkd.stages.plan import dataset_url, plan_run, stages_of
 
 
 def plan(settings: Settings, *, fast: bool = False) -> None:
-    """Logs each stage and its status, and, unless `fast`, builds every network without weights.
+    """Logs each stage and its status.
 
-    Raises `UserError` with the key, its value and the way out.
+    Unless `fast`, it lists the source, if the images are not packed, and builds every network. Raises `UserError` with
+    the key, its value and the way out.
     """
-    plan_run(settings, RunFolder(settings.run.dir), stages_of(settings))
-    if not fast:
-        check_networks(settings)
+    folder = RunFolder(settings.run.dir)
+    settings = with_origin(settings, folder)
+    left = plan_run(settings, folder, stages_of(settings))
+    if fast:
+        return
+    # not at the top: `--fast` loads neither torch nor pyarrow
+    from dpkd.backends.local_pool import LocalPool  # noqa: PLC0415
+    from dpkd.data.sources import find  # noqa: PLC0415
+    from dpkd.stages.check_networks import check_networks  # noqa: PLC0415
+    from dpkd.stages.pack import check_plan, plan_shards  # noqa: PLC0415
 
-
-def check_networks(settings: Settings) -> None:
-    """Raises `UserError` with the key of a network that cannot be built or does not run on images of this size."""
-    # not at the top: `--fast` loads no torch
-    import torch  # noqa: PLC0415
-
-    from dpkd.models.backbone import Backbone  # noqa: PLC0415
-
-    for key, network in settings.networks.items():
-        model = network.model.model_copy(update={"pretrained": False})
-        # the number of classes is not known before packing; a network that never learns has none
-        num_classes = 2 if network.objectives else 0
-        build = partial(Backbone, model, num_classes=num_classes, image_size=settings.data.image_size)
-        try:
-            try:
-                with torch.device("meta"):  # shapes without memory
-                    build()
-            except UserError:  # also for a model that reads its weights while it is built: only real ones can tell
-                build()
-        except UserError as error:
-            raise UserError(f"{key}: {error}") from error
+    if "pack" in left and settings.data.source is not None:
+        contents = find(settings.data.source, pool=LocalPool(settings.launcher.pool_workers or os.cpu_count() or 1))
+        url = dataset_url(folder, settings.data)
+        check_plan(
+            plan_shards(contents, settings.data, seed=settings.run.seed, destination=url), settings=settings, left=left
+        )
+    check_networks(settings, left)

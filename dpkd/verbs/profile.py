@@ -12,7 +12,9 @@ from dpkd.data.stream import load_batches
 from dpkd.engine.world import join
 from dpkd.errors import UserError, did_you_mean
 from dpkd.log import logger
+from dpkd.run.folder import RunFolder
 from dpkd.settings import Settings
+from dpkd.stages.origin import with_origin
 from dpkd.stages.plan import stages_of, teaching_stages
 from dpkd.stages.run import Run
 from dpkd.stages.training import distill_task, sample_order, teach_task
@@ -38,6 +40,7 @@ def profile_stage(settings: Settings, stage: str | None, *, steps: int) -> None:
     if settings.launcher.threads is not None:
         torch.set_num_threads(settings.launcher.threads)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its own start on the screen
+    settings = with_origin(settings, RunFolder(settings.run.dir))
     run = Run.open(settings, world := join())
     task, data, owner = distill_task(run) if stage == "distill" else teach_task(run, teachers[stage])
     training = owner.training

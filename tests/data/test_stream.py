@@ -36,6 +36,8 @@ HERE = LoaderSettings(workers=0)
 class ImageAsMaps:
     """Reads maps that are the image itself, in colours and as labels, so that a batch shows what became of them."""
 
+    num_channels = 4
+
     def read(self, i: int, sample: Sample) -> dict[str, np.ndarray]:
         image_HWC = decode_image(sample.image)
         return {"colour": image_HWC.astype(np.float32) / 255, "label": image_HWC[..., :1].astype(np.int32)}
@@ -201,6 +203,13 @@ def test_an_image_that_does_not_fit_is_not_kept_and_a_smaller_one_still_is(split
 def test_more_memory_than_the_machine_shares_is_refused(split):
     with pytest.raises(UserError, match=r"data\.loader\.cache_gb asks for 1000000\.0 GB .* lower it"):
         _train(split, 0, 1, loader=LoaderSettings(workers=0, cache_gb=1e6))
+
+
+def test_without_room_in_the_shared_memory_the_training_process_reads(split: Split, capsys) -> None:
+    maps = ImageAsMaps()
+    loader = LoaderSettings(workers=1, prefetch=10**12)
+    _assert_equal(_train(split, 0, 2, maps=maps, loader=loader), _train(split, 0, 2, maps=maps, loader=HERE))
+    assert "/dev/shm has" in capsys.readouterr().out
 
 
 def test_resuming_gives_the_rest_of_the_batches(split):
@@ -418,6 +427,8 @@ from dpkd.launch.forking import ONE_THREAD
 from tests.pool_work import num_threads
 
 class ThreadsAsMaps:
+    num_channels = 1
+
     def read(self, i, sample):
         counts = [int(os.environ[name]) for name in ONE_THREAD] + num_threads(None)
         return {"threads": np.full((1, 1, 1), max(counts), np.float32)}

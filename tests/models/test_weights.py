@@ -1,5 +1,6 @@
 """Weights to start from: what fits is loaded, what does not is refused by name."""
 
+import argparse
 from typing import Any
 
 import pytest
@@ -33,6 +34,36 @@ def test_a_torch_file_loads_whole_with_its_classifier(tmp_path, wrap):
     plain = timm.create_model("test_resnet", num_classes=3)
     torch.save(wrap(plain.state_dict()), tmp_path / "weights.pt")
     assert same(build_network(spec_of("test_resnet"), weights=str(tmp_path / "weights.pt")).backbone.timm, plain)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.backbone.", "module.model.", "backbone.timm."])
+def test_a_prefix_of_all_names_is_removed_and_what_lacks_it_is_ignored(tmp_path, prefix):
+    plain = timm.create_model("test_resnet", num_classes=3)
+    state = {f"{prefix}{name}": tensor for name, tensor in plain.state_dict().items()}
+    others = {"loss.weight": torch.ones(2), "hyper_parameters": argparse.Namespace(lr=0.1)}
+    torch.save({"state_dict": state | {"loss.weight": torch.ones(2)}, **others}, tmp_path / "last.ckpt")
+    assert same(build_network(spec_of("test_resnet"), weights=str(tmp_path / "last.ckpt")).backbone.timm, plain)
+
+
+def test_averaged_weights_are_taken_before_the_last_ones(tmp_path):
+    plain, last = (timm.create_model("test_resnet", num_classes=3) for _ in range(2))
+    torch.save({"state_dict": last.state_dict(), "state_dict_ema": plain.state_dict()}, tmp_path / "last.pth.tar")
+    assert same(build_network(spec_of("test_resnet"), weights=str(tmp_path / "last.pth.tar")).backbone.timm, plain)
+
+
+def test_a_file_of_several_networks_is_refused(tmp_path):
+    state = timm.create_model("test_resnet", num_classes=3).state_dict()
+    both = {f"{name}.backbone.{key}": tensor for name in ("student", "teacher") for key, tensor in state.items()}
+    torch.save(both, tmp_path / "dino.pth")
+    with pytest.raises(UserError, match=r"several networks \(student.backbone., teacher.backbone.\)"):
+        build_network(spec_of("test_resnet"), weights=str(tmp_path / "dino.pth"))
+
+
+def test_a_message_on_weights_of_another_model_is_short(tmp_path):
+    torch.save({"vit.embeddings.cls_token": torch.ones(1, 1, 192)}, tmp_path / "weights.pt")
+    with pytest.raises(UserError, match=r"the file has 'vit\.embeddings\.cls_token'") as caught:
+        build_network(spec_of("resnet18"), weights=str(tmp_path / "weights.pt"))
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
 
 
 def test_a_classifier_of_other_classes_is_left_out(tmp_path):

@@ -14,11 +14,13 @@ from sklearn.preprocessing import normalize
 from dpkd.data.augment import apply_image, apply_map, centre_view
 from dpkd.data.images import decode_image
 from dpkd.engine.network import Frozen
+from dpkd.engine.settings import TrainingSettings
 from dpkd.errors import UserError
 from dpkd.evaluation.few_shot import draw_episodes, score
 from dpkd.models.counts import count_parameters
 from dpkd.models.saved import load_network
-from dpkd.stages.evaluate import evaluate, load_networks, read_evaluation, refuse_small_splits
+from dpkd.stages.check_data import SplitCounts, check_splits, measured_splits
+from dpkd.stages.evaluate import evaluate, load_networks, read_evaluation
 from dpkd.stages.networks import embed_networks
 from dpkd.stages.run import Run
 from tests.runs import with_data
@@ -159,10 +161,23 @@ def _logits(run: Run, network: Any) -> list[NDArray[np.float32]]:
     return logits
 
 
+FEW = TrainingSettings(steps=1, batch_size=8)
+
+
 def test_a_split_too_small_for_the_episodes_is_refused_before_training(evaluated_run: Run) -> None:
+    classes, counts = evaluated_run.dataset.manifest.classes, evaluated_run.counts
+    check_splits(evaluated_run.settings, classes, counts, place="", trainings={"distill.training": FEW})
     with pytest.raises(UserError, match="split 'val' has 5 labelled classes"):
-        refuse_small_splits(with_episodes(evaluated_run, way=6))
-    refuse_small_splits(evaluated_run)
+        check_splits(
+            with_episodes(evaluated_run, way=6).settings, classes, counts, place="", trainings={"distill.training": FEW}
+        )
+
+
+def test_nothing_is_measured_on_a_split_without_a_label(evaluated_run: Run) -> None:
+    classes, data = evaluated_run.dataset.manifest.classes, evaluated_run.data
+    counts = evaluated_run.counts | {"novel": SplitCounts.of(np.full(9, -1), num_classes=len(classes))}
+    assert measured_splits(data, counts) == ("val",)
+    check_splits(evaluated_run.settings, classes, counts, place="", trainings={"distill.training": FEW})
 
 
 def test_the_file_is_plain_json(evaluated_run: Run) -> None:

@@ -1,0 +1,117 @@
+"""Checks whether the splits of a data set fit the settings, from the counts of their samples; loads no heavy package.
+
+The counts come from the source's listing before any image is decoded, from the manifest of a packed data set, or from a
+prepared one, without its unreadable samples.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpkd.data.attributes import AttributeTable, read_attributes
+from dpkd.data.shards import Dataset
+from dpkd.engine.settings import TrainingSettings
+from dpkd.errors import UserError, did_you_mean
+from dpkd.evaluation.few_shot import drawable_classes
+from dpkd.settings import DataSettings, Settings
+
+MAX_NAMED = 5
+"""Number of classes in an error message."""
+
+
+class SplitCounts(NamedTuple):
+    """Numbers of samples of a split: in all, and of each class of the data set."""
+
+    num_samples: int
+    class_counts: Sequence[int]
+
+    @staticmethod
+    def of(label_N: NDArray[np.signedinteger], *, num_classes: int) -> "SplitCounts":
+        """The counts of labels, -1 for a sample without one."""
+        return SplitCounts(len(label_N), np.bincount(label_N[label_N >= 0], minlength=num_classes).tolist())
+
+
+def counts_of(dataset: Dataset) -> dict[str, SplitCounts]:
+    """The counts of each split of a packed data set."""
+    splits = dataset.manifest.splits
+    return {name: SplitCounts(info.num_samples, info.class_counts) for name, info in splits.items()}
+
+
+def attribute_table(data: DataSettings) -> AttributeTable | None:
+    """The table of `data.attributes`, or None; raises `UserError` for a faulty table."""
+    return None if data.attributes is None else read_attributes(data.attributes)
+
+
+def trained_classes(dataset: Dataset, data: DataSettings) -> list[str]:
+    """Classes with labelled samples in the training split, in the data set's order."""
+    counts = dataset.split(data.train).info.class_counts
+    return [name for name, count in zip(dataset.manifest.classes, counts, strict=True) if count]
+
+
+def measured_splits(data: DataSettings, counts: Mapping[str, SplitCounts]) -> tuple[str, ...]:
+    """The evaluated splits that have a label; nothing can be measured on the others."""
+    return tuple(name for name in data.evaluated_splits if any(counts[name].class_counts))
+
+
+def check_splits(
+    settings: Settings,
+    classes: Sequence[str],
+    counts: Mapping[str, SplitCounts],
+    *,
+    place: str,
+    trainings: Mapping[str, TrainingSettings],
+) -> None:
+    """Raises `UserError` with the key of a split that is missing at `place`, or of a class that is not trained.
+
+    With `trainings`, by their key, also of a batch, of labels or of episodes for which a split is too small.
+    """
+    data = settings.data
+    for role in ("train", "val", "test"):
+        name = getattr(data, role)
+        if name is not None and name not in counts:
+            ways = f"name one of them, {'' if role == 'train' else f'set data.{role}=null, '}or make it by data.splits"
+            hint, known = did_you_mean(name, counts), ", ".join(counts)
+            raise UserError(f"data.{role}={name!r} is no split of {place}{hint}; it has: {known}. {ways.capitalize()}")
+    train = counts[data.train]
+    trained = [name for name, count in zip(classes, train.class_counts, strict=True) if count]
+    table = attribute_table(data)
+    if table is not None:
+        table.rows(trained)
+    for key, objective in settings.objectives.items():
+        for field, names in objective.needs().classes.items():
+            for name in names:
+                if name not in trained:
+                    known = ", ".join(trained[:MAX_NAMED]) or "no label"
+                    raise UserError(
+                        f"{key}.{field} names {name!r}, of which the split {data.train!r} has no sample"
+                        f"{did_you_mean(name, trained) or f' (it has: {known})'}: correct it"
+                    )
+    for key, training in trainings.items():
+        _check_training(key, training, settings=settings, train=train, trained=trained)
+    episodes = settings.evaluate.episodes if settings.evaluate is not None else None
+    if episodes is not None and trainings:
+        for name in measured_splits(data, counts):
+            drawable_classes(np.array(counts[name].class_counts), episodes, split=name)
+
+
+def _check_training(
+    key: str, training: TrainingSettings, *, settings: Settings, train: SplitCounts, trained: Sequence[str]
+) -> None:
+    """Raises `UserError` if the training split has fewer samples than a batch, or fewer classes than needed."""
+    name = settings.data.train
+    if train.num_samples < training.batch_size:
+        raise UserError(
+            f"the split {name!r} has {train.num_samples} samples, fewer than one batch of {key}.batch_size="
+            f"{training.batch_size}; lower it, or pack more images"
+        )
+    needing = [f"{key}.labelled_share"] if training.labelled_share is not None else []
+    of_labels = (other for other, objective in settings.objectives.items() if "class" in objective.needs().targets)
+    needing += (other for other in of_labels if other.startswith(key.removesuffix("training")))
+    if needing and len(trained) < 2:
+        num_classes = f"{len(trained)} labelled {'class' if len(trained) == 1 else 'classes'}"
+        raise UserError(
+            f"the split {name!r} holds {num_classes} ({', '.join(trained) or 'none'}), and {needing[0]} needs two: "
+            "check the folders or the labels of data.source, or remove it"
+        )
