@@ -221,7 +221,7 @@ def _measure(
         "plain_pooling": {name: scores[name + PLAIN] for name in networks if name + PLAIN in scores},
         "over_baseline": over_baseline,
         "probes": _probe(run, embedded, label_N, split=split.name),
-        "classification": _classify(run, specs, embedded, label_N),
+        **_classify(run, specs, embedded, label_N),
         "zero_shot": zero_shot(run, specs, embedded, label_N, split=split.name),
     }
 
@@ -242,8 +242,8 @@ def _probe(run: Run, embedded: Outputs, label_N: Labels, *, split: str) -> Figur
     return figures
 
 
-def _classify(run: Run, specs: Specs, embedded: Outputs, label_N: Labels) -> Figures:
-    """Accuracy of the logits of the networks that know all classes of the split."""
+def _classify(run: Run, specs: Specs, embedded: Outputs, label_N: Labels) -> dict[str, Figures]:
+    """Accuracy of the logits of the networks that know all classes of the split, in total and by class."""
     names = run.dataset.manifest.classes
     present = {names[label] for label in np.unique(label_N[label_N >= 0])}
     train = run.dataset.split(run.data.train)
@@ -251,12 +251,20 @@ def _classify(run: Run, specs: Specs, embedded: Outputs, label_N: Labels) -> Fig
     keys = train.iter_keys()
     seen_N = visible_labels(train.label_N, run.data.labels, keys=keys, seed=run.seed, unreadable=unreadable)
     train_count_K = np.bincount(seen_N[seen_N >= 0], minlength=len(names))
-    figures = {}
+    figures: dict[str, Figures] = {"classification": {}, "per_class": defaultdict(dict)}
     for name, spec in specs.items():
         if "logits" in embedded[name] and present <= set(spec.classes):
             label_K = np.array([names.index(class_name) for class_name in spec.classes])
             prediction_N = label_K[embedded[name]["logits"].argmax(1)]
-            figures[name] = long_tail(prediction_N, label_N, train_count_K=train_count_K)
+            figures["classification"][name] = long_tail(prediction_N, label_N, train_count_K=train_count_K)
+            for label in np.unique(label_N[label_N >= 0]):
+                predicted = prediction_N[label_N == label]
+                wrong = predicted[predicted != label]
+                figures["per_class"][name][names[label]] = {
+                    "samples": len(predicted),
+                    "accuracy": 1 - len(wrong) / len(predicted),
+                    "mistaken_for": names[np.bincount(wrong).argmax()] if len(wrong) else None,
+                }
     return figures
 
 

@@ -87,6 +87,8 @@ class Monitor:
             accuracy = few_shot_accuracy(outputs["embedding"], episodes, settings=settings)
             scores = {key: score(accuracy_E) for key, accuracy_E in accuracy.items()}
             self._board.few_shot(step, network=network, split=name, scores=scores)
+            facts = {"stage": self._stage, "step": step, "network": network, "split": name, "scores": scores}
+            run.folder.write_event("few_shot", **facts)
             rank = effective_rank(outputs["embedding"])
             self._board.write(step, {f"effective_rank/{network}": rank})
             if rank < COLLAPSED:

@@ -152,9 +152,8 @@ class Ledger:
         """A run of a row: it shares images and maps, and measures what a ledger reads, at its end alone."""
         place = f"{re.sub(r'[^A-Za-z0-9._]+', '-', row).strip('-')}/seed-{seed}"
         tree = settings.model_dump(mode="json")
-        tree["run"] |= {"dir": str(self.out / place), "seed": seed}
-        if settings.run.checkpoints is not None:
-            tree["run"]["checkpoints"] = storage.join(settings.run.checkpoints, place)
+        checkpoints = settings.run.checkpoints and storage.join(settings.run.checkpoints, place)
+        tree["run"] |= {"dir": str(self.out / place), "seed": seed, "checkpoints": checkpoints}
         tree["data"] |= {"source": None, "shards": self._images.data.shards}
         tree["evaluate"]["probes"] = None
         for owner in (tree["distill"], *tree["teachers"].values()):
@@ -221,11 +220,11 @@ class Ledger:
         """Writes the report, from (row, seed, seconds, figures) of each finished run and the names of the others."""
         results = Results([(row, seed, figures) for row, seed, _, figures in runs], self.same)
         uses, places, last = prior_uses(self._settings), results.places, results.places[-1]
+        pairs = len({seed for _, seed, *_ in runs})
         advised, removed, why = advise(results, uses)
         overrides = without(self._settings, removed) if advised == ALL else self._rows[advised]
-        few = len({seed for _, seed, *_ in runs}) < FEW
         lines = ["# What helps on these images", "", f"`{self._command}`", "", "## What to do", ""]
-        lines += [f"**Fewer than {FEW} pairs: a direction, not a measurement.**", ""] if few else []
+        lines += [f"**{pairs} of at least {FEW} pairs: a direction, not a measurement.**", ""] if pairs < FEW else []
         lines += [f"By the gains on {results.judged}, {why}.", ""]
         lines += ["```", *" \\\n".join(map(shlex.quote, overrides)).split("\n"), "```", ""] if overrides else []
         took = {row: duration(mean(other[2] for other in runs if other[0] == row)) for row, *_ in runs}

@@ -103,12 +103,12 @@ def advise(results: Results, uses: Collection[str]) -> tuple[str, list[str], str
         return -1.0 if gain is None else gain.mean
 
     tricks, helps, priors = max((TRICKS, TRICKS_ON_ALL), key=over_all), sign(ALL, LABELS, each), sign(ALL, PLAIN)
-    beyond = [better for row in (TRICKS, TRICKS_ON_ALL) if (better := sign(ALL, row, each)) is not None]
+    beyond = sign(ALL, tricks, each)
     signs = {name: sign(ALL, f"without {name}") or sign(f"only {name}", PLAIN) or 0 for name in uses}
     if helps is not None and helps <= 0:
         row = tricks if sign(tricks, LABELS) == 1 else LABELS
         return row, [], f"distilling {'hurts' if helps else 'brings no clear gain'} here: use {row}"
-    if min(beyond, default=1) <= 0:
+    if beyond is not None and beyond <= 0:
         return tricks, [], f"a teacher brings no clear gain over its tricks: use {tricks}"
     if priors is not None and priors <= 0 and max(signs.values(), default=0) <= 0:
         return PLAIN, [], "the priors bring no clear gain: leave them out, which shortens training"

@@ -76,6 +76,18 @@ def test_the_run_ends_with_the_table_the_exports_and_the_command(run: Path, caps
     assert lines[-1] == f"curves:  tensorboard --logdir {run}"
 
 
+def test_the_run_ends_with_the_accuracy_on_known_classes_where_there_is_one(run: Path) -> None:
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert "known classes" not in final_words(write_summary(run))
+    evaluation["students"]["small"]["classification"] = {"val": {"overall": 0.9, "worst_class": 0.125}}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    lines = final_words(write_summary(run)).splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("Accuracy on known classes"))
+    assert lines[start + 2].split() == ["val", "overall", "val", "worst_class"]
+    assert lines[start + 3].split() == ["student", "small", "90.0", "%", "12.5", "%"]
+    assert len(lines[start + 2]) == len(lines[start + 3])
+
+
 @pytest.mark.parametrize(
     ("mean", "told"), [(0.031, None), (0.001, "no better than"), (-0.001, "no better than"), (-0.02, "worse than")]
 )
