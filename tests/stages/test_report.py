@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from base64 import b64encode
 from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
@@ -103,9 +104,14 @@ def test_the_page_loads_nothing_and_escapes_all_text(evaluated_run: Run, summary
     changed["students"][EVIL]["seen"] = {"novel": [EVIL]}
     changed |= {"exports": {EVIL: EVIL}, "protocol": changed["protocol"] | {EVIL: EVIL}, "quarantine": {EVIL: 2}}
     changed["stages"][EVIL] = {"status": EVIL, "seconds": 1}
+    ledger = evaluated_run.folder.path.with_name(f"{evaluated_run.folder.path.name}-ledger")
+    ledger.mkdir()
+    (ledger / "labels.svg").write_text(EVIL)
     text = written(evaluated_run, changed)
+    shutil.rmtree(ledger)
     assert "<script" not in text
     page = Page(text)
+    assert f"data:image/svg+xml;base64,{b64encode(EVIL.encode()).decode()}" in page.sources
     assert page.sources
     assert all(source.startswith("data:") for source in page.sources)
     assert not re.findall(r"url\(|@import|https?://(?!www\.w3\.org/2000/svg)", text.partition("All settings")[0])
