@@ -237,15 +237,20 @@ class Ledger:
                 title, words = f"{row}, {shows}", [each.words("+" if over else "") for each in found.values()]
                 if over:
                     title = f"{row} − {over}: {shows}"
-                    drawn[f"{row} − {over}, {student}"] = (100 * found[last].mean, 100 * (found[last].half or 0))
                     records.append({"row": row, "over": over, "shows": shows, "student": student, "by_place": found})
+                    if student == results.students[-1]:
+                        drawn[f"{row} − {over}"] = (100 * found[last].mean, 100 * (found[last].half or 0))
                 table.append([title, student, *words, str(found[last].num_seeds)])
             title = "Accuracy in %" if compared is accuracies else "Gains in points"
             lines += [f"## {title}", "", "As exported, with 95 % intervals over pairs.", "", *markdown_table(table), ""]
         for share, row, student in product(self._shares, (ALL, LABELS), results.students):
             if accuracy := results.estimate(row + at(share), None, student, last):
                 curves[f"{row}, {student}"].append((100 * share, 100 * accuracy.mean, 100 * (accuracy.half or 0)))
-        charts = {"gains.svg": interval_chart(drawn, title=f"Gain in points, {last}", gains=True)} if drawn else {}
+        charts = (
+            {"gains.svg": interval_chart(drawn, title=f"Gain in points, {last}, {student}", gains=True)}
+            if drawn
+            else {}
+        )
         if curves:
             charts["labels.svg"] = line_chart(curves, title=f"Accuracy in %, {last}", x_title="% of the labels")
         for name, chart in charts.items():
