@@ -84,12 +84,12 @@ def _act(options: argparse.Namespace) -> None:
 
         profile_stage(pretrain.settings_of(options)[0], options.stage, steps=options.steps)
     elif options.verb == "ledger":
-        from dpkd.verbs.ledger import ledger, plan_ledger
+        from dpkd.verbs.ledger import Ledger
 
         settings, _ = pretrain.settings_of(options)
         out = Path(options.out or f"{settings.run.dir}-ledger")
         asked = {name: getattr(options, name) for name in ("pairs", "rows", "shares", "command")}
-        ledger(plan_ledger(settings, out, **asked), budget=options.budget, jobs=options.jobs)
+        Ledger(settings, out, **asked).run(budget=options.budget, jobs=options.jobs)
     else:
         stages = pretrain.stage_names(options.stages) if options.verb == "pretrain" else [options.verb]
         pretrain.run_settings(options, stages=stages)
@@ -113,8 +113,10 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--pairs", type=int, default=3, help="seeds; each draws labels, weights and batches")
             verb.add_argument("--budget", metavar="2h", help="time that may be used, as 90m or 1h30m")
             verb.add_argument("--out", metavar="FOLDER", help="folder of all runs; <run.dir>-ledger without it")
-            verb.add_argument("--rows", metavar="A,B", help="only these rows, as ledger.md names them")
-            verb.add_argument("--shares", metavar="0.05,0.1", help="shares of the labels to train with, besides")
+            verb.add_argument("--rows", default="", metavar="A,B", help="only these rows, as ledger.md names them")
+            verb.add_argument(
+                "--shares", default="", metavar="0.05,0.1", help="shares of the labels to train with, besides"
+            )
             verb.add_argument("--jobs", type=int, default=1, help="runs side by side")
     adapted = verbs.add_parser("adapt", help="turn a few labelled images of new classes into a classifier")
     adapted.add_argument("export", metavar="EXPORT", help="folder of an exported student, or an adapted one")

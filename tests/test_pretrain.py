@@ -63,10 +63,22 @@ def test_a_run_ends_with_its_summary_and_exports(whole: RunFolder) -> None:
         "settings.yaml",
         "versions.json",
         "summary.md",
+        "report.html",
         "export/conv/config.json",
         "export/vit/model.safetensors",
     ):
         assert (whole.path / name).stat().st_size > 0
+
+
+def test_few_shot_accuracy_while_training_is_in_events_and_report_as_in_tensorboard(whole: RunFolder) -> None:
+    events = [event for event in EventReader(whole.events).new() if event["kind"] == "few_shot"]
+    logged = [(each["step"], each["scores"]["5way_5shot"]["mean"]) for each in events if each["stage"] == "teach"]
+    board = EventAccumulator(str(whole.tensorboard / "teach" / "teacher")).Reload()
+    shown = [(event.step, pytest.approx(event.value)) for event in board.Scalars("few_shot/val_5way_5shot")]
+    assert logged == shown
+    page = (whole.path / "report.html").read_text()
+    assert "teach: accuracy in %, val, 5-shot" in page
+    assert "data:image/png;base64," in page  # the samples with their maps
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ QUARANTINE_NAME = "quarantine.jsonl"
 DASH = "–"
 KNOWN, MAX_INTERVAL = "known_classes", 0.05
 """The key of the accuracy on known classes, and the half of its 95 % interval above which a sentence warns."""
+KNOWN_CLASSES = "Accuracy on known classes"
 SPEEDS = ("images_per_s", "tflops", "mfu")
 
 Table = list[list[str]]
@@ -119,20 +120,29 @@ def final_words(summary: dict[str, Any]) -> str:
     """The last lines of a run on the screen: the table, the exported students, the TensorBoard command."""
     lines = []
     if "protocol" in summary:
-        rows = _few_shot_table(summary)
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines += [_heading(summary), ""]
-        for name, *cells in rows:
-            aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-            lines.append("  ".join([name.ljust(widths[0]), *aligned]))
-        notes = [*_invalid(summary), *_few_images(summary), *_not_better(summary)]
+        first, *others = figure_tables(summary).items()
+        lines += [heading(summary), "", *_aligned(first[1])]
+        if known := dict(others).get(KNOWN_CLASSES):
+            lines += ["", f"{KNOWN_CLASSES}, with the network's own classifier", "", *_aligned(known)]
+        notes = [*invalid(summary), *few_images(summary), *not_better(summary).values()]
         lines += ["", *notes] if notes else []
     if summary["exports"]:
         lines += ["", "exported students (timm folder, ONNX):", *(f"  {path}" for path in summary["exports"].values())]
     if summary["quarantine"]:
         lines += ["", f"quarantined: {_quarantined(summary)}"]
-    lines += ["", f"summary: {summary['run']}/summary.md", f"curves:  tensorboard --logdir {summary['run']}"]
+    lines += [
+        "",
+        f"summary: {summary['run']}/summary.md, report.html",
+        f"curves:  tensorboard --logdir {summary['run']}",
+    ]
     return "\n".join(lines)
+
+
+def _aligned(rows: Table) -> list[str]:
+    """The lines of a table on the screen."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = [[cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)] for _, *cells in rows]
+    return ["  ".join([row[0].ljust(widths[0]), *cells]) for row, cells in zip(rows, aligned, strict=True)]
 
 
 def markdown(summary: dict[str, Any]) -> str:
@@ -140,38 +150,53 @@ def markdown(summary: dict[str, Any]) -> str:
     lines = [f"# Run {summary['run']}", ""]
     if "protocol" in summary:
         lines += [figures_markdown(summary), ""]
+    for title, table in time_tables(summary).items():
+        lines += [f"## {title}", "", *markdown_table(table), ""]
+    if summary["quarantine"]:
+        lines += ["## Quarantined", "", _quarantined(summary), ""]
+    if summary["exports"]:
+        lines += ["## Exported students", "", *(f"- {name}: `{path}`" for name, path in summary["exports"].items())]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def time_tables(summary: dict[str, Any]) -> dict[str, Table]:
+    """The stages, and where the time went, by title."""
     stages = [["stage", "status", "time", "speed"]]
     for name, stage in summary["stages"].items():
         speed = {f"speed/{key}": value for key, value in stage.get("speed", {}).items()}
         stages.append([name, stage["status"], duration(stage["seconds"]), speed_words(speed) if speed else DASH])
-    lines += ["## Stages", "", *markdown_table(stages)]
-    if "goodput" in summary:
-        goodput, rows = summary["goodput"], [["", "time", "share", "what it is"]]
-        for name, meaning in sorted(MEANINGS.items(), key=lambda item: -goodput["seconds"][item[0]]):
-            if seconds := goodput["seconds"][name]:
-                share = f"{100 * goodput['shares'][name]:.1f} %"
-                rows.append([name.replace("_", " "), duration(seconds), share, meaning])
-        counts = [f"{goodput[kind]} {kind if goodput[kind] != 1 else kind[:-1]}" for kind in ("attempts", "restarts")]
-        counts.append(f"{goodput['steps']:,} steps that count, {goodput['lost_steps']:,} lost")
-        rows.append(["all", duration(goodput["total_s"]), "100 %", ", ".join(counts)])
-        lines += ["", "## Where the time went", "", *markdown_table(rows)]
-    if summary["quarantine"]:
-        lines += ["", "## Quarantined", "", _quarantined(summary)]
-    if summary["exports"]:
-        lines += ["", "## Exported students", "", *(f"- {name}: `{path}`" for name, path in summary["exports"].items())]
-    return "\n".join(lines) + "\n"
+    if "goodput" not in summary:
+        return {"Stages": stages}
+    goodput, rows = summary["goodput"], [["", "time", "share", "what it is"]]
+    for name, meaning in sorted(MEANINGS.items(), key=lambda item: -goodput["seconds"][item[0]]):
+        if seconds := goodput["seconds"][name]:
+            rows.append([name.replace("_", " "), duration(seconds), f"{100 * goodput['shares'][name]:.1f} %", meaning])
+    counts = [f"{goodput[kind]} {kind if goodput[kind] != 1 else kind[:-1]}" for kind in ("attempts", "restarts")]
+    counts.append(f"{goodput['steps']:,} steps that count, {goodput['lost_steps']:,} lost")
+    rows.append(["all", duration(goodput["total_s"]), "100 %", ", ".join(counts)])
+    return {"Stages": stages, "Where the time went": rows}
 
 
 def figures_markdown(evaluation: dict[str, Any]) -> str:
     """The tables and the protocol of an evaluation, as Markdown."""
-    lines = [_heading(evaluation), "", *markdown_table(_few_shot_table(evaluation)), ""]
-    for note in (*_invalid(evaluation), *_few_images(evaluation), *_not_better(evaluation)):
+    first, *others = figure_tables(evaluation).items()
+    lines = [heading(evaluation), "", *markdown_table(first[1]), ""]
+    for note in (*invalid(evaluation), *few_images(evaluation), *not_better(evaluation).values()):
         lines += [note, ""]
+    for title, table in others:
+        lines += [f"## {title}", "", *markdown_table(table), ""]
+    lines += ["## Protocol", "", *(f"- {key}: {value}" for key, value in evaluation["protocol"].items())]
+    return "\n".join(lines)
+
+
+def figure_tables(evaluation: dict[str, Any]) -> dict[str, Table]:
+    """The tables of an evaluation by title, that of few-shot accuracy first, or of accuracy without episodes."""
     titles = {
         "probes": "kNN and linear probe",
-        "classification": "Accuracy on known classes",
+        "classification": KNOWN_CLASSES,
         "zero_shot": "Zero-shot through attributes",
     }
+    tables = {"Few-shot accuracy" if "way" in evaluation["protocol"] else "Accuracy": _first_table(evaluation)}
     for key, title in titles.items():
         measured = {name: network[key] for name, network in networks(evaluation).items() if network.get(key)}
         columns = {(split, part): None for table in measured.values() for split in table for part in table[split]}
@@ -179,10 +204,8 @@ def figures_markdown(evaluation: dict[str, Any]) -> str:
         for name, table in measured.items():
             shares = [table.get(split, {}).get(part) for split, part in columns]
             rows.append([name, *(DASH if share is None else f"{100 * share:.1f} %" for share in shares)])
-        if measured:
-            lines += [f"## {title}", "", *markdown_table(rows), ""]
-    lines += ["## Protocol", "", *(f"- {key}: {value}" for key, value in evaluation["protocol"].items())]
-    return "\n".join(lines)
+        tables |= {title: rows} if measured else {}
+    return tables
 
 
 def networks(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -205,8 +228,9 @@ def _teachers(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return summary["teachers"] | live
 
 
-def _heading(summary: dict[str, Any]) -> str:
-    protocol, split = summary["protocol"], _report_split(summary)
+def heading(summary: dict[str, Any]) -> str:
+    """What the first table shows."""
+    protocol, split = summary["protocol"], report_split(summary)
     by = f"mean ± 95 % interval; images/s on {summary['device']}"
     if "way" not in protocol:
         return f"Accuracy on {summary['labelled'][split]:,} labelled images of {split}, {by}"
@@ -214,17 +238,17 @@ def _heading(summary: dict[str, Any]) -> str:
     return f"Few-shot accuracy on {split}: {episodes}, {by}"
 
 
-def _report_split(summary: dict[str, Any]) -> str:
+def report_split(summary: dict[str, Any]) -> str:
     """The test split, or the validation split if there is no test split."""
     return str(summary["splits"]["test"] or summary["splits"]["val"])
 
 
-def _few_shot_table(summary: dict[str, Any]) -> Table:
+def _first_table(summary: dict[str, Any]) -> Table:
     """The accuracy of every network on the report split, as it is exported; with its prior map in a row below.
 
-    A student's gain over labels alone follows its baselines. `_invalid` explains the stars.
+    A student's gain over labels alone follows its baselines. `invalid` explains the stars.
     """
-    split = _report_split(summary)
+    split = report_split(summary)
     settings = list(dict.fromkeys(key for network in networks(summary).values() for key in network["few_shot"][split]))
     rows = [["", "parameters", "images/s", *map(column_words, settings)]]
 
@@ -253,9 +277,15 @@ def column_words(key: str) -> str:
     return key.rpartition("way_")[2].replace("shot", "-shot").replace("_", " ")
 
 
-def _few_images(summary: dict[str, Any]) -> list[str]:
+def judged_by(summary: dict[str, Any]) -> str:
+    """The key of the accuracy that students are judged by: on known classes, or with most shots."""
+    student = next(iter(summary["students"].values()))
+    return list(student["few_shot"][report_split(summary)])[-1]
+
+
+def few_images(summary: dict[str, Any]) -> list[str]:
     """A sentence on what the accuracy on known classes can show, where it is of few images."""
-    split = _report_split(summary)
+    split = report_split(summary)
     intervals = [network["few_shot"][split].get(KNOWN, {}).get("ci95", 0.0) for network in networks(summary).values()]
     if max(intervals, default=0.0) <= MAX_INTERVAL:
         return []
@@ -263,9 +293,9 @@ def _few_images(summary: dict[str, Any]) -> list[str]:
     return [f"accuracy on {images:,} images may be off by {points:.0f} points: label more of {split} to know it better"]
 
 
-def _invalid(summary: dict[str, Any]) -> list[str]:
+def invalid(summary: dict[str, Any]) -> list[str]:
     """A sentence on the networks whose figures are no few-shot figures, because weights were trained on the classes."""
-    split = _report_split(summary)
+    split = report_split(summary)
     seen = {name: each["seen"][split] for name, each in networks(summary).items() if split in each.get("seen", {})}
     if not seen:
         return []
@@ -277,20 +307,20 @@ def _invalid(summary: dict[str, Any]) -> list[str]:
     ]
 
 
-def _not_better(summary: dict[str, Any]) -> list[str]:
+def not_better(summary: dict[str, Any]) -> dict[str, str]:
     """A sentence for each student that is not better than its baseline, on known classes or with most shots."""
-    split, sentences = _report_split(summary), []
+    split, sentences = report_split(summary), {}
     for name, student in summary["students"].items():
         gain = list(student["over_baseline"][split].values())[-1] if "over_baseline" in student else None
         if gain is None or gain["mean"] > gain["ci95"]:
             continue
         if -gain["ci95"] <= gain["mean"] and gain["ci95"] > MAX_INTERVAL:
             few = "too few images are measured to tell it from"
-            sentences.append(f"student {name}: {few} the same network on labels alone ({percent(gain, sign='+')})")
+            sentences[name] = f"student {name}: {few} the same network on labels alone ({percent(gain, sign='+')})"
         else:
             comparison = "worse than" if gain["mean"] < -gain["ci95"] else "no better than"
             better = student.get("baseline", name)
-            sentences.append(
+            sentences[name] = (
                 f"student {name} is {comparison} the same network on labels alone ({percent(gain, sign='+')}): use the "
                 f"network in baselines/{better}, or try more steps, more unlabelled images, or a teacher that is "
                 "better than this baseline without its prior map"

@@ -10,7 +10,7 @@ from dpkd.launch.signals import start_resource_tracker
 from dpkd.log import Progress, duration, logger
 from dpkd.priors.base import accelerated
 from dpkd.report.quarantine import Quarantine
-from dpkd.report.summary import final_words, write_summary
+from dpkd.report.summary import figure_or_none, final_words, write_summary
 from dpkd.run.attempt import attempt_at, write_provenance
 from dpkd.run.folder import RunFolder
 from dpkd.settings import Settings
@@ -19,6 +19,7 @@ from dpkd.stages.origin import with_origin
 from dpkd.stages.pack import check_plan, pack
 from dpkd.stages.plan import POOL_STAGES, check_dataset, dataset_url, plan_run, recorded, stages_of
 from dpkd.stages.prepare import prepare
+from dpkd.stages.report import REPORT_NAME, write_report
 from dpkd.stages.worker import CHECKED, SESSION, check_in_child, train_stages
 
 
@@ -49,7 +50,9 @@ def run(settings: Settings, *, stages: Sequence[str] = STAGES, chosen: str | Non
                 workers = make_worker_group(settings.launcher, sizes=settings.world_sizes, module=SESSION)
                 argument = (settings.model_dump(mode="json"), training, folder.attempt)
                 workers.run(train_stages, argument, supervision=supervision)
-    logger.info(final_words(write_summary(folder.path)))
+    summary = write_summary(folder.path)
+    figure_or_none(REPORT_NAME, lambda: write_report(settings, summary))
+    logger.info(final_words(summary))
     logger.info(f"{'done' if left else 'all was done before; nothing to do'}, {duration(time.monotonic() - began)}")
 
 

@@ -231,7 +231,7 @@ def _measure(
         "plain_pooling": {name: scores[name + PLAIN] for name in networks if name + PLAIN in scores},
         "over_baseline": over_baseline,
         "probes": _probe(run, embedded, label_N, split=split.name),
-        "classification": _classify(run, predictions, label_N),
+        **_classify(run, predictions, label_N),
         "zero_shot": zero_shot(run, specs, embedded, label_N, split=split.name),
     }
 
@@ -265,18 +265,28 @@ def _predictions(
     return predictions
 
 
-def _classify(run: Run, predictions: Mapping[str, NDArray[np.int64]], label_N: Labels) -> Figures:
-    """Accuracy over frequent and rare classes, of networks as they are exported."""
+def _classify(run: Run, predictions: Mapping[str, NDArray[np.int64]], label_N: Labels) -> dict[str, Figures]:
+    """Accuracy of the networks that know all classes of the split, as they are exported: in total and by class."""
+    names = run.dataset.manifest.classes
     train = run.dataset.split(run.data.train)
     unreadable = run.unreadable(train.name)
     keys = train.iter_keys()
     seen_N = visible_labels(train.label_N, run.data.labels, keys=keys, seed=run.seed, unreadable=unreadable)
-    train_count_K = np.bincount(seen_N[seen_N >= 0], minlength=len(run.dataset.manifest.classes))
-    return {
-        name: long_tail(predictions.get(name + PLAIN, prediction_N), label_N, train_count_K=train_count_K)
-        for name, prediction_N in predictions.items()
-        if not name.endswith(PLAIN)
-    }
+    train_count_K = np.bincount(seen_N[seen_N >= 0], minlength=len(names))
+    figures: dict[str, Figures] = {"classification": {}, "per_class": defaultdict(dict)}
+    for name in predictions:
+        if not name.endswith(PLAIN):
+            prediction_N = predictions.get(name + PLAIN, predictions[name])
+            figures["classification"][name] = long_tail(prediction_N, label_N, train_count_K=train_count_K)
+            for label in np.unique(label_N[label_N >= 0]):
+                predicted = prediction_N[label_N == label]
+                wrong = predicted[predicted != label]
+                figures["per_class"][name][names[label]] = {
+                    "samples": len(predicted),
+                    "accuracy": 1 - len(wrong) / len(predicted),
+                    "mistaken_for": names[np.bincount(wrong).argmax()] if len(wrong) else None,
+                }
+    return figures
 
 
 def zero_shot(run: Run, specs: Specs, embedded: Outputs, label_N: Labels, *, split: str) -> Figures:

@@ -103,6 +103,8 @@ class Monitor:
                 if prediction_N is not None:
                     scores[KNOWN] = score(known_hits(prediction_N, self._labels), added=ADDED_TO_HITS)
             self._board.accuracy(step, network=network, split=name, scores=scores)
+            facts = {"stage": self._stage, "step": step, "network": network, "split": name, "scores": scores}
+            run.folder.write_event("evaluated", **facts)
             rank = effective_rank(outputs["embedding"])
             self._board.write(step, {f"effective_rank/{network}": rank})
             if rank < COLLAPSED:

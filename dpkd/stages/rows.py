@@ -49,21 +49,23 @@ def prior_uses(settings: Settings) -> dict[str, list[str]]:
 
 def rows_of(settings: Settings, *, shares: Sequence[float] = ()) -> dict[str, list[str]]:
     """The overrides of each row by its name, those that tell most first; `shares` are shares of labels."""
-    uses = prior_uses(settings)
-    names, alone = list(uses), _without_teachers(settings, tricks=())
+    uses, tricks, alone = prior_uses(settings), dict[str, Objective](), _without_teachers(settings, tricks=())
+    for objective in settings.objectives.values():
+        if objective.kind != "supervised" and not objective.needs().maps and not objective.needs().teacher:
+            tricks.setdefault(objective.kind, objective)
     table: dict[str, list[str]] = {ALL: [], LABELS: alone}
-    if tricks := signals(settings):
-        table[TRICKS] = _without_teachers(settings, tricks=tricks)
+    if tricks:
+        table[TRICKS] = _without_teachers(settings, tricks=tricks.values())
         if settings.data.labels.kind != "all" or settings.distill.training.labelled_share is not None:
             table[TRICKS_ON_ALL] = [each for each in table[TRICKS] if each != ALL_LABELLED]
     if uses:
-        table[PLAIN] = without(settings, names)
+        table[PLAIN] = without(settings, uses)
         table[RANDOM] = [f"{key}.control=shuffle" for keys in uses.values() for key in keys]
-    table |= {f"without {name}": without(settings, [name]) for name in names}
-    table |= {f"only {name}": without(settings, [other for other in names if other != name]) for name in names}
+    table |= {f"without {name}": without(settings, {name}) for name in uses}
+    table |= {f"only {name}": without(settings, uses.keys() - {name}) for name in uses}
     for share in shares:
-        labels, of = override("data.labels", {"kind": "fraction", "fraction": share}), at(share)
-        table |= {ALL + of: [labels], LABELS + of: [*alone, labels]}
+        labels = override("data.labels", {"kind": "fraction", "fraction": share})
+        table |= {ALL + at(share): [labels], LABELS + at(share): [*alone, labels]}
     return table
 
 
@@ -72,49 +74,31 @@ def at(share: float) -> str:
     return f" at {100 * share:g} % of labels"
 
 
-def signals(settings: Settings) -> list[Objective]:
-    """The first objective of each kind that needs neither a teacher nor a map, without the supervised ones."""
-    found: dict[str, Objective] = {}
-    for objective in settings.objectives.values():
-        needs = objective.needs()
-        if objective.kind != "supervised" and not needs.maps and not needs.teacher:
-            found.setdefault(objective.kind, objective)
-    return list(found.values())
-
-
-def _without_teachers(settings: Settings, *, tricks: Sequence[Objective]) -> list[str]:
-    overrides = [override("teachers", {}), ALL_LABELLED]
-    for name, student in settings.distill.students.items():
-        objectives = _plain((*labels_alone(student), *tricks))
-        overrides.append(override(f"distill.students.{name}.objectives", objectives))
-        if isinstance(student.model.pooling, FigureGroundPooling):
-            overrides.append(override(f"distill.students.{name}.model.pooling", {"kind": "mean"}))
-    if settings.distill.augment.background is not None:
-        overrides.append("distill.augment.background=null")
+def _without_teachers(settings: Settings, *, tricks: Collection[Objective]) -> list[str]:
+    plain = [each for each in without(settings, prior_uses(settings)) if not each.startswith("teachers.")]
     if settings.data.attributes is not None and not any("attributes" in each.needs().targets for each in tricks):
-        overrides.append("data.attributes=null")
-    return overrides
+        plain.append("data.attributes=null")
+    for name, student in settings.distill.students.items():
+        plain.append(_objectives(f"distill.students.{name}", (*labels_alone(student), *tricks)))
+    return [override("teachers", {}), ALL_LABELLED, *plain]
 
 
 def without(settings: Settings, names: Collection[str]) -> list[str]:
     """The overrides that remove these uses: an objective keeps what it is without maps, or goes."""
-    uses = prior_uses(settings)
-    keys = {key for name in names for key in uses[name]}
+    keys = {key for name, keys in prior_uses(settings).items() if name in names for key in keys}
     overrides = [override(key, {"kind": "mean"}) for key in sorted(keys) if key.endswith(".pooling")]
     overrides += [override(key, None) for key in sorted(keys) if key.endswith(".background")]
-    for key, network in settings.networks.items():
-        places = {f"{key}.objectives.{position}": each for position, each in enumerate(network.objectives)}
-        changed = {place: each.without_maps() for place, each in places.items() if place in keys}
-        if None in changed.values():
-            left = [each for place in places if (each := changed.get(place, places[place])) is not None]
-            overrides.append(override(f"{key}.objectives", _plain(left)))
-        else:
-            overrides += [override(place, _plain([each])[0]) for place, each in changed.items() if each is not None]
+    for owner, network in settings.networks.items():
+        places = {f"{owner}.objectives.{position}": each for position, each in enumerate(network.objectives)}
+        if keys & places.keys():
+            left = [each.without_maps() if place in keys else each for place, each in places.items()]
+            overrides.append(_objectives(owner, [each for each in left if each is not None]))
     return overrides
 
 
-def _plain(objectives: Iterable[Objective]) -> list[dict[str, Any]]:
-    return [{"kind": each.kind, **each.model_dump(mode="json", exclude_defaults=True)} for each in objectives]
+def _objectives(owner: str, objectives: Iterable[Objective]) -> str:
+    trees = [{"kind": each.kind, **each.model_dump(mode="json", exclude_defaults=True)} for each in objectives]
+    return override(f"{owner}.objectives", trees)
 
 
 def override(key: str, value: Any) -> str:

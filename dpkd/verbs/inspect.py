@@ -4,23 +4,19 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from dpkd.data.images import decode_image
 from dpkd.data.shards import Dataset, ShardInfo
 from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.log import Progress, logger, show
 from dpkd.priors.store import MANIFEST_NAME, PriorSet, read_manifest, set_url
-from dpkd.report.pictures import sheet
+from dpkd.stages.report import sample_sheet
 
 NUM_NAMED = 20
 """Number of keys or faults in a line; more are counted."""
-NUM_SHOWN = 4
-"""Number of samples in a picture without keys."""
 
 
 def inspect_dataset(url: str) -> None:
@@ -73,25 +69,9 @@ def draw_samples(url: str, picture: Path, *, set_name: str, keys: Sequence[str] 
     """
     if picture.suffix != ".png":
         raise UserError(f"--picture {picture}: the picture is a PNG, so give a path that ends in .png")
-    dataset, priors = Dataset.open(url), PriorSet.open(url, set_name)
-    splits = {name: dataset.split(name) for name in dataset.manifest.splits}
-    places = {key: (name, i) for name, split in splits.items() for i, key in enumerate(split.keys)}
-    for key in keys:
-        if key not in places:
-            raise UserError(f"{url} has no sample {key!r}; a key is an image's path without its extension")
-    lost = {(name, i) for name in splits for i in priors.unreadable(name).tolist()}
-    readable = [key for key, place in places.items() if place not in lost]
-    count = min(NUM_SHOWN, len(readable))
-    chosen = keys or [readable[(2 * k + 1) * len(readable) // (2 * count)] for k in range(count)]
-    samples = []
-    for name, i in map(places.__getitem__, chosen):
-        sample = splits[name].read(i)
-        maps = priors.split(name).only(priors.channels).read(i, sample)
-        samples.append((decode_image(sample.image), maps))
-    done, png = cv2.imencode(".png", cv2.cvtColor(sheet(samples), cv2.COLOR_RGB2BGR))
-    assert done, "OpenCV could not write a PNG"
-    storage.write_bytes_atomic(picture, png.tobytes())
-    logger.info(f"{len(samples)} samples with {len(samples[0][1])} maps each: {picture}")
+    drawn, png = sample_sheet(url, set_name=set_name, keys=keys)
+    storage.write_bytes_atomic(picture, png)
+    logger.info(f"{len(drawn)} samples with their maps: {picture}")
 
 
 def _check_shards(url: str, shards: Sequence[ShardInfo], *, way_out: str) -> None:

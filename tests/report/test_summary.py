@@ -31,6 +31,7 @@ def run(tmp_path: Path) -> Path:
     evaluation = {
         "protocol": {"way": 5, "shots": [1, 5], "queries": 15, "episodes": 2000, "seed": 0},
         "splits": {"val": "val", "test": "novel"},
+        "labelled": {"val": 300, "novel": 400},
         "device": "CPU, 1 thread",
         "teachers": {"teacher": network(0.45)},
         "students": {"small": network(0.44) | {"over_baseline": gain}},
@@ -74,6 +75,46 @@ def test_the_run_ends_with_the_table_the_exports_and_the_command(run: Path, caps
     assert lines[5].endswith("+5.0 ± 0.2 %  +3.1 ± 0.2 %")
     assert f"  {run}/export/small" in lines
     assert lines[-1] == f"curves:  tensorboard --logdir {run}"
+
+
+def test_the_run_ends_with_the_accuracy_on_known_classes_where_there_is_one(run: Path) -> None:
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert "known classes" not in final_words(write_summary(run))
+    evaluation["students"]["small"]["classification"] = {"val": {"overall": 0.9, "worst_class": 0.125}}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    lines = final_words(write_summary(run)).splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("Accuracy on known classes"))
+    assert lines[start + 2].split() == ["val", "overall", "val", "worst_class"]
+    assert lines[start + 3].split() == ["student", "small", "90.0", "%", "12.5", "%"]
+    assert len(lines[start + 2]) == len(lines[start + 3])
+
+
+def known(folder: Path, *, gain: dict[str, float], ci95: float) -> str:
+    """The last lines of a run whose student and baseline know the classes of 12 images, and whose teacher does not."""
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    evaluation |= {"protocol": {"seed": 0}, "splits": {"val": "val", "test": None}, "labelled": {"val": 12}}
+    for network, mean in (("students", 0.75), ("baselines", 0.5)):
+        evaluation[network]["small"]["few_shot"] = {"val": {"known_classes": {"mean": mean, "ci95": ci95}}}
+    evaluation["students"]["small"]["over_baseline"] = {"val": {"known_classes": gain}}
+    evaluation["teachers"]["teacher"]["few_shot"] = {"val": {}}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    return final_words(write_summary(folder))
+
+
+def test_known_classes_have_their_accuracy_and_gain_and_a_word_on_few_images(run: Path) -> None:
+    lines = known(run, gain={"mean": 0.25, "ci95": 0.3}, ci95=0.2).splitlines()
+    assert lines[0].startswith("Accuracy on 12 labelled images of val, mean ± 95 % interval")
+    assert lines[2].split() == ["parameters", "images/s", "known", "classes"]
+    assert lines[3].endswith("75.0 ± 20.0 %")
+    assert lines[5].endswith("+25.0 ± 30.0 %")
+    assert lines[6].endswith("–")
+    assert "accuracy on 12 images may be off by 20 points: label more of val to know it better" in lines
+    told = (
+        "student small: too few images are measured to tell it from the same network on labels alone (+25.0 ± 30.0 %)"
+    )
+    assert told in lines
+    assert "may be off" not in known(run, gain={"mean": 0.25, "ci95": 0.01}, ci95=0.01)
+    assert "is worse than the same network" in known(run, gain={"mean": -0.25, "ci95": 0.2}, ci95=0.01)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -136,6 +137,15 @@ def test_networks_that_know_the_classes_are_measured_by_their_own_logits(evaluat
     ]
     assert table["classification"]["base"]["overall"] == pytest.approx(np.mean(right), abs=0.01)
     assert set(table["classification"]["base"]) >= {"overall", "balanced", "worst_class"}
+    by_class, names = table["per_class"]["base"], run.dataset.manifest.classes
+    true = [names[label] for label in split.label_N if label >= 0]
+    assert {name: row["samples"] for name, row in by_class.items()} == Counter(true)
+    hits = Counter(name for name, hit in zip(true, right, strict=True) if hit)
+    for name, row in by_class.items():
+        assert row["accuracy"] == pytest.approx(hits[name] / row["samples"], abs=0.1)
+        assert (row["mistaken_for"] is None) == (row["accuracy"] == 1)
+        assert row["mistaken_for"] != name
+    assert min(row["accuracy"] for row in by_class.values()) == table["classification"]["base"]["worst_class"]
 
 
 def with_episodes(run: Run, **changes: Any) -> Run:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
@@ -24,11 +26,12 @@ from dpkd.objectives import BuiltIn
 from dpkd.run.folder import RunFolder
 from dpkd.settings import Settings
 from dpkd.stages.rows import ALL, LABELS, PLAIN, RANDOM, TRICKS, TRICKS_ON_ALL, prior_uses, rows_of, with_overrides
-from dpkd.verbs.ledger import ledger, plan_ledger, seconds_of
-from dpkd.verbs.ledger_report import MEAN, Results, advise, interval, measured
+from dpkd.verbs.ledger import Ledger, seconds_of
+from dpkd.verbs.ledger_report import MEAN, Results, advise, interval
 from tests.runs import settings_of, tiny, train_events
 
 FEW_LABELS = LabelFraction(fraction=0.2)
+HALF = {"kind": "fraction", "fraction": 0.5}
 TWO_ROWS = f"{ALL},{LABELS}"
 
 
@@ -120,9 +123,9 @@ def test_an_objective_without_maps_needs_none_and_is_else_the_same(kind: Any) ->
 def test_gains_are_paired_by_seed_and_their_interval_is_that_of_the_paired_t_test() -> None:
     rng = np.random.default_rng(0)
     one, other = rng.normal(0.6, 0.02, (2, 5))
-    runs = {(ALL, seed): {"conv": {"val 5-shot": value}} for seed, value in enumerate(one)}
-    runs |= {(LABELS, seed): {"conv": {"val 5-shot": value}} for seed, value in enumerate(other[:4])}
-    gain = Results(runs, {ALL: ALL, LABELS: LABELS}).gain(ALL, LABELS, "conv")
+    runs = [(ALL, seed, {"conv": {"val 5-shot": value}}) for seed, value in enumerate(one)]
+    runs += [(LABELS, seed, {"conv": {"val 5-shot": value}}) for seed, value in enumerate(other[:4])]
+    gain = Results(runs, {ALL: ALL, LABELS: LABELS}).estimate(ALL, LABELS, "conv")
     reference = ttest_rel(one[:4], other[:4]).confidence_interval(0.95)
     assert gain is not None
     assert gain.num_seeds == 4
@@ -142,39 +145,74 @@ def test_with_few_pairs_the_mean_gives_the_direction() -> None:
 
 
 USES = ["teacher.pooling", "students.patches"]
+STUDENTS = ("conv", "vit")
 
 
 @pytest.mark.parametrize(
     ("accuracy", "row", "removed"),
     [
-        ({}, ALL, ()),
-        ({LABELS: 0.72}, TRICKS, ()),
-        ({LABELS: 0.72, TRICKS: 0.65}, LABELS, ()),
-        ({TRICKS: 0.72}, TRICKS, ()),
-        ({TRICKS_ON_ALL: 0.72}, TRICKS_ON_ALL, ()),
-        ({"without students.patches": 0.72}, ALL, ("students.patches",)),
-        ({PLAIN: 0.72, "without teacher.pooling": 0.71, "without students.patches": 0.705}, PLAIN, ()),
+        ({}, ALL, []),
+        ({LABELS: 0.72}, TRICKS, []),
+        ({LABELS: 0.72, TRICKS: 0.65}, LABELS, []),
+        ({TRICKS: 0.72}, TRICKS, []),
+        ({TRICKS_ON_ALL: 0.72}, TRICKS_ON_ALL, []),
+        ({"without students.patches": 0.72}, ALL, ["students.patches"]),
+        ({PLAIN: 0.72, "without teacher.pooling": 0.71, "without students.patches": 0.705}, PLAIN, []),
     ],
 )
-def test_the_advice_follows_the_gains(accuracy: Mapping[str, float], row: str, removed: tuple[str, ...]) -> None:
+def test_the_advice_follows_the_gains(accuracy: Mapping[str, float], row: str, removed: list[str]) -> None:
     usual = {ALL: 0.7, LABELS: 0.6, TRICKS: 0.62, PLAIN: 0.66, RANDOM: 0.65}
     usual |= {f"without {name}": 0.68 for name in USES} | {f"only {name}": 0.65 for name in USES}
     table = {**usual, **({TRICKS: 0.73} if accuracy == {LABELS: 0.72} else {}), **accuracy}
     # the difference of two rows varies a little from seed to seed; a student more does not change the advice
-    runs = {
-        (name, seed): {
-            student: {"val 5-shot": mean + 1e-4 * (len(name) * (seed + 1) % 7)} for student in ("conv", "vit")
-        }
+    runs = [
+        (name, seed, {student: {"val 5-shot": mean + 1e-4 * (len(name) * (seed + 1) % 7)} for student in STUDENTS})
         for name, mean in table.items()
         for seed in range(3)
-    }
+    ]
     results = Results(runs, {name: name for name in table})
-    assert results.students == ("conv", "vit", MEAN)
-    advice = advise(results, USES)
-    assert (advice.row, advice.removed) == (row, removed)
-    gained = {(gain.row, gain.over): gain.gains["val 5-shot"].mean for gain in measured(results, USES, ())}
-    assert gained[ALL, LABELS] == pytest.approx(0.7 - table[LABELS], abs=1e-3)
-    assert gained["only teacher.pooling", PLAIN] == pytest.approx(0.65 - table[PLAIN], abs=1e-3)
+    assert results.students == [*STUDENTS, MEAN]
+    assert advise(results, USES)[:2] == (row, removed)
+    compared = [comparison[:2] for comparison in results.comparisons(USES)]
+    assert {(ALL, LABELS), ("only teacher.pooling", PLAIN)} <= set(compared)
+    for pair in compared:
+        gain = results.estimate(*pair, MEAN)
+        assert gain is not None
+        assert gain.mean == pytest.approx(table[pair[0]] - table[pair[1]], abs=1e-3)
+
+
+def test_students_that_gain_and_lose_are_judged_apart_and_their_mean_is_that_of_both() -> None:
+    runs = [
+        (ALL, 0, {"conv": {"val": 0.7}, "vit": {"val": 0.5}}),
+        (LABELS, 0, {"conv": {"val": 0.6}, "vit": {"val": 0.7}}),
+    ]
+    results = Results(runs, {ALL: ALL, LABELS: LABELS, "without a": ALL})
+    gains = [results.estimate(ALL, LABELS, student) for student in results.students]
+    assert [gain.mean for gain in gains if gain] == pytest.approx([0.1, -0.2, -0.05])
+    assert advise(results, ["a"])[0] == ALL  # one student gains
+    assert [compared[:2] for compared in results.comparisons(["a"])] == [(ALL, LABELS)]  # equal rows are not compared
+
+
+def test_the_report_has_the_accuracy_by_share_of_labels_and_the_settings_to_copy(tmp_path: Path) -> None:
+    settings = settings_of(tree_of(tmp_path) | {"data": tiny(tmp_path, source=tmp_path)["data"] | {"labels": HALF}})
+    table = rows_of(settings)
+    accuracy = {ALL: 0.5, LABELS: 0.6, "all at 10 % of labels": 0.3, "labels alone at 10 % of labels": 0.4}
+    runs = [(row, 0, 61.0, {"conv": {"val 1-shot": 0.2, "val 5-shot": mean}}) for row, mean in accuracy.items()]
+    ledger = Ledger(settings, tmp_path, pairs=1, shares="0.5,0.1")
+    ledger.write(runs, left=["all, seed 1"], failed=["random maps, seed 0: full"])
+    text, record = (tmp_path / "ledger.md").read_text(), json.loads((tmp_path / "ledger.json").read_text())
+    assert "distilling hurts here: use labels alone" in text
+    assert record["advice"]["row"] == LABELS
+    assert all(f"\n{shlex.quote(each)}" in text for each in table[LABELS])
+    shares = "all at 10 % of labels − labels alone at 10 % of labels"
+    assert f"| {shares}: distilling at 10 % of labels | conv | +0.0 | -10.0 | 1 |" in text
+    assert "| all, 1 min 01 s a run | conv | 20.0 | 50.0 | 1 |" in text
+    assert all(
+        line in text
+        for line in ("- all at 50 % of labels: the same as all", "- failed: random maps, seed 0: full", "- all, seed 1")
+    )
+    curves = (tmp_path / "labels.svg").read_text()
+    assert curves.count("<circle") == 4  # the rows at 10 %, and the rows as the settings are, at 50 %
 
 
 @pytest.mark.parametrize(
@@ -183,20 +221,21 @@ def test_the_advice_follows_the_gains(accuracy: Mapping[str, float], row: str, r
         ({}, {"rows": "all,without teacher.poling"}, "did you mean 'without teacher.pooling'?"),
         ({}, {"pairs": 0}, "--pairs 0"),
         ({}, {"shares": "5"}, "--shares '5'"),
+        ({}, {"shares": "0.5,"}, "--shares '0.5,'"),
         ({}, {"shares": "a"}, "--shares 'a'"),
         ({"evaluate": None}, {}, "set evaluate"),
     ],
 )
 def test_what_allows_no_comparison_is_refused(tmp_path: Path, changes: Any, options: Any, named: str) -> None:
     with pytest.raises(UserError, match=named.replace("?", r"\?")):
-        plan_ledger(settings_of(tree_of(tmp_path) | changes), tmp_path / "out", **{"pairs": 1, **options})
+        Ledger(settings_of(tree_of(tmp_path) | changes), tmp_path / "out", **{"pairs": 1, **options})
 
 
 def test_settings_without_teachers_are_refused(tmp_path: Path) -> None:
     settings = settings_of(tree_of(tmp_path))
     alone = with_overrides(settings, rows_of(settings)[LABELS], origin="test")
     with pytest.raises(UserError, match="no teachers"):
-        plan_ledger(alone, tmp_path / "out", pairs=1)
+        Ledger(alone, tmp_path / "out", pairs=1)
 
 
 def test_rows_with_equal_settings_run_once(tmp_path: Path) -> None:
@@ -204,13 +243,13 @@ def test_rows_with_equal_settings_run_once(tmp_path: Path) -> None:
     tree["teachers"]["teacher"] |= {"model": "resnet18", "objectives": [{"kind": "supervised"}]}
     for student in tree["distill"]["students"].values():
         student |= {"model": "resnet18", "objectives": [{"kind": "supervised"}, {"kind": "logits"}]}
-    plan = plan_ledger(settings_of(tree), tmp_path / "out", pairs=2)
-    assert [(run.row, run.seed) for run in plan.trainings] == [
+    ledger = Ledger(settings_of(tree), tmp_path / "out", pairs=2)
+    assert [(run.row, run.seed) for run in ledger.trainings] == [
         (row, seed) for seed in (0, 1) for row in (ALL, LABELS, PLAIN, RANDOM)
     ]
-    assert plan.same["only teacher.background"] == ALL
-    assert plan.same["without teacher.background"] == PLAIN
-    assert TRICKS not in plan.same
+    assert ledger.same["only teacher.background"] == ALL
+    assert ledger.same["without teacher.background"] == PLAIN
+    assert TRICKS not in ledger.same
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90m", 5400), ("2h", 7200), ("1h30min", 5400), ("0.5d", 43200)])
@@ -237,17 +276,21 @@ def test_a_ledger_reports_its_runs_goes_on_and_holds_its_budget(
     conv, alone = (summary["students"]["conv"] for summary in figures.values())
     difference = conv["plain_pooling"]["novel"]["5way_5shot"]["mean"] - alone["few_shot"]["novel"]["5way_5shot"]["mean"]
     (gain,) = [gain for gain in record["gains"] if gain["student"] == "conv"]
-    assert gain["gains"]["novel 5-shot"] == [pytest.approx(difference), None, 1]
+    assert gain["by_place"]["novel 5-shot"] == [pytest.approx(difference), None, 1]
     # the student of the row is the baseline of a whole run, to the last bit
     baseline = load_file(whole.baselines / "conv/model.safetensors")
     student = load_file(out / "labels-alone/seed-0/students/conv/model.safetensors")
     assert all(torch.equal(student[name], tensor) for name, tensor in baseline.items())
-    assert (out / "gains.png").read_bytes().startswith(b"\x89PNG")
+    assert f"| {100 * difference:+.1f} | 1 |" in (out / "ledger.md").read_text()
+    # the chart has the mean over students
+    (both,) = [gain["by_place"]["novel 5-shot"][0] for gain in record["gains"] if gain["student"] == MEAN]
+    drawn = ET.parse(out / "gains.svg").getroot().iter("{http://www.w3.org/2000/svg}text")
+    assert f"{100 * both:+.1f}" in [text.text for text in drawn]
     capsys.readouterr()
     assert cli.main([*command, "--pairs", "2", "--budget", "1s"]) == 0  # no run of a second pair takes so little
     lines = capsys.readouterr().out
     assert "4 runs" in lines
-    assert f"2 further runs do not fit into the budget; go on with: dpkd ledger --config {config}" in lines
+    assert f"2 runs are left; go on with: dpkd ledger --config {config}" in lines
     assert not (out / "all/seed-1").exists()
     assert "- all, seed 1" in (out / "ledger.md").read_text()
     assert cli.main([*command, "--pairs", "1", "teachers.teacher.optimizer.learning_rate=0.5"]) == 2
@@ -258,7 +301,7 @@ def test_a_fault_of_the_first_run_ends_the_ledger_with_its_message(sample_folder
     tree = tiny(tmp_path / "run", source=sample_folder)
     tree["evaluate"]["episodes"] |= {"way": 9}
     with pytest.raises(UserError, match=r"all, seed 0: error: evaluate.episodes.way=9 is too large"):
-        ledger(plan_ledger(settings_of(tree), tmp_path / "out", pairs=1))
+        Ledger(settings_of(tree), tmp_path / "out", pairs=1).run()
 
 
 @pytest.mark.nightly
