@@ -74,7 +74,9 @@ def measure_network(network: Network) -> Cost:
         return tensor
 
     predict_s, train_s, num_images = 0.0, 0.0, NUM_IMAGES
-    for turn in range(3):  # the first chooses kernels; a small network needs more images, or its calls count
+    for turn in range(
+        1 if on_meta else 3
+    ):  # the first chooses kernels; a small network needs more images, or its calls count
         num_images = 8 * NUM_IMAGES if turn and train_s * num_images < LONG_S else num_images
         inputs = torch.rand(num_images, 3, size, size, device=device), torch.rand(num_images, 1, 16, 16, device=device)
         began = time.perf_counter()
@@ -86,8 +88,8 @@ def measure_network(network: Network) -> Cost:
         if device.type == "cuda":
             torch.cuda.synchronize()
         train_s = (time.perf_counter() - began) / num_images
-    measured = (None, None) if on_meta else (train_s, predict_s)
-    return Cost(parameters, *measured, saved_bytes=sum(saved.values()) // num_images)
+    saved_bytes = sum(saved.values()) // num_images
+    return Cost(parameters, None if on_meta else train_s, None if on_meta else predict_s, saved_bytes)
 
 
 def training_needs(settings: Settings, networks: Mapping[str, Network], *, num_samples: int) -> dict[str, Need]:
