@@ -61,6 +61,7 @@ def listed(folder: Path, *overrides: str, without: tuple[str, ...] = ()) -> None
         ([], ("val",), r"data\.val='val'.*it has: base, novel.*data\.val=null"),
         (["data.train=train"], (), r"data\.train='train'"),
         (["evaluate.episodes.way=6"], (), r"evaluate\.episodes\.way=6"),
+        (["data.labels={kind: listed, path: /nowhere.txt}"], (), r"/nowhere\.txt"),
         (["evaluate.episodes.queries=4"], (), r"queries=4"),
         (["distill.training.batch_size=32"], (), r"distill\.training\.batch_size=32"),
         (

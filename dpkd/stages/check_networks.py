@@ -33,7 +33,9 @@ MAX_PARAMETERS = 100_000_000
 
 
 def check_networks(settings: Settings, stages: Collection[str]) -> dict[str, Network]:
-    """The networks of the stages by their key in the settings, built once; loads learned priors for the stage prepare.
+    """All networks by their key in the settings; those of the stages are checked, others have no memory.
+
+    For the stage prepare it loads learned priors, too.
 
     Raises `UserError` with the key of a network that cannot be built, trained or exported, or does not run on the
     images.
@@ -46,7 +48,7 @@ def check_networks(settings: Settings, stages: Collection[str]) -> dict[str, Net
     stage_of = {f"teachers.{name}": stage for stage, name in teaching_stages(settings).items()}
     outputs, sizes = _asked(settings)
     teachers: dict[str, Network] = {}
-    checked = {}
+    networks = {}
     for key, network in settings.networks.items():
         due = stage_of.get(key, "distill") in stages
         with _named(key):
@@ -55,12 +57,12 @@ def check_networks(settings: Settings, stages: Collection[str]) -> dict[str, Net
             built.extra = frozenset(outputs[key])
             if due:
                 _check(built, network, sizes=sizes[key] | {spec.image_size})
-                checked[key] = built
                 if settings.export is not None and isinstance(network, StudentSettings):
                     _check_export(built)
+        networks[key] = built
         if not isinstance(network, StudentSettings):
             teachers[key.removeprefix("teachers.")] = built
-    return checked
+    return networks
 
 
 def _asked(settings: Settings) -> tuple[Mapping[str, set[str]], Mapping[str, set[int]]]:

@@ -45,7 +45,8 @@ def export(run: Run) -> None:
     """
     settings = run.settings.export
     assert settings is not None, "the stage is left out without settings"
-    evaluation = read_evaluation(run.folder) if run.settings.evaluate is not None and run.measured_splits else None
+    unmeasured = run.settings.evaluate is None or run.folder.stages().get("evaluate", {}).get("made") == {}
+    evaluation = None if unmeasured else read_evaluation(run.folder)  # without a label evaluate makes no file
     for name in run.settings.distill.students:
         network = load_network(run.folder.students / name)
         spec = network.spec
@@ -170,6 +171,11 @@ def write_onnx(path: Path, network: Network, *, map_size: int, tolerance: float)
         )
     except UserError as error:
         raise UserError(f"{error}; raise export.tolerance, or set export.onnx=false") from error
+    except Exception as error:  # the exporter raises any error for a model that it cannot write
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(
+            f"{network.spec.model.name!r} cannot be written as ONNX ({cause}): set export.onnx=false"
+        ) from error
 
 
 def _output_names(spec: NetworkSpec) -> list[str]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from dpkd.data import sources
 from dpkd.data.label_file import LABELS_ENDING, write_labels
+from dpkd.data.labels import visible_labels
 from dpkd.data.settings import FileSplits, Window
 from dpkd.data.shards import (
     FORMAT_VERSION,
@@ -124,11 +125,14 @@ def pack(
 
 
 def check_plan(plan: Plan, settings: Settings, *, left: Collection[str]) -> None:
-    """Raises the errors of `check_splits` and `refuse_missing_experts` for the stages that are left after packing."""
+    """Raises the errors of `check_splits`, `visible_labels` and `refuse_missing_experts` for the later stages."""
     if {*left} <= {STAGE}:
         return
     place = f"data.source={settings.data.source and settings.data.source.path}"
     check_splits(settings, plan.classes, plan.counts, place=place, trainings=left_trainings(settings, left))
+    train = [sample for job in plan.jobs if job.split == settings.data.train for sample in job.samples]
+    label_N, keys = np.array([sample.label for sample in train]), [sample.key for sample in train]
+    visible_labels(label_N, settings.data.labels, keys=keys, seed=settings.run.seed)
     given = Counter(given_name(name) for job in plan.jobs for sample in job.samples for name in sample.record.given)
     refuse_missing_experts(settings.prepare.chosen, given, place=place)
 

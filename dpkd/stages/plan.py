@@ -30,6 +30,8 @@ from dpkd.stages.baselines import baselines
 from dpkd.stages.check_data import attribute_table, check_splits, counts_of, trained_classes
 from dpkd.stages.prepare import refuse_equal_names
 
+CHECKED = "networks-checked"
+"""The name of the check of all networks, which an attempt does once."""
 POOL_STAGES = ("pack", "prepare")
 """Stages that run in a pool; the other stages run in the training workers."""
 

@@ -15,10 +15,9 @@ from dpkd.stages.check_data import check_splits
 from dpkd.stages.check_networks import check_networks
 from dpkd.stages.evaluate import evaluate
 from dpkd.stages.export import export
-from dpkd.stages.plan import baseline_stages, left_to_do, left_trainings, recorded, teaching_stages
+from dpkd.stages.plan import CHECKED, baseline_stages, left_to_do, left_trainings, recorded, teaching_stages
 from dpkd.stages.run import Run
 from dpkd.stages.training import distill, teach, train_baseline
-from dpkd.stages.worker import CHECKED
 
 PATIENCE_S = 1800.0
 """Least timeout of a rank that waits for its peers; the watchdog ends ranks that are behind earlier."""

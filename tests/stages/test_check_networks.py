@@ -73,7 +73,7 @@ def test_a_network_that_cannot_be_used_is_refused_by_key(overrides: list[str], n
 def test_networks_of_finished_stages_are_not_checked(tmp_path: Path) -> None:
     torch.save({"weight": torch.ones(1)}, tmp_path / "other.pt")
     settings = changed(tmp_path, "teachers.teacher.weights=FOLDER/other.pt")
-    assert sorted(check_networks(settings, ["distill"])) == ["distill.students.conv", "distill.students.vit"]
+    check_networks(settings, ["distill"])
     with pytest.raises(UserError, match=r"teachers\.teacher: weights"):
         check_networks(settings, ["teach", "distill"])
 

@@ -143,6 +143,13 @@ def test_exporting_again_replaces_the_folder_whole(exported_run: Run, tmp_path: 
     }
 
 
+def test_a_model_that_cannot_be_written_as_onnx_is_named_with_a_way_out(exported_run: Run, tmp_path: Path) -> None:
+    network = load_network(exported_run.folder.students / "conv")
+    network.register_forward_hook(lambda *found: found[-1] if float(found[-1]["embedding"].sum()) > 0 else None)
+    with pytest.raises(UserError, match=r"cannot be written as ONNX \(.*export\.onnx=false"):
+        write_onnx(tmp_path / "model.onnx", network, map_size=4, tolerance=1e-3)
+
+
 def test_an_export_that_was_taken_away_leaves_the_one_that_stands(tmp_path: Path) -> None:
     standing = tmp_path / "conv"
     standing.mkdir()
