@@ -54,12 +54,18 @@ class Exported(nn.Module):
         preprocessing = resolve_data_config({}, model=self.model)
         self.size: int = preprocessing["input_size"][-1]
         self.transform = create_transform(**preprocessing, is_training=False)
+        names = self.model.pretrained_cfg.get("label_names") or range(self.model.num_classes)
+        self.classes = tuple(str(name) for name in names)[: self.model.num_classes]
         self.eval()
 
     def forward(self, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Embedding BD, and the logits BK of a linear classifier on it, of normalised images."""
-        embedding_BD = self.model.forward_head(self.model.forward_features(image_BCHW), pre_logits=True)
+        embedding_BD = self.embedding(image_BCHW)
         return embedding_BD, self.model.get_classifier()(embedding_BD)
+
+    def embedding(self, image_BCHW: Tensor) -> Tensor:
+        """The embedding BD, of any model."""
+        return self.model.forward_head(self.model.forward_features(image_BCHW), pre_logits=True)
 
     def example(self, batch_size: int) -> Tensor:
         """Random normalised images, the same in every call."""
@@ -77,8 +83,7 @@ class Exported(nn.Module):
     @torch.inference_mode()
     def embed(self, image_BCHW: Tensor) -> Floats:
         """The embeddings, BD in float64."""
-        embedding_BD, _ = self(image_BCHW)
-        return embedding_BD.double().numpy()
+        return self.embedding(image_BCHW).double().numpy()
 
     def with_head(self, head: Head) -> Self:
         """A copy with this classifier."""

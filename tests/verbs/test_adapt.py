@@ -21,32 +21,12 @@ import dpkd
 from dpkd import cli
 from dpkd.errors import UserError
 from dpkd.evaluation.adaptation import MAX_FOLDS, Measured, logistic, measure, out_of_fold, prototypes
-from dpkd.models.network import build_network
-from dpkd.models.settings import ModelSettings, NetworkSpec
-from dpkd.stages.export import write_timm_folder
-
-COLOURS = {"red": (200, 40, 40), "green": (40, 190, 50), "blue": (40, 50, 200), "grey": (120, 120, 120)}
-
-
-def make_shots(folder: Path, counts: dict[str, int], *, first: int = 0) -> Path:
-    """Noisy images of one colour a class, 40 x 32 pixels."""
-    for number, (name, count) in enumerate(counts.items()):
-        (folder / name).mkdir(parents=True)
-        for i in range(first, first + count):
-            noise = np.random.default_rng([number, i]).normal(0, 60, (32, 40, 3))
-            pixels = np.clip(np.array(COLOURS[name]) + noise, 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{i}.png")
-    return folder
+from tests.exports import make_shots, write_export
 
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("exports") / "conv"
-    folder.mkdir()
-    model = ModelSettings(name="resnet10t", arguments={"stem_width": 8, "channels": [16, 16, 32, 32]})
-    spec = NetworkSpec(model=model, classes=("a", "b"), image_size=32, mean=(0.5, 0.4, 0.5), std=(0.2, 0.3, 0.2))
-    write_timm_folder(folder, build_network(spec, seed=3).eval())
-    return folder
+    return write_export(tmp_path_factory.mktemp("exports") / "conv")
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,8 @@ SPLIT_NAMES = frozenset(
     {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "base", "novel", "query"}
 )
 UNLABELLED = frozenset({"unlabelled", "unlabeled"})
+MAP_NAME = re.compile(rf"(.*[^/])\.((?:mask|instances|{EXPERT_PREFIX}[^./]+)\.png)", re.DOTALL)
+"""The stem and the ending of a file that belongs to an image."""
 MAX_NAMED = 10
 """Number of folders without an image in the log."""
 
@@ -38,7 +40,7 @@ def find_in_folders(source: FolderSource) -> SourceContents:
         blob = Blob(storage.join(source.path, name), size=size)
         if not is_image(name) or system_folder(name):
             ignored[ignored_as(name)] += not name.endswith("/")
-        elif match := re.fullmatch(rf"(.*[^/])\.((?:mask|instances|{EXPERT_PREFIX}[^./]+)\.png)", name, re.DOTALL):
+        elif match := MAP_NAME.fullmatch(name):
             maps.append((match[1], match[2], blob))
         else:
             images[name] = blob
