@@ -112,7 +112,7 @@ def _use(options: argparse.Namespace) -> None:
         table = predict(options.export, options.photos, out=options.out, top=options.top)
     else:
         with redirect_stdout(sys.stderr):
-            table = predict(options.export, options.photos, top=options.top or 1)
+            table = predict(options.export, options.photos, top=1 if options.top is None else options.top)
         with safe_output():
             write_table(table, sys.stdout.buffer, suffix=".csv")
     refuse_broken(table)

@@ -19,7 +19,6 @@ from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.flop_counter import FlopCounterMode
 
 from dpkd.data.augment import random_views
 from dpkd.data.settings import AugmentSettings
@@ -101,21 +100,16 @@ class Exported(nn.Module):
         other = copy.deepcopy(self)
         optimizer = torch.optim.AdamW(other.parameters(), lr=LEARNING_RATE, weight_decay=0)
         rng = np.random.Generator(np.random.Philox(seed))
-        share_S = 1 / np.bincount(label_S)[label_S] / (label_S.max() + 1)
+        members = [np.flatnonzero(label_S == label) for label in range(label_S.max() + 1)]
         for step in range(STEPS):
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / STEPS)
-            shot_B = rng.choice(len(label_S), BATCH_SIZE, p=share_S)
+            label_B = rng.permutation(BATCH_SIZE * len(members))[:BATCH_SIZE] % len(members)
+            shot_B = np.array([rng.choice(members[label]) for label in label_B])
             image_BCHW = view_SVCHW[shot_B, rng.integers(0, NUM_VIEWS, BATCH_SIZE)].float()
             optimizer.zero_grad()
-            cross_entropy(other(image_BCHW)[1], torch.from_numpy(label_S[shot_B])).backward()
+            cross_entropy(other(image_BCHW)[1], torch.from_numpy(label_B)).backward()
             optimizer.step()
         return other
-
-    def fine_tune_flops(self) -> int:
-        """Floating-point operations of one fine-tune: three times those of the forward passes."""
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self(self.example(1))
-        return 3 * STEPS * BATCH_SIZE * int(counter.get_total_flops())
 
     def write(self, folder: Path, classes: Sequence[str], *, onnx: bool) -> None:
         """Writes the timm folder and ONNX, and checks both."""

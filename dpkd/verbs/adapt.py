@@ -21,6 +21,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dpkd.backends.local_pool import LocalPool
 from dpkd.data.image_headers import BrokenImage
@@ -31,7 +32,7 @@ from dpkd.data.sources.records import Blob, sorted_classes
 from dpkd.errors import UserError, did_you_mean
 from dpkd.evaluation import adaptation
 from dpkd.evaluation.adaptation import Floats, Head, Integers, Measured
-from dpkd.evaluation.exported import Exported
+from dpkd.evaluation.exported import BATCH_SIZE, STEPS, Exported
 from dpkd.io import storage
 from dpkd.io.errors import write_errors
 from dpkd.io.record import parse_json, read_record
@@ -179,7 +180,10 @@ def _tried(exported: Exported, shots: Shots, method: str, *, seed: int) -> dict[
 
     names = [method] if method != "auto" else ["prototypes", "logistic"]
     if method == "auto" and shots.image_SVCHW is not None:
-        least, flops = np.bincount(shots.label_S).min(), (adaptation.MAX_FOLDS + 1) * exported.fine_tune_flops()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            exported(exported.example(1))
+        num_images = (adaptation.MAX_FOLDS + 1) * STEPS * BATCH_SIZE
+        least, flops = np.bincount(shots.label_S).min(), 3 * num_images * counter.get_total_flops()  # 2 of 3 backward
         if least >= MIN_SHOTS and flops <= MAX_FLOPS:
             names.append("fine_tune")
         else:

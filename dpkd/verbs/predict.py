@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -168,7 +168,8 @@ def _outputs(
     Threads decode a batch while the network computes the one before. Raises `UserError` for outputs that are NaN.
     """
     files, device = list_images(photos), "cuda" if torch.cuda.is_available() else "cpu"
-    exported.to(device)
+    layout: Any = {"device": device, "memory_format": torch.channels_last}  # convolutions are twice as fast on a CPU
+    exported.to(**layout)
 
     def load(file: str) -> tuple[Tensor, str | None]:
         try:
@@ -186,7 +187,7 @@ def _outputs(
             images, reasons = zip(*loading, strict=True)
             loading = threads.map(load, following)
             with torch.inference_mode():
-                rows.append(compute(torch.stack(images).to(device)).cpu().numpy())
+                rows.append(compute(torch.stack(images).to(**layout)).cpu().numpy())
             errors += reasons
             progress.advance(len(part))
     row_ND, broken_N = np.concatenate(rows), np.array([error is not None for error in errors])
