@@ -8,6 +8,9 @@ dpkd plan --config FILE [--fast] shows the stages that would run; checks setting
 dpkd ledger --config FILE [--pairs 3] [--budget 2h]    what teacher, tricks and each prior bring on your images
 dpkd adapt EXPORT --shots FOLDER turns a few labelled images of new classes into a classifier, as timm folder and ONNX
 dpkd settings [KEY]              shows every setting with its values, its default, and what it is
+dpkd predict EXPORT PHOTOS ...   classes of images by a student or an adapted one, with confidence; --out FILE.csv
+dpkd embed EXPORT PHOTOS ... --out FILE.parquet  embeddings of images, for faiss or scikit-learn
+dpkd neighbours EXPORT PHOTOS ... --of QUERY --out FILE.png     the images nearest to a picture, as a contact sheet
 dpkd inspect DATASET             shows a packed data set and its prior sets; checks every file and map
 dpkd inspect DATASET --picture FILE.png [KEY ...]   draws samples with all their maps as one picture
 dpkd audit RUN                   checks that each sample was used in the planned order, over all attempts
@@ -18,11 +21,13 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NoReturn
 
 from dpkd import __version__, pretrain
 from dpkd.launch.signals import install_stop_handlers
+from dpkd.log import safe_output
 
 OF_SETTINGS = {
     "pretrain": "the whole run",
@@ -35,6 +40,12 @@ OF_SETTINGS = {
     "plan": "show the stages that would run, and check settings, files and networks",
 }
 """The verbs that take settings, with their help."""
+USES = {
+    "predict": "the classes of images, by an exported or adapted student",
+    "embed": "the embeddings of images, for faiss or scikit-learn",
+    "neighbours": "the images nearest to a picture, as a contact sheet",
+}
+"""The verbs that use a student, with their help."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,6 +82,8 @@ def _act(options: argparse.Namespace) -> None:
         from dpkd.verbs.adapt import adapt
 
         adapt(options.export, options.shots, out=options.out, method=options.method)
+    elif options.verb in USES:
+        _use(options)
     elif options.verb == "plan":
         from dpkd.verbs.plan import plan
 
@@ -93,6 +106,25 @@ def _act(options: argparse.Namespace) -> None:
     else:
         stages = pretrain.stage_names(options.stages) if options.verb == "pretrain" else [options.verb]
         pretrain.run_settings(options, stages=stages)
+
+
+def _use(options: argparse.Namespace) -> None:
+    """What a student makes of images; ends in an error where some are broken, after the results are written."""
+    from dpkd.verbs.predict import embed, neighbours, predict, refuse_broken, write_table
+
+    if options.verb == "neighbours":
+        neighbours(options.export, options.photos, of=options.of, out=options.out, top=options.top)
+        return
+    if options.verb == "embed":
+        table = embed(options.export, options.photos, out=options.out)
+    elif options.out is not None:
+        table = predict(options.export, options.photos, out=options.out, top=options.top)
+    else:
+        with redirect_stdout(sys.stderr):
+            table = predict(options.export, options.photos, top=1 if options.top is None else options.top)
+        with safe_output():
+            write_table(table, sys.stdout.buffer, suffix=".csv")
+    refuse_broken(table)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -124,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     adapted.add_argument("--out", metavar="FOLDER", help="folder to write; beside EXPORT without it")
     methods = "auto, prototypes, logistic or fine_tune"
     adapted.add_argument("--method", default="auto", metavar="METHOD", help=methods)
+    _add_uses(verbs)
     shown = verbs.add_parser("settings", help="show every setting with its values, its default, and what it is")
     shown.add_argument("key", nargs="?", metavar="KEY", help="only this key and those below it, as data.loader")
     forms = "text, a Markdown table, or a JSON schema with which editors check and complete settings files"
@@ -138,6 +171,23 @@ def _parser() -> argparse.ArgumentParser:
     audited.add_argument("run", metavar="RUN", help="folder of the run")
     verbs.add_parser("doctor", help="check that this machine has the packages and devices for training")
     return parser
+
+
+def _add_uses(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    for name, purpose in USES.items():
+        verb = verbs.add_parser(name, help=purpose)
+        verb.add_argument("export", metavar="EXPORT", help="folder of an exported student, or an adapted one")
+        verb.add_argument("photos", nargs="+", metavar="PHOTOS", help="images, or folders of images at any depth")
+        if name == "predict":
+            verb.add_argument("--out", metavar="FILE", help=".csv, .jsonl or .parquet; the screen without it, as CSV")
+            best = "the K best classes of each image; without it every class's probability, on the screen the best"
+            verb.add_argument("--top", type=int, metavar="K", help=best)
+        elif name == "embed":
+            verb.add_argument("--out", required=True, metavar="FILE.parquet", help="keys and embeddings")
+        else:
+            verb.add_argument("--of", required=True, nargs="+", metavar="QUERY", help="pictures, one row each")
+            verb.add_argument("--out", required=True, metavar="FILE.png", help="contact sheet")
+            verb.add_argument("--top", type=int, default=8, metavar="K", help="images in a row")
 
 
 def entry() -> NoReturn:

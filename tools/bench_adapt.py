@@ -16,11 +16,10 @@ from dpkd.evaluation.adaptation import (
     Floats,
     Head,
     Integers,
-    balanced_prototypes,
-    folds,
     logistic,
     measure,
     out_of_fold,
+    prototypes,
 )
 from dpkd.evaluation.exported import Exported
 from dpkd.log import Progress
@@ -54,19 +53,19 @@ def _task(x_NVD: Floats, label_N: Integers, shots: int, rng: np.random.Generator
     x_SVD, label_S = x_NVD[np.concatenate([part[:shots] for part in parts])], np.repeat(np.arange(5), shots)
     test_MD = x_NVD[np.concatenate([part[shots:] for part in parts]), 0]
     label_M = np.repeat(np.arange(5), [len(part) - shots for part in parts])
-    fold_S = folds(label_S, seed=0)
-    assert fold_S is not None, "one shot measures nothing"
 
     def figures(fit: Callable[[Floats, Integers], Head]) -> tuple[float, ...]:
         def classify(learn: Integers, left_out: Integers) -> Floats:
             return fit(x_SVD[learn], label_S[learn]).logits(x_SVD[left_out, 0])
 
-        measured = measure(out_of_fold(classify, fold_S), label_S)
+        logit_SK = out_of_fold(classify, label_S, seed=0)
+        assert logit_SK is not None, "one shot measures nothing"
+        measured = measure(logit_SK, label_S)
         accuracy = float((fit(x_SVD, label_S).logits(test_MD).argmax(1) == label_M).mean())
         low, high = measured.interval
         return accuracy, measured.correct / measured.num_shots, float(low <= accuracy <= high), high - low
 
-    rows = [figures(lambda x_SVD, label_S: balanced_prototypes(x_SVD.mean(1), label_S)), figures(logistic)]
+    rows = [figures(lambda x_SVD, label_S: prototypes(x_SVD.mean(1), label_S)), figures(logistic)]
     return [*rows, max(rows, key=lambda row: row[1])]  # on a tie prototypes
 
 

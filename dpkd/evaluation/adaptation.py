@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import NamedTuple, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.nn.functional import cross_entropy
 
 Floats = NDArray[np.floating]
 Integers = NDArray[np.signedinteger]
@@ -34,30 +36,16 @@ class Head(NamedTuple):
         return type(self)(scale * self.weight_KD, scale * self.bias_K)
 
 
-def class_means(embedding_SD: Floats, label_S: Integers) -> Floats:
-    """The mean of each class's rows, KD."""
-    return np.stack([embedding_SD[label_S == label].mean(0) for label in range(label_S.max() + 1)])
-
-
-def spread(embedding_SD: Floats, centre_D: Floats) -> float:
-    """The root of the mean squared distance to the centre."""
-    return float(np.sqrt(((embedding_SD - centre_D) ** 2).sum(1).mean()).clip(1e-12))
-
-
-def prototypes(embedding_SD: Floats, label_S: Integers, *, centre_D: Floats) -> Head:
+def prototypes(embedding_SD: Floats, label_S: Integers) -> Head:
     """The head `(f - m) · c_k` with unit prototypes: its largest logit is the class of the largest cosine.
 
-    A shot is centred and gets unit length (SimpleShot, Wang et al. 2019); c_k is the unit vector along the mean of the
-    class's shots. |f - m| is equal for all classes, so the rule is linear in f.
+    A shot is centred on m, the mean of the class means, and gets unit length (SimpleShot, Wang et al. 2019); c_k is the
+    unit vector along the mean of the class's shots. |f - m| is equal for all classes, so the rule is linear in f. The
+    logits are divided by the spread, so that they have about the size of cosines.
     """
-    prototype_KD = _unit(class_means(_unit(embedding_SD - centre_D), label_S))
-    return Head(prototype_KD, -prototype_KD @ centre_D)
-
-
-def balanced_prototypes(embedding_SD: Floats, label_S: Integers) -> Head:
-    """`prototypes` around the mean of the class means, with logits of about the size of cosines."""
-    centre_D = class_means(embedding_SD, label_S).mean(0)
-    return prototypes(embedding_SD, label_S, centre_D=centre_D).scaled(1 / spread(embedding_SD, centre_D))
+    centre_D, spread = _centre_and_spread(embedding_SD, label_S)
+    row_KD = _unit(_class_means(_unit(embedding_SD - centre_D), label_S)) / spread
+    return Head(row_KD, -row_KD @ centre_D)
 
 
 def logistic(embedding_SVD: Floats, label_S: Integers) -> Head:
@@ -68,44 +56,14 @@ def logistic(embedding_SVD: Floats, label_S: Integers) -> Head:
     from sklearn.linear_model import LogisticRegression  # noqa: PLC0415  slow to import
 
     num_views, dim = embedding_SVD.shape[1:]
-    mean_SD = embedding_SVD.mean(1)
-    centre_D = class_means(mean_SD, label_S).mean(0)
-    size = spread(mean_SD, centre_D)
+    centre_D, spread = _centre_and_spread(embedding_SVD.mean(1), label_S)
     fitted = LogisticRegression(C=STRENGTH / num_views, class_weight="balanced", max_iter=1000).fit(
-        ((embedding_SVD - centre_D) / size).reshape(-1, dim), np.repeat(label_S, num_views)
+        ((embedding_SVD - centre_D) / spread).reshape(-1, dim), np.repeat(label_S, num_views)
     )
-    weight_KD, bias_K = fitted.coef_ / size, fitted.intercept_
+    weight_KD, bias_K = fitted.coef_ / spread, fitted.intercept_
     if len(weight_KD) == 1:  # of two classes scikit-learn has the difference
-        weight_KD, bias_K = np.stack([-weight_KD[0], weight_KD[0]]) / 2, np.concatenate([-bias_K, bias_K]) / 2
+        weight_KD, bias_K = np.outer([-0.5, 0.5], weight_KD), np.array([-0.5, 0.5]) * bias_K
     return Head(weight_KD, bias_K - weight_KD @ centre_D)
-
-
-def folds(label_S: Integers, *, seed: int) -> Integers | None:
-    """The fold of each shot, as many of each class in every fold as can be; None if a class has a single shot.
-
-    There are `MAX_FOLDS`, or as many as the smallest class has shots.
-    """
-    num_folds = min(MAX_FOLDS, int(np.bincount(label_S).min()))
-    if num_folds < 2:
-        return None
-    rng = np.random.Generator(np.random.Philox(seed))
-    fold_S = np.empty(len(label_S), np.int64)
-    for label in range(label_S.max() + 1):
-        members = rng.permutation(np.flatnonzero(label_S == label))
-        fold_S[members] = np.arange(len(members)) % num_folds
-    return fold_S
-
-
-def out_of_fold(fit: Callable[[Integers, Integers], Floats], fold_S: Integers) -> Floats:
-    """The logits SK of each shot without its fold, by `fit(shots to learn, shots to classify)`."""
-    parts = []
-    for fold in range(fold_S.max() + 1):
-        left_out = np.flatnonzero(fold_S == fold)
-        parts.append((left_out, fit(np.flatnonzero(fold_S != fold), left_out)))
-    logit_SK = np.empty((len(fold_S), parts[0][1].shape[1]))
-    for left_out, logit_MK in parts:
-        logit_SK[left_out] = logit_MK
-    return logit_SK
 
 
 class Measured(NamedTuple):
@@ -117,8 +75,32 @@ class Measured(NamedTuple):
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the accuracy: `exact_interval`."""
-        return exact_interval(self.correct, self.num_shots)
+        """The 95 % interval of the accuracy by Clopper and Pearson (1934)."""
+        from scipy.stats import binomtest  # noqa: PLC0415  slow to import; scikit-learn needs scipy
+
+        low, high = binomtest(self.correct, self.num_shots).proportion_ci(method="exact")
+        return float(low), float(high)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        counts = f"({self.correct} of {self.num_shots} shots, each left out once)"
+        return f"{self.correct / self.num_shots:.1%} {counts}, 95 % interval {low:.1%} to {high:.1%}"
+
+
+def out_of_fold(classify: Callable[[Integers, Integers], Floats], label_S: Integers, *, seed: int) -> Floats | None:
+    """The logits SK of each shot by `classify(shots to learn, shots to classify)`; None if a class has one shot.
+
+    There are `MAX_FOLDS` stratified folds, or as many as the smallest class has shots.
+    """
+    from sklearn.model_selection import StratifiedKFold  # noqa: PLC0415  slow to import
+
+    num_folds = min(MAX_FOLDS, int(np.bincount(label_S).min()))
+    if num_folds < 2:
+        return None
+    logit_SK = np.empty((len(label_S), label_S.max() + 1))
+    for learn, left_out in StratifiedKFold(num_folds, shuffle=True, random_state=seed).split(label_S, label_S):
+        logit_SK[left_out] = classify(learn, left_out)
+    return logit_SK
 
 
 def measure(logit_SK: Floats, label_S: Integers) -> Measured:
@@ -128,25 +110,21 @@ def measure(logit_SK: Floats, label_S: Integers) -> Measured:
     finite where all shots are right.
     """
     num_shots, num_classes = logit_SK.shape
-    off = 1 / (num_shots + 2)
-    target_SK = np.full(logit_SK.shape, off / (num_classes - 1))
-    target_SK[np.arange(num_shots), label_S] = 1 - off
-
-    def log_loss(scale: float) -> float:
-        shifted_SK = scale * (logit_SK - logit_SK.max(1, keepdims=True))
-        return float((np.log(np.exp(shifted_SK).sum(1)) - (target_SK * shifted_SK).sum(1)).mean())
-
+    smoothing = num_classes / (num_classes - 1) / (num_shots + 2)
+    logits, labels = torch.from_numpy(logit_SK), torch.from_numpy(label_S)
+    log_loss = [cross_entropy(scale * logits, labels, label_smoothing=smoothing).item() for scale in SCALES]
     correct = int((logit_SK.argmax(1) == label_S).sum())
-    return Measured(correct, num_shots, float(min(SCALES, key=log_loss)))
+    return Measured(correct, num_shots, float(SCALES[np.argmin(log_loss)]))
 
 
-def exact_interval(correct: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share by Clopper and Pearson (1934), from the quantiles of the beta distribution."""
-    from scipy.stats import beta  # noqa: PLC0415  slow to import; a part of scikit-learn
+def _class_means(embedding_SD: Floats, label_S: Integers) -> Floats:
+    return np.stack([embedding_SD[label_S == label].mean(0) for label in range(label_S.max() + 1)])
 
-    low = beta.ppf(0.025, correct, count - correct + 1) if correct else 0.0
-    high = beta.ppf(0.975, correct + 1, count - correct) if correct < count else 1.0
-    return float(low), float(high)
+
+def _centre_and_spread(embedding_SD: Floats, label_S: Integers) -> tuple[Floats, float]:
+    """The mean D of the class means, and the root of the mean squared distance to it."""
+    centre_D = _class_means(embedding_SD, label_S).mean(0)
+    return centre_D, float(np.sqrt(((embedding_SD - centre_D) ** 2).sum(1).mean()).clip(1e-12))
 
 
 def _unit(rows_MD: Floats) -> Floats:

@@ -18,16 +18,29 @@ tags:
 USAGE = """\
 ```python
 import timm, torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_data_config({{}}, model=model), is_training=False)
-image = transform(Image.open("image.jpg").convert("RGB"))[None]
+image = transform(ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB"))[None]
 with torch.no_grad():
     features = model.forward_features(image)
     embedding = model.forward_head(features, pre_logits=True)
-    logits = model(image)
+    probability = model(image).softmax(1)[0].tolist()
+print(dict(zip(model.pretrained_cfg["label_names"], probability)))
 ```
+"""
+
+ADAPTED = """\
+The network of `{export}` as a classifier of new classes, made from a few labelled images by `dpkd adapt`.
+Method `{method}`: {certainty}.
+
+The interval is that of Clopper and Pearson for new images that are drawn like the shots, with classes as frequent as
+among them. Each shot was classified by a model that learnt from the others.
+
+{table}
+
+`model.onnx` gives embedding and logits of normalised images, for any batch size.
 """
 
 FIGURE_GROUND = """\
@@ -75,6 +88,13 @@ def model_card(
     if pooling["kind"] == "figure_ground":
         parts.append(FIGURE_GROUND.format(**pooling))
     return "\n".join(parts)
+
+
+def adapted_card(name: str, card: dict[str, Any]) -> str:
+    """The card of a folder that `dpkd adapt` has written, from its `adapt.json`."""
+    rows = [["class", "shots"], *([each, str(len(files))] for each, files in card["classes"].items())]
+    made = ADAPTED.format(**card, table="\n".join(markdown_table(rows)))
+    return "\n".join([FRONT_MATTER, f"# {name}\n", made, USAGE.format(folder=name)])
 
 
 def _numbers(table: dict[str, Any], evaluation: dict[str, Any]) -> list[str]:

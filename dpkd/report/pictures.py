@@ -41,6 +41,17 @@ def sheet(samples: Sequence[tuple[Picture, Mapping[str, Map]]]) -> Picture:
     return np.concatenate([titles, *(_row(cells) for cells in zip(*columns.values(), strict=True))])
 
 
+def contact_sheet(rows: Sequence[Sequence[tuple[str, Picture]]]) -> Picture:
+    """A picture of rows of images with a title each, as RGB uint8 HWC; shorter rows end in white."""
+    width = max(map(len, rows)) * (CELL + GAP)
+    parts = []
+    for row in rows:
+        titles = [_title(title, width=CELL + GAP) for title, _ in row]
+        row_HWC = np.concatenate([np.concatenate(titles, axis=1), _row(_fitted(image_HWC) for _, image_HWC in row)])
+        parts.append(np.pad(row_HWC, ((0, 0), (0, width - row_HWC.shape[1]), (0, 0)), constant_values=255))
+    return np.concatenate(parts)
+
+
 def panel(
     image_BCHW: Picture,
     *,

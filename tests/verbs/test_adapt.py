@@ -20,40 +20,13 @@ from timm.data.transforms_factory import create_transform
 import dpkd
 from dpkd import cli
 from dpkd.errors import UserError
-from dpkd.evaluation.adaptation import (
-    balanced_prototypes,
-    exact_interval,
-    folds,
-    logistic,
-    measure,
-    out_of_fold,
-)
-from dpkd.models.network import build_network
-from dpkd.models.settings import ModelSettings, NetworkSpec
-from dpkd.stages.export import write_timm_folder
-
-COLOURS = {"red": (200, 40, 40), "green": (40, 190, 50), "blue": (40, 50, 200), "grey": (120, 120, 120)}
-
-
-def make_shots(folder: Path, counts: dict[str, int], *, first: int = 0) -> Path:
-    """Noisy images of one colour a class, 40 x 32 pixels."""
-    for number, (name, count) in enumerate(counts.items()):
-        (folder / name).mkdir(parents=True)
-        for i in range(first, first + count):
-            noise = np.random.default_rng([number, i]).normal(0, 60, (32, 40, 3))
-            pixels = np.clip(np.array(COLOURS[name]) + noise, 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{i}.png")
-    return folder
+from dpkd.evaluation.adaptation import MAX_FOLDS, Measured, logistic, measure, out_of_fold, prototypes
+from tests.exports import make_shots, write_export
 
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("exports") / "conv"
-    folder.mkdir()
-    model = ModelSettings(name="resnet10t", arguments={"stem_width": 8, "channels": [16, 16, 32, 32]})
-    spec = NetworkSpec(model=model, classes=("a", "b"), image_size=32, mean=(0.5, 0.4, 0.5), std=(0.2, 0.3, 0.2))
-    write_timm_folder(folder, build_network(spec, seed=3).eval())
-    return folder
+    return write_export(tmp_path_factory.mktemp("exports") / "conv")
 
 
 @pytest.fixture(scope="module")
@@ -90,16 +63,17 @@ def test_timm_alone_gives_the_figure_of_a_cosine_rule_and_names_the_classes(adap
     assert json.loads((adapted / "config.json").read_text())["label_names"] == names == ["blue", "green", "red"]
     for label, name in enumerate(names):  # timm's preprocessing and embedding
         own = by_timm(export, sorted((shots / name).iterdir()))[0]
-        np.testing.assert_allclose(kept["plain"][kept["label"] == label], own, atol=1e-5)
-    centre = np.mean([kept["mean"][kept["label"] == k].mean(0) for k in range(3)], axis=0)
-    unit = [(x - centre) / np.linalg.norm(x - centre) for x in kept["mean"]]
+        np.testing.assert_allclose(kept["view"][kept["label"] == label, 0], own, atol=1e-5)
+    mean_SD = kept["view"].mean(1)
+    centre = np.mean([mean_SD[kept["label"] == k].mean(0) for k in range(3)], axis=0)
+    unit = [(x - centre) / np.linalg.norm(x - centre) for x in mean_SD]
     centroid = [np.mean([u for u, k in zip(unit, kept["label"], strict=True) if k == own], axis=0) for own in range(3)]
     cosine = [
         [c @ (f - centre) / np.linalg.norm(c) / np.linalg.norm(f - centre) for c in centroid] for f in embedding_BD
     ]
     assert (np.argmax(cosine, 1) == logit_BK.argmax(1)).all()
     ratio = logit_BK / np.array(cosine) / np.linalg.norm(embedding_BD - centre, axis=1, keepdims=True)
-    np.testing.assert_allclose(ratio, json.loads((adapted / "adapt.json").read_text())["scale"], rtol=1e-3)
+    np.testing.assert_allclose(ratio, ratio.mean(), rtol=1e-3)
 
 
 def test_onnx_gives_the_logits_of_timm(adapted: Path, shots: Path) -> None:
@@ -111,20 +85,21 @@ def test_onnx_gives_the_logits_of_timm(adapted: Path, shots: Path) -> None:
         np.testing.assert_allclose(logit_BK, model(image_BCHW), atol=1e-4)
 
 
-def test_an_added_class_leaves_the_earlier_rows_as_they_are(adapted: Path, tmp_path: Path) -> None:
-    more = dpkd.adapt(adapted, make_shots(tmp_path / "more", {"grey": 3}), out=tmp_path / "four", onnx=False)
-    assert more.classes == ("blue", "green", "red", "grey")
-    assert more.measured.num_shots == 13
-    old, new = (safetensors.numpy.load_file(folder / "model.safetensors") for folder in (adapted, more.folder))
-    assert new["fc.weight"].shape == (4, 32)
-    for name, tensor in old.items():
-        assert new[name][: len(tensor)].tobytes() == tensor.tobytes() if tensor.ndim else new[name] == tensor
-    kept = safetensors.numpy.load_file(more.folder / "shots.safetensors")
-    unit = kept["mean"][kept["label"] == 3] - kept["centre"]
-    row = (unit / np.linalg.norm(unit, axis=1, keepdims=True)).mean(0)
-    scale = json.loads((adapted / "adapt.json").read_text())["scale"]
-    np.testing.assert_allclose(new["fc.weight"][3], scale * row / np.linalg.norm(row), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(new["fc.bias"][3], -new["fc.weight"][3] @ kept["centre"], rtol=1e-4)
+@pytest.mark.parametrize("method", ["prototypes", "logistic"])
+def test_a_class_is_added_without_the_images_of_the_others(method: str, export: Path, tmp_path: Path) -> None:
+    first, later = make_shots(tmp_path / "first", {"red": 4, "green": 3}), make_shots(tmp_path / "later", {"grey": 3})
+    shutil.copytree(first, tmp_path / "all")
+    shutil.copytree(later, tmp_path / "all", dirs_exist_ok=True)
+    start = dpkd.adapt(export, first, out=tmp_path / "two", method=method, onnx=False)
+    shutil.rmtree(first)
+    added = dpkd.adapt(start.folder, later, out=tmp_path / "three", method=method, onnx=False)
+    assert added.classes == ("green", "red", "grey")
+    assert added.measured.num_shots == 10
+    paths = sorted((tmp_path / "all").rglob("*.png"))
+    at_once = dpkd.adapt(export, tmp_path / "all", out=tmp_path / "once", method=method, onnx=False)
+    logits = [by_timm(each.folder, paths)[1][:, np.argsort(each.classes)] for each in (added, at_once)]
+    unscaled = [logit_BK / logit_BK.std() for logit_BK in logits]  # random crops and folds follow the order of images
+    assert np.corrcoef(unscaled[0].ravel(), unscaled[1].ravel())[0, 1] > 0.9
 
 
 def test_the_same_seed_gives_the_same_bits_by_every_method(export: Path, shots: Path, tmp_path: Path) -> None:
@@ -133,7 +108,7 @@ def test_the_same_seed_gives_the_same_bits_by_every_method(export: Path, shots: 
         first, again = (dpkd.adapt(export, shots, out=place, method=method, onnx=False) for place in places)
         assert first.measured == again.measured
         assert len({(each.folder / "model.safetensors").read_bytes() for each in (first, again)}) == 1
-    with pytest.raises(UserError, match=r"was made by fine_tune.*--method prototypes"):
+    with pytest.raises(UserError, match=r"was made by fine_tune.*--method prototypes or logistic"):
         dpkd.adapt(first.folder, shots, out=tmp_path / "five")
 
 
@@ -191,7 +166,7 @@ def test_a_folder_in_use_is_left_as_it_is(export: Path, shots: Path, tmp_path: P
 
 @pytest.mark.parametrize(("correct", "count"), [(0, 4), (9, 25), (25, 25), (81, 100)])
 def test_the_interval_ends_where_a_tail_of_the_binomial_has_two_and_a_half_percent(correct: int, count: int) -> None:
-    low, high = exact_interval(correct, count)
+    low, high = Measured(correct, count, scale=1).interval
 
     def at_least(least: int, share: float) -> float:
         return sum(comb(count, k) * share**k * (1 - share) ** (count - k) for k in range(least, count + 1))
@@ -202,14 +177,19 @@ def test_the_interval_ends_where_a_tail_of_the_binomial_has_two_and_a_half_perce
 
 def test_folds_are_stratified_and_no_shot_is_classified_by_itself() -> None:
     label_S = np.array([0] * 7 + [1] * 4)
-    fold_S = folds(label_S, seed=1)
-    assert fold_S is not None
-    assert fold_S.max() == 3
+    left_out_by_fold = []
+
+    def classify(learn: np.ndarray, left_out: np.ndarray) -> np.ndarray:
+        left_out_by_fold.append(left_out)
+        assert sorted([*learn, *left_out]) == list(range(11))
+        return np.stack([left_out, -left_out], axis=1)
+
+    logit_SK = out_of_fold(classify, label_S, seed=1)
+    assert len(left_out_by_fold) == 4 < MAX_FOLDS
     for label in (0, 1):
-        assert np.ptp(np.bincount(fold_S[label_S == label], minlength=4)) <= 1
-    assert folds(np.array([0, 0, 1]), seed=1) is None
-    seen = out_of_fold(lambda learn, left_out: np.isin(left_out, learn)[:, None].astype(float), fold_S)
-    assert not seen.any()
+        assert np.ptp([(label_S[left_out] == label).sum() for left_out in left_out_by_fold]) <= 1
+    np.testing.assert_array_equal(logit_SK, np.stack([np.arange(11), -np.arange(11)], axis=1))
+    assert out_of_fold(classify, np.array([0, 0, 1]), seed=1) is None
 
 
 def test_the_scale_minimises_the_log_loss_and_stays_finite() -> None:
@@ -241,8 +221,8 @@ def test_prototypes_do_not_depend_on_the_number_of_shots_of_a_class() -> None:
     x_SD = np.random.default_rng(4).normal(0, 1, (4, 6))
     many = np.concatenate([x_SD[:2], np.repeat(x_SD[2:], 5, axis=0)])
     few, uneven = (
-        balanced_prototypes(x_SD, np.array([0, 0, 1, 1])),
-        balanced_prototypes(many, np.array([0] * 2 + [1] * 10)),
+        prototypes(x_SD, np.array([0, 0, 1, 1])),
+        prototypes(many, np.array([0] * 2 + [1] * 10)),
     )
     rows, uneven_rows = (head.weight_KD / np.linalg.norm(head.weight_KD, axis=1)[:, None] for head in (few, uneven))
     np.testing.assert_allclose(rows, uneven_rows, atol=1e-12)

@@ -24,6 +24,8 @@ ROLES = {
 }
 """Usual names of splits by their use."""
 UNLABELLED = frozenset({"unlabelled", "unlabeled"})
+MAP_NAME = re.compile(rf"(.*[^/])\.((?:mask|instances|{EXPERT_PREFIX}[^./]+)\.png)", re.DOTALL)
+"""The stem and the ending of a file that belongs to an image."""
 MAX_NAMED = 10
 """Number of folders without an image in the log."""
 
@@ -41,7 +43,7 @@ def find_in_folders(source: FolderSource) -> SourceContents:
         blob = Blob(storage.join(source.path, name), size=size)
         if not is_image(name) or system_folder(name):
             ignored[ignored_as(name)] += not name.endswith("/")
-        elif match := re.fullmatch(rf"(.*[^/])\.((?:mask|instances|{EXPERT_PREFIX}[^./]+)\.png)", name, re.DOTALL):
+        elif match := MAP_NAME.fullmatch(name):
             maps.append((match[1], match[2], blob))
         else:
             images[name] = blob
