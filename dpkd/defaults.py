@@ -29,6 +29,7 @@ from dpkd.data.sources.tables import columns_of
 from dpkd.data.splits import assign, group_by_pattern
 from dpkd.errors import UserError, did_you_mean
 from dpkd.launch.settings import LauncherSettings
+from dpkd.launch.world_size import NodeResources
 from dpkd.settings import DataSettings, Settings, parse_settings
 
 COLUMNS = {
@@ -184,62 +185,59 @@ def _of_networks(
         counts[split][record.class_name] += 1
         trained += [record] if split == data.train else []
     if not trained:
-        raise UserError(
-            f"data.train={data.train!r} has no image; the splits are {', '.join(sorted(filter(None, splits)))}"
-        )
+        known = ", ".join(sorted({split for split in splits if split is not None}))
+        raise UserError(f"data.train={data.train!r} has no image; the splits are {known}")
     num_labelled = len(trained) - counts[data.train].pop(None, 0)
     found = machine(LauncherSettings())
     number, kind = (found.gpus, "GPU") if found.gpus else (found.cpus, "CPU core")
     here = f"{number} {kind}{'s' if number > 1 else ''}"
     own = teacher in (None, "auto")
-    guide: dict[str, Any] = {"name": TEACHER[found.gpus > 0]} if own else _with_weights(str(teacher))
+    guide: dict[str, Any] = {"model": {"name": TEACHER[found.gpus > 0]}} if own else _with_weights(str(teacher))
     models = [{"name": name.strip()} for name in students.split(",")] if students else [STUDENT[found.gpus > 0]]
-    samples = GPU_SAMPLES if found.gpus else CPU_SAMPLES * found.cpus
-    epochs = min(300 if found.gpus else 100, max(30 if found.gpus else 3, round(samples / len(trained))))
-    batch_size = 2 ** int(math.log2(max(2, min(256 * found.gpus or 64, len(trained) // 2))))
-    training: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "log_every": 20}
-    if 0 < num_labelled < len(trained) / 2:
-        training["labelled_share"] = 0.5  # else few batches would teach a class
-    length = Choice(training, f"for {len(trained):,} images and {here}; longer is better")
+    length = _length(len(trained), num_labelled, found, here=here)
+    names = [model["name"] for model in (guide["model"], *models)]
     choices = {
-        "data.image_size": _image_size(
-            trained, [model["name"] for model in (guide, *models)], most=224 if found.gpus else 96
-        ),
+        "data.image_size": _image_size(trained, names, most=224 if found.gpus else 96),
         "data.loader.workers": Choice(min(8, max(1, found.cpus // max(1, found.gpus) - 1)), f"for {here}"),
     }
     if own:
-        guide["pooling"] = {"kind": "figure_ground"}
+        why = f"larger than the students, for {here}; a map shows it the figure"
+        choices["teachers.teacher.model"] = Choice(guide["model"] | {"pooling": {"kind": "figure_ground"}}, why)
+        objectives = Choice(OF_TEACHER, "turned and mixed images beside the labels")
         if not num_labelled:
+            objectives = Choice(OF_UNLABELLED, "these need no label")
             choices["data.views"] = Choice({"global": {"count": 2}}, "sigreg compares two views of each image")
-        choices |= {
-            "teachers.teacher.model": Choice(guide, f"larger than the students, for {here}; a map shows it the figure"),
-            "teachers.teacher.objectives": Choice(
-                OF_TEACHER if num_labelled else OF_UNLABELLED,
-                "turned and mixed images beside the labels" if num_labelled else "needs no label",
-            ),
-            "teachers.teacher.augment": Choice({"background": {"share": 0.5}}, "figures on the ground of other images"),
-            "teachers.teacher.training": length,
-        }
+        background = Choice({"background": {"share": 0.5}}, "figures on the ground of other images")
+        parts = {"objectives": objectives, "augment": background, "training": length}
+        choices |= {f"teachers.teacher.{part}": choice for part, choice in parts.items()}
     else:
-        key, value = ("weights", guide.pop("weights")) if "weights" in guide else ("model", None)
-        choices["teachers.teacher.model"] = Choice(guide, "given; it is never trained")
-        if key == "weights":
-            choices["teachers.teacher.weights"] = Choice(value, "given")
-    objectives = [
-        *([{"kind": "supervised", "weight": 0.5}] if num_labelled else []),
-        *([{"kind": "logits", "weight": 4.0, "temperature": 2.0}] if num_labelled and own else []),
-        {"kind": "features", "weight": 2.0},
-        {"kind": "relations", "weight": 2.0},
-    ]
+        choices |= {f"teachers.teacher.{key}": Choice(value, "never trained") for key, value in guide.items()}
+    learned = [{"kind": "features", "weight": 2.0}, {"kind": "relations", "weight": 2.0}]
+    if num_labelled and own:  # a teacher that is never trained has no logits of these classes
+        learned.insert(0, {"kind": "logits", "weight": 4.0, "temperature": 2.0})
+    if num_labelled:
+        learned.insert(0, {"kind": "supervised", "weight": 0.5})
     for model in models:
         key = f"distill.students.{re.sub(r'[^A-Za-z0-9_-]+', '-', model['name'])}"
         choices[f"{key}.model"] = Choice(model, "given" if students else f"smaller than the teacher, for {here}")
-        choices[f"{key}.objectives"] = Choice(
-            objectives, "follows the teacher" + (" and the labels" if num_labelled else "")
-        )
+        choices[f"{key}.objectives"] = Choice(learned, "follows the teacher" + " and the labels" * (num_labelled > 0))
         if not num_labelled:
             choices[f"{key}.baseline"] = Choice([], "there are no labels to compare with")
     return choices | {"distill.training": length} | _of_evaluation(data, counts)
+
+
+def _length(num_images: int, num_labelled: int, resources: NodeResources, *, here: str) -> Choice:
+    """Epochs and batches: some ten minutes on CPUs, at least 30 epochs on GPUs."""
+    if resources.gpus:
+        epochs, most = min(300, max(30, round(GPU_SAMPLES / num_images))), 256
+    else:
+        epochs, most = min(100, max(3, round(CPU_SAMPLES * resources.cpus / num_images))), 64
+    ranks = max(1, resources.gpus)
+    per_rank = 2 ** int(math.log2(max(2, min(most, num_images // 2 // ranks))))
+    training: dict[str, Any] = {"epochs": epochs, "batch_size": per_rank * ranks, "log_every": 20}
+    if 0 < num_labelled < num_images / 2:
+        training["labelled_share"] = 0.5  # else few batches would teach a class
+    return Choice(training, f"for {num_images:,} images and {here}; longer is better")
 
 
 def _of_evaluation(data: DataSettings, counts: Mapping[str | None, Counter[str | None]]) -> Choices:
@@ -247,6 +245,7 @@ def _of_evaluation(data: DataSettings, counts: Mapping[str | None, Counter[str |
     if not data.evaluated_splits:
         return {}
     classes = {split: [name for name in counts[split] if name is not None] for split in data.evaluated_splits}
+    classes = {split: names for split, names in classes.items() if names}  # on the others nothing is measured
     if all({*names} <= counts[data.train].keys() for names in classes.values()):
         return {"evaluate.episodes": Choice(None, "training knows all classes: accuracy on them is measured")}
     way = min(5, *map(len, classes.values()))
@@ -272,11 +271,11 @@ def _image_size(trained: Sequence[Record], names: Sequence[str], *, most: int) -
 
 
 def _with_weights(teacher: str) -> dict[str, Any]:
-    """The settings of a model that is never trained: published weights of timm, or a file called like its model."""
+    """The settings of a teacher that is never trained: published weights of timm, or a file called like its model."""
     import timm  # noqa: PLC0415  loads torch, which other choices need not
 
     if timm.is_model(teacher):
-        return {"name": teacher, "pretrained": True}
+        return {"model": {"name": teacher, "pretrained": True}}
     path = Path(teacher).expanduser()
     if not path.is_file():
         near = did_you_mean(teacher, timm.list_models())
@@ -286,4 +285,4 @@ def _with_weights(teacher: str) -> dict[str, Any]:
             f"--teacher {teacher}: {path.stem!r} is no timm model, so its architecture is not known: call the file "
             "like its model, such as vit_small_patch14_dinov2.safetensors"
         )
-    return {"name": path.stem, "weights": str(path)}
+    return {"model": {"name": path.stem}, "weights": str(path)}

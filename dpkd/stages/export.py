@@ -31,6 +31,7 @@ from dpkd.models.settings import FigureGroundPooling, NetworkSpec
 from dpkd.report.model_card import model_card
 from dpkd.report.summary import figure_or_none
 from dpkd.stages.evaluate import read_evaluation
+from dpkd.stages.plan import stages_of
 from dpkd.stages.run import Run
 
 TIMM_TOLERANCE = 1e-5
@@ -45,7 +46,7 @@ def export(run: Run) -> None:
     """
     settings = run.settings.export
     assert settings is not None, "the stage is left out without settings"
-    unmeasured = run.settings.evaluate is None or run.folder.stages().get("evaluate", {}).get("made") == {}
+    unmeasured = not stages_of(run.settings, ["evaluate"]) or run.folder.stages().get("evaluate", {}).get("made") == {}
     evaluation = None if unmeasured else read_evaluation(run.folder)  # without a label evaluate makes no file
     for name in run.settings.distill.students:
         network = load_network(run.folder.students / name)
