@@ -32,12 +32,13 @@ def run(settings: Settings, *, stages: Sequence[str] = STAGES) -> None:
     settings = with_origin(settings, folder)
     stages = stages_of(settings, stages)
     left = plan_run(settings, folder, stages)
+    if left:
+        start_resource_tracker()
     # without pack and prepare the training workers check the networks: they load torch anyway
     if checks := bool({*left} & {*POOL_STAGES}) and not {*left} <= {*POOL_STAGES}:
         check_in_child(settings.model_dump(mode="json"), left)
     if left:
         write_provenance(folder, settings.model_dump(mode="json"))
-        start_resource_tracker()
         folder = folder.acquire()
         if checks:
             folder.first_time(CHECKED)
