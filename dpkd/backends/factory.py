@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpkd.backends.local_pool import LocalPool
+from dpkd.errors import UserError
 from dpkd.launch.forking import load_ahead
 from dpkd.launch.pool import Accelerator, Pool
 from dpkd.launch.settings import LauncherSettings
@@ -79,7 +80,8 @@ def make_accelerator(settings: LauncherSettings, *, hangs: Path) -> Accelerator 
 def make_worker_group(settings: LauncherSettings, *, sizes: Sequence[int] = (), module: str) -> WorkerGroup:
     """The training workers, the largest number among `sizes` that fits; without sizes one per GPU, or one.
 
-    `module` holds their work; on this machine their fork server starts to load it.
+    `module` holds their work; on this machine their fork server starts to load it. Raises `UserError` if this machine
+    has GPUs, but fewer than workers.
     """
     chosen = WorldSizeRange(tuple(sizes), settings.grow_after_s) if sizes else None
     if launcher_kind(settings) == "local":
@@ -89,6 +91,8 @@ def make_worker_group(settings: LauncherSettings, *, sizes: Sequence[int] = (), 
         node, num_workers = node_resources(), None
         if chosen is not None:
             num_workers = chosen.choose([node], threads=settings.threads, use_gpu=node.gpus > 0)
+            if 0 < node.gpus < num_workers:
+                raise UserError(f"launcher.workers={num_workers}, and this machine has {node.gpus} GPUs: lower it")
         return LocalWorkers(num_workers, settings, module=module)
     from dpkd.backends.ray_workers import RayWorkers  # noqa: PLC0415
 

@@ -26,7 +26,7 @@ POLL_S = 1.0
 
 @dataclass
 class LocalPool:
-    """Spawned processes on this machine, which each `map` starts and ends.
+    """Processes on this machine, which each `map` starts and ends.
 
     Each process has the variables of one of the `environments`, which no other process has at the same time. The
     watchdogs of the `order` end a process that hangs on an item or is stopped; this process ends one that has not
@@ -38,6 +38,8 @@ class LocalPool:
     environments: Sequence[Mapping[str, str]] | None = None
     order: WatchOrder | None = None
     start_timeout_s: float = START_TIMEOUT_S
+    start_method: str = "spawn"
+    """`forkserver` if one has loaded the function's modules."""
     numbers: Iterator[int] = field(default_factory=count)
     """Numbers of the workers, unique over all calls; reports of hangs have them in their names."""
 
@@ -64,7 +66,7 @@ class _LocalWorker(PoolWorker):
 
 
 class _LocalWorkers:
-    """Spawned processes, each with a pipe."""
+    """Processes, each with a pipe."""
 
     def __init__(self, pool: LocalPool, function: bytes) -> None:
         self._pool, self._function = pool, function
@@ -77,7 +79,7 @@ class _LocalWorkers:
     def start(self, num_expected: int) -> None:
         while self._environments and len(self._expected) < num_expected:
             environment, number = self._environments.pop(0), next(self._pool.numbers)
-            context = multiprocessing.get_context("spawn")
+            context: Any = multiprocessing.get_context(self._pool.start_method)
             ours, theirs = context.Pipe()
             arguments = (theirs, self._function, environment, self._pool.order, number)
             process = context.Process(target=_serve, args=arguments, name="dpkd-pool", daemon=True)

@@ -34,20 +34,23 @@ def run(settings: Settings, *, stages: Sequence[str] = STAGES, chosen: str | Non
     settings = with_origin(settings, folder)
     stages = stages_of(settings, stages)
     left = plan_run(settings, folder, stages)
+    training = [stage for stage in left if stage not in POOL_STAGES]
+    if left:
+        start_resource_tracker()
+    if training:
+        workers = make_worker_group(settings.launcher, sizes=settings.world_sizes, module=SESSION)
     # without pack and prepare the training workers check the networks: they load torch anyway
-    if checks := bool({*left} & {*POOL_STAGES}) and not {*left} <= {*POOL_STAGES}:
+    if checks := len(left) > len(training) > 0:
         check_in_child(settings.model_dump(mode="json"), left)
     if left:
         write_provenance(folder, settings.model_dump(mode="json"), chosen=chosen)
-        start_resource_tracker()
         folder = folder.acquire()
         if checks:
             folder.first_time(CHECKED)
         folder.reopen(left)  # a stage whose files are damaged is recorded as done, and workers skip those
         with attempt_at(folder, left) as supervision:
             run_pool_stages(settings, folder, left)
-            if training := [stage for stage in left if stage not in POOL_STAGES]:
-                workers = make_worker_group(settings.launcher, sizes=settings.world_sizes, module=SESSION)
+            if training:
                 argument = (settings.model_dump(mode="json"), training, folder.attempt)
                 workers.run(train_stages, argument, supervision=supervision)
     summary = write_summary(folder.path)

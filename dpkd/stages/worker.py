@@ -4,6 +4,7 @@ from collections.abc import Collection
 from typing import Any
 
 from dpkd.backends.local_pool import LocalPool
+from dpkd.launch.forking import load_ahead
 
 SESSION = "dpkd.stages.session"
 """The module with the work, which loads torch, timm and the stages."""
@@ -21,7 +22,8 @@ def train_stages(argument: tuple[dict[str, Any], list[str], int | None]) -> None
 
 def check_in_child(tree: dict[str, Any], stages: Collection[str]) -> None:
     """Checks the networks of the stages in a process of its own; raises the errors of `check_networks`."""
-    for _ in LocalPool(1).map(_check, [(tree, list(stages))]):
+    method = load_ahead("dpkd.backends.local_workers", SESSION)  # the training workers' server, if they are local
+    for _ in LocalPool(1, start_method=method).map(_check, [(tree, list(stages))]):
         pass
 
 

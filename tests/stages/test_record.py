@@ -162,3 +162,9 @@ def test_an_error_of_an_attempt_that_a_newer_one_followed_leaves_the_record_alon
     with pytest.raises(StaleAttempt):
         fail()
     assert older.is_done("teach", {})
+
+
+def test_the_first_time_of_an_attempt_comes_once_over_all_its_workers(tmp_path: Path) -> None:
+    attempt = RunFolder(tmp_path).acquire().attempt
+    assert [RunFolder(tmp_path, attempt=attempt).first_time("check") for _ in range(3)] == [True, False, False]
+    assert RunFolder(tmp_path).acquire().first_time("check")
