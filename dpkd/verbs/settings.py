@@ -86,7 +86,7 @@ def _sentences(model: type) -> dict[str, str]:
     for field, text in zip(parsed.body, parsed.body[1:], strict=False):
         match field, text:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(sentence))):
-                found[name] = " ".join(sentence.split())
+                found[name.removesuffix("_")] = " ".join(sentence.split())
     return found
 
 
