@@ -17,9 +17,9 @@ from dpkd.settings import Settings
 from dpkd.stages import STAGES
 from dpkd.stages.origin import with_origin
 from dpkd.stages.pack import check_plan, pack
-from dpkd.stages.plan import POOL_STAGES, check_dataset, dataset_url, plan_run, recorded, stages_of
+from dpkd.stages.plan import CHECKED, POOL_STAGES, check_dataset, dataset_url, plan_run, recorded, stages_of
 from dpkd.stages.prepare import prepare
-from dpkd.stages.worker import CHECKED, SESSION, check_in_child, train_stages
+from dpkd.stages.worker import SESSION, check_in_child, train_stages
 
 
 def run(settings: Settings, *, stages: Sequence[str] = STAGES) -> None:

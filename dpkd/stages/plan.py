@@ -31,6 +31,9 @@ from dpkd.stages.prepare import refuse_equal_names
 POOL_STAGES = ("pack", "prepare")
 """Stages that run in a pool; the other stages run in the training workers."""
 
+CHECKED = "networks-checked"
+"""The name of the check of all networks, which an attempt does once."""
+
 CADENCE = frozenset(
     {
         "log_every",

@@ -8,8 +8,6 @@ from dpkd.launch.forking import load_ahead
 
 SESSION = "dpkd.stages.session"
 """The module with the work, which loads torch, timm and the stages."""
-CHECKED = "networks-checked"
-"""The name of the check of all networks, which an attempt does once."""
 
 
 def train_stages(argument: tuple[dict[str, Any], list[str], int | None]) -> None:
