@@ -35,6 +35,9 @@ CHECKED = "networks-checked"
 POOL_STAGES = ("pack", "prepare")
 """Stages that run in a pool; the other stages run in the training workers."""
 
+CHECKED = "networks-checked"
+"""The name of the check of all networks, which an attempt does once."""
+
 CADENCE = frozenset(
     {
         "log_every",
