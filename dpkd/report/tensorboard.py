@@ -1,6 +1,6 @@
 """TensorBoard files of a stage: one TensorBoard run per network, so that networks share their charts.
 
-<folder>/              speed/…, goodput/…, quarantine/…, and the summary's text, once per stage
+<folder>/              speed/…, goodput/…, quarantine/…, once per stage; the summary's text, and the page HParams
 <folder>/<network>/    loss/<objective>, training/learning_rate, training/gradient_norm, few_shot/…, accuracy/…, panels
 """
 
@@ -9,11 +9,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from dpkd.io.errors import write_errors
 from dpkd.report.quarantine import Quarantine
@@ -76,6 +78,23 @@ class Board:
                 run.add_text(tag, content, step)
             else:
                 run.add_image(tag, content, step, dataformats="HWC")
+
+    def hparams(self, settings: Mapping[str, Any], figures: Mapping[str, float]) -> None:
+        """Writes the settings of a run, nested or not, and its figures to the page HParams, which compares runs."""
+        flat: dict[str, str | float | bool] = {}
+        waiting: list[tuple[str, Any]] = list(settings.items())
+        while waiting:
+            key, value = waiting.pop(0)
+            if isinstance(value, dict | list):
+                parts = value.items() if isinstance(value, dict) else enumerate(value)
+                waiting += [(f"{key}.{name}", part) for name, part in parts]
+            elif value is not None:
+                flat[key] = value
+        with self._run("") as run:
+            for summary in hparams(flat, dict(figures)):
+                run._get_file_writer().add_summary(summary)  # noqa: SLF001 (`add_hparams` makes a run of its own)
+            for name, figure in figures.items():
+                run.add_scalar(name, figure, 0)
 
     def quarantine(self, step: int, quarantine: Quarantine) -> None:
         """Writes the number of quarantined samples, in total and by stage, and a table of the first items."""

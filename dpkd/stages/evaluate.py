@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -45,7 +46,7 @@ from dpkd.models.saved import load_network
 from dpkd.models.settings import FigureGroundPooling, NetworkSpec
 from dpkd.objectives.base import teacher_of
 from dpkd.report.quarantine import Quarantine
-from dpkd.report.summary import EVALUATION_NAME, KNOWN, figure_or_none, figures_markdown
+from dpkd.report.summary import EVALUATION_NAME, KNOWN, column_words, figure_or_none, figures_markdown
 from dpkd.report.tensorboard import Board
 from dpkd.run.folder import RunFolder
 from dpkd.settings import EvaluateSettings, Settings, TeacherSettings
@@ -119,6 +120,15 @@ def evaluate(run: Run) -> None:
         run.folder.check_fence()
         board = Board(run.folder.tensorboard / "evaluate", start_step=-1)
         board.show(0, "summary", figures_markdown(report))
+        tree = run.settings.model_dump(mode="json")
+        board.show(0, "settings", f"```yaml\n{yaml.safe_dump(tree, sort_keys=False)}```")
+        exported = {
+            f"exported/{name} {split} {column_words(key)}": score["mean"]
+            for name, student in report["students"].items()
+            for split, scores in student.get("plain_pooling", student["few_shot"]).items()
+            for key, score in scores.items()
+        }
+        board.hparams(run.settings.model_dump(mode="json", exclude_defaults=True, exclude={"launcher"}), exported)
         board.quarantine(0, Quarantine(run.folder.quarantine, limit=1.0))
         board.close()
         data = (json.dumps(report, indent=1) + "\n").encode()

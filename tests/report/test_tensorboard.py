@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from dpkd.report.pictures import CELL, GAP, TITLE_HEIGHT, panel
 from dpkd.report.quarantine import Quarantine
@@ -51,6 +52,22 @@ def test_few_shot_accuracy_stands_with_its_interval_and_as_a_band(tmp_path: Path
     }
     (layout,) = events.Tensors("custom_scalars__config__")
     assert b"few_shot_ci95/val_5way_1shot_low" in layout.tensor_proto.string_val[0]
+
+
+def test_settings_and_figures_stand_on_the_page_that_compares_runs(tmp_path: Path) -> None:
+    board = Board(tmp_path)
+    settings = {"data": {"image_size": 64, "val": None}, "objectives": [{"kind": "rotation", "weight": 0.5}]}
+    board.hparams(settings, {"exported/conv val 5-shot": 0.75})
+    board.close()
+    events = read(tmp_path)
+    assert events.Scalars("exported/conv val 5-shot")[0].value == 0.75
+    started = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    content = HParamsPluginData.FromString(started).session_start_info.hparams
+    assert {name: value.number_value or value.string_value for name, value in content.items()} == {
+        "data.image_size": 64.0,
+        "objectives.0.kind": "rotation",
+        "objectives.0.weight": 0.5,
+    }
 
 
 def test_what_an_interrupted_run_wrote_beyond_its_checkpoint_is_struck_out(tmp_path: Path) -> None:
