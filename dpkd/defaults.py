@@ -194,6 +194,10 @@ def _of_networks(
     own = teacher in (None, "auto")
     guide: dict[str, Any] = {"model": {"name": TEACHER[found.gpus > 0]}} if own else _with_weights(str(teacher))
     models = [{"name": name.strip()} for name in students.split(",")] if students else [STUDENT[found.gpus > 0]]
+    if twice := [name for name, count in Counter(model["name"] for model in models).items() if count > 1]:
+        raise UserError(
+            f"--students has {twice[0]} twice: name it once, or give students of your own in a --config FILE"
+        )
     length = _length(len(trained), num_labelled, found, here=here)
     names = [model["name"] for model in (guide["model"], *models)]
     choices = {

@@ -74,9 +74,8 @@ def measure_network(network: Network) -> Cost:
         return tensor
 
     predict_s, train_s, num_images = 0.0, 0.0, NUM_IMAGES
-    for turn in range(
-        1 if on_meta else 3
-    ):  # the first chooses kernels; a small network needs more images, or its calls count
+    # the first turn chooses kernels; a small network needs more images, or its calls count
+    for turn in range(1 if on_meta else 3):
         num_images = 8 * NUM_IMAGES if turn and train_s * num_images < LONG_S else num_images
         inputs = torch.rand(num_images, 3, size, size, device=device), torch.rand(num_images, 1, 16, 16, device=device)
         began = time.perf_counter()
