@@ -71,7 +71,7 @@ def test_a_run_ends_with_its_summary_and_exports(whole: RunFolder) -> None:
 
 
 def test_few_shot_accuracy_while_training_is_in_events_and_report_as_in_tensorboard(whole: RunFolder) -> None:
-    events = [event for event in EventReader(whole.events).new() if event["kind"] == "few_shot"]
+    events = [event for event in EventReader(whole.events).new() if event["kind"] == "evaluated"]
     logged = [(each["step"], each["scores"]["5way_5shot"]["mean"]) for each in events if each["stage"] == "teach"]
     board = EventAccumulator(str(whole.tensorboard / "teach" / "teacher")).Reload()
     shown = [(event.step, pytest.approx(event.value)) for event in board.Scalars("few_shot/val_5way_5shot")]

@@ -90,8 +90,9 @@ class Training:
         process.terminate()  # does nothing if it has ended
         if process.wait() in (0, STOPPED) or stop():
             return None
-        _, error, end = log.read_text(errors="replace").strip().rpartition("\nerror: ")
-        return f"{self}: {error.strip()} {end[-2000:]}"
+        text = log.read_text(errors="replace").strip()
+        last_error = max(0, f"\n{text}".rfind("\nerror: "))
+        return f"{self}: {text[last_error:][-2000:]}"
 
     def figures(self) -> Figures:
         """The figures of the students as exported; of trainings of several lengths, of the best on the first split."""
