@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif left:
         parser.error(f"unrecognized arguments: {' '.join(left)}")
     install_stop_handlers(pretrain.interrupt)
-    return pretrain.exit_code(lambda: _act(options))
+    return pretrain.exit_code(lambda: _act(options), continues="given" in options)
 
 
 def _act(options: argparse.Namespace) -> None:

@@ -19,15 +19,18 @@ import yaml
 
 from dpkd.backends.factory import machine
 from dpkd.backends.local_pool import LocalPool
-from dpkd.config import apply_override
+from dpkd.config import apply_override, read_yaml
 from dpkd.data.image_headers import BrokenImage, read_header
+from dpkd.data.settings import Source as AnySource
 from dpkd.data.settings import TableSource
+from dpkd.data.shards import MANIFEST_NAME, MASK_EXTENSION, Dataset
 from dpkd.data.sources import find
 from dpkd.data.sources.folders import ROLES, role_of
-from dpkd.data.sources.records import Record
+from dpkd.data.sources.records import Record, SourceContents, describe_source
 from dpkd.data.sources.tables import columns_of
 from dpkd.data.splits import assign, group_by_pattern
 from dpkd.errors import UserError, did_you_mean
+from dpkd.io import storage
 from dpkd.launch.settings import LauncherSettings
 from dpkd.launch.world_size import NodeResources
 from dpkd.settings import DataSettings, Settings, parse_settings
@@ -35,7 +38,7 @@ from dpkd.settings import DataSettings, Settings, parse_settings
 COLUMNS = {
     "path_column": ("path", "file", "filename", "file_name", "filepath", "image", "image_path"),
     "label_column": ("label", "class", "class_name", "target", "category", "diagnosis"),
-    "split_column": ("split", "subset", "fold"),
+    "split_column": ("split", "subset"),
     "group_column": ("group", "patient", "patient_id", "subject", "subject_id", "case", "case_id"),
 }
 """Usual names of the columns of a table; capitals do not count."""
@@ -76,25 +79,50 @@ def chosen_settings(
     `students` are timm models; `teacher` is `auto`, a timm model with published weights, or a file of weights called
     like its model. Raises `UserError` for a source that cannot be read, and for models that are unknown.
     """
-    given: dict[str, Any] = {} if source is None else {"data": {"source": source}}
-    for override in overrides:
-        apply_override(given, override, root=Settings)
-    path = given.get("data", {}).get("source")
-    path = path.get("path") if isinstance(path, dict) else path
-    if not isinstance(path, str):
+    elsewhere = [override.removeprefix("data.source=") for override in overrides if override.startswith("data.source=")]
+    if len(paths := [*([] if source is None else [source]), *elsewhere]) > 1:
+        raise UserError(f"{' and '.join(paths)}: give one source of images")
+    if not paths:
         raise UserError("no images: give a folder or a table of them, as in `dpkd pretrain photos`, or --config FILE")
-    choices = _of_source(path)
-    data = _data(choices, overrides)
-    assert data.source is not None
-    records, _ = group_by_pattern(find(data.source, pool=LocalPool(1)).records, data.group_pattern)
-    choices |= _of_splits(records)
-    seed = int(given.get("run", {}).get("seed", 0))
-    choices |= _of_networks(records, _data(choices, overrides), seed=seed, students=students, teacher=teacher)
+    choices = _of_source(str(read_yaml(paths[0])["path"]) if paths[0].startswith("{") else paths[0])
+    source_settings = _so_far(choices, overrides).data.source
+    assert source_settings is not None
+    contents = find(source_settings, pool=LocalPool(1))
+    choices |= _of_splits(contents.records, source_settings)
+    run, data = (settings := _so_far(choices, overrides)).run, settings.data
+    _refuse_changed_images(contents, source_settings, data.shards or f"{run.from_ or run.dir}/shards")
+    records, _ = group_by_pattern(contents.records, data.group_pattern)
+    choices |= _of_networks(records, data, seed=run.seed, students=students, teacher=teacher)
     tree = _tree(choices)
     for override in overrides:
         apply_override(tree, override, root=Settings)
-    lines = _with_reasons(_tree(choices), choices)
-    return parse_settings(tree, origin="chosen settings", overrides=overrides), "\n".join(lines)
+    settings = parse_settings(tree, origin="chosen settings", overrides=overrides)
+    return settings, "\n".join(_with_reasons(_tree(_marked(choices, overrides, tree)), choices))
+
+
+def _marked(choices: Choices, overrides: Sequence[str], tree: Mapping[str, Any]) -> Choices:
+    """The choices with the values of the overrides; changes them."""
+    for key in (override.partition("=")[0] for override in overrides):
+        parts = key.split(".")
+        above = next((".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in choices), key)
+        for below in [other for other in choices if other.startswith(f"{above}.")]:
+            del choices[below]
+        value: Any = tree
+        for part in above.split("."):
+            value = value[int(part)] if isinstance(value, list) else value[part]
+        choices[above] = Choice(value, "given" if above == key else f"{key.removeprefix(above + '.')} is given")
+    return choices
+
+
+def _refuse_changed_images(contents: SourceContents, source: AnySource, shards: str) -> None:
+    """Raises `UserError` if the images were packed, and are not those of the source any more."""
+    if storage.exists(storage.join(shards, MANIFEST_NAME)):
+        packed = Dataset.open(shards).manifest.made_from.get("data.source")
+        if packed is not None and packed != (here := describe_source(source, contents.records)):
+            raise UserError(
+                f"{source.path} has changed since {shards} was packed ({packed}; now {here}): set another run.dir, or "
+                "go on with the packed images by --config and the chosen.yaml of the run"
+            )
 
 
 def _tree(choices: Choices) -> dict[str, Any]:
@@ -121,14 +149,14 @@ def _with_reasons(tree: Mapping[str, Any], choices: Choices, parents: tuple[str,
     return lines
 
 
-def _data(choices: Choices, overrides: Sequence[str]) -> DataSettings:
-    """The section `data` of the choices with its overrides."""
+def _so_far(choices: Choices, overrides: Sequence[str]) -> Settings:
+    """The settings of run and data with their overrides; the networks are not chosen yet."""
     tree = _tree(choices)
-    of_data = [override for override in overrides if override.startswith(("data.", "data="))]
-    for override in of_data:
+    early = [override for override in overrides if override.startswith(("data.", "data=", "run.", "run="))]
+    for override in early:
         apply_override(tree, override, root=Settings)
-    shell = {"data": tree["data"], "distill": {"students": {"none": {"model": "none", "objectives": []}}}}
-    return parse_settings(shell, origin="chosen settings", overrides=of_data).data
+    shell = {"distill": {"students": {"none": {"model": "none", "objectives": []}}}}
+    return parse_settings(tree | shell, origin="chosen settings", overrides=early)
 
 
 def _of_source(path: str) -> Choices:
@@ -137,16 +165,21 @@ def _of_source(path: str) -> Choices:
     choices = {"run.dir": Choice(f"runs/{name}", "named after the source")}
     if not re.search(r"\.(csv|tsv|jsonl|parquet)(\?.*)?$", path):
         return choices | {"data.source": Choice(path, "given")}
-    columns = {column.lower(): column for column in columns_of(TableSource(path=path))}
-    found = {use: columns[name] for use, names in COLUMNS.items() for name in names if name in columns}
-    return choices | {
-        "data.source.kind": Choice("table", "a row is an image"),
-        "data.source.path": Choice(path, "given"),
-        **{f"data.source.{use}": Choice(column, "by its name") for use, column in found.items()},
+    columns = {column.lower(): column for column in columns_of(TableSource(path=path)) if column}
+    found = {use: next((columns[name] for name in names if name in columns), None) for use, names in COLUMNS.items()}
+    by_name = {
+        f"data.source.{use}": Choice(column, f"by its name, among {', '.join(columns.values())}")
+        for use, column in found.items()
+        if column is not None
     }
+    return (
+        choices
+        | {"data.source.kind": Choice("table", "a row is an image"), "data.source.path": Choice(path, "given")}
+        | by_name
+    )
 
 
-def _of_splits(records: Sequence[Record]) -> Choices:
+def _of_splits(records: Sequence[Record], source: AnySource) -> Choices:
     """The splits: those of the source, or images held out by class where enough are labelled."""
     given = sorted({record.split for record in records if record.split is not None})
     if given:
@@ -161,8 +194,15 @@ def _of_splits(records: Sequence[Record]) -> Choices:
     labels = Counter(record.class_name for record in records if record.class_name is not None)
     per_class = int(median(labels.values())) if labels else 0
     count = f"{per_class} labels in the median class"
+    if len(labels) == 1:
+        raise UserError(
+            f"all labelled images are of one class, {next(iter(labels))}: add a second class, or put them into a "
+            "folder `unlabelled` to learn without labels"
+        )
     if per_class < HOLD_OUT:
-        few = f"{count} are too few to hold some out" if labels else "no image has a label"
+        few = f"{count} of {len(labels)} are too few to hold some out" if labels else "no image has a label"
+        if isinstance(source, TableSource) and source.label_column is None:
+            few = f"no column is called {', '.join(COLUMNS['label_column'])} (else data.source.label_column=NAME)"
         return {f"data.{role}": Choice(None, f"{few}: nothing is measured") for role in ("val", "test")}
     whole = " and never cut a group" if any(record.group is not None for record in records) else ""
     reason = f"{len(labels)} classes, {count}: split by class{whole}; images without a label train"
@@ -193,7 +233,8 @@ def _of_networks(
     here = f"{number} {kind}{'s' if number > 1 else ''}"
     own = teacher in (None, "auto")
     guide: dict[str, Any] = {"model": {"name": TEACHER[found.gpus > 0]}} if own else _with_weights(str(teacher))
-    models = [{"name": name.strip()} for name in students.split(",")] if students else [STUDENT[found.gpus > 0]]
+    asked = [name.strip() for name in (students or "").split(",") if name.strip()]
+    models = [{"name": name} for name in asked] or [STUDENT[found.gpus > 0]]
     if twice := [name for name, count in Counter(model["name"] for model in models).items() if count > 1]:
         raise UserError(
             f"--students has {twice[0]} twice: name it once, or give students of your own in a --config FILE"
@@ -206,6 +247,8 @@ def _of_networks(
     }
     if own:
         why = f"larger than the students, for {here}; a map shows it the figure"
+        if masks := sum(MASK_EXTENSION in record.given for record in trained):
+            why += f". {masks} masks are not used: pooling.prior=expert-mask takes them for the map"
         choices["teachers.teacher.model"] = Choice(guide["model"] | {"pooling": {"kind": "figure_ground"}}, why)
         objectives = Choice(OF_TEACHER, "turned and mixed images beside the labels")
         if not num_labelled:
@@ -223,7 +266,7 @@ def _of_networks(
         learned.insert(0, {"kind": "supervised", "weight": 0.5})
     for model in models:
         key = f"distill.students.{re.sub(r'[^A-Za-z0-9_-]+', '-', model['name'])}"
-        choices[f"{key}.model"] = Choice(model, "given" if students else f"smaller than the teacher, for {here}")
+        choices[f"{key}.model"] = Choice(model, "given" if asked else f"smaller than the teacher, for {here}")
         choices[f"{key}.objectives"] = Choice(learned, "follows the teacher" + " and the labels" * (num_labelled > 0))
         if not num_labelled:
             choices[f"{key}.baseline"] = Choice([], "there are no labels to compare with")
@@ -278,12 +321,13 @@ def _with_weights(teacher: str) -> dict[str, Any]:
     """The settings of a teacher that is never trained: published weights of timm, or a file called like its model."""
     import timm  # noqa: PLC0415  loads torch, which other choices need not
 
-    if timm.is_model(teacher):
-        return {"model": {"name": teacher, "pretrained": True}}
     path = Path(teacher).expanduser()
     if not path.is_file():
-        near = did_you_mean(teacher, timm.list_models())
-        raise UserError(f"--teacher {teacher}: neither a timm model{near} nor a file of weights")
+        with suppress(RuntimeError):  # timm has the model, and no weights by that tag
+            if timm.is_model(teacher) and timm.get_pretrained_cfg(teacher):
+                return {"model": {"name": teacher, "pretrained": True}}
+        near = did_you_mean(teacher, timm.list_models(pretrained=True))
+        raise UserError(f"--teacher {teacher}: neither a timm model with weights{near} nor a file of weights")
     if not timm.is_model(path.stem):
         raise UserError(
             f"--teacher {teacher}: {path.stem!r} is no timm model, so its architecture is not known: call the file "

@@ -7,6 +7,7 @@ Exit codes: 0 done, 2 settings, data or storage at fault, 75 stopped on request 
 """
 
 import argparse
+import os
 import signal
 import sys
 import traceback
@@ -66,8 +67,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 def settings_of(options: argparse.Namespace) -> "tuple[Settings, str | None]":
     """The settings of the arguments of `add_settings`, and the text of those that were chosen, which it prints."""
-    overrides = [text for text in options.given if "=" in text]
-    sources = [text for text in options.given if "=" not in text]
+    sources = [text for text in options.given if "=" not in text or os.path.lexists(text)]
+    overrides = [text for text in options.given if text not in sources]
     if options.config is not None:
         extra = [*sources, *(f"--{name}" for name in ("students", "teacher") if getattr(options, name) is not None)]
         if extra:
@@ -106,13 +107,16 @@ def interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def exit_code(work: Callable[[], None]) -> int:
-    """Runs `work`; prints its error as a message, and returns the exit code."""
+def exit_code(work: Callable[[], None], *, continues: bool = True) -> int:
+    """Runs `work`; prints its error as a message, and returns the exit code.
+
+    `continues` says that the same command goes on with work that was interrupted.
+    """
     try:
         work()
     except (StopRequested, KeyboardInterrupt) as stop:
         with stop_handlers(signal.SIG_IGN):  # it is stopping already
-            logger.info(f"{str(stop) or 'interrupted'}; the same command goes on from there")
+            logger.info(f"{str(stop) or 'interrupted'}{'; the same command goes on from there' if continues else ''}")
         return EXIT_STOPPED
     except (UserError, StorageError) as error:
         code, message = EXIT_USER, f"error: {error}"

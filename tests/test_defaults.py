@@ -29,8 +29,7 @@ OWN_TEACHER = ["teachers.teacher.training.epochs=1", "teachers.teacher.training.
 
 def chosen(source: Path, *overrides: str, **options: Any) -> Settings:
     settings, text = chosen_settings(str(source), overrides, **options)
-    if not overrides:
-        assert settings == Settings.model_validate(yaml.safe_load(text))
+    assert settings == Settings.model_validate(yaml.safe_load(text))  # chosen.yaml is the run's settings
     assert chosen_settings(str(source), overrides, **options) == (settings, text)  # a second call continues the run
     return settings
 
@@ -94,21 +93,22 @@ def test_what_is_given_wins_and_a_wrong_key_is_named(tmp_path: Path) -> None:
     settings = chosen(photos, "data.val=null", "run.dir=runs/mine", "data.image_size=48", students="resnet18,resnet34")
     assert (settings.data.val, settings.run.dir, settings.data.image_size) == (None, "runs/mine", 48)
     assert list(settings.distill.students) == ["resnet18", "resnet34"]
+    assert list(chosen(photos, "distill.students.a.model=resnet34").distill.students) == ["resnet10t", "a"]
+    assert list(chosen(photos, "distill.students.b=null", students="a,b").distill.students) == ["a"]
     with pytest.raises(UserError, match=r"distill.training.epoch: no such key"):
         chosen(photos, "distill.training.epoch=3")
 
 
 def test_image_sizes_are_whole_patches_of_all_networks(tmp_path: Path) -> None:
-    folder = tmp_path / "photos" / "cat"
-    folder.mkdir(parents=True)
-    for i in range(12):
-        (folder / f"{i}.jpg").write_bytes(image_bytes(i, size=(130, 90)))
+    for i in range(24):
+        (tmp_path / "photos" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / "ab"[i % 2] / f"{i}.jpg").write_bytes(image_bytes(i, size=(130, 90)))
     options = {"students": "vit_tiny_patch16_224", "teacher": "vit_small_patch14_dinov2"}
     assert chosen(tmp_path / "photos", **options).data.image_size == 112
     assert chosen(tmp_path / "photos").data.image_size == 96
 
 
-def test_a_teacher_is_a_model_or_a_file_called_like_one(tmp_path: Path) -> None:
+def test_a_teacher_is_a_model_or_a_file_called_like_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photos = make_folder(tmp_path / "photos", counts={"cat": 12, "dog": 12})
     published = chosen(photos, teacher="resnet18").teachers["teacher"]
     assert (published.model.pretrained, published.objectives) == (True, ())
@@ -118,8 +118,60 @@ def test_a_teacher_is_a_model_or_a_file_called_like_one(tmp_path: Path) -> None:
     assert (local.model.name, local.weights) == ("resnet10t", str(tmp_path / "resnet10t.safetensors"))
     with pytest.raises(UserError, match="'mine' is no timm model, so its architecture is not known"):
         chosen(photos, teacher=str(tmp_path / "mine.safetensors"))
-    with pytest.raises(UserError, match=r"--teacher resnet81: neither a timm model.* nor a file of weights"):
-        chosen(photos, teacher="resnet81")
+    for name in ("resnet81", "resnet18.foo"):
+        with pytest.raises(UserError, match=rf"--teacher {name}: neither a timm model.* nor a file of weights"):
+            chosen(photos, teacher=name)
+    monkeypatch.chdir(tmp_path)
+    assert chosen(photos, teacher="resnet10t.safetensors").teachers["teacher"].weights == "resnet10t.safetensors"
+
+
+def test_a_column_is_taken_by_the_first_of_its_names_and_others_are_named(tmp_path: Path) -> None:
+    make_folder(tmp_path, counts={"images": 60})
+    rows = [f"{i},images/{i:03d}.jpg,a{i % 3},b" for i in range(60)]
+    (tmp_path / "two.csv").write_text("\n".join(["image,filename,label,target", *rows]))
+    source = chosen(tmp_path / "two.csv").data.source
+    assert source is not None
+    assert (source.model_dump()["path_column"], source.model_dump()["label_column"]) == ("filename", "label")
+    (tmp_path / "odd.csv").write_text("\n".join(["age,path,tumour_grade,centre", *rows]))
+    _, text = chosen_settings(str(tmp_path / "odd.csv"))
+    assert "(else data.source.label_column=NAME): nothing is measured" in text
+    assert "by its name, among age, centre, path, tumour_grade" in text
+    graded = chosen(tmp_path / "odd.csv", "data.source.label_column=tumour_grade")
+    assert graded.data.val == "val"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("photo.jpg", "is a file: give a folder of images"),
+        ("photos.zip", "is a file: give a folder of images"),
+        ("gone.csv", "40 of 40 files of .* do not exist, such as .*a/0.jpg: paths are relative to the table"),
+        ("one", "all labelled images are of one class, cat: add a second class"),
+    ],
+)
+def test_a_source_that_cannot_be_trained_on_is_refused(name: str, told: str, tmp_path: Path) -> None:
+    make_folder(tmp_path / "one", counts={"cat": 12})
+    (tmp_path / "photo.jpg").write_bytes(image_bytes(0))
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    (tmp_path / "gone.csv").write_text("path,label\n" + "\n".join(f"a/{i}.jpg,{i % 2}" for i in range(40)))
+    with pytest.raises(UserError, match=told):
+        chosen(tmp_path / name)
+
+
+def test_an_equals_sign_in_a_folder_is_no_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "my=photos", counts={"cat": 12, "dog": 12})
+    assert cli.main(["plan", "--fast", "my=photos"]) == 0
+
+
+def test_images_that_changed_since_they_were_packed_are_refused(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    photos = make_folder(tmp_path / "photos", counts={"cat": 8, "dog": 8})
+    assert cli.main(["pack", "photos"]) == 0
+    assert cli.main(["plan", "--fast", "photos"]) == 0
+    (photos / "cat" / "000.jpg").rename(photos / "dog" / "moved.jpg")
+    assert cli.main(["pretrain", "photos"]) == 2
+    assert "photos has changed since runs/photos/shards was packed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

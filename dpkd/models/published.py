@@ -19,7 +19,10 @@ def fetch_weights(name: str) -> None:
 
     Raises `UserError` if there are none, and if they cannot be downloaded.
     """
-    published: Any = timm.get_pretrained_cfg(name)
+    try:
+        published: Any = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise UserError(f"timm has no weights of {name!r}: {error}") from error
     if published is None or not published.has_weights:
         raise UserError(f"timm has no published weights of {name!r}: set model.pretrained=false")
     repository = published.hf_hub_id

@@ -3,6 +3,7 @@
 They are 400 units wide, so that a telephone shows them well, and their colours differ for colour-blind readers too.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -49,7 +50,9 @@ def line_chart(lines: Mapping[str, Sequence[Point]], *, title: str, x_title: str
 
 def interval_chart(rows: Mapping[str, tuple[float, float]], *, title: str, gains: bool) -> str:
     """Means with half of their intervals by name, in percent; gains have a sign, and their 0 is marked."""
-    ends = [mean + side * half for mean, half in rows.values() for side in (-1, 1)]
+    low, high = (-math.inf, math.inf) if gains else (0.0, 100.0)  # a share ends at 0 and 100
+    spans = {name: (max(low, mean - half), min(high, mean + half)) for name, (mean, half) in rows.items()}
+    ends = [end for span in spans.values() for end in span]
     ticks, bottom = _ticks(np.array(ends + [0.0] * gains)), TOP + 2 * ROW * len(rows) + 4
 
     def x_at(value: float) -> float:
@@ -62,7 +65,7 @@ def interval_chart(rows: Mapping[str, tuple[float, float]], *, title: str, gains
         drawn.append(_text(tick, x_at(tick), bottom + 15, anchor="middle"))
     for number, (name, (mean, half)) in enumerate(rows.items()):
         y, words = TOP + 2 * ROW * number + 14, f"{mean:{'+' if gains else ''}.1f}" + (f" ± {half:.1f}" if half else "")
-        interval = f'd="M{x_at(mean - half)},{y + 9}H{x_at(mean + half)}" stroke="{COLOURS[0]}" stroke-width="2"'
+        interval = f'd="M{x_at(spans[name][0])},{y + 9}H{x_at(spans[name][1])}" stroke="{COLOURS[0]}" stroke-width="2"'
         drawn += [_text(name, 12, y), _text(words, WIDTH - 12, y, anchor="end")]
         drawn += [f"<path {interval}/>", _dot(x_at(mean), y + 9, COLOURS[0])]
     return _svg(title, drawn, height=bottom + 22)

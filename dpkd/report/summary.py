@@ -32,6 +32,10 @@ DASH = "–"
 KNOWN, MAX_INTERVAL = "known_classes", 0.05
 """The key of the accuracy on known classes, and the half of its 95 % interval above which a sentence warns."""
 KNOWN_CLASSES = "Accuracy on known classes"
+UNMEASURED = (
+    "nothing was measured, because no image of val or test has a label: `dpkd adapt EXPORT --shots FOLDER` makes a "
+    "classifier from a few labelled images and measures it, `dpkd embed` writes embeddings"
+)
 SPEEDS = ("images_per_s", "tflops", "mfu")
 
 Table = list[list[str]]
@@ -126,6 +130,8 @@ def final_words(summary: dict[str, Any]) -> str:
             lines += ["", f"{KNOWN_CLASSES}, with the network's own classifier", "", *_aligned(known)]
         notes = [*invalid(summary), *few_images(summary), *not_better(summary).values()]
         lines += ["", *notes] if notes else []
+    elif summary["exports"]:
+        lines.append(UNMEASURED)
     if summary["exports"]:
         lines += ["", "exported students (timm folder, ONNX):", *(f"  {path}" for path in summary["exports"].values())]
     if summary["quarantine"]:

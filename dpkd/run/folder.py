@@ -31,10 +31,8 @@ from dpkd.io.record import checked, read_record
 from dpkd.log import append_json
 
 _TEMPORARY = ".tmp"
-OTHER_WAYS = (
-    "Restore the old values, or set another run.dir: with run.from={} it keeps the finished stages pack, prepare and "
-    "teach. Or delete the run folder to start again."
-)
+KEEPS = "; with run.from={} it keeps the finished stages that are equal"
+"""Of another run.dir, where the images are the same."""
 
 
 class RunFolder:
@@ -209,9 +207,13 @@ class RunFolder:
                     stages_of.setdefault(f"  {key}: {was!r} on disk, {is_now!r} now", []).append(stage)
         if stages_of:
             lines = [f"{difference} ({', '.join(stages)})" for difference, stages in stages_of.items()]
+            keeps = "" if any("pack" in stages for stages in stages_of.values()) else KEEPS.format(self.path)
+            other_ways = (
+                f"Restore the old values, or set another run.dir{keeps}. Or delete the run folder to start again."
+            )
             raise UserError(
                 f"{self._stages}: stages of this run began with other settings:\n" + "\n".join(lines) + "\n"
-                f"{way_out or OTHER_WAYS.format(self.path)}"
+                f"{way_out or other_ways}"
             )
 
     @contextmanager

@@ -21,7 +21,6 @@ from dpkd.data.settings import FileSplits, Window
 from dpkd.data.shards import (
     FORMAT_VERSION,
     MANIFEST_NAME,
-    MASK_EXTENSION,
     Dataset,
     Manifest,
     ShardIndex,
@@ -29,7 +28,7 @@ from dpkd.data.shards import (
     given_name,
     index_name,
 )
-from dpkd.data.sources.records import Record, SourceContents, describe_counts, keys_of, sorted_classes
+from dpkd.data.sources.records import Record, SourceContents, describe_counts, describe_source, keys_of, sorted_classes
 from dpkd.data.sources.text import read_lines
 from dpkd.data.splits import assign, draw, group_by_pattern
 from dpkd.data.writer import Planned, ShardJob, write_shard
@@ -174,16 +173,8 @@ def plan_shards(contents: SourceContents, data: DataSettings, *, seed: int, dest
 def _made_from(records: Sequence[Record], data: DataSettings, *, seed: int) -> dict[str, str]:
     """Everything that decides the bytes of the data set, by settings key; the location of the source does not."""
     assert data.source is not None
-    described = []
-    for r in sorted(records, key=lambda record: record.name):
-        mask = r.given.get(MASK_EXTENSION)
-        num_maps = len(r.given) - (mask is not None)
-        described.append(
-            [r.name, r.image.size, r.class_name, r.split, r.group, mask and mask.size, num_maps, r.attributes]
-        )
-    digest = storage.digest(json.dumps(described, default=str).encode())
     made_from = {
-        "data.source": f"{data.source.kind}, {len(records)} samples, {digest[:16]}",
+        "data.source": describe_source(data.source, records),
         "data.splits": json.dumps(data.splits.model_dump(mode="json")),
         "data.group_pattern": str(data.group_pattern),
         "data.samples_per_shard": str(data.samples_per_shard),
@@ -203,6 +194,12 @@ def _take_place(destination: str, made_from: dict[str, str]) -> None:
         before = Dataset.open(destination).manifest.made_from
         changed = [key for key in {**before, **made_from} if before.get(key) != made_from.get(key)]
         if changed:
+            if changed == ["data.source"]:
+                changed_images = f"{before['data.source']}, and now {made_from['data.source']}"
+                raise UserError(
+                    f"the images changed since {destination} was packed ({changed_images}): choose another run.dir (or "
+                    "data.shards), or remove that folder to pack it again"
+                )
             differences = "; ".join(f"{key} was {before.get(key)} and is {made_from.get(key)}" for key in changed)
             raise UserError(
                 f"the data set at {destination} was packed from something else: {differences}. Choose another "

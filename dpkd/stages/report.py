@@ -27,6 +27,7 @@ from dpkd.report.pictures import sheet
 from dpkd.report.summary import (
     DASH,
     KNOWN,
+    UNMEASURED,
     Table,
     column_words,
     few_images,
@@ -72,6 +73,7 @@ def write_report(settings: Settings, summary: dict[str, Any]) -> None:
         "protocol": [["setting", "value"], *([key, str(value)] for key, value in summary.get("protocol", {}).items())],
         "versions": [["package", "version"], *([name, version or DASH] for name, version in versions.items())],
         "figures": {},
+        "unmeasured": UNMEASURED if summary["exports"] else "no student was evaluated in this run",
     }
     if "protocol" in summary:
         scores = {name: _exported(summary, network) for name, network in networks(summary).items()}

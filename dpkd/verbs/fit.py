@@ -29,7 +29,7 @@ class Fitted:
 def fit(
     source: Path | str,
     *,
-    students: Sequence[str] = (),
+    students: Sequence[str] | str = (),
     teacher: Path | str = "auto",
     out: Path | str | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -43,7 +43,7 @@ def fit(
     """
     given = dict(settings or {}) | ({} if out is None else {"run.dir": str(out)})
     overrides = [f"{key}={value if isinstance(value, str) else _flow(value)}" for key, value in given.items()]
-    names = ",".join(students) or None
+    names = (students if isinstance(students, str) else ",".join(students)) or None
     chosen, _ = chosen_settings(str(source), overrides, students=names, teacher=str(teacher))
     options = ["--teacher", str(teacher), *(["--students", names] if names else [])]
     command = [sys.executable, "-m", "dpkd.pretrain", f"data.source={source}", *overrides, *options]

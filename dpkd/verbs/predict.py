@@ -208,6 +208,8 @@ def _refuse(out: Place | None, suffixes: tuple[str, ...], *, top: int | None = N
         raise UserError(f"--top {top}: give a number from 1")
     if out is not None and Path(out).suffix not in suffixes:
         raise UserError(f"--out {out}: give a file that ends in {' or '.join(suffixes)}")
+    if out is not None and not os.access(Path(out).parent, os.W_OK):
+        raise UserError(f"--out {out}: its folder is missing or cannot be written to")
 
 
 def _written(table: pa.Table, out: Place | None) -> pa.Table:

@@ -34,6 +34,9 @@ def find_in_folders(source: FolderSource) -> SourceContents:
     """All images below the folder; raises `UserError` for a folder without images and for different depths."""
     if not storage.exists(source.path):
         raise UserError(f"data.source.path={source.path} does not exist: give the folder with the images")
+    if storage.is_file(source.path):
+        ways = "give a folder of images (unpack an archive first), or a table (.csv, .tsv, .jsonl, .parquet)"
+        raise UserError(f"data.source.path={source.path} is a file: {ways}")
     images: dict[str, Blob] = {}
     maps: list[tuple[str, str, Blob]] = []
     ignored: Counter[str] = Counter()

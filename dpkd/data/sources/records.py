@@ -1,6 +1,7 @@
 """The samples of a source before packing: the location of the bytes, and the labels."""
 
 import errno
+import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpkd.data.image_headers import BrokenImage
+from dpkd.data.settings import Source
+from dpkd.data.shards import MASK_EXTENSION
 from dpkd.data.sources.text import key_of
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE, read_errors
@@ -81,6 +84,19 @@ class SourceContents:
     """A description of the detected layout."""
     ignored: Mapping[str, int] = field(default_factory=dict)
     """Suffix or system folder -> number of files that belong to no sample."""
+
+
+def describe_source(source: Source, records: Sequence[Record]) -> str:
+    """Kind, number and a digest of the samples with all that decides their bytes; not where the source is."""
+    described = []
+    for r in sorted(records, key=lambda record: record.name):
+        mask = r.given.get(MASK_EXTENSION)
+        num_maps = len(r.given) - (mask is not None)
+        described.append(
+            [r.name, r.image.size, r.class_name, r.split, r.group, mask and mask.size, num_maps, r.attributes]
+        )
+    digest = storage.digest(json.dumps(described, default=str).encode())
+    return f"{source.kind}, {len(records)} samples, {digest[:16]}"
 
 
 def refuse_no_file(url: str) -> None:
