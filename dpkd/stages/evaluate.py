@@ -118,22 +118,27 @@ def evaluate(run: Run) -> None:
         for student, baseline in chosen.items():
             tables[student]["baseline"] = baseline.removeprefix("baselines.")
         run.folder.check_fence()
-        board = Board(run.folder.tensorboard / "evaluate", start_step=-1)
-        board.show(0, "summary", figures_markdown(report))
-        tree = run.settings.model_dump(mode="json")
-        board.show(0, "settings", f"```yaml\n{yaml.safe_dump(tree, sort_keys=False)}```")
-        exported = {
-            f"exported/{name} {split} {column_words(key)}": score["mean"]
-            for name, student in report["students"].items()
-            for split, scores in student.get("plain_pooling", student["few_shot"]).items()
-            for key, score in scores.items()
-        }
-        board.hparams(run.settings.model_dump(mode="json", exclude_defaults=True, exclude={"launcher"}), exported)
-        board.quarantine(0, Quarantine(run.folder.quarantine, limit=1.0))
-        board.close()
+        _show(run, report)
         data = (json.dumps(report, indent=1) + "\n").encode()
         storage.write_bytes_atomic(run.folder.path / EVALUATION_NAME, data)
     run.world.barrier()
+
+
+def _show(run: Run, report: dict[str, Any]) -> None:
+    """Writes the figures and the settings of the run to TensorBoard."""
+    board = Board(run.folder.tensorboard / "evaluate", start_step=-1)
+    board.show(0, "summary", figures_markdown(report))
+    tree = run.settings.model_dump(mode="json")
+    board.show(0, "settings", f"```yaml\n{yaml.safe_dump(tree, sort_keys=False)}```")
+    exported = {
+        f"exported/{name} {split} {column_words(key)}": score["mean"]
+        for name, student in report["students"].items()
+        for split, scores in student.get("plain_pooling", student["few_shot"]).items()
+        for key, score in scores.items()
+    }
+    board.hparams(run.settings.model_dump(mode="json", exclude_defaults=True, exclude={"launcher"}), exported)
+    board.quarantine(0, Quarantine(run.folder.quarantine, limit=1.0))
+    board.close()
 
 
 def load_networks(run: Run) -> dict[str, Network]:
