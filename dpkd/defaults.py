@@ -88,6 +88,10 @@ def chosen_settings(
     source_settings = _so_far(choices, overrides).data.source
     assert source_settings is not None
     contents = find(source_settings, pool=LocalPool(1))
+    files = [blob.url for blob in (record.image for record in contents.records) if blob.size < 0]
+    if len(missing := [file for file in files if storage.local_path(file) is not None]) > len(contents.records) / 2:
+        number = f"{len(missing)} of {len(contents.records)} files of {source_settings.path}"
+        raise UserError(f"{number} do not exist, such as {missing[0]}: paths are relative to the table")
     choices |= _of_splits(contents.records, source_settings)
     run, data = (settings := _so_far(choices, overrides)).run, settings.data
     _refuse_changed_images(contents, source_settings, data.shards or f"{run.from_ or run.dir}/shards")

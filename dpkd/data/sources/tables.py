@@ -51,12 +51,6 @@ def find_in_table(source: TableSource) -> SourceContents:
             cell = row.get(source.path_column)
             image = f" ({cell.strip()})" if isinstance(cell, str) and cell.strip() else ""
             bad.append((f"{source.path} row {number}{image}", str(error)))
-    missing = [r for r in records.values() if r.image.size < 0 and storage.local_path(r.image.url) is not None]
-    if len(missing) > len(records) / 2:
-        raise UserError(
-            f"{len(missing)} of {len(records)} files of {source.path} do not exist, such as {missing[0].image.url}: "
-            "paths are relative to the table"
-        )
     return SourceContents(records=tuple(records[name] for name in sorted(records)), bad=tuple(bad))
 
 
