@@ -298,7 +298,8 @@ def _of_evaluation(data: DataSettings, counts: Mapping[str | None, Counter[str |
     classes = {split: [name for name in counts[split] if name is not None] for split in data.evaluated_splits}
     classes = {split: names for split, names in classes.items() if names}  # on the others nothing is measured
     if all({*names} <= counts[data.train].keys() for names in classes.values()):
-        return {"evaluate.episodes": Choice(None, "training knows all classes: accuracy on them is measured")}
+        known = "training knows all classes: accuracy on them is measured"
+        return {"evaluate.episodes": Choice(None, known), "evaluate.probes": Choice(None, "by the classifier itself")}
     way = min(5, *map(len, classes.values()))
     # a twentieth may turn out to be damaged
     fewest = min(sorted(counts[split][name] for name in names)[-way] * 19 // 20 for split, names in classes.items())
