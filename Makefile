@@ -1,5 +1,5 @@
 # make quickstart   installs, draws a sample data set, and runs every stage on it
-# make test         installs what tests need, and runs them in two processes: about 9 minutes on 2 cores (JOBS=n takes n)
+# make test         installs what tests need, and runs them in two processes: about 20 minutes on 2 cores (JOBS=n takes n)
 # make nightly      the tests that take longer, and those of untrusted input with more examples: some 40 minutes
 # make chaos        processes killed, stopped and cut off from one another, over and over, with a table of it at the end: about
 #                   90 minutes on 2 cores (the sum of its parts); SEED=n repeats a run, ALL=1 takes every storage call of a

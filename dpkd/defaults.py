@@ -1,8 +1,9 @@
-"""Settings for a source of images, chosen by what stands there and by this machine, with a reason for each.
+"""Chooses settings for a source of images: from its labels, splits and image sizes, and from this machine.
 
     dpkd pretrain photos --students resnet18,vit_tiny_patch16_224 --teacher vit_small_patch14_dinov2.lvd142m
 
-The same call chooses the same settings, so that it continues its run. Every key can also be given as `key=value`.
+Each setting has a reason. The same call chooses the same settings, so that it continues its run. Every key can also be
+given as `key=value`.
 """
 
 import math
@@ -84,18 +85,20 @@ def chosen_settings(
         raise UserError(f"{' and '.join(paths)}: give one source of images")
     if not paths:
         raise UserError("no images: give a folder or a table of them, as in `dpkd pretrain photos`, or --config FILE")
-    choices = _of_source(str(read_yaml(paths[0])["path"]) if paths[0].startswith("{") else paths[0])
+    tree: Any = read_yaml(paths[0]) if paths[0].startswith("{") else {"path": paths[0]}
+    choices = _of_source(str(tree.get("path", "")))
     source_settings = _so_far(choices, overrides).data.source
-    assert source_settings is not None
+    if source_settings is None:
+        raise UserError("data={…} replaces data.source: give the keys of data one by one, such as data.image_size=64")
     contents = find(source_settings, pool=LocalPool(1))
-    files = [blob.url for blob in (record.image for record in contents.records) if blob.size < 0]
-    if len(missing := [file for file in files if storage.local_path(file) is not None]) > len(contents.records) / 2:
-        number = f"{len(missing)} of {len(contents.records)} files of {source_settings.path}"
-        raise UserError(f"{number} do not exist, such as {missing[0]}: paths are relative to the table")
+    unsized = [record.image.url for record in contents.records if record.image.size < 0]
+    if len(missing := [url for url in unsized if storage.local_path(url) is not None]) > len(contents.records) / 2:
+        where = f"such as {missing[0]}: paths are relative to the table {source_settings.path}"
+        raise UserError(f"{len(missing)} of {len(contents.records)} files do not exist, {where}")
     choices |= _of_splits(contents.records, source_settings)
     run, data = (settings := _so_far(choices, overrides)).run, settings.data
     _refuse_changed_images(contents, source_settings, data.shards or f"{run.from_ or run.dir}/shards")
-    records, _ = group_by_pattern(contents.records, data.group_pattern)
+    records = group_by_pattern(contents.records, data.group_pattern)[0]
     choices |= _of_networks(records, data, seed=run.seed, students=students, teacher=teacher)
     tree = _tree(choices)
     for override in overrides:
@@ -143,10 +146,9 @@ def _tree(choices: Choices) -> dict[str, Any]:
 def _with_reasons(tree: Mapping[str, Any], choices: Choices, parents: tuple[str, ...] = ()) -> list[str]:
     lines, indent = list[str](), "  " * len(parents)
     for key, value in tree.items():
-        path = (*parents, key)
-        if choice := choices.get(".".join(path)):
+        if choice := choices.get(".".join(path := (*parents, key))):
             flow = yaml.safe_dump({key: value}, default_flow_style=True, sort_keys=False, width=math.inf).strip()[1:-1]
-            line, comment = indent + flow, f"# {choice.reason}"
+            line, comment = indent + flow, f"# {' '.join(choice.reason.split())}"
             lines += [f"{line:<44}  {comment}"] if len(line) < 60 else [indent + comment, line]
         else:
             lines += [f"{indent}{key}:", *_with_reasons(value, choices, path)]
@@ -319,7 +321,8 @@ def _image_size(trained: Sequence[Record], names: Sequence[str], *, most: int) -
     patches = [int(found[1]) for name in names if (found := re.search(r"_patch(\d+)", name))]
     step = math.lcm(*patches) if patches else 32
     size = max(step, round(min(side, most) / step) * step)
-    return Choice(size, f"shorter sides are about {side} px" + (f", patches {step}" if patches else ""))
+    seen = f"shorter sides are about {side} px" if sides else "no image of those looked at can be read"
+    return Choice(size, seen + (f", patches {step}" if patches else ""))
 
 
 def _with_weights(teacher: str) -> dict[str, Any]:

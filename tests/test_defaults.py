@@ -145,7 +145,7 @@ def test_a_column_is_taken_by_the_first_of_its_names_and_others_are_named(tmp_pa
     [
         ("photo.jpg", "is a file: give a folder of images"),
         ("photos.zip", "is a file: give a folder of images"),
-        ("gone.csv", "40 of 40 files of .* do not exist, such as .*a/0.jpg: paths are relative to the table"),
+        ("gone.csv", "40 of 40 files do not exist, such as .*a/0.jpg: paths are relative to the table .*gone.csv"),
         ("one", "all labelled images are of one class, cat: add a second class"),
     ],
 )
@@ -181,6 +181,7 @@ def test_images_that_changed_since_they_were_packed_are_refused(tmp_path: Path, 
         (["photos", "more"], "photos more: give one folder or table of images"),
         (["--config", "a.yaml", "photos", "--teacher", "auto"], "photos --teacher: with --config, give settings as"),
         (["missing"], "missing does not exist"),
+        ([".", "data={image_size: 32}"], "data={…} replaces data.source: give the keys of data one by one"),
     ],
 )
 def test_a_call_without_images_or_with_too_many_words_is_refused(words, told, capsys, tmp_path, monkeypatch) -> None:

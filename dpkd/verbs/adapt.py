@@ -47,6 +47,8 @@ START_SCALE = 2.0
 """Of the prototypes with which the fine-tune begins."""
 NOT_KNOWN = "its accuracy is not known, because a class has one shot and none can be left out: give two or more"
 CARD_NAME, SHOTS_NAME = "adapt.json", "shots.safetensors"
+FORMAT_VERSION = 2
+"""Of both files; classes are added to folders of this version alone."""
 
 
 class Adapted(NamedTuple):
@@ -87,12 +89,7 @@ def adapt(
         raise UserError(f"--method {method}: no such method{did_you_mean(method, METHODS)} ({', '.join(METHODS)})")
     if os.path.lexists(folder):
         raise UserError(f"--out {folder} exists already and is never overwritten: remove it or choose another folder")
-    earlier = read_record(export / CARD_NAME, way_out="adapt with the shots of all classes", parse=parse_json)
-    if earlier and (method == "fine_tune" or not (export / SHOTS_NAME).is_file()):
-        raise UserError(
-            f"{export} was made by {earlier['method']}, and a fine-tune needs the images of all classes: adapt "
-            f"{earlier['export']} with them, with --method prototypes or logistic if more shall be added later"
-        )
+    earlier = _earlier(export, method)
     classes: dict[str, list[str]] = earlier.get("classes", {})
     images = _listed(shots, known=classes)
     exported = Exported(export)
@@ -105,7 +102,7 @@ def adapt(
     name, measured = max(figures.items(), key=lambda item: item[1].correct if item[1] else 0)  # on a tie the first
     network, head = _fit(exported, embedded, name, np.arange(len(embedded.label_S)), seed=seed)
     card: dict[str, Any] = {
-        "format_version": 2,
+        "format_version": FORMAT_VERSION,
         "export": earlier.get("export", str(export)),
         "method": name,
         "seed": seed,
@@ -126,6 +123,19 @@ def adapt(
     logger.info(f"{name}: {card['certainty']}")
     logger.info(f'adapted: {folder}; timm.create_model("local-dir:{folder}", pretrained=True) loads it')
     return Adapted(folder, tuple(card["classes"]), name, measured)
+
+
+def _earlier(export: Path, method: str) -> dict[str, Any]:
+    """The `adapt.json` of an adapted folder, else empty; raises `UserError` if no class can be added to it."""
+    earlier = read_record(export / CARD_NAME, way_out="adapt with the shots of all classes", parse=parse_json)
+    if earlier and earlier.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{export} was written by another version of dpkd: adapt with the shots of all classes")
+    if earlier and (method == "fine_tune" or not (export / SHOTS_NAME).is_file()):
+        raise UserError(
+            f"{export} was made by {earlier['method']}, and a fine-tune needs the images of all classes: adapt "
+            f"{earlier['export']} with them, with --method prototypes or logistic if more shall be added later"
+        )
+    return earlier
 
 
 def _listed(folder: Path, *, known: Collection[str]) -> dict[str, list[Blob]]:

@@ -226,3 +226,12 @@ def test_prototypes_do_not_depend_on_the_number_of_shots_of_a_class() -> None:
     )
     rows, uneven_rows = (head.weight_KD / np.linalg.norm(head.weight_KD, axis=1)[:, None] for head in (few, uneven))
     np.testing.assert_allclose(rows, uneven_rows, atol=1e-12)
+
+
+def test_a_folder_of_another_version_takes_no_further_class(adapted: Path, shots: Path, tmp_path: Path) -> None:
+    older = shutil.copytree(adapted, tmp_path / "older")
+    card = json.loads((older / "adapt.json").read_text())
+    (older / "adapt.json").write_text(json.dumps(card | {"format_version": 1}))
+    with pytest.raises(UserError, match="written by another version of dpkd: adapt with the shots of all classes"):
+        dpkd.adapt(older, shots, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
