@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dpkd.errors import (
     EXIT_STOPPED,
@@ -41,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=f"Runs the stages {', '.join(STAGES)}. The same command continues a stopped run.",
         epilog="Exit codes: 0 done, 2 settings or data at fault, 75 stopped on request and resumable, 1 other errors.",
     )
-    add_settings(parser)
-    add_stages(parser)
+    add_settings(parser.add_argument)
+    add_stages(parser.add_argument)
     options = parser.parse_intermixed_args(arguments)
     install_stop_handlers(interrupt)
     return exit_code(lambda: run_settings(options, stages=stage_names(options.stages)))
@@ -57,12 +57,12 @@ def run_settings(options: argparse.Namespace, *, stages: Sequence[str]) -> None:
     run(settings, stages=stages, chosen=chosen)
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
+def add_settings(add: Callable[..., Any]) -> None:
     """Adds the arguments of every command that takes settings."""
-    parser.add_argument("given", nargs="*", metavar="SOURCE | key.path=value", help="images; settings to replace")
-    parser.add_argument("--config", metavar="FILE", help="settings, YAML; without it they are chosen for SOURCE")
-    parser.add_argument("--students", metavar="A,B", help="timm models to train, without --config")
-    parser.add_argument("--teacher", metavar="MODEL", help="timm model or file of its weights, without --config")
+    add("given", nargs="*", metavar="SOURCE | key.path=value", help="images; settings to replace")
+    add("--config", metavar="FILE", help="settings, YAML; without it they are chosen for SOURCE")
+    add("--students", metavar="A,B", help="timm models to train, without --config")
+    add("--teacher", metavar="MODEL", help="timm model or file of its weights, without --config")
 
 
 def settings_of(options: argparse.Namespace) -> "tuple[Settings, str | None]":
@@ -86,9 +86,9 @@ def settings_of(options: argparse.Namespace) -> "tuple[Settings, str | None]":
     return settings, chosen
 
 
-def add_stages(parser: argparse.ArgumentParser) -> None:
+def add_stages(add: Callable[..., Any]) -> None:
     """Adds the argument of a command that runs several stages; `stage_names` reads it."""
-    parser.add_argument("--stages", metavar="A,B", help=f"only these of {','.join(STAGES)}")
+    add("--stages", metavar="A,B", help=f"only these of {','.join(STAGES)}")
 
 
 def stage_names(text: str | None) -> list[str]:

@@ -24,7 +24,7 @@ from dpkd.priors.derived import derivable
 from dpkd.settings import NetworkSettings, Settings, StudentSettings
 from dpkd.stages.export import write_timm_folder
 from dpkd.stages.networks import network_spec, untrained_spec
-from dpkd.stages.plan import teaching_stages
+from dpkd.stages.plan import first_stage
 
 CLASSES = ("a", "b")
 """Class names of the built networks: the number of classes is not known before packing."""
@@ -45,12 +45,11 @@ def check_networks(settings: Settings, stages: Collection[str]) -> dict[str, Net
         for prior in settings.prepare.chosen:
             if isinstance(prior, BatchExtractor):
                 prior.maps([grey], device="cpu")
-    stage_of = {f"teachers.{name}": stage for stage, name in teaching_stages(settings).items()}
     outputs, sizes = _asked(settings)
     teachers: dict[str, Network] = {}
     networks = {}
     for key, network in settings.networks.items():
-        due = stage_of.get(key, "distill") in stages
+        due = first_stage(settings, key) in stages
         with _named(key):
             spec = _spec(settings, network, teachers=teachers)
             built = _build(spec, network.weights if due else None, seeded=due)

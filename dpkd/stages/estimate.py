@@ -22,10 +22,9 @@ from dpkd.priors.base import BatchExtractor, ImageViews
 from dpkd.priors.catalogue.regions import Expert
 from dpkd.priors.record import store_map
 from dpkd.report.summary import count_words
-from dpkd.settings import Settings
-from dpkd.stages.baselines import baselines
+from dpkd.settings import DistillSettings, Settings
 from dpkd.stages.check_networks import MAX_PARAMETERS
-from dpkd.stages.plan import baseline_stages, teaching_stages
+from dpkd.stages.plan import training_stages
 
 NUM_IMAGES = 4
 LONG_S = 0.3
@@ -94,20 +93,17 @@ def measure_network(network: Network) -> Cost:
 def training_needs(settings: Settings, networks: Mapping[str, Network], *, num_samples: int) -> dict[str, Need]:
     """The needs of each training stage by its name; `networks` are all networks by their key in the settings."""
     costs = {key: measure_network(network) for key, network in networks.items()}
-    stages: dict[str, tuple[Learners, TrainingSettings]] = {}
-    for stage, name in teaching_stages(settings).items():
-        teacher = settings.teachers[name]
-        stages[stage] = {f"teachers.{name}": teacher.objectives}, teacher.training
     frozen = {f"teachers.{name}" for name, teacher in settings.teachers.items() if teacher.during_distill == "frozen"}
-    together = {key: network.objectives for key, network in settings.networks.items() if key not in frozen}
-    stages["distill"] = together, settings.distill.training
-    for stage, name in baseline_stages(settings).items():
-        student, baseline = baselines(settings)[name]
-        stages[stage] = {f"distill.students.{student}": baseline.objectives}, baseline.training
-    return {
-        stage: _need(settings, learners, costs, training, steps=training.num_steps(num_samples))
-        for stage, (learners, training) in stages.items()
-    }
+    needs = {}
+    for stage, (kind, name, key, part) in training_stages(settings).items():
+        if isinstance(part, DistillSettings):
+            learners = {key: each.objectives for key, each in settings.networks.items() if key not in frozen}
+        else:
+            student = name.partition(".x")[0]
+            learners = {key if kind == "teach" else f"distill.students.{student}": part.objectives}
+        steps = part.training.num_steps(num_samples)
+        needs[stage] = _need(settings, learners, costs, part.training, steps=steps)
+    return needs
 
 
 def _need(

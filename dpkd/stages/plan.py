@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpkd import __version__
 from dpkd.backends.factory import launcher_kind, machine
@@ -24,7 +24,7 @@ from dpkd.priors.store import MANIFEST_NAME as PRIORS_NAME
 from dpkd.priors.store import set_url
 from dpkd.report.summary import EVALUATION_NAME
 from dpkd.run.folder import RunFolder
-from dpkd.settings import DataSettings, Settings
+from dpkd.settings import DataSettings, DistillSettings, Settings, TeacherSettings
 from dpkd.stages import STAGES
 from dpkd.stages.baselines import baselines
 from dpkd.stages.check_data import attribute_table, check_splits, counts_of, trained_classes
@@ -35,20 +35,8 @@ CHECKED = "networks-checked"
 POOL_STAGES = ("pack", "prepare")
 """Stages that run in a pool; the other stages run in the training workers."""
 
-CHECKED = "networks-checked"
-"""The name of the check of all networks, which an attempt does once."""
-
-CADENCE = frozenset(
-    {
-        "log_every",
-        "evaluate_every",
-        "panels_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "max_skipped_steps",
-        "peak_tflops",
-    }
-)
+CADENCE = ("log_every", "evaluate_every", "panels_every", "checkpoint_every", "keep_checkpoints")
+CADENCE += ("max_skipped_steps", "peak_tflops")
 """Training settings that may change during a stage, because its weights do not depend on them."""
 
 
@@ -57,68 +45,89 @@ def dataset_url(folder: RunFolder, data: DataSettings) -> str:
     return data.shards or str(folder.path / "shards")
 
 
-def teaching_stages(settings: Settings) -> dict[str, str]:
-    """The name of the trained teacher by the name of its stage."""
-    return {"teach" if name == "teacher" else f"teach-{name}": name for name in settings.trained_teachers}
+class Trained(NamedTuple):
+    """What a training stage trains."""
+
+    kind: str
+    """`teach`, `distill` or `baselines`, as on the command line."""
+    name: str
+    """Of the teacher or the baseline."""
+    key: str
+    """The settings with its `training`; a baseline trains like its student."""
+    settings: TeacherSettings | DistillSettings
+
+
+def training_stages(settings: Settings) -> dict[str, Trained]:
+    """The training stages in order, by name."""
+    stages = {
+        "teach" if name == "teacher" else f"teach-{name}": Trained("teach", name, f"teachers.{name}", teacher)
+        for name, teacher in settings.trained_teachers.items()
+    }
+    stages["distill"] = Trained("distill", "", "distill", settings.distill)
+    return stages | {
+        f"baseline-{name}": Trained("baselines", name, "distill", baseline.settings)
+        for name, baseline in baselines(settings).items()
+    }
+
+
+def first_stage(settings: Settings, key: str) -> str:
+    """The first stage with the network of this key."""
+    return next(stage for stage, trained in training_stages(settings).items() if trained.key in (key, "distill"))
 
 
 def left_trainings(settings: Settings, left: Collection[str]) -> dict[str, TrainingSettings]:
-    """The training settings of the stages that are left, by their key; baselines train like their students."""
-    names = {f"teachers.{name}.training": stage for stage, name in teaching_stages(settings).items()}
-    return {key: training for key, training in settings.trainings.items() if names.get(key, "distill") in left}
-
-
-def baseline_stages(settings: Settings) -> dict[str, str]:
-    """The name of the baseline by the name of its stage."""
-    return {f"baseline-{name}": name for name in baselines(settings)}
+    """The training settings of the stages that are left, by their key."""
+    keys = {f"{trained.key}.training" for stage, trained in training_stages(settings).items() if stage in left}
+    return {key: training for key, training in settings.trainings.items() if key in keys}
 
 
 def stages_of(settings: Settings, names: Collection[str] = STAGES) -> list[str]:
     """The stages among `names` that the settings turn on, in order."""
-    measures = settings.evaluate is not None and settings.data.evaluated_splits
-    left_out = {"evaluate": not measures, "export": settings.export is None}
-    several = {"teach": teaching_stages(settings), "baselines": baseline_stages(settings)}
-    stages: list[str] = []
-    for name in STAGES:
-        if name in names and not left_out.get(name):
-            stages += several.get(name, [name])
-    return stages
+    is_on = {"evaluate": settings.evaluate is not None and settings.data.evaluated_splits, "export": settings.export}
+    kinds = {stage: trained.kind for stage, trained in training_stages(settings).items()}
+    every = [*POOL_STAGES, *kinds, *(stage for stage, turned_on in is_on.items() if turned_on)]
+    return [stage for stage in every if kinds.get(stage, stage) in names]
 
 
 def stage_inputs(stage: str, settings: Settings) -> dict[str, Any]:
     """The settings that a stage's results depend on, as plain values."""
     tree: dict[str, Any] = settings.model_dump(mode="json")
     data, seed, prefix = tree["data"], {"run": {"seed": settings.run.seed}}, ""
+
+    def pick(*keys: str) -> dict[str, Any]:
+        return {key: data[key] for key in keys}
+
     if stage == "pack":
-        return seed | {"data": _pick(data, "source", "splits", "group_pattern", "samples_per_shard", "window")}
+        return seed | {"data": pick("source", "splits", "group_pattern", "samples_per_shard", "window")}
     if stage == "prepare":
         return {"prepare": settings.prepare.sealed().model_dump(mode="json")}
     if stage == "export":
         return {"export": tree["export"]}
     if stage == "evaluate":
-        results = {"data": _pick(data, "train", "val", "test"), "evaluate": tree["evaluate"]}
+        results = {"data": pick("train", "val", "test"), "evaluate": tree["evaluate"]}
     else:
-        if stage == "distill":
-            part, teachers = tree["distill"], tree["teachers"]
-            for name, teacher in teachers.items():
-                untrained = () if teacher["objectives"] else ("model", "weights")
-                teachers[name] = _pick(teacher, "during_distill", *untrained)
+        trained = training_stages(settings)[stage]
+        part = trained.settings.model_dump(mode="json")
+        part["training"] = {key: value for key, value in part["training"].items() if key not in CADENCE}
+        if trained.kind == "distill":
+            kept = dict.fromkeys(settings.trained_teachers, ("during_distill",))
+            teachers = {
+                name: {key: teacher[key] for key in kept.get(name, ("during_distill", "model", "weights"))}
+                for name, teacher in tree["teachers"].items()
+            }
             if all(teacher["during_distill"] == "frozen" for teacher in teachers.values()):
                 prefix = "distill."
             results = {"distill": part, "teachers": teachers}
             for student in part["students"].values():
                 del student["baseline"]
-        elif stage in baseline_stages(settings):
-            name, prefix = baseline_stages(settings)[stage], "baselines."
-            part = baselines(settings)[name].settings.model_dump(mode="json")
-            results = {"baselines": {name: part}}
+        elif trained.kind == "baselines":
+            prefix, results = "baselines.", {"baselines": {trained.name: part}}
         else:
-            name = teaching_stages(settings)[stage]
-            part, prefix = tree["teachers"][name], f"teachers.{name}."
+            prefix, results = f"{trained.key}.", {"teachers": {trained.name: part}}
             del part["during_distill"]
-            results = {"teachers": {name: part}}
-        part["training"] = {key: value for key, value in part["training"].items() if key not in CADENCE}
-        results["data"] = _pick(data, "image_size", "map_size", "train", "labels") | _views(data, prefix, settings)
+        read = (objective.needs().views for key, objective in settings.objectives.items() if key.startswith(prefix))
+        views = {name: data["views"][name] for name in sorted({GLOBAL}.union(*read))}  # others may change
+        results["data"] = pick("image_size", "map_size", "train", "labels") | {"views": views}
     learned = [objective for key, objective in settings.objectives.items() if key.startswith(prefix)]
     table = attribute_table(settings.data)
     if table is not None and any("attributes" in objective.needs().targets for objective in learned):
@@ -131,16 +140,6 @@ def stage_inputs(stage: str, settings: Settings) -> dict[str, Any]:
     return seed | results
 
 
-def _pick(tree: dict[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: tree[key] for key in keys}
-
-
-def _views(data: dict[str, Any], prefix: str, settings: Settings) -> dict[str, Any]:
-    """The views that the objectives with this prefix read: those of other stages may change."""
-    read = (objective.needs().views for key, objective in settings.objectives.items() if key.startswith(prefix))
-    return {"views": _pick(data["views"], *sorted({GLOBAL}.union(*read)))}
-
-
 def stage_outputs(stage: str, settings: Settings) -> list[str | Path]:
     """The files of a finished stage that other stages read or users copy."""
     folder = RunFolder(settings.run.dir)
@@ -151,15 +150,12 @@ def stage_outputs(stage: str, settings: Settings) -> list[str | Path]:
         return [storage.join(set_url(shards, settings.prepare.name), PRIORS_NAME)]
     if stage == "evaluate":
         return [path for path in (folder.path / EVALUATION_NAME,) if path.exists()]  # without a label there is none
-    if stage == "distill":
-        parents = [folder.students, folder.live_teachers]
-    elif stage == "export":
-        parents = [folder.export]
-    elif stage in baseline_stages(settings):
-        return sorted((folder.baselines / baseline_stages(settings)[stage]).glob("[!.]*"))
-    else:
-        return sorted(folder.teacher(teaching_stages(settings)[stage]).glob("[!.]*"))
-    return sorted(path for parent in parents for path in parent.glob("[!.]*/[!.]*"))
+    parents = {"distill": [folder.students, folder.live_teachers], "export": [folder.export]}
+    if stage in parents:
+        return sorted(path for parent in parents[stage] for path in parent.glob("[!.]*/[!.]*"))
+    trained = training_stages(settings)[stage]
+    place = folder.teacher(trained.name) if trained.kind == "teach" else folder.baselines / trained.name
+    return sorted(place.glob("[!.]*"))
 
 
 def recorded(stage: str, folder: RunFolder, settings: Settings) -> AbstractContextManager[None]:
@@ -176,7 +172,7 @@ def left_to_do(
     Raises `UserError` with the differences if a finished or interrupted stage began with other settings, and if a
     network is damaged and its stage has no checkpoint.
     """
-    faults, trained = faults or {}, {*teaching_stages(settings), "distill", *baseline_stages(settings)}
+    faults, trained = faults or {}, training_stages(settings).keys()
     # a stage that has saved nothing, and the other stages, run again with other settings
     bound = folder.bound(trained)
     fixed = [stage for stage in stages if stage in bound or (stage == "pack" and (bound or folder.is_done(stage)))]
@@ -219,9 +215,8 @@ def refuse_missing_inputs(settings: Settings, left: Collection[str]) -> None:
         check_dataset(Dataset.open(url), settings, left)
     if "prepare" in left:
         refuse_equal_names(settings.prepare.chosen)
-    teach = {name: stage for stage, name in teaching_stages(settings).items()}
     for key, network in settings.networks.items():
-        stage = teach.get(key.removeprefix("teachers."), "distill")
+        stage = first_stage(settings, key)
         if network.weights is not None and stage in left and not storage.is_file(network.weights):
             raise UserError(f"{key}.weights={network.weights} is not a file: give a safetensors file or a state dict")
         if network.model.pretrained and stage in left:
@@ -273,17 +268,14 @@ def _describe(stage: str, settings: Settings) -> str:
         return f"{figures} on {', '.join(settings.data.evaluated_splits)}"
     if stage == "export":
         return "students as timm folders" + (" and ONNX" if settings.export and settings.export.onnx else "")
-    if stage == "distill":
-        training = settings.distill.training
+    trained = training_stages(settings)[stage]
+    part, training = trained.settings, trained.settings.training
+    if isinstance(part, DistillSettings):
         teachers = ", ".join(f"{teacher.during_distill} {name}" for name, teacher in settings.teachers.items())
-        students = ", ".join(f"{name} ({student.model.name})" for name, student in settings.distill.students.items())
+        students = ", ".join(f"{name} ({student.model.name})" for name, student in part.students.items())
         networks = f"{teachers or 'no teacher'} into {students}"
-    elif stage in baseline_stages(settings):
-        baseline = baselines(settings)[baseline_stages(settings)[stage]].settings
-        networks, training = f"{baseline.model.name} on labels alone", baseline.training
     else:
-        teacher = settings.teachers[teaching_stages(settings)[stage]]
-        networks, training = teacher.model.name, teacher.training
+        networks = part.model.name + (" on labels alone" if trained.kind == "baselines" else "")
     length = f"{training.epochs:g} epochs" if training.steps is None else f"{training.steps:,} steps"
     return f"{networks}, {length} of {training.batch_size} images"
 

@@ -15,15 +15,7 @@ from dpkd.stages.check_data import check_splits
 from dpkd.stages.check_networks import check_networks
 from dpkd.stages.evaluate import evaluate
 from dpkd.stages.export import export
-from dpkd.stages.plan import (
-    CHECKED,
-    baseline_stages,
-    check_dataset,
-    left_to_do,
-    left_trainings,
-    recorded,
-    teaching_stages,
-)
+from dpkd.stages.plan import CHECKED, left_to_do, left_trainings, recorded, training_stages
 from dpkd.stages.run import Run
 from dpkd.stages.training import distill, teach, train_baseline
 
@@ -47,15 +39,13 @@ def run_session(tree: dict[str, Any], stages: list[str], attempt: int | None) ->
 
 
 def _run_stages(run: Run, stages: list[str]) -> None:
-    settings, world = run.settings, run.world
-    teaching, alone = teaching_stages(settings), baseline_stages(settings)
+    settings, world, trained = run.settings, run.world, training_stages(run.settings)
     if settings.launcher.threads is not None:
         torch.set_num_threads(settings.launcher.threads)
     if world.rank == 0:
         engines = sorted({engine_kind(network.engine, world=world) for network in settings.networks.values()})
         workers = f"{world.size} on {world.device.type}, {torch.get_num_threads()} threads each"
         logger.info(f"  workers   {workers}, engine {' and '.join(engines)}")
-    check_dataset(run.dataset, settings, stages)
     place = f"the readable samples of {run.dataset.url}"
     check_splits(
         settings, run.dataset.manifest.classes, run.counts, place=place, trainings=left_trainings(settings, stages)
@@ -66,12 +56,12 @@ def _run_stages(run: Run, stages: list[str]) -> None:
     for stage in world.broadcast(left_to_do(run.folder, settings, stages) if world.rank == 0 else []):
         with recorded(stage, run.folder, settings) if world.rank == 0 else nullcontext():
             heartbeat(stage)
-            if stage in teaching:
-                teach(run, teaching[stage], stage=stage)
-            elif stage == "distill":
+            if stage == "distill":
                 distill(run)
-            elif stage in alone:
-                train_baseline(run, alone[stage], stage=stage)
+            elif stage in trained and trained[stage].kind == "teach":
+                teach(run, trained[stage].name, stage=stage)
+            elif stage in trained:
+                train_baseline(run, trained[stage].name, stage=stage)
             elif stage == "evaluate":
                 evaluate(run)
             elif world.rank == 0:

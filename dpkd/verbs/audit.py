@@ -13,8 +13,7 @@ from dpkd.errors import UserError
 from dpkd.io.checkpoint_store import CheckpointStore
 from dpkd.log import logger, show
 from dpkd.settings import DistillSettings, TeacherSettings, load_settings
-from dpkd.stages.baselines import baselines
-from dpkd.stages.plan import baseline_stages, teaching_stages
+from dpkd.stages.plan import training_stages
 from dpkd.stages.run import Run, training_set
 from dpkd.stages.training import sample_order
 from dpkd.train.divergence import read_skipped
@@ -24,27 +23,22 @@ NUM_NAMED = 5
 """Number of faulty steps in an error message."""
 
 
-def audit(folder: str) -> None:
+def audit(run: str) -> None:
     """Prints the contents of the sample logs of a run, one line per stage that has started.
 
     Raises `UserError` with the steps that used other samples than the order gives, or that the logs lack though a
     checkpoint or a finished stage covers them.
     """
-    path = Path(folder) / "settings.yaml"
+    path = Path(folder := run) / "settings.yaml"
     if not path.exists():
         raise UserError(f"{folder}: it has no settings.yaml; give the folder of a run")
     settings = load_settings(path, [])
     run = Run.open(settings, World(rank=0, size=1, local_rank=0, device=torch.device("cpu")))
-    parts: dict[str, TeacherSettings | DistillSettings] = {
-        stage: settings.teachers[name] for stage, name in teaching_stages(settings).items()
-    }
     table = Table("stage", "steps", "attempts", "rolled back", "skipped", "samples", "times each")
     faults: list[str] = []
-    parts["distill"] = settings.distill
-    parts |= {stage: baselines(settings)[name].settings for stage, name in baseline_stages(settings).items()}
-    for stage, part in parts.items():
+    for stage, trained in training_stages(settings).items():
         if run.folder.sample_log(stage).is_dir():
-            row, stage_faults = _audit_stage(run, stage, part)
+            row, stage_faults = _audit_stage(run, stage, trained.settings)
             table.add_row(stage, *row)
             faults += stage_faults
     if not table.rows:

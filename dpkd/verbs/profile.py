@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.profiler import profile, record_function
+from torch.profiler import profile as torch_profile
+from torch.profiler import record_function
 
 from dpkd.data.order import rank_micro_batches
 from dpkd.data.stream import load_batches
@@ -15,7 +16,7 @@ from dpkd.log import logger
 from dpkd.run.folder import RunFolder
 from dpkd.settings import Settings
 from dpkd.stages.origin import with_origin
-from dpkd.stages.plan import stages_of, teaching_stages
+from dpkd.stages.plan import training_stages
 from dpkd.stages.run import Run
 from dpkd.stages.training import distill_task, sample_order, teach_task
 from dpkd.train.loop import Plan, train_step
@@ -26,14 +27,14 @@ WARM_UP = 3
 """Steps before those that count: they start the loader, choose kernels and allocate."""
 
 
-def profile_stage(settings: Settings, stage: str | None, *, steps: int) -> None:
+def profile(settings: Settings, stage: str | None, *, steps: int) -> None:
     """Profiles the first steps of a training stage in this process, on one device; saves nothing but the trace.
 
     By default the stage is the first of the run. A step has its whole batch, in the micro-batches of the settings.
     Raises `UserError` for an unknown stage, and if an earlier stage has not run.
     """
-    teachers = teaching_stages(settings)
-    names = [name for name in stages_of(settings) if name in {*teachers, "distill"}]
+    stages = {name: trained for name, trained in training_stages(settings).items() if trained.kind != "baselines"}
+    names = list(stages)
     stage = stage or names[0]
     if stage not in names:
         raise UserError(f"--stage {stage!r}: no such stage{did_you_mean(stage, names)} (they are {', '.join(names)})")
@@ -42,7 +43,7 @@ def profile_stage(settings: Settings, stage: str | None, *, steps: int) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its own start on the screen
     settings = with_origin(settings, RunFolder(settings.run.dir))
     run = Run.open(settings, world := join())
-    task, data, owner = distill_task(run) if stage == "distill" else teach_task(run, teachers[stage])
+    task, data, owner = distill_task(run) if stage == "distill" else teach_task(run, stages[stage].name)
     training = owner.training
     plan = Plan(WARM_UP + steps, run.micro_batches(training), training.log_every, WARM_UP + steps + 1, None, None)
     batches = load_batches(
@@ -73,7 +74,7 @@ def profile_stage(settings: Settings, stage: str | None, *, steps: int) -> None:
             torch.cuda.synchronize()
 
     run_steps(range(WARM_UP))
-    with profile() as profiler:  # of the CPU, and of a GPU if there is one
+    with torch_profile() as profiler:  # of the CPU, and of a GPU if there is one
         run_steps(range(WARM_UP, plan.total_steps))
     batches.close()
     trace = run.folder.path / "profile" / f"{stage}.json.gz"

@@ -14,7 +14,15 @@ from dpkd.report.summary import markdown_table
 from dpkd.settings import Settings
 
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<", "minItems": "length ≥"}
-TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true, false", "null": "null"}
+TYPES = {
+    "integer": "whole number",
+    "number": "number",
+    "string": "text",
+    "boolean": "true, false",
+    "null": "null",
+    "array": "list",
+    "object": "mapping",
+}
 
 Schema = dict[str, Any]
 
@@ -29,7 +37,7 @@ class Setting(NamedTuple):
     purpose: str
 
 
-def show_settings(key: str | None = None, *, form: Literal["text", "markdown", "schema"] = "text") -> None:
+def settings(key: str | None = None, *, form: Literal["text", "markdown", "schema"] = "text") -> None:
     """Logs the settings of `key` and below it, or all; raises `UserError` for no such key.
 
     The form `schema` is the JSON schema of a whole settings file.
@@ -58,57 +66,36 @@ def show_settings(key: str | None = None, *, form: Literal["text", "markdown", "
 def every_setting() -> list[Setting]:
     """All settings in the order of the sections; those of a class stand where it is used first."""
     schema = settings_schema()
-    return list(_properties(schema, "", classes=schema["$defs"], first={}))
+    return list(_below({"$ref": "#/$defs/Settings"}, "", classes={"Settings": schema, **schema["$defs"]}, first={}))
 
 
 def settings_schema() -> Schema:
-    """The JSON schema of a settings file, with the sentences from the classes of settings as descriptions."""
+    """The JSON schema of a settings file; the sentences under the fields of the classes are its descriptions."""
     schema = Settings.model_json_schema()
     waiting, found = [Config], {}
     while waiting:
         waiting += (model := waiting.pop()).__subclasses__()
         found[model.__name__] = model
     for name, part in {"Settings": schema, **schema["$defs"]}.items():
-        sentences = {key: text for model in reversed(found[name].__mro__) for key, text in _sentences(model).items()}
-        for key, field in part.get("properties", {}).items():
-            if key in sentences:
-                field["description"] = sentences[key]
+        for model in reversed(found[name].__mro__):
+            if issubclass(model, Config):
+                (parsed,) = ast.parse(textwrap.dedent(inspect.getsource(model))).body
+                assert isinstance(parsed, ast.ClassDef)
+                for pair in zip(parsed.body, parsed.body[1:], strict=False):
+                    match pair:
+                        case ast.AnnAssign(target=ast.Name(id=key)), ast.Expr(value=ast.Constant(value=str(sentence))):
+                            field = part.get("properties", {}).get(key.removesuffix("_"), {})
+                            field["description"] = " ".join(sentence.split())
     return schema
 
 
-def _sentences(model: type) -> dict[str, str]:
-    """The text under each field of a class."""
-    if not issubclass(model, Config):
-        return {}
-    (parsed,) = ast.parse(textwrap.dedent(inspect.getsource(model))).body
-    assert isinstance(parsed, ast.ClassDef)
-    found = {}
-    for field, text in zip(parsed.body, parsed.body[1:], strict=False):
-        match field, text:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(sentence))):
-                found[name.removesuffix("_")] = " ".join(sentence.split())
-    return found
-
-
-def _properties(part: Schema, prefix: str, *, classes: Schema, first: dict[str, str]) -> Iterator[Setting]:
-    for name, field in part.get("properties", {}).items():
-        if name != "kind":
-            key = f"{prefix}{name}"
-            refs = [option["$ref"].rpartition("/")[2] for option in _options(field) if "$ref" in option]
-            purpose = field.get("description") or (classes[refs[0]].get("description", "") if len(refs) == 1 else "")
-            default = json.dumps(field["default"], ensure_ascii=False) if "default" in field else ""
-            default = "" if refs and field.get("default") and len(default) > 30 else default  # its own keys have them
-            yield Setting(key, _values(field), default, " ".join(purpose.split()))
-            yield from _below(field, key, classes=classes, first=first)
-
-
 def _below(field: Schema, key: str, *, classes: Schema, first: dict[str, str]) -> Iterator[Setting]:
-    """The settings of the classes in the values of a field."""
+    """The settings of the classes in the values of a field; `first` has the first key of each class."""
     options = _options(field)
     names = [option["$ref"].rpartition("/")[2] for option in options if "$ref" in option]
     for name in names:
         part = classes[name]
-        kind = part["properties"].get("kind", {}).get("const") if len(names) > 1 else None
+        kind = part.get("properties", {}).get("kind", {}).get("const") if len(names) > 1 else None
         place = key if kind is None else f"{key}{{{kind}}}"
         if name in first:
             if kind is None:
@@ -117,30 +104,36 @@ def _below(field: Schema, key: str, *, classes: Schema, first: dict[str, str]) -
         first[name] = place
         if kind is not None:
             yield Setting(place, "", "", " ".join(part.get("description", "").split()))
-        yield from _properties(part, f"{place}.", classes=classes, first=first)
+        for inner_name, inner in part.get("properties", {}).items():
+            if inner_name != "kind":
+                inner_key = f"{place}.{inner_name}" if place else inner_name
+                yield _setting(inner_key, inner, classes=classes)
+                yield from _below(inner, inner_key, classes=classes, first=first)
     for option in options:
         named = [option.get("additionalProperties"), *option.get("patternProperties", {}).values()]
-        for entry in (entry for entry in named if isinstance(entry, dict)):
-            yield from _below(entry, f"{key}.<name>", classes=classes, first=first)
-        if isinstance(option.get("items"), dict):
-            yield from _below(option["items"], f"{key}.<n>", classes=classes, first=first)
+        for entry, end in [*((entry, "<name>") for entry in named), (option.get("items"), "<n>")]:
+            if isinstance(entry, dict):
+                yield from _below(entry, f"{key}.{end}", classes=classes, first=first)
+
+
+def _setting(key: str, field: Schema, *, classes: Schema) -> Setting:
+    words, refs = [], []
+    for option in _options(field):
+        if "$ref" in option:
+            refs.append(option["$ref"].rpartition("/")[2])
+        elif "enum" in option or "const" in option:
+            words.append(" | ".join(map(str, option.get("enum", [option.get("const")]))))
+        else:
+            bounds = [f"{sign} {option[bound]}" for bound, sign in BOUNDS.items() if bound in option]
+            words.append(" ".join([TYPES.get(option.get("type", ""), ""), *bounds]))
+    default = json.dumps(field["default"], ensure_ascii=False) if "default" in field else ""
+    if refs and field.get("default") and len(default) > 30:
+        default = ""  # its own keys have them
+    purpose = field.get("description") or (classes[refs[0]].get("description", "") if len(refs) == 1 else "")
+    return Setting(key, " or ".join(filter(None, dict.fromkeys(words))), default, " ".join(purpose.split()))
 
 
 def _options(field: Schema) -> list[Schema]:
     """The alternatives of a field; a field without them is one."""
     several = field.get("anyOf") or field.get("oneOf")
     return [found for option in several for found in _options(option)] if several else [field]
-
-
-def _values(field: Schema) -> str:
-    words = []
-    for option in _options(field):
-        if "enum" in option or "const" in option:
-            words.append(" | ".join(map(str, option.get("enum", [option.get("const")]))))
-        elif "$ref" not in option:
-            kind = TYPES.get(
-                option.get("type", ""), {"array": "list", "object": "mapping"}.get(option.get("type", ""), "")
-            )
-            bounds = [f"{sign} {option[bound]}" for bound, sign in BOUNDS.items() if bound in option]
-            words.append(" ".join([kind, *bounds]))
-    return " or ".join(filter(None, dict.fromkeys(words)))

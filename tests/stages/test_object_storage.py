@@ -19,7 +19,7 @@ from dpkd.priors.store import PriorSet
 from dpkd.report.quarantine import Quarantine
 from dpkd.settings import DataSettings
 from dpkd.stages.pack import pack
-from dpkd.verbs.inspect import inspect_dataset
+from dpkd.verbs.inspect import inspect
 from tests.object_store import BUCKET, ObjectStore
 from tests.prior_cases import SerialPool, draw_images, pack_folder
 from tests.prior_cases import prepare_all as prepare_with
@@ -76,7 +76,7 @@ def test_shards_and_maps_on_s3_are_those_of_a_local_run(local, object_store, tmp
         object_store.client().put_object(Bucket=BUCKET, Key=f"images/{name}", Body=content)
     dataset = pack_and_prepare("s3://bucket/same", local, tmp_path, pool=SerialPool(), source="s3://bucket/images")
     assert object_store.objects("same/") == contents(local / "shards")
-    inspect_dataset(dataset.url)
+    inspect(dataset.url)
     here = Dataset.open(str(local / "shards"))
     maps, maps_here = (PriorSet.open(each.url, "default").split("train") for each in (dataset, here))
     for i in range(12):

@@ -28,7 +28,7 @@ from dpkd.priors.record import Record
 from dpkd.report.quarantine import Quarantine
 from dpkd.settings import PrepareSettings
 from dpkd.stages.prepare import prepare
-from dpkd.verbs.inspect import draw_samples, inspect_dataset
+from dpkd.verbs.inspect import inspect
 from tests.model_cases import attention_prior, edge_prior, save_edges, save_onnx, save_vit
 from tests.prior_cases import SerialPool, draw_images, pack_folder, prepare_all
 
@@ -349,12 +349,12 @@ def test_too_many_bad_samples_stop_the_first_pass_already(dataset, priors, tmp_p
 def test_the_set_is_inspected_and_drawn_with_its_learned_maps(dataset, priors, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     prepare_all(dataset, priors=priors, accelerator=TWO_POOLS)
-    inspect_dataset(dataset.url)
+    inspect(dataset.url)
     said = capsys.readouterr().out
     assert "has its 3 maps, each readable and of its image" in said
     assert "│ learned-attention" in said
     assert "│ learned-edges" in said
-    draw_samples(dataset.url, tmp_path / "sheet.png", set_name="default")
+    inspect(dataset.url, picture=tmp_path / "sheet.png", set_name="default")
     drawn = cv2.imread(str(tmp_path / "sheet.png"))
     assert drawn.std() > 10
     assert "4 samples with their maps" in capsys.readouterr().out

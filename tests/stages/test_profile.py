@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.profiler import profile, record_function
+from torch.profiler import profile as torch_profile
+from torch.profiler import record_function
 
 from dpkd.errors import UserError
 from dpkd.settings import Settings
 from dpkd.stages.run import Run
-from dpkd.verbs.profile import parts, profile_stage
+from dpkd.verbs.profile import parts, profile
 
 
 def settings_in(folder: Path, run: Run, *, steps: int = 6) -> Settings:
@@ -33,7 +34,7 @@ def test_every_part_of_a_step_is_in_the_table_and_the_run_stays_as_it_is(
     folder = tmp_path / "run"
     shutil.copytree(untrained_run.folder.path, folder)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    profile_stage(settings_in(folder, untrained_run), "distill", steps=4)
+    profile(settings_in(folder, untrained_run), "distill", steps=4)
     lines = capsys.readouterr().out.splitlines()
     names = {line[2:42].strip() for line in lines if line.startswith("  ")}
     networks = ("student-conv", "student-vit")
@@ -53,12 +54,12 @@ def test_every_part_of_a_step_is_in_the_table_and_the_run_stays_as_it_is(
 
 def test_a_stage_that_the_run_has_not_is_refused_with_those_it_has(untrained_run: Run) -> None:
     with pytest.raises(UserError, match=r"'teech'.*teach.*they are teach, distill"):
-        profile_stage(untrained_run.settings, "teech", steps=1)
+        profile(untrained_run.settings, "teech", steps=1)
 
 
 def test_a_part_has_its_time_without_the_parts_inside_it() -> None:
     image_BCHW, kernel = torch.randn(8, 3, 64, 64), torch.randn(16, 3, 5, 5)
-    with profile() as profiled:
+    with torch_profile() as profiled:
         for _ in range(3):
             with record_function("dpkd: outer"):
                 torch.nn.functional.conv2d(image_BCHW, kernel)
