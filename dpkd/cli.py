@@ -37,7 +37,6 @@ OTHER_VERBS = {
     "settings": "show every setting with its values, its default, and what it is",
     "inspect": "show and check a data set and its priors; or draw samples",
     "audit": "check that a run used each sample in the planned order",
-    "doctor": "check that this machine has the packages and devices for training",
 }
 
 
@@ -150,7 +149,7 @@ def _add_options(verb: str, add: Callable[..., Any]) -> None:
             add("--picture", type=Path, metavar="FILE.png", help="draw samples with all their maps instead")
             add("--set", dest="set_name", default="default", metavar="NAME", help="prior set to draw from")
         case "audit":
-            add("run", metavar="RUN", help="folder of the run")
+            add("folder", metavar="RUN", help="folder of the run")
 
 
 def entry() -> NoReturn:

@@ -85,9 +85,15 @@ def chosen_settings(
         raise UserError(f"{' and '.join(paths)}: give one source of images")
     if not paths:
         raise UserError("no images: give a folder or a table of them, as in `dpkd pretrain photos`, or --config FILE")
-    tree: Any = read_yaml(paths[0]) if paths[0].startswith("{") else {"path": paths[0]}
-    choices = _of_source(str(tree.get("path", "")))
-    source_settings = _so_far(choices, overrides).data.source
+    named: Any = read_yaml(paths[0]) if paths[0].startswith("{") else {"path": paths[0]}
+    early = [override for override in overrides if override.startswith(("data.", "data=", "run.", "run="))]
+    none = {"distill.students.none": Choice({"model": "none", "objectives": []}, "the networks are not chosen yet")}
+
+    def so_far() -> Settings:
+        return parse_settings(_tree(choices | none, early), origin="chosen settings", overrides=early)
+
+    choices = _of_source(str(named.get("path", "")))
+    source_settings = so_far().data.source
     if source_settings is None:
         raise UserError("data={…} replaces data.source: give the keys of data one by one, such as data.image_size=64")
     contents = find(source_settings, pool=LocalPool(1))
@@ -96,29 +102,44 @@ def chosen_settings(
         where = f"such as {missing[0]}: paths are relative to the table {source_settings.path}"
         raise UserError(f"{len(missing)} of {len(contents.records)} files do not exist, {where}")
     choices |= _of_splits(contents.records, source_settings)
-    run, data = (settings := _so_far(choices, overrides)).run, settings.data
+    run, data = (settings := so_far()).run, settings.data
     _refuse_changed_images(contents, source_settings, data.shards or f"{run.from_ or run.dir}/shards")
     records = group_by_pattern(contents.records, data.group_pattern)[0]
     choices |= _of_networks(records, data, seed=run.seed, students=students, teacher=teacher)
-    tree = _tree(choices)
+    tree = _tree(choices, overrides)
+    settings = parse_settings(deepcopy(tree), origin="chosen settings", overrides=overrides)
+    return settings, "\n".join(_with_reasons(tree, choices, [text.partition("=")[0] for text in overrides]))
+
+
+def _tree(choices: Choices, overrides: Sequence[str]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, choice in choices.items():
+        *parents, last = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = deepcopy(choice.value)
     for override in overrides:
         apply_override(tree, override, root=Settings)
-    settings = parse_settings(tree, origin="chosen settings", overrides=overrides)
-    return settings, "\n".join(_with_reasons(_tree(_marked(choices, overrides, tree)), choices))
+    return tree
 
 
-def _marked(choices: Choices, overrides: Sequence[str], tree: Mapping[str, Any]) -> Choices:
-    """The choices with the values of the overrides; changes them."""
-    for key in (override.partition("=")[0] for override in overrides):
-        parts = key.split(".")
-        above = next((".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in choices), key)
-        for below in [other for other in choices if other.startswith(f"{above}.")]:
-            del choices[below]
-        value: Any = tree
-        for part in above.split("."):
-            value = value[int(part)] if isinstance(value, list) else value[part]
-        choices[above] = Choice(value, "given" if above == key else f"{key.removeprefix(above + '.')} is given")
-    return choices
+def _with_reasons(
+    tree: Mapping[str, Any], choices: Choices, given: Sequence[str], parents: tuple[str, ...] = ()
+) -> list[str]:
+    """The tree as YAML, with the reason for each choice, or what of it is `given` by overrides of these keys."""
+    lines, indent = list[str](), "  " * len(parents)
+    for name, value in tree.items():
+        key = ".".join(path := (*parents, name))
+        if isinstance(value, dict) and key not in choices and key not in given:
+            lines += [f"{indent}{name}:", *_with_reasons(value, choices, given, path)]
+            continue
+        below = [other.removeprefix(f"{key}.") for other in given if other.startswith(f"{key}.")]
+        reason = f"{below[-1]} is given" if below else "given" if key in given else choices[key].reason
+        flow = yaml.safe_dump({name: value}, default_flow_style=True, sort_keys=False, width=math.inf).strip()[1:-1]
+        line, comment = indent + flow, f"# {' '.join(reason.split())}"
+        lines += [f"{line:<44}  {comment}"] if len(line) < 60 else [indent + comment, line]
+    return lines
 
 
 def _refuse_changed_images(contents: SourceContents, source: AnySource, shards: str) -> None:
@@ -130,39 +151,6 @@ def _refuse_changed_images(contents: SourceContents, source: AnySource, shards: 
                 f"{source.path} has changed since {shards} was packed ({packed}; now {here}): set another run.dir, or "
                 "go on with the packed images by --config and the chosen.yaml of the run"
             )
-
-
-def _tree(choices: Choices) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for key, choice in choices.items():
-        *parents, last = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = deepcopy(choice.value)
-    return tree
-
-
-def _with_reasons(tree: Mapping[str, Any], choices: Choices, parents: tuple[str, ...] = ()) -> list[str]:
-    lines, indent = list[str](), "  " * len(parents)
-    for key, value in tree.items():
-        if choice := choices.get(".".join(path := (*parents, key))):
-            flow = yaml.safe_dump({key: value}, default_flow_style=True, sort_keys=False, width=math.inf).strip()[1:-1]
-            line, comment = indent + flow, f"# {' '.join(choice.reason.split())}"
-            lines += [f"{line:<44}  {comment}"] if len(line) < 60 else [indent + comment, line]
-        else:
-            lines += [f"{indent}{key}:", *_with_reasons(value, choices, path)]
-    return lines
-
-
-def _so_far(choices: Choices, overrides: Sequence[str]) -> Settings:
-    """The settings of run and data with their overrides; the networks are not chosen yet."""
-    tree = _tree(choices)
-    early = [override for override in overrides if override.startswith(("data.", "data=", "run.", "run="))]
-    for override in early:
-        apply_override(tree, override, root=Settings)
-    shell = {"distill": {"students": {"none": {"model": "none", "objectives": []}}}}
-    return parse_settings(tree | shell, origin="chosen settings", overrides=early)
 
 
 def _of_source(path: str) -> Choices:

@@ -8,10 +8,10 @@ import timm
 import torch
 from torch import nn
 
-from dpkd.engine.ema import WeightAverage
 from dpkd.engine.network import in_fp32
 from dpkd.engine.optimizer import set_learning_rates
 from dpkd.engine.settings import EngineSettings, OptimizerSettings
+from dpkd.engine.slots import WeightAverage
 from dpkd.engine.torch_engine import TorchEngine
 from dpkd.engine.world import World
 from dpkd.errors import UserError

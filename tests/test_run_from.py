@@ -11,8 +11,7 @@ import pytest
 from dpkd.errors import UserError
 from dpkd.run.folder import RunFolder
 from dpkd.settings import Settings
-from dpkd.stages.origin import with_origin
-from dpkd.stages.plan import left_to_do, stages_of
+from dpkd.stages.plan import left_to_do, stages_of, with_origin
 from tests.runs import CONV, Command, settings_of, tiny
 
 

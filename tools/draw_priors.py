@@ -21,7 +21,7 @@ from dpkd.report.quarantine import Quarantine
 from dpkd.settings import DataSettings, PrepareSettings
 from dpkd.stages.pack import pack
 from dpkd.stages.prepare import prepare
-from dpkd.verbs.inspect import draw_samples
+from dpkd.verbs.inspect import inspect
 
 SIZE_PX = 224
 
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
         dataset = pack(settings, shards, seed=0, pool=LocalPool(1), quarantine=quarantine, progress=lambda *_: None)
         priors = PrepareSettings(priors=(*DEFAULT_PRIORS, Hog(), Hue(), Symmetry(), Glcm()))
         prepare(dataset, priors, pool=LocalPool(1), quarantine=quarantine, progress=lambda *_: None)
-        draw_samples(shards, options.picture, set_name="default", keys=dataset.split("train").keys)
+        inspect(shards, picture=options.picture, keys=dataset.split("train").keys)
 
 
 def _write(path: Path, image_HWC: np.ndarray) -> None:

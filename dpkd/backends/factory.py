@@ -67,14 +67,14 @@ def make_accelerator(settings: LauncherSettings, *, hangs: Path) -> Accelerator 
             order=order,
             start_timeout_s=settings.start_timeout_s,
         )
-        return Accelerator(pool, device="cuda")
+        return pool, "cuda"
     from dpkd.backends.ray_cluster import connect, living_nodes  # noqa: PLC0415
     from dpkd.backends.ray_pool import RayPool  # noqa: PLC0415
 
     connect()
     if not any(node.get("GPU", 0) for node in living_nodes()):
         return None
-    return Accelerator(RayPool(gpus_per_worker=1, order=order), device="cuda")
+    return RayPool(gpus_per_worker=1, order=order), "cuda"
 
 
 def make_worker_group(settings: LauncherSettings, *, sizes: Sequence[int] = (), module: str) -> WorkerGroup:

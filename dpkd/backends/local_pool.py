@@ -94,16 +94,15 @@ class _LocalWorkers:
         with suppress(BrokenPipeError, ConnectionResetError):  # it died; reading its answer reports this
             worker.connection.send(item)
 
-    def end(self, worker: _LocalWorker) -> None:
-        worker.connection.close()
-
-    def end_all(self) -> None:
-        for worker in self._all:
-            worker.connection.close()
-            if worker.connection in self._expected:
-                worker.process.terminate()
-        for worker in self._all:
-            worker.wait_for_end()
+    def end(self, worker: _LocalWorker | None = None) -> None:
+        ended = self._all if worker is None else [worker]
+        for each in ended:
+            each.connection.close()
+            if each.connection in self._expected:
+                each.process.terminate()
+        if worker is None:
+            for each in ended:
+                each.wait_for_end()
 
     def next(self) -> _LocalWorker | None:
         if not self._ready:

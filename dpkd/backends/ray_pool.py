@@ -101,13 +101,10 @@ class _RayWorkers:
     def give(self, worker: _RayWorker, item: Any) -> None:
         self._expected[worker.actor.answer.remote(cloudpickle.dumps(item))] = worker
 
-    def end(self, worker: _RayWorker) -> None:
-        ray.kill(worker.actor)
-        self._all.remove(worker)
-
-    def end_all(self) -> None:
-        for worker in self._all:
-            ray.kill(worker.actor)
+    def end(self, worker: _RayWorker | None = None) -> None:
+        for each in list(self._all) if worker is None else [worker]:
+            ray.kill(each.actor)
+            self._all.remove(each)
 
     def next(self) -> _RayWorker | None:
         done, _ = ray.wait(list(self._expected), timeout=POLL_S)

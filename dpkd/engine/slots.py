@@ -1,4 +1,4 @@
-"""The state of a network in training, tensor by tensor, for every engine.
+"""The state of a network in training, tensor by tensor, for every engine, and the average of its weights.
 
 A slot is one tensor of the state: whole on every rank, or in parts. All ranks read the same slots in the same order,
 because reading gathers the parts.
@@ -14,7 +14,6 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from dpkd.engine.ema import WeightAverage
 from dpkd.engine.network import in_fp32
 from dpkd.engine.optimizer import quantities, set_num_updates
 from dpkd.engine.settings import OptimizerSettings
@@ -103,6 +102,41 @@ class Replicated:
 
     def refresh(self) -> None:
         pass
+
+
+class WeightAverage:
+    """Averages tensors that change in place: `average = d * average + (1 - d) * tensor`.
+
+    `d` after `t` updates is `min(decay, (1 + t) / (10 + t))`, which limits the influence of the random first weights
+    on a short run (the `num_updates` rule of TensorFlow's ExponentialMovingAverage). Integer tensors are not averaged.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], *, decay: float) -> None:
+        self.decay = decay
+        self.num_updates = 0
+        self.followed = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+        self.average = {name: tensor.detach().clone().float() for name, tensor in self.followed.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Updates the average with the current tensors."""
+        self.num_updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        followed = [self.followed[name].float() for name in self.average]
+        torch._foreach_lerp_(list(self.average.values()), followed, 1 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Exchanges the followed tensors for their average in the body, and restores them afterwards."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for name, tensor in self.followed.items():
+            tensor.data, self.average[name] = self.average[name], tensor.data
 
 
 class TrainingState:

@@ -47,12 +47,8 @@ class Pool(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class Accelerator:
-    """A pool with one accelerator per worker, and the accelerator's name in torch."""
-
-    pool: Pool
-    device: str
+Accelerator = tuple[Pool, str]
+"""A pool with one accelerator per worker, and the accelerator's name in torch."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -81,11 +77,8 @@ class PoolWorkers(Protocol[Worker]):
     def give(self, worker: Worker, item: Any) -> None:
         """Gives an item to a free worker."""
 
-    def end(self, worker: Worker) -> None:
-        """Ends a free worker and frees its resources."""
-
-    def end_all(self) -> None:
-        """Ends all workers, busy ones too."""
+    def end(self, worker: Worker | None = None) -> None:
+        """Ends a free worker and frees its resources; without one all workers, busy ones too."""
 
     def next(self) -> Worker | None:
         """Waits about a second; returns a worker that has started, answered or died, or None."""
@@ -125,7 +118,7 @@ def map_items(
             if index is not None:
                 yield index, result_of(answer)
     finally:
-        workers.end_all()
+        workers.end()
 
 
 def _judge_death(worker: PoolWorker, num_deaths: int, *, items: Sequence[Any], order: WatchOrder | None) -> None:

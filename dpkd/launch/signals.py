@@ -45,9 +45,3 @@ def block_stop_signals() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def start_resource_tracker() -> None:
-    """Starts Python's resource tracker, if it is not running; a signal to the whole process group does not end it."""
-    with block_stop_signals():
-        pass

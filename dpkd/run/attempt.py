@@ -5,7 +5,7 @@ import platform
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -35,23 +35,15 @@ def write_provenance(folder: RunFolder, settings: dict[str, Any], *, chosen: str
         storage.write_bytes_atomic(folder.path / "chosen.yaml", chosen.encode())
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     storage.write_bytes_atomic(folder.path / "settings.yaml", text.encode())
-    commit = None
-    try:
-        describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-        commit = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        pass  # dpkd is not in a git checkout
     versions: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
-    versions |= {name: installed_version(name) for name in PACKAGES} | {"git": commit}
+    versions |= dict.fromkeys((*PACKAGES, "git"))
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    with suppress(OSError, subprocess.CalledProcessError):  # dpkd is not in a git checkout
+        describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+        versions["git"] = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     storage.write_bytes_atomic(folder.path / "versions.json", (json.dumps(versions, indent=1) + "\n").encode())
-
-
-def installed_version(package: str) -> str | None:
-    """The version of an installed package, else None."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 @contextmanager

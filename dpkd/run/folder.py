@@ -8,17 +8,14 @@ runs/<name>/attempts/attempt-0003.json    the third attempt at the run has start
 runs/<name>/attempts/0003.tmp/            its temporary folder for stages.json and exports, which are then moved
 
 A place is a path below the run folder, any other path, or a URL. A stage is not done if its files were changed.
-
-An attempt that finds a newer one starts no stage, ends no stage and writes no result. If an attempt is suspended
-between this check and its write, the write fails: the newer attempt first removes the older temporary folder.
+An attempt that finds a newer one starts no stage, ends no stage and writes no result.
 """
 
 import json
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +57,9 @@ class RunFolder:
     def acquire(self) -> "RunFolder":
         """Starts a new attempt and returns its run folder; older attempts can then write no result."""
         attempt = self._fence.acquire()
-        with write_errors(self._attempts):
-            for name in storage.list_names(self._attempts):
-                number = name.removesuffix(_TEMPORARY)
-                if number != name and int(number) <= attempt:  # a newer attempt may have started meanwhile
-                    aside = self._attempts / f"{storage.TEMPORARY_PREFIX}{uuid.uuid4().hex}"
-                    with suppress(FileNotFoundError):
-                        (self._attempts / name).rename(aside)  # one step: the older attempt may still write to it
-                    shutil.rmtree(aside, ignore_errors=True)
-            (self._attempts / f"{attempt:04d}{_TEMPORARY}").mkdir()
+        for older in self._attempts.glob(f"*{_TEMPORARY}"):
+            if int(older.stem) < attempt:
+                shutil.rmtree(older, ignore_errors=True)
         acquired = RunFolder(self.path, checkpoints=self._checkpoints, attempt=attempt)
         acquired._keep(self._borrowed)
         return acquired
@@ -77,15 +68,6 @@ class RunFolder:
         """Raises `StaleAttempt` if a newer attempt than this one has started."""
         if self.attempt is not None:
             self._fence.check(self.attempt)
-
-    def first_time(self, name: str) -> bool:
-        """Whether this is the first call with this name in this attempt, over all restarts of its workers."""
-        with suppress(FileNotFoundError):  # a newer attempt has begun, or a reader has none
-            try:
-                (self._attempts / f"{self.attempt or 0:04d}{_TEMPORARY}" / name).touch(exist_ok=False)
-            except FileExistsError:
-                return False
-        return True
 
     @contextmanager
     def scratch(self, name: str) -> Iterator[Path]:
@@ -97,7 +79,7 @@ class RunFolder:
         shutil.rmtree(folder, ignore_errors=True)  # a killed worker may have left it
         try:
             with write_errors(folder):
-                folder.mkdir(parents=self.attempt is None)
+                folder.mkdir(parents=True)
             yield folder
         except Exception:
             self.check_fence()
@@ -265,6 +247,8 @@ class RunFolder:
         data = checked(self.stages() | stages)
         with self.scratch("record") as folder, write_errors(self._stages):
             (folder / self._stages.name).write_bytes(data)
+            storage.sync(folder / self._stages.name)  # slow storage may take long: a newer attempt may have started
+            self.check_fence()
             storage.deliver(folder / self._stages.name, self._stages)
 
 

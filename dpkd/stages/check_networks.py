@@ -2,8 +2,7 @@
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import timm
@@ -46,21 +45,22 @@ def check_networks(settings: Settings, stages: Collection[str]) -> dict[str, Net
             if isinstance(prior, BatchExtractor):
                 prior.maps([grey], device="cpu")
     outputs, sizes = _asked(settings)
-    teachers: dict[str, Network] = {}
-    networks = {}
+    networks: dict[str, Network] = {}
     for key, network in settings.networks.items():
         due = first_stage(settings, key) in stages
-        with _named(key):
+        try:
+            teachers = {other.removeprefix("teachers."): each for other, each in networks.items()}
             spec = _spec(settings, network, teachers=teachers)
-            built = _build(spec, network.weights if due else None, seeded=due)
+            built = networks[key] = _build(spec, network.weights if due else None, seeded=due)
             built.extra = frozenset(outputs[key])
             if due:
                 _check(built, network, sizes=sizes[key] | {spec.image_size})
-                if settings.export is not None and isinstance(network, StudentSettings):
-                    _check_export(built)
-        networks[key] = built
-        if not isinstance(network, StudentSettings):
-            teachers[key.removeprefix("teachers.")] = built
+            is_exported = due and settings.export is not None and isinstance(network, StudentSettings)
+            if is_exported and next(built.parameters()).device.type != "meta":
+                with tempfile.TemporaryDirectory(prefix="dpkd-check-") as folder:
+                    write_timm_folder(Path(folder), built.eval())  # raises if timm does not give its outputs
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from error
     return networks
 
 
@@ -114,11 +114,11 @@ def _check(network: Network, settings: NetworkSettings, *, sizes: Collection[int
     """Runs the network on images of these sizes; raises `UserError` if it cannot, and for a stage that it lacks."""
     for number, objective in enumerate(settings.objectives):
         if isinstance(objective, Mixup) and objective.stages:
-            with (
-                _named(f"objectives.{number}"),
-                network.backbone.mixing([(0, LayerMix(objective.stages, torch.empty(0), torch.empty(0)))]),
-            ):
-                pass
+            try:
+                with network.backbone.mixing([(0, LayerMix(objective.stages, torch.empty(0), torch.empty(0)))]):
+                    pass
+            except UserError as error:
+                raise UserError(f"objectives.{number}: {error}") from error
     for output in network.extra:
         network.backbone.width(output)
     device = next(network.parameters()).device
@@ -136,19 +136,3 @@ def _check(network: Network, settings: NetworkSettings, *, sizes: Collection[int
                 f"pooling ({type(error).__name__}: {cause}): set data.image_size or the view's size, choose another "
                 "model, or let a ViT take any size by model.arguments.dynamic_img_size=true"
             ) from error
-
-
-def _check_export(network: Network) -> None:
-    """Writes the network as a timm folder, if it has memory; raises `UserError` if timm does not give its outputs."""
-    if next(network.parameters()).device.type != "meta":
-        with tempfile.TemporaryDirectory(prefix="dpkd-check-") as folder:
-            write_timm_folder(Path(folder), network.eval())
-
-
-@contextmanager
-def _named(key: str) -> Iterator[None]:
-    """Puts the key before the message of a `UserError` of the body."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from error

@@ -6,7 +6,7 @@ from functools import partial
 
 from dpkd.backends.factory import make_accelerator, make_pool, make_worker_group
 from dpkd.data.shards import Dataset
-from dpkd.launch.signals import start_resource_tracker
+from dpkd.launch.signals import block_stop_signals
 from dpkd.log import Progress, duration, logger
 from dpkd.priors.base import accelerated
 from dpkd.report.quarantine import Quarantine
@@ -15,9 +15,8 @@ from dpkd.run.attempt import attempt_at, write_provenance
 from dpkd.run.folder import RunFolder
 from dpkd.settings import Settings
 from dpkd.stages import STAGES
-from dpkd.stages.origin import with_origin
 from dpkd.stages.pack import check_plan, pack
-from dpkd.stages.plan import CHECKED, POOL_STAGES, check_dataset, dataset_url, plan_run, recorded, stages_of
+from dpkd.stages.plan import POOL_STAGES, check_dataset, dataset_url, plan_run, recorded, stages_of, with_origin
 from dpkd.stages.prepare import prepare
 from dpkd.stages.report import REPORT_NAME, write_report
 from dpkd.stages.worker import SESSION, check_in_child, train_stages
@@ -36,17 +35,14 @@ def run(settings: Settings, *, stages: Sequence[str] = STAGES, chosen: str | Non
     left = plan_run(settings, folder, stages)
     training = [stage for stage in left if stage not in POOL_STAGES]
     if left:
-        start_resource_tracker()
+        with block_stop_signals():  # starts Python's resource tracker, which a signal to the group must not end
+            pass
     if training:
         workers = make_worker_group(settings.launcher, sizes=settings.world_sizes, module=SESSION)
-    # without pack and prepare the training workers check the networks: they load torch anyway
-    if checks := len(left) > len(training) > 0:
         check_in_child(settings.model_dump(mode="json"), left)
     if left:
         write_provenance(folder, settings.model_dump(mode="json"), chosen=chosen)
         folder = folder.acquire()
-        if checks:
-            folder.first_time(CHECKED)
         folder.reopen(left)  # a stage whose files are damaged is recorded as done, and workers skip those
         with attempt_at(folder, left) as supervision:
             run_pool_stages(settings, folder, left)
@@ -61,26 +57,24 @@ def run(settings: Settings, *, stages: Sequence[str] = STAGES, chosen: str | Non
 
 def run_pool_stages(settings: Settings, folder: RunFolder, left: Sequence[str]) -> None:
     """Runs those of the stages pack and prepare that are `left`."""
-    stages = [stage for stage in left if stage in POOL_STAGES]
-    if not stages:
+    if not {*left} & {*POOL_STAGES}:
         return
     data, url, hangs = settings.data, dataset_url(folder, settings.data), folder.hangs
     pool = make_pool(settings.launcher, hangs=hangs)
     quarantine = Quarantine(folder.quarantine, limit=data.bad_limit)
-    if "pack" in stages:
-        with recorded("pack", folder, settings):
-            if data.source is not None:  # else the shards exist already
-                with Progress("pack", 0) as progress:
-                    pack(
-                        data,
-                        url,
-                        seed=settings.run.seed,
-                        pool=pool,
-                        quarantine=quarantine,
-                        progress=progress.reach,
-                        check=partial(check_plan, settings=settings, left=left),
-                    )
-    if "prepare" in stages:
+    if "pack" in left:
+        # without a source the shards exist already
+        with recorded("pack", folder, settings), Progress("pack", 0, shown=data.source is not None) as progress:
+            pack(
+                data,
+                url,
+                seed=settings.run.seed,
+                pool=pool,
+                quarantine=quarantine,
+                progress=progress.reach,
+                check=partial(check_plan, settings=settings, left=left),
+            )
+    if "prepare" in left:
         with recorded("prepare", folder, settings), Progress("prepare", 0) as progress:
             dataset = Dataset.open(url)
             check_dataset(dataset, settings, left)

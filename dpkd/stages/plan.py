@@ -24,19 +24,24 @@ from dpkd.priors.store import MANIFEST_NAME as PRIORS_NAME
 from dpkd.priors.store import set_url
 from dpkd.report.summary import EVALUATION_NAME
 from dpkd.run.folder import RunFolder
-from dpkd.settings import DataSettings, DistillSettings, Settings, TeacherSettings
+from dpkd.settings import DataSettings, DistillSettings, PrepareSettings, Settings, TeacherSettings
 from dpkd.stages import STAGES
 from dpkd.stages.baselines import baselines
 from dpkd.stages.check_data import attribute_table, check_splits, counts_of, trained_classes
 from dpkd.stages.prepare import refuse_equal_names
 
-CHECKED = "networks-checked"
-"""The name of the check of all networks, which an attempt does once."""
 POOL_STAGES = ("pack", "prepare")
 """Stages that run in a pool; the other stages run in the training workers."""
 
-CADENCE = ("log_every", "evaluate_every", "panels_every", "checkpoint_every", "keep_checkpoints")
-CADENCE += ("max_skipped_steps", "peak_tflops")
+CADENCE = [
+    "log_every",
+    "evaluate_every",
+    "panels_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "max_skipped_steps",
+    "peak_tflops",
+]
 """Training settings that may change during a stage, because its weights do not depend on them."""
 
 
@@ -195,6 +200,44 @@ def left_to_do(
     ]
     trains = not trained.isdisjoint(left)
     return [stage for stage in stages if stage in left or (trains and stage in ("evaluate", "export"))]
+
+
+def with_origin(settings: Settings, folder: RunFolder) -> Settings:
+    """The settings with the images and maps of `run.from`, whose finished stages the folder borrows.
+
+    Prior maps that this run does not use may be among them. Raises `UserError` with the keys if a stage of the other
+    run has other settings, or is not done before its maps are.
+    """
+    place = settings.run.from_
+    if place is None:
+        return settings
+    own, origin = folder.stages(), RunFolder(place)
+    records = origin.stages() | own
+    for stage in POOL_STAGES:
+        if records.get(stage, {}).get("status") != "done":
+            raise UserError(
+                f"run.from={place}: its stage {stage} is not done: name a run with packed and prepared images"
+            )
+    prepared = PrepareSettings.model_validate(records["prepare"]["given"]["prepare"])
+    wanted = settings.prepare.sealed()
+    if missing := [prior.name for prior in wanted.chosen if prior not in prepared.chosen]:
+        raise UserError(
+            f"run.from={place} has no prior map {', '.join(missing)} with these settings (it has "
+            f"{', '.join(prior.name for prior in prepared.chosen) or 'none'}): use those, or leave run.from out"
+        )
+    (manifest,) = records["prepare"]["made"]
+    manifest = manifest if storage.local_path(manifest) is None else str(origin.path.absolute() / manifest)
+    shards = manifest.removesuffix(f"/priors/{prepared.name}/{PRIORS_NAME}")
+    if settings.data.shards not in (None, shards):
+        raise UserError(
+            f"data.shards={settings.data.shards} is not {shards} of run.from={place}: leave one of them out"
+        )
+    data = settings.data.model_copy(update={"shards": shards})
+    settings = settings.model_copy(update={"data": data, "prepare": prepared})
+    lacking = [stage for stage in stages_of(settings, [*POOL_STAGES, "teach"]) if stage not in own]
+    way_out = f"Take the values of run.from={place}, or leave run.from out."
+    folder.borrow(origin, {stage: stage_inputs(stage, settings) for stage in lacking}, way_out=way_out)
+    return settings
 
 
 def refuse_missing_inputs(settings: Settings, left: Collection[str]) -> None:

@@ -101,8 +101,9 @@ def prepare(
             tasks.append(_Task(Split(dataset.url, name, alone), url, priors, computed=priors))
     passes = [(pool, tasks)]
     if accelerator is not None and (first := accelerated(priors)):
-        on_accelerator = [replace(task, computed=first, device=accelerator.device) for task in tasks]
-        passes = [(accelerator.pool, on_accelerator), (pool, [replace(task, before=first) for task in tasks])]
+        first_pool, device = accelerator
+        on_accelerator = [replace(task, computed=first, device=device) for task in tasks]
+        passes = [(first_pool, on_accelerator), (pool, [replace(task, before=first) for task in tasks])]
     total, num_done = sum(task.split.num_samples for task in tasks), 0
     quarantine.begin(STAGE)
     indexes: dict[int, PriorIndex] = {}

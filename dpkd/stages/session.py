@@ -12,10 +12,9 @@ from dpkd.launch.heartbeat import SLOW, heartbeat
 from dpkd.log import logger
 from dpkd.settings import parse_settings
 from dpkd.stages.check_data import check_splits
-from dpkd.stages.check_networks import check_networks
 from dpkd.stages.evaluate import evaluate
 from dpkd.stages.export import export
-from dpkd.stages.plan import CHECKED, left_to_do, left_trainings, recorded, training_stages
+from dpkd.stages.plan import left_to_do, left_trainings, recorded, training_stages
 from dpkd.stages.run import Run
 from dpkd.stages.training import distill, teach, train_baseline
 
@@ -50,8 +49,6 @@ def _run_stages(run: Run, stages: list[str]) -> None:
     check_splits(
         settings, run.dataset.manifest.classes, run.counts, place=place, trainings=left_trainings(settings, stages)
     )
-    if world.rank == 0 and run.folder.first_time(CHECKED):
-        check_networks(settings, stages)
     # the driver has checked the files of earlier stages; `stages` are those that were not done
     for stage in world.broadcast(left_to_do(run.folder, settings, stages) if world.rank == 0 else []):
         with recorded(stage, run.folder, settings) if world.rank == 0 else nullcontext():

@@ -1,1 +1,1 @@
-"""Commands other than the run: inspect, audit, doctor."""
+"""Commands other than the run."""

@@ -23,13 +23,13 @@ NUM_NAMED = 5
 """Number of faulty steps in an error message."""
 
 
-def audit(run: str) -> None:
+def audit(folder: str) -> None:
     """Prints the contents of the sample logs of a run, one line per stage that has started.
 
     Raises `UserError` with the steps that used other samples than the order gives, or that the logs lack though a
     checkpoint or a finished stage covers them.
     """
-    path = Path(folder := run) / "settings.yaml"
+    path = Path(folder) / "settings.yaml"
     if not path.exists():
         raise UserError(f"{folder}: it has no settings.yaml; give the folder of a run")
     settings = load_settings(path, [])

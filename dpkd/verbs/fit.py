@@ -1,7 +1,6 @@
 """`dpkd.fit`: a whole run from Python, with settings that are chosen for the images."""
 
 import json
-import math
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dpkd.defaults import chosen_settings
 from dpkd.errors import EXIT_STOPPED, EXIT_USER, StopRequested, UserError
+from dpkd.stages.rows import override
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ def fit(
     cannot be used, `StopRequested` for a run that was stopped, and `RuntimeError` for one that failed.
     """
     given = dict(settings or {}) | ({} if out is None else {"run.dir": str(out)})
-    overrides = [f"{key}={value if isinstance(value, str) else _flow(value)}" for key, value in given.items()]
+    overrides = [f"{key}={value}" if isinstance(value, str) else override(key, value) for key, value in given.items()]
     names = (students if isinstance(students, str) else ",".join(students)) or None
     chosen, _ = chosen_settings(str(source), overrides, students=names, teacher=str(teacher))
     options = ["--teacher", str(teacher), *(["--students", names] if names else [])]
@@ -68,8 +66,3 @@ def fit(
     summary = json.loads((Path(chosen.run.dir) / "summary.json").read_text())
     exports = {name: Path(path) for name, path in summary["exports"].items()}
     return Fitted(Path(chosen.run.dir), exports, summary)
-
-
-def _flow(value: Any) -> str:
-    """The value as YAML in one line."""
-    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n").removesuffix("\n...")

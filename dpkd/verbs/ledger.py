@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import yaml
 
@@ -272,6 +273,13 @@ class Ledger:
         }
         storage.write_bytes_atomic(self.out / "ledger.json", (json.dumps(record, indent=1) + "\n").encode())
         storage.write_bytes_atomic(self.out / "ledger.md", ("\n".join(lines) + "\n").encode())
+
+
+def ledger(
+    settings: Settings, *, out: str | None = None, budget: str | None = None, jobs: int = 1, **options: Any
+) -> None:
+    """Does the runs of a `Ledger` with these options in the folder `out`, by default `<run.dir>-ledger`."""
+    Ledger(settings, Path(out or f"{settings.run.dir}-ledger"), **options).run(budget=budget, jobs=jobs)
 
 
 def seconds_of(budget: str | None) -> float:

@@ -6,8 +6,7 @@ from contextlib import suppress
 from dpkd.run.folder import RunFolder
 from dpkd.settings import Settings
 from dpkd.stages.check_data import counts_of
-from dpkd.stages.origin import with_origin
-from dpkd.stages.plan import dataset_url, plan_run, stages_of
+from dpkd.stages.plan import dataset_url, plan_run, stages_of, with_origin
 
 
 def plan(settings: Settings, *, fast: bool = False) -> None:

@@ -15,8 +15,7 @@ from dpkd.errors import UserError, did_you_mean
 from dpkd.log import logger
 from dpkd.run.folder import RunFolder
 from dpkd.settings import Settings
-from dpkd.stages.origin import with_origin
-from dpkd.stages.plan import training_stages
+from dpkd.stages.plan import training_stages, with_origin
 from dpkd.stages.run import Run
 from dpkd.stages.training import distill_task, sample_order, teach_task
 from dpkd.train.loop import Plan, train_step
@@ -80,17 +79,14 @@ def profile(settings: Settings, stage: str | None, *, steps: int) -> None:
     trace = run.folder.path / "profile" / f"{stage}.json.gz"
     trace.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(trace))
-    _print_parts(parts(profiler.events() or []), stage=stage, steps=steps)
-    logger.info(f"trace: {trace} (chrome://tracing or https://ui.perfetto.dev)")
-    world.leave()
-
-
-def _print_parts(found: dict[str, tuple[float, float]], *, stage: str, steps: int) -> None:
+    found = parts(profiler.events() or [])
     total_us = sum(host_us for host_us, _ in found.values())
     logger.info(f"{stage}: {total_us / steps / 1e3:.1f} ms a step, mean of {steps} steps after {WARM_UP}")
     for name, (host_us, device_us) in sorted(found.items(), key=lambda item: -item[1][0]):
         line = f"  {name:<40}{host_us / steps / 1e3:10.2f} ms{100 * host_us / total_us:7.1f} %"
         logger.info(line + (f"{device_us / steps / 1e3:10.2f} ms of kernels" if device_us else ""))
+    logger.info(f"trace: {trace} (chrome://tracing or https://ui.perfetto.dev)")
+    world.leave()
 
 
 def parts(events: Iterable[Any]) -> dict[str, tuple[float, float]]:

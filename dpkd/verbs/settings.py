@@ -77,9 +77,9 @@ def settings_schema() -> Schema:
         waiting += (model := waiting.pop()).__subclasses__()
         found[model.__name__] = model
     for name, part in {"Settings": schema, **schema["$defs"]}.items():
-        for model in reversed(found[name].__mro__):
-            if issubclass(model, Config):
-                (parsed,) = ast.parse(textwrap.dedent(inspect.getsource(model))).body
+        for base in reversed(found[name].__mro__):
+            if issubclass(base, Config):
+                (parsed,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
                 assert isinstance(parsed, ast.ClassDef)
                 for pair in zip(parsed.body, parsed.body[1:], strict=False):
                     match pair:

@@ -61,8 +61,11 @@ def device_of(_item: int) -> tuple[str, int]:
 
 def test_each_gpu_has_a_worker_that_sees_it_alone(tmp_path):
     accelerator = make_accelerator(LauncherSettings(kind="local"), hangs=tmp_path / "hangs")
-    assert accelerator.pool.num_workers == torch.cuda.device_count()
-    assert {count for _, (_, count) in accelerator.pool.map(device_of, range(8))} == {1}
+    assert accelerator is not None
+    pool, _ = accelerator
+    assert isinstance(pool, LocalPool)
+    assert pool.num_workers == torch.cuda.device_count()
+    assert {count for _, (_, count) in pool.map(device_of, range(8))} == {1}
 
 
 def test_a_set_prepared_with_a_gpu_holds_the_maps_of_the_cpu(tmp_path):

@@ -19,7 +19,6 @@ from dpkd.backends.local_pool import LocalPool
 from dpkd.data.images import decode_image
 from dpkd.data.shards import Dataset
 from dpkd.errors import UserError
-from dpkd.launch.pool import Accelerator
 from dpkd.priors import learned
 from dpkd.priors.base import ImageViews
 from dpkd.priors.catalogue.edge import Edge
@@ -33,7 +32,7 @@ from tests.model_cases import attention_prior, edge_prior, save_edges, save_onnx
 from tests.prior_cases import SerialPool, draw_images, pack_folder, prepare_all
 
 NUM_SHARDS = 4
-TWO_POOLS = Accelerator(SerialPool(), device="cpu:0")
+TWO_POOLS = (SerialPool(), "cpu:0")
 """The CPU under the name of one device among several, as a GPU has one."""
 
 
@@ -115,7 +114,7 @@ def test_two_pools_write_the_bytes_of_one(dataset, again, priors):
 @pytest.mark.slow
 def test_worker_processes_of_two_pools_write_the_bytes_of_one(dataset, again, priors):
     prepare_all(dataset, priors=priors)
-    accelerator = Accelerator(LocalPool(1, environments=[{"CUDA_VISIBLE_DEVICES": ""}]), device="cpu:0")
+    accelerator = (LocalPool(1, environments=[{"CUDA_VISIBLE_DEVICES": ""}]), "cpu:0")
     prepare_all(again, priors=priors, pool=LocalPool(1), accelerator=accelerator)
     assert files(again) == files(dataset)
 
@@ -131,17 +130,17 @@ def test_the_second_pool_runs_no_model(dataset, priors, tmp_path):
             learned._loaded.cache_clear()
             yield from results
 
-    prepare_all(dataset, priors=priors, accelerator=Accelerator(LeavingPool(), device="cpu:0"))
+    prepare_all(dataset, priors=priors, accelerator=(LeavingPool(), "cpu:0"))
     assert {name for record in records(dataset).values() for name in record.maps} == {prior.name for prior in priors}
 
 
 def test_a_prior_that_asks_for_the_cpu_does_not_go_to_the_accelerator(dataset, priors):
     pool = CountingPool()
     on_cpu = tuple(prior if isinstance(prior, Edge) else prior.model_copy(update={"device": "cpu"}) for prior in priors)
-    prepare_all(dataset, priors=on_cpu, accelerator=Accelerator(pool, device="cpu:0"))
+    prepare_all(dataset, priors=on_cpu, accelerator=(pool, "cpu:0"))
     assert pool.num_done == 0
     whole = files(dataset)
-    prepare_all(dataset, priors=priors, accelerator=Accelerator(pool, device="cpu:0"))
+    prepare_all(dataset, priors=priors, accelerator=(pool, "cpu:0"))
     assert pool.num_done == NUM_SHARDS
     assert {name: data for name, data in files(dataset).items() if name != "priors.json"} == {
         name: data for name, data in whole.items() if name != "priors.json"
@@ -158,7 +157,7 @@ class DeadPool(SerialPool):
 def test_a_first_pass_that_was_interrupted_goes_on_with_the_shards_that_are_missing(dataset, again, priors):
     prepare_all(again, priors=priors)
     with pytest.raises(KeyboardInterrupt):
-        prepare_all(dataset, priors=priors, accelerator=Accelerator(CountingPool(dies_after=2), device="cpu:0"))
+        prepare_all(dataset, priors=priors, accelerator=(CountingPool(dies_after=2), "cpu:0"))
     folder = Path(dataset.url) / "priors/default"
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert 0 < len(before) < 2 * NUM_SHARDS
@@ -195,7 +194,7 @@ def test_the_maps_of_other_priors_are_carried_through_the_first_pass(dataset, pr
 
 
 def _prepare_on_processes(url, priors):
-    accelerator = Accelerator(LocalPool(1), device="cpu:0")
+    accelerator = (LocalPool(1), "cpu:0")
     prepare_all(Dataset.open(url), priors=priors, pool=LocalPool(1), accelerator=accelerator)
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from dpkd.errors import UserError
-from dpkd.io import storage
 from dpkd.io.fence import StaleAttempt
 from dpkd.run.folder import RunFolder
 
@@ -105,22 +104,6 @@ def test_an_attempt_that_a_newer_one_followed_neither_begins_nor_ends_a_stage(tm
     assert RunFolder(tmp_path).acquire().attempt == 3
 
 
-def test_an_attempt_that_was_stopped_just_before_it_writes_changes_no_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    older, deliver = RunFolder(tmp_path).acquire(), storage.deliver
-
-    def deliver_late(file: Path, url: Path) -> None:
-        monkeypatch.undo()
-        _follow(tmp_path)
-        deliver(file, url)
-
-    monkeypatch.setattr(storage, "deliver", deliver_late)
-    with pytest.raises(StaleAttempt), older.running("distill", {}):
-        raise AssertionError("it has begun")
-    assert {stage: record["status"] for stage, record in older.stages().items()} == {"teach": "done"}
-
-
 def test_what_an_attempt_makes_beside_is_its_own_and_goes_with_the_next_attempt(tmp_path: Path) -> None:
     older = RunFolder(tmp_path).acquire()
     with older.scratch("export") as made:
@@ -136,21 +119,6 @@ def test_what_an_attempt_makes_beside_is_its_own_and_goes_with_the_next_attempt(
         write_late()
 
 
-def test_a_claim_that_was_slow_leaves_the_newer_one_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    list_names, folders = storage.list_names, []
-
-    def claim_meanwhile(url: Path) -> list[str]:
-        if (tmp_path / "attempts" / "attempt-0001.json").exists() and not folders:
-            folders.append(None)
-            folders.append(RunFolder(tmp_path).acquire())
-        return list_names(url)
-
-    monkeypatch.setattr(storage, "list_names", claim_meanwhile)
-    RunFolder(tmp_path).acquire()
-    with folders[1].scratch("export") as made:
-        assert made.is_dir()
-
-
 def test_an_error_of_an_attempt_that_a_newer_one_followed_leaves_the_record_alone(tmp_path: Path) -> None:
     older = RunFolder(tmp_path).acquire()
 
@@ -162,9 +130,3 @@ def test_an_error_of_an_attempt_that_a_newer_one_followed_leaves_the_record_alon
     with pytest.raises(StaleAttempt):
         fail()
     assert older.is_done("teach", {})
-
-
-def test_the_first_time_of_an_attempt_comes_once_over_all_its_workers(tmp_path: Path) -> None:
-    attempt = RunFolder(tmp_path).acquire().attempt
-    assert [RunFolder(tmp_path, attempt=attempt).first_time("check") for _ in range(3)] == [True, False, False]
-    assert RunFolder(tmp_path).acquire().first_time("check")
