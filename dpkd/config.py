@@ -21,11 +21,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
-def _expand_home(path: str) -> str:
-    return str(Path(path).expanduser()) if path.startswith("~") else path
-
-
-PathText = Annotated[str, AfterValidator(_expand_home)]
+PathText = Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser()) if path.startswith("~") else path)]
 """A path or URL; `~` is the home folder."""
 
 

@@ -239,12 +239,6 @@ class Settings(Config):
         return {**teachers, "distill.training": self.distill.training}
 
     @property
-    def _augments(self) -> dict[str, AugmentSettings]:
-        """The augmentation of every training, by its key."""
-        teachers = {f"teachers.{name}.augment": teacher.augment for name, teacher in self.trained_teachers.items()}
-        return {**teachers, "distill.augment": self.distill.augment}
-
-    @property
     def world_sizes(self) -> tuple[int, ...]:
         """The allowed numbers of workers that share every batch equally, ascending; empty if the launcher chooses."""
         most, trainings = self.launcher.workers or 0, self.trainings.values()
@@ -313,7 +307,8 @@ class Settings(Config):
         for key, network in self.networks.items():
             if isinstance(network.model.pooling, FigureGroundPooling):
                 yield f"{key}.model.pooling", network.model.pooling.prior
-        for key, augment in self._augments.items():
+        augments = {f"teachers.{name}.augment": teacher.augment for name, teacher in self.trained_teachers.items()}
+        for key, augment in (augments | {"distill.augment": self.distill.augment}).items():
             yield from ((f"{key}.background", name) for name in augment.maps)
         for key, objective in self.objectives.items():
             yield from ((key, name) for name in objective.needs().maps)

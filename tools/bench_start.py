@@ -1,12 +1,10 @@
 """Measures starting and opening: CPU seconds of commands, of a run until its first step, and of opening large splits.
 
-    python -m tools.bench_start [--json] [--parts commands,step,opening] [--beside CHECKOUT]
+    python -m tools.bench_start [--json] [--parts commands,step] [--beside CHECKOUT]
 
 `commands` are `dpkd --help`, `dpkd plan --fast` and `dpkd plan` beside the imports of torch and timm, in turns.
 `step` trains a small teacher and a student on shards that exist, until the first step is logged; the CPU time is that
-of all processes of the run, and of each kind of them. `opening` opens data sets of which only manifests and labels
-exist, as a training worker does, until it has the numbers of the samples of the first batch; memory is the growth of
-the resident size.
+of all processes of the run, and of each kind of them.
 `--beside` measures another checkout too, in turns with this one. CPU time is user and system, with child processes.
 """
 
@@ -25,16 +23,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from dpkd.data.label_file import write_labels
-from dpkd.data.shards import MANIFEST_NAME, Manifest, ShardInfo, SplitInfo
-from dpkd.io import storage
-from dpkd.io.record import checked
-from dpkd.priors.catalogue.edge import Edge
-from dpkd.priors.catalogue.saliency import Saliency
-from dpkd.priors.store import MANIFEST_NAME as PRIORS_NAME
-from dpkd.priors.store import PriorManifest, fingerprints, set_url
 from tools.bench_goodput import ROOT, SAMPLES, run_settings
 from tools.make_sample_data import draw_samples
 
@@ -50,7 +38,6 @@ MODEL = {"name": "resnet18", "arguments": {"layers": [1, 1, 1, 1], "channels": [
 TRAINING = {"steps": 1, "batch_size": 16, "log_every": 1, "evaluate_every": 1000, "panels_every": 1000}
 KINDS = {"dpkd.data.stream": "loader", "dpkd.stages": "training", "watchdog": "watchdog", "resource_tracker": "tracker"}
 """Processes of a run by a part of their command."""
-PER_SHARD, NUM_CLASSES = 1000, 1000
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 Turn = Callable[[Path], dict[str, float]]
@@ -60,8 +47,7 @@ Turn = Callable[[Path], dict[str, float]]
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the parts, prints a line for each figure or all as JSON, and returns them."""
     parser = argparse.ArgumentParser(description="CPU seconds of starting and opening.")
-    parser.add_argument("--parts", default="commands,step,opening")
-    parser.add_argument("--samples", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000], help="of opening")
+    parser.add_argument("--parts", default="commands,step")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--beside", type=Path, action="append", default=[], help="another checkout, measured in turns")
     parser.add_argument("--json", action="store_true")
@@ -77,9 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             turns["commands"] = lambda checkout: _commands(checkout, config)
         if "step" in options.parts:
             turns["step"] = lambda checkout: _first_step(checkout, folder)
-        for num_samples in options.samples if "opening" in options.parts else ():
-            settings = _write_manifests(folder / str(num_samples), num_samples)
-            turns[f"opening {num_samples:,}"] = lambda checkout, path=settings: _opening(checkout, path)  # type: ignore[misc]
         for part, turn in turns.items():
             measured: dict[Path, list[dict[str, float]]] = {checkout: [] for checkout in [ROOT, *options.beside]}
             for _ in range(options.repeats):
@@ -183,80 +166,6 @@ def _session(leader: int) -> dict[str, float]:
                 spent
             )
     return dict(seconds)
-
-
-def _write_manifests(folder: Path, num_samples: int) -> Path:
-    """Writes settings, and a data set and a prior set without shards: manifests and labels."""
-    url, priors = str(folder / "shards"), (Edge(), Saliency())
-    label_N = np.random.default_rng(0).integers(0, NUM_CLASSES, num_samples)
-    shards = [
-        ShardInfo(name=f"train-{k:06d}.tar", num_samples=PER_SHARD, size_bytes=30_000 * PER_SHARD, sha256=f"{k:064x}")
-        for k in range(num_samples // PER_SHARD)
-    ]
-    labels = write_labels(url, "train", label_N, num_classes=NUM_CLASSES)
-    counts = tuple(np.bincount(label_N, minlength=NUM_CLASSES).tolist())
-    split = SplitInfo(
-        num_samples=num_samples, num_unlabelled=0, class_counts=counts, shards=tuple(shards), labels=labels
-    )
-    manifest = Manifest(
-        classes=tuple(f"n{label:08d}" for label in range(NUM_CLASSES)),
-        splits={"train": split},
-        image_mean=(0.5, 0.5, 0.5),
-        image_std=(0.2, 0.2, 0.2),
-        made_from={},
-    )
-    prior_manifest = PriorManifest(
-        dataset=manifest.fingerprint,
-        priors=priors,
-        fingerprints=fingerprints(priors),
-        splits={"train": tuple(shards)},
-        unreadable={"train": (3,)},
-    )
-    storage.write_bytes_atomic(storage.join(url, MANIFEST_NAME), manifest.to_bytes())
-    data = checked(prior_manifest.model_dump(mode="json"))
-    storage.write_bytes_atomic(storage.join(set_url(url, "default"), PRIORS_NAME), data)
-    tree = _settings(folder / "run", folder)
-    tree["data"] |= {"source": None, "shards": url, "train": "train", "val": None, "test": None}
-    (folder / "settings.json").write_text(json.dumps(tree))
-    return folder / "settings.json"
-
-
-OPENING = """
-import json, sys, time
-from pathlib import Path
-import torch
-from dpkd.engine.world import World
-from dpkd.settings import load_settings
-from dpkd.stages.plan import check_dataset
-from dpkd.stages.run import Run, supervision, training_set
-from dpkd.stages.training import sample_order
-
-def memory(key):
-    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[key].split()[0]) / 1024
-
-settings = load_settings(sys.argv[1], [])
-world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-Path("/proc/self/clear_refs").write_text("5")  # the largest size counts from here
-before, began_s = memory("VmRSS"), time.process_time()
-run, teacher = Run.open(settings, world), settings.teachers["teacher"]
-check_dataset(run.dataset, settings)
-data = training_set(run, teacher.training, teacher.objectives)
-supervision(run, data)
-order = sample_order(run, teacher.training, data)
-run.maps_of("train", ["edge"])
-opened_s = time.process_time()
-order.batch(0)
-print(json.dumps({"cpu": time.process_time() - began_s, "first batch": time.process_time() - opened_s,
-                  "peak MB": memory("VmHWM") - before, "MB": memory("VmRSS") - before}))
-"""
-
-
-def _opening(checkout: Path, settings: Path) -> dict[str, float]:
-    command = [sys.executable, "-c", OPENING, str(settings)]
-    done = subprocess.run(command, cwd=checkout, env=_variables(checkout), check=True, capture_output=True, text=True)
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return figures
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ class LocalWorkers:
 
 def node_resources() -> NodeResources:
     """The CPUs and GPUs of this machine for workers."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus = len(os.sched_getaffinity(0))
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -249,9 +249,8 @@ def _enter(task: Task, place: _Place, rank: int, port: int) -> None:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
     }
-    if sys.platform == "linux":  # a laptop's host name often does not resolve, and no other machine connects
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(name, "lo")  # a laptop's host name often does not resolve, and no other machine connects
     if place.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(place.threads)
         torch.set_num_threads(place.threads)
@@ -259,7 +258,14 @@ def _enter(task: Task, place: _Place, rank: int, port: int) -> None:
     try:
         with watched(task.order, rank=rank):
             (place.folder / f"{rank}.up").touch()
-            is_done = _work(task, rank, folder=place.folder)
+            try:
+                task.work(task.argument)
+                (place.folder / f"{rank}.done").touch()
+                is_done = True
+            except Exception as error:  # noqa: BLE001 (the driver raises it)
+                part = place.folder / f"{rank}.part"
+                part.write_bytes(pickle.dumps(Failure.of_error(rank, error)))
+                part.rename(part.with_suffix(".pickle"))
     except BaseException:  # noqa: BLE001 (the process ends here)
         traceback.print_exc()
     if not is_done:
@@ -268,16 +274,3 @@ def _enter(task: Task, place: _Place, rank: int, port: int) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(1)
-
-
-def _work(task: Task, rank: int, *, folder: Path) -> bool:
-    """Does the work and reports its end to the driver; returns whether it is done."""
-    try:
-        task.work(task.argument)
-    except Exception as error:  # noqa: BLE001 (the driver raises it)
-        part = folder / f"{rank}.part"
-        part.write_bytes(pickle.dumps(Failure.of_error(rank, error)))
-        part.rename(part.with_suffix(".pickle"))
-        return False
-    (folder / f"{rank}.done").touch()
-    return True

@@ -9,7 +9,6 @@ import ctypes
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -43,13 +42,13 @@ def load_ahead(*modules: str) -> str:
     """Starts the fork server, which loads these modules in the background; returns the start method of workers.
 
     A signal to the whole process group does not end the server, because its workers, which end with it, must save
-    first. The method is `spawn` on systems without fork server, or if a server with other modules runs already.
+    first. The method is `spawn` if a server with other modules runs already.
     """
     # threads that spin while they wait are six times slower beside other work
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it once, at its import
     server: Any = forkserver._forkserver
     is_foreign = server._forkserver_pid is not None and server._preload_modules != list(modules)
-    if is_foreign or "forkserver" not in multiprocessing.get_all_start_methods():
+    if is_foreign:
         return "spawn"
     forkserver.set_forkserver_preload(list(modules))
     with block_stop_signals():
@@ -67,9 +66,8 @@ def end_fork_server(*modules: str) -> None:
 
 def end_with_parent() -> None:
     """Ends this process as soon as its parent ends, so that it cannot write to a continued run."""
-    if sys.platform == "linux":  # also with the fork server, which reports how this process ended
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    set_parent_death_signal = 1  # also with the fork server, which reports how this process ended
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     parent = multiprocessing.parent_process()
     assert parent is not None, "multiprocessing did not start this process"
 

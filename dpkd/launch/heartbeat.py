@@ -52,14 +52,21 @@ class RunClock:
 
 
 class _Writer:
-    def __init__(self, memory: mmap.mmap | bytearray) -> None:
-        self._memory = memory
+    """The heartbeats of this process."""
+
+    def __init__(self) -> None:
+        self.send_to(None)
+
+    def send_to(self, memory: mmap.mmap | None) -> None:
+        """Writes the heartbeats of this process to `memory`, of `SIZE` bytes or more; None discards them."""
+        self._memory = bytearray(SIZE) if memory is None else memory
         self._process = os.getpid()
         self._pulses = self._beats = 0
         self._last_phase = ""
-        self.beat("start", step=0)
+        self.beat("start")
 
-    def beat(self, phase: str, *, step: int) -> None:
+    def beat(self, phase: str, *, step: int = 0) -> None:
+        """Reports that this worker runs and enters a phase (16 characters); all ranks call it at the same places."""
         # this rank may wait for a peer that is still in the last phase
         is_steady = phase == self._last_phase == STEADY
         self._beats += 1
@@ -68,25 +75,11 @@ class _Writer:
         self.pulse()
 
     def pulse(self) -> None:
+        """Reports that this worker runs, within a phase; ranks may call it a different number of times."""
         if os.getpid() == self._process:  # not in a forked process
             self._pulses += 1
             _LAYOUT.pack_into(self._memory, 0, self._pulses, *self._rest)
 
 
-_writer = _Writer(bytearray(SIZE))
-
-
-def heartbeat(phase: str, *, step: int = 0) -> None:
-    """Reports that this worker runs and enters a phase (16 characters); all ranks call it at the same places."""
-    _writer.beat(phase, step=step)
-
-
-def pulse() -> None:
-    """Reports that this worker runs, within a phase; ranks may call it a different number of times."""
-    _writer.pulse()
-
-
-def send_to(memory: mmap.mmap | None) -> None:
-    """Writes the heartbeats of this process to `memory`, of `SIZE` bytes or more; None discards them."""
-    global _writer  # noqa: PLW0603 (one writer per process, like the stop flag)
-    _writer = _Writer(bytearray(SIZE) if memory is None else memory)
+_writer = _Writer()
+heartbeat, pulse, send_to = _writer.beat, _writer.pulse, _writer.send_to

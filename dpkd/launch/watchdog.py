@@ -35,7 +35,7 @@ REPORT_TIMEOUT_S = 20.0
 PEERS_FIRST_S = 5.0
 """Seconds by which a worker that waits for its peers is ended later: the hang of the rank behind is found first."""
 COLLECTIVES = "torch/distributed/distributed_c10d.py"
-STACKS_SIGNAL = signal.SIGRTMAX - 3 if sys.platform == "linux" else 0
+STACKS_SIGNAL = signal.SIGRTMAX - 3
 """A real-time signal that torch, Ray and schedulers do not use."""
 
 
@@ -99,8 +99,8 @@ def read_hangs(order: WatchOrder | None) -> list[Hang]:
 
 @contextmanager
 def watched(order: WatchOrder | None, *, rank: int) -> Iterator[None]:
-    """Starts a watchdog of this process for the body; does nothing without an order, or on other systems than Linux."""
-    if order is None or sys.platform != "linux":
+    """Starts a watchdog of this process for the body; does nothing without an order."""
+    if order is None:
         yield
         return
     with (

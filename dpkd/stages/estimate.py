@@ -1,5 +1,7 @@
 """What a run takes on this machine: parameters, steps, time, memory and disk, by a short measurement."""
 
+import math
+import re
 import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -36,11 +38,11 @@ Learners = Mapping[str, Sequence[Objective]]
 
 
 class Cost(NamedTuple):
-    """The parameters of a network, and what one image costs it; the times are None if it is too large to measure."""
+    """The parameters of a network, and what one image costs it; the times are nan if it is too large to measure."""
 
     parameters: int
-    train_s: float | None
-    predict_s: float | None
+    train_s: float
+    predict_s: float
     saved_bytes: int
     """Memory for the backward pass."""
 
@@ -50,7 +52,7 @@ class Need(NamedTuple):
 
     parameters: int
     steps: int
-    seconds: float | None
+    seconds: float
     memory_bytes: float
     disk_bytes: float
 
@@ -72,22 +74,22 @@ def measure_network(network: Network) -> Cost:
             saved[key] = tensor.untyped_storage().nbytes()
         return tensor
 
-    predict_s, train_s, num_images = 0.0, 0.0, NUM_IMAGES
+    predict_s = train_s = math.nan if on_meta else 0.0
     # the first turn chooses kernels; a small network needs more images, or its calls count
     for turn in range(1 if on_meta else 3):
-        num_images = 8 * NUM_IMAGES if turn and train_s * num_images < LONG_S else num_images
+        num_images = 8 * NUM_IMAGES if turn and train_s * NUM_IMAGES < LONG_S else NUM_IMAGES
         inputs = torch.rand(num_images, 3, size, size, device=device), torch.rand(num_images, 1, 16, 16, device=device)
         began = time.perf_counter()
         saved.clear()
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             outputs = network(*inputs)
-        predict_s = (time.perf_counter() - began) / num_images
+        predicted = time.perf_counter()
         sum(output.float().mean() for output in outputs.values()).backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        train_s = (time.perf_counter() - began) / num_images
-    saved_bytes = sum(saved.values()) // num_images
-    return Cost(parameters, None if on_meta else train_s, None if on_meta else predict_s, saved_bytes)
+        if not on_meta:
+            predict_s, train_s = (predicted - began) / num_images, (time.perf_counter() - began) / num_images
+    return Cost(parameters, train_s, predict_s, sum(saved.values()) // num_images)
 
 
 def training_needs(settings: Settings, networks: Mapping[str, Network], *, num_samples: int) -> dict[str, Need]:
@@ -113,11 +115,10 @@ def _need(
     ranks = settings.launcher.workers or max(1, gpus)
     rank_images = training.micro_batch_size or training.batch_size // ranks
     followed: dict[str, float] = {}
-    image_s: list[tuple[float | None, float]] = []
-    memory = saved = disk = 0.0
+    image_s = memory = saved = disk = 0.0
     for key, objectives in learners.items():
         cost, passes, engine = costs[key], _passes(settings, objectives), settings.networks[key].engine
-        image_s.append((cost.train_s, passes))
+        image_s += cost.train_s * passes
         memory += cost.parameters * bytes_of_parameter(engine, ranks=ranks, gpus=gpus)
         saved = max(saved, cost.saved_bytes * passes * rank_images)  # one network after the other
         disk += cost.parameters * (training.keep_checkpoints * (12 + 4 * (engine.ema is not None)) + 4)
@@ -126,12 +127,10 @@ def _need(
                 teacher = f"teachers.{teacher_of(objective) or next(iter(settings.teachers))}"
                 followed[teacher] = max(followed.get(teacher, 0.0), _passes(settings, [objective]))
     for key in followed.keys() - learners.keys():
-        image_s.append((costs[key].predict_s, followed[key]))
+        image_s += costs[key].predict_s * followed[key]
         memory += 4 * costs[key].parameters
-    known = [seconds * passes for seconds, passes in image_s if seconds is not None]
-    total_s = sum(known) * steps * training.batch_size / (ranks if gpus else 1)  # on a CPU ranks share the cores
-    parameters = sum(costs[key].parameters for key in learners)
-    return Need(parameters, steps, total_s if len(known) == len(image_s) else None, memory + saved, disk)
+    seconds = image_s * steps * training.batch_size / (ranks if gpus else 1)  # on a CPU ranks share the cores
+    return Need(sum(costs[key].parameters for key in learners), steps, seconds, memory + saved, disk)
 
 
 def _passes(settings: Settings, objectives: Sequence[Objective]) -> float:
@@ -190,7 +189,7 @@ def log_needs(
         )
     ranks, free = settings.launcher.workers or 1, _free_memory()
     for stage, need in needs.items():
-        about = "time unknown" if need.seconds is None else f"about {duration(need.seconds)}"
+        about = "time unknown" if math.isnan(need.seconds) else f"about {duration(need.seconds)}"
         memory = need.memory_bytes * (1 if torch.cuda.is_available() else ranks)
         lacks = "" if memory <= free else f": DOES NOT FIT into {free / GB:.1f} GB, lower training.micro_batch_size"
         parameters = f"{count_words(need.parameters)} parameters, {need.steps:,} steps"
@@ -205,5 +204,5 @@ def _free_memory() -> float:
     """Bytes that are free on the smallest GPU, or on this machine without one."""
     if torch.cuda.is_available():
         return min(torch.cuda.mem_get_info(device)[0] for device in range(torch.cuda.device_count()))
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
+    (available,) = re.findall(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())
+    return 1024.0 * int(available)

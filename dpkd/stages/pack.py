@@ -194,16 +194,10 @@ def _take_place(destination: str, made_from: dict[str, str]) -> None:
         before = Dataset.open(destination).manifest.made_from
         changed = [key for key in {**before, **made_from} if before.get(key) != made_from.get(key)]
         if changed:
-            if changed == ["data.source"]:
-                changed_images = f"{before['data.source']}, and now {made_from['data.source']}"
-                raise UserError(
-                    f"the images changed since {destination} was packed ({changed_images}): choose another run.dir (or "
-                    "data.shards), or remove that folder to pack it again"
-                )
             differences = "; ".join(f"{key} was {before.get(key)} and is {made_from.get(key)}" for key in changed)
             raise UserError(
-                f"the data set at {destination} was packed from something else: {differences}. Choose another "
-                "data.shards (or run.dir), or remove that folder to pack it again"
+                f"{destination} was packed from something else: {differences}. Choose another run.dir or data.shards, "
+                "or remove that folder to pack it again"
             )
         return
     tars = [name for name in names if name.endswith(".tar")]

@@ -14,7 +14,7 @@ from dpkd.settings import parse_settings
 from dpkd.stages.check_data import check_splits
 from dpkd.stages.evaluate import evaluate
 from dpkd.stages.export import export
-from dpkd.stages.plan import left_to_do, left_trainings, recorded, training_stages
+from dpkd.stages.plan import check_dataset, left_to_do, left_trainings, recorded, training_stages
 from dpkd.stages.run import Run
 from dpkd.stages.training import distill, teach, train_baseline
 
@@ -45,6 +45,7 @@ def _run_stages(run: Run, stages: list[str]) -> None:
         engines = sorted({engine_kind(network.engine, world=world) for network in settings.networks.values()})
         workers = f"{world.size} on {world.device.type}, {torch.get_num_threads()} threads each"
         logger.info(f"  workers   {workers}, engine {' and '.join(engines)}")
+    check_dataset(run.dataset, settings, stages)
     place = f"the readable samples of {run.dataset.url}"
     check_splits(
         settings, run.dataset.manifest.classes, run.counts, place=place, trainings=left_trainings(settings, stages)
