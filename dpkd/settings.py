@@ -110,6 +110,14 @@ class PrepareSettings(Config):
     ] = None
     """`auto` or None computes the maps that the objectives and poolings of this run need."""
 
+    @model_validator(mode="after")
+    def _names_differ(self) -> "PrepareSettings":
+        for name, count in Counter(prior.name for prior in self.priors or ()).items():
+            if count > 1:
+                ways = "keep one, or prepare the other in another set (prepare.name)"
+                raise ValueError(f"priors makes the map {name!r} {count} times: {ways}")
+        return self
+
     @property
     def chosen(self) -> tuple[Prior, ...]:
         """The priors; never None in a validated `Settings`."""
@@ -258,12 +266,10 @@ class Settings(Config):
         if self.data.attributes is not None and not uses_table:
             unused = f"no objective uses data.attributes={self.data.attributes}"
             raise ValueError(f"{unused}: add an objective {{kind: attributes}}, or remove the table")
-        most = self.launcher.workers or 1
-        for key, training in self.trainings.items():
-            training.check_division(key, self.launcher.min_workers or most, most)
         if self.launcher.workers is not None and not self.world_sizes:
-            workers = f"{self.launcher.min_workers} to {most} workers"
-            raise ValueError(f"no number of {workers} shares the batches of {', '.join(self.trainings)} equally")
+            workers = " to ".join(str(each) for each in (self.launcher.min_workers, self.launcher.workers) if each)
+            batches = ", ".join(f"{key}.batch_size={training.batch_size}" for key, training in self.trainings.items())
+            raise ValueError(f"{workers} workers cannot share {batches} equally, in whole micro-batches: set multiples")
         if self.prepare.priors is None:
             prepare = self.prepare.model_copy(update={"priors": tuple(self._needed_priors())})
             object.__setattr__(self, "prepare", prepare)  # the model is frozen, but still under construction

@@ -61,12 +61,9 @@ def make_accelerator(settings: LauncherSettings, *, hangs: Path) -> Accelerator 
             return None
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
         devices = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
-        pool = LocalPool(
-            len(devices),
-            environments=[{"CUDA_VISIBLE_DEVICES": device} for device in devices],
-            order=order,
-            start_timeout_s=settings.start_timeout_s,
-        )
+        environments = [{"CUDA_VISIBLE_DEVICES": device} for device in devices]
+        start_timeout_s = settings.start_timeout_s
+        pool = LocalPool(len(devices), environments=environments, order=order, start_timeout_s=start_timeout_s)
         return pool, "cuda"
     from dpkd.backends.ray_cluster import connect, living_nodes  # noqa: PLC0415
     from dpkd.backends.ray_pool import RayPool  # noqa: PLC0415

@@ -62,11 +62,10 @@ def kill_actors(class_name: str) -> None:
 
 def node_resources(*, free: bool = False) -> list[NodeResources]:
     """The resources of every node that is not draining, or its free resources."""
-    draining = draining_nodes()
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
-    left = available_resources_per_node() if free else {node["NodeID"]: node["Resources"] for node in nodes}
-    resources = [left.get(node["NodeID"], {}) for node in nodes]
-    return [NodeResources(cpus=int(node.get("CPU", 0)), gpus=int(node.get("GPU", 0))) for node in resources]
+    all_of = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    left = available_resources_per_node() if free else all_of
+    nodes = [left.get(node, {}) for node in all_of.keys() - draining_nodes()]
+    return [NodeResources(cpus=int(node.get("CPU", 0)), gpus=int(node.get("GPU", 0))) for node in nodes]
 
 
 def draining_nodes() -> set[str]:

@@ -76,9 +76,11 @@ class TrainingSettings(Config):
     """Peak TFLOP/s of one device, for the model FLOPs utilisation; None: a table of GPUs (engine/peak.py)."""
 
     @model_validator(mode="after")
-    def _one_length(self) -> "TrainingSettings":
+    def _has_one_length_and_whole_batches(self) -> "TrainingSettings":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs: the length of the stage")
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}")
         return self
 
     def num_steps(self, num_samples: int) -> int:
@@ -91,15 +93,3 @@ class TrainingSettings(Config):
     def divides(self, workers: int) -> bool:
         """Whether `workers` workers share the batch equally, in whole micro-batches."""
         return self.batch_size % ((self.micro_batch_size or 1) * workers) == 0
-
-    def check_division(self, key: str, fewest: int, most: int) -> None:
-        """Raises `ValueError` if no number of workers from `fewest` to `most` shares the batch equally."""
-        micro, batch = self.micro_batch_size, self.batch_size
-        if micro is not None and batch % micro:
-            raise ValueError(f"{key}.batch_size {batch} is not a multiple of {key}.micro_batch_size {micro}")
-        if not any(self.divides(size) for size in range(fewest, most + 1)):
-            workers = f"{most}" if fewest == most else f"{fewest} to {most}"
-            raise ValueError(
-                f"{key}.batch_size {batch} does not divide among {workers} workers"
-                f"{f' in micro-batches of {micro}' if micro else ''}; set a multiple of {(micro or 1) * most}"
-            )

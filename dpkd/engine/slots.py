@@ -119,7 +119,9 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Updates the average with the current tensors."""
+        """Updates the average with the current tensors, if it has any."""
+        if not self.average:
+            return
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         followed = [self.followed[name].float() for name in self.average]
@@ -158,10 +160,10 @@ class TrainingState:
         self._module, self._trained, self._placement = module, trained, placement
         self._optimizer, self._world = optimizer, world
         self._set_num_updates(0)
-        self._average = None
-        if decay is not None:
-            weights = {name: placement.weight(parameter).copies[0][0] for name, parameter in trained.items()}
-            self._average = WeightAverage(weights | dict(module.named_buffers()), decay=decay)
+        followed = dict(module.named_buffers()) if decay is not None else {}
+        for name, parameter in trained.items() if decay is not None else ():
+            followed[name] = placement.weight(parameter).copies[0][0]
+        self._average = WeightAverage(followed, decay=decay or 0.0)
         self._copies: dict[str, torch.Tensor] = {}  # the last snapshot; allocation costs more than copying
         whole_names = {name for name, slot in self._slots().items() if slot.is_whole_here}
         self._owners = {name: rank for rank, names in enumerate(world.gather(whole_names)) for name in names}
@@ -169,13 +171,12 @@ class TrainingState:
     def after_update(self) -> None:
         """Counts an update of the weights, and adds them to the average."""
         self._num_updates += 1
-        if self._average is not None:
-            self._average.update()
+        self._average.update()
 
     @contextmanager
     def average_in_place(self) -> Iterator[None]:
         """Puts the averaged weights, if there are any, into the network."""
-        if self._average is None:
+        if not self._average.average:
             yield
             return
         with self._average.in_place():
@@ -203,8 +204,7 @@ class TrainingState:
                     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                     self._copies[name] = copy
                 self._copies[name].copy_(tensor.detach())
-        num_average_updates = 0 if self._average is None else self._average.num_updates
-        counts = {"num_updates": self._num_updates, "num_average_updates": num_average_updates}
+        counts = {"num_updates": self._num_updates, "num_average_updates": self._average.num_updates}
         return lambda folder: write_part(folder, self._copies, counts=counts, rank=rank, size=size)
 
     def load(self, folder: Path) -> None:
@@ -216,8 +216,7 @@ class TrainingState:
             slot.write(reader.read(name))
         self._placement.refresh()
         self._set_num_updates(reader.counts["num_updates"])
-        if self._average is not None:
-            self._average.num_updates = reader.counts["num_average_updates"]
+        self._average.num_updates = reader.counts["num_average_updates"]
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The whole fp32 state dict, averaged if the engine averages, on the CPU of rank 0; empty on other ranks."""
@@ -243,7 +242,5 @@ class TrainingState:
         for name, parameter in self._trained.items():
             for quantity in quantities(self._optimizer):
                 slots[f"{quantity}/{name}"] = self._placement.quantity(parameter, quantity)
-        if self._average is not None:
-            followed = weights | buffers
-            slots |= {f"average/{name}": followed[name].like(t) for name, t in self._average.average.items()}
-        return slots
+        followed = weights | buffers
+        return slots | {f"average/{name}": followed[name].like(t) for name, t in self._average.average.items()}

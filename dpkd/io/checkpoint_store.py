@@ -13,6 +13,7 @@ so all readers agree without clocks or locks.
 import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
@@ -59,15 +60,16 @@ class Manifest:
     files: dict[str, FileFacts]
 
 
-def write_files(place: str, files: dict[str, FileFacts]) -> None:
-    """Writes the list of one rank's files."""
-    content = {"files": {path: asdict(facts) for path, facts in files.items()}}
+def write_files(place: str, files: dict[str, FileFacts], **facts: int) -> None:
+    """Writes a list of files, of one rank or, with further facts, of a whole checkpoint."""
+    content = {**facts, "files": {path: asdict(each) for path, each in files.items()}}
     storage.write_bytes_atomic(place, checked(content))
 
 
-def read_files(place: str) -> dict[str, FileFacts]:
-    """Reads a list of `write_files`."""
-    return {path: FileFacts(**facts) for path, facts in parse_checked(storage.read_bytes(place))["files"].items()}
+def read_files(place: str) -> tuple[dict[str, FileFacts], dict[str, Any]]:
+    """The files and the further facts of a list of `write_files`."""
+    content = parse_checked(storage.read_bytes(place))
+    return {path: FileFacts(**facts) for path, facts in content.pop("files", {}).items()}, content
 
 
 class CheckpointStore:
@@ -113,24 +115,22 @@ class CheckpointStore:
     def manifest(self, checkpoint: CheckpointId) -> Manifest:
         """The manifest; raises `ValueError` if it is damaged, or belongs to another checkpoint or format."""
         try:
-            content = parse_checked(storage.read_bytes(self.place(checkpoint, MANIFEST)))
+            files, facts = read_files(self.place(checkpoint, MANIFEST))
         except NO_FILE as error:
             raise ValueError(f"{MANIFEST} is missing") from error
         except ValueError as error:
             raise ValueError(f"{MANIFEST} cannot be read ({error})") from error
-        if content.get("format") != FORMAT:
-            raise ValueError(f"{MANIFEST} has format {content.get('format')}, this version reads {FORMAT}")
-        if (content["step"], content["attempt"]) != (checkpoint.step, checkpoint.attempt):
-            raise ValueError(f"{MANIFEST} belongs to step {content['step']}, attempt {content['attempt']}")
-        files = {path: FileFacts(**facts) for path, facts in content["files"].items()}
-        return Manifest(checkpoint, content["world_size"], files)
+        if facts.get("format") != FORMAT:
+            raise ValueError(f"{MANIFEST} has format {facts.get('format')}, this version reads {FORMAT}")
+        if (facts["step"], facts["attempt"]) != (checkpoint.step, checkpoint.attempt):
+            raise ValueError(f"{MANIFEST} belongs to step {facts['step']}, attempt {facts['attempt']}")
+        return Manifest(checkpoint, facts["world_size"], files)
 
     def publish(self, manifest: Manifest) -> None:
         """Commits a checkpoint whose files are all in place; raises `StaleAttempt` if a newer attempt has started."""
         self.fence.check(manifest.id.attempt)
-        content = {"format": FORMAT, **asdict(manifest.id), "world_size": manifest.world_size}
-        content["files"] = {path: asdict(facts) for path, facts in manifest.files.items()}
-        storage.write_bytes_atomic(self.place(manifest.id, MANIFEST), checked(content))
+        facts = {"format": FORMAT, **asdict(manifest.id), "world_size": manifest.world_size}
+        write_files(self.place(manifest.id, MANIFEST), manifest.files, **facts)
         self.fence.check(manifest.id.attempt)  # an attempt that started meanwhile may not count it
 
     def sweep(self, *, attempt: int, base: CheckpointId | None, keep: int) -> None:

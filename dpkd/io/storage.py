@@ -43,12 +43,10 @@ def exists(url: str | Path) -> bool:
     if path is not None:
         with read_errors(url):
             return path.exists()
-    with _remote(url) as (filesystem, name):
-        try:
-            filesystem.info(name)  # its `exists` returns False for any failure
-        except FileNotFoundError:
-            return False
+    with _remote(url) as (filesystem, name), suppress(FileNotFoundError):
+        filesystem.info(name)  # its `exists` returns False for any failure
         return True
+    return False
 
 
 def is_file(path: str | Path) -> bool:
@@ -179,19 +177,16 @@ def create(url: str | Path) -> bool:
     path = local_path(url)
     with write_errors(url):
         if path is None:
-            with _remote(url) as (filesystem, name):
-                try:
-                    filesystem.pipe_file(name, b"", mode="create")
-                except FileExistsError:
-                    return False
-            return True
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            path.open("xb").close()
-        except FileExistsError:
-            return False
-        sync(path.parent)
-        return True
+            with _remote(url) as (filesystem, name), suppress(FileExistsError):
+                filesystem.pipe_file(name, b"", mode="create")
+                return True
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                path.open("xb").close()
+                sync(path.parent)
+                return True
+    return False
 
 
 def deliver(file: Path, url: str | Path) -> None:

@@ -5,7 +5,6 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-import timm
 import torch
 
 from dpkd.engine.network import prepare
@@ -14,6 +13,7 @@ from dpkd.errors import UserError
 from dpkd.models.backbone import LayerMix
 from dpkd.models.network import Network, build_network
 from dpkd.models.parameters import parameter_groups
+from dpkd.models.published import fetch_weights
 from dpkd.models.settings import NetworkSpec
 from dpkd.models.weights import load_weights
 from dpkd.objectives.base import teacher_of
@@ -50,6 +50,8 @@ def check_networks(settings: Settings, stages: Collection[str]) -> dict[str, Net
         due = first_stage(settings, key) in stages
         try:
             teachers = {other.removeprefix("teachers."): each for other, each in networks.items()}
+            if due and network.model.pretrained:
+                fetch_weights(network.model.name)
             spec = _spec(settings, network, teachers=teachers)
             built = networks[key] = _build(spec, network.weights if due else None, seeded=due)
             built.extra = frozenset(outputs[key])
@@ -81,11 +83,7 @@ def _asked(settings: Settings) -> tuple[Mapping[str, set[str]], Mapping[str, set
 
 def _spec(settings: Settings, network: NetworkSettings, *, teachers: Mapping[str, Network]) -> NetworkSpec:
     """The spec of a network with made-up classes, without published weights."""
-    model = network.model
-    published = timm.get_pretrained_cfg(model.name)
-    if model.pretrained and (published is None or not published.has_weights):
-        raise UserError(f"timm has no published weights of {model.name!r}: set model.pretrained=false")
-    network = network.model_copy(update={"model": model.model_copy(update={"pretrained": False})})
+    network = network.model_copy(update={"model": network.model.model_copy(update={"pretrained": False})})
     if not network.objectives:
         return untrained_spec(network, image_size=settings.data.image_size)
     stored = {prior.name: prior.channels for prior in settings.prepare.chosen}

@@ -28,7 +28,6 @@ from dpkd.settings import DataSettings, DistillSettings, PrepareSettings, Settin
 from dpkd.stages import STAGES
 from dpkd.stages.baselines import baselines
 from dpkd.stages.check_data import attribute_table, check_splits, counts_of, trained_classes
-from dpkd.stages.prepare import refuse_equal_names
 
 POOL_STAGES = ("pack", "prepare")
 """Stages that run in a pool; the other stages run in the training workers."""
@@ -256,19 +255,10 @@ def refuse_missing_inputs(settings: Settings, left: Collection[str]) -> None:
             raise UserError(f"{learners[0]} learns from labels, and data.source.label_column is not set: give {column}")
     elif {*left} - {"pack", "export"} and (source is None or storage.exists(storage.join(url, DATASET_NAME))):
         check_dataset(Dataset.open(url), settings, left)
-    if "prepare" in left:
-        refuse_equal_names(settings.prepare.chosen)
     for key, network in settings.networks.items():
-        stage = first_stage(settings, key)
-        if network.weights is not None and stage in left and not storage.is_file(network.weights):
+        due = network.weights is not None and first_stage(settings, key) in left
+        if due and not storage.is_file(str(network.weights)):
             raise UserError(f"{key}.weights={network.weights} is not a file: give a safetensors file or a state dict")
-        if network.model.pretrained and stage in left:
-            from dpkd.models.published import fetch_weights  # noqa: PLC0415  loads torch, which few runs need here
-
-            try:
-                fetch_weights(network.model.name)
-            except UserError as error:
-                raise UserError(f"{key}: {error}") from error
 
 
 def refuse_missing_packages(settings: Settings, left: Collection[str]) -> None:

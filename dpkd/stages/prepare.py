@@ -14,7 +14,6 @@ JPEG may still decode.
 """
 
 import io
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -87,7 +86,6 @@ def prepare(
     index of the images is missing.
     """
     priors = settings.sealed().chosen
-    refuse_equal_names(priors)
     experts = any(isinstance(prior, Expert) for prior in priors)
     refuse_missing_experts(priors, dataset.given() if experts else {}, place=dataset.url)
     url = set_url(dataset.url, settings.name)
@@ -126,16 +124,6 @@ def prepare(
         if name.endswith((".tar", ".index.msgpack")) and name not in listed:
             storage.remove(storage.join(url, name))
     return PriorSet.open(dataset.url, settings.name)
-
-
-def refuse_equal_names(priors: Sequence[Prior]) -> None:
-    """Raises `UserError` for two maps with the same name."""
-    name, count = Counter(prior.name for prior in priors).most_common(1)[0] if priors else ("", 0)
-    if count > 1:
-        raise UserError(
-            f"prepare.priors makes the map {name!r} {count} times: keep one, or prepare the other in another set "
-            "(prepare.name)"
-        )
 
 
 def refuse_missing_experts(priors: Sequence[Prior], given: Mapping[str, int], *, place: str) -> None:

@@ -288,6 +288,6 @@ class _Save:
             wait_s = min(LONGEST_POLL_S, 2 * wait_s)  # on remote storage each listing is a request
         files: dict[str, FileFacts] = {}
         for name in names:
-            files |= retry(partial(read_files, self.store.place(self.id, name)))
+            files |= retry(partial(read_files, self.store.place(self.id, name)))[0]
         retry(lambda: self.store.publish(Manifest(self.id, self.world.size, files)))
         self.committed = True

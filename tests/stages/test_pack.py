@@ -130,9 +130,7 @@ def test_settings_that_contradict_the_packed_set_are_refused_with_the_difference
     with pytest.raises(UserError, match=r"run.seed was 0 and is 1"):
         pack_at(images, tmp_path / "set", seed=1)
     (images / "train" / "cat" / "new.jpg").write_bytes(image_bytes(77))
-    with pytest.raises(
-        UserError, match=r"set was packed .*: data.source was folder, 18 samples, \w+ and is folder, 19"
-    ):
+    with pytest.raises(UserError, match=r"data.source was folder, 18 samples, \w+ and is folder, 19"):
         pack_at(images, tmp_path / "set")
     assert files_of(tmp_path / "set") == before
 

@@ -205,9 +205,9 @@ def test_shards_that_the_data_set_no_longer_has_are_removed(dataset, tmp_path):
     assert [name for name in prior_files(fewer) if name.endswith(".tar")] == ["test-000000.tar", "train-000000.tar"]
 
 
-def test_two_priors_of_one_kind_are_refused(dataset):
-    with pytest.raises(UserError, match=r"prepare\.priors makes the map 'edge' 2 times.*prepare\.name"):
-        prepare_all(dataset, priors=(Edge(), Edge(stride=4)))
+def test_two_priors_of_one_kind_are_refused():
+    with pytest.raises(ValueError, match=r"priors makes the map 'edge' 2 times.*prepare\.name"):
+        PrepareSettings(priors=(Edge(), Edge(stride=4)))
 
 
 def test_a_place_that_cannot_be_written_is_named(dataset):
