@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dpkd import pretrain
+from dpkd import cli
 from dpkd.data.shards import Dataset
 from dpkd.priors.store import PriorSet
 from dpkd.run.folder import RunFolder
@@ -95,7 +95,7 @@ def test_the_same_run_stops_at_limit_zero_with_what_to_do(
     shards = shutil.copytree(damaged.shards, tmp_path / "shards", ignore=shutil.ignore_patterns("priors"))
     tree = tiny(tmp_path / "strict", source=None, shards=Path(shards))
     tree["data"]["bad_limit"] = 0.0
-    assert pretrain.exit_code(lambda: driver.run(settings_of(tree))) == 2
+    assert cli.exit_code(lambda: driver.run(settings_of(tree))) == 2
     message = capfd.readouterr().err
     assert "data.bad_limit=0 allows" in message
     assert damaged.flipped in message or damaged.cut in message
@@ -113,9 +113,9 @@ def test_without_prior_maps_a_damaged_sample_stops_training_by_name(
     tree["teachers"]["teacher"] |= {"model": CONV, "objectives": [{"kind": "supervised"}]}
     tree["teachers"]["teacher"]["training"] |= {"steps": damaged.num_steps, "evaluate_every": 1000}
     tree["distill"]["students"] = {"conv": {"model": CONV, "objectives": [{"kind": "supervised"}, {"kind": "logits"}]}}
-    assert pretrain.exit_code(lambda: driver.run(settings_of(tree), stages=["prepare"])) == 0
+    assert cli.exit_code(lambda: driver.run(settings_of(tree), stages=["prepare"])) == 0
     plain = settings_of(tree).model_dump(mode="json")
-    assert pretrain.exit_code(lambda: train_stages((plain, ["teach"], None))) == 2
+    assert cli.exit_code(lambda: train_stages((plain, ["teach"], None))) == 2
     shard, _, key = damaged.flipped.partition("/")
     assert f"{shard}, sample '{key}': its bytes changed after packing" in capfd.readouterr().err
 

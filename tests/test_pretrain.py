@@ -14,7 +14,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dpkd import cli, pretrain
+from dpkd import cli
 from dpkd.errors import UserError
 from dpkd.log import EventReader
 from dpkd.run.folder import RunFolder
@@ -366,7 +366,7 @@ def test_a_full_disk_stops_the_run_with_the_earlier_state_whole(whole: RunFolder
 
 def test_a_run_folder_that_cannot_be_written_is_named(sample_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tree = tiny(Path("/proc/nowhere"), source=sample_folder)
-    assert pretrain.exit_code(lambda: driver.run(settings_of(tree))) == 2
+    assert cli.exit_code(lambda: driver.run(settings_of(tree))) == 2
     assert "/proc/nowhere" in capfd.readouterr().err
 
 
@@ -389,7 +389,7 @@ def test_what_cannot_be_trained_stops_before_training(
 ) -> None:
     tree = _merged(tiny(tmp_path / "bad", source=None, shards=shards_of(whole)), change)
     plain = settings_of(tree).model_dump(mode="json")
-    assert pretrain.exit_code(lambda: train_stages((plain, ["teach"], None))) == 2
+    assert cli.exit_code(lambda: train_stages((plain, ["teach"], None))) == 2
     message = capfd.readouterr().err
     assert all(words in message for words in named), message
     assert "Traceback" not in message
@@ -426,6 +426,6 @@ def test_one_class_alone_is_named(sample_folder: Path, tmp_path: Path, capfd: py
         shutil.copytree(sample_folder / split, source / split)
     settings = settings_of(tiny(tmp_path / "one", source=source))
     driver.run_pool_stages(settings, RunFolder(tmp_path / "one"), ["pack", "prepare"])
-    assert pretrain.exit_code(lambda: train_stages((settings.model_dump(mode="json"), ["teach"], None))) == 2
+    assert cli.exit_code(lambda: train_stages((settings.model_dump(mode="json"), ["teach"], None))) == 2
     message = capfd.readouterr().err
     assert f"'base' holds 1 labelled class ({one.name})" in message, message

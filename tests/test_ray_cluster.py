@@ -295,12 +295,12 @@ def test_a_run_that_leaves_a_draining_node_loses_no_step(unbroken: Unbroken, sha
     folder, script = RunFolder(tmp_path / "run"), tmp_path / "driver.py"
     script.write_text(
         "import pathlib, sys, ray\n"
-        "from dpkd import pretrain\n"
+        "from dpkd import cli, pretrain\n"
         "from dpkd.backends.ray_cluster import connect\n"
         "connect()\n"
         "nodes = {node['NodeID'] for node in ray.nodes()} - {ray.get_runtime_context().get_node_id()}\n"
         f"pathlib.Path({str(tmp_path)!r}, 'other').write_text(*nodes)\n"
-        "pretrain.whole_process(pretrain.main)\n"
+        "cli.whole_process(pretrain.main)\n"
     )
     command = [sys.executable, script, "--config", tmp_path / "run.yaml", *TEACH]
     with LocalCluster([1, 1], environment=ROOT) as cluster, (tmp_path / "run.log").open("w") as log:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dpkd import pretrain
+from dpkd import cli
 from dpkd.data.attributes import read_attributes
 from dpkd.errors import UserError
 from dpkd.run.folder import RunFolder
@@ -119,9 +119,9 @@ def stopped(tree: dict[str, Any], stage: str, capfd: pytest.CaptureFixture[str])
     settings = settings_of(tree)
     if stage == "teach":
         plain = settings.model_dump(mode="json")
-        assert pretrain.exit_code(lambda: train_stages((plain, [stage], None))) == 2
+        assert cli.exit_code(lambda: train_stages((plain, [stage], None))) == 2
     else:
-        assert pretrain.exit_code(lambda: driver.run(settings, stages=[stage])) == 2
+        assert cli.exit_code(lambda: driver.run(settings, stages=[stage])) == 2
     return capfd.readouterr().err
 
 
@@ -146,6 +146,6 @@ def test_a_table_at_fault_stops_before_anything_is_written(
 ) -> None:
     (tmp_path / "table.csv").write_text("class,x\na,2\n")
     tree = stated(tmp_path / "run", tmp_path / "table.csv", source=sample_folder)
-    assert pretrain.exit_code(lambda: driver.run(settings_of(tree))) == 2
+    assert cli.exit_code(lambda: driver.run(settings_of(tree))) == 2
     assert "a.x: 2 is out of range" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()

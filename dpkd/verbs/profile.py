@@ -33,10 +33,9 @@ def profile(settings: Settings, stage: str | None, *, steps: int) -> None:
     Raises `UserError` for an unknown stage, and if an earlier stage has not run.
     """
     stages = {name: trained for name, trained in training_stages(settings).items() if trained.kind != "baselines"}
-    names = list(stages)
-    stage = stage or names[0]
-    if stage not in names:
-        raise UserError(f"--stage {stage!r}: no such stage{did_you_mean(stage, names)} (they are {', '.join(names)})")
+    stage = stage or next(iter(stages))
+    if stage not in stages:
+        raise UserError(f"--stage {stage!r}: no such stage{did_you_mean(stage, stages)} (they are {', '.join(stages)})")
     if settings.launcher.threads is not None:
         torch.set_num_threads(settings.launcher.threads)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its own start on the screen

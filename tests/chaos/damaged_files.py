@@ -35,7 +35,7 @@ from typing import Any
 import torch
 import torch._dynamo  # optimizers load it at their first step: better once here than in every fork
 
-from dpkd import pretrain
+from dpkd import cli
 from dpkd.engine import world
 from dpkd.errors import EXIT_STOPPED
 from dpkd.io import errors
@@ -135,13 +135,14 @@ class Here:
         work(argument)
 
 
-def command(settings: dict[str, Any], *, stages: Sequence[str] = pretrain.STAGES) -> int:
+def command(settings: dict[str, Any], *, stages: Sequence[str] = cli.STAGES) -> int:
     """The command in this process, without new processes and long waits; its exit code."""
     torch.set_num_threads(1)
     driver.make_pool = driver.make_worker_group = lambda *_, **__: Here()  # type: ignore[assignment,return-value]
+    driver.check_in_child = lambda *_: None  # type: ignore[assignment]
     errors.WAITS_S = (0.01,)
     evaluate.TIMING_S = 0.01
-    return pretrain.exit_code(lambda: driver.run(settings_of(settings), stages=list(stages)))
+    return cli.exit_code(lambda: driver.run(settings_of(settings), stages=list(stages)))
 
 
 def stop_in(stage: str, folder: RunFolder) -> None:
