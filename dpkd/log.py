@@ -1,6 +1,6 @@
-"""The log of a run: one line per event, progress as one line in place or as plain lines, and `events.jsonl`.
+"""The log of a run: one line per event, progress as a bar or as plain lines, and `events.jsonl`.
 
-Lines go to standard output, also from rank 0. `events.jsonl` holds one JSON object per line:
+Lines and bars go to standard output, also from rank 0. `events.jsonl` holds one JSON object per line:
 `{"time": seconds since 1970, "kind": name, "attempt": number, …}`.
 """
 
@@ -9,24 +9,24 @@ import io
 import json
 import logging
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from dpkd.errors import UserError, printable
 from dpkd.io.errors import read_errors, write_errors
 
-INTERVAL_S, IN_PLACE_S = 10.0, 0.2
-"""Seconds between plain lines, and between those that replace one another in a terminal."""
-CLEAR = "\r\x1b[K"
-"""Removes the last line of a terminal, if no newline has ended it."""
+if TYPE_CHECKING:  # rich is loaded by the first table or bar
+    from rich.console import RenderableType
+    from rich.progress import Progress as RichBar
 
-_in_place = 0
-"""Number of open `Progress`es whose line stands in a terminal."""
+INTERVAL_S = 10.0
+"""Seconds between plain lines."""
+
+_bars: list["RichBar"] = []
 
 
 @contextmanager
@@ -43,11 +43,15 @@ def safe_output() -> Iterator[None]:
 
 
 class _Terminal(logging.Handler):
-    """Prints each line to standard output, in place of a line of progress; `printable` escapes and masks the line."""
+    """Prints each line to standard output, above a visible bar; `printable` escapes and masks the line."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        line = printable(record.getMessage())
         with safe_output():
-            print((CLEAR if _in_place else "") + printable(record.getMessage()), flush=True)
+            if _bars:
+                _bars[-1].console.print(line, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(line, flush=True)
 
 
 logger = logging.getLogger("dpkd")
@@ -55,6 +59,14 @@ logger = logging.getLogger("dpkd")
 logger.setLevel(logging.INFO)
 logger.propagate = False
 logger.addHandler(_Terminal())
+
+
+def show(table: "RenderableType") -> None:
+    """Prints a Rich table."""
+    from rich.console import Console  # noqa: PLC0415
+
+    with safe_output():
+        Console().print(table)
 
 
 def duration(seconds: float) -> str:
@@ -68,7 +80,7 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Shows the progress of a long task: a line in place in a terminal, else one every ten seconds, and one at its end.
+    """Shows the progress of a long task: a bar in a terminal, else a line every ten seconds, and a line at its end.
 
     `start` is the work done by an earlier run; it counts as done, but not for the rate. `shown=False` prints nothing
     (on ranks other than 0).
@@ -88,20 +100,33 @@ class Progress:
         self._start = self._done = start
         self._shown, self._clock = shown, clock
         self._note = ""
+        self._bar: RichBar | None = None
 
     def __enter__(self) -> Self:
-        global _in_place  # noqa: PLW0603 (one terminal per process)
         self._began_s = self._line_s = self._clock()
-        self._is_in_place = self._shown and sys.stdout.isatty()
-        _in_place += self._is_in_place
+        if self._shown and sys.stdout.isatty():
+            from rich import console, progress  # noqa: PLC0415
+
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}", markup=False),
+                progress.BarColumn(bar_width=30),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[rate]}", markup=False),
+                progress.TimeRemainingColumn(),
+                console=_bars[-1].console if _bars else console.Console(file=sys.stdout),  # nested bars share one
+                transient=True,
+            )
+            self._task = self._bar.add_task(self._title, total=self._total, completed=self._done, rate=self._unit)
+            with safe_output():
+                self._bar.start()
+            _bars.append(self._bar)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        global _in_place  # noqa: PLW0603
-        if self._is_in_place:
-            _in_place -= 1
+        if self._bar is not None:
+            _bars.remove(self._bar)
             with safe_output():
-                print(CLEAR, end="", flush=True)
+                self._bar.stop()
         if self._shown and kind is None:
             count, elapsed = self._done - self._start, duration(self._clock() - self._began_s)
             logger.info(f"{self._title}: {count:,} {self._unit} in {elapsed}, {self._rate}{self._note}")
@@ -114,17 +139,14 @@ class Progress:
         """Sets the work done, the total if it has become known, and a note at the end of the line."""
         self._done, self._total = done, self._total if total is None else total
         self._note = self._note if note is None else f", {note}"
-        if not self._shown or self._clock() - self._line_s < (IN_PLACE_S if self._is_in_place else INTERVAL_S):
-            return
-        self._line_s = self._clock()
-        share = f" ({done / self._total:.0%})" if self._total else ""
-        left = f", {duration((self._total - done) / self._per_s)} left" if done > self._start else ""
-        line = f"{self._title}: {done:,} of {self._total:,} {self._unit}{share}, {self._rate}{left}{self._note}"
-        if self._is_in_place:
-            with safe_output():
-                print(CLEAR + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
-        else:
-            logger.info(line)
+        if self._bar is not None:
+            self._bar.update(self._task, total=self._total, completed=done, rate=self._rate + self._note)
+        elif self._shown and self._clock() - self._line_s >= INTERVAL_S:
+            self._line_s = self._clock()
+            share = f" ({done / self._total:.0%})" if self._total else ""
+            left = f", {duration((self._total - done) / self._per_s)} left" if done > self._start else ""
+            count = f"{done:,} of {self._total:,} {self._unit}{share}"
+            logger.info(f"{self._title}: {count}, {self._rate}{left}{self._note}")
 
     @property
     def _per_s(self) -> float:

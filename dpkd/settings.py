@@ -268,7 +268,7 @@ class Settings(Config):
             raise ValueError(f"{unused}: add an objective {{kind: attributes}}, or remove the table")
         if self.launcher.workers is not None and not self.world_sizes:
             workers = " to ".join(str(each) for each in (self.launcher.min_workers, self.launcher.workers) if each)
-            batches = ", ".join(f"{key}.batch_size {training.batch_size}" for key, training in self.trainings.items())
+            batches = ", ".join(f"{key}.batch_size={training.batch_size}" for key, training in self.trainings.items())
             raise ValueError(f"{workers} workers cannot share {batches} equally, in whole micro-batches: set multiples")
         if self.prepare.priors is None:
             prepare = self.prepare.model_copy(update={"priors": tuple(self._needed_priors())})

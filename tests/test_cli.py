@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from dpkd import cli
-from dpkd.log import logger
+from dpkd.log import logger, show
 from tests.data.packing import make_folder
 from tests.runs import tiny
 
@@ -25,7 +25,7 @@ except SystemExit as end:
     code = end.code
 print(code, [name for name in sys.argv[1].split(",") if name in sys.modules], file=sys.stderr)
 """
-HEAVY = ("torch", "timm", "ray", "pyarrow", "fsspec", "PIL", "numba", "sklearn")
+HEAVY = ("torch", "timm", "ray", "pyarrow", "fsspec", "rich", "PIL", "numba", "sklearn")
 
 
 COUNTS = {"base/a": 8, "base/b": 8, "val/a": 2, "val/b": 2, "novel/c": 2, "novel/d": 2}
@@ -104,7 +104,8 @@ def test_characters_that_the_output_lacks_are_replaced(monkeypatch: pytest.Monke
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
     logger.info("dpkd · Zürich")
-    assert written.getvalue() == b"dpkd \\xb7 Z\\xfcrich\n"
+    show("≥ 3")
+    assert written.getvalue() == b"dpkd \\xb7 Z\\xfcrich\n\\u2265 3\n"
 
 
 WITHOUT_TRAIN = """

@@ -125,9 +125,9 @@ def final_words(summary: dict[str, Any]) -> str:
     lines = []
     if "protocol" in summary:
         first, *others = figure_tables(summary).items()
-        lines += [heading(summary), "", *aligned(first[1])]
+        lines += [heading(summary), "", *_aligned(first[1])]
         if known := dict(others).get(KNOWN_CLASSES):
-            lines += ["", f"{KNOWN_CLASSES}, with the network's own classifier", "", *aligned(known)]
+            lines += ["", f"{KNOWN_CLASSES}, with the network's own classifier", "", *_aligned(known)]
         notes = [*invalid(summary), *few_images(summary), *not_better(summary).values()]
         lines += ["", *notes] if notes else []
     elif summary["exports"]:
@@ -144,7 +144,7 @@ def final_words(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def aligned(rows: Table) -> list[str]:
+def _aligned(rows: Table) -> list[str]:
     """The lines of a table on the screen."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     aligned = [[cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)] for _, *cells in rows]

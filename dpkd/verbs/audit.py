@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.table import Table
 
 from dpkd.data.order import SampleOrder, rank_slice
 from dpkd.engine.world import World
 from dpkd.errors import UserError
 from dpkd.io.checkpoint_store import CheckpointStore
-from dpkd.log import logger
-from dpkd.report.summary import aligned
+from dpkd.log import logger, show
 from dpkd.settings import DistillSettings, TeacherSettings, load_settings
 from dpkd.stages.plan import training_stages
 from dpkd.stages.run import Run, training_set
@@ -34,16 +34,16 @@ def audit(folder: str) -> None:
         raise UserError(f"{folder}: it has no settings.yaml; give the folder of a run")
     settings = load_settings(path, [])
     run = Run.open(settings, World(rank=0, size=1, local_rank=0, device=torch.device("cpu")))
-    table = [["stage", "steps", "attempts", "rolled back", "skipped", "samples", "times each"]]
+    table = Table("stage", "steps", "attempts", "rolled back", "skipped", "samples", "times each")
     faults: list[str] = []
     for stage, trained in training_stages(settings).items():
         if run.folder.sample_log(stage).is_dir():
             row, stage_faults = _audit_stage(run, stage, trained.settings)
-            table.append([stage, *row])
+            table.add_row(stage, *row)
             faults += stage_faults
-    if len(table) == 1:
+    if not table.rows:
         raise UserError(f"{folder}: no stage of this run has a sample log; train first, or give another folder")
-    logger.info("\n".join(aligned(table)))
+    show(table)
     if faults:
         more = f"; and {len(faults) - NUM_NAMED:,} more" if len(faults) > NUM_NAMED else ""
         raise UserError(

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from rich.table import Table
 
 from dpkd.data.shards import Dataset, ShardInfo
 from dpkd.errors import UserError
 from dpkd.io import storage
-from dpkd.log import Progress, logger
+from dpkd.log import Progress, logger, show
 from dpkd.priors.store import MANIFEST_NAME, PriorSet, set_url
-from dpkd.report.summary import aligned
 from dpkd.stages.report import sample_sheet
 
 NUM_NAMED = 20
@@ -38,13 +38,13 @@ def inspect(dataset: str, *, picture: Path | None = None, set_name: str = "defau
 def _inspect_dataset(dataset: Dataset) -> None:
     url, manifest = dataset.url, dataset.manifest
     logger.info(f"{url}: format {manifest.format_version}, {len(manifest.classes)} classes")
-    table = [["split", "samples", "labelled", "classes", "fewest", "most", "shards", "MB"]]
+    table = Table("split", "samples", "labelled", "classes", "fewest", "most", "shards", "MB")
     for name, split in manifest.splits.items():
         counts = [count for count in split.class_counts if count] or [0]
         size_mb = sum(shard.size_bytes for shard in split.shards) / 1e6
         numbers = [split.num_samples, sum(counts), np.count_nonzero(counts), min(counts), max(counts)]
-        table.append([name, *(f"{number:,}" for number in (*numbers, len(split.shards))), f"{size_mb:.1f}"])
-    logger.info("\n".join(aligned(table)))
+        table.add_row(name, *(f"{number:,}" for number in (*numbers, len(split.shards))), f"{size_mb:.1f}")
+    show(table)
     if given := dataset.given():
         counted = ", ".join(f"{name} of {count:,} samples" for name, count in given.items())
         logger.info(f"given with the images: {counted}")
@@ -100,9 +100,10 @@ def _inspect_priors(dataset: Dataset, priors: PriorSet, name: str) -> None:
                 except (UserError, ValueError) as error:
                     damaged.append(str(error))
                 progress.advance()
-    bytes_of = {name: f"{size / num_samples:,.0f}" for name, size in size_bytes.items()}
-    rows = [[prior.name, str(prior.channels), bytes_of.get(prior.name, "0")] for prior in priors.manifest.priors]
-    logger.info("\n".join(aligned([["map", "channels", "bytes a sample"], *rows])))
+    table = Table("map", "channels", "bytes a sample")
+    for prior in priors.manifest.priors:
+        table.add_row(prior.name, str(prior.channels), f"{size_bytes[prior.name] / num_samples:,.0f}")
+    show(table)
     if damaged:
         raise UserError(f"{url}: {_first(damaged, '; ')}; {way_out}")
     num_maps = len(priors.manifest.priors)

@@ -139,7 +139,7 @@ def command(settings: dict[str, Any], *, stages: Sequence[str] = cli.STAGES) -> 
     """The command in this process, without new processes and long waits; its exit code."""
     torch.set_num_threads(1)
     driver.make_pool = driver.make_worker_group = lambda *_, **__: Here()  # type: ignore[assignment,return-value]
-    driver.check_in_child = lambda *_: None
+    driver.check_in_child = lambda *_: None  # type: ignore[assignment]
     errors.WAITS_S = (0.01,)
     evaluate.TIMING_S = 0.01
     return cli.exit_code(lambda: driver.run(settings_of(settings), stages=list(stages)))

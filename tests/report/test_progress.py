@@ -51,20 +51,21 @@ def test_other_ranks_and_failed_work_print_no_last_line(capsys: pytest.CaptureFi
     assert capsys.readouterr().out == ""
 
 
-def test_a_terminal_gets_one_line_that_changes_and_events_above_it(
+def test_a_terminal_gets_a_bar_and_lines_above_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    clock = Clock()
-    with Progress("pack", 4, clock=clock) as outer:
-        for _ in range(2):
-            clock.now += 1
-            outer.advance()
-        logger.info("an event")
-        clock.now += 1
-        outer.advance()
-    lines = [line.rpartition("\r\x1b[K")[2] for line in capsys.readouterr().out.split("\n")]
-    assert lines == ["an event", "pack: 3 images in 3 s, 1.0 images/s", ""]
+    with Progress("pack [1]", 4) as outer:
+        outer.advance(2)
+        with Progress("inner", 2) as inner:
+            inner.advance(2)
+        logger.info("an event [with brackets]")
+        outer.advance(2)
+    printed = capsys.readouterr().out
+    assert "pack [1]" in printed
+    assert "an event [with brackets]" in printed
+    assert "pack [1]: 4 images in 0 s" in printed
 
 
 @pytest.mark.parametrize(

@@ -351,8 +351,8 @@ def test_the_set_is_inspected_and_drawn_with_its_learned_maps(dataset, priors, t
     inspect(dataset.url)
     said = capsys.readouterr().out
     assert "has its 3 maps, each readable and of its image" in said
-    assert "\nlearned-attention " in said
-    assert "\nlearned-edges " in said
+    assert "│ learned-attention" in said
+    assert "│ learned-edges" in said
     inspect(dataset.url, picture=tmp_path / "sheet.png", set_name="default")
     drawn = cv2.imread(str(tmp_path / "sheet.png"))
     assert drawn.std() > 10
