@@ -216,12 +216,17 @@ def figure_tables(evaluation: dict[str, Any]) -> dict[str, Table]:
 
 def networks(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The table of every network, by the name that users read: each student and its baselines, then the teachers."""
-    students = (_with_baselines(summary, name) for name in summary["students"])
+    students = (_with_baselines(summary, name) for name in _student_names(summary))
     return {title: network for student in students for title, network in student.items()} | _teachers(summary)
 
 
+def _student_names(summary: dict[str, Any]) -> list[str]:
+    """The students, and those of which the run has only baselines."""
+    return list(dict.fromkeys([*summary["students"], *(key.partition(".x")[0] for key in summary["baselines"])]))
+
+
 def _with_baselines(summary: dict[str, Any], student: str) -> dict[str, dict[str, Any]]:
-    named = {f"student {student}": summary["students"][student]}
+    named = {f"student {student}": summary["students"][student]} if student in summary["students"] else {}
     for key, baseline in summary["baselines"].items():
         name, longer, length = key.partition(".x")
         if name == student:
@@ -270,9 +275,9 @@ def _first_table(summary: dict[str, Any]) -> Table:
             if "plain_pooling" in network:
                 add("  with its prior map", network["few_shot"])
 
-    for name, student in summary["students"].items():
+    for name in _student_names(summary):
         add_networks(_with_baselines(summary, name))
-        if "over_baseline" in student:
+        if "over_baseline" in (student := summary["students"].get(name, {})):
             add(f"{name}: gain over labels alone", student["over_baseline"], sign="+")
     add_networks(_teachers(summary))
     return rows
@@ -285,8 +290,8 @@ def column_words(key: str) -> str:
 
 def judged_by(summary: dict[str, Any]) -> str:
     """The key of the accuracy that students are judged by: on known classes, or with most shots."""
-    student = next(iter(summary["students"].values()))
-    return list(student["few_shot"][report_split(summary)])[-1]
+    scores = (network["few_shot"][report_split(summary)] for network in networks(summary).values())
+    return next((list(keys)[-1] for keys in scores if keys), KNOWN)
 
 
 def few_images(summary: dict[str, Any]) -> list[str]:

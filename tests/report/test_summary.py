@@ -8,7 +8,7 @@ import pytest
 
 from dpkd.io.record import checked
 from dpkd.report.quarantine import Quarantine
-from dpkd.report.summary import count_words, figure_or_none, final_words, percent, write_summary
+from dpkd.report.summary import count_words, figure_or_none, final_words, judged_by, percent, write_summary
 
 
 def network(mean: float) -> dict[str, Any]:
@@ -43,6 +43,16 @@ def run(tmp_path: Path) -> Path:
     (tmp_path / "export" / "small").mkdir(parents=True)
     (tmp_path / "export" / ".vit.tmp").mkdir()
     return tmp_path
+
+
+def test_baselines_have_rows_where_no_student_was_trained(run: Path) -> None:
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation |= {"students": {}, "baselines": {"small.x0.5": network(0.38), "small": network(0.39)}}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    words = final_words(write_summary(run))
+    assert "small on labels alone, 0.5 x steps" in words
+    assert "39.0 ± 0.4 %" in words
+    assert judged_by(write_summary(run)) == "5way_5shot"
 
 
 def test_summary_json_has_the_promised_keys(run: Path) -> None:
