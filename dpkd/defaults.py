@@ -57,8 +57,9 @@ OF_TEACHER = [
     {"kind": "rotation", "weight": 0.5, "share": 0.5},
     {"kind": "mixup", "weight": 0.5, "share": 0.5},
 ]
+OF_SEVERAL = [{"kind": "multi_label"}, {"kind": "rotation", "weight": 0.5, "share": 0.5}]
 OF_UNLABELLED = [{"kind": "rotation"}, {"kind": "sigreg"}]
-"""Objectives of a teacher of the user's images, with labels and without."""
+"""Objectives of a teacher of the user's images: with a class, several labels, and none."""
 
 
 class Choice(NamedTuple):
@@ -185,7 +186,7 @@ def _of_splits(records: Sequence[Record], source: AnySource) -> Choices:
             f"data.{role}": Choice(name, reasons.get(name or "", "none in the source"))
             for role, name in by_role.items()
         }
-    labels = Counter(record.class_name for record in records if record.class_name is not None)
+    labels = Counter(name for record in records for name in record.label_names)
     per_class = int(median(labels.values())) if labels else 0
     count = f"{per_class} labels in the median class"
     if len(labels) == 1:
@@ -195,7 +196,7 @@ def _of_splits(records: Sequence[Record], source: AnySource) -> Choices:
         )
     if per_class < HOLD_OUT:
         few = f"{count} of {len(labels)} are too few to hold some out" if labels else "no image has a label"
-        if isinstance(source, TableSource) and source.label_column is None:
+        if isinstance(source, TableSource) and source.label_column is None and not source.multi_label:
             few = f"no column is called {', '.join(COLUMNS['label_column'])} (else data.source.label_column=NAME)"
         return {f"data.{role}": Choice(None, f"{few}: nothing is measured") for role in ("val", "test")}
     whole = " and never cut a group" if any(record.group is not None for record in records) else ""
@@ -221,11 +222,14 @@ def _of_networks(
     if not trained:
         known = ", ".join(sorted({split for split in splits if split is not None}))
         raise UserError(f"data.train={data.train!r} has no image; the splits are {known}")
-    num_labelled = len(trained) - counts[data.train].pop(None, 0)
+    num_labelled = sum(record.labelled for record in trained)
+    several = any(record.labels is not None for record in trained)
+    del counts[data.train][None]
     found = machine(LauncherSettings())
     number, kind = (found.gpus, "GPU") if found.gpus else (found.cpus, "CPU core")
     here = f"{number} {kind}{'s' if number > 1 else ''}"
     own = teacher in (None, "auto")
+    taught, learned = _objectives(labelled=num_labelled > 0, several=several, own=own)
     guide: dict[str, Any] = {"model": {"name": TEACHER[found.gpus > 0]}} if own else _with_weights(str(teacher))
     asked = [name.strip() for name in (students or "").split(",") if name.strip()]
     models = [{"name": name} for name in asked] or [STUDENT[found.gpus > 0]]
@@ -244,27 +248,38 @@ def _of_networks(
         if masks := sum(MASK_EXTENSION in record.given for record in trained):
             why += f". {masks} masks are not used: pooling.prior=expert-mask takes them for the map"
         choices["teachers.teacher.model"] = Choice(guide["model"] | {"pooling": {"kind": "figure_ground"}}, why)
-        objectives = Choice(OF_TEACHER, "turned and mixed images beside the labels")
         if not num_labelled:
-            objectives = Choice(OF_UNLABELLED, "these need no label")
             choices["data.views"] = Choice({"global": {"count": 2}}, "sigreg compares two views of each image")
         background = Choice({"background": {"share": 0.5}}, "figures on the ground of other images")
-        parts = {"objectives": objectives, "augment": background, "training": length}
+        parts = {"objectives": taught, "augment": background, "training": length}
         choices |= {f"teachers.teacher.{part}": choice for part, choice in parts.items()}
     else:
         choices |= {f"teachers.teacher.{key}": Choice(value, "never trained") for key, value in guide.items()}
-    learned = [{"kind": "features", "weight": 2.0}, {"kind": "relations", "weight": 2.0}]
-    if num_labelled and own:  # a teacher that is never trained has no logits of these classes
-        learned.insert(0, {"kind": "logits", "weight": 4.0, "temperature": 2.0})
-    if num_labelled:
-        learned.insert(0, {"kind": "supervised", "weight": 0.5})
     for model in models:
         key = f"distill.students.{re.sub(r'[^A-Za-z0-9_-]+', '-', model['name'])}"
         choices[f"{key}.model"] = Choice(model, "given" if asked else f"smaller than the teacher, for {here}")
-        choices[f"{key}.objectives"] = Choice(learned, "follows the teacher" + " and the labels" * (num_labelled > 0))
+        choices[f"{key}.objectives"] = learned
         if not num_labelled:
             choices[f"{key}.baseline"] = Choice([], "there are no labels to compare with")
+    if several:
+        each = Choice(None, "the ranking of images by each label is measured")
+        return choices | {"distill.training": length, "evaluate.episodes": each, "evaluate.probes": each}
     return choices | {"distill.training": length} | _of_evaluation(data, counts)
+
+
+def _objectives(*, labelled: bool, several: bool, own: bool) -> tuple[Choice, Choice]:
+    """The objectives of a teacher of the user's images, and of students."""
+    learned = [{"kind": "features", "weight": 2.0}, {"kind": "relations", "weight": 2.0}]
+    if not labelled:
+        return Choice(OF_UNLABELLED, "these need no label"), Choice(learned, "follows the teacher")
+    if own:  # a teacher that is never trained has no logits of these classes
+        logits = {"kind": "logits", "weight": 4.0, "temperature": 2.0}
+        learned.insert(0, {"kind": "multi_label_logits", "weight": 4.0} if several else logits)
+    learned.insert(0, {"kind": "multi_label" if several else "supervised", "weight": 0.5})
+    taught = Choice(OF_TEACHER, "turned and mixed images beside the labels")
+    if several:
+        taught = Choice(OF_SEVERAL, "an image may have several labels; turned images beside them")
+    return taught, Choice(learned, "follows the teacher and the labels")
 
 
 def _length(num_images: int, num_labelled: int, resources: NodeResources, *, here: str) -> Choice:

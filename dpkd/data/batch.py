@@ -29,7 +29,7 @@ class Batch:
     views: Mapping[str, View]
     """By name; always has `global`."""
     targets: Mapping[str, torch.Tensor]
-    """Learning targets by name; `class` is int64 [B], -1 without a visible label."""
+    """Learning targets by name; `class` is int64 [B], -1 without a visible label; `labels` is int64 [B, K]."""
     index_B: torch.Tensor
     """int64 sample of the split."""
     epoch_B: torch.Tensor

@@ -1,4 +1,7 @@
-"""The labels of a split in one file, `<split>.labels.npy`, which the processes of a machine map into memory."""
+"""The labels of a split in one file, `<split>.labels.npy`, which the processes of a machine map into memory.
+
+Axes: N sample, K class.
+"""
 
 import hashlib
 import io
@@ -25,16 +28,16 @@ class FileInfo(BaseModel):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-def write_labels(url: str, split: str, label_N: Labels, *, num_classes: int) -> FileInfo:
-    """Writes the labels of a split into the data set at `url`."""
+def write_labels(url: str, split: str, label: Labels, *, num_classes: int) -> FileInfo:
+    """Writes the labels of a split, N or NK, into the data set at `url`."""
     file, name = io.BytesIO(), f"{split}{LABELS_ENDING}"
-    narrow = label_N.astype("<i2" if num_classes < 2**15 else "<i4")
-    np.lib.format.write_array(file, narrow, version=(1, 0))
+    narrow = "<i1" if label.ndim == 2 else "<i2" if num_classes < 2**15 else "<i4"
+    np.lib.format.write_array(file, label.astype(narrow), version=(1, 0))
     storage.write_bytes_atomic(storage.join(url, name), file.getvalue())
     return FileInfo(name=name, size_bytes=file.tell(), sha256=storage.digest(file.getvalue()))
 
 
-def read_labels(url: str, info: FileInfo, *, num_samples: int) -> Labels:
+def read_labels(url: str, info: FileInfo, *, shape: tuple[int, ...]) -> Labels:
     """The labels, read only, in memory that processes share; raises `ValueError` for another file than `info` lists.
 
     A missing file raises one of `NO_FILE`.
@@ -44,7 +47,19 @@ def read_labels(url: str, info: FileInfo, *, num_samples: int) -> Labels:
             raise ValueError("its checksum differs from the one in dataset.json")
         file.seek(0)
         np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        if shape != (num_samples,) or dtype.kind != "i":
-            raise ValueError(f"it has {shape} values of {dtype}, not {num_samples} labels")
+        found, _, dtype = np.lib.format.read_array_header_1_0(file)
+        if found != shape or dtype.kind != "i":
+            raise ValueError(f"it has {found} values of {dtype}, not labels of the shape {shape}")
         return np.asarray(np.memmap(file, dtype, "r", file.tell(), shape))
+
+
+def label_known(label_NK: Labels) -> Labels:
+    """0 for each sample with a known label, else -1; int8 N."""
+    return np.where((label_NK >= 0).any(1), 0, -1).astype(np.int8)
+
+
+def class_counts(label: Labels, num_classes: int) -> list[int]:
+    """The number of samples of each class (label N), or with each label (label NK)."""
+    if label.ndim == 2:
+        return (label == 1).sum(0).tolist()
+    return np.bincount(label[label >= 0], minlength=num_classes).tolist()

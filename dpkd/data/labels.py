@@ -1,4 +1,7 @@
-"""Chooses the labels visible to training, deterministically, to measure label efficiency. Axes: N samples."""
+"""Chooses the labels visible to training, deterministically, to measure label efficiency.
+
+Axes: N sample, K class.
+"""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -7,52 +10,61 @@ from itertools import compress
 import numpy as np
 from numpy.typing import NDArray
 
-from dpkd.data.label_file import Labels
+from dpkd.data.label_file import Labels, label_known
 from dpkd.data.settings import AllLabels, LabelsPerClass, ListedLabels, VisibleLabels
 from dpkd.data.sources.text import match_lines, read_lines
 from dpkd.errors import UserError
 
 
 def visible_labels(
-    label_N: Labels, settings: VisibleLabels, *, keys: Iterable[str], seed: int, unreadable: Labels | Sequence[int] = ()
+    label: Labels, settings: VisibleLabels, *, keys: Iterable[str], seed: int, unreadable: Labels | Sequence[int] = ()
 ) -> Labels:
-    """The labels [N] that training may see, -1 for hidden or missing ones.
+    """The labels that training may see, -1 for hidden or missing ones: N, or NK where an image may have several.
 
     The choice depends on the seed and the samples' keys, not on the packing. A larger count or fraction includes the
     labels of a smaller one. The labels of the samples `unreadable` are hidden and do not count; if labels are counted,
-    other samples replace them. If all labels are visible, no key is read.
+    other samples replace them. If all labels are visible, no key is read. Of several labels of an image all are visible
+    or none; it counts for each label that it has, and an image without any for a class of its own.
 
     Raises `UserError` if a list does not match the split.
     """
-    readable_N = label_N.copy()
-    readable_N[np.asarray(unreadable, np.int64)] = -1
+    readable = label.copy()
+    readable[np.asarray(unreadable, np.int64)] = -1
     if isinstance(settings, AllLabels):
-        return readable_N
+        return readable
+    known_N = (label_known(label) if label.ndim == 2 else label) >= 0
     if isinstance(settings, ListedLabels):
-        shown = _listed(label_N, settings.path, keys=list(keys))
+        shown = _listed(known_N, settings.path, keys=list(keys))
     else:  # the first of each class, in an order drawn from seed and key
-        labelled = np.flatnonzero(readable_N >= 0)
+        readable_N = (label_known(readable) if label.ndim == 2 else readable) >= 0
         salt = (seed % 2**64).to_bytes(8, "little")
-        hashes = (hashlib.blake2b(key.encode(), digest_size=8, key=salt) for key in compress(keys, readable_N >= 0))
-        draws = np.fromiter((int.from_bytes(each.digest(), "little") for each in hashes), np.uint64, len(labelled))
-        ordered = labelled[np.lexsort((draws, readable_N[labelled]))]
-        starts = np.flatnonzero(np.diff(readable_N[ordered], prepend=-1))
-        classes = np.split(ordered, starts[1:])
+        hashes = (hashlib.blake2b(key.encode(), digest_size=8, key=salt) for key in compress(keys, readable_N))
+        draw_N = np.zeros(len(label), np.uint64)
+        draw_N[readable_N] = [int.from_bytes(each.digest(), "little") for each in hashes]
+        if label.ndim == 2:
+            has_NK = np.column_stack([readable == 1, readable_N & ~(readable == 1).any(1)])
+            members, class_of = np.nonzero(has_NK)
+        else:
+            members = np.flatnonzero(readable_N)
+            class_of = readable[members]
+        order = np.lexsort((draw_N[members], class_of))
+        starts = np.flatnonzero(np.diff(class_of[order], prepend=-1))
+        classes = np.split(members[order], starts[1:])
         if isinstance(settings, LabelsPerClass):
             counts = [settings.count] * len(classes)
         else:
             counts = [max(1, round(settings.fraction * len(members))) for members in classes]
         shown = np.concatenate([members[:count] for members, count in zip(classes, counts, strict=True)])
-    visible_N = np.full_like(label_N, -1)
-    visible_N[shown] = readable_N[shown]
-    return visible_N
+    visible = np.full_like(label, -1)
+    visible[shown] = readable[shown]
+    return visible
 
 
-def _listed(label_N: Labels, path: str, *, keys: Sequence[str]) -> NDArray[np.int64]:
+def _listed(known_N: NDArray[np.bool_], path: str, *, keys: Sequence[str]) -> NDArray[np.int64]:
     """The samples that the file lists by key, one a line."""
     numbers, unknown, _ = match_lines(read_lines(path, key="data.labels.path"), {key: i for i, key in enumerate(keys)})
     shown = sorted({number for _, number in numbers})
-    without_label = {keys[i] for i in shown if label_N[i] < 0}
+    without_label = {keys[i] for i in shown if not known_N[i]}
     not_in_split = "are not in the training split (data.train)"
     for wrong, reason in ((set(unknown), not_in_split), (without_label, "have no label")):
         if wrong:

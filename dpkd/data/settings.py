@@ -1,6 +1,7 @@
 """Settings of the data room: sources, splits, views and loading of images."""
 
 import re
+from collections import Counter
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -22,10 +23,31 @@ class TableSource(Config):
     path: PathText
     path_column: str = "path"
     label_column: str | None = None
+    """One class an image."""
+    label_columns: tuple[str, ...] = ()
+    """Several labels an image, a column each: 1, 0, empty for unknown, or -1 for uncertain (as in CheXpert)."""
+    labels_column: str | None = None
+    """Several labels an image in one cell, with `|` between them; an image with an empty cell has no known label."""
+    uncertain: Literal["unknown", "positive", "negative"] = "unknown"
+    """What -1 in `label_columns` means."""
     split_column: str | None = None
     group_column: str | None = None
     mask_column: str | None = None
     attribute_columns: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_kind_of_label(self) -> "TableSource":
+        kinds = ("label_column", "label_columns", "labels_column")
+        if len(given := [kind for kind in kinds if getattr(self, kind)]) > 1:
+            raise ValueError(f"{' and '.join(given)} are given: keep one of them")
+        if twice := [name for name, count in Counter(self.label_columns).items() if count > 1]:
+            raise ValueError(f"label_columns names {twice[0]!r} twice")
+        return self
+
+    @property
+    def multi_label(self) -> bool:
+        """True if an image may have several labels."""
+        return bool(self.label_columns or self.labels_column)
 
 
 class ShardSource(Config):

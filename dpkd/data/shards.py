@@ -4,17 +4,19 @@
   dataset.json                      `Manifest`; written last, so a folder without it is not yet a data set
   <split>-000000.tar                a plain WebDataset tar; the members of a sample follow one another:
       <key>.jpg|png|webp            the image with its original bytes (other formats as PNG)
-      <key>.json                    {"label": 3 or null, "class_name", "group", "source", "attributes": {…}}
+      <key>.json                    {"label": 3 or null, "class_name", "group", "source", "attributes": {…}}; where an
+                                    image may have several labels, "labels": {name: 1, 0 or -1} or null
       <key>.mask.png                optional, the size of the image
       <key>.expert-<name>.png       optional, any number of them
   <split>-000000.index.msgpack      `ShardIndex`: columns, one entry a sample; written after its tar
   <split>.labels.npy                the label of every sample, in the order of the shards; -1 without a label; int16 or
-                                    int32, mapped into memory, so that opening reads no index of a shard
+                                    int32, mapped into memory, so that opening reads no index of a shard; int8 NK where
+                                    an image may have several: 1, 0, or -1 for unknown
 
 Each read compares the sample's bytes with the checksum of the index, because a damaged JPEG may decode without error.
 Manifest and index contain a checksum of their content, which detects a changed bit of a label.
 
-A key is the path of the image in its source without the extension. Axes: N samples.
+A key is the path of the image in its source without the extension. Axes: N samples, K classes.
 """
 
 import hashlib
@@ -33,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from dpkd.data.label_file import FileInfo, Labels, read_labels
+from dpkd.data.label_file import FileInfo, Labels, class_counts, label_known, read_labels
 from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
@@ -59,7 +61,10 @@ class ShardInfo(BaseModel):
 
 
 class SplitInfo(BaseModel):
-    """One split: numbers of samples in all, without a label, and of each class (in the order of `Manifest.classes`)."""
+    """One split: numbers of samples in all, without a label, and of each class (in the order of `Manifest.classes`).
+
+    Where an image may have several labels, without a known label, and with each label.
+    """
 
     model_config = ConfigDict(frozen=True)
     num_samples: int = Field(ge=0)
@@ -68,6 +73,8 @@ class SplitInfo(BaseModel):
     shards: tuple[ShardInfo, ...]
     labels: FileInfo | None = None
     """None if an older version packed the images: then the labels are read from every shard's index."""
+    multi_label: bool = False
+    """True if an image may have several labels: the classes."""
 
 
 class Manifest(BaseModel):
@@ -84,6 +91,11 @@ class Manifest(BaseModel):
     """Samples of the source that belong to no split."""
     made_from: dict[str, str]
     """The inputs of packing; the same values give the same bytes."""
+
+    @property
+    def multi_label(self) -> bool:
+        """True if an image may have several labels: the classes."""
+        return any(split.multi_label for split in self.splits.values())
 
     def to_bytes(self) -> bytes:
         """The file's content."""
@@ -103,6 +115,7 @@ class ShardIndex:
 
     keys: tuple[str, ...]
     label_N: NDArray[np.int64]
+    """NK where an image may have several labels."""
     members: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]
     """extension -> (offset, size) of each sample's data."""
     shard: ShardInfo
@@ -260,14 +273,30 @@ class Split:
     def label_N(self) -> Labels:  # noqa: N802 (the axis)
         """The class of every sample, as an index into `Manifest.classes`; -1 without a label. Read only.
 
-        The processes of a machine share its memory. Raises `UserError` if its file is missing or damaged.
+        Where an image may have several labels, 0 for every sample with a known one. The processes of a machine share
+        its memory. Raises `UserError` if its file is missing or damaged.
         """
-        info = self.info.labels
-        if info is None:
+        if self.info.multi_label:
+            return label_known(self.label_NK)
+        if self.info.labels is None:
             return np.concatenate([np.empty(0, np.int64), *(index.label_N for index in self.indexes())])
-        url = storage.join(self.url, info.name)
+        return self._labels((self.num_samples,))
+
+    @cached_property
+    def label_NK(self) -> Labels:  # noqa: N802 (the axes)
+        """1 for the labels of every sample, 0 for those that it lacks, -1 for unknown ones; as `label_N`."""
+        return self._labels((self.num_samples, len(self.info.class_counts)))
+
+    def count_classes(self, *, without: NDArray[np.int64]) -> list[int]:
+        """The number of samples of each class, or with each label, without the samples of these numbers."""
+        label = self.label_NK if self.info.multi_label else self.label_N
+        return class_counts(np.delete(label, without, axis=0), len(self.info.class_counts))
+
+    def _labels(self, shape: tuple[int, ...]) -> Labels:
+        assert self.info.labels is not None, "only older versions wrote no file of labels"
+        url = storage.join(self.url, self.info.labels.name)
         with _user_errors(url):
-            return read_labels(url, info, num_samples=self.num_samples)
+            return read_labels(url, self.info.labels, shape=shape)
 
     def index(self, k: int) -> ShardIndex:
         """The index of shard `k`; raises `UserError` if it is missing or belongs to another shard."""

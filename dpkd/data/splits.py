@@ -103,14 +103,19 @@ def _by_fraction(
     for i, record in enumerate(records):
         members[(False, record.name) if record.group is None else (True, record.group)].append(i)
     strata: dict[str, list[tuple[bool, str]]] = defaultdict(list)
-    any_label = train in fractions and any(record.class_name is not None for record in records)
+    any_label = train in fractions and any(record.labelled for record in records)
     split_of: dict[int, str] = {}
+    several: dict[tuple[bool, str], Counter[str]] = {}
     for unit, rows in members.items():
         counts = Counter(records[i].class_name or "" for i in rows)
-        if any_label and set(counts) == {""}:
+        if any_label and not any(records[i].labelled for i in rows):
             split_of |= dict.fromkeys(rows, train)
+        elif any(records[i].labels is not None for i in rows):
+            several[unit] = Counter(name for i in rows for name in records[i].label_names or [""])
         else:
             strata[min(counts, key=lambda name: (-counts[name], name))].append(unit)
+    for unit, split in _by_label(several, fractions, seed=seed).items():
+        split_of |= dict.fromkeys(members[unit], split)
     # kept from class to class, so that small splits also get rare classes
     lacking = dict.fromkeys(fractions, 0.0)
     for stratum in sorted(strata):
@@ -125,10 +130,35 @@ def _by_fraction(
     return [split_of[i] for i in range(len(records))]
 
 
+def _by_label(
+    labels_of: Mapping[tuple[bool, str], Counter[str]], fractions: Mapping[str, float], *, seed: int
+) -> dict[tuple[bool, str], str]:
+    """Assigns groups with several labels, so that each split has its share of each label, rare ones first.
+
+    Iterative stratification (Sechidis et al. 2011), by groups in a drawn order; having no label is a label, "".
+    """
+    left = sorted(labels_of, key=lambda unit: draw(seed, unit[1]))
+    total = sum(labels_of.values(), Counter[str]())
+    lacking = {split: {name: share * count for name, count in total.items()} for split, share in fractions.items()}
+    split_of: dict[tuple[bool, str], str] = {}
+    while left:
+        counts = sum((labels_of[unit] for unit in left), Counter[str]())
+        rarest = min(counts, key=lambda name: (counts[name], name))
+        for unit in [unit for unit in left if labels_of[unit][rarest]]:
+            split = max(fractions, key=lambda name: (lacking[name][rarest], sum(lacking[name].values())))
+            for name, count in labels_of[unit].items():
+                lacking[split][name] -= count
+            split_of[unit] = split
+        left = [unit for unit in left if unit not in split_of]
+    return split_of
+
+
 def _by_class(
     records: Sequence[Record], classes: Mapping[str, int | tuple[str, ...]], *, seed: int, train: str
 ) -> list[str | None]:
     """Assigns classes by name, or by a draw if the settings have a number; unlabelled samples train."""
+    if any(record.labels is not None for record in records):
+        raise UserError("data.splits has the kind class, and images may have several labels: use the kind fraction")
     known = {record.class_name for record in records if record.class_name is not None}
     split_of: dict[str | None, str] = {None: train} if train in classes else {}
     for split, wanted in classes.items():

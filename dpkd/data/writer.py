@@ -24,14 +24,18 @@ class Planned:
     """A sample with its key and label in the data set."""
 
     key: str
-    label: int
+    label: int | tuple[int, ...]
+    """Of each class 1, 0, or -1 for unknown, where an image may have several labels."""
     record: Record
 
     @property
     def meta(self) -> dict[str, Any]:
         """The content of the sample's json member."""
+        of_class = {"label": self.label if isinstance(self.label, int) and self.label >= 0 else None}
+        of_several = {"labels": self.record.labels} if isinstance(self.label, tuple) else {}
         return {
-            "label": self.label if self.label >= 0 else None,
+            **of_class,
+            **of_several,
             "class_name": self.record.class_name,
             "group": self.record.group,
             "source": self.record.name,

@@ -26,12 +26,16 @@ from dpkd.errors import UserError
 from dpkd.evaluation.adaptation import Floats, Head, Integers
 from dpkd.models.onnx_file import difference_of, write_module
 
+OF_CLASSES = ("label_descriptions", "problem_type")
+"""Keys of `config.json` that do not hold for new classes."""
 NUM_VIEWS = 9
 """Views of a shot: the plain one, and random crops."""
 CROPS = AugmentSettings(crop_scale=(0.4, 1.0), crop_ratio=(1.0, 1.0), brightness=0, contrast=0, saturation=0)
 STEPS, BATCH_SIZE, LEARNING_RATE = 80, 32, 1e-3
 """Of the fine-tune."""
 TOLERANCE, ONNX_TOLERANCE = 1e-5, 1e-3
+MULTI_LABEL = "multi_label_classification"
+"""Value of `problem_type` in `config.json` where an image may have several labels, as Hugging Face has it."""
 
 
 class Exported(nn.Module):
@@ -55,6 +59,7 @@ class Exported(nn.Module):
         self.transform = create_transform(**preprocessing, is_training=False)
         names = self.model.pretrained_cfg.get("label_names") or range(self.model.num_classes)
         self.classes = tuple(str(name) for name in names)[: self.model.num_classes]
+        self.multi_label = self.config.get("problem_type") == MULTI_LABEL
         self.eval()
 
     def forward(self, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +120,7 @@ class Exported(nn.Module):
         """Writes the timm folder and ONNX, and checks both."""
         tensors = {name: tensor.contiguous().clone() for name, tensor in self.model.state_dict().items()}
         (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
-        count, config = len(classes), {key: self.config[key] for key in self.config if key != "label_descriptions"}
+        count, config = len(classes), {key: self.config[key] for key in self.config if key not in OF_CLASSES}
         config |= {"num_classes": count, "label_names": list(classes)}
         config["pretrained_cfg"] = config.get("pretrained_cfg", {}) | {"num_classes": count}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

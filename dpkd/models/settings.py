@@ -62,6 +62,8 @@ class NetworkSpec(Config):
     model: ModelSettings
     classes: tuple[str, ...]
     """Class names, in the order of the logits; if empty, the network has no logits."""
+    multi_label: bool = False
+    """True if an image may have several of the classes: a logit is that of one label against its absence."""
     image_size: int = Field(ge=1)
     mean: tuple[float, float, float]
     """Channel means of the training images, RGB in 0..1."""

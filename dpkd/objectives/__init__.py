@@ -17,6 +17,7 @@ from dpkd.objectives.locality import LocalityGuidance
 from dpkd.objectives.logits import LogitDistillation
 from dpkd.objectives.masked_prior import MaskedPrior
 from dpkd.objectives.mixup import Mixup
+from dpkd.objectives.multi_label import MultiLabel, MultiLabelDistillation
 from dpkd.objectives.patch_labels import PatchLabels
 from dpkd.objectives.patch_relations import PatchRelations
 from dpkd.objectives.patches import PatchDistillation
@@ -30,6 +31,7 @@ from dpkd.objectives.supervised import Supervised
 
 BuiltIn = Annotated[
     Supervised
+    | MultiLabel
     | Mixup
     | Rotation
     | PseudoLabels
@@ -40,6 +42,7 @@ BuiltIn = Annotated[
     | LogitDistillation
     | StandardisedLogits
     | DecoupledLogits
+    | MultiLabelDistillation
     | FeatureDistillation
     | PatchDistillation
     | RelationDistillation

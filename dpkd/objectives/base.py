@@ -97,7 +97,9 @@ class Needs:
     derived: tuple[DerivedView, ...] = ()
     """Further views, made from the global view during training."""
     targets: tuple[str, ...] = ()
-    """Required knowledge of samples: `class` (a visible label), `attributes` (a table of the classes)."""
+    """Required knowledge of samples: `class` (a visible label), `labels` (several), `attributes` (a table)."""
+    one_class: bool = False
+    """True if its classes exclude one another, so that an image has one."""
     classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Classes that need training samples, by the settings key that lists them."""
     own_colours: str | None = None
@@ -124,8 +126,10 @@ class Supervision:
     labelled_share: float
     """Share of labelled samples among the drawn samples."""
     log_prior_K: Tensor
-    """Logarithm of each class's share of the visible labels."""
+    """Logarithm of each class's share of the visible labels; where an image may have several, of each one's odds."""
     attributes: ClassAttributes | None = None
+    known_share_K: Tensor | None = None
+    """Where an image may have several labels: the share of drawn samples of which each label is known."""
 
 
 Outputs = Mapping[str, "Tensor"]

@@ -26,7 +26,7 @@ class DecoupledLogits(Distillation):
     temperature: float = Field(4.0, gt=0)
 
     def needs(self) -> Needs:
-        return Needs(student=("logits",), teacher=("logits",))
+        return Needs(student=("logits",), teacher=("logits",), one_class=True)
 
     def loss(self, context: Context) -> Tensor:
         teacher_BK, label_B = context.teacher("logits"), context.batch.targets["class"]

@@ -41,7 +41,7 @@ class PatchLabels(Distillation):
     def needs(self) -> Needs:
         maps = (self.prior,) if self.prior else ()
         heads = {teacher_head(self.teacher, "patch_labels"): Head("patch", "classes+1")}
-        return Needs(heads=heads, teacher=("patch_logits",), maps=maps, amounts=maps)
+        return Needs(heads=heads, teacher=("patch_logits",), maps=maps, amounts=maps, one_class=True)
 
     def loss(self, context: Context) -> Tensor:
         import torch.nn.functional as F

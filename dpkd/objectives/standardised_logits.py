@@ -23,7 +23,7 @@ class StandardisedLogits(Distillation):
     """Learns from all global views, with targets that are half the mean over the views of an image."""
 
     def needs(self) -> Needs:
-        return Needs(student=("logits",), teacher=("logits",), num_views=2 if self.average_views else 1)
+        return Needs(student=("logits",), teacher=("logits",), num_views=2 if self.average_views else 1, one_class=True)
 
     def loss(self, context: Context) -> Tensor:
         student_BK = standardise_logits(context.student("logits", all_views=self.average_views))

@@ -26,7 +26,7 @@ image = transform(ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB"
 with torch.no_grad():
     features = model.forward_features(image)
     embedding = model.forward_head(features, pre_logits=True)
-    probability = model(image).softmax(1)[0].tolist()
+    probability = model(image).{activation}[0].tolist()
 print(dict(zip(model.pretrained_cfg["label_names"], probability)))
 ```
 """
@@ -69,9 +69,10 @@ def model_card(
             f"a `{teacher['model']}` of {count_words(teacher['parameters'])} parameters"
             for teacher in evaluation["teachers"].values()
         )
+        kinds = "labels" if spec["multi_label"] else "classes"
         description = (
             f"A `{spec['model']['name']}` of {count_words(table['parameters'])} parameters for {size} px images and "
-            f"{len(spec['classes'])} classes, distilled with dpkd from {teachers or 'no teacher'}.\n"
+            f"{len(spec['classes'])} {kinds}, distilled with dpkd from {teachers or 'no teacher'}.\n"
         )
         parts += [description, "## Numbers\n", *_numbers(table, evaluation)]
     mean, std = (", ".join(f"{value:.4f}" for value in spec[key]) for key in ("mean", "std"))
@@ -79,7 +80,8 @@ def model_card(
         f"Preprocessing: the largest centred square, resized to {size} x {size}, RGB in 0 … 1, minus mean ({mean}), "
         f"divided by standard deviation ({std}); `config.json` holds it for timm.\n"
     )
-    parts += ["## Use\n", USAGE.format(folder=name), preprocessing]
+    activation = "sigmoid()" if spec["multi_label"] else "softmax(1)"
+    parts += ["## Use\n", USAGE.format(folder=name, activation=activation), preprocessing]
     if onnx_difference is not None:
         parts.append(
             "`model.onnx` takes normalised images of any batch size; its outputs differ from PyTorch's by at most "
@@ -94,7 +96,7 @@ def adapted_card(name: str, card: dict[str, Any]) -> str:
     """The card of a folder that `dpkd adapt` has written, from its `adapt.json`."""
     rows = [["class", "shots"], *([each, str(len(files))] for each, files in card["classes"].items())]
     made = ADAPTED.format(**card, table="\n".join(markdown_table(rows)))
-    return "\n".join([FRONT_MATTER, f"# {name}\n", made, USAGE.format(folder=name)])
+    return "\n".join([FRONT_MATTER, f"# {name}\n", made, USAGE.format(folder=name, activation="softmax(1)")])
 
 
 def _numbers(table: dict[str, Any], evaluation: dict[str, Any]) -> list[str]:
@@ -115,6 +117,8 @@ def _numbers(table: dict[str, Any], evaluation: dict[str, Any]) -> list[str]:
     conditions = "Known classes: " + ", ".join(
         f"{n:,} images of {split}" for split, n in evaluation["labelled"].items()
     )
+    if "labels" in protocol:
+        conditions = "Mean over labels; 95 % intervals by the bootstrap over images"
     if "way" in protocol:
         conditions = (
             f"Mean and 95 % interval over {protocol['episodes']:,} episodes of {protocol['way']} classes with "

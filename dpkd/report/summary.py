@@ -202,7 +202,8 @@ def figure_tables(evaluation: dict[str, Any]) -> dict[str, Table]:
         "classification": KNOWN_CLASSES,
         "zero_shot": "Zero-shot through attributes",
     }
-    tables = {"Few-shot accuracy" if "way" in evaluation["protocol"] else "Accuracy": _first_table(evaluation)}
+    first = "Ranking by label" if "labels" in evaluation["protocol"] else "Accuracy"
+    tables = {"Few-shot accuracy" if "way" in evaluation["protocol"] else first: _first_table(evaluation)}
     for key, title in titles.items():
         measured = {name: network[key] for name, network in networks(evaluation).items() if network.get(key)}
         columns = {(split, part): None for table in measured.values() for split in table for part in table[split]}
@@ -243,6 +244,9 @@ def heading(summary: dict[str, Any]) -> str:
     """What the first table shows."""
     protocol, split = summary["protocol"], report_split(summary)
     by = f"mean ± 95 % interval; images/s on {summary['device']}"
+    if "labels" in protocol:
+        images = f"{summary['labelled'][split]:,} images of {split}"
+        return f"Ranking of {images} by each of {protocol['labels']} labels, {by}"
     if "way" not in protocol:
         return f"Accuracy on {summary['labelled'][split]:,} labelled images of {split}, {by}"
     episodes = f"{protocol['way']} classes an episode, the same {protocol['episodes']:,} episodes for all"

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from dpkd.models.settings import MeanPooling
 from dpkd.objectives import AnyObjective
+from dpkd.objectives.multi_label import MultiLabel
 from dpkd.objectives.supervised import Supervised
 from dpkd.settings import Settings, StudentSettings, TeacherSettings
 
@@ -46,5 +47,7 @@ def _on_labels_alone(settings: Settings, student: StudentSettings, length: float
 
 def labels_alone(student: StudentSettings) -> tuple[AnyObjective, ...]:
     """The supervised objectives of a student with weight 1, or plain cross-entropy."""
-    supervised = [objective for objective in student.objectives if objective.kind == "supervised"]
-    return tuple(objective.model_copy(update={"weight": 1.0}) for objective in supervised or [Supervised()])
+    supervised = [objective for objective in student.objectives if objective.kind in ("supervised", "multi_label")]
+    several = any(objective.kind.startswith("multi_label") for objective in student.objectives)
+    plain = MultiLabel() if several else Supervised()
+    return tuple(objective.model_copy(update={"weight": 1.0}) for objective in supervised or [plain])

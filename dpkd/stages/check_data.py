@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dpkd.data.attributes import AttributeTable, read_attributes
 from dpkd.data.shards import Dataset
 from dpkd.engine.settings import TrainingSettings
 from dpkd.errors import UserError, did_you_mean
 from dpkd.evaluation.few_shot import drawable_classes
+from dpkd.objectives.base import Objective
 from dpkd.settings import DataSettings, Settings
 
 MAX_NAMED = 5
@@ -26,17 +26,14 @@ class SplitCounts(NamedTuple):
 
     num_samples: int
     class_counts: Sequence[int]
-
-    @staticmethod
-    def of(label_N: NDArray[np.signedinteger], *, num_classes: int) -> "SplitCounts":
-        """The counts of labels, -1 for a sample without one."""
-        return SplitCounts(len(label_N), np.bincount(label_N[label_N >= 0], minlength=num_classes).tolist())
+    multi_label: bool = False
+    """True if an image may have several labels: the classes."""
 
 
 def counts_of(dataset: Dataset) -> dict[str, SplitCounts]:
     """The counts of each split of a packed data set."""
     splits = dataset.manifest.splits
-    return {name: SplitCounts(info.num_samples, info.class_counts) for name, info in splits.items()}
+    return {name: SplitCounts(info.num_samples, info.class_counts, info.multi_label) for name, info in splits.items()}
 
 
 def attribute_table(data: DataSettings) -> AttributeTable | None:
@@ -80,6 +77,7 @@ def check_splits(
     if table is not None:
         table.rows(trained)
     for key, objective in settings.objectives.items():
+        _check_labels(key, objective, several=train.multi_label, place=place)
         for field, names in objective.needs().classes.items():
             for name in names:
                 if name not in trained:
@@ -91,9 +89,25 @@ def check_splits(
     for key, training in trainings.items():
         _check_training(key, training, settings=settings, train=train, trained=trained)
     episodes = settings.evaluate.episodes if settings.evaluate is not None else None
-    if episodes is not None and trainings:
+    if episodes is not None and trainings and not train.multi_label:
         for name in measured_splits(data, counts):
             drawable_classes(np.array(counts[name].class_counts), episodes, split=name)
+
+
+def _check_labels(key: str, objective: Objective, *, several: bool, place: str) -> None:
+    """Raises `UserError` if the objective learns one class an image where images may have several, or the reverse."""
+    needs = objective.needs()
+    if several and (needs.one_class or {"class", "attributes"} & {*needs.targets}):
+        fitting = "multi_label_logits" if needs.teacher else "multi_label"
+        raise UserError(
+            f"{key} of kind {objective.kind!r} learns one class an image, and images of {place} may have several "
+            f"labels: use the kind {fitting!r}, or remove it"
+        )
+    if "labels" in needs.targets and not several:
+        raise UserError(
+            f"{key} of kind {objective.kind!r} learns several labels an image, and images of {place} have one "
+            "class: use the kind 'supervised', or give data.source.label_columns or labels_column"
+        )
 
 
 def _check_training(
@@ -107,7 +121,9 @@ def _check_training(
             f"{training.batch_size}; lower it, or pack more images"
         )
     needing = [f"{key}.labelled_share"] if training.labelled_share is not None else []
-    of_labels = (other for other, objective in settings.objectives.items() if "class" in objective.needs().targets)
+    of_labels = (
+        other for other, objective in settings.objectives.items() if {"class", "labels"} & {*objective.needs().targets}
+    )
     needing += (other for other in of_labels if other.startswith(key.removesuffix("training")))
     if needing and len(trained) < 2:
         num_classes = f"{len(trained)} labelled {'class' if len(trained) == 1 else 'classes'}"

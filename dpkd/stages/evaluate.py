@@ -10,7 +10,10 @@
               "over_baseline": {split: …}            students: paired difference on the same episodes from
               "baseline": name                       the baseline that is best on the first split
               "probes": {split: {"knn", "linear"}}, "classification": {split: {"overall", "balanced", …}},
+              "labels": {split: {label: {"samples", "trained", "precision": score, "auroc": score}}},
               "zero_shot": {split: {"overall", "balanced", "chance"}}}      classes known only by their attributes
+Where an image may have several labels, the keys of `few_shot` are "auroc", "average_precision_of_rare_labels" and
+"mean_average_precision".
 
 Unreadable samples are left out. Axes: N readable sample, D feature, E episode, K class, A attribute.
 """
@@ -52,6 +55,7 @@ from dpkd.run.folder import RunFolder
 from dpkd.settings import EvaluateSettings, Settings, TeacherSettings
 from dpkd.stages.baselines import baselines
 from dpkd.stages.check_data import attribute_table, trained_classes
+from dpkd.stages.evaluate_labels import measure_several
 from dpkd.stages.networks import Embedded, embed_networks, spread, teacher_network
 from dpkd.stages.run import Run
 from dpkd.train.task import Predictor
@@ -86,7 +90,7 @@ def evaluate(run: Run) -> None:
     assert settings is not None, "the stage is left out without settings"
     networks = {place: network.to(device) for place, network in load_networks(run).items()}
     report: dict[str, Any] = {
-        "protocol": (settings.episodes.model_dump(mode="json") if settings.episodes else {}) | {"seed": run.seed},
+        "protocol": _protocol(run) | {"seed": run.seed},
         "splits": {role: getattr(run.data, role) if getattr(run.data, role) in measured else None for role in ROLES},
         "labelled": {},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu,
@@ -122,6 +126,14 @@ def evaluate(run: Run) -> None:
         data = (json.dumps(report, indent=1) + "\n").encode()
         storage.write_bytes_atomic(run.folder.path / EVALUATION_NAME, data)
     run.world.barrier()
+
+
+def _protocol(run: Run) -> dict[str, Any]:
+    """How networks are measured: the episodes, the number of labels that an image may have, or by known classes."""
+    if run.dataset.manifest.multi_label:
+        return {"labels": len(trained_classes(run.dataset, run.data))}
+    episodes = run.settings.evaluate.episodes if run.settings.evaluate is not None else None
+    return episodes.model_dump(mode="json") if episodes is not None else {}
 
 
 def _show(run: Run, report: dict[str, Any]) -> None:
@@ -177,8 +189,7 @@ def _seen(run: Run, place: str) -> dict[str, list[str]]:
     seen = seen_by(run.settings).get(place.removeprefix("live_"), frozenset())
     names, found = run.dataset.manifest.classes, {}
     for split in run.data.evaluated_splits:
-        label_N = run.dataset.split(split).label_N
-        classes = [names[label] for label in np.unique(label_N[label_N >= 0])]
+        classes = [name for name, count in zip(names, run.dataset.split(split).info.class_counts, strict=True) if count]
         if seen and (both := seen_among(classes, seen)):
             found[split] = both
     return found
@@ -208,6 +219,18 @@ def _measure(
         if isinstance(network.spec.model.pooling, FigureGroundPooling):
             predictors[name + PLAIN] = PlainlyPooled(network.spec, network)
     embedded = embed_networks(run, predictors, split, indices=indices, shown=True)
+    if split.info.multi_label:
+        if run.world.rank != 0:
+            return {}
+        several, gains, tables = measure_several(
+            run, embedded, split, baselines=_baselines_of(run, networks), chosen=chosen
+        )
+        return {
+            "few_shot": {name: several[name] for name in networks},
+            "plain_pooling": {name: several[name + PLAIN] for name in networks if name + PLAIN in several},
+            "over_baseline": gains,
+            "labels": {name: tables.get(name + PLAIN, tables[name]) for name in networks if name in tables},
+        }
     means: dict[str, NDArray[np.float32]] = {}
     if settings.episodes is not None and settings.episodes.transform == "centred_l2":
         train = run.dataset.split(run.data.train)
@@ -236,9 +259,9 @@ def _measure(
     over_baseline = {}
     for student, candidates in _baselines_of(run, networks).items():
         best = chosen.setdefault(student, max(candidates, key=lambda name: list(scores[name].values())[-1]["mean"]))
-        gains = {key: accuracy_E - accuracies[best][key] for key, accuracy_E in accuracies[student].items()}
+        gain_of = {key: accuracy_E - accuracies[best][key] for key, accuracy_E in accuracies[student].items()}
         over_baseline[student] = {
-            key: score(gain_E, added=ADDED_TO_GAINS if key == KNOWN else ()) for key, gain_E in gains.items()
+            key: score(gain_E, added=ADDED_TO_GAINS if key == KNOWN else ()) for key, gain_E in gain_of.items()
         }
     specs = {name: network.spec for name, network in networks.items()}
     return {

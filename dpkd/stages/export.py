@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dpkd.errors import UserError
+from dpkd.evaluation.exported import MULTI_LABEL
 from dpkd.io import storage
 from dpkd.log import logger
 from dpkd.models.network import Network
@@ -92,6 +93,7 @@ def write_timm_folder(folder: Path, network: Network) -> None:
         "num_classes": len(spec.classes),
         "num_features": backbone.embedding_dim,
         "label_names": list(spec.classes),
+        **({"problem_type": MULTI_LABEL} if spec.multi_label else {}),
         "model_args": {},
         "pretrained_cfg": {
             "input_size": [3, spec.image_size, spec.image_size],

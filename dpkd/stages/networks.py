@@ -58,6 +58,7 @@ def new_network(
         settings,
         data=run.data,
         classes=data.class_names,
+        multi_label=data.label_NK is not None,
         channels=channels,
         teachers=teachers,
         statistics=(manifest.image_mean, manifest.image_std),
@@ -70,6 +71,7 @@ def network_spec(
     *,
     data: DataSettings,
     classes: tuple[str, ...],
+    multi_label: bool = False,
     channels: Mapping[str, int],
     teachers: Mapping[str, Network],
     statistics: tuple[tuple[float, float, float], tuple[float, float, float]],
@@ -98,6 +100,7 @@ def network_spec(
     return NetworkSpec(
         model=settings.model,
         classes=classes,
+        multi_label=multi_label,
         image_size=data.image_size,
         mean=statistics[0],
         std=statistics[1],

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpkd.data import sources
-from dpkd.data.label_file import LABELS_ENDING, write_labels
+from dpkd.data.label_file import LABELS_ENDING, Labels, class_counts, label_known, write_labels
 from dpkd.data.labels import visible_labels
 from dpkd.data.settings import FileSplits, Window
 from dpkd.data.shards import (
@@ -60,12 +60,20 @@ class Plan:
     @property
     def counts(self) -> dict[str, SplitCounts]:
         """The counts of the samples of each split, as long as all of them can be used."""
-        labels: dict[str, list[int]] = defaultdict(list)
-        for job in self.jobs:
-            labels[job.split] += (sample.label for sample in job.samples)
-        return {
-            split: SplitCounts.of(np.array(label), num_classes=len(self.classes)) for split, label in labels.items()
-        }
+        counts = dict[str, SplitCounts]()
+        for split in dict.fromkeys(job.split for job in self.jobs):
+            label = self.labels(split)
+            counts[split] = SplitCounts(len(label), class_counts(label, len(self.classes)), self.multi_label)
+        return counts
+
+    @property
+    def multi_label(self) -> bool:
+        """True if an image may have several labels: the classes."""
+        return any(isinstance(sample.label, tuple) for job in self.jobs for sample in job.samples[:1])
+
+    def labels(self, split: str) -> Labels:
+        """The labels of the samples of a split, N or NK."""
+        return np.array([sample.label for job in self.jobs if job.split == split for sample in job.samples])
 
 
 def pack(
@@ -129,9 +137,8 @@ def check_plan(plan: Plan, settings: Settings, *, left: Collection[str]) -> None
         return
     place = f"data.source={settings.data.source and settings.data.source.path}"
     check_splits(settings, plan.classes, plan.counts, place=place, trainings=left_trainings(settings, left))
-    train = [sample for job in plan.jobs if job.split == settings.data.train for sample in job.samples]
-    label_N, keys = np.array([sample.label for sample in train]), [sample.key for sample in train]
-    visible_labels(label_N, settings.data.labels, keys=keys, seed=settings.run.seed)
+    train = [sample.key for job in plan.jobs if job.split == settings.data.train for sample in job.samples]
+    visible_labels(plan.labels(settings.data.train), settings.data.labels, keys=train, seed=settings.run.seed)
     given = Counter(given_name(name) for job in plan.jobs for sample in job.samples for name in sample.record.given)
     refuse_missing_experts(settings.prepare.chosen, given, place=place)
 
@@ -144,13 +151,19 @@ def plan_shards(contents: SourceContents, data: DataSettings, *, seed: int, dest
     listed = {split: read_lines(path, key=f"data.splits.files.{split}") for split, path in files.items()}
     assignment = assign(records, data.splits, seed=seed, train=data.train, listed=listed)
     kept = [(record, split) for record, split in zip(records, assignment.splits, strict=True) if split is not None]
-    classes = contents.classes
+    classes, has_several = contents.classes, any(record.labels is not None for record in records)
+    if has_several and (single := [record.name for record in records if record.class_name is not None]):
+        raise UserError(f"{single[0]} has a class, and other images have several labels: give all images the same kind")
     if classes is None:
-        classes = sorted_classes(record.class_name for record, _ in kept)
+        names = (name for record, _ in kept for name in record.labels or (record.class_name,))
+        classes = sorted_classes(names)
     label_of = {name: label for label, name in enumerate(classes)} | {None: -1}
     samples: dict[str, list[Planned]] = defaultdict(list)
     for (record, split), key in zip(kept, keys_of([record.name for record, _ in kept]), strict=True):
-        samples[split].append(Planned(key=key, label=label_of[record.class_name], record=record))
+        label: int | tuple[int, ...] = label_of[record.class_name]
+        if has_several:
+            label = tuple(-1 if record.labels is None else record.labels.get(name, 0) for name in classes)
+        samples[split].append(Planned(key=key, label=label, record=record))
     if not contents.shuffled:  # shuffle, so that a few shards hold samples of all classes
         for planned in samples.values():
             planned.sort(key=lambda sample: draw(seed, sample.record.name))
@@ -216,17 +229,18 @@ def _manifest(plan: Plan, indexes: Sequence[ShardIndex], *, train: str, destinat
         by_split[job.split].append(index)
     splits = {}
     for split, parts in by_split.items():
-        label_N = np.concatenate([index.label_N for index in parts])
-        if not len(label_N):
+        label = np.concatenate([index.label_N for index in parts if index.shard.num_samples] or [np.empty(0, int)])
+        if not len(label):
             raise UserError(
                 f"not one sample of the split {split!r} can be used, for example {parts[0].bad[0]}; see the quarantine"
             )
         splits[split] = SplitInfo(
-            num_samples=len(label_N),
-            num_unlabelled=int((label_N < 0).sum()),
-            class_counts=tuple(np.bincount(label_N[label_N >= 0], minlength=len(plan.classes)).tolist()),
+            num_samples=len(label),
+            num_unlabelled=int(((label_known(label) if plan.multi_label else label) < 0).sum()),
+            class_counts=tuple(class_counts(label, len(plan.classes))),
             shards=tuple(index.shard for index in parts if index.shard.num_samples),
-            labels=write_labels(destination, split, label_N, num_classes=len(plan.classes)),
+            labels=write_labels(destination, split, label, num_classes=len(plan.classes)),
+            multi_label=plan.multi_label,
         )
     means, deviations = [], []
     counts_CV = np.array([index.pixel_counts for index in by_split.get(train, indexes)]).sum(axis=0)
@@ -252,7 +266,8 @@ def _log_what_was_packed(manifest: Manifest, contents: SourceContents, *, window
         logger.info(f"pack: values of more than 8 bits from {window.low:g} to {window.high:g} became 0 to 255")
     num_classes, names = len(manifest.classes), list(manifest.classes[:10])
     named = f": {', '.join(names + ['…'] * (num_classes > 10))}" if names else ""
-    logger.info(f"pack: {num_classes:,} classes{named}")
+    kind = "labels, of which an image may have several" if manifest.multi_label else "classes"
+    logger.info(f"pack: {num_classes:,} {kind}{named}")
     for name, split in manifest.splits.items():
         logger.info(
             f"pack: split {name}: {split.num_samples:,} samples, {split.num_samples - split.num_unlabelled:,} labelled "

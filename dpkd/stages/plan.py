@@ -250,7 +250,8 @@ def refuse_missing_inputs(settings: Settings, left: Collection[str]) -> None:
         if source.kind != "shards" and path is not None and not path.exists():  # shards may be a pattern
             raise UserError(f"data.source.path={source.path} does not exist: give the folder or table of the images")
         learners = [key for key, objective in settings.objectives.items() if "class" in objective.needs().targets]
-        if source.kind == "table" and source.label_column is None and learners and not {*left} <= {*POOL_STAGES}:
+        unlabelled = source.kind == "table" and source.label_column is None and not source.multi_label
+        if unlabelled and learners and not {*left} <= {*POOL_STAGES}:
             column = f"data.source={{kind: table, path: {source.path}, label_column: …}}"
             raise UserError(f"{learners[0]} learns from labels, and data.source.label_column is not set: give {column}")
     elif {*left} - {"pack", "export"} and (source is None or storage.exists(storage.join(url, DATASET_NAME))):

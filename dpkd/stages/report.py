@@ -102,12 +102,15 @@ def verdicts(summary: dict[str, Any]) -> list[tuple[str, bool]]:
     """What each exported student reaches, and what to do if that is little; and whether it is above labels alone."""
     split, protocol, worse, found = report_split(summary), summary["protocol"], not_better(summary), []
     of_what = f"the {summary['labelled'][split]:,} labelled images of {split}"
-    if judged_by(summary) != KNOWN:
+    if "way" in protocol and judged_by(summary) != KNOWN:
         shots = max(protocol["shots"])
         of_what = f"the images of {protocol['way']} classes from {shots} labelled images of each ({split})"
     for name, student in summary["students"].items():
         exported = _exported(summary, student)
-        text = f"Student {name}, as exported, recognises {percent(exported) if exported else DASH} of {of_what}."
+        reached = percent(exported) if exported else DASH
+        text = f"Student {name}, as exported, recognises {reached} of {of_what}."
+        if "labels" in protocol:
+            text = f"Student {name}, as exported, reaches a mean average precision of {reached} on {of_what}."
         if name in worse:
             text += f" {worse[name][0].upper()}{worse[name][1:]}."
         elif "over_baseline" in student:
@@ -118,9 +121,25 @@ def verdicts(summary: dict[str, Any]) -> list[tuple[str, bool]]:
 
 
 def class_tables(summary: dict[str, Any]) -> dict[str, Table]:
-    """By title, the accuracy of each class of a split that the networks know; the worst class of the first is first."""
+    """By title, the accuracy of each class of a split that the networks know; the worst class of the first is first.
+
+    Where an image may have several labels, the average precision and the AUROC of each label.
+    """
     tables = {}
     for split in filter(None, summary["splits"].values()):
+        several = {
+            name: network["labels"][split]
+            for name, network in networks(summary).items()
+            if split in network.get("labels", {})
+        }
+        if several:
+            name, first = next(iter(several.items()))
+            rows = [["label", "images", "visible in training", *several, f"AUROC of {name}"]]
+            for label in sorted(first, key=lambda label: first[label]["trained"]):
+                scores = [labels[label]["precision"] for labels in several.values()] + [first[label]["auroc"]]
+                cells = [DASH if score is None else percent(score) for score in scores]
+                rows.append([label, f"{first[label]['samples']:,}", f"{first[label]['trained']:,}", *cells])
+            tables[f"Average precision by label, {split}"] = rows
         measured = {
             name: network["per_class"][split]
             for name, network in networks(summary).items()

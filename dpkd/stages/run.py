@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from dpkd.data.attributes import score_weights
-from dpkd.data.label_file import Labels
+from dpkd.data.label_file import Labels, label_known
 from dpkd.data.labels import visible_labels
 from dpkd.data.settings import GLOBAL, AugmentSettings
 from dpkd.data.shards import Dataset, Split
@@ -87,9 +87,13 @@ class Run:
     @cached_property
     def counts(self) -> dict[str, SplitCounts]:
         """The counts of the readable samples of each split."""
-        splits, num_classes = map(self.dataset.split, self.dataset.manifest.splits), len(self.dataset.manifest.classes)
-        label_N_of = {split.name: np.delete(split.label_N, self.unreadable(split.name)) for split in splits}
-        return {name: SplitCounts.of(label_N, num_classes=num_classes) for name, label_N in label_N_of.items()}
+        counts = dict[str, SplitCounts]()
+        for name in self.dataset.manifest.splits:
+            split, lost = self.dataset.split(name), self.unreadable(name)
+            counts[name] = SplitCounts(
+                split.num_samples - len(lost), split.count_classes(without=lost), split.info.multi_label
+            )
+        return counts
 
     @property
     def measured_splits(self) -> tuple[str, ...]:
@@ -139,9 +143,18 @@ class TrainingSet:
     split: Split
     class_names: tuple[str, ...]
     label_N: Labels
-    """-1 if the label is not visible or the sample cannot be read."""
+    """-1 if the label is not visible or the sample cannot be read; else 0 where an image may have several."""
     unreadable: NDArray[np.int64]
     """Numbers of the samples that are never drawn, ascending."""
+    label_NK: Labels | None = None
+    """Where an image may have several labels: 1, 0, or -1 if it is unknown or not visible; of all classes."""
+
+    @property
+    def targets(self) -> dict[str, Labels]:
+        """The labels of all samples by the name of the target."""
+        if self.label_NK is None:
+            return {"class": self.label_N}
+        return {"class": np.full_like(self.label_N, -1), "labels": self.label_NK}
 
     @property
     def num_samples(self) -> int:
@@ -156,15 +169,21 @@ def training_set(run: Run, training: TrainingSettings, objectives: Iterable[Obje
     """
     split, unreadable = run.dataset.split(run.data.train), run.unreadable(run.data.train)
     classes = np.flatnonzero(split.info.class_counts)
-    needs_labels = any("class" in objective.needs().targets for objective in objectives)
+    needs_labels = any({"class", "labels"} & {*objective.needs().targets} for objective in objectives)
     needs_labels = needs_labels or training.labelled_share is not None
-    number_of = np.full(len(run.dataset.manifest.classes) + 1, -1, split.label_N.dtype)  # the last one for label -1
-    number_of[classes] = np.arange(len(classes))
-    keys, split_label_N = split.iter_keys(), number_of[split.label_N]
-    label_N = visible_labels(split_label_N, run.data.labels, keys=keys, seed=run.seed, unreadable=unreadable)
-    if needs_labels and not (label_N >= 0).any():
+    if split.info.multi_label:
+        label = split.label_NK[:, classes]
+    else:
+        number_of = np.full(len(run.dataset.manifest.classes) + 1, -1, split.label_N.dtype)  # the last one for label -1
+        number_of[classes] = np.arange(len(classes))
+        label = number_of[split.label_N]
+    label = visible_labels(label, run.data.labels, keys=split.iter_keys(), seed=run.seed, unreadable=unreadable)
+    if needs_labels and not (label >= 0).any():
         raise UserError(f"data.labels {run.data.labels!r} leaves no visible label in the split {split.name!r}")
-    return TrainingSet(split, tuple(run.dataset.manifest.classes[label] for label in classes), label_N, unreadable)
+    names = tuple(run.dataset.manifest.classes[number] for number in classes)
+    if split.info.multi_label:
+        return TrainingSet(split, names, label_known(label), unreadable, label)
+    return TrainingSet(split, names, label, unreadable)
 
 
 def supervision(run: Run, data: TrainingSet, *, labelled_share: float | None = None) -> Supervision:
@@ -182,8 +201,14 @@ def supervision(run: Run, data: TrainingSet, *, labelled_share: float | None = N
         value_KA = table.rows(data.class_names)
         arrays = (value_KA, *score_weights(value_KA))
         attributes = ClassAttributes(*(torch.from_numpy(array).to(device) for array in arrays))
-    log_prior_K = log_class_prior(torch.from_numpy(data.label_N), len(data.class_names)).to(device)
     share = float((data.label_N >= 0).sum() / data.num_samples)
     if labelled_share is not None and share < 1:
         share = labelled_share
-    return Supervision(data.class_names, share, log_prior_K, attributes)
+    if data.label_NK is None:
+        log_prior_K = log_class_prior(torch.from_numpy(data.label_N), len(data.class_names)).to(device)
+        return Supervision(data.class_names, share, log_prior_K, attributes)
+    known_K, positive_K = (data.label_NK >= 0).sum(0), (data.label_NK == 1).sum(0).clip(0.5)
+    odds_K = positive_K / (known_K - positive_K).clip(0.5)
+    known_share_K = share * known_K / max(1, (data.label_N >= 0).sum())
+    log_odds_K, known_share_K = (torch.from_numpy(x).float().to(device) for x in (np.log(odds_K), known_share_K))
+    return Supervision(data.class_names, share, log_odds_K, attributes, known_share_K)

@@ -96,7 +96,8 @@ def train_baseline(run: Run, name: str, *, stage: str) -> None:
     """
     student, settings = baselines(run.settings)[name]
     data = training_set(run, run.settings.distill.training, [])
-    if len(np.unique(data.label_N[data.label_N >= 0])) < 2:
+    visible = data.label_N[data.label_N >= 0] if data.label_NK is None else data.label_NK[data.label_NK >= 0]
+    if len(np.unique(visible)) < 2:
         if run.world.rank == 0:
             logger.info(f"{stage}: left out, because labels of fewer than two classes are visible")
         return
@@ -183,7 +184,7 @@ def _attempt(
     batches = load_batches(
         data.split,
         rank_micro_batches(order, steps, rank=world.rank, world_size=world.size, micro_batch_size=micro_batch_size),
-        targets={"class": data.label_N},
+        targets=data.targets,
         maps=run.maps_of(data.split.name, task.maps | settings.augment.maps),
         views=views,
         seed=run.seed,

@@ -3,7 +3,9 @@
 Each image has a row, in the order of the files; one that cannot be read has its reason in `error`, and no values.
 
     predict      file, class, confidence, error, and the probability `p_<class>` of each class;
-                 with top=K instead of these class_2, confidence_2, … class_K, confidence_K
+                 with top=K instead of these class_2, confidence_2, … class_K, confidence_K;
+                 where an image may have several labels, `labels` (those of probability 0.5 or more, `a|b`) instead of
+                 class and confidence
     embed        file, embedding (D float32, timm's `forward_head(…, pre_logits=True)`), error
     neighbours   query, file, similarity (cosine) of the images nearest to each query; drawn as a contact sheet
 
@@ -41,7 +43,7 @@ from dpkd.report.pictures import contact_sheet
 Place = str | Path
 Places = Place | Iterable[Place]
 """An image, a folder of images at any depth, or several of these."""
-BATCH_SIZE = 64
+BATCH_SIZE, THRESHOLD = 64, 0.5
 WEIGHTS = "dpkd.weights"
 """Key of the schema of an embedding file: the SHA-256 of the network's weights."""
 
@@ -59,10 +61,18 @@ def predict(export: Place, photos: Places, *, out: Place | None = None, top: int
             f"{export} has no classes: `dpkd adapt {export} --shots FOLDER` makes a classifier of it from a few "
             "labelled images, and `dpkd embed` gives its embeddings"
         )
+    if exported.multi_label and top is not None:
+        raise UserError(f"--top {top}: images may have several labels, each with its own probability: leave it out")
     files, errors, broken_N, logit_NK = _outputs(exported, photos, exported.model)
-    share_NK = torch.from_numpy(logit_NK).double().softmax(1).numpy().round(6)
+    logits = torch.from_numpy(logit_NK).double()
+    share_NK = (logits.sigmoid() if exported.multi_label else logits.softmax(1)).numpy().round(6)
     columns, name_K = {"file": pa.array(files)}, np.array(exported.classes, object)
-    for rank, best_N in enumerate(np.argsort(-logit_NK, axis=1, kind="stable").T[: top or 1], start=1):
+    if exported.multi_label:
+        named = ["|".join(name_K[share_K >= THRESHOLD]) for share_K in share_NK]
+        columns["labels"] = pa.array(named, pa.string(), mask=broken_N)
+    for rank, best_N in enumerate(
+        np.argsort(-logit_NK, axis=1, kind="stable").T[: 0 if exported.multi_label else top or 1], start=1
+    ):
         ending, best_share_N = f"_{rank}" if rank > 1 else "", share_NK[np.arange(len(files)), best_N]
         columns[f"class{ending}"] = pa.array(name_K[best_N], pa.string(), mask=broken_N)
         columns[f"confidence{ending}"] = pa.array(best_share_N, mask=broken_N)

@@ -53,7 +53,7 @@ def profile(settings: Settings, stage: str | None, *, steps: int) -> None:
             world_size=1,
             micro_batch_size=run.micro_batch_size(training),
         ),
-        targets={"class": data.label_N},
+        targets=data.targets,
         maps=run.maps_of(data.split.name, task.maps | owner.augment.maps),
         views=run.view_plans(task.views, owner.augment),
         seed=run.seed,

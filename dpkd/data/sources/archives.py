@@ -150,10 +150,17 @@ def _record(tar: Tar, parts: list[tuple[str, str, Member]], *, classes: tuple[st
         image=blob_of[images[0]],
         class_name=_class(meta, texts["cls"].read() if "cls" in texts else None, classes=classes),
         split=_split(tar[1]),
+        labels=_labels(meta.get("labels")),
         group=cell_name(meta.get("group")),
         given={extension: blob for extension, blob in blob_of.items() if is_given(extension)},
         attributes=meta.get("attributes") or {},
     )
+
+
+def _labels(labels: Any) -> dict[str, int] | None:
+    """The several labels of the json member, 1, 0 or -1 by name; None if it has another content, of another program."""
+    is_ours = isinstance(labels, dict) and all(value in (1, 0, -1) for value in labels.values())
+    return labels if is_ours else None
 
 
 def _class(meta: dict[str, Any], cls: bytes | None, *, classes: tuple[str, ...] | None) -> str | None:

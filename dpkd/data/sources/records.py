@@ -61,12 +61,25 @@ class Record:
     """Path of the image in the source: sorts the samples, names them in reports and determines the key."""
     image: Blob
     class_name: str | None = None
+    labels: Mapping[str, int] | None = None
+    """If it may have several: 1 if it has the label, -1 if that is unknown, else 0; None if all are unknown."""
     split: str | None = None
     """The split in the source."""
     group: str | None = None
     given: dict[str, Blob] = field(default_factory=dict)
     """The expert's maps by extension: `mask.png`, `expert-<name>.png`."""
     attributes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def labelled(self) -> bool:
+        """True if its class, or one of its labels, is known."""
+        return self.class_name is not None or self.labels is not None
+
+    @property
+    def label_names(self) -> list[str]:
+        """Its class, or the labels that it has."""
+        several = [name for name, value in (self.labels or {}).items() if value == 1]
+        return several if self.class_name is None else [self.class_name]
 
 
 @dataclass(frozen=True)
@@ -92,9 +105,8 @@ def describe_source(source: Source, records: Sequence[Record]) -> str:
     for r in sorted(records, key=lambda record: record.name):
         mask = r.given.get(MASK_EXTENSION)
         num_maps = len(r.given) - (mask is not None)
-        described.append(
-            [r.name, r.image.size, r.class_name, r.split, r.group, mask and mask.size, num_maps, r.attributes]
-        )
+        label = r.class_name if r.labels is None else dict(r.labels)
+        described.append([r.name, r.image.size, label, r.split, r.group, mask and mask.size, num_maps, r.attributes])
     digest = storage.digest(json.dumps(described, default=str).encode())
     return f"{source.kind}, {len(records)} samples, {digest[:16]}"
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from dpkd.data.settings import TableSource
 from dpkd.data.shards import MASK_EXTENSION
 from dpkd.data.sources.records import Blob, Record, SourceContents
-from dpkd.data.sources.text import cell_name, cell_value, class_of_label, decode_text, split_lines
+from dpkd.data.sources.text import MISSING, cell_name, cell_value, class_of_label, decode_text, split_lines
 from dpkd.errors import UserError, did_you_mean, without_secrets
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
@@ -79,11 +79,30 @@ def _record(row: Row, *, source: TableSource, folder: str) -> Record:
         name=without_secrets(name),
         image=image,
         class_name=class_of_label(row.get(source.label_column)),
+        labels=_labels(row, source) if source.multi_label else None,
         split=split,
         group=cell_name(row.get(source.group_column)),
         given={MASK_EXTENSION: _file(folder, mask)[1]} if mask else {},
         attributes={column: cell_value(row.get(column)) for column in source.attribute_columns},
     )
+
+
+def _labels(row: Row, source: TableSource) -> dict[str, int] | None:
+    """The labels of a row, as in `Record.labels`; raises `ValueError` for a cell that is no such label."""
+    if source.labels_column:
+        cell = cell_name(row.get(source.labels_column))
+        names = [name.strip() for name in cell.split("|")] if cell else []
+        if wrong := [name for name in names if name in MISSING]:
+            raise ValueError(f"column {source.labels_column!r} has the label {wrong[0]!r} in {cell!r}")
+        return {str(class_of_label(name)): 1 for name in names} or None
+    uncertain = {"unknown": -1, "positive": 1, "negative": 0}[source.uncertain]
+    values = {None: -1, "1": 1, "true": 1, "0": 0, "false": 0, "-1": uncertain}
+    cells = {column: cell_name(row.get(column)) for column in source.label_columns}
+    texts = {column: None if cell is None else cell.lower() for column, cell in cells.items()}
+    if wrong := [column for column, text in texts.items() if text not in values]:
+        raise ValueError(f"column {wrong[0]!r} has {cells[wrong[0]]!r}: use 1, 0, -1 for uncertain, or an empty cell")
+    labels = {column: values[text] for column, text in texts.items()}
+    return labels if max(labels.values()) >= 0 else None
 
 
 def _file(folder: str, name: str) -> tuple[str, Blob]:
@@ -100,7 +119,8 @@ def _require_columns(source: TableSource, rows: list[Row]) -> None:
         raise UserError(f"data.source.path={source.path} has no rows: give a table with one row a sample")
     columns = {column for row in rows for column in row if column != _ERROR}
     wanted = [(key, column) for key, column in source.model_dump().items() if key.endswith("_column")]
-    wanted += [(f"attribute_columns[{i}]", column) for i, column in enumerate(source.attribute_columns)]
+    for many in ("attribute_columns", "label_columns"):
+        wanted += [(f"{many}[{i}]", column) for i, column in enumerate(getattr(source, many))]
     for key, column in wanted:
         if column is not None and column not in columns:
             raise UserError(
@@ -127,8 +147,10 @@ def _read(path: str, *, suffix: str) -> list[Row]:
         raise UserError(f"data.source.path={path} cannot be read as .{suffix}: {error}") from error
 
 
-def _read_csv(data: bytes, *, delimiter: str) -> Iterator[Row]:
+def _read_csv(data: bytes, *, delimiters: str) -> Iterator[Row]:
     text = io.StringIO(decode_text(data), newline="")
+    delimiter = max(delimiters, key=text.readline().count)  # the first of them, unless the header has more of another
+    text.seek(0)
     for row in csv.DictReader(text, restkey=_ERROR, delimiter=delimiter, strict=True):
         if _ERROR in row or None in row.values():
             row[_ERROR] = "the numbers of cells and columns differ"
@@ -158,8 +180,8 @@ def _read_parquet(data: bytes) -> Iterator[Row]:
 
 
 _READERS: dict[str, Callable[[bytes], Iterator[Row]]] = {
-    "csv": partial(_read_csv, delimiter=","),
-    "tsv": partial(_read_csv, delimiter="\t"),
+    "csv": partial(_read_csv, delimiters=",;\t"),
+    "tsv": partial(_read_csv, delimiters="\t"),
     "jsonl": _read_jsonl,
     "parquet": _read_parquet,
 }

@@ -1,0 +1,68 @@
+"""The evaluation where an image may have several labels: average precision and AUROC of each network.
+
+Axes: N readable sample, K label that training has.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpkd.data.label_file import Labels
+from dpkd.data.labels import visible_labels
+from dpkd.data.shards import Split
+from dpkd.evaluation.multi_label import label_scores, mean_score, measure_labels
+from dpkd.stages.networks import Embedded
+from dpkd.stages.run import Run
+
+Scores = dict[str, dict[str, float]]
+Figures = dict[str, dict[str, object]]
+
+
+def known_labels(run: Run, split: Split) -> tuple[list[str], Labels, NDArray[np.int64]]:
+    """The labels that training has, those of the readable samples NK, and the number K of visible ones in training."""
+    train, lost = run.dataset.split(run.data.train), run.unreadable(run.data.train)
+    trained = np.flatnonzero(train.info.class_counts)
+    seen = visible_labels(
+        train.label_NK[:, trained], run.data.labels, keys=train.iter_keys(), seed=run.seed, unreadable=lost
+    )
+    names = [run.dataset.manifest.classes[k] for k in trained]
+    return names, split.label_NK[run.readable(split.name)][:, trained], (seen == 1).sum(0)
+
+
+def measure_several(
+    run: Run,
+    embedded: Mapping[str, Embedded],
+    split: Split,
+    *,
+    baselines: Mapping[str, Sequence[str]],
+    chosen: dict[str, str],
+) -> tuple[dict[str, Scores], dict[str, Scores], Figures]:
+    """Scores by network, gains of students over their best baseline, and the figures of each label by network.
+
+    `chosen` is the baseline that each student is compared with: the best one on the first split, which is added.
+    """
+    names, label_NK, train_count_K = known_labels(run, split)
+    measured = {
+        network: measure_labels(outputs["logits"].astype(np.float64), label_NK, seed=run.seed)
+        for network, outputs in embedded.items()
+        if "logits" in outputs
+    }
+    scores = {network: label_scores(each, train_count_K=train_count_K) for network, each in measured.items()}
+    gains: dict[str, Scores] = {}
+    for student, candidates in baselines.items():
+        best = chosen.setdefault(student, max(candidates, key=lambda name: list(scores[name].values())[-1]["mean"]))
+        difference = {key: measured[student][key] - measured[best][key] for key in measured[student]}
+        gains[student] = label_scores(difference, train_count_K=train_count_K)
+    tables: Figures = {
+        network: {
+            name: {
+                "samples": int((label_NK[:, k] == 1).sum()),
+                "trained": int(train_count_K[k]),
+                **{key: mean_score(value_RK[:, [k]]) for key, value_RK in each.items()},
+            }
+            for k, name in enumerate(names)
+        }
+        for network, each in measured.items()
+    }
+    return {network: scores.get(network, {}) for network in embedded}, gains, tables
