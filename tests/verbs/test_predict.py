@@ -50,7 +50,7 @@ def by_model_card(folder: Path, file: str, place: Path, monkeypatch: pytest.Monk
     (place / "image.jpg").write_bytes(Path(file).read_bytes())
     (place / folder.name).symlink_to(folder) if not (place / folder.name).exists() else None
     monkeypatch.chdir(place)
-    code = re.search(r"```python\n(.*?)```", USAGE.format(folder=folder.name), re.DOTALL)
+    code = re.search(r"```python\n(.*?)```", USAGE.format(folder=folder.name, activation="softmax(1)"), re.DOTALL)
     assert code is not None
     found: dict[str, Any] = {}
     exec(code[1], found)
