@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import numpy as np
 import yaml
 
 from dpkd.backends.factory import machine
@@ -30,6 +31,7 @@ from dpkd.data.sources.folders import ROLES, role_of
 from dpkd.data.sources.records import Record, SourceContents, describe_source
 from dpkd.data.sources.tables import columns_of
 from dpkd.data.splits import assign, group_by_pattern
+from dpkd.engine.imbalance import recipe
 from dpkd.errors import UserError, did_you_mean
 from dpkd.io import storage
 from dpkd.launch.settings import LauncherSettings
@@ -53,7 +55,7 @@ SMALL: dict[str, Any] = {"name": "resnet10t", "arguments": {"channels": [32, 64,
 TEACHER, STUDENT = {False: "resnet10t", True: "resnet50"}, {False: SMALL, True: {"name": "resnet18"}}
 """The models by whether there is a GPU."""
 OF_TEACHER = [
-    {"kind": "supervised", "balance": "logit_adjusted"},
+    {"kind": "supervised"},
     {"kind": "rotation", "weight": 0.5, "share": 0.5},
     {"kind": "mixup", "weight": 0.5, "share": 0.5},
 ]
@@ -237,7 +239,7 @@ def _of_networks(
         raise UserError(
             f"--students has {twice[0]} twice: name it once, or give students of your own in a --config FILE"
         )
-    length = _length(len(trained), num_labelled, found, here=here)
+    length = _length(len(trained), num_labelled, counts[data.train], found, here=here)
     names = [model["name"] for model in (guide["model"], *models)]
     choices = {
         "data.image_size": _image_size(trained, names, most=224 if found.gpus else 96),
@@ -282,8 +284,10 @@ def _objectives(*, labelled: bool, several: bool, own: bool) -> tuple[Choice, Ch
     return taught, Choice(learned, "follows the teacher and the labels")
 
 
-def _length(num_images: int, num_labelled: int, resources: NodeResources, *, here: str) -> Choice:
-    """Epochs and batches: some ten minutes on CPUs, at least 30 epochs on GPUs."""
+def _length(
+    num_images: int, num_labelled: int, labels: Counter[str | None], resources: NodeResources, *, here: str
+) -> Choice:
+    """Epochs and batches: some ten minutes on CPUs, at least 30 epochs on GPUs; and the recipe for rare classes."""
     if resources.gpus:
         epochs, most = min(300, max(30, round(GPU_SAMPLES / num_images))), 256
     else:
@@ -291,9 +295,14 @@ def _length(num_images: int, num_labelled: int, resources: NodeResources, *, her
     ranks = max(1, resources.gpus)
     per_rank = 2 ** int(math.log2(max(2, min(most, num_images // 2 // ranks))))
     training: dict[str, Any] = {"epochs": epochs, "batch_size": per_rank * ranks, "log_every": 20}
+    why = f"for {num_images:,} images and {here}; longer is better"
     if 0 < num_labelled < num_images / 2:
         training["labelled_share"] = 0.5  # else few batches would teach a class
-    return Choice(training, f"for {num_images:,} images and {here}; longer is better")
+    if labels:
+        training["imbalance"] = "auto"
+        kind, reason = recipe("auto", "auto", np.array(list(labels.values())))
+        why += f"; for rare classes {kind.replace('_', ' ')}, because {reason}"
+    return Choice(training, why)
 
 
 def _of_evaluation(data: DataSettings, counts: Mapping[str | None, Counter[str | None]]) -> Choices:

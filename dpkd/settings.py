@@ -41,6 +41,7 @@ from dpkd.run.settings import RunSettings
 FROM_STORE = (".pooling", ".background")
 """Endings of the keys whose map is stored, and has one channel of amounts; objectives may also compute maps."""
 
+Length = Annotated[float, Field(gt=0)] | Literal["plain"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
@@ -168,13 +169,16 @@ class StudentSettings(NetworkSettings):
 
     objectives: tuple[AnyObjective, ...] = (Supervised(), LogitDistillation())
     baseline: Annotated[
-        tuple[Annotated[float, Field(gt=0)], ...],
+        tuple[Length, ...],
         BeforeValidator(
             lambda given: {True: (1.0,), False: ()}.get(given, given) if isinstance(given, bool) else given,
-            json_schema_input_type=bool | tuple[Annotated[float, Field(gt=0)], ...],
+            json_schema_input_type=bool | tuple[Length, ...],
         ),
     ] = (1.0,)
-    """Trainings of the same network on labels alone, in times of the student's steps; `true` is [1], `false` none."""
+    """Trainings of the same network on labels alone, in times of the student's steps; `true` is [1], `false` none.
+
+    `plain` has the student's steps, plain cross-entropy, and no recipe for rare classes.
+    """
 
 
 def _without_nulls(value: Any) -> Any:

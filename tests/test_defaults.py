@@ -60,6 +60,13 @@ def test_images_without_labels_need_none(tmp_path: Path) -> None:
     assert not any(student.baseline for student in settings.distill.students.values())
 
 
+def test_rare_classes_have_a_recipe_with_its_reason(tmp_path: Path) -> None:
+    _, text = chosen_settings(str(make_folder(tmp_path / "long", counts={"cat": 30, "dog": 10, "unlabelled": 4})))
+    assert text.count("for rare classes logit adjusted, because the largest class has 24 labels, the smallest 8") == 2
+    settings = chosen(make_folder(tmp_path / "even", counts={"cat": 12, "dog": 12}))
+    assert [training.imbalance for training in settings.trainings.values()] == ["auto", "auto"]
+
+
 def test_splits_of_the_source_are_kept_and_new_classes_are_measured_by_episodes(tmp_path: Path) -> None:
     known = chosen(
         make_folder(tmp_path / "a", counts={"training/x": 9, "training/y": 9, "valid/x": 4, "test2017/y": 4})

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from dpkd.config import Config
+from dpkd.engine.imbalance import Imbalance, Sampling
 
 
 class OptimizerSettings(Config):
@@ -57,7 +58,13 @@ class TrainingSettings(Config):
     micro_batch_size: int | None = Field(None, ge=1)
     """Images in one forward pass of one worker, and in one batch norm; None means `batch_size / workers`."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    sampling: Literal["uniform", "class_aware"] = "uniform"
+    imbalance: Imbalance = "none"
+    """The recipe for rare classes; `auto` chooses by the counts of the visible labels, and logs what and why.
+
+    `deferred` weighs labels by the inverse effective number of samples in the last fifth of the steps.
+    """
+    sampling: Sampling = "auto"
+    """`auto`: as `imbalance` says, which is uniform without it."""
     labelled_share: float | None = Field(None, gt=0, le=1)
     """Share of labelled samples in each batch; None means their share of the split."""
     log_every: int = Field(10, ge=1)

@@ -130,6 +130,11 @@ class Supervision:
     attributes: ClassAttributes | None = None
     known_share_K: Tensor | None = None
     """Where an image may have several labels: the share of drawn samples of which each label is known."""
+    recipe: str = "none"
+    """The kind of `dpkd.engine.imbalance.Recipe`, for objectives with `balance: auto`."""
+    class_weight_K: Tensor | None = None
+    """Weights of rare classes, which count from the step `deferred_from` on."""
+    deferred_from: int = 0
 
 
 Outputs = Mapping[str, "Tensor"]

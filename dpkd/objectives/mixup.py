@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from dpkd.objectives.base import Context, Derived, Draw, Needs
-from dpkd.objectives.supervised import Supervised, supervised
+from dpkd.objectives.supervised import Supervised
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,15 +81,7 @@ class Mixup(Supervised):
         logits_RK = context.student("logits", view=view)
         label_R = context.batch.targets["class"][: len(share_R)]
         own, other = (
-            supervised(
-                logits_RK,
-                label,
-                labelled_share=context.supervision.labelled_share,
-                label_smoothing=self.label_smoothing,
-                log_prior_K=context.supervision.log_prior_K if self.balance == "logit_adjusted" else None,
-                tau=self.tau,
-                weight_B=weight,
-            )
+            self.of_labels(context, logits_RK, label, weight_B=weight)
             for label, weight in ((label_R, share_R), (label_R[partner_R], 1 - share_R))
         )
         return self.weight * (own + other)

@@ -17,21 +17,38 @@ class Supervised(Objective):
 
     kind: Literal["supervised"] = "supervised"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    balance: Literal["none", "logit_adjusted"] = "none"
-    """`logit_adjusted` adds `tau * log(class prior)` to the logits (Menon et al. 2021); tau 1 is balanced softmax."""
+    balance: Literal["auto", "none", "logit_adjusted", "deferred"] = "auto"
+    """`logit_adjusted` adds `tau * log(class prior)` to the logits (Menon et al. 2021); tau 1 is balanced softmax.
+
+    `deferred` weighs rare classes up in the last fifth of the steps (Cao et al. 2019); `auto` does as
+    `training.imbalance` says.
+    """
     tau: float = Field(1.0, ge=0)
 
     def needs(self) -> Needs:
         return Needs(student=("logits",), targets=("class",))
 
     def loss(self, context: Context) -> Tensor:
-        return self.weight * supervised(
-            context.student("logits"),
-            context.batch.targets["class"],
-            labelled_share=context.supervision.labelled_share,
+        return self.weight * self.of_labels(context, context.student("logits"), context.batch.targets["class"])
+
+    def of_labels(
+        self, context: Context, logits_BK: Tensor, label_B: Tensor, *, weight_B: Tensor | None = None
+    ) -> Tensor:
+        """The balanced loss of these logits, without the objective's weight; `weight_B` is that of each sample."""
+        facts = context.supervision
+        balance = facts.recipe if self.balance == "auto" else self.balance
+        if balance == "deferred" and context.step >= facts.deferred_from:
+            assert facts.class_weight_K is not None, "supervision of a training has weights"
+            class_weight_B = facts.class_weight_K[label_B.clamp(min=0)]
+            weight_B = class_weight_B if weight_B is None else weight_B * class_weight_B
+        return supervised(
+            logits_BK,
+            label_B,
+            labelled_share=facts.labelled_share,
             label_smoothing=self.label_smoothing,
-            log_prior_K=context.supervision.log_prior_K if self.balance == "logit_adjusted" else None,
+            log_prior_K=facts.log_prior_K if balance == "logit_adjusted" else None,
             tau=self.tau,
+            weight_B=weight_B,
         )
 
 
@@ -64,14 +81,10 @@ def supervised(
     return total / (len(label_B) * labelled_share)
 
 
-def log_class_prior(label_N: Tensor, num_classes: int) -> Tensor:
-    """Logarithm of each class's share of the labels, without -1; K float32.
+def log_class_prior(count_K: Tensor) -> Tensor:
+    """Logarithm of each class's share of the labels; K float32.
 
     A class without a label counts as half a sample, so the logarithm is finite.
     """
-    import torch
-
-    # part by part: `bincount` copies its input as int64
-    parts = [torch.bincount(part_N[part_N >= 0], minlength=num_classes) for part_N in label_N.split(1 << 20)]
-    count_K = torch.stack(parts).sum(0).double().clamp(min=0.5)
+    count_K = count_K.double().clamp(min=0.5)
     return (count_K / count_K.sum()).log().float()

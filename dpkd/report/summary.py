@@ -229,9 +229,10 @@ def _student_names(summary: dict[str, Any]) -> list[str]:
 def _with_baselines(summary: dict[str, Any], student: str) -> dict[str, dict[str, Any]]:
     named = {f"student {student}": summary["students"][student]} if student in summary["students"] else {}
     for key, baseline in summary["baselines"].items():
-        name, longer, length = key.partition(".x")
+        name, _, kind = key.partition(".")
         if name == student:
-            named[f"{student} on labels alone{f', {length} x steps' if longer else ''}"] = baseline
+            words = {"": "", "plain": ", plain cross-entropy"}.get(kind, f", {kind[1:]} x steps")
+            named[f"{student} on labels alone{words}"] = baseline
     return named
 
 

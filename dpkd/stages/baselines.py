@@ -17,16 +17,24 @@ class Baseline(NamedTuple):
 
 
 def baselines(settings: Settings) -> dict[str, Baseline]:
-    """The baselines by name: `<student>`, or `<student>.x0.5` with half of the student's steps.
+    """The baselines by name: `<student>`, `<student>.x0.5` with half of the student's steps, or `<student>.plain`.
 
     Each has the student's model with mean pooling, weights, optimizer, schedule, engine and augmentation, and the
     supervised losses of the student with weight 1, or plain cross-entropy. All samples of its batches are labelled.
+    `plain` has plain cross-entropy and no recipe for rare classes.
     """
-    return {
-        name if length == 1 else f"{name}.x{length:g}": Baseline(name, _on_labels_alone(settings, student, length))
-        for name, student in settings.distill.students.items()
-        for length in student.baseline
-    }
+    found = {}
+    for name, student in settings.distill.students.items():
+        for length in student.baseline:
+            if length == "plain":
+                plain = _on_labels_alone(settings, student, 1.0)
+                without = plain.training.model_copy(update={"imbalance": "none", "sampling": "auto"})
+                update = {"objectives": (Supervised(balance="none"),), "training": without}
+                found[f"{name}.plain"] = Baseline(name, plain.model_copy(update=update))
+            else:
+                key = name if length == 1 else f"{name}.x{length:g}"
+                found[key] = Baseline(name, _on_labels_alone(settings, student, length))
+    return found
 
 
 def _on_labels_alone(settings: Settings, student: StudentSettings, length: float) -> TeacherSettings:

@@ -14,6 +14,7 @@ from dpkd.data.labels import visible_labels
 from dpkd.data.settings import GLOBAL, AugmentSettings
 from dpkd.data.shards import Dataset, Split
 from dpkd.data.stream import ViewPlan
+from dpkd.engine.imbalance import DEFERRED, Recipe, class_weights, recipe
 from dpkd.engine.settings import TrainingSettings
 from dpkd.engine.world import World
 from dpkd.errors import UserError
@@ -161,6 +162,20 @@ class TrainingSet:
         """Number of samples in an epoch."""
         return self.split.num_samples - len(self.unreadable)
 
+    @cached_property
+    def label_counts(self) -> NDArray[np.int64]:
+        """Number of visible labels of each class, or of images with each label [K]."""
+        if self.label_NK is not None:
+            return (self.label_NK == 1).sum(0)
+        counts = np.zeros(len(self.class_names), np.int64)
+        for part_N in np.array_split(self.label_N, 1 + len(self.label_N) // (1 << 20)):  # bincount copies as int64
+            counts += np.bincount(part_N[part_N >= 0], minlength=len(counts))
+        return counts
+
+    def recipe(self, training: TrainingSettings) -> Recipe:
+        """The recipe for rare classes."""
+        return recipe(training.imbalance, training.sampling, self.label_counts)
+
 
 def training_set(run: Run, training: TrainingSettings, objectives: Iterable[Objective]) -> TrainingSet:
     """Opens the training split and hides the labels that `data.labels` hides.
@@ -186,11 +201,8 @@ def training_set(run: Run, training: TrainingSettings, objectives: Iterable[Obje
     return TrainingSet(split, names, label, unreadable)
 
 
-def supervision(run: Run, data: TrainingSet, *, labelled_share: float | None = None) -> Supervision:
-    """The supervision of the trained classes by labels and experts; raises `UserError` if the table does not fit.
-
-    `labelled_share` is that of the drawn samples, None if they are drawn alike.
-    """
+def supervision(run: Run, data: TrainingSet, training: TrainingSettings) -> Supervision:
+    """The supervision of the trained classes by labels and experts; raises `UserError` if the table does not fit."""
     device, table, attributes = run.world.device, attribute_table(run.data), None
     if table is not None:
         if not (data.label_N >= 0).any():
@@ -202,13 +214,20 @@ def supervision(run: Run, data: TrainingSet, *, labelled_share: float | None = N
         arrays = (value_KA, *score_weights(value_KA))
         attributes = ClassAttributes(*(torch.from_numpy(array).to(device) for array in arrays))
     share = float((data.label_N >= 0).sum() / data.num_samples)
-    if labelled_share is not None and share < 1:
-        share = labelled_share
-    if data.label_NK is None:
-        log_prior_K = log_class_prior(torch.from_numpy(data.label_N), len(data.class_names)).to(device)
-        return Supervision(data.class_names, share, log_prior_K, attributes)
-    known_K, positive_K = (data.label_NK >= 0).sum(0), (data.label_NK == 1).sum(0).clip(0.5)
-    odds_K = positive_K / (known_K - positive_K).clip(0.5)
-    known_share_K = share * known_K / max(1, (data.label_N >= 0).sum())
-    log_odds_K, known_share_K = (torch.from_numpy(x).float().to(device) for x in (np.log(odds_K), known_share_K))
-    return Supervision(data.class_names, share, log_odds_K, attributes, known_share_K)
+    if training.labelled_share is not None and share < 1:
+        share = training.labelled_share
+    log_prior_K, known_share_K = log_class_prior(torch.from_numpy(data.label_counts)), None
+    if data.label_NK is not None:
+        known_K, positive_K = (data.label_NK >= 0).sum(0), data.label_counts.clip(0.5)
+        log_prior_K = torch.from_numpy(np.log(positive_K / (known_K - positive_K).clip(0.5))).float()
+        known_share_K = torch.from_numpy(share * known_K / max(1, (data.label_N >= 0).sum())).float().to(device)
+    return Supervision(
+        data.class_names,
+        share,
+        log_prior_K.to(device),
+        attributes,
+        known_share_K=known_share_K,
+        recipe=data.recipe(training).kind,
+        class_weight_K=torch.from_numpy(class_weights(data.label_counts)).to(device),
+        deferred_from=round(DEFERRED * training.num_steps(data.num_samples)),
+    )

@@ -52,7 +52,7 @@ def teach_task(run: Run, name: str) -> tuple[Task, TrainingSet, TeacherSettings]
     network = new_network(run, data, settings, teachers=followed, place=place)
     learner = make_learner(run, data, network, settings=settings, training=training)
     teachers = {other: frozen_teacher(run, other, network, training) for other, network in followed.items()}
-    labels = supervision(run, data, labelled_share=training.labelled_share)
+    labels = supervision(run, data, training)
     task = Task({name: learner}, teachers=teachers, supervision=labels, seed=run.seed)
     return task, data, settings
 
@@ -84,7 +84,7 @@ def distill_task(run: Run) -> tuple[Task, TrainingSet, DistillSettings]:
         network = new_network(run, data, student, teachers=networks, place=place)
         learners[f"student-{name}"] = make_learner(run, data, network, settings=student, training=training)
     live = [name for name in networks if name not in teachers]
-    labels = supervision(run, data, labelled_share=training.labelled_share)
+    labels = supervision(run, data, training)
     task = Task(learners, teachers=teachers, live_teachers=live, supervision=labels, seed=run.seed)
     return task, data, settings
 
@@ -104,7 +104,7 @@ def train_baseline(run: Run, name: str, *, stage: str) -> None:
     place = 1 + list(run.settings.distill.students).index(student)
     network = new_network(run, data, settings, teachers={}, place=place)
     learner = make_learner(run, data, network, settings=settings, training=settings.training)
-    labels = supervision(run, data, labelled_share=settings.training.labelled_share)
+    labels = supervision(run, data, settings.training)
     task = Task({f"baseline-{name}": learner}, teachers={}, supervision=labels, seed=run.seed)
     _train_task(run, task, data, settings, stage=stage, folder_of=run.folder.network)
 
@@ -120,6 +120,9 @@ def _train_task(
 ) -> None:
     """Trains from the newest whole checkpoint to the end, and saves each learner in the folder `folder_of(name)`."""
     training, world = settings.training, run.world
+    if training.imbalance == "auto" and world.rank == 0:
+        kind, reason = data.recipe(training)
+        logger.info(f"{stage}: for rare classes {kind.replace('_', ' ')}, because {reason}")
     checkpoints = Checkpoints(run.folder.checkpoints(stage), world=world, keep=training.keep_checkpoints)
     # dropout must not depend on earlier work of this process; a checkpoint restores the state of its step
     torch.manual_seed(run.seed * 100_003 + world.rank)
@@ -220,9 +223,10 @@ def _attempt(
 def sample_order(run: Run, training: TrainingSettings, data: TrainingSet) -> SampleOrder:
     """The order of samples in batches, without the samples that cannot be read."""
     order: SampleOrder
-    if training.sampling == "class_aware" or training.labelled_share is not None:
+    sampling = data.recipe(training).kind if training.sampling == "auto" else training.sampling
+    if sampling == "class_aware" or training.labelled_share is not None:
         label_N = np.delete(data.label_N, data.unreadable)
-        class_N = label_N if training.sampling == "class_aware" else np.minimum(label_N, 0)  # else one class has all
+        class_N = label_N if sampling == "class_aware" else np.minimum(label_N, 0)  # else one class has all
         share = training.labelled_share
         order = ClassAwareOrder(class_N, seed=run.seed, global_batch_size=training.batch_size, labelled_share=share)
     else:

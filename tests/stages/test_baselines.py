@@ -24,6 +24,20 @@ def test_a_baseline_has_the_network_of_its_student_and_learns_labels_alone(tmp_p
     assert stages_of(settings)[-4:] == ["baseline-conv.x0.5", "baseline-conv", "evaluate", "export"]
 
 
+def test_the_plain_baseline_has_no_recipe_and_the_other_has_that_of_the_student(tmp_path: Path) -> None:
+    tree = tiny(tmp_path / "run", source=tmp_path)
+    tree["distill"]["students"]["conv"]["objectives"] = [{"kind": "supervised", "balance": "logit_adjusted"}]
+    tree["distill"]["students"]["conv"]["baseline"] = [1, "plain"]
+    tree["distill"]["training"] |= {"imbalance": "auto", "sampling": "class_aware"}
+    found = baselines(settings_of(tree))
+    assert list(found) == ["conv", "conv.plain"]
+    expected = {"conv": ("logit_adjusted", "auto", "class_aware"), "conv.plain": ("none", "none", "auto")}
+    for name, (_, alone) in found.items():
+        assert alone.objectives[0].model_dump()["balance"] == expected[name][0]
+        assert (alone.training.imbalance, alone.training.sampling) == expected[name][1:]
+        assert alone.training.num_steps(100) == 6
+
+
 def test_without_labels_there_is_no_baseline(sample_folder: Path, tmp_path: Path) -> None:
     tree = tiny(tmp_path / "run", source=sample_folder / "base" / "unlabelled")
     tree["data"] |= {"train": "train", "val": None, "test": None}

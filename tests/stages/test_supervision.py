@@ -14,6 +14,8 @@ from dpkd.objectives.attributes import Attributes
 from dpkd.stages.run import Run, supervision, training_set
 from tests.runs import with_data
 
+TRAINING = TrainingSettings(steps=1, batch_size=8)
+
 
 @pytest.fixture
 def described(untrained_run: Run, sample_folder: Path) -> Run:
@@ -21,8 +23,8 @@ def described(untrained_run: Run, sample_folder: Path) -> Run:
 
 
 def test_rows_stand_in_the_order_of_the_labels(described: Run) -> None:
-    data = training_set(described, TrainingSettings(steps=1, batch_size=8), [Attributes()])
-    told = supervision(described, data)
+    data = training_set(described, TRAINING, [Attributes()])
+    told = supervision(described, data, TRAINING)
     assert told.class_names == data.class_names
     assert told.attributes is not None
     weight_KA, bias_K = score_weights(told.attributes.value_KA.numpy())
@@ -43,7 +45,7 @@ OPTIONS = (
 
 
 def test_a_table_without_a_visible_label_is_refused(described: Run) -> None:
-    data = training_set(described, TrainingSettings(steps=1, batch_size=8), [Attributes()])
+    data = training_set(described, TRAINING, [Attributes()])
     unlabelled = dataclasses.replace(data, label_N=np.full_like(data.label_N, -1))
     with pytest.raises(UserError, match=r"data.attributes describes classes, and no label is visible in .*'base'"):
-        supervision(described, unlabelled)
+        supervision(described, unlabelled, TRAINING)

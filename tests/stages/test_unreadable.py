@@ -88,7 +88,7 @@ def test_labels_and_their_statistics_are_those_of_the_samples_that_are_drawn(
     ours, theirs = (training_set(run, settings("uniform"), [Supervised()]) for run in (lossy, smaller))
     assert (ours.num_samples, ours.class_names) == (theirs.num_samples, theirs.class_names)
     np.testing.assert_array_equal(np.delete(ours.label_N, ours.unreadable), theirs.label_N)
-    one, other = supervision(lossy, ours), supervision(smaller, theirs)
+    one, other = (supervision(run, data, settings("uniform")) for run, data in ((lossy, ours), (smaller, theirs)))
     assert one.labelled_share == pytest.approx(other.labelled_share)
     assert torch.equal(one.log_prior_K, other.log_prior_K)
 
