@@ -1,9 +1,10 @@
-"""Accuracy on known classes, whose images training has seen: all, frequent and rare classes.
+"""Accuracy on known classes, whose images training has seen: all, frequent and rare classes; calibration, confusion.
 
-Axes: N sample, K class. Accuracies are fractions in [0, 1].
+Axes: N sample, K class, C shown class. Accuracies are fractions in [0, 1].
 """
 
 from collections.abc import Sequence
+from math import sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,12 @@ Integers = NDArray[np.int64]
 ADDED_TO_HITS, ADDED_TO_GAINS = (0.0, 0.0, 1.0, 1.0), (-1.0, 1.0)
 """Added values, so that an interval over few images is not 0 where all are equal (Agresti and Coull 1998; after Agresti
 and Min 2005 for paired differences)."""
+Z = 1.959964
+"""Half a 95 % interval, in standard deviations."""
+NUM_BINS = 15
+"""Of the calibration error, as in Guo et al. 2017."""
+NUM_CONFUSED = 12
+"""Most classes that a table of confusions has; the other classes are one."""
 MANY, FEW = 100, 20
 """More than 100 training samples is many, fewer than 20 few (Liu et al. 2019, OLTR)."""
 
@@ -50,3 +57,34 @@ def long_tail(prediction_N: Integers, label_N: Integers, *, train_count_K: Integ
     groups = {"many": count > MANY, "medium": (count >= FEW) & (count <= MANY), "few": count < FEW}
     table = {"overall": float(hit_N.mean()), "balanced": float(accuracy.mean()), "worst_class": float(accuracy.min())}
     return table | {name: float(accuracy[chosen].mean()) for name, chosen in groups.items() if chosen.any()}
+
+
+def wilson(hits: int, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share of `count` samples (Wilson 1927), which also holds for few."""
+    centre, spread = hits + Z**2 / 2, Z * sqrt(hits * (count - hits) / count + Z**2 / 4)
+    return (centre - spread) / (count + Z**2), (centre + spread) / (count + Z**2)
+
+
+def calibration_error(logits_NK: NDArray[np.float32], hit_N: NDArray[np.float64]) -> float:
+    """The expected calibration error (Guo et al. 2017, eq. 3): |confidence - accuracy|, by bins of the confidence."""
+    odds_NK = np.exp(logits_NK.astype(np.float64) - logits_NK.max(1, keepdims=True))
+    confidence_N = odds_NK.max(1) / odds_NK.sum(1)
+    bin_N = np.ceil(confidence_N * NUM_BINS).astype(np.int64)  # a bin has its upper end
+    return float(np.abs(np.bincount(bin_N, confidence_N - hit_N)).sum() / len(hit_N))
+
+
+def confusion(prediction_N: Integers, label_N: Integers) -> tuple[Integers, Integers]:
+    """The classes [C] with most mistakes, as label or prediction, and the counts [C + 1, C + 1] of (label, prediction).
+
+    The last row and column are of all other classes. Label -1 does not count.
+    """
+    prediction_N, label_N = prediction_N[label_N >= 0], label_N[label_N >= 0]
+    wrong_N = prediction_N != label_N
+    mistakes_K = np.bincount(np.concatenate([label_N[wrong_N], prediction_N[wrong_N]]), minlength=1)
+    class_C = np.sort(np.argsort(-mistakes_K, kind="stable")[:NUM_CONFUSED])
+    class_C = class_C[mistakes_K[class_C] > 0]
+    place_K = np.full(max(label_N.max(), prediction_N.max()) + 1, len(class_C))
+    place_K[class_C] = np.arange(len(class_C))
+    counts = np.zeros((len(class_C) + 1, len(class_C) + 1), np.int64)
+    np.add.at(counts, (place_K[label_N], place_K[prediction_N]), 1)
+    return class_C, counts

@@ -1,4 +1,4 @@
-"""Charts as SVG, for `report.html` and `ledger.md`: lines over an axis, and means with their intervals.
+"""Charts as SVG, for `report.html` and `ledger.md`: lines over an axis, means with their intervals, confusions.
 
 They are 400 units wide, so that a telephone shows them well, and their colours differ for colour-blind readers too.
 """
@@ -69,6 +69,24 @@ def interval_chart(rows: Mapping[str, tuple[float, float]], *, title: str, gains
         drawn += [_text(name, 12, y), _text(words, WIDTH - 12, y, anchor="end")]
         drawn += [f"<path {interval}/>", _dot(x_at(mean), y + 9, COLOURS[0])]
     return _svg(title, drawn, height=bottom + 22)
+
+
+def confusion_chart(names: Sequence[str], counts: Sequence[Sequence[int]], *, title: str) -> str:
+    """A table of counts as shares of their rows in percent, dark where large; columns have the numbers of the rows."""
+    left, top = 130, TOP + ROW
+    side = (WIDTH - left - 12) / len(names)
+    drawn = []
+    for row, (name, line) in enumerate(zip(names, counts, strict=True)):
+        short, y = name if len(name) <= 17 else f"{name[:16]}…", round(top + side * row, 1)
+        drawn += [_text(f"{short} {row + 1}", left - 6, y + side / 2 + 4, anchor="end")]
+        drawn += [_text(f"{row + 1}", left + side * (row + 0.5), top - 5, anchor="middle")]
+        for column, count in enumerate(line):
+            share, x = count / max(1, sum(line)), round(left + side * column, 1)
+            fill = f'fill="{COLOURS[0] if row == column else COLOURS[1]}" fill-opacity="{share:.2f}" stroke="#ccc"'
+            drawn.append(f'<rect x="{x}" y="{y}" width="{side:.1f}" height="{side:.1f}" {fill}/>')
+            if share >= 0.005:
+                drawn.append(_text(f"{100 * share:.0f}", x + side / 2, y + side / 2 + 4, anchor="middle"))
+    return _svg(title, drawn, height=math.ceil(top + side * len(names) + 12))
 
 
 def _ticks(value_N: NDArray[np.float64]) -> NDArray[np.float64]:

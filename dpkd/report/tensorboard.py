@@ -44,6 +44,8 @@ class Board:
                     runs[network]["/".join(["loss", *objective])] = number
                 case ["learning_rate" | "gradient_norm" | "effective_rank" as kind, network]:
                     runs[network][f"training/{kind}"] = number
+                case ["accuracy", network, group]:
+                    runs[network][f"accuracy/{group}"] = number
                 case _:
                     runs[""][name] = number
         for network, tagged in runs.items():

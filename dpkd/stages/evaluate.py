@@ -10,6 +10,9 @@
               "over_baseline": {split: …}            students: paired difference on the same episodes from
               "baseline": name                       the baseline that is best on the first split
               "probes": {split: {"knn", "linear"}}, "classification": {split: {"overall", "balanced", …}},
+              "per_class": {split: {class: {"train", "samples", "accuracy", "ci95": [low, high], "mistaken_for",
+                                            "examples": [keys of mistakes]}}},
+              "confusion": {split: {"classes": [names], "counts": [[…]]}}     (label, prediction), the last: others
               "labels": {split: {label: {"samples", "trained", "precision": score, "auroc": score}}},
               "zero_shot": {split: {"overall", "balanced", "chance"}}}      classes known only by their attributes
 Where an image may have several labels, the keys of `few_shot` are "auroc", "average_precision_of_rare_labels" and
@@ -32,13 +35,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpkd.data.label_file import Labels
-from dpkd.data.labels import visible_labels
 from dpkd.data.shards import Split
 from dpkd.engine.network import Frozen
 from dpkd.errors import UserError
 from dpkd.evaluation.attributes import zero_shot_accuracy
 from dpkd.evaluation.few_shot import draw_episodes, few_shot_accuracy, score
-from dpkd.evaluation.long_tail import ADDED_TO_GAINS, ADDED_TO_HITS, known_hits, long_tail, predict_known
+from dpkd.evaluation.long_tail import (
+    ADDED_TO_GAINS,
+    ADDED_TO_HITS,
+    calibration_error,
+    confusion,
+    known_hits,
+    long_tail,
+    predict_known,
+    wilson,
+)
 from dpkd.evaluation.seen import seen_among
 from dpkd.io import storage
 from dpkd.io.record import parse_json, read_record
@@ -71,6 +82,8 @@ PLAIN = " without its prior map"
 ROLES = ("val", "test")
 TIMING_BATCH = 64
 TIMING_S = 0.8
+NUM_EXAMPLES = 3
+"""Most mistakes of a class that are named by their keys."""
 
 
 def evaluate(run: Run) -> None:
@@ -269,7 +282,7 @@ def _measure(
         "plain_pooling": {name: scores[name + PLAIN] for name in networks if name + PLAIN in scores},
         "over_baseline": over_baseline,
         "probes": _probe(run, embedded, label_N, split=split.name),
-        **_classify(run, predictions, label_N),
+        **_classify(run, split, embedded, predictions, label_N),
         "zero_shot": zero_shot(run, specs, embedded, label_N, split=split.name),
     }
 
@@ -303,27 +316,31 @@ def _predictions(
     return predictions
 
 
-def _classify(run: Run, predictions: Mapping[str, NDArray[np.int64]], label_N: Labels) -> dict[str, Figures]:
+def _classify(
+    run: Run, split: Split, embedded: Outputs, predictions: Mapping[str, NDArray[np.int64]], label_N: Labels
+) -> dict[str, Figures]:
     """Accuracy of the networks that know all classes of the split, as they are exported: in total and by class."""
-    names = run.dataset.manifest.classes
-    train = run.dataset.split(run.data.train)
-    unreadable = run.unreadable(train.name)
-    keys = train.iter_keys()
-    seen_N = visible_labels(train.label_N, run.data.labels, keys=keys, seed=run.seed, unreadable=unreadable)
-    train_count_K = np.bincount(seen_N[seen_N >= 0], minlength=len(names))
-    figures: dict[str, Figures] = {"classification": {}, "per_class": defaultdict(dict)}
-    for name in predictions:
-        if not name.endswith(PLAIN):
-            prediction_N = predictions.get(name + PLAIN, predictions[name])
-            figures["classification"][name] = long_tail(prediction_N, label_N, train_count_K=train_count_K)
-            for label in np.unique(label_N[label_N >= 0]):
-                predicted = prediction_N[label_N == label]
-                wrong = predicted[predicted != label]
-                figures["per_class"][name][names[label]] = {
-                    "samples": len(predicted),
-                    "accuracy": 1 - len(wrong) / len(predicted),
-                    "mistaken_for": names[np.bincount(wrong).argmax()] if len(wrong) else None,
-                }
+    names, count_K, indices = run.dataset.manifest.classes, run.train_counts, run.readable(split.name)
+    figures: dict[str, Figures] = {"classification": {}, "per_class": defaultdict(dict), "confusion": {}}
+    for name in (name for name in predictions if not name.endswith(PLAIN)):
+        exported = name + PLAIN if name + PLAIN in predictions else name
+        prediction_N, logits_NK = predictions[exported], embedded[exported]["logits"]
+        error = calibration_error(logits_NK[label_N >= 0], known_hits(prediction_N, label_N))
+        table = long_tail(prediction_N, label_N, train_count_K=count_K)
+        figures["classification"][name] = table | {"calibration_error": error}
+        class_C, counts = confusion(prediction_N, label_N)
+        figures["confusion"][name] = {"classes": [names[label] for label in class_C], "counts": counts.tolist()}
+        for label in np.unique(label_N[label_N >= 0]):
+            wrong_N, samples = (label_N == label) & (prediction_N != label), int((label_N == label).sum())
+            wrong = prediction_N[wrong_N]
+            figures["per_class"][name][names[label]] = {
+                "train": int(count_K[label]),
+                "samples": samples,
+                "accuracy": 1 - len(wrong) / samples,
+                "ci95": wilson(samples - len(wrong), samples),
+                "mistaken_for": names[np.bincount(wrong).argmax()] if len(wrong) else None,
+                "examples": [split.keys[i] for i in indices[wrong_N][:NUM_EXAMPLES]],
+            }
     return figures
 
 

@@ -14,7 +14,7 @@ from dpkd.data.batch import Batch
 from dpkd.data.label_file import Labels
 from dpkd.data.settings import GLOBAL
 from dpkd.evaluation.few_shot import Episodes, draw_episodes, few_shot_accuracy, score
-from dpkd.evaluation.long_tail import ADDED_TO_HITS, known_hits, predict_known
+from dpkd.evaluation.long_tail import ADDED_TO_HITS, known_hits, long_tail, predict_known
 from dpkd.evaluation.multi_label import label_scores, measure_labels
 from dpkd.evaluation.rank import COLLAPSED, effective_rank
 from dpkd.evaluation.settings import EpisodeSettings
@@ -108,6 +108,8 @@ class Monitor:
                 prediction_N = predict_known(outputs["logits"], self._labels, known=known, classes=classes)
                 if prediction_N is not None:
                     scores[KNOWN] = score(known_hits(prediction_N, self._labels), added=ADDED_TO_HITS)
+                    groups = long_tail(prediction_N, self._labels, train_count_K=run.train_counts)
+                    self._board.write(step, {f"accuracy/{network}/{name}_{key}": groups[key] for key in groups})
             self._board.accuracy(step, network=network, split=name, scores=scores)
             facts = {"stage": self._stage, "step": step, "network": network, "split": name, "scores": scores}
             run.folder.write_event("evaluated", **facts)

@@ -22,7 +22,7 @@ from dpkd.io import storage
 from dpkd.io.record import parse_json, read_record
 from dpkd.log import EventReader
 from dpkd.priors.store import PriorSet
-from dpkd.report.charts import Point, interval_chart, line_chart
+from dpkd.report.charts import Point, confusion_chart, interval_chart, line_chart
 from dpkd.report.pictures import sheet
 from dpkd.report.summary import (
     DASH,
@@ -83,6 +83,7 @@ def write_report(settings: Settings, summary: dict[str, Any]) -> None:
             "verdicts": verdicts(summary),
             "heading": heading(summary),
             "accuracy": interval_chart(rows, title=title, gains=False),
+            "confusions": confusions(summary),
             "notes": [*invalid(summary), *few_images(summary)],
             "figures": figure_tables(summary) | class_tables(summary),
         }
@@ -147,12 +148,25 @@ def class_tables(summary: dict[str, Any]) -> dict[str, Table]:
         }
         if measured:
             name, first = next(iter(measured.items()))
-            rows = [["class", "samples", *measured, f"{name} takes it for"]]
+            rows = [["class", "labels", "samples", *measured, f"{name}, 95 %", "takes it for", "such as"]]
             for label in sorted(first, key=lambda label: first[label]["accuracy"]):
+                of, (low, high) = first[label], first[label]["ci95"]
                 shares = [f"{100 * classes[label]['accuracy']:.1f} %" for classes in measured.values()]
-                rows.append([label, f"{first[label]['samples']:,}", *shares, first[label]["mistaken_for"] or DASH])
+                row = [label, f"{of['train']:,}", f"{of['samples']:,}", *shares, f"{100 * low:.0f} to {100 * high:.0f}"]
+                rows.append([*row, of["mistaken_for"] or DASH, ", ".join(of["examples"]) or DASH])
             tables[f"Accuracy by class, {split}"] = rows
     return tables
+
+
+def confusions(summary: dict[str, Any]) -> list[str]:
+    """A chart of the most confused classes for each student, on the report split."""
+    drawn = []
+    for name, student in summary["students"].items():
+        found = student.get("confusion", {}).get(report_split(summary), {"classes": []})
+        if found["classes"]:
+            title = f"What {name} takes classes for, in %, {report_split(summary)}"
+            drawn.append(confusion_chart([*found["classes"], "others"], found["counts"], title=title))
+    return drawn
 
 
 def curves(events: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -96,6 +96,14 @@ class Run:
             )
         return counts
 
+    @cached_property
+    def train_counts(self) -> NDArray[np.int64]:
+        """Number of visible labels of each class of the data set in the training split."""
+        split = self.dataset.split(self.data.train)
+        unreadable, keys = self.unreadable(split.name), split.iter_keys()
+        label_N = visible_labels(split.label_N, self.data.labels, keys=keys, seed=self.seed, unreadable=unreadable)
+        return np.bincount(label_N[label_N >= 0], minlength=len(self.dataset.manifest.classes))
+
     @property
     def measured_splits(self) -> tuple[str, ...]:
         """The evaluated splits that have a label."""

@@ -3,15 +3,26 @@
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy import stats
+from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, balanced_accuracy_score
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix
 from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
 from dpkd.evaluation.few_shot import score
-from dpkd.evaluation.long_tail import ADDED_TO_GAINS, ADDED_TO_HITS, known_hits, long_tail, predict_known
+from dpkd.evaluation.long_tail import (
+    ADDED_TO_GAINS,
+    ADDED_TO_HITS,
+    calibration_error,
+    confusion,
+    known_hits,
+    long_tail,
+    predict_known,
+    wilson,
+)
 from dpkd.evaluation.probes import ProbeSplit, probe, probe_split
 from dpkd.evaluation.settings import ProbeSettings
 
@@ -100,3 +111,44 @@ def test_intervals_of_few_images_hold_the_truth(share: float, count: int) -> Non
 def test_groups_without_a_class_are_absent_and_unlabelled_samples_do_not_count() -> None:
     table = long_tail(np.array([0, 1, 1]), np.array([0, 1, -1]), train_count_K=np.array([500, 500]))
     assert table == {"overall": 1.0, "balanced": 1.0, "worst_class": 1.0, "many": 1.0}
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 1), (1, 1), (3, 7), (50, 60), (0, 400)])
+def test_the_interval_of_a_class_is_that_of_scipy(hits: int, count: int) -> None:
+    expected = stats.binomtest(hits, count).proportion_ci(method="wilson")
+    assert wilson(hits, count) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_the_calibration_error_is_that_of_a_loop_over_the_bins() -> None:
+    rng = np.random.default_rng(0)
+    logits_NK = rng.normal(0, 2, (500, 4)).astype(np.float32)
+    hit_N = rng.integers(0, 2, 500).astype(np.float64)
+    confidence_N = softmax(logits_NK.astype(np.float64), axis=1).max(1)
+    expected = 0.0
+    for lower in np.arange(15) / 15:
+        inside = (confidence_N > lower) & (confidence_N <= lower + 1 / 15)
+        if inside.any():
+            expected += inside.mean() * abs(hit_N[inside].mean() - confidence_N[inside].mean())
+    assert calibration_error(logits_NK, hit_N) == pytest.approx(expected, rel=1e-6)
+    sure = np.array([[900.0, 0.0]], np.float32)  # confidence 1 is in the last bin
+    assert calibration_error(sure, np.ones(1)) == 0
+
+
+@pytest.mark.parametrize("num_classes", [5, 40])
+def test_confusions_are_those_of_scikit_learn_with_the_least_confused_classes_as_one(num_classes: int) -> None:
+    rng = np.random.default_rng(1)
+    label_N, prediction_N = rng.integers(-1, num_classes, 900), rng.integers(0, num_classes, 900)
+    class_C, counts = confusion(prediction_N, label_N)
+    assert len(class_C) == min(num_classes, 12)
+    known_N, others = label_N >= 0, len(class_C)
+    folded_of = np.array([list(class_C).index(k) if k in class_C else others for k in range(num_classes)])
+    expected = confusion_matrix(folded_of[label_N[known_N]], folded_of[prediction_N[known_N]], labels=range(others + 1))
+    np.testing.assert_array_equal(counts, expected)
+    whole = confusion_matrix(label_N[known_N], prediction_N[known_N], labels=range(num_classes))
+    mistakes_K = whole.sum(0) + whole.sum(1) - 2 * whole.diagonal()
+    assert mistakes_K[class_C].min() >= np.delete(mistakes_K, class_C).max(initial=0)
+
+
+def test_without_a_mistake_no_class_is_confused() -> None:
+    class_C, counts = confusion(np.array([0, 2, 2]), np.array([0, 2, -1]))
+    assert (class_C.tolist(), counts.tolist()) == ([], [[2]])

@@ -5,7 +5,7 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import pytest
 
-from dpkd.report.charts import interval_chart, line_chart
+from dpkd.report.charts import confusion_chart, interval_chart, line_chart
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -49,11 +49,19 @@ def test_intervals_reach_from_end_to_end_and_gains_have_signs() -> None:
     assert {"+2.0 ± 1.0", "-1.0"} <= set(texts)
 
 
+def test_cells_of_confusions_are_shares_of_their_rows() -> None:
+    root = ET.fromstring(confusion_chart(["a", "b"], [[3, 1], [0, 0]], title="t"))
+    cells = [float(str(cell.get("fill-opacity"))) for cell in root.iter(f"{SVG}rect") if cell.get("fill-opacity")]
+    assert cells == [0.75, 0.25, 0, 0]
+    assert {"75", "25", "a 1", "b 2"} <= {text.text for text in root.iter(f"{SVG}text")}
+
+
 def test_text_of_charts_is_escaped() -> None:
     name = '<script>alert("1")</script>&'
     charts = [
         line_chart({name: [(0, 1, 0)]}, title=name, x_title=name),
         interval_chart({name: (1, 0)}, title=name, gains=False),
+        confusion_chart([name[:12]], [[1]], title=name),
     ]
     for chart in charts:
         assert "<script" not in chart

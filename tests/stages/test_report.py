@@ -97,10 +97,13 @@ def test_a_gain_is_told_and_a_student_that_is_worse_with_what_to_do(
 def test_the_page_loads_nothing_and_escapes_all_text(evaluated_run: Run, summary: dict[str, Any]) -> None:
     changed = copy.deepcopy(summary)
     known = {
-        EVIL: {"samples": 4, "accuracy": 0.25, "mistaken_for": EVIL},
-        "b": {"samples": 1200, "accuracy": 0.125, "mistaken_for": None},
+        EVIL: {"train": 7, "samples": 4, "accuracy": 0.25, "mistaken_for": EVIL, "ci95": [0.046, 0.699]}
+        | {"examples": [EVIL]},
+        "b": {"train": 9, "samples": 1200, "accuracy": 0.125, "mistaken_for": None, "ci95": [0.11, 0.145]}
+        | {"examples": []},
     }
     changed["students"][EVIL] = changed["students"].pop("conv") | {"per_class": {"novel": known}}
+    changed["students"][EVIL]["confusion"] = {"novel": {"classes": [EVIL], "counts": [[3, 1], [0, 8]]}}
     changed["students"][EVIL]["seen"] = {"novel": [EVIL]}
     changed |= {"exports": {EVIL: EVIL}, "protocol": changed["protocol"] | {EVIL: EVIL}, "quarantine": {EVIL: 2}}
     changed["stages"][EVIL] = {"status": EVIL, "seconds": 1}
@@ -116,7 +119,8 @@ def test_the_page_loads_nothing_and_escapes_all_text(evaluated_run: Run, summary
     assert all(source.startswith("data:") for source in page.sources)
     assert not re.findall(r"url\(|@import|https?://(?!www\.w3\.org/2000/svg)", text.partition("All settings")[0])
     table = page.tables["Accuracy by class, novel"]
-    assert table[1:] == [["b", "1,200", "12.5 %", "–"], [EVIL, "4", "25.0 %", EVIL]]  # the worst first
+    evil = [EVIL, "7", "4", "25.0 %", "5 to 70", EVIL, EVIL]
+    assert table[1:] == [["b", "9", "1,200", "12.5 %", "11 to 14", "–", "–"], evil]  # the worst first
 
 
 def test_a_run_that_was_not_evaluated_has_a_page_of_its_stages(evaluated_run: Run, summary: dict[str, Any]) -> None:
