@@ -17,6 +17,7 @@ from dpkd.data.settings import (
     FractionSplits,
     GivenSplits,
     LoaderSettings,
+    MaskSettings,
     SourceOrPath,
     Splits,
     ViewSettings,
@@ -35,6 +36,7 @@ from dpkd.objectives.logits import LogitDistillation
 from dpkd.objectives.supervised import Supervised
 from dpkd.priors import BUILT_IN, Prior
 from dpkd.priors.base import BatchExtractor
+from dpkd.priors.catalogue.regions import Mask
 from dpkd.priors.derived import DERIVED, derivable
 from dpkd.run.settings import RunSettings
 
@@ -72,6 +74,7 @@ class DataSettings(Config):
     test: str | None = "test"
     """Split for the report, evaluated at the end."""
     labels: VisibleLabels = AllLabels()
+    masks: MaskSettings | None = None
     attributes: PathText | None = None
     """Table of expert attributes of the classes, `.yaml` or `.csv` (`dpkd/data/attributes.py` shows its format)."""
     loader: LoaderSettings = LoaderSettings()
@@ -277,6 +280,10 @@ class Settings(Config):
         if self.prepare.priors is None:
             prepare = self.prepare.model_copy(update={"priors": tuple(self._needed_priors())})
             object.__setattr__(self, "prepare", prepare)  # the model is frozen, but still under construction
+        if self.data.masks is not None:
+            others = tuple(prior for prior in self.prepare.chosen if not isinstance(prior, Mask))
+            with_masks = (*others, Mask.of_format(self.data.masks))
+            object.__setattr__(self, "prepare", self.prepare.model_copy(update={"priors": with_masks}))
         for key, name in self._maps_used():
             self._check_map(key, name)
         return self
@@ -289,6 +296,10 @@ class Settings(Config):
             self._check_teacher(key, objective, among=names[: names.index(teacher)] if teacher else names)
         if "attributes" in needs.targets and self.data.attributes is None:
             raise ValueError(f"{key} learns attributes, but data.attributes is not set: give a .yaml or .csv file")
+        if "mask" in needs.targets and self.data.masks is None:
+            raise ValueError(f"{key} learns masks, but data.masks is not set: set {{kind: figure_ground}}, for example")
+        if "segmentation" in needs.student and "segmentation" not in self._heads(section):
+            raise ValueError(f"{key} needs the objective segmentation of the same network: add one, or of weight 0")
         for view in needs.views:
             if view not in self.data.views:
                 raise ValueError(f"{key} reads the view {view!r}; data.views has {', '.join(self.data.views)}")
@@ -312,6 +323,11 @@ class Settings(Config):
             raise ValueError(f"{key}.teacher={name!r}: name a teacher that comes before this network ({known})")
         if {"logits", "patch_logits"} & set(objective.needs().teacher) and not self.teachers[name].objectives:
             raise ValueError(f"{key}: {name!r} is never trained and has no logits: follow its features")
+        if "segmentation" in objective.needs().teacher and "segmentation" not in self._heads(f"teachers.{name}"):
+            raise ValueError(f"{key} follows {name!r}, which has no objective segmentation: add one")
+
+    def _heads(self, network: str) -> set[str]:
+        return {head for objective in self.networks[network].objectives for head in objective.needs().heads}
 
     def _maps_used(self) -> Iterator[tuple[str, str]]:
         for key, network in self.networks.items():
@@ -325,7 +341,8 @@ class Settings(Config):
 
     def _needed_priors(self) -> Iterator[Prior]:
         """Yields a prior with default settings for every stored map that this run uses."""
-        key_of = {name: key for key, name in self._maps_used() if name not in VIEW_MAPS or key.endswith(FROM_STORE)}
+        used = [(key, name) for key, name in self._maps_used() if name != "mask"]  # the masks are added to any priors
+        key_of = {name: key for key, name in used if name not in VIEW_MAPS or key.endswith(FROM_STORE)}
         kinds = {prior.model_fields["kind"].default: prior for prior in BUILT_IN}
         for stored, key in {stored: key for name, key in key_of.items() for stored in _stored(name)}.items():
             kind, _, of = stored.partition("-")
@@ -345,6 +362,8 @@ class Settings(Config):
             missing = ", ".join(_as_prior(stored) for stored in _stored(name) if stored not in prepared)
             known = ", ".join(sorted(prepared)) or "none"
             raise ValueError(f"{key} uses the prior {name!r}; prepare.priors makes {known}: add {missing}, or set auto")
+        if name == "mask" and not stored and "mask" not in self.objectives[key].needs().targets:
+            raise ValueError(f"{key} would read hidden masks: use the objective segmentation, or the prior expert-mask")
         if prepared[name].nearest:
             raise ValueError(f"{key}: {name!r} holds region labels, not amounts: use another prior, such as 'saliency'")
         if prepared[name].channels > 1 and (stored or name in self.objectives[key].needs().amounts):

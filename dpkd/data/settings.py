@@ -146,7 +146,55 @@ class ListedLabels(Config):
     path: PathText
 
 
+class CountedLabels(Config):
+    """This number of labels is visible, of whatever class."""
+
+    kind: Literal["count"] = "count"
+    count: int = Field(ge=1)
+
+
 VisibleLabels = Annotated[AllLabels | LabelsPerClass | LabelFraction | ListedLabels, Field(discriminator="kind")]
+
+
+class MaskFormat(Config):
+    """The meaning of the masks `<stem>.mask.png`; it is declared and never guessed."""
+
+    kind: Literal["figure_ground", "classes", "instances"]
+    """Pixels above 0 are figure; the value is the number of a class; or the value is the number of an object.
+
+    Of `instances` figure and ground are learned. `<stem>.instances.png` is a mask too.
+    """
+    classes: tuple[str, ...] = ()
+    """Names of the values 0, 1, … of `kind: classes`."""
+    ignore: int | None = 255
+    """The value of pixels without a class; only for `kind: classes`."""
+    stride: int = Field(2, ge=1)
+    """Side in pixels of a cell of the maps for training."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the classes of pixels."""
+        return self.classes if self.kind == "classes" else ("ground", "figure")
+
+    @model_validator(mode="after")
+    def _has_classes(self) -> "MaskFormat":
+        if self.kind == "classes" and not 2 <= len(self.classes) <= 255:
+            raise ValueError("kind: classes needs the names of the values 0, 1, …: set classes: [background, …]")
+        if self.kind != "classes" and self.classes:
+            raise ValueError(f"kind: {self.kind} has the classes ground and figure: remove classes, or set its kind")
+        return self
+
+
+class MaskSettings(MaskFormat):
+    """The masks of the images: what they mean, which of them training sees, and how large images are segmented."""
+
+    visible: Annotated[
+        AllLabels | CountedLabels | LabelFraction | ListedLabels,
+        Field(discriminator="kind"),
+    ] = AllLabels()
+    """The masks that training sees; val and test are measured with all of theirs."""
+    tile: int | None = Field(None, ge=16)
+    """Side in image pixels of the square tiles in which an image is segmented; its shorter side by default."""
 
 
 class BackgroundSettings(Config):

@@ -66,7 +66,7 @@ class TrainingSettings(Config):
     sampling: Sampling = "auto"
     """`auto`: as `imbalance` says, which is uniform without it."""
     labelled_share: float | None = Field(None, gt=0, le=1)
-    """Share of labelled samples in each batch; None means their share of the split."""
+    """Share of labelled samples in each batch, with `data.masks` of those with a mask; None: as in the split."""
     log_every: int = Field(10, ge=1)
     evaluate_every: int | None = Field(None, ge=1)
     panels_every: int | None = Field(None, ge=1)

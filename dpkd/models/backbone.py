@@ -20,6 +20,8 @@ from dpkd.models.settings import ModelSettings
 
 LAYER = "layer-"
 """The output of a layer is named `layer-<index>`, with timm's index of intermediate outputs."""
+PYRAMID = "pyramid-"
+"""A head on `pyramid-<stride>` reads the last layer of each stride, from this one on."""
 OWN_ARGUMENTS = {
     "num_classes": "the classes of data.train",
     "pretrained": "model.pretrained",
@@ -75,6 +77,17 @@ class Backbone(nn.Module):
         if index >= len(layers):
             raise UserError(f"model {self.name!r} has no layer {index}: timm gives {len(layers)}, counted from 0")
         return int(layers[index]["num_chs"])
+
+    def levels(self, reads: str) -> tuple[str, ...]:
+        """The outputs that a head reads: itself, or for `pyramid-S` the last layer of each stride from S on."""
+        if not reads.startswith(PYRAMID):
+            return (reads,)
+        self.width(f"{LAYER}0")  # raises for a model without layers
+        last_of = {int(layer["reduction"]): number for number, layer in enumerate(self.timm.feature_info)}
+        chosen = [number for stride, number in last_of.items() if stride >= int(reads.removeprefix(PYRAMID))]
+        if not chosen:
+            raise UserError(f"model {self.name!r} has no layer of a stride of {reads.removeprefix(PYRAMID)} pixels")
+        return tuple(f"{LAYER}{number}" for number in sorted(chosen))
 
     def patches(self, features: Tensor, image_size: tuple[int, int]) -> Tensor:
         """The features as a map BDHW: channels first, without prefix tokens, patch tokens on a grid.

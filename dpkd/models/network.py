@@ -3,17 +3,22 @@
 Axes: B image, C colour or map channels, H W height and width, D features, K classes.
 """
 
+import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
-from dpkd.models.backbone import Backbone
+from dpkd.models.backbone import PYRAMID, Backbone
 from dpkd.models.resample import area_resample
 from dpkd.models.settings import FigureGroundPooling, HeadSpec, NetworkSpec
 from dpkd.models.weights import load_weights
 
+GROUPS = 8
+"""Groups of channels of a pyramid's norm."""
 PLAIN_SHARE = 1e-3
 """Added to every patch's figure-ground weight, so that a blank map gives the plain mean."""
 
@@ -30,8 +35,12 @@ class Network(nn.Module):
         self.extra: frozenset[str] = frozenset()
         """Further outputs for those who follow the network: `patch_logits`, `layer-<index>`."""
         self.heads = nn.ModuleDict()
+        self.reads: dict[str, tuple[str, ...]] = {}
+        """The outputs that each head reads."""
         for name, head in spec.heads.items():
-            self.heads[name] = build_head(head, self.backbone.width(head.reads))
+            self.reads[name] = self.backbone.levels(head.reads)
+            widths = [self.backbone.width(output) for output in self.reads[name]]
+            self.heads[name] = Pyramid(head, widths) if head.reads.startswith(PYRAMID) else build_head(head, widths[0])
 
     def forward(self, image_BCHW: Tensor, weight_B1HW: Tensor | None = None) -> dict[str, Tensor]:
         """The outputs for normalised float images; figure-ground pooling needs `weight_B1HW` in [0, 1], of any size.
@@ -41,7 +50,7 @@ class Network(nn.Module):
         `patch_logits` BKHW, each patch classified as if it filled the image. Raises `ValueError` if figure-ground
         pooling lacks a weight.
         """
-        asked = {head.reads for head in self.spec.heads.values()} | self.extra
+        asked = {output for outputs in self.reads.values() for output in outputs} | self.extra
         features, layers = self.backbone.features_and_layers(image_BCHW, sorted(asked))
         patch_BDHW = self.backbone.patches(features, (image_BCHW.shape[2], image_BCHW.shape[3]))
         if self.figure_ground_floor is None:
@@ -59,7 +68,7 @@ class Network(nn.Module):
             logits_LK = self.backbone.classify(self.backbone.embed_pooled(patch_BHWD.flatten(0, 2)))
             outputs["patch_logits"] = logits_LK.unflatten(0, patch_BHWD.shape[:3]).permute(0, 3, 1, 2)
         for name, head in self.heads.items():
-            outputs[name] = head(outputs[self.spec.heads[name].reads])
+            outputs[name] = head(*(outputs[output] for output in self.reads[name]))
         return outputs
 
 
@@ -71,6 +80,30 @@ def build_head(head: HeadSpec, dim: int) -> nn.Module:
         return linear(dim, head.width)
     norm = (LayerNorm2d if on_grid else nn.LayerNorm)(dim)
     return nn.Sequential(norm, linear(dim, head.hidden), nn.GELU(), linear(head.hidden, head.width))
+
+
+class Pyramid(nn.Module):
+    """A head on layers of several strides, with one output for each cell of the finest (a light FPN).
+
+    Linear maps of all layers to `hidden` channels, enlarged and summed, then a 3x3 convolution with group norm and
+    GELU, and the linear output: the semantic branch of Kirillov et al. 2019 with one convolution.
+    """
+
+    def __init__(self, head: HeadSpec, widths: Sequence[int]) -> None:
+        super().__init__()
+        assert head.hidden is not None, "a pyramid has hidden channels"
+        self.lateral = nn.ModuleList(nn.Conv2d(width, head.hidden, 1) for width in widths)
+        self.mix = nn.Conv2d(head.hidden, head.hidden, 3, padding=1)
+        self.norm = nn.GroupNorm(math.gcd(GROUPS, head.hidden), head.hidden)
+        self.out = nn.Conv2d(head.hidden, head.width, 1)
+
+    def forward(self, *levels: Tensor) -> Tensor:
+        """The outputs BKHW, for layers BDHW from the finest on."""
+        total, size = torch.zeros((), device=levels[0].device), levels[0].shape[2:]
+        for lateral, level in zip(self.lateral, levels, strict=True):
+            total = total + F.interpolate(lateral(level), size=size, mode="bilinear")
+        output: Tensor = self.out(F.gelu(self.norm(self.mix(total))))
+        return output
 
 
 def figure_ground(patch_BDHW: Tensor, saliency_B1HW: Tensor, *, floor: float) -> Tensor:

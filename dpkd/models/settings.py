@@ -48,9 +48,12 @@ Model = Annotated[ModelSettings, BeforeValidator(_named_model, json_schema_input
 
 
 class HeadSpec(Config):
-    """A linear head or an MLP: on the embedding, or on each patch of the last features or of a layer of timm."""
+    """A linear head or an MLP: on the embedding, or on each patch of the last features or of a layer of timm.
 
-    reads: str = Field(pattern=r"^(embedding|patch|layer-\d+)$")
+    `pyramid-S` reads a layer of each scale from a stride of S pixels on.
+    """
+
+    reads: str = Field(pattern=r"^(embedding|patch|(layer|pyramid)-\d+)$")
     width: int = Field(ge=1)
     hidden: int | None = Field(None, ge=1)
     """Width of the hidden layer of an MLP; None for a linear head."""

@@ -15,6 +15,8 @@ from dpkd.objectives.decoupled_logits import DecoupledLogits
 from dpkd.objectives.features import FeatureDistillation
 from dpkd.objectives.locality import LocalityGuidance
 from dpkd.objectives.logits import LogitDistillation
+from dpkd.objectives.mask_consistency import MaskConsistency
+from dpkd.objectives.mask_priors import MaskSaliency, MaskSmoothness
 from dpkd.objectives.masked_prior import MaskedPrior
 from dpkd.objectives.mixup import Mixup
 from dpkd.objectives.multi_label import MultiLabel, MultiLabelDistillation
@@ -25,6 +27,7 @@ from dpkd.objectives.pseudo_labels import PseudoLabels
 from dpkd.objectives.region_bounds import RegionBounds
 from dpkd.objectives.relations import RelationDistillation
 from dpkd.objectives.rotation import Rotation
+from dpkd.objectives.segmentation import MaskDistillation, Segmentation
 from dpkd.objectives.sigreg import SigReg
 from dpkd.objectives.standardised_logits import StandardisedLogits
 from dpkd.objectives.supervised import Supervised
@@ -48,7 +51,12 @@ BuiltIn = Annotated[
     | RelationDistillation
     | PatchRelations
     | PatchLabels
-    | LocalityGuidance,
+    | LocalityGuidance
+    | Segmentation
+    | MaskConsistency
+    | MaskDistillation
+    | MaskSmoothness
+    | MaskSaliency,
     Field(discriminator="kind"),
 ]
 

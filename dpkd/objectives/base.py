@@ -31,11 +31,11 @@ class Head:
     """A linear head that an objective adds to the network: on the embedding, or on each patch as a 1x1 convolution."""
 
     reads: str
-    """`embedding`, `patch` or `layer-<index>`."""
+    """`embedding`, `patch`, `layer-<index>`, or `pyramid-<stride>`: layers of this stride and more."""
     width: int | str
-    """Number of outputs, or its source: `map.<name>` (channels), `attributes`, `classes+1`, `teacher.<output>`."""
+    """Number of outputs, or its source: `map.<name>` (channels), `attributes`, `classes+1`, `masks`, `teacher.…`."""
     hidden: int | None = None
-    """With a hidden width, the head is an MLP: layer norm, linear, GELU, linear."""
+    """With a hidden width, the head is an MLP: layer norm, linear, GELU, linear. A pyramid has such channels."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,18 @@ class Needs:
     derived: tuple[DerivedView, ...] = ()
     """Further views, made from the global view during training."""
     targets: tuple[str, ...] = ()
-    """Required knowledge of samples: `class` (a visible label), `labels` (several), `attributes` (a table)."""
+    """Required knowledge of samples: `class` (a visible label), `labels` (several), `attributes` (a table), `mask`."""
     one_class: bool = False
     """True if its classes exclude one another, so that an image has one."""
     classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Classes that need training samples, by the settings key that lists them."""
     own_colours: str | None = None
     """The setting that depends on image colours, so that augmentation must not change them."""
+
+    @property
+    def priors(self) -> tuple[str, ...]:
+        """The maps that are prior knowledge, and no masks to learn."""
+        return tuple(name for name in self.maps if name != "mask")
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,8 @@ class Supervision:
     class_weight_K: Tensor | None = None
     """Weights of rare classes, which count from the step `deferred_from` on."""
     deferred_from: int = 0
+    masked_share: float = 1.0
+    """Share of samples with a visible mask among the drawn samples."""
 
 
 Outputs = Mapping[str, "Tensor"]
@@ -209,10 +216,10 @@ class Objective(Config):
 
     def without_maps(self) -> Objective | None:
         """The same objective without prior maps, to measure what they bring; None if it is nothing without them."""
-        if not self.needs().maps:
+        if not self.needs().priors:
             return self
         plain = self.model_copy(update={**self.map_free, "control": "none"})
-        return None if plain.needs().maps else plain
+        return None if plain.needs().priors else plain
 
     def loss(self, context: Context) -> Tensor | Mapping[str, Tensor]:
         """The weighted loss, a scalar mean over the micro-batch; or several losses by name, which are summed."""

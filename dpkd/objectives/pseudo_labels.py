@@ -26,7 +26,7 @@ COLOUR, HOLE = 0.9, 0.5
 class Strong:
     """Images that are turned, sheared, shifted, recoloured, and lack a square; the amounts are drawn for each image.
 
-    A map that weighs patches moves with its image.
+    A map that weighs patches moves with its image. Facts: the affine map `place` R23, and `seen` R1HW, 0 in the square.
     """
 
     magnitude: float
@@ -68,7 +68,7 @@ class Strong:
         mean_R111 = image_RCHW.mean((1, 2, 3), keepdim=True)
         image_RCHW = mean_R111 + (1 + contrast_R111) * (image_RCHW - mean_R111) + brightness_R111
         seen_R1HW = _outside_of_holes(image_RCHW, *drawn[7:], side=HOLE * self.magnitude)
-        return Derived([image_RCHW * seen_R1HW, *moved[1:]])
+        return Derived([image_RCHW * seen_R1HW, *moved[1:]], {"place": place_R23, "seen": seen_R1HW})
 
 
 def _outside_of_holes(image_RCHW: Tensor, top_R: Tensor, left_R: Tensor, *, side: float) -> Tensor:

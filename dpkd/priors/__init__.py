@@ -13,14 +13,14 @@ from dpkd.priors.base import BatchExtractor, Extractor, PriorConfig
 from dpkd.priors.catalogue.colour import Colour, Hue
 from dpkd.priors.catalogue.edge import Edge
 from dpkd.priors.catalogue.orientation import Hog, Orientation
-from dpkd.priors.catalogue.regions import Expert, Superpixel
+from dpkd.priors.catalogue.regions import Expert, Mask, Superpixel
 from dpkd.priors.catalogue.saliency import Saliency
 from dpkd.priors.catalogue.shape import Ridge, Symmetry
 from dpkd.priors.catalogue.texture import Gabor, Glcm, Lbp
 from dpkd.priors.learned import Learned
 
 DEFAULT = (Edge, Orientation, Superpixel, Saliency, Lbp, Gabor, Colour, Ridge)
-BUILT_IN = (*DEFAULT, Hog, Hue, Symmetry, Glcm, Expert, Learned)
+BUILT_IN = (*DEFAULT, Hog, Hue, Symmetry, Glcm, Expert, Mask, Learned)
 
 
 def _complete(prior: PriorConfig) -> PriorConfig:

@@ -95,6 +95,10 @@ class Extractor(Protocol):
         """True if values are labels, so that resampling must use the nearest value."""
 
     @property
+    def unknown(self) -> float:
+        """The value of the map of a sample for which it cannot be computed."""
+
+    @property
     def codec(self) -> Codec:
         """The storage format of the map."""
 
@@ -116,6 +120,8 @@ class PriorConfig(Config):
     kind: str
     version: ClassVar[int] = 1
     nearest: ClassVar[bool] = False
+    unknown: ClassVar[float] = 0.5
+    """The value of the map of a sample for which it cannot be computed."""
 
     @property
     def name(self) -> str:

@@ -104,5 +104,5 @@ def store_map(prior: Extractor, map_HWC: Map) -> StoredMap:
 
 def flat_map(prior: Extractor) -> StoredMap:
     """A constant map of one cell, for a sample whose map cannot be computed."""
-    value = np.int32(0) if prior.nearest else np.float32(0.5)
+    value = np.int32(0) if prior.nearest else np.float32(prior.unknown)
     return store_map(prior, np.full((1, 1, prior.channels), value))

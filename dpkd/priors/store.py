@@ -208,6 +208,11 @@ class PriorSplit:
             raise PriorMismatch(f"{shard_url}, maps of {sample.key!r}: {error}; {WAY_OUT}") from error
         return record
 
+    def bad_keys(self) -> set[str]:
+        """The keys of the samples without maps, or with maps that could not be computed."""
+        shards = range(len(self.shards))
+        return {key for k in shards for key, _ in self._indexes.get(k, self._read_index).bad}
+
     def _read_index(self, shard: int) -> PriorIndex:
         url = storage.join(self.url, index_name(self.shards[shard].name))
         try:

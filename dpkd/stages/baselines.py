@@ -20,8 +20,8 @@ def baselines(settings: Settings) -> dict[str, Baseline]:
     """The baselines by name: `<student>`, `<student>.x0.5` with half of the student's steps, or `<student>.plain`.
 
     Each has the student's model with mean pooling, weights, optimizer, schedule, engine and augmentation, and the
-    supervised losses of the student with weight 1, or plain cross-entropy. All samples of its batches are labelled.
-    `plain` has plain cross-entropy and no recipe for rare classes.
+    supervised losses of the student with weight 1, or plain cross-entropy. All samples of its batches are labelled, or
+    with `data.masks` have a mask. `plain` has plain cross-entropy and no recipe for rare classes.
     """
     found = {}
     for name, student in settings.distill.students.items():
@@ -54,8 +54,9 @@ def _on_labels_alone(settings: Settings, student: StudentSettings, length: float
 
 
 def labels_alone(student: StudentSettings) -> tuple[AnyObjective, ...]:
-    """The supervised objectives of a student with weight 1, or plain cross-entropy."""
-    supervised = [objective for objective in student.objectives if objective.kind in ("supervised", "multi_label")]
+    """The objectives of a student on labels and masks with weight 1, or plain cross-entropy."""
+    of_labels = ("supervised", "multi_label", "segmentation")
+    supervised = [objective for objective in student.objectives if objective.kind in of_labels]
     several = any(objective.kind.startswith("multi_label") for objective in student.objectives)
     plain = MultiLabel() if several else Supervised()
     return tuple(objective.model_copy(update={"weight": 1.0}) for objective in supervised or [plain])

@@ -120,7 +120,8 @@ def _check_training(
             f"the split {name!r} has {train.num_samples} samples, fewer than one batch of {key}.batch_size="
             f"{training.batch_size}; lower it, or pack more images"
         )
-    needing = [f"{key}.labelled_share"] if training.labelled_share is not None else []
+    by_labels = training.labelled_share is not None and settings.data.masks is None
+    needing = [f"{key}.labelled_share"] if by_labels else []
     of_labels = (
         other for other, objective in settings.objectives.items() if {"class", "labels"} & {*objective.needs().targets}
     )

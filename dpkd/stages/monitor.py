@@ -130,6 +130,8 @@ class Monitor:
             if not self._writes:
                 continue
             priors = {key.removeprefix("prior/"): _array(outputs[key]) for key in outputs if key.startswith("prior/")}
+            if "segmentation" in outputs:
+                priors["segmentation"] = _array(outputs["segmentation"].softmax(1))
             regions = {
                 key.replace("/", " of "): _array(outputs[key].sigmoid()) for key in outputs if key.startswith("region/")
             }

@@ -83,6 +83,8 @@ def network_spec(
     table = attribute_table(data)
     width_of = {f"map.{name}": count for name, count in {**VIEW_MAPS, **channels}.items()}
     width_of["classes+1"] = len(classes) + 1
+    if data.masks is not None:
+        width_of["masks"] = len(data.masks.names)
     if table is not None:
         width_of["attributes"] = len(table.names)
     heads: dict[str, HeadSpec] = {}
@@ -90,7 +92,7 @@ def network_spec(
         needs = objective.needs()
         if needs.teacher:
             teacher = teachers[teacher_of(objective) or next(iter(teachers))].backbone
-            with_width = {"embedding", "patch", *needs.teacher} - {"logits", "patch_logits"}
+            with_width = {"embedding", "patch", *needs.teacher} - {"logits", "patch_logits", "segmentation"}
             width_of |= {f"teacher.{output}": teacher.width(output) for output in with_width}
         for name, head in needs.heads.items():
             width = head.width if isinstance(head.width, int) else width_of[head.width]

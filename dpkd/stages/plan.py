@@ -98,6 +98,8 @@ def stage_inputs(stage: str, settings: Settings) -> dict[str, Any]:
     tree: dict[str, Any] = settings.model_dump(mode="json")
     data, seed, prefix = tree["data"], {"run": {"seed": settings.run.seed}}, ""
 
+    masks = {} if data["masks"] is None else {"masks": data["masks"]}  # records of runs without masks have no such key
+
     def pick(*keys: str) -> dict[str, Any]:
         return {key: data[key] for key in keys}
 
@@ -106,7 +108,7 @@ def stage_inputs(stage: str, settings: Settings) -> dict[str, Any]:
     if stage == "prepare":
         return {"prepare": settings.prepare.sealed().model_dump(mode="json")}
     if stage == "export":
-        return {"export": tree["export"]}
+        return {"export": tree["export"]} | masks
     if stage == "evaluate":
         results = {"data": pick("train", "val", "test"), "evaluate": tree["evaluate"]}
     else:
@@ -132,6 +134,7 @@ def stage_inputs(stage: str, settings: Settings) -> dict[str, Any]:
         read = (objective.needs().views for key, objective in settings.objectives.items() if key.startswith(prefix))
         views = {name: data["views"][name] for name in sorted({GLOBAL}.union(*read))}  # others may change
         results["data"] = pick("image_size", "map_size", "train", "labels") | {"views": views}
+    results["data"] |= masks
     learned = [objective for key, objective in settings.objectives.items() if key.startswith(prefix)]
     table = attribute_table(settings.data)
     if table is not None and any("attributes" in objective.needs().targets for objective in learned):
@@ -299,6 +302,7 @@ def _describe(stage: str, settings: Settings) -> str:
     if stage == "evaluate" and settings.evaluate is not None:
         episodes = settings.evaluate.episodes
         figures = "accuracy on known classes" if episodes is None else f"{episodes.episodes:,} episodes"
+        figures += ", masks" if settings.data.masks is not None else ""
         return f"{figures} on {', '.join(settings.data.evaluated_splits)}"
     if stage == "export":
         return "students as timm folders" + (" and ONNX" if settings.export and settings.export.onnx else "")

@@ -36,7 +36,7 @@ from dpkd.launch.pool import Accelerator, Pool
 from dpkd.log import logger
 from dpkd.priors import Prior
 from dpkd.priors.base import BatchExtractor, Extractor, ImageViews, accelerated, fingerprint, keep_freed_memory
-from dpkd.priors.catalogue.regions import Expert
+from dpkd.priors.catalogue.regions import Expert, Mask
 from dpkd.priors.record import MEMBER_EXTENSION, Record, flat_map, source_hash, store_map
 from dpkd.priors.store import MANIFEST_NAME, PriorIndex, PriorManifest, PriorSet, fingerprints, read_manifest, set_url
 from dpkd.report.quarantine import Quarantine
@@ -86,7 +86,7 @@ def prepare(
     index of the images is missing.
     """
     priors = settings.sealed().chosen
-    experts = any(isinstance(prior, Expert) for prior in priors)
+    experts = any(isinstance(prior, Expert | Mask) for prior in priors)
     refuse_missing_experts(priors, dataset.given() if experts else {}, place=dataset.url)
     url = set_url(dataset.url, settings.name)
     before = read_manifest(url)
@@ -128,7 +128,7 @@ def prepare(
 
 def refuse_missing_experts(priors: Sequence[Prior], given: Mapping[str, int], *, place: str) -> None:
     """Raises `UserError` for an expert map that no sample has; `given` counts the samples with each at `place`."""
-    for expert in (prior.of for prior in priors if isinstance(prior, Expert)):
+    for expert in (prior.of for prior in priors if isinstance(prior, Expert | Mask)):
         if expert not in given:
             known = ", ".join(f"{name} ({count:,} samples)" for name, count in given.items()) or "none"
             raise UserError(

@@ -40,7 +40,7 @@ def prior_uses(settings: Settings) -> dict[str, list[str]]:
         if isinstance(network, TeacherSettings) and network.objectives and network.augment.background is not None:
             uses[f"{owner}.background"].append(f"{key}.augment.background")
         for position, (name, objective) in enumerate(named(network.objectives).items()):
-            if objective.needs().maps:
+            if objective.needs().priors:
                 uses[f"{owner}.{name}"].append(f"{key}.objectives.{position}")
     if settings.distill.augment.background is not None:
         uses["students.background"].append("distill.augment.background")
@@ -51,7 +51,11 @@ def rows_of(settings: Settings, *, shares: Sequence[float] = ()) -> dict[str, li
     """The overrides of each row by its name, those that tell most first; `shares` are shares of labels."""
     uses, tricks, alone = prior_uses(settings), dict[str, Objective](), _without_teachers(settings, tricks=())
     for objective in settings.objectives.values():
-        if objective.kind != "supervised" and not objective.needs().maps and not objective.needs().teacher:
+        if (
+            objective.kind not in ("supervised", "segmentation")
+            and not objective.needs().priors
+            and not objective.needs().teacher
+        ):
             tricks.setdefault(objective.kind, objective)
     table: dict[str, list[str]] = {ALL: [], LABELS: alone}
     if tricks:

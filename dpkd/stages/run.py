@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from dpkd.data.attributes import score_weights
 from dpkd.data.label_file import Labels, label_known
 from dpkd.data.labels import visible_labels
+from dpkd.data.masks import visible_masks
 from dpkd.data.settings import GLOBAL, AugmentSettings
 from dpkd.data.shards import Dataset, Split
 from dpkd.data.stream import ViewPlan
@@ -85,6 +86,10 @@ class Run:
         """Numbers of the other samples of the split, ascending."""
         return np.delete(np.arange(self.dataset.split(split).num_samples), self.unreadable(split))
 
+    def unusable_masks(self, split: str) -> set[str]:
+        """The keys of the samples of a split with a mask that `prepare` could not use."""
+        return self.priors.split(split).bad_keys() if self.priors is not None else set()
+
     @cached_property
     def counts(self) -> dict[str, SplitCounts]:
         """The counts of the readable samples of each split."""
@@ -155,6 +160,8 @@ class TrainingSet:
     """-1 if the label is not visible or the sample cannot be read; else 0 where an image may have several."""
     unreadable: NDArray[np.int64]
     """Numbers of the samples that are never drawn, ascending."""
+    mask_N: Labels
+    """0 if the mask is visible to training, else -1."""
     label_NK: Labels | None = None
     """Where an image may have several labels: 1, 0, or -1 if it is unknown or not visible; of all classes."""
 
@@ -162,8 +169,8 @@ class TrainingSet:
     def targets(self) -> dict[str, Labels]:
         """The labels of all samples by the name of the target."""
         if self.label_NK is None:
-            return {"class": self.label_N}
-        return {"class": np.full_like(self.label_N, -1), "labels": self.label_NK}
+            return {"class": self.label_N, "mask": self.mask_N}
+        return {"class": np.full_like(self.label_N, -1), "labels": self.label_NK, "mask": self.mask_N}
 
     @property
     def num_samples(self) -> int:
@@ -193,7 +200,7 @@ def training_set(run: Run, training: TrainingSettings, objectives: Iterable[Obje
     split, unreadable = run.dataset.split(run.data.train), run.unreadable(run.data.train)
     classes = np.flatnonzero(split.info.class_counts)
     needs_labels = any({"class", "labels"} & {*objective.needs().targets} for objective in objectives)
-    needs_labels = needs_labels or training.labelled_share is not None
+    needs_labels = needs_labels or (training.labelled_share is not None and run.data.masks is None)
     if split.info.multi_label:
         label = split.label_NK[:, classes]
     else:
@@ -203,10 +210,16 @@ def training_set(run: Run, training: TrainingSettings, objectives: Iterable[Obje
     label = visible_labels(label, run.data.labels, keys=split.iter_keys(), seed=run.seed, unreadable=unreadable)
     if needs_labels and not (label >= 0).any():
         raise UserError(f"data.labels {run.data.labels!r} leaves no visible label in the split {split.name!r}")
+    mask_N: Labels = np.broadcast_to(np.int8(-1), split.num_samples)  # takes no memory
+    if run.data.masks is not None:
+        unusable = run.unusable_masks(split.name)
+        mask_N = visible_masks(split, run.data.masks, seed=run.seed, unreadable=unreadable, unusable=unusable)
+        if not (mask_N >= 0).any():
+            raise UserError(f"data.masks {run.data.masks!r} leaves no visible mask in the split {split.name!r}")
     names = tuple(run.dataset.manifest.classes[number] for number in classes)
     if split.info.multi_label:
-        return TrainingSet(split, names, label_known(label), unreadable, label)
-    return TrainingSet(split, names, label, unreadable)
+        return TrainingSet(split, names, label_known(label), unreadable, mask_N, label)
+    return TrainingSet(split, names, label, unreadable, mask_N)
 
 
 def supervision(run: Run, data: TrainingSet, training: TrainingSettings) -> Supervision:
@@ -221,19 +234,25 @@ def supervision(run: Run, data: TrainingSet, training: TrainingSettings) -> Supe
         value_KA = table.rows(data.class_names)
         arrays = (value_KA, *score_weights(value_KA))
         attributes = ClassAttributes(*(torch.from_numpy(array).to(device) for array in arrays))
-    share = float((data.label_N >= 0).sum() / data.num_samples)
-    if training.labelled_share is not None and share < 1:
-        share = training.labelled_share
+    labelled_N = data.label_N >= 0
+    chosen_N = labelled_N if run.data.masks is None else data.mask_N >= 0  # `labelled_share` is that of these samples
+    share, chosen = (float(each_N.sum() / data.num_samples) for each_N in (labelled_N, chosen_N))
+    if training.labelled_share is not None and chosen < 1:
+        both, num_chosen = (labelled_N & chosen_N).sum(), chosen_N.sum()
+        of_others = (labelled_N.sum() - both) / (data.num_samples - num_chosen)
+        share = training.labelled_share * float(both / num_chosen) + (1 - training.labelled_share) * float(of_others)
+        chosen = training.labelled_share
     log_prior_K, known_share_K = log_class_prior(torch.from_numpy(data.label_counts)), None
     if data.label_NK is not None:
         known_K, positive_K = (data.label_NK >= 0).sum(0), data.label_counts.clip(0.5)
         log_prior_K = torch.from_numpy(np.log(positive_K / (known_K - positive_K).clip(0.5))).float()
-        known_share_K = torch.from_numpy(share * known_K / max(1, (data.label_N >= 0).sum())).float().to(device)
+        known_share_K = torch.from_numpy(share * known_K / max(1, labelled_N.sum())).float().to(device)
     return Supervision(
         data.class_names,
         share,
         log_prior_K.to(device),
         attributes,
+        masked_share=chosen,
         known_share_K=known_share_K,
         recipe=data.recipe(training).kind,
         class_weight_K=torch.from_numpy(class_weights(data.label_counts)).to(device),

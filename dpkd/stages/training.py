@@ -92,12 +92,13 @@ def distill_task(run: Run) -> tuple[Task, TrainingSet, DistillSettings]:
 def train_baseline(run: Run, name: str, *, stage: str) -> None:
     """Trains a student's network on labels alone, from its newest checkpoint on, and saves its weights.
 
-    Its first weights are those of the student. Without visible labels of two classes there is no baseline.
+    Its first weights are those of the student. Without a mask and visible labels of two classes there is no baseline.
     """
     student, settings = baselines(run.settings)[name]
     data = training_set(run, run.settings.distill.training, [])
     visible = data.label_N[data.label_N >= 0] if data.label_NK is None else data.label_NK[data.label_NK >= 0]
-    if len(np.unique(visible)) < 2:
+    from_masks = any("mask" in objective.needs().targets for objective in settings.objectives)
+    if not from_masks and len(np.unique(visible)) < 2:
         if run.world.rank == 0:
             logger.info(f"{stage}: left out, because labels of fewer than two classes are visible")
         return
@@ -225,7 +226,8 @@ def sample_order(run: Run, training: TrainingSettings, data: TrainingSet) -> Sam
     order: SampleOrder
     sampling = data.recipe(training).kind if training.sampling == "auto" else training.sampling
     if sampling == "class_aware" or training.labelled_share is not None:
-        label_N = np.delete(data.label_N, data.unreadable)
+        by_masks = run.data.masks is not None and sampling != "class_aware"
+        label_N = np.delete(data.mask_N if by_masks else data.label_N, data.unreadable)
         class_N = label_N if sampling == "class_aware" else np.minimum(label_N, 0)  # else one class has all
         share = training.labelled_share
         order = ClassAwareOrder(class_N, seed=run.seed, global_batch_size=training.batch_size, labelled_share=share)

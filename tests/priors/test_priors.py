@@ -14,11 +14,11 @@ from dpkd.priors import BUILT_IN, DEFAULT_PRIORS, Prior
 from dpkd.priors.base import ImageViews, fingerprint
 from dpkd.priors.catalogue.edge import Edge
 from dpkd.priors.catalogue.orientation import Hog
-from dpkd.priors.catalogue.regions import Expert
+from dpkd.priors.catalogue.regions import Expert, Mask
 from dpkd.priors.learned import Learned
 from tests.model_cases import edge_prior, save_edges
 
-KINDS = [kind for kind in BUILT_IN if kind not in (Expert, Learned)]  # maps of experts are given: test_expert.py
+KINDS = [kind for kind in BUILT_IN if kind not in (Expert, Mask, Learned)]  # maps of experts are given: test_expert.py
 every_prior = pytest.mark.parametrize("prior", [*(kind().kind for kind in KINDS), "learned"], indirect=True)
 
 

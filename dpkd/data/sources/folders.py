@@ -2,8 +2,9 @@
 
 The depth decides. At depth one the layout is `<split>/*` if all folders have names of splits (train, val, test, …),
 else `<class>/*`. Images in a class folder called `unlabelled`, or a word for a missing label, have no label. An image
-may have `<stem>.mask.png` and `<stem>.expert-<name>.png` in its folder. `<stem>.instances.png` and the folders of
-operating systems (`@eaDir`, `__MACOSX`, hidden ones) are ignored.
+may have `<stem>.mask.png` and `<stem>.expert-<name>.png` in its folder; `<stem>.instances.png`, with a number for each
+object, is its mask if it has no other. The folders of operating systems (`@eaDir`, `__MACOSX`, hidden ones) are
+ignored.
 """
 
 import re
@@ -57,12 +58,12 @@ def find_in_folders(source: FolderSource) -> SourceContents:
             f".tif){other_files}: give another folder"
         )
     given_of: dict[str, dict[str, Blob]] = {name.rpartition(".")[0]: {} for name in images}
-    bad = []
+    names, bad = {f"{stem}.{ending}" for stem, ending, _ in maps}, []
     for stem, ending, blob in maps:
         if stem not in given_of:
             bad.append((f"{stem}.{ending}", f"a {ending.removesuffix('.png')} file without its image {stem}.*"))
-        elif ending != "instances.png":
-            given_of[stem][ending] = blob
+        elif ending != "instances.png" or f"{stem}.mask.png" not in names:
+            given_of[stem]["mask.png" if ending == "instances.png" else ending] = blob
     places, layout = _places(list(images), path=source.path)
     records = []
     for name, blob in images.items():

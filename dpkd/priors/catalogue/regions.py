@@ -10,9 +10,11 @@ from pydantic import Field
 
 from dpkd.data.image_headers import BrokenImage
 from dpkd.data.images import decode_mask
+from dpkd.data.masks import classes_of
+from dpkd.data.settings import MaskFormat
 from dpkd.priors.base import ImageViews, PriorConfig, grid_size, lab
 from dpkd.priors.catalogue.kernels import Image, Kernel, cell_means
-from dpkd.priors.codecs import LABELS, Codec, JpegCodec, Map
+from dpkd.priors.codecs import BYTES, LABELS, Codec, JpegCodec, Map
 
 Indices = npt.NDArray[np.int64]
 
@@ -139,16 +141,60 @@ class Expert(PriorConfig):
 
     def map(self, image: ImageViews) -> Map:
         """The expert's map, float32 HW1; raises ValueError if the file is not a grey image of the same size."""
-        if self.of not in image.given:
+        mask_HW = given_mask(image, self.of)
+        if mask_HW is None:
             return np.full((1, 1, 1), np.nan, np.float32)
-        try:
-            mask_HW = decode_mask(image.given[self.of])
-        except BrokenImage as error:
-            raise ValueError(f"the expert map {self.of!r} cannot be used: {error}") from error
-        if mask_HW.shape != image.size:
-            raise ValueError(f"the expert map {self.of!r} has the shape {mask_HW.shape}, and the image {image.size}")
         if self.values == "figure":
             amount_HW = (mask_HW > 0).astype(np.float32)
         else:
             amount_HW = mask_HW.astype(np.float32) * np.float32(1 / np.iinfo(mask_HW.dtype).max)
         return cell_means(amount_HW, grid_size(image, self.stride))
+
+
+def given_mask(image: ImageViews, name: str) -> npt.NDArray[np.uint8 | np.uint16] | None:
+    """The file of a sample's expert map, HW; None without one. Raises ValueError if it does not fit the image."""
+    if name not in image.given:
+        return None
+    try:
+        mask_HW = decode_mask(image.given[name])
+    except BrokenImage as error:
+        raise ValueError(f"the expert map {name!r} cannot be used: {error}") from error
+    if mask_HW.shape != image.size:
+        raise ValueError(f"the expert map {name!r} has the shape {mask_HW.shape}, and the image {image.size}")
+    return mask_HW
+
+
+class Mask(PriorConfig):
+    """The masks of `data.masks` for training: the share of each class in each cell, one channel a class.
+
+    A run with `data.masks` adds it by itself. Pixels without a class count in no channel. A sample without a mask, or
+    with one that cannot be used, has one cell of NaN.
+    """
+
+    kind: Literal["mask"] = "mask"
+    format: MaskFormat = MaskFormat(kind="figure_ground")
+
+    of: ClassVar[str] = "mask"
+    codec: ClassVar[Codec] = BYTES
+    unknown: ClassVar[float] = float("nan")
+
+    @classmethod
+    def of_format(cls, masks: MaskFormat) -> "Mask":
+        """The map of masks of this format, whichever of them are visible."""
+        return cls(format=MaskFormat(**masks.model_dump(include=set(MaskFormat.model_fields))))
+
+    @property
+    def channels(self) -> int:
+        """The number of classes."""
+        return len(self.format.names)
+
+    def map(self, image: ImageViews) -> Map:
+        """The shares, float32 HWK; raises ValueError for values without a class, and a mask without a class."""
+        mask_HW = given_mask(image, self.of)
+        if mask_HW is None:
+            return np.full((1, 1, self.channels), np.nan, np.float32)
+        class_HW = classes_of(mask_HW, self.format)
+        if class_HW.max() < 0:
+            raise ValueError("the mask is empty: no pixel has a class")
+        share_HWK = (class_HW[:, :, None] == np.arange(self.channels)).astype(np.float32)
+        return cell_means(share_HWK, grid_size(image, self.format.stride))
