@@ -131,6 +131,8 @@ def _use(verb: str, values: dict[str, Any]) -> None:
             table = module.predict(**values | {"top": 1 if values["top"] is None else values["top"]})
         with safe_output():
             module.write_table(table, sys.stdout.buffer, suffix=".csv")
+    elif verb == "predict" and not Path(values["out"]).suffix:
+        table = module.segment(values["export"], values["photos"], out=values["out"])
     else:
         table = getattr(module, verb)(**values)
     if verb != "neighbours":
@@ -184,7 +186,8 @@ def _add_options(verb: str, add: Callable[..., Any]) -> None:
             add("--method", default="auto", metavar="METHOD", help=methods)
         case "predict":
             best = "the K best classes of each image; without it every class's probability, on the screen the best"
-            add("--out", metavar="FILE", help=".csv, .jsonl or .parquet; the screen without it, as CSV")
+            forms = ".csv, .jsonl or .parquet; a folder for masks; the screen without it, as CSV"
+            add("--out", metavar="FILE", help=forms)
             add("--top", type=int, metavar="K", help=best)
         case "embed":
             add("--out", required=True, metavar="FILE.parquet", help="keys and embeddings")

@@ -29,8 +29,8 @@ from dpkd.report.quarantine import Quarantine
 EVALUATION_NAME = "evaluation.json"
 QUARANTINE_NAME = "quarantine.jsonl"
 DASH = "–"
-KNOWN, MAX_INTERVAL = "known_classes", 0.05
-"""The key of the accuracy on known classes, and the half of its 95 % interval above which a sentence warns."""
+KNOWN, MEAN_IOU, MAX_INTERVAL = "known_classes", "mean_iou", 0.05
+"""The keys of accuracy on known classes and of masks, and the half of a 95 % interval above which a sentence warns."""
 KNOWN_CLASSES = "Accuracy on known classes"
 UNMEASURED = (
     "nothing was measured, because no image of val or test has a label: `dpkd adapt EXPORT --shots FOLDER` makes a "
@@ -212,6 +212,23 @@ def figure_tables(evaluation: dict[str, Any]) -> dict[str, Table]:
             shares = [table.get(split, {}).get(part) for split, part in columns]
             rows.append([name, *(DASH if share is None else f"{100 * share:.1f} %" for share in shares)])
         tables |= {title: rows} if measured else {}
+    return tables | _segmentation_tables(evaluation)
+
+
+def _segmentation_tables(evaluation: dict[str, Any]) -> dict[str, Table]:
+    """By title, IoU, Dice and Hausdorff distance of each class of pixels of a split."""
+    tables: dict[str, Table] = {}
+    for name, network in networks(evaluation).items():
+        for split, classes in network.get("segmentation", {}).items():
+            parts = [
+                (title, *part) for title in classes for part in (("iou", "IoU"), ("dice", "Dice"), ("hd95_px", "HD95"))
+            ]
+            header = ["", *(f"{title} {words}" for title, _, words in parts)]
+            cells = [
+                f"{classes[title][key]:.1f} px" if key == "hd95_px" else f"{100 * classes[title][key]:.1f} %"
+                for title, key, _ in parts
+            ]
+            tables.setdefault(f"Segmentation by class, {split}", [header]).append([name, *cells])
     return tables
 
 
@@ -289,12 +306,13 @@ def _first_table(summary: dict[str, Any]) -> Table:
 
 
 def column_words(key: str) -> str:
-    """A kind of accuracy as text: `5way_1shot` is `1-shot`, and `known_classes` is `known classes`."""
-    return key.rpartition("way_")[2].replace("shot", "-shot").replace("_", " ")
+    """A kind of accuracy as text: `5way_1shot` is `1-shot`, and `mean_iou` is `mean IoU`."""
+    words = key.rpartition("way_")[2].replace("shot", "-shot").replace("_", " ")
+    return words.replace("iou", "IoU").replace("dice", "Dice").replace("boundary f", "boundary F")
 
 
 def judged_by(summary: dict[str, Any]) -> str:
-    """The key of the accuracy that students are judged by: on known classes, or with most shots."""
+    """The key of the figure that students are judged by: of masks, on known classes, or with most shots."""
     scores = (network["few_shot"][report_split(summary)] for network in networks(summary).values())
     return next((list(keys)[-1] for keys in scores if keys), KNOWN)
 

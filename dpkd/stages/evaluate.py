@@ -2,7 +2,7 @@
 
     {"protocol": {"way", "shots", …, "seed"}, "splits": {"val": name, "test": name}, "device": words,
      "teachers", "live_teachers", "students", "baselines": {name: network}}
-     "labelled": {split: number of labelled images}
+     "labelled": {split: number of labelled images, or without labels of those with a mask}
     network: {"model", "image_size", "pooling", "parameters", "flops", "images_per_s",       the last two may be null
               "few_shot": {split: {"5way_1shot": {"mean", "ci95"}, "known_classes": {"mean", "ci95"}}},
               "plain_pooling": {split: …}            figure-ground networks, pooled without their prior map
@@ -14,7 +14,9 @@
                                             "examples": [keys of mistakes]}}},
               "confusion": {split: {"classes": [names], "counts": [[…]]}}     (label, prediction), the last: others
               "labels": {split: {label: {"samples", "trained", "precision": score, "auroc": score}}},
-              "zero_shot": {split: {"overall", "balanced", "chance"}}}      classes known only by their attributes
+              "zero_shot": {split: {"overall", "balanced", "chance"}},      classes known only by their attributes
+              "segmentation": {split: {class: {"iou", "dice", "hd95_px"}}}}     with masks; "few_shot" has
+                                    "mean_dice", "boundary_iou", "boundary_f" and "mean_iou" besides
 Where an image may have several labels, the keys of `few_shot` are "auroc", "average_precision_of_rare_labels" and
 "mean_average_precision".
 
@@ -34,6 +36,7 @@ import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dpkd.data.images import decode_image
 from dpkd.data.label_file import Labels
 from dpkd.data.shards import Split
 from dpkd.engine.network import Frozen
@@ -67,6 +70,7 @@ from dpkd.settings import EvaluateSettings, Settings, TeacherSettings
 from dpkd.stages.baselines import baselines
 from dpkd.stages.check_data import attribute_table, trained_classes
 from dpkd.stages.evaluate_labels import measure_several
+from dpkd.stages.masks import EXAMPLES, masked_splits, measure_masks
 from dpkd.stages.networks import Embedded, embed_networks, spread, teacher_network
 from dpkd.stages.run import Run
 from dpkd.train.task import Predictor
@@ -76,6 +80,7 @@ Outputs = Mapping[str, Embedded]
 """Outputs by network."""
 Figures = dict[str, dict[str, Any]]
 """Figures of one kind by network."""
+Accuracies = dict[str, dict[str, NDArray[np.float64]]]  # by network and key, values whose mean is a figure
 
 PLAIN = " without its prior map"
 """Marks a second measurement of a figure-ground network, with the pooling of the exported timm model."""
@@ -89,10 +94,11 @@ NUM_EXAMPLES = 3
 def evaluate(run: Run) -> None:
     """Measures every network on the validation and the test split and writes `evaluation.json`.
 
-    Every rank embeds its share; rank 0 measures and writes. A split without a label is left out, and without any other
-    there is no file. Raises `UserError` if a split is too small.
+    Every rank embeds its share; rank 0 measures and writes. A split without a label or mask is left out, and without
+    any other there is no file. Raises `UserError` if a split is too small.
     """
-    measured = run.measured_splits
+    masked = masked_splits(run)
+    measured = [name for name in run.data.evaluated_splits if name in {*run.measured_splits, *masked}]
     if unlabelled := [name for name in run.data.evaluated_splits if name not in measured]:
         if run.world.rank == 0:
             logger.info(f"evaluate: nothing is measured on {' and '.join(unlabelled)}, which has no label")
@@ -123,11 +129,13 @@ def evaluate(run: Run) -> None:
             "images_per_s": figure_or_none(f"images/s of {place}", partial(images_per_s, network)),
         }
     chosen: dict[str, str] = {}
-    for split in measured:
-        report["labelled"][split] = int((run.dataset.split(split).label_N[run.readable(split)] >= 0).sum())
-        for kind, figures in _measure(run, networks, run.dataset.split(split), settings, chosen=chosen).items():
+    for name in measured:
+        split = run.dataset.split(name)
+        masked_N = masked.get(name, np.empty(0, np.int64))
+        report["labelled"][name] = int((split.label_N[run.readable(name)] >= 0).sum()) or len(masked_N)
+        for kind, figures in _measure(run, networks, split, settings, chosen=chosen, masked_N=masked_N).items():
             for place, figure in figures.items():
-                tables[place].setdefault(kind, {})[split] = figure
+                tables[place].setdefault(kind, {})[name] = figure
     if run.world.rank == 0:
         for place, table in tables.items():
             if classes := _seen(run, place):
@@ -145,7 +153,8 @@ def _protocol(run: Run) -> dict[str, Any]:
     """How networks are measured: the episodes, the number of labels that an image may have, or by known classes."""
     if run.dataset.manifest.multi_label:
         return {"labels": len(trained_classes(run.dataset, run.data))}
-    episodes = run.settings.evaluate.episodes if run.settings.evaluate is not None else None
+    has_episodes = run.settings.evaluate is not None and run.measured_splits
+    episodes = run.settings.evaluate.episodes if has_episodes else None
     return episodes.model_dump(mode="json") if episodes is not None else {}
 
 
@@ -162,6 +171,8 @@ def _show(run: Run, report: dict[str, Any]) -> None:
         for key, score in scores.items()
     }
     board.hparams(run.settings.model_dump(mode="json", exclude_defaults=True, exclude={"launcher"}), exported)
+    for path in sorted(run.folder.path.glob(f"{EXAMPLES}*.png")):
+        board.show(0, path.stem, decode_image(path.read_bytes()))
     board.quarantine(0, Quarantine(run.folder.quarantine, limit=1.0))
     board.close()
 
@@ -218,11 +229,18 @@ def _baselines_of(run: Run, networks: Mapping[str, Network]) -> dict[str, list[s
 
 
 def _measure(
-    run: Run, networks: Mapping[str, Network], split: Split, settings: EvaluateSettings, *, chosen: dict[str, str]
+    run: Run,
+    networks: Mapping[str, Network],
+    split: Split,
+    settings: EvaluateSettings,
+    *,
+    chosen: dict[str, str],
+    masked_N: NDArray[np.int64],
 ) -> dict[str, Figures]:
     """One split's figures by kind on rank 0, in the order of the report; empty on the other ranks, which embed.
 
-    `chosen` is the baseline that each student is compared with: the best one on the first split, which is added.
+    The samples `masked_N` have masks. `chosen` is the baseline that each student is compared with: the best one on the
+    first split, which is added.
     """
     indices = run.readable(split.name)
     label_N = split.label_N[indices].astype(np.int64)
@@ -231,8 +249,10 @@ def _measure(
         predictors[name] = Frozen(network.spec, network)
         if isinstance(network.spec.model.pooling, FigureGroundPooling):
             predictors[name + PLAIN] = PlainlyPooled(network.spec, network)
-    embedded = embed_networks(run, predictors, split, indices=indices, shown=True)
-    if split.info.multi_label:
+    if not (labelled := split.name in run.measured_splits):
+        settings = settings.model_copy(update={"episodes": None})
+    embedded = embed_networks(run, predictors, split, indices=indices, shown=True) if labelled else {}
+    if split.info.multi_label and labelled:
         if run.world.rank != 0:
             return {}
         several, gains, tables = measure_several(
@@ -244,6 +264,7 @@ def _measure(
             "over_baseline": gains,
             "labels": {name: tables.get(name + PLAIN, tables[name]) for name in networks if name in tables},
         }
+    mask_values, mask_figures = measure_masks(run, networks, split, indices=masked_N) if len(masked_N) else ({}, {})
     means: dict[str, NDArray[np.float32]] = {}
     if settings.episodes is not None and settings.episodes.transform == "centred_l2":
         train = run.dataset.split(run.data.train)
@@ -251,7 +272,7 @@ def _measure(
         means = {name: outputs["embedding"].mean(0) for name, outputs in few_trained.items()}
     if run.world.rank != 0:
         return {}
-    accuracies: dict[str, dict[str, NDArray[np.float64]]] = {name: {} for name in embedded}
+    accuracies: Accuracies = {name: {} for name in predictors}
     if settings.episodes is not None:
         episodes = draw_episodes(label_N, settings.episodes, seed=run.seed, split=split.name)
         if episodes.left_out:
@@ -262,29 +283,39 @@ def _measure(
             accuracies[name] = few_shot_accuracy(
                 outputs["embedding"], episodes, settings=settings.episodes, base_mean_D=means.get(name)
             )
+    specs = {name: network.spec for name, network in networks.items()} if labelled else {}
     predictions = _predictions(run, networks, embedded, label_N)
     for name, prediction_N in predictions.items():
         accuracies[name][KNOWN] = known_hits(prediction_N, label_N)
+    accuracies = {name: by_key | mask_values.get(name.removesuffix(PLAIN), {}) for name, by_key in accuracies.items()}
     scores = {
         name: {key: score(hit_E, added=ADDED_TO_HITS if key == KNOWN else ()) for key, hit_E in by_key.items()}
         for name, by_key in accuracies.items()
     }
-    over_baseline = {}
-    for student, candidates in _baselines_of(run, networks).items():
-        best = chosen.setdefault(student, max(candidates, key=lambda name: list(scores[name].values())[-1]["mean"]))
-        gain_of = {key: accuracy_E - accuracies[best][key] for key, accuracy_E in accuracies[student].items()}
-        over_baseline[student] = {
-            key: score(gain_E, added=ADDED_TO_GAINS if key == KNOWN else ()) for key, gain_E in gain_of.items()
-        }
-    specs = {name: network.spec for name, network in networks.items()}
     return {
         "few_shot": {name: scores[name] for name in networks},
         "plain_pooling": {name: scores[name + PLAIN] for name in networks if name + PLAIN in scores},
-        "over_baseline": over_baseline,
+        "over_baseline": _over_baseline(run, networks, accuracies, scores, chosen=chosen),
         "probes": _probe(run, embedded, label_N, split=split.name),
         **_classify(run, split, embedded, predictions, label_N),
         "zero_shot": zero_shot(run, specs, embedded, label_N, split=split.name),
+        "segmentation": mask_figures,
     }
+
+
+def _over_baseline(
+    run: Run, networks: Mapping[str, Network], accuracies: Accuracies, scores: Figures, *, chosen: dict[str, str]
+) -> Figures:
+    """By student, the score of the differences from its best baseline, which is added to `chosen`."""
+    gains_of: Figures = {}
+    for student, candidates in _baselines_of(run, networks).items():
+        if scores[student]:
+            best = chosen.setdefault(student, max(candidates, key=lambda name: list(scores[name].values())[-1]["mean"]))
+            gains = {key: accuracy_E - accuracies[best][key] for key, accuracy_E in accuracies[student].items()}
+            gains_of[student] = {
+                key: score(gain_E, added=ADDED_TO_GAINS if key == KNOWN else ()) for key, gain_E in gains.items()
+            }
+    return gains_of
 
 
 def _probe(run: Run, embedded: Outputs, label_N: Labels, *, split: str) -> Figures:
@@ -292,7 +323,7 @@ def _probe(run: Run, embedded: Outputs, label_N: Labels, *, split: str) -> Figur
     # imports scikit-learn, which loads slowly: a restart of the workers must not wait for it
     from dpkd.evaluation.probes import probe, probe_split  # noqa: PLC0415
 
-    settings = run.settings.evaluate.probes if run.settings.evaluate is not None else None
+    settings = run.settings.evaluate.probes if run.settings.evaluate is not None and embedded else None
     halves = probe_split(label_N, settings, seed=run.seed) if settings is not None else None
     figures = {}
     if settings is not None and halves is not None:

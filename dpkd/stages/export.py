@@ -4,7 +4,8 @@
       model.safetensors    the weights of the timm model
       config.json          architecture, arguments, classes, preprocessing, as timm writes them for the Hugging Face Hub
       README.md            model card with the numbers measured in this run
-      model.onnx           optional; image (and the prior map, for figure-ground pooling) -> embedding, logits
+      model.onnx           optional; image (and the prior map, for figure-ground pooling) -> embedding, logits, and
+                           segmentation [B, K, h, w] if it has that head, whose files `dpkd.stages.masks` writes
 
 Axes: B image, C channel, H W height and width, D feature.
 """
@@ -32,6 +33,7 @@ from dpkd.models.settings import FigureGroundPooling, NetworkSpec
 from dpkd.report.model_card import model_card
 from dpkd.report.summary import figure_or_none
 from dpkd.stages.evaluate import read_evaluation
+from dpkd.stages.masks import HEAD, head_card, write_head
 from dpkd.stages.plan import stages_of
 from dpkd.stages.run import Run
 
@@ -60,7 +62,11 @@ def export(run: Run) -> None:
                 difference = write_onnx(onnx, network, map_size=run.map_size, tolerance=settings.tolerance)
             plain = spec.model_dump(mode="json")
             card = partial(model_card, name, evaluation=evaluation, spec=plain, onnx_difference=difference)
-            (scratch / "README.md").write_text(figure_or_none(f"model card of {name}", card) or f"# {name}\n")
+            text = figure_or_none(f"model card of {name}", card) or f"# {name}\n"
+            if HEAD in network.heads and run.data.masks is not None:
+                write_head(scratch, network, run.data.masks)
+                text += head_card(name, network, run.data.masks)
+            (scratch / "README.md").write_text(text)
             run.folder.check_fence()
             _replace(run.folder.export / name, scratch)
         logger.info(f"export: {run.folder.export / name}")
@@ -154,14 +160,14 @@ class _ForOnnx(nn.Module):
 
     def forward(self, image_BCHW: Tensor, weight_B1HW: Tensor | None = None) -> tuple[Tensor, ...]:
         outputs = self.network(image_BCHW, weight_B1HW)
-        return tuple(outputs[name] for name in _output_names(self.network.spec))
+        return tuple(outputs[name] for name in _output_names(self.network.spec, with_head=True))
 
 
 def write_onnx(path: Path, network: Network, *, map_size: int, tolerance: float) -> float:
     """Writes a network as ONNX for any batch size; returns its largest relative difference from PyTorch.
 
     Inputs: `image` [B, 3, S, S], normalised; `weight` [B, 1, map_size, map_size] in [0, 1] for figure-ground pooling.
-    Outputs: `embedding` [B, D] and `logits` [B, K]. Raises `UserError` above the tolerance.
+    Outputs: `embedding` [B, D], `logits` [B, K], `segmentation` [B, K, h, w]. Raises `UserError` above the tolerance.
     """
     names = ["image", "weight"] if isinstance(network.spec.model.pooling, FigureGroundPooling) else ["image"]
     try:
@@ -169,7 +175,7 @@ def write_onnx(path: Path, network: Network, *, map_size: int, tolerance: float)
             path,
             _ForOnnx(network).eval(),
             lambda batch_size: _inputs(network.spec, batch_size=batch_size, map_size=map_size)[: len(names)],
-            names=(names, _output_names(network.spec)),
+            names=(names, _output_names(network.spec, with_head=True)),
             tolerance=tolerance,
         )
     except UserError as error:
@@ -181,8 +187,8 @@ def write_onnx(path: Path, network: Network, *, map_size: int, tolerance: float)
         ) from error
 
 
-def _output_names(spec: NetworkSpec) -> list[str]:
-    return ["embedding", "logits"] if spec.classes else ["embedding"]
+def _output_names(spec: NetworkSpec, *, with_head: bool = False) -> list[str]:
+    return ["embedding"] + ["logits"] * bool(spec.classes) + [HEAD] * (with_head and HEAD in spec.heads)
 
 
 def _inputs(spec: NetworkSpec, *, batch_size: int, map_size: int) -> tuple[Tensor, Tensor]:

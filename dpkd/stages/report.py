@@ -27,6 +27,7 @@ from dpkd.report.pictures import sheet
 from dpkd.report.summary import (
     DASH,
     KNOWN,
+    MEAN_IOU,
     UNMEASURED,
     Table,
     column_words,
@@ -67,6 +68,7 @@ def write_report(settings: Settings, summary: dict[str, Any]) -> None:
         "samples": figure_or_none(
             "samples of the report", lambda: sample_sheet(shards, set_name=settings.prepare.name)
         ),
+        "masks": [path.read_bytes() for path in sorted(folder.path.glob("masks-*.png"))],
         "times": time_tables(summary),
         "exports": summary["exports"],
         "settings": yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
@@ -102,16 +104,18 @@ def _exported(summary: dict[str, Any], network: Mapping[str, Any]) -> dict[str, 
 def verdicts(summary: dict[str, Any]) -> list[tuple[str, bool]]:
     """What each exported student reaches, and what to do if that is little; and whether it is above labels alone."""
     split, protocol, worse, found = report_split(summary), summary["protocol"], not_better(summary), []
-    of_what = f"the {summary['labelled'][split]:,} labelled images of {split}"
-    if "way" in protocol and judged_by(summary) != KNOWN:
+    of_what = f"recognises {{}} of the {summary['labelled'][split]:,} labelled images of {split}"
+    if judged_by(summary) == MEAN_IOU:
+        of_what = f"reaches a mean IoU of {{}} on {summary['labelled'][split]:,} images of {split}"
+    elif "labels" in protocol:
+        of_what = f"reaches a mean average precision of {{}} on {summary['labelled'][split]:,} images of {split}"
+    elif judged_by(summary) != KNOWN:
         shots = max(protocol["shots"])
-        of_what = f"the images of {protocol['way']} classes from {shots} labelled images of each ({split})"
+        of_what = f"recognises {{}} of the images of {protocol['way']} classes from {shots} labelled images of each"
+        of_what += f" ({split})"
     for name, student in summary["students"].items():
         exported = _exported(summary, student)
-        reached = percent(exported) if exported else DASH
-        text = f"Student {name}, as exported, recognises {reached} of {of_what}."
-        if "labels" in protocol:
-            text = f"Student {name}, as exported, reaches a mean average precision of {reached} on {of_what}."
+        text = f"Student {name}, as exported, {of_what.format(percent(exported) if exported else DASH)}."
         if name in worse:
             text += f" {worse[name][0].upper()}{worse[name][1:]}."
         elif "over_baseline" in student:

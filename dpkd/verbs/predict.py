@@ -6,6 +6,7 @@ Each image has a row, in the order of the files; one that cannot be read has its
                  with top=K instead of these class_2, confidence_2, … class_K, confidence_K;
                  where an image may have several labels, `labels` (those of probability 0.5 or more, `a|b`) instead of
                  class and confidence
+    segment      file, mask, error; each mask is a PNG of the numbers of the classes, and 255 for figure
     embed        file, embedding (D float32, timm's `forward_head(…, pre_logits=True)`), error
     neighbours   query, file, similarity (cosine) of the images nearest to each query; drawn as a contact sheet
 
@@ -16,6 +17,7 @@ import csv
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,6 +38,7 @@ from dpkd.data.sources.records import Blob, system_folder
 from dpkd.data.sources.text import is_image
 from dpkd.errors import UserError
 from dpkd.evaluation.exported import Exported
+from dpkd.evaluation.segmenter import Segmenter
 from dpkd.io import storage
 from dpkd.log import Progress, logger
 from dpkd.report.pictures import contact_sheet
@@ -56,6 +59,8 @@ def predict(export: Place, photos: Places, *, out: Place | None = None, top: int
     """
     _refuse(out, (".csv", ".jsonl", ".parquet"), top=top)
     exported = Exported(Path(export))
+    if not exported.classes and segments(export):
+        raise UserError(f"{export} has no classes, and segments images: give a folder for the masks, as in --out masks")
     if not exported.classes:
         raise UserError(
             f"{export} has no classes: `dpkd adapt {export} --shots FOLDER` makes a classifier of it from a few "
@@ -80,6 +85,42 @@ def predict(export: Place, photos: Places, *, out: Place | None = None, top: int
     if top is None:
         columns |= {f"p_{name}": pa.array(share_NK[:, k], mask=broken_N) for k, name in enumerate(name_K)}
     return _written(pa.table(columns), out)
+
+
+def segment(export: Place, photos: Places, *, out: Place) -> pa.Table:
+    """The masks of images of any size by an export that segments, as `<name>.mask.png` in the folder `out`.
+
+    The folder keeps the images' folders below the one that they share. Raises `UserError` as `predict` does, for an
+    export without a segmentation head, and for two images of one name.
+    """
+    if not segments(export):
+        raise UserError(f"{export} has no segmentation.json: its student was trained without masks (data.masks)")
+    segmenter, files = Segmenter(export), list_images(photos)
+    paths = [Path(file).absolute() for file in files]
+    root = os.path.commonpath([path.parent for path in paths])
+    masks = [Path(out, path.relative_to(root)).with_suffix(".mask.png") for path in paths]
+    if len(set(masks)) < len(masks):
+        raise UserError(f"{photos} has two images of one name, such as {Counter(masks).most_common(1)[0][0].name}")
+    figure = segmenter.settings["classes"] == ["ground", "figure"]
+    errors: list[str | None] = []
+    with Progress("images", len(files)) as progress:
+        for file, path in zip(files, masks, strict=True):
+            try:
+                mask_HW = segmenter.segment(decode_image(Blob(file).read()))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                storage.write_bytes_atomic(path, encode_png(mask_HW * np.uint8(255) if figure else mask_HW))
+                errors.append(None)
+            except BrokenImage as error:
+                logger.info(f"{file}: {error}")
+                errors.append(str(error))
+            progress.advance(1)
+    written = [None if error else str(path) for path, error in zip(masks, errors, strict=True)]
+    return pa.table({"file": files, "mask": pa.array(written, pa.string()), "error": pa.array(errors, pa.string())})
+
+
+def segments(export: Place) -> bool:
+    """Whether an export has a segmentation head."""
+    return Path(export, "segmentation.json").is_file()
 
 
 def embed(export: Place, photos: Places, *, out: Place | None = None) -> pa.Table:
