@@ -1,6 +1,6 @@
 """Accuracy on known classes, whose images training has seen: all, frequent and rare classes; calibration, confusion.
 
-Axes: N sample, K class, C shown class. Accuracies are fractions in [0, 1].
+Axes: N sample, R mistake, K class, C shown class. Accuracies are fractions in [0, 1].
 """
 
 from collections.abc import Sequence
@@ -76,11 +76,14 @@ def calibration_error(logits_NK: NDArray[np.float32], hit_N: NDArray[np.float64]
 def confusion(prediction_N: Integers, label_N: Integers) -> tuple[Integers, Integers]:
     """The classes [C] with most mistakes, as label or prediction, and the counts [C + 1, C + 1] of (label, prediction).
 
-    The last row and column are of all other classes. Label -1 does not count.
+    A mistake counts as its share of the samples of its label, so rare classes count like others. The last row and
+    column are of all other classes. Label -1 does not count.
     """
     prediction_N, label_N = prediction_N[label_N >= 0], label_N[label_N >= 0]
     wrong_N = prediction_N != label_N
-    mistakes_K = np.bincount(np.concatenate([label_N[wrong_N], prediction_N[wrong_N]]), minlength=1)
+    share_R = 1 / np.bincount(label_N)[label_N[wrong_N]]
+    sides = np.concatenate([label_N[wrong_N], prediction_N[wrong_N]])
+    mistakes_K = np.bincount(sides, np.tile(share_R, 2), minlength=1)
     class_C = np.sort(np.argsort(-mistakes_K, kind="stable")[:NUM_CONFUSED])
     class_C = class_C[mistakes_K[class_C] > 0]
     place_K = np.full(max(label_N.max(), prediction_N.max()) + 1, len(class_C))
