@@ -22,17 +22,20 @@ class MultiLabel(Objective):
     """Focus on labels that an image lacks and the network suspects; above the other where few images have a label."""
     clip: float = Field(0.0, ge=0, lt=1)
     """Probability below which a label that an image lacks does not count."""
-    balance: Literal["none", "logit_adjusted"] = "none"
-    """`logit_adjusted` adds the logarithm of each label's odds to its logit (Menon et al. 2021): for rare labels."""
+    balance: Literal["auto", "none", "logit_adjusted"] = "auto"
+    """`logit_adjusted` adds the logarithm of each label's odds to its logit (Menon et al. 2021): for rare labels.
+
+    `auto` does as `training.imbalance` says.
+    """
 
     def needs(self) -> Needs:
         return Needs(student=("logits",), targets=("labels",))
 
     def loss(self, context: Context) -> Tensor:
-        known_share_K = context.supervision.known_share_K
+        known_share_K, recipe = context.supervision.known_share_K, context.supervision.recipe
         assert known_share_K is not None, "data of several labels have shares of known ones"
         logits_BK = context.student("logits").float()
-        if self.balance == "logit_adjusted":
+        if (recipe if self.balance == "auto" else self.balance) == "logit_adjusted":
             logits_BK = logits_BK + context.supervision.log_prior_K
         return self.weight * multi_label(
             logits_BK,

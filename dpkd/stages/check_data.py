@@ -120,6 +120,12 @@ def _check_training(
             f"the split {name!r} has {train.num_samples} samples, fewer than one batch of {key}.batch_size="
             f"{training.batch_size}; lower it, or pack more images"
         )
+    of_classes = {"class_aware", "deferred"} & {training.sampling, training.imbalance}
+    if train.multi_label and of_classes:
+        raise UserError(
+            f"{key} has {of_classes.pop()!r}, which needs one class an image, and images of {name!r} may have several "
+            "labels: use imbalance=logit_adjusted"
+        )
     by_labels = training.labelled_share is not None and settings.data.masks is None
     needing = [f"{key}.labelled_share"] if by_labels else []
     of_labels = (

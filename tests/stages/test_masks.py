@@ -253,5 +253,8 @@ def test_half_of_the_drawn_images_have_one_of_the_visible_masks(segmented: RunFo
     assert len(masked) == 3
     assert np.isin(drawn, list(masked)).mean() == 0.5
     assert set(drawn.tolist()) >= masked
-    assert supervision(run, data, labelled_share=0.5).masked_share == 0.5
-    assert supervision(run, data).masked_share == 3 / data.num_samples
+    assert supervision(run, data, training).masked_share == 0.5
+    assert (
+        supervision(run, data, training.model_copy(update={"labelled_share": None})).masked_share
+        == 3 / data.num_samples
+    )
