@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from dpkd.objectives.base import Context, Needs, Objective
+from dpkd.objectives.base import Context, Needs, Objective, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +22,7 @@ class MaskSmoothness(Objective):
     """
 
     kind: Literal["mask_smoothness"] = "mask_smoothness"
+    weight: Weight = 0.1
     scale: float = Field(0.1, gt=0)
     distances: tuple[int, ...] = Field((1, 2, 4), min_length=1)
     """Distances in cells of the network between i and j, along both axes."""

@@ -239,8 +239,7 @@ def _measure(
 ) -> dict[str, Figures]:
     """One split's figures by kind on rank 0, in the order of the report; empty on the other ranks, which embed.
 
-    The samples `masked_N` have masks. `chosen` is the baseline that each student is compared with: the best one on the
-    first split, which is added.
+    The samples `masked_N` have masks. `chosen` gets each student's baseline: the best one on the first split.
     """
     indices = run.readable(split.name)
     label_N = split.label_N[indices].astype(np.int64)
