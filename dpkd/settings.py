@@ -275,7 +275,7 @@ class Settings(Config):
             raise ValueError(f"{unused}: add an objective {{kind: attributes}}, or remove the table")
         if self.launcher.workers is not None and not self.world_sizes:
             workers = " to ".join(str(each) for each in (self.launcher.min_workers, self.launcher.workers) if each)
-            batches = ", ".join(f"{key}.batch_size={training.batch_size}" for key, training in self.trainings.items())
+            batches = ", ".join(f"{key}.batch_size {training.batch_size}" for key, training in self.trainings.items())
             raise ValueError(f"{workers} workers cannot share {batches} equally, in whole micro-batches: set multiples")
         if self.prepare.priors is None:
             prepare = self.prepare.model_copy(update={"priors": tuple(self._needed_priors())})
@@ -382,10 +382,7 @@ def _as_prior(name: str) -> str:
 
 
 def load_settings(path: str | Path, overrides: list[str]) -> Settings:
-    """Reads a YAML file, applies `key.path=value` overrides in order, and validates the settings.
-
-    Raises `UserError` with the key, its value and the way out.
-    """
+    """The settings of a YAML file with `key.path=value` overrides; raises `UserError` with key, value and way out."""
     tree = read_yaml_file(Path(path))
     for override in overrides:
         apply_override(tree, override, root=Settings)

@@ -92,7 +92,7 @@ def test_a_missing_library_is_told_with_what_to_install():
     code = """
 import sys
 sys.modules["s3fs"] = None
-from dpkd.pretrain import exit_code
+from dpkd.cli import exit_code
 from dpkd.stages.pack import Dataset
 sys.exit(exit_code(lambda: Dataset.open("s3://user:secret@bucket/x")))
 """

@@ -58,7 +58,7 @@ def bounded(*bounds: dict[str, Any], of: str = "saliency", **extra: Any) -> dict
         (changed(data__image_size="large"), ["data.image_size", "'large'"]),
         (changed(data__source={"kind": "foldr", "path": "x"}), ["data.source", "'foldr'", "did you mean 'folder'"]),
         (changed(data__source={"path": "x"}), ["data.source", "kind"]),
-        (changed(data__source={"kind": "table", "path": "x", "labels": "y"}), ["data.source.labels", "label_column"]),
+        (changed(data__source={"kind": "table", "path": "x", "labels": "y"}), ["data.source.labels", "labels_column"]),
         (
             changed(teachers__teacher__objectives=[{"kind": "supervised", "tua": 1}]),
             ["teachers.teacher.objectives.0.tua", "'tau'"],

@@ -185,7 +185,7 @@ def test_output_that_nobody_reads_any_more_costs_nothing(tmp_path):
         "import sys\n"
         "from dpkd.backends.local_workers import LocalWorkers\n"
         "from dpkd.launch.settings import LauncherSettings\n"
-        "from dpkd.pretrain import exit_code, whole_process\n"
+        "from dpkd.cli import exit_code, whole_process\n"
         "from tests.worker_group_work import die_once\n"
         "def run(): LocalWorkers(1, LauncherSettings(max_restarts=1)).run(die_once, sys.argv[1])\n"
         "if __name__ == '__main__': whole_process(lambda: exit_code(run))\n"

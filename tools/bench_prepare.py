@@ -29,8 +29,9 @@ import cv2
 
 from dpkd.backends.local_pool import LocalPool
 from dpkd.data.images import decode_image
+from dpkd.data.sample import Sample
 from dpkd.data.settings import FolderSource
-from dpkd.data.shards import Dataset, Sample
+from dpkd.data.shards import Dataset
 from dpkd.log import logger
 from dpkd.priors import DEFAULT_PRIORS
 from dpkd.priors.base import ImageViews, keep_freed_memory

@@ -29,17 +29,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from dpkd.data.label_file import FileInfo, Labels, class_counts, label_known, read_labels
+from dpkd.data.sample import Sample, Unreadable
 from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
-from dpkd.io.record import checked, pack_checked, parse_checked, parse_json, unpack_checked
+from dpkd.io.record import checked, pack_checked, parse_checked, unpack_checked
 from dpkd.io.shard_cache import MAX_FILES, MAX_INDEXES, ChecksumDiffers, LRUCache, open_shard
 
 FORMAT_VERSION = 1
@@ -175,29 +176,6 @@ def given_name(extension: str) -> str:
 def index_name(shard_name: str) -> str:
     """The file name of a shard's index."""
     return shard_name.removesuffix(".tar") + ".index.msgpack"
-
-
-class Sample(NamedTuple):
-    """One sample as stored in its shard."""
-
-    key: str
-    image: bytes
-    json: bytes
-    given: dict[str, bytes]
-    """The expert's maps: image files by `given_name`."""
-
-    @property
-    def meta(self) -> dict[str, Any]:
-        """The content of the JSON; training does not look at it."""
-        meta: dict[str, Any] = parse_json(self.json)
-        return meta
-
-
-class Unreadable(NamedTuple):
-    """A sample whose bytes are missing or damaged, and the reason."""
-
-    key: str
-    reason: str
 
 
 @dataclass(frozen=True)

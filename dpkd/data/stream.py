@@ -27,8 +27,9 @@ from dpkd.data.batch import Batch, View
 from dpkd.data.decoded import ENLARGE, SHARED, DecodedImages, free_shared
 from dpkd.data.images import decode_checked
 from dpkd.data.label_file import Labels
+from dpkd.data.sample import Sample
 from dpkd.data.settings import GLOBAL, AugmentSettings, LoaderSettings
-from dpkd.data.shards import Sample, Split
+from dpkd.data.shards import Split
 from dpkd.errors import StorageError, UserError
 from dpkd.launch import forking
 from dpkd.launch.forking import end_with_parent, one_thread_each

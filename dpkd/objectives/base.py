@@ -133,13 +133,13 @@ class Supervision:
     log_prior_K: Tensor
     """Logarithm of each class's share of the visible labels; where an image may have several, of each one's odds."""
     attributes: ClassAttributes | None = None
-    known_share_K: Tensor | None = None
-    """Where an image may have several labels: the share of drawn samples of which each label is known."""
     recipe: str = "none"
     """The kind of `dpkd.engine.imbalance.Recipe`, for objectives with `balance: auto`."""
     class_weight_K: Tensor | None = None
     """Weights of rare classes, which count from the step `deferred_from` on."""
     deferred_from: int = 0
+    known_share_K: Tensor | None = None
+    """Where an image may have several labels: the share of drawn samples of which each label is known."""
     masked_share: float = 1.0
     """Share of samples with a visible mask among the drawn samples."""
 

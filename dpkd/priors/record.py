@@ -21,7 +21,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from dpkd.data.shards import Sample
+from dpkd.data.sample import Sample
 from dpkd.io.record import pack_checked, unpack_checked
 from dpkd.priors.base import Extractor, fingerprint
 from dpkd.priors.codecs import ABSENT, CODECS, MAX_VALUES, Map, Shape

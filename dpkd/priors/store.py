@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
-from dpkd.data.shards import Dataset, Sample, ShardInfo, index_name, read_span
+from dpkd.data.sample import Sample
+from dpkd.data.shards import Dataset, ShardInfo, index_name, read_span
 from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE

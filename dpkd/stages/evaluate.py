@@ -42,18 +42,10 @@ from dpkd.data.shards import Split
 from dpkd.engine.network import Frozen
 from dpkd.errors import UserError
 from dpkd.evaluation.attributes import zero_shot_accuracy
-from dpkd.evaluation.few_shot import draw_episodes, few_shot_accuracy, score
-from dpkd.evaluation.long_tail import (
-    ADDED_TO_GAINS,
-    ADDED_TO_HITS,
-    calibration_error,
-    confusion,
-    known_hits,
-    long_tail,
-    predict_known,
-    wilson,
-)
+from dpkd.evaluation.few_shot import Episodes, draw_episodes, few_shot_accuracy, score
+from dpkd.evaluation.long_tail import ADDED_TO_GAINS, ADDED_TO_HITS, known_hits
 from dpkd.evaluation.seen import seen_among
+from dpkd.evaluation.settings import EpisodeSettings
 from dpkd.io import storage
 from dpkd.io.record import parse_json, read_record
 from dpkd.log import logger
@@ -69,6 +61,7 @@ from dpkd.run.folder import RunFolder
 from dpkd.settings import EvaluateSettings, Settings, TeacherSettings
 from dpkd.stages.baselines import baselines
 from dpkd.stages.check_data import attribute_table, trained_classes
+from dpkd.stages.classify import PLAIN, classify, predictions_of
 from dpkd.stages.evaluate_labels import measure_several
 from dpkd.stages.masks import EXAMPLES, masked_splits, measure_masks
 from dpkd.stages.networks import Embedded, embed_networks, spread, teacher_network
@@ -82,13 +75,9 @@ Figures = dict[str, dict[str, Any]]
 """Figures of one kind by network."""
 Accuracies = dict[str, dict[str, NDArray[np.float64]]]  # by network and key, values whose mean is a figure
 
-PLAIN = " without its prior map"
-"""Marks a second measurement of a figure-ground network, with the pooling of the exported timm model."""
 ROLES = ("val", "test")
 TIMING_BATCH = 64
 TIMING_S = 0.8
-NUM_EXAMPLES = 3
-"""Most mistakes of a class that are named by their keys."""
 
 
 def evaluate(run: Run) -> None:
@@ -153,9 +142,10 @@ def _protocol(run: Run) -> dict[str, Any]:
     """How networks are measured: the episodes, the number of labels that an image may have, or by known classes."""
     if run.dataset.manifest.multi_label:
         return {"labels": len(trained_classes(run.dataset, run.data))}
-    has_episodes = run.settings.evaluate is not None and run.measured_splits
-    episodes = run.settings.evaluate.episodes if has_episodes else None
-    return episodes.model_dump(mode="json") if episodes is not None else {}
+    evaluate = run.settings.evaluate
+    if evaluate is None or evaluate.episodes is None or not run.measured_splits:
+        return {}
+    return evaluate.episodes.model_dump(mode="json")
 
 
 def _show(run: Run, report: dict[str, Any]) -> None:
@@ -254,15 +244,7 @@ def _measure(
     if split.info.multi_label and labelled:
         if run.world.rank != 0:
             return {}
-        several, gains, tables = measure_several(
-            run, embedded, split, baselines=_baselines_of(run, networks), chosen=chosen
-        )
-        return {
-            "few_shot": {name: several[name] for name in networks},
-            "plain_pooling": {name: several[name + PLAIN] for name in networks if name + PLAIN in several},
-            "over_baseline": gains,
-            "labels": {name: tables.get(name + PLAIN, tables[name]) for name in networks if name in tables},
-        }
+        return measure_several(run, embedded, split, baselines=_baselines_of(run, networks), chosen=chosen)
     mask_values, mask_figures = measure_masks(run, networks, split, indices=masked_N) if len(masked_N) else ({}, {})
     means: dict[str, NDArray[np.float32]] = {}
     if settings.episodes is not None and settings.episodes.transform == "centred_l2":
@@ -273,17 +255,13 @@ def _measure(
         return {}
     accuracies: Accuracies = {name: {} for name in predictors}
     if settings.episodes is not None:
-        episodes = draw_episodes(label_N, settings.episodes, seed=run.seed, split=split.name)
-        if episodes.left_out:
-            names = ", ".join(run.dataset.manifest.classes[label] for label in episodes.left_out)
-            few = f"{len(episodes.left_out)} classes have too few samples for an episode"
-            logger.info(f"evaluate {split.name}: {few}: {names}")
+        episodes = _episodes(run, settings.episodes, label_N, split=split.name)
         for name, outputs in embedded.items():
             accuracies[name] = few_shot_accuracy(
                 outputs["embedding"], episodes, settings=settings.episodes, base_mean_D=means.get(name)
             )
     specs = {name: network.spec for name, network in networks.items()} if labelled else {}
-    predictions = _predictions(run, networks, embedded, label_N)
+    predictions = predictions_of(run, networks, embedded, label_N)
     for name, prediction_N in predictions.items():
         accuracies[name][KNOWN] = known_hits(prediction_N, label_N)
     accuracies = {name: by_key | mask_values.get(name.removesuffix(PLAIN), {}) for name, by_key in accuracies.items()}
@@ -296,10 +274,20 @@ def _measure(
         "plain_pooling": {name: scores[name + PLAIN] for name in networks if name + PLAIN in scores},
         "over_baseline": _over_baseline(run, networks, accuracies, scores, chosen=chosen),
         "probes": _probe(run, embedded, label_N, split=split.name),
-        **_classify(run, split, embedded, predictions, label_N),
+        **classify(run, split, embedded, predictions, label_N),
         "zero_shot": zero_shot(run, specs, embedded, label_N, split=split.name),
         "segmentation": mask_figures,
     }
+
+
+def _episodes(run: Run, settings: EpisodeSettings, label_N: Labels, *, split: str) -> Episodes:
+    """The episodes of a split; the log names the classes that are too small for one."""
+    episodes = draw_episodes(label_N, settings, seed=run.seed, split=split)
+    if episodes.left_out:
+        names = ", ".join(run.dataset.manifest.classes[label] for label in episodes.left_out)
+        few = f"{len(episodes.left_out)} classes have too few samples for an episode"
+        logger.info(f"evaluate {split}: {few}: {names}")
+    return episodes
 
 
 def _over_baseline(
@@ -330,47 +318,6 @@ def _probe(run: Run, embedded: Outputs, label_N: Labels, *, split: str) -> Figur
             measure = partial(probe, outputs["embedding"], label_N, split=halves, settings=settings)
             if not name.endswith(PLAIN) and (scores := figure_or_none(f"probes of {name} on {split}", measure)):
                 figures[name] = scores
-    return figures
-
-
-def _predictions(
-    run: Run, networks: Mapping[str, Network], embedded: Outputs, label_N: Labels
-) -> dict[str, NDArray[np.int64]]:
-    """The predicted labels of the networks that know all classes of the split; also without a prior map."""
-    predictions: dict[str, NDArray[np.int64]] = {}
-    for name, outputs in embedded.items():
-        known = networks[name.removesuffix(PLAIN)].spec.classes
-        if "logits" in outputs:
-            prediction_N = predict_known(outputs["logits"], label_N, known=known, classes=run.dataset.manifest.classes)
-            predictions |= {} if prediction_N is None else {name: prediction_N}
-    return predictions
-
-
-def _classify(
-    run: Run, split: Split, embedded: Outputs, predictions: Mapping[str, NDArray[np.int64]], label_N: Labels
-) -> dict[str, Figures]:
-    """Accuracy of the networks that know all classes of the split, as they are exported: in total and by class."""
-    names, count_K, indices = run.dataset.manifest.classes, run.train_counts, run.readable(split.name)
-    figures: dict[str, Figures] = {"classification": {}, "per_class": defaultdict(dict), "confusion": {}}
-    for name in (name for name in predictions if not name.endswith(PLAIN)):
-        exported = name + PLAIN if name + PLAIN in predictions else name
-        prediction_N, logits_NK = predictions[exported], embedded[exported]["logits"]
-        error = calibration_error(logits_NK[label_N >= 0], known_hits(prediction_N, label_N))
-        table = long_tail(prediction_N, label_N, train_count_K=count_K)
-        figures["classification"][name] = table | {"calibration_error": error}
-        class_C, counts = confusion(prediction_N, label_N)
-        figures["confusion"][name] = {"classes": [names[label] for label in class_C], "counts": counts.tolist()}
-        for label in np.unique(label_N[label_N >= 0]):
-            wrong_N, samples = (label_N == label) & (prediction_N != label), int((label_N == label).sum())
-            wrong = prediction_N[wrong_N]
-            figures["per_class"][name][names[label]] = {
-                "train": int(count_K[label]),
-                "samples": samples,
-                "accuracy": 1 - len(wrong) / samples,
-                "ci95": wilson(samples - len(wrong), samples),
-                "mistaken_for": names[np.bincount(wrong).argmax()] if len(wrong) else None,
-                "examples": [split.keys[i] for i in indices[wrong_N][:NUM_EXAMPLES]],
-            }
     return figures
 
 

@@ -4,6 +4,7 @@ Axes: N readable sample, K label that training has.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,11 +13,12 @@ from dpkd.data.label_file import Labels
 from dpkd.data.labels import visible_labels
 from dpkd.data.shards import Split
 from dpkd.evaluation.multi_label import label_scores, mean_score, measure_labels
+from dpkd.stages.classify import PLAIN
 from dpkd.stages.networks import Embedded
 from dpkd.stages.run import Run
 
-Scores = dict[str, dict[str, float]]
-Figures = dict[str, dict[str, object]]
+Figures = dict[str, dict[str, Any]]
+"""Figures of one kind by network."""
 
 
 def known_labels(run: Run, split: Split) -> tuple[list[str], Labels, NDArray[np.int64]]:
@@ -37,11 +39,13 @@ def measure_several(
     *,
     baselines: Mapping[str, Sequence[str]],
     chosen: dict[str, str],
-) -> tuple[dict[str, Scores], dict[str, Scores], Figures]:
-    """Scores by network, gains of students over their best baseline, and the figures of each label by network.
+) -> dict[str, Figures]:
+    """The figures of a split by kind, then by network; empty on ranks other than 0.
 
     `chosen` is the baseline that each student is compared with: the best one on the first split, which is added.
     """
+    if run.world.rank != 0:
+        return {}
     names, label_NK, train_count_K = known_labels(run, split)
     measured = {
         network: measure_labels(outputs["logits"].astype(np.float64), label_NK, seed=run.seed)
@@ -49,7 +53,7 @@ def measure_several(
         if "logits" in outputs
     }
     scores = {network: label_scores(each, train_count_K=train_count_K) for network, each in measured.items()}
-    gains: dict[str, Scores] = {}
+    gains: Figures = {}
     for student, candidates in baselines.items():
         best = chosen.setdefault(student, max(candidates, key=lambda name: list(scores[name].values())[-1]["mean"]))
         difference = {key: measured[student][key] - measured[best][key] for key in measured[student]}
@@ -65,4 +69,10 @@ def measure_several(
         }
         for network, each in measured.items()
     }
-    return {network: scores.get(network, {}) for network in embedded}, gains, tables
+    exported = [name for name in embedded if not name.endswith(PLAIN)]
+    return {
+        "few_shot": {name: scores.get(name, {}) for name in exported},
+        "plain_pooling": {name: scores[name + PLAIN] for name in exported if name + PLAIN in scores},
+        "over_baseline": gains,
+        "labels": {name: tables.get(name + PLAIN, tables[name]) for name in exported if name in tables},
+    }

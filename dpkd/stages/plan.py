@@ -81,7 +81,11 @@ def first_stage(settings: Settings, key: str) -> str:
 
 def left_trainings(settings: Settings, left: Collection[str]) -> dict[str, TrainingSettings]:
     """The training settings of the stages that are left, by their key."""
-    keys = {f"{trained.key}.training" for stage, trained in training_stages(settings).items() if stage in left}
+    keys = {
+        f"{trained.key}.training"
+        for stage, trained in training_stages(settings).items()
+        if stage in left and trained.kind != "baselines"
+    }
     return {key: training for key, training in settings.trainings.items() if key in keys}
 
 

@@ -25,7 +25,8 @@ import numpy as np
 
 from dpkd.data.image_headers import BrokenImage
 from dpkd.data.images import decode_image
-from dpkd.data.shards import Dataset, Sample, ShardInfo, Split, SplitInfo, Unreadable, index_name
+from dpkd.data.sample import Sample, Unreadable
+from dpkd.data.shards import Dataset, ShardInfo, Split, SplitInfo, index_name
 from dpkd.data.tars import Member, TarWriter
 from dpkd.errors import UserError
 from dpkd.io import storage

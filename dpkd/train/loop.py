@@ -111,7 +111,7 @@ def train_step(task: Task, batches: Iterator[Batch], *, step: int, plan: Plan, m
                 task.engines[name].backward(torch.stack(list(losses.values())).sum())
             meter.add_losses(name, losses)
             if drawn == plan.micro_batches:
-                rate = task.learners[name].rate(step)
+                rate = task.learning_rate(name, step=step)
                 with record_function(f"dpkd: optimizer of {name}"):
                     norm = task.engines[name].step(learning_rate=rate)
                 meter.add_norm(name, norm, step=step, learning_rate=rate)

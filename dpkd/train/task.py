@@ -150,6 +150,10 @@ class Task:
         )
         return total + round(3 * sum(derived))
 
+    def learning_rate(self, name: str, *, step: int) -> float:
+        """Learning rate of one network at a step, before layer-wise decay."""
+        return self.learners[name].rate(step)
+
 
 def with_view_maps(batch: Batch, names: Collection[str]) -> Batch:
     """The batch as new views, with the maps of `names` that are computed from them, if it lacks them."""

@@ -9,7 +9,8 @@ import pytest
 import webdataset
 
 from dpkd.data.label_file import write_labels
-from dpkd.data.shards import Dataset, Sample, ShardIndex, Split, SplitInfo, Unreadable, index_name
+from dpkd.data.sample import Sample, Unreadable
+from dpkd.data.shards import Dataset, ShardIndex, Split, SplitInfo, index_name
 from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.record import checked, parse_checked

@@ -21,8 +21,9 @@ from dpkd.data.batch import Batch
 from dpkd.data.decoded import DecodedImages
 from dpkd.data.images import decode_image, encode_png
 from dpkd.data.order import Order, rank_micro_batches
+from dpkd.data.sample import Sample
 from dpkd.data.settings import AugmentSettings, LoaderSettings
-from dpkd.data.shards import Dataset, Manifest, Sample, ShardIndex, ShardInfo, Split, SplitInfo, checksum, index_name
+from dpkd.data.shards import Dataset, Manifest, ShardIndex, ShardInfo, Split, SplitInfo, checksum, index_name
 from dpkd.data.stream import ViewPlan, evaluation_batches, load_batches
 from dpkd.data.tars import TarWriter
 from dpkd.errors import UserError
