@@ -132,3 +132,35 @@ def test_the_extra_for_training_is_asked_for_where_it_is_missing_and_not_before(
     assert refused.returncode == 2
     assert refused.stderr == "error: this run needs tensorboard: pip install 'dpkd[train]'\n"
     assert "ray: pip install" in run("plan", "--fast", "launcher.kind=ray").stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        [],
+        ["nowhere"],
+        ["photos", "more-photos"],
+        ["--config", "missing.yaml"],
+        ["--config", "configs/quickstart.yaml", "--stages", "pack,teech"],
+        ["--config", "configs/quickstart.yaml", "--students", "resnet18"],
+        ["--unknown"],
+    ],
+)
+def test_the_module_and_the_command_are_one_command_line(words: list[str]) -> None:
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    said = [
+        subprocess.run(
+            [sys.executable, "-m", *called, *words],
+            cwd=root,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for called in (["dpkd.pretrain"], ["dpkd.cli", "pretrain"])
+    ]
+    assert (said[0].returncode, said[0].stdout, said[0].stderr) == (said[1].returncode, said[1].stdout, said[1].stderr)
+    assert said[0].returncode == (0 if words == ["--help"] else 2)
+    assert said[0].stdout + said[0].stderr
