@@ -128,10 +128,13 @@ def _use(verb: str, values: dict[str, Any]) -> None:
     module = import_module("dpkd.verbs.predict")
     if verb == "predict" and values["out"] is None:
         with redirect_stdout(sys.stderr):
-            table = module.predict(**values | {"top": 1 if values["top"] is None else values["top"]})
+            table = module.predict(**values)
+            table = table.select([name for name in table.column_names if not name.startswith("p_")])
         with safe_output():
             module.write_table(table, sys.stdout.buffer, suffix=".csv")
     elif verb == "predict" and not Path(values["out"]).suffix:
+        if values["top"] is not None:
+            raise UserError(f"--top {values['top']}: masks in the folder {values['out']} have no best classes")
         table = module.segment(values["export"], values["photos"], out=values["out"])
     else:
         table = getattr(module, verb)(**values)

@@ -300,8 +300,7 @@ def _length(
         training["labelled_share"] = 0.5  # else few batches would teach a class
     if labels:
         training["imbalance"] = "auto"
-        kind, reason = recipe("auto", "auto", np.array(list(labels.values())))
-        why += f"; for rare classes {kind.replace('_', ' ')}, because {reason}"
+        why += f"; {recipe('auto', 'auto', np.array(list(labels.values())))}"
     return Choice(training, why)
 
 

@@ -134,6 +134,11 @@ def test_the_extra_for_training_is_asked_for_where_it_is_missing_and_not_before(
     assert "ray: pip install" in run("plan", "--fast", "launcher.kind=ray").stderr
 
 
+def test_masks_in_a_folder_take_no_number_of_best_classes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["predict", "export", "photos", "--out", "masks", "--top", "2"]) == 2
+    assert "--top 2: masks in the folder masks" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "words",
     [

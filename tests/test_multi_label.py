@@ -1,6 +1,7 @@
 """Several labels an image: tables, splits, visible labels, losses and scores, and a run from table to predictions."""
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,27 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import dpkd
+from dpkd import cli
 from dpkd.backends.local_pool import LocalPool
 from dpkd.data import sources
 from dpkd.data.images import encode_png
 from dpkd.data.labels import visible_labels
-from dpkd.data.settings import FractionSplits, LabelFraction, LabelsPerClass, TableSource
+from dpkd.data.settings import FractionSplits, LabelFraction, LabelsPerClass, ShardSource, TableSource
 from dpkd.data.shards import Dataset
 from dpkd.data.sources.records import Blob, Record
 from dpkd.data.splits import assign
 from dpkd.defaults import chosen_settings
+from dpkd.engine.world import World
 from dpkd.errors import UserError
 from dpkd.evaluation.multi_label import label_scores, measure_labels
-from dpkd.objectives.multi_label import distil_labels, multi_label
-from tests.runs import CONV, Command, tiny
+from dpkd.objectives.multi_label import MultiLabel, distil_labels, multi_label
+from dpkd.settings import load_settings
+from dpkd.stages.baselines import baselines
+from dpkd.stages.evaluate_labels import measure_several
+from dpkd.stages.run import Run
+from tests.data.packing import pack_at
+from tests.exports import make_shots
+from tests.runs import CONV, Command, settings_of, tiny
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 SHARES = {"red": 0.5, "green": 0.3, "blue": 0.15}
@@ -67,6 +76,7 @@ def test_labels_of_a_table(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text(
         "file,a,b,names\n1.png,1,0,x|y\n2.png,1.0,,x\n3.png,-1,True,\n4.png,,,z | x\n5.png,2,0,nan|x\n6.png,-1,-1,y\n"
+        "7.png,1,1,-1|x\n"
     )
     columns = found(table(path, label_columns=("a", "b")))
     assert columns["1.png"] == {"a": 1, "b": 0}
@@ -85,7 +95,7 @@ def test_labels_of_a_table(tmp_path: Path) -> None:
         {"z": 1, "x": 1},
         {"y": 1},
     ]
-    assert [item for item, _ in names["bad"]] == [f"{path} row 5 (5.png)"]
+    assert [item for item, _ in names["bad"]] == [f"{path} row {n} ({n}.png)" for n in (5, 7)]
 
 
 @pytest.mark.parametrize(
@@ -255,7 +265,7 @@ def test_a_whole_run_measures_exports_and_predicts(run: Command, tmp_path: Path)
     export, photos = folder / "export" / "conv", folder.parent / "images"
     rows = dpkd.predict(export, photos, out=tmp_path / "p.csv").to_pylist()
     dataset = Dataset.open(str(folder / "shards"))
-    assert dataset.manifest.multi_label
+    assert all(split.multi_label for split in dataset.manifest.splits.values())
     row_of = {Path(row["file"]).stem: row for row in rows}
     test = dataset.split("test")
     score_NK = np.array([[row_of[key][f"p_{name}"] for name in dataset.manifest.classes] for key in test.keys])
@@ -267,6 +277,36 @@ def test_a_whole_run_measures_exports_and_predicts(run: Command, tmp_path: Path)
         assert row["labels"] == "|".join(name for name in dataset.manifest.classes if row[f"p_{name}"] >= 0.5)
     with pytest.raises(UserError, match="--top 2"):
         dpkd.predict(export, photos, top=2)
+
+
+def test_labels_are_shown_on_the_screen(run: Command, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    folder = run.folder.path
+    photo = folder.parent / "images" / "000.png"
+    assert cli.main(["predict", str(folder / "export" / "conv"), str(photo)]) == 0
+    shown = list(csv.DictReader(io.StringIO(capfdbinary.readouterr().out.decode())))
+    assert [list(row) for row in shown] == [["file", "labels", "error"]]
+
+
+def test_a_multi_label_student_is_adapted_to_classes_that_exclude_one_another(run: Command, tmp_path: Path) -> None:
+    shots = make_shots(tmp_path / "shots", {"red": 3, "blue": 3})
+    dpkd.adapt(run.folder.path / "export" / "conv", shots, out=tmp_path / "adapted", method="prototypes")
+    row = dpkd.predict(tmp_path / "adapted", shots).to_pylist()[0]
+    assert row["p_red"] + row["p_blue"] == pytest.approx(1, abs=1e-5)
+    assert row["class"] in ("red", "blue")
+
+
+def test_a_split_of_which_no_label_can_be_told_apart_has_no_figure(run: Command) -> None:
+    settings = load_settings(run.folder.path / "settings.yaml", [])
+    opened = Run.open(settings, World(rank=0, size=1, local_rank=0, device=torch.device("cpu")))
+    split, rng = opened.dataset.split("test"), np.random.default_rng(0)
+    split.label_NK = np.ones_like(split.label_NK)  # every image has every label
+    logits = rng.normal(size=(len(opened.readable("test")), 3)).astype(np.float32)
+    embedded = {"students.conv": {"logits": logits}, "baselines.conv": {"logits": logits}}
+    chosen: dict[str, str] = {}
+    figures = measure_several(opened, embedded, split, baselines={"students.conv": ["baselines.conv"]}, chosen=chosen)
+    assert figures["few_shot"] == {"students.conv": {}, "baselines.conv": {}}
+    assert figures["over_baseline"] == {}
+    assert chosen == {}
 
 
 def test_settings_are_chosen_for_several_labels(tmp_path: Path) -> None:
@@ -281,6 +321,60 @@ def test_settings_are_chosen_for_several_labels(tmp_path: Path) -> None:
     assert settings.evaluate is not None
     assert settings.evaluate.episodes is None
     assert "several labels" in text
+
+
+def test_packed_labels_are_the_same_when_they_are_packed_again(run: Command, tmp_path: Path) -> None:
+    shards = run.folder.path / "shards"
+    again = pack_at(ShardSource(path=str(shards)), tmp_path / "again")
+    for name in ("train", "val", "test"):
+        first, second = Dataset.open(str(shards)).split(name), again.split(name)
+        row_of = dict(zip(second.keys, second.label_NK.tolist(), strict=True))
+        assert {key: row_of[key] for key in first.keys} == dict(zip(first.keys, first.label_NK.tolist(), strict=True))
+
+
+def test_a_baseline_learns_labels_as_its_images_have_them(tmp_path: Path) -> None:
+    tree = tiny(tmp_path / "run", source=tmp_path)
+    tree["teachers"]["teacher"]["objectives"] = [{"kind": "multi_label", "balance": "logit_adjusted"}]
+    tree["distill"]["students"] = {
+        "conv": {"model": CONV, "objectives": [{"kind": "features"}], "baseline": [1, "plain"]},
+        "other": {
+            "model": CONV,
+            "objectives": [{"kind": "multi_label", "gamma_negative": 4}],
+            "baseline": [1, "plain"],
+        },
+    }
+    found = {name: list(baseline.settings.objectives) for name, baseline in baselines(settings_of(tree)).items()}
+    assert found == {
+        "conv": [MultiLabel()],
+        "conv.plain": [MultiLabel(balance="none")],
+        "other": [MultiLabel(gamma_negative=4.0)],
+        "other.plain": [MultiLabel(balance="none")],
+    }
+
+
+def test_a_baseline_that_would_learn_nothing_is_refused(tmp_path: Path) -> None:
+    tree = tiny(tmp_path / "run", source=None)
+    source = table(draw_table(tmp_path / "images", num=60), label_columns=tuple(COLOURS))
+    tree["data"] |= {"source": source.model_dump(mode="json"), "train": "train", "val": None, "test": None}
+    tree["teachers"]["teacher"]["objectives"] = [{"kind": "rotation"}]
+    tree["distill"]["students"] = {"conv": {"model": CONV, "objectives": [{"kind": "features"}]}}
+    command = Command(tree)
+    assert command.wait() == 2
+    assert "the baseline conv of kind 'supervised' learns one class an image" in command.output
+    assert not (tmp_path / "run" / "shards" / "dataset.json").exists()
+
+
+def test_masks_beside_several_labels_are_refused_before_images_are_decoded(tmp_path: Path) -> None:
+    tree = tiny(tmp_path / "run", source=None)
+    source = table(draw_table(tmp_path / "images", num=60), label_columns=tuple(COLOURS))
+    tree["data"] |= {"source": source.model_dump(mode="json"), "train": "train", "val": None, "test": None}
+    tree["data"]["masks"] = {"kind": "figure_ground"}
+    tree["teachers"]["teacher"]["objectives"] = [{"kind": "multi_label"}]
+    tree["distill"]["students"] = {"conv": {"model": CONV, "objectives": [{"kind": "multi_label"}]}}
+    command = Command(tree)
+    assert command.wait() == 2
+    assert "their masks would not be measured" in command.output
+    assert not (tmp_path / "run" / "shards" / "dataset.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -53,13 +53,16 @@ def read_labels(url: str, info: FileInfo, *, shape: tuple[int, ...]) -> Labels:
         return np.asarray(np.memmap(file, dtype, "r", file.tell(), shape))
 
 
-def label_known(label_NK: Labels) -> Labels:
-    """0 for each sample with a known label, else -1; int8 N."""
-    return np.where((label_NK >= 0).any(1), 0, -1).astype(np.int8)
+def label_known(label: Labels) -> Labels:
+    """Of labels NK, 0 for each sample with a known one, else -1; labels N as they are."""
+    return label if label.ndim == 1 else np.where((label >= 0).any(1), 0, -1).astype(np.int8)
 
 
 def class_counts(label: Labels, num_classes: int) -> list[int]:
     """The number of samples of each class (label N), or with each label (label NK)."""
     if label.ndim == 2:
         return (label == 1).sum(0).tolist()
-    return np.bincount(label[label >= 0], minlength=num_classes).tolist()
+    counts = np.zeros(num_classes, np.int64)
+    for part_N in np.array_split(label, 1 + len(label) // (1 << 20)):  # bincount copies as int64
+        counts += np.bincount(part_N[part_N >= 0], minlength=num_classes)
+    return counts.tolist()

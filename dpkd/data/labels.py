@@ -32,18 +32,16 @@ def visible_labels(
     readable[np.asarray(unreadable, np.int64)] = -1
     if isinstance(settings, AllLabels):
         return readable
-    known_N = (label_known(label) if label.ndim == 2 else label) >= 0
     if isinstance(settings, ListedLabels):
-        shown = _listed(known_N, settings.path, keys=list(keys))
+        shown = _listed(label_known(label) >= 0, settings.path, keys=list(keys))
     else:  # the first of each class, in an order drawn from seed and key
-        readable_N = (label_known(readable) if label.ndim == 2 else readable) >= 0
+        readable_N = label_known(readable) >= 0
         salt = (seed % 2**64).to_bytes(8, "little")
         hashes = (hashlib.blake2b(key.encode(), digest_size=8, key=salt) for key in compress(keys, readable_N))
         draw_N = np.zeros(len(label), np.uint64)
         draw_N[readable_N] = [int.from_bytes(each.digest(), "little") for each in hashes]
         if label.ndim == 2:
-            has_NK = np.column_stack([readable == 1, readable_N & ~(readable == 1).any(1)])
-            members, class_of = np.nonzero(has_NK)
+            members, class_of = np.nonzero(np.column_stack([readable == 1, readable_N & ~(readable == 1).any(1)]))
         else:
             members = np.flatnonzero(readable_N)
             class_of = readable[members]

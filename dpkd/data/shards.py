@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from dpkd.data.label_file import FileInfo, Labels, class_counts, label_known, read_labels
+from dpkd.data.label_file import FileInfo, Labels, label_known, read_labels
 from dpkd.data.sample import Sample, Unreadable
 from dpkd.errors import UserError
 from dpkd.io import storage
@@ -92,11 +92,6 @@ class Manifest(BaseModel):
     """Samples of the source that belong to no split."""
     made_from: dict[str, str]
     """The inputs of packing; the same values give the same bytes."""
-
-    @property
-    def multi_label(self) -> bool:
-        """True if an image may have several labels: the classes."""
-        return any(split.multi_label for split in self.splits.values())
 
     def to_bytes(self) -> bytes:
         """The file's content."""
@@ -265,10 +260,10 @@ class Split:
         """1 for the labels of every sample, 0 for those that it lacks, -1 for unknown ones; as `label_N`."""
         return self._labels((self.num_samples, len(self.info.class_counts)))
 
-    def count_classes(self, *, without: NDArray[np.int64]) -> list[int]:
-        """The number of samples of each class, or with each label, without the samples of these numbers."""
-        label = self.label_NK if self.info.multi_label else self.label_N
-        return class_counts(np.delete(label, without, axis=0), len(self.info.class_counts))
+    @property
+    def labels(self) -> Labels:
+        """`label_NK` where an image may have several labels, else `label_N`."""
+        return self.label_NK if self.info.multi_label else self.label_N
 
     def _labels(self, shape: tuple[int, ...]) -> Labels:
         assert self.info.labels is not None, "only older versions wrote no file of labels"

@@ -138,16 +138,16 @@ def _by_label(
     Iterative stratification (Sechidis et al. 2011), by groups in a drawn order; having no label is a label, "".
     """
     left = sorted(labels_of, key=lambda unit: draw(seed, unit[1]))
-    total = sum(labels_of.values(), Counter[str]())
-    lacking = {split: {name: share * count for name, count in total.items()} for split, share in fractions.items()}
+    counts = Counter(name for of_unit in labels_of.values() for name in of_unit.elements())
+    lacking = {split: {name: share * count for name, count in counts.items()} for split, share in fractions.items()}
     split_of: dict[tuple[bool, str], str] = {}
     while left:
-        counts = sum((labels_of[unit] for unit in left), Counter[str]())
-        rarest = min(counts, key=lambda name: (counts[name], name))
+        rarest = min((count, name) for name, count in counts.items() if count)[1]
         for unit in [unit for unit in left if labels_of[unit][rarest]]:
             split = max(fractions, key=lambda name: (lacking[name][rarest], sum(lacking[name].values())))
             for name, count in labels_of[unit].items():
                 lacking[split][name] -= count
+            counts.subtract(labels_of[unit])
             split_of[unit] = split
         left = [unit for unit in left if unit not in split_of]
     return split_of

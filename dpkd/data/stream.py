@@ -94,9 +94,15 @@ def load_batches(
     cv2.setNumThreads(1)  # images are small, and OpenCV's threads would slow training
     draws = iter(draws)
     first = list(islice(draws, 1))
-    batch_bytes = sum(_bytes_of(plan, len(index_B), maps) for plan in views.values() for index_B, _ in first)
-    if loader.workers and (lack := _lacking(loader.workers * (loader.prefetch + 1) * batch_bytes)):
-        _log_once(f"{lack}: images are read in the training process, as with data.loader.workers=0")
+    channels = 0 if maps is None else maps.num_channels
+    image_bytes = sum(plan.count * (3 * plan.size**2 + 4 * channels * plan.map_size**2) for plan in views.values())
+    batch_bytes = image_bytes * sum(len(index_B) for index_B, _ in first)
+    needed = loader.workers * (loader.prefetch + 1) * batch_bytes
+    if needed > (free := free_shared() if Path(SHARED).is_dir() else math.inf):
+        sizes = f"{needed / 1e6:,.1f} MB of shared memory, and {SHARED} has {free / 1e6:,.1f} MB left ({ENLARGE})"
+        _log_once(
+            f"data.loader.workers needs {sizes}: images are read in the training process, as with data.loader.workers=0"
+        )
         loader = loader.model_copy(update={"workers": 0})
     work = (
         _Work(index_B, epoch_B, {name: target_N[index_B].astype(np.int64) for name, target_N in targets.items()})
@@ -247,20 +253,6 @@ def _allocate(plan: ViewPlan, num_samples: int, maps: Maps) -> _Filled:
     empty = {name: _empty(*shape, map_HWC.shape[2], *map_size, dtype=torch.float32) for name, map_HWC in maps.items()}
     view = View(image_VB3HW.flatten(0, 1), {name: map_VBCHW.flatten(0, 1) for name, map_VBCHW in empty.items()})
     return _Filled(view, image_VB3HW.numpy(), {name: map_VBCHW.numpy() for name, map_VBCHW in empty.items()})
-
-
-def _bytes_of(plan: ViewPlan, num_samples: int, maps: MapReader | None) -> int:
-    """The bytes that `_allocate` takes."""
-    per_view = 3 * plan.size**2 + 4 * (0 if maps is None else maps.num_channels) * plan.map_size**2
-    return plan.count * num_samples * per_view
-
-
-def _lacking(num_bytes: int) -> str:
-    """A sentence if the shared memory of this machine has less room than this; else empty."""
-    if not Path(SHARED).is_dir() or num_bytes <= (free := free_shared()):
-        return ""
-    sizes = f"{num_bytes / 1e6:,.1f} MB of shared memory, and {SHARED} has {free / 1e6:,.1f} MB left"
-    return f"data.loader.workers needs {sizes} ({ENLARGE})"
 
 
 @cache

@@ -22,6 +22,10 @@ class Recipe(NamedTuple):
     kind: Literal["none", "logit_adjusted", "class_aware", "deferred"]
     reason: str
 
+    def __str__(self) -> str:
+        name = "no recipe" if self.kind == "none" else self.kind.replace("_", " ")
+        return f"{name} for rare classes, because {self.reason}"
+
 
 def recipe(imbalance: Imbalance, sampling: Sampling, count_K: NDArray[np.integer]) -> Recipe:
     """The recipe of a training; classes without a visible label do not count.
@@ -35,9 +39,8 @@ def recipe(imbalance: Imbalance, sampling: Sampling, count_K: NDArray[np.integer
     count_K = count_K[count_K > 0]
     if len(count_K) < 2:
         return Recipe("none", f"labels of {len(count_K)} classes are visible")
-    ratio = count_K.max() / count_K.min()
-    words = f"the largest class has {count_K.max():,} labels, the smallest {count_K.min():,}: {ratio:.3g} times"
-    return Recipe("none" if ratio < BALANCED else "logit_adjusted", words)
+    words = f"the largest class has {count_K.max():,} labels, and the smallest {count_K.min():,}"
+    return Recipe("none" if count_K.max() < BALANCED * count_K.min() else "logit_adjusted", words)
 
 
 def class_weights(count_K: NDArray[np.integer]) -> NDArray[np.float32]:

@@ -48,14 +48,13 @@ def measure_labels(score_NK: Floats, label_NK: Labels, *, seed: int) -> dict[str
         weight_RN = rng.multinomial(num, np.full(num, 1 / num), min(at_once, 1 + NUM_DRAWS - start)).astype(np.float64)
         if start == 0:
             weight_RN[0] = 1
-        part_K = []
-        for score_N, label_N in zip(score_NK.T, label_NK.T, strict=True):
+        part_2RK = np.full((2, len(weight_RN), label_NK.shape[1]), np.nan)
+        for k, (score_N, label_N) in enumerate(zip(score_NK.T, label_NK.T, strict=True)):
             known_N = label_N >= 0
             has_N = label_N[known_N] == 1
-            measurable = 0 < has_N.sum() < len(has_N)
-            of_label = ranking_scores(score_N[known_N], has_N, weight_RN[:, known_N]) if measurable else None
-            part_K.append(np.full((2, len(weight_RN)), np.nan) if of_label is None else np.stack(of_label))
-        parts.append(np.stack(part_K, 2))
+            if 0 < has_N.sum() < len(has_N):
+                part_2RK[:, :, k] = ranking_scores(score_N[known_N], has_N, weight_RN[:, known_N])
+        parts.append(part_2RK)
     precision_RK, auroc_RK = np.concatenate(parts, 1)
     return {"precision": precision_RK, "auroc": auroc_RK}
 

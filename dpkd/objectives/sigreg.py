@@ -51,20 +51,15 @@ class SigReg(Objective):
         }
         all_VBD = torch.cat(list(view_VBD.values()))
         agreement = (all_VBD - view_VBD[GLOBAL].mean(0)).square().mean()
-        direction_DA = _directions(self.width, self.directions, step=context.step, seed=context.seed)
+        # drawn on the CPU, so that all ranks have the same
+        generator = torch.Generator().manual_seed(((context.seed << 32) + context.step) % 2**63)
+        drawn_DA = torch.randn(self.width, self.directions, generator=generator)
+        direction_DA = torch.nn.functional.normalize(drawn_DA, dim=0)
         from_normal = torch.stack([distance_from_normal(z_BD @ direction_DA.to(z_BD.device)) for z_BD in all_VBD])
         return {
             "agreement": self.weight * (1 - self.balance) * agreement,
             "normality": self.weight * self.balance * from_normal.mean(),
         }
-
-
-def _directions(width: int, count: int, *, step: int, seed: int) -> Tensor:
-    """Unit vectors, float32 DA, drawn for the step on the CPU, so that all ranks have the same."""
-    import torch
-
-    generator = torch.Generator().manual_seed(((seed << 32) + step) % 2**63)
-    return torch.nn.functional.normalize(torch.randn(width, count, generator=generator), dim=0)
 
 
 def distance_from_normal(value_NA: Tensor) -> Tensor:

@@ -29,7 +29,9 @@ from dpkd.report.quarantine import Quarantine
 EVALUATION_NAME = "evaluation.json"
 QUARANTINE_NAME = "quarantine.jsonl"
 DASH = "–"
-KNOWN, MEAN_IOU, MAX_INTERVAL = "known_classes", "mean_iou", 0.05
+OF_MASKS = ("mean_dice", "boundary_iou", "boundary_f", "mean_iou")
+"""The keys of the figures of masks; the last is the one by which students are judged."""
+KNOWN, MAX_INTERVAL = "known_classes", 0.05
 """The keys of accuracy on known classes and of masks, and the half of a 95 % interval above which a sentence warns."""
 KNOWN_CLASSES = "Accuracy on known classes"
 UNMEASURED = (
@@ -240,7 +242,7 @@ def networks(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _student_names(summary: dict[str, Any]) -> list[str]:
     """The students, and those of which the run has only baselines."""
-    return list(dict.fromkeys([*summary["students"], *(key.partition(".x")[0] for key in summary["baselines"])]))
+    return list(dict.fromkeys([*summary["students"], *(key.partition(".")[0] for key in summary["baselines"])]))
 
 
 def _with_baselines(summary: dict[str, Any], student: str) -> dict[str, dict[str, Any]]:
@@ -249,8 +251,16 @@ def _with_baselines(summary: dict[str, Any], student: str) -> dict[str, dict[str
         name, _, kind = key.partition(".")
         if name == student:
             words = {"": "", "plain": ", plain cross-entropy"}.get(kind, f", {kind[1:]} x steps")
-            named[f"{student} on labels alone{words}"] = baseline
+            named[f"{student} on {alone(summary)}{words}"] = baseline
     return named
+
+
+def alone(summary: dict[str, Any]) -> str:
+    """What the baselines have learnt from, by what is measured: `labels alone`, `masks alone`, or both."""
+    figures = (each["few_shot"] for kind in ("students", "baselines") for each in summary[kind].values())
+    keys = {key for of_network in figures for scores in of_network.values() for key in scores}
+    kinds = ["labels"] * (not keys or not keys <= {*OF_MASKS}) + ["masks"] * bool(keys & {*OF_MASKS})
+    return f"{' and '.join(kinds)} alone"
 
 
 def _teachers(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -265,6 +275,8 @@ def heading(summary: dict[str, Any]) -> str:
     if "labels" in protocol:
         images = f"{summary['labelled'][split]:,} images of {split}"
         return f"Ranking of {images} by each of {protocol['labels']} labels, {by}"
+    if "way" not in protocol and alone(summary) == "masks alone":
+        return f"Segmentation of {summary['labelled'][split]:,} images of {split}, {by}"
     if "way" not in protocol:
         return f"Accuracy on {summary['labelled'][split]:,} labelled images of {split}, {by}"
     episodes = f"{protocol['way']} classes an episode, the same {protocol['episodes']:,} episodes for all"
@@ -300,15 +312,15 @@ def _first_table(summary: dict[str, Any]) -> Table:
     for name in _student_names(summary):
         add_networks(_with_baselines(summary, name))
         if "over_baseline" in (student := summary["students"].get(name, {})):
-            add(f"{name}: gain over labels alone", student["over_baseline"], sign="+")
+            add(f"{name}: gain over {alone(summary)}", student["over_baseline"], sign="+")
     add_networks(_teachers(summary))
     return rows
 
 
 def column_words(key: str) -> str:
     """A kind of accuracy as text: `5way_1shot` is `1-shot`, and `mean_iou` is `mean IoU`."""
-    words = key.rpartition("way_")[2].replace("shot", "-shot").replace("_", " ")
-    return words.replace("iou", "IoU").replace("dice", "Dice").replace("boundary f", "boundary F")
+    words = key.rpartition("way_")[2].replace("shot", "-shot").replace("_", " ").replace("boundary f", "boundary F")
+    return words.replace("auroc", "AUROC").replace("iou", "IoU").replace("dice", "Dice")
 
 
 def judged_by(summary: dict[str, Any]) -> str:
@@ -350,13 +362,13 @@ def not_better(summary: dict[str, Any]) -> dict[str, str]:
             continue
         if -gain["ci95"] <= gain["mean"] and gain["ci95"] > MAX_INTERVAL:
             few = "too few images are measured to tell it from"
-            sentences[name] = f"student {name}: {few} the same network on labels alone ({percent(gain, sign='+')})"
+            sentences[name] = f"student {name}: {few} the same network on {alone(summary)} ({percent(gain, sign='+')})"
         else:
             comparison = "worse than" if gain["mean"] < -gain["ci95"] else "no better than"
             better = student.get("baseline", name)
             sentences[name] = (
-                f"student {name} is {comparison} the same network on labels alone ({percent(gain, sign='+')}): use the "
-                f"network in baselines/{better}, or try more steps, more unlabelled images, or a teacher that is "
+                f"student {name} is {comparison} the same network on {alone(summary)} ({percent(gain, sign='+')}): use "
+                f"the network in baselines/{better}, or try more steps, more unlabelled images, or a teacher that is "
                 "better than this baseline without its prior map"
             )
     return sentences

@@ -29,7 +29,9 @@ def baselines(settings: Settings) -> dict[str, Baseline]:
             if length == "plain":
                 plain = _on_labels_alone(settings, student, 1.0)
                 without = plain.training.model_copy(update={"imbalance": "none", "sampling": "auto"})
-                update = {"objectives": (Supervised(balance="none"),), "training": without}
+                of_labels = {"supervised": Supervised(balance="none"), "multi_label": MultiLabel(balance="none")}
+                objectives = tuple(of_labels.get(objective.kind, objective) for objective in plain.objectives)
+                update = {"objectives": objectives, "training": without}
                 found[f"{name}.plain"] = Baseline(name, plain.model_copy(update=update))
             else:
                 key = name if length == 1 else f"{name}.x{length:g}"
@@ -44,7 +46,7 @@ def _on_labels_alone(settings: Settings, student: StudentSettings, length: float
     return TeacherSettings(
         model=student.model.model_copy(update={"pooling": MeanPooling()}),
         weights=student.weights,
-        objectives=labels_alone(student),
+        objectives=labels_alone(settings, student),
         optimizer=student.optimizer,
         schedule=student.schedule,
         engine=student.engine,
@@ -53,10 +55,10 @@ def _on_labels_alone(settings: Settings, student: StudentSettings, length: float
     )
 
 
-def labels_alone(student: StudentSettings) -> tuple[AnyObjective, ...]:
+def labels_alone(settings: Settings, student: StudentSettings) -> tuple[AnyObjective, ...]:
     """The objectives of a student on labels and masks with weight 1, or plain cross-entropy."""
     of_labels = ("supervised", "multi_label", "segmentation")
     supervised = [objective for objective in student.objectives if objective.kind in of_labels]
-    several = any(objective.kind.startswith("multi_label") for objective in student.objectives)
+    several = any(objective.kind.startswith("multi_label") for objective in settings.objectives.values())
     plain = MultiLabel() if several else Supervised()
     return tuple(objective.model_copy(update={"weight": 1.0}) for objective in supervised or [plain])

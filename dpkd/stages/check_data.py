@@ -16,6 +16,7 @@ from dpkd.errors import UserError, did_you_mean
 from dpkd.evaluation.few_shot import drawable_classes
 from dpkd.objectives.base import Objective
 from dpkd.settings import DataSettings, Settings
+from dpkd.stages.baselines import baselines
 
 MAX_NAMED = 5
 """Number of classes in an error message."""
@@ -76,16 +77,12 @@ def check_splits(
     table = attribute_table(data)
     if table is not None:
         table.rows(trained)
-    for key, objective in settings.objectives.items():
-        _check_labels(key, objective, several=train.multi_label, place=place)
-        for field, names in objective.needs().classes.items():
-            for name in names:
-                if name not in trained:
-                    known = ", ".join(trained[:MAX_NAMED]) or "no label"
-                    raise UserError(
-                        f"{key}.{field} names {name!r}, of which the split {data.train!r} has no sample"
-                        f"{did_you_mean(name, trained) or f' (it has: {known})'}: correct it"
-                    )
+    if train.multi_label and data.masks is not None:
+        raise UserError(
+            f"data.masks is set, and images of {place} may have several labels: their masks would not be measured; "
+            "set data.masks=null, or leave out the labels"
+        )
+    _check_objectives(settings, train, trained=trained, place=place)
     for key, training in trainings.items():
         _check_training(key, training, settings=settings, train=train, trained=trained)
     episodes = settings.evaluate.episodes if settings.evaluate is not None else None
@@ -94,20 +91,36 @@ def check_splits(
             drawable_classes(np.array(counts[name].class_counts), episodes, split=name)
 
 
-def _check_labels(key: str, objective: Objective, *, several: bool, place: str) -> None:
-    """Raises `UserError` if the objective learns one class an image where images may have several, or the reverse."""
-    needs = objective.needs()
-    if several and (needs.one_class or {"class", "attributes"} & {*needs.targets}):
-        fitting = "multi_label_logits" if needs.teacher else "multi_label"
-        raise UserError(
-            f"{key} of kind {objective.kind!r} learns one class an image, and images of {place} may have several "
-            f"labels: use the kind {fitting!r}, or remove it"
-        )
-    if "labels" in needs.targets and not several:
-        raise UserError(
-            f"{key} of kind {objective.kind!r} learns several labels an image, and images of {place} have one "
-            "class: use the kind 'supervised', or give data.source.label_columns or labels_column"
-        )
+def _check_objectives(settings: Settings, train: SplitCounts, *, trained: Sequence[str], place: str) -> None:
+    """Raises `UserError` for an objective, also of a baseline, that does not fit the labels or masks of the images."""
+    masks, of_networks = settings.data.masks, list[tuple[str, Objective]](settings.objectives.items())
+    for name, baseline in baselines(settings).items():
+        of_networks += ((f"the baseline {name}", objective) for objective in baseline.settings.objectives)
+    for key, objective in of_networks:
+        needs, kind = objective.needs(), f"{key} of kind {objective.kind!r}"
+        if train.multi_label and (needs.one_class or {"class", "attributes"} & {*needs.targets}):
+            fitting = "multi_label_logits" if needs.teacher else "multi_label"
+            raise UserError(
+                f"{kind} learns one class an image, and images of {place} may have several labels: use the kind "
+                f"{fitting!r}, or remove it"
+            )
+        if "labels" in needs.targets and not train.multi_label:
+            raise UserError(
+                f"{kind} learns several labels an image, and images of {place} have one class: use the kind "
+                "'supervised', or give data.source.label_columns or labels_column"
+            )
+        if objective.kind == "mask_saliency" and masks is not None and len(masks.names) != 2:
+            raise UserError(
+                f"{kind} tells figure from ground, and data.masks has {len(masks.names)} classes: remove it"
+            )
+        for field, names in needs.classes.items():
+            for name in names:
+                if name not in trained:
+                    known = ", ".join(trained[:MAX_NAMED]) or "no label"
+                    raise UserError(
+                        f"{key}.{field} names {name!r}, of which the split {settings.data.train!r} has no sample"
+                        f"{did_you_mean(name, trained) or f' (it has: {known})'}: correct it"
+                    )
 
 
 def _check_training(

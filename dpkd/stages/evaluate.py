@@ -140,7 +140,7 @@ def evaluate(run: Run) -> None:
 
 def _protocol(run: Run) -> dict[str, Any]:
     """How networks are measured: the episodes, the number of labels that an image may have, or by known classes."""
-    if run.dataset.manifest.multi_label:
+    if run.dataset.split(run.data.train).info.multi_label:
         return {"labels": len(trained_classes(run.dataset, run.data))}
     evaluate = run.settings.evaluate
     if evaluate is None or evaluate.episodes is None or not run.measured_splits:

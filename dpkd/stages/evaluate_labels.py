@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpkd.data.label_file import Labels
-from dpkd.data.labels import visible_labels
 from dpkd.data.shards import Split
 from dpkd.evaluation.multi_label import label_scores, mean_score, measure_labels
 from dpkd.stages.classify import PLAIN
@@ -23,13 +22,16 @@ Figures = dict[str, dict[str, Any]]
 
 def known_labels(run: Run, split: Split) -> tuple[list[str], Labels, NDArray[np.int64]]:
     """The labels that training has, those of the readable samples NK, and the number K of visible ones in training."""
-    train, lost = run.dataset.split(run.data.train), run.unreadable(run.data.train)
-    trained = np.flatnonzero(train.info.class_counts)
-    seen = visible_labels(
-        train.label_NK[:, trained], run.data.labels, keys=train.iter_keys(), seed=run.seed, unreadable=lost
-    )
-    names = [run.dataset.manifest.classes[k] for k in trained]
-    return names, split.label_NK[run.readable(split.name)][:, trained], (seen == 1).sum(0)
+    trained, names = np.flatnonzero(run.dataset.split(run.data.train).info.class_counts), run.dataset.manifest.classes
+    readable = run.readable(split.name)
+    return [names[k] for k in trained], split.label_NK[readable][:, trained], run.train_counts[trained]
+
+
+def label_scores_of(run: Run, split: Split, logits_NK: NDArray[np.float32]) -> dict[str, dict[str, float]]:
+    """The scores of one network on the readable samples of a split."""
+    _, label_NK, train_count_K = known_labels(run, split)
+    measured = measure_labels(logits_NK.astype(np.float64), label_NK, seed=run.seed)
+    return label_scores(measured, train_count_K=train_count_K)
 
 
 def measure_several(
@@ -55,6 +57,8 @@ def measure_several(
     scores = {network: label_scores(each, train_count_K=train_count_K) for network, each in measured.items()}
     gains: Figures = {}
     for student, candidates in baselines.items():
+        if not scores[student]:  # no label of the split can be measured
+            continue
         best = chosen.setdefault(student, max(candidates, key=lambda name: list(scores[name].values())[-1]["mean"]))
         difference = {key: measured[student][key] - measured[best][key] for key in measured[student]}
         gains[student] = label_scores(difference, train_count_K=train_count_K)

@@ -15,7 +15,6 @@ from dpkd.data.label_file import Labels
 from dpkd.data.settings import GLOBAL
 from dpkd.evaluation.few_shot import Episodes, draw_episodes, few_shot_accuracy, score
 from dpkd.evaluation.long_tail import ADDED_TO_HITS, known_hits, long_tail, predict_known
-from dpkd.evaluation.multi_label import label_scores, measure_labels
 from dpkd.evaluation.rank import COLLAPSED, effective_rank
 from dpkd.evaluation.settings import EpisodeSettings
 from dpkd.log import EventReader, Progress, logger
@@ -25,7 +24,7 @@ from dpkd.report.pictures import panel
 from dpkd.report.quarantine import Quarantine
 from dpkd.report.summary import KNOWN, figure_or_none, speed_words
 from dpkd.report.tensorboard import Board
-from dpkd.stages.evaluate_labels import known_labels
+from dpkd.stages.evaluate_labels import label_scores_of
 from dpkd.stages.networks import embed_networks
 from dpkd.stages.run import Run
 from dpkd.train.task import Task, network_inputs, with_view_maps
@@ -90,21 +89,20 @@ class Monitor:
     def evaluate(self, step: int) -> None:
         """Writes the accuracy and effective rank of every network on the validation split."""
         run, name = self._run, str(self._run.data.val)
-        embedded = embed_networks(run, self._task.learners, run.dataset.split(name), indices=run.readable(name))
+        split, several = run.dataset.split(name), run.dataset.split(name).info.multi_label
+        embedded = embed_networks(run, self._task.learners, split, indices=run.readable(name))
         if not self._writes:
             return
         for network, outputs in embedded.items():
             scores = {}
-            if run.dataset.manifest.multi_label:
-                _, label_NK, count_K = known_labels(run, run.dataset.split(name))
-                measured = measure_labels(outputs["logits"].astype(np.float64), label_NK, seed=run.seed)
-                scores = label_scores(measured, train_count_K=count_K)
+            if several:
+                scores = label_scores_of(run, split, outputs["logits"])
             elif self._protocol is not None:
                 settings, episodes = self._protocol
                 accuracy = few_shot_accuracy(outputs["embedding"], episodes, settings=settings)
                 scores = {key: score(accuracy_E) for key, accuracy_E in accuracy.items()}
             known, classes = self._task.learners[network].spec.classes, run.dataset.manifest.classes
-            if "logits" in outputs and not run.dataset.manifest.multi_label:
+            if "logits" in outputs and not several:
                 prediction_N = predict_known(outputs["logits"], self._labels, known=known, classes=classes)
                 if prediction_N is not None:
                     scores[KNOWN] = score(known_hits(prediction_N, self._labels), added=ADDED_TO_HITS)

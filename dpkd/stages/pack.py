@@ -236,7 +236,7 @@ def _manifest(plan: Plan, indexes: Sequence[ShardIndex], *, train: str, destinat
             )
         splits[split] = SplitInfo(
             num_samples=len(label),
-            num_unlabelled=int(((label_known(label) if plan.multi_label else label) < 0).sum()),
+            num_unlabelled=int((label_known(label) < 0).sum()),
             class_counts=tuple(class_counts(label, len(plan.classes))),
             shards=tuple(index.shard for index in parts if index.shard.num_samples),
             labels=write_labels(destination, split, label, num_classes=len(plan.classes)),
@@ -266,7 +266,11 @@ def _log_what_was_packed(manifest: Manifest, contents: SourceContents, *, window
         logger.info(f"pack: values of more than 8 bits from {window.low:g} to {window.high:g} became 0 to 255")
     num_classes, names = len(manifest.classes), list(manifest.classes[:10])
     named = f": {', '.join(names + ['…'] * (num_classes > 10))}" if names else ""
-    kind = "labels, of which an image may have several" if manifest.multi_label else "classes"
+    kind = (
+        "labels, of which an image may have several"
+        if any(split.multi_label for split in manifest.splits.values())
+        else "classes"
+    )
     logger.info(f"pack: {num_classes:,} {kind}{named}")
     for name, split in manifest.splits.items():
         logger.info(

@@ -317,7 +317,9 @@ def _describe(stage: str, settings: Settings) -> str:
         students = ", ".join(f"{name} ({student.model.name})" for name, student in part.students.items())
         networks = f"{teachers or 'no teacher'} into {students}"
     else:
-        networks = part.model.name + (" on labels alone" if trained.kind == "baselines" else "")
+        kinds = {"masks" if objective.kind == "segmentation" else "labels" for objective in part.objectives}
+        learns = f" on {' and '.join(sorted(kinds))} alone" if trained.kind == "baselines" else ""
+        networks = part.model.name + learns
     length = f"{training.epochs:g} epochs" if training.steps is None else f"{training.steps:,} steps"
     return f"{networks}, {length} of {training.batch_size} images"
 

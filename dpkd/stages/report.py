@@ -27,9 +27,9 @@ from dpkd.report.pictures import sheet
 from dpkd.report.summary import (
     DASH,
     KNOWN,
-    MEAN_IOU,
     UNMEASURED,
     Table,
+    alone,
     column_words,
     few_images,
     figure_or_none,
@@ -105,11 +105,9 @@ def verdicts(summary: dict[str, Any]) -> list[tuple[str, bool]]:
     """What each exported student reaches, and what to do if that is little; and whether it is above labels alone."""
     split, protocol, worse, found = report_split(summary), summary["protocol"], not_better(summary), []
     of_what = f"recognises {{}} of the {summary['labelled'][split]:,} labelled images of {split}"
-    if judged_by(summary) == MEAN_IOU:
-        of_what = f"reaches a mean IoU of {{}} on {summary['labelled'][split]:,} images of {split}"
-    elif "labels" in protocol:
-        of_what = f"reaches a mean average precision of {{}} on {summary['labelled'][split]:,} images of {split}"
-    elif judged_by(summary) != KNOWN:
+    if (judged := judged_by(summary)).startswith("mean_"):
+        of_what = f"reaches a {column_words(judged)} of {{}} on {summary['labelled'][split]:,} images of {split}"
+    elif judged != KNOWN:
         shots = max(protocol["shots"])
         of_what = f"recognises {{}} of the images of {protocol['way']} classes from {shots} labelled images of each"
         of_what += f" ({split})"
@@ -120,7 +118,7 @@ def verdicts(summary: dict[str, Any]) -> list[tuple[str, bool]]:
             text += f" {worse[name][0].upper()}{worse[name][1:]}."
         elif "over_baseline" in student:
             gain = percent(list(student["over_baseline"][split].values())[-1], sign="+")
-            text += f" That is {gain.replace('%', 'points')} over the same network trained on labels alone."
+            text += f" That is {gain.replace('%', 'points')} over the same network trained on {alone(summary)}."
         found.append((text, "over_baseline" in student and name not in worse))
     return found
 
@@ -132,11 +130,10 @@ def class_tables(summary: dict[str, Any]) -> dict[str, Table]:
     """
     tables = {}
     for split in filter(None, summary["splits"].values()):
-        several = {
-            name: network["labels"][split]
-            for name, network in networks(summary).items()
-            if split in network.get("labels", {})
-        }
+        several, measured = (
+            {name: each[kind][split] for name, each in networks(summary).items() if split in each.get(kind, {})}
+            for kind in ("labels", "per_class")
+        )
         if several:
             name, first = next(iter(several.items()))
             rows = [["label", "images", "visible in training", *several, f"AUROC of {name}"]]
@@ -145,11 +142,6 @@ def class_tables(summary: dict[str, Any]) -> dict[str, Table]:
                 cells = [DASH if score is None else percent(score) for score in scores]
                 rows.append([label, f"{first[label]['samples']:,}", f"{first[label]['trained']:,}", *cells])
             tables[f"Average precision by label, {split}"] = rows
-        measured = {
-            name: network["per_class"][split]
-            for name, network in networks(summary).items()
-            if split in network.get("per_class", {})
-        }
         if measured:
             name, first = next(iter(measured.items()))
             rows = [["class", "labels", "samples", *measured, f"{name}, 95 %", "takes it for", "such as"]]

@@ -83,7 +83,7 @@ def _without_teachers(settings: Settings, *, tricks: Collection[Objective]) -> l
     if settings.data.attributes is not None and not any("attributes" in each.needs().targets for each in tricks):
         plain.append("data.attributes=null")
     for name, student in settings.distill.students.items():
-        plain.append(_objectives(f"distill.students.{name}", (*labels_alone(student), *tricks)))
+        plain.append(_objectives(f"distill.students.{name}", (*labels_alone(settings, student), *tricks)))
     return [override("teachers", {}), ALL_LABELLED, *plain]
 
 

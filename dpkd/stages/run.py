@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from dpkd.data.attributes import score_weights
-from dpkd.data.label_file import Labels, label_known
+from dpkd.data.label_file import Labels, class_counts, label_known
 from dpkd.data.labels import visible_labels
 from dpkd.data.masks import visible_masks
 from dpkd.data.settings import GLOBAL, AugmentSettings
@@ -95,10 +95,8 @@ class Run:
         """The counts of the readable samples of each split."""
         counts = dict[str, SplitCounts]()
         for name in self.dataset.manifest.splits:
-            split, lost = self.dataset.split(name), self.unreadable(name)
-            counts[name] = SplitCounts(
-                split.num_samples - len(lost), split.count_classes(without=lost), split.info.multi_label
-            )
+            info, label = self.dataset.split(name).info, self.dataset.split(name).labels[self.readable(name)]
+            counts[name] = SplitCounts(len(label), class_counts(label, len(info.class_counts)), info.multi_label)
         return counts
 
     @cached_property
@@ -106,8 +104,8 @@ class Run:
         """Number of visible labels of each class of the data set in the training split."""
         split = self.dataset.split(self.data.train)
         unreadable, keys = self.unreadable(split.name), split.iter_keys()
-        label_N = visible_labels(split.label_N, self.data.labels, keys=keys, seed=self.seed, unreadable=unreadable)
-        return np.bincount(label_N[label_N >= 0], minlength=len(self.dataset.manifest.classes))
+        visible = visible_labels(split.labels, self.data.labels, keys=keys, seed=self.seed, unreadable=unreadable)
+        return np.array(class_counts(visible, len(self.dataset.manifest.classes)))
 
     @property
     def measured_splits(self) -> tuple[str, ...]:
@@ -180,12 +178,7 @@ class TrainingSet:
     @cached_property
     def label_counts(self) -> NDArray[np.int64]:
         """Number of visible labels of each class, or of images with each label [K]."""
-        if self.label_NK is not None:
-            return (self.label_NK == 1).sum(0)
-        counts = np.zeros(len(self.class_names), np.int64)
-        for part_N in np.array_split(self.label_N, 1 + len(self.label_N) // (1 << 20)):  # bincount copies as int64
-            counts += np.bincount(part_N[part_N >= 0], minlength=len(counts))
-        return counts
+        return np.array(class_counts(self.label_N if self.label_NK is None else self.label_NK, len(self.class_names)))
 
     def recipe(self, training: TrainingSettings) -> Recipe:
         """The recipe for rare classes."""

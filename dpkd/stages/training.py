@@ -122,8 +122,7 @@ def _train_task(
     """Trains from the newest whole checkpoint to the end, and saves each learner in the folder `folder_of(name)`."""
     training, world = settings.training, run.world
     if training.imbalance == "auto" and world.rank == 0:
-        kind, reason = data.recipe(training)
-        logger.info(f"{stage}: for rare classes {kind.replace('_', ' ')}, because {reason}")
+        logger.info(f"{stage}: {data.recipe(training)}")
     checkpoints = Checkpoints(run.folder.checkpoints(stage), world=world, keep=training.keep_checkpoints)
     # dropout must not depend on earlier work of this process; a checkpoint restores the state of its step
     torch.manual_seed(run.seed * 100_003 + world.rank)

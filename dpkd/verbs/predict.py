@@ -59,12 +59,10 @@ def predict(export: Place, photos: Places, *, out: Place | None = None, top: int
     """
     _refuse(out, (".csv", ".jsonl", ".parquet"), top=top)
     exported = Exported(Path(export))
-    if not exported.classes and segments(export):
-        raise UserError(f"{export} has no classes, and segments images: give a folder for the masks, as in --out masks")
     if not exported.classes:
         raise UserError(
             f"{export} has no classes: `dpkd adapt {export} --shots FOLDER` makes a classifier of it from a few "
-            "labelled images, and `dpkd embed` gives its embeddings"
+            "labelled images, `dpkd embed` gives its embeddings; if it segments, give a folder for the masks (--out)"
         )
     if exported.multi_label and top is not None:
         raise UserError(f"--top {top}: images may have several labels, each with its own probability: leave it out")
@@ -72,12 +70,11 @@ def predict(export: Place, photos: Places, *, out: Place | None = None, top: int
     logits = torch.from_numpy(logit_NK).double()
     share_NK = (logits.sigmoid() if exported.multi_label else logits.softmax(1)).numpy().round(6)
     columns, name_K = {"file": pa.array(files)}, np.array(exported.classes, object)
+    ranked = np.argsort(-logit_NK, axis=1, kind="stable").T[: top or 1]
     if exported.multi_label:
-        named = ["|".join(name_K[share_K >= THRESHOLD]) for share_K in share_NK]
+        named, ranked = ["|".join(name_K[share_K >= THRESHOLD]) for share_K in share_NK], ranked[:0]
         columns["labels"] = pa.array(named, pa.string(), mask=broken_N)
-    for rank, best_N in enumerate(
-        np.argsort(-logit_NK, axis=1, kind="stable").T[: 0 if exported.multi_label else top or 1], start=1
-    ):
+    for rank, best_N in enumerate(ranked, start=1):
         ending, best_share_N = f"_{rank}" if rank > 1 else "", share_NK[np.arange(len(files)), best_N]
         columns[f"class{ending}"] = pa.array(name_K[best_N], pa.string(), mask=broken_N)
         columns[f"confidence{ending}"] = pa.array(best_share_N, mask=broken_N)
@@ -93,8 +90,11 @@ def segment(export: Place, photos: Places, *, out: Place) -> pa.Table:
     The folder keeps the images' folders below the one that they share. Raises `UserError` as `predict` does, for an
     export without a segmentation head, and for two images of one name.
     """
-    if not segments(export):
-        raise UserError(f"{export} has no segmentation.json: its student was trained without masks (data.masks)")
+    if not Path(export, "segmentation.json").is_file():
+        raise UserError(
+            f"{export} has no segmentation.json, so it makes no masks for the folder {out}: give --out FILE.csv for "
+            "its classes, or an export that was trained with data.masks"
+        )
     segmenter, files = Segmenter(export), list_images(photos)
     paths = [Path(file).absolute() for file in files]
     root = os.path.commonpath([path.parent for path in paths])
@@ -116,11 +116,6 @@ def segment(export: Place, photos: Places, *, out: Place) -> pa.Table:
             progress.advance(1)
     written = [None if error else str(path) for path, error in zip(masks, errors, strict=True)]
     return pa.table({"file": files, "mask": pa.array(written, pa.string()), "error": pa.array(errors, pa.string())})
-
-
-def segments(export: Place) -> bool:
-    """Whether an export has a segmentation head."""
-    return Path(export, "segmentation.json").is_file()
 
 
 def embed(export: Place, photos: Places, *, out: Place | None = None) -> pa.Table:

@@ -171,7 +171,15 @@ def test_any_bytes_are_a_table_or_refused(data, suffix, tmp_path_factory):
     place = tmp_path_factory.mktemp("table") / f"t.{suffix}"
     place.write_bytes(data.draw(any_bytes(TABLES[suffix])))
     source = TableSource(path=str(place), label_column="label", attribute_columns=("more",))
-    outcome(lambda: json.dumps([vars_of(each) for each in sources.find(source, pool=SerialPool()).records]).encode())
+
+    def read() -> None:
+        contents = sources.find(source, pool=SerialPool())
+        names = [record.name for record in contents.records]
+        assert names == sorted(set(names))
+        assert all(reason for _, reason in contents.bad)
+        json.dumps([vars_of(each) for each in contents.records]).encode()
+
+    outcome(read)
 
 
 def vars_of(record) -> list:

@@ -135,4 +135,6 @@ def test_any_bytes_are_the_head_of_a_network_or_refused(network_folder, data, tm
 def test_a_model_that_timm_made_still_takes_honest_weights(tmp_path):
     model = timm.create_model("test_resnet", num_classes=2)
     torch.save(model.state_dict(), tmp_path / "w.pt")
-    load_weights(timm.create_model("test_resnet", num_classes=2), str(tmp_path / "w.pt"))
+    other = timm.create_model("test_resnet", num_classes=2)
+    load_weights(other, str(tmp_path / "w.pt"))
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters(), strict=True))

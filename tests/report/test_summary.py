@@ -55,6 +55,26 @@ def test_baselines_have_rows_where_no_student_was_trained(run: Path) -> None:
     assert judged_by(write_summary(run)) == "5way_5shot"
 
 
+def test_a_run_of_masks_speaks_of_masks(run: Path) -> None:
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["protocol"] = {"seed": 0}
+    of_masks = {"mean_dice": {"mean": 0.6, "ci95": 0.1}, "mean_iou": {"mean": 0.5, "ci95": 0.1}}
+    for network in (
+        evaluation["students"]["small"],
+        evaluation["baselines"]["small"],
+        evaluation["teachers"]["teacher"],
+    ):
+        network["few_shot"] = dict.fromkeys(("val", "novel"), of_masks)
+    evaluation["students"]["small"]["over_baseline"] = {"novel": {"mean_iou": {"mean": -0.1, "ci95": 0.02}}}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    words = final_words(write_summary(run))
+    assert words.startswith("Segmentation of 400 images of novel")
+    assert "small on masks alone" in words
+    assert "small: gain over masks alone" in words
+    assert "worse than the same network on masks alone (-10.0 ± 2.0 %)" in words
+    assert "labels alone" not in words
+
+
 def test_summary_json_has_the_promised_keys(run: Path) -> None:
     write_summary(run)
     summary = json.loads((run / "summary.json").read_text())

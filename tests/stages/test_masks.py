@@ -229,6 +229,16 @@ def test_what_does_not_fit_is_refused_before_work(tmp_path: Path) -> None:
             settings_of(changed)
 
 
+def test_saliency_is_refused_for_more_than_two_classes_before_images_are_decoded(tmp_path: Path) -> None:
+    tree = tree_of(tmp_path / "run", draw_discs(tmp_path / "images", {"train": 12, "test": 4}))
+    tree["data"]["masks"] |= {"kind": "classes", "classes": ["ground", "disc", "ring"], "visible": {"kind": "all"}}
+    tree["teachers"]["teacher"]["objectives"].append({"kind": "mask_saliency"})
+    command = Command(tree)
+    assert command.wait() == 2
+    assert "'mask_saliency' tells figure from ground, and data.masks has 3 classes" in command.output
+    assert not (tmp_path / "run" / "shards" / "dataset.json").exists()
+
+
 def test_a_transformer_segments_at_its_patches(tmp_path: Path) -> None:
     source = draw_discs(tmp_path / "images", {"train": 8, "test": 2})
     tree = tree_of(tmp_path / "run", source)

@@ -141,11 +141,15 @@ def test_a_spike_is_one_against_the_median_of_the_norms_before() -> None:
 
 
 def test_the_first_norms_are_no_spikes_and_without_a_limit_none_is() -> None:
-    early, free = NormGuard(spike=2.0), NormGuard(spike=None)
+    early, free, full = NormGuard(spike=2.0), NormGuard(spike=None), NormGuard(spike=2.0)
     for step, norm in enumerate([1.0, 50.0, 3.0]):
         early.check([Norm("net", step, 0.1, norm)])
-    for step, norm in enumerate([1.0] * 30 + [1e6]):
-        free.check([Norm("net", step, 0.1, norm)])
+    for step in range(30):
+        free.check([Norm("net", step, 0.1, 1.0)])
+        full.check([Norm("net", step, 0.1, 1.0)])
+    free.check([Norm("net", 30, 0.1, 1e6)])
+    with pytest.raises(Diverged, match="median of the last is 1 "):
+        full.check([Norm("net", 30, 0.1, 1e6)])
 
 
 def test_a_hard_image_is_no_spike_for_a_network_that_knows_all_others_by_heart() -> None:

@@ -24,7 +24,7 @@ def test_auto_adjusts_from_a_ratio_of_three_on(counts: list[int], kind: str) -> 
 
 def test_what_is_set_wins() -> None:
     count_K = np.array([400, 4])
-    assert recipe("auto", "auto", count_K).reason == "the largest class has 400 labels, the smallest 4: 100 times"
+    assert recipe("auto", "auto", count_K).reason == "the largest class has 400 labels, and the smallest 4"
     assert recipe("deferred", "auto", count_K).kind == "deferred"
     assert recipe("none", "auto", count_K).kind == "none"
     assert recipe("auto", "class_aware", count_K).kind == "class_aware"

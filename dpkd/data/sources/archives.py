@@ -159,8 +159,7 @@ def _record(tar: Tar, parts: list[tuple[str, str, Member]], *, classes: tuple[st
 
 def _labels(labels: Any) -> dict[str, int] | None:
     """The several labels of the json member, 1, 0 or -1 by name; None if it has another content, of another program."""
-    is_ours = isinstance(labels, dict) and all(value in (1, 0, -1) for value in labels.values())
-    return labels if is_ours else None
+    return labels if isinstance(labels, dict) and all(value in (1, 0, -1) for value in labels.values()) else None
 
 
 def _class(meta: dict[str, Any], cls: bytes | None, *, classes: tuple[str, ...] | None) -> str | None:

@@ -9,7 +9,6 @@ ignored.
 
 import re
 from collections import Counter
-from collections.abc import Iterable
 
 from dpkd.data.settings import FolderSource
 from dpkd.data.shards import EXPERT_PREFIX
@@ -70,16 +69,12 @@ def find_in_folders(source: FolderSource) -> SourceContents:
         split, class_name = places[name]
         given = given_of[name.rpartition(".")[0]]
         records.append(Record(name=name, image=blob, class_name=class_name, split=split, given=given))
-    empty = sorted(folder for folder in folders - _with_parents(images) if not system_folder(f"{folder}/"))
+    parts = {tuple(name.split("/")[:-1]) for name in images}
+    above = {"/".join(part[:depth]) for part in parts for depth in range(len(part) + 1)}
+    empty = sorted(folder for folder in folders - above if not system_folder(f"{folder}/"))
     if empty:
         layout += f", no image in {', '.join(empty[:MAX_NAMED])}{' …' * (len(empty) > MAX_NAMED)}"
     return SourceContents(records=tuple(records), bad=tuple(bad), layout=layout, ignored=+ignored)
-
-
-def _with_parents(names: Iterable[str]) -> set[str]:
-    """Every folder above the files `names`."""
-    folders = {name.rpartition("/")[0] for name in names}
-    return {"/".join(folder.split("/")[:depth]) for folder in folders for depth in range(folder.count("/") + 2)}
 
 
 def _places(images: list[str], *, path: str) -> tuple[dict[str, tuple[str | None, str | None]], str]:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from dpkd.data.settings import TableSource
 from dpkd.data.shards import MASK_EXTENSION
 from dpkd.data.sources.records import Blob, Record, SourceContents
-from dpkd.data.sources.text import MISSING, cell_name, cell_value, class_of_label, decode_text, split_lines
+from dpkd.data.sources.text import cell_name, cell_value, class_of_label, decode_text, split_lines
 from dpkd.errors import UserError, did_you_mean, without_secrets
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
@@ -92,17 +92,18 @@ def _labels(row: Row, source: TableSource) -> dict[str, int] | None:
     if source.labels_column:
         cell = cell_name(row.get(source.labels_column))
         names = [name.strip() for name in cell.split("|")] if cell else []
-        if wrong := [name for name in names if name in MISSING]:
-            raise ValueError(f"column {source.labels_column!r} has the label {wrong[0]!r} in {cell!r}")
-        return {str(class_of_label(name)): 1 for name in names} or None
-    uncertain = {"unknown": -1, "positive": 1, "negative": 0}[source.uncertain]
-    values = {None: -1, "1": 1, "true": 1, "0": 0, "false": 0, "-1": uncertain}
+        labels = [class_of_label(name) for name in names]
+        if None in labels:
+            raise ValueError(f"column {source.labels_column!r} has no label between the bars of {cell!r}")
+        return {str(name): 1 for name in labels} or None
+    uncertain = {"unknown": -1, "positive": 1, "negative": 0}
+    values = {None: -1, "1": 1, "true": 1, "0": 0, "false": 0, "-1": uncertain[source.uncertain]}
     cells = {column: cell_name(row.get(column)) for column in source.label_columns}
     texts = {column: None if cell is None else cell.lower() for column, cell in cells.items()}
     if wrong := [column for column, text in texts.items() if text not in values]:
         raise ValueError(f"column {wrong[0]!r} has {cells[wrong[0]]!r}: use 1, 0, -1 for uncertain, or an empty cell")
-    labels = {column: values[text] for column, text in texts.items()}
-    return labels if max(labels.values()) >= 0 else None
+    known = {column: values[text] for column, text in texts.items()}
+    return known if max(known.values()) >= 0 else None
 
 
 def _file(folder: str, name: str) -> tuple[str, Blob]:
