@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -49,6 +49,10 @@ class Draw:
     grid: tuple[int, int]
     """Patches of the network's input, (rows, columns)."""
 
+    def first(self, share: float) -> Tensor:
+        """The samples of the first images of the micro-batch, R, at least one."""
+        return self.index_B[: max(1, round(share * len(self.index_B)))]
+
 
 @dataclass(frozen=True)
 class Derived:
@@ -61,19 +65,20 @@ class Derived:
     mix: LayerMix | None = None
 
 
-class DerivedView(Protocol):
+class DerivedView:
     """A further view of the images, made on the training device from the global view; equal ones are made once."""
+
+    share: float
+    """The share of the micro-batch's images that it has."""
 
     @property
     def name(self) -> str:
         """The name under which its outputs are found."""
-
-    @property
-    def share(self) -> float:
-        """The share of the micro-batch's images that it has."""
+        return repr(self)
 
     def derive(self, inputs: Sequence[Tensor], draw: Draw) -> Derived:
         """The view of a network's inputs for the global view: normalised images B3HW, and perhaps a map B1hw."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

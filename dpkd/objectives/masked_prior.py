@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from dpkd.data.settings import GLOBAL
-from dpkd.objectives.base import Context, Derived, Draw, Head, Needs, Objective, Weight
+from dpkd.objectives.base import Context, Derived, DerivedView, Draw, Head, Needs, Objective, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,19 +22,13 @@ SPREAD_FLOOR = 0.05
 
 
 @dataclass(frozen=True)
-class HiddenPatches:
+class HiddenPatches(DerivedView):
     """The images with the mean colour in a ratio of their patches; `mask` is bool B1HW on the patch grid."""
 
     ratio: float
     share: float = 1.0
 
-    @property
-    def name(self) -> str:
-        """The name of this view."""
-        return f"hidden-{self.ratio:g}"
-
     def derive(self, inputs: Sequence[Tensor], draw: Draw) -> Derived:
-        """Draws the hidden patches of each image."""
         from dpkd.objectives.draws import hide_patches, random_patch_mask
 
         image_BCHW, *weights = inputs

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from dpkd.objectives.base import Context, Derived, Draw, Needs
+from dpkd.objectives.base import Context, Derived, DerivedView, Draw, Needs
 from dpkd.objectives.supervised import Supervised
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Mixed:
+class Mixed(DerivedView):
     """Images mixed with the previous one of the micro-batch, in pixels or after one of the first stages.
 
     The place is drawn for each step, the share for each image. Facts: `share` float R and `partner` int64 R, the row
@@ -30,19 +30,13 @@ class Mixed:
     stages: int
     share: float
 
-    @property
-    def name(self) -> str:
-        """The name of this view: equal views are made once."""
-        return f"mixed {self.alpha} {self.stages} {self.share:g}"
-
     def derive(self, inputs: Sequence[Tensor], draw: Draw) -> Derived:
-        """Draws the place, and the share of each image."""
         import torch
 
         from dpkd.models.backbone import LayerMix
         from dpkd.objectives.draws import LAYERS, MIXES, beta, uniform
 
-        index_R = draw.index_B[: max(1, round(self.share * len(draw.index_B)))]
+        index_R = draw.first(self.share)
         inputs = [part[: len(index_R)] for part in inputs]
         share_R = beta(index_R, self.alpha, step=draw.step, seed=draw.seed, stream=MIXES).float()
         partner_R = torch.arange(len(index_R), device=index_R.device).roll(1)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from dpkd.objectives.base import Context, Derived, Draw, Needs, Objective
+from dpkd.objectives.base import Context, Derived, DerivedView, Draw, Needs, Objective
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ COLOUR, HOLE = 0.9, 0.5
 
 
 @dataclass(frozen=True)
-class Strong:
+class Strong(DerivedView):
     """Images that are turned, sheared, shifted, recoloured, and lack a square; the amounts are drawn for each image.
 
     A map that weighs patches moves with its image. Facts: the affine map `place` R23, and `seen` R1HW, 0 in the square.
@@ -32,19 +32,13 @@ class Strong:
     magnitude: float
     share: float
 
-    @property
-    def name(self) -> str:
-        """The name of this view: equal views are made once."""
-        return f"strong {self.magnitude:g} {self.share:g}"
-
     def derive(self, inputs: Sequence[Tensor], draw: Draw) -> Derived:
-        """Draws and makes the changes; with magnitude 0 the images stay as they are."""
         import torch
         import torch.nn.functional as F
 
         from dpkd.objectives.draws import STRONG, uniform
 
-        index_R = draw.index_B[: max(1, round(self.share * len(draw.index_B)))]
+        index_R = draw.first(self.share)
         drawn = [uniform(index_R, step=draw.step, seed=draw.seed, stream=STRONG + number) for number in range(9)]
         amounts = [(self.magnitude * (2 * each - 1)).to(inputs[0].dtype) for each in drawn]
         turn_R, shear_R, right_R, down_R, contrast_R, colour_R, brightness_R = amounts[:7]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from dpkd.objectives.base import Context, Derived, Draw, Head, Needs, Objective
+from dpkd.objectives.base import Context, Derived, DerivedView, Draw, Head, Needs, Objective
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,22 +20,15 @@ HEAD = "rotation"
 
 
 @dataclass(frozen=True)
-class Turned:
+class Turned(DerivedView):
     """A share of the images, each turned by 0, 90, 180 or 270 degrees; `turn` is int64 R, in quarters."""
 
     share: float
 
-    @property
-    def name(self) -> str:
-        """The name of this view: equal views are made once."""
-        return f"turned {self.share:g}"
-
     def derive(self, inputs: Sequence[Tensor], draw: Draw) -> Derived:
-        """Draws the turn of each image."""
         from dpkd.objectives.draws import TURNS, uniform
 
-        index_R = draw.index_B[: max(1, round(self.share * len(draw.index_B)))]
-        turn_R = (4 * uniform(index_R, step=draw.step, seed=draw.seed, stream=TURNS)).long()
+        turn_R = (4 * uniform(draw.first(self.share), step=draw.step, seed=draw.seed, stream=TURNS)).long()
         return Derived([turned(part[: len(turn_R)], turn_R) for part in inputs], {"turn": turn_R})
 
 

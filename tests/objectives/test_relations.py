@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from dpkd.objectives.base import losses_of
-from dpkd.objectives.patch_relations import PatchRelations, kernel_misalignment
-from dpkd.objectives.patches import resample_features
+from dpkd.objectives.patches import PatchRelations, kernel_misalignment, resample_features
 from dpkd.objectives.relations import RelationDistillation, gaps, similarity_divergence
 from tests.contexts import context_of
 
