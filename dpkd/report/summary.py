@@ -236,23 +236,20 @@ def _segmentation_tables(evaluation: dict[str, Any]) -> dict[str, Table]:
 
 def networks(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The table of every network, by the name that users read: each student and its baselines, then the teachers."""
-    students = (_with_baselines(summary, name) for name in _student_names(summary))
-    return {title: network for student in students for title, network in student.items()} | _teachers(summary)
+    return {title: network for named in _groups(summary).values() for title, network in named.items()}
 
 
-def _student_names(summary: dict[str, Any]) -> list[str]:
-    """The students, and those of which the run has only baselines."""
-    return list(dict.fromkeys([*summary["students"], *(key.partition(".")[0] for key in summary["baselines"])]))
-
-
-def _with_baselines(summary: dict[str, Any], student: str) -> dict[str, dict[str, Any]]:
-    named = {f"student {student}": summary["students"][student]} if student in summary["students"] else {}
+def _groups(summary: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The networks by title: by student, which may have baselines alone, and then the teachers, by an empty name."""
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, student in summary["students"].items():
+        groups[name] = {f"student {name}": student}
     for key, baseline in summary["baselines"].items():
         name, _, kind = key.partition(".")
-        if name == student:
-            words = {"": "", "plain": ", plain cross-entropy"}.get(kind, f", {kind[1:]} x steps")
-            named[f"{student} on {alone(summary)}{words}"] = baseline
-    return named
+        words = {"": "", "plain": ", plain cross-entropy"}.get(kind, f", {kind[1:]} x steps")
+        groups.setdefault(name, {})[f"{name} on {alone(summary)}{words}"] = baseline
+    live = {f"{name}, after distilling": teacher for name, teacher in summary.get("live_teachers", {}).items()}
+    return groups | {"": summary["teachers"] | live}
 
 
 def alone(summary: dict[str, Any]) -> str:
@@ -261,11 +258,6 @@ def alone(summary: dict[str, Any]) -> str:
     keys = {key for of_network in figures for scores in of_network.values() for key in scores}
     kinds = ["labels"] * (not keys or not keys <= {*OF_MASKS}) + ["masks"] * bool(keys & {*OF_MASKS})
     return f"{' and '.join(kinds)} alone"
-
-
-def _teachers(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    live = {f"{name}, after distilling": teacher for name, teacher in summary.get("live_teachers", {}).items()}
-    return summary["teachers"] | live
 
 
 def heading(summary: dict[str, Any]) -> str:
@@ -289,38 +281,42 @@ def report_split(summary: dict[str, Any]) -> str:
 
 
 def _first_table(summary: dict[str, Any]) -> Table:
-    """The accuracy of every network on the report split, as it is exported; with its prior map in a row below.
+    """The figures of every network on the report split, as it is exported; with its prior map in a row below.
 
     A student's gain over labels alone follows its baselines. `invalid` explains the stars.
     """
     split = report_split(summary)
-    settings = list(dict.fromkeys(key for network in networks(summary).values() for key in network["few_shot"][split]))
-    rows = [["", "parameters", "images/s", *map(column_words, settings)]]
+    keys = list(dict.fromkeys(key for network in networks(summary).values() for key in network["few_shot"][split]))
+    rows = [["", "parameters", "images/s", *map(column_words, keys)]]
 
     def add(title: str, scores: dict[str, Any], *facts: str, sign: str = "") -> None:
-        cells = [percent(scores[split][key], sign=sign) if key in scores[split] else DASH for key in settings]
+        cells = [percent(scores[split][key], sign=sign) if key in scores[split] else DASH for key in keys]
         rows.append([title, *(facts or ("", "")), *cells])
 
-    def add_networks(named: dict[str, dict[str, Any]]) -> None:
+    for student, named in _groups(summary).items():
         for name, network in named.items():
             title = f"{name} *" if split in network.get("seen", {}) else name
             facts = count_words(network["parameters"]), rate_words(network["images_per_s"])
             add(title, network.get("plain_pooling", network["few_shot"]), *facts)
             if "plain_pooling" in network:
                 add("  with its prior map", network["few_shot"])
-
-    for name in _student_names(summary):
-        add_networks(_with_baselines(summary, name))
-        if "over_baseline" in (student := summary["students"].get(name, {})):
-            add(f"{name}: gain over {alone(summary)}", student["over_baseline"], sign="+")
-    add_networks(_teachers(summary))
+        if "over_baseline" in summary["students"].get(student, {}):
+            gains = summary["students"][student]["over_baseline"]
+            add(f"{student}: gain over {alone(summary)}", gains, sign="+")
     return rows
 
 
 def column_words(key: str) -> str:
-    """A kind of accuracy as text: `5way_1shot` is `1-shot`, and `mean_iou` is `mean IoU`."""
+    """A kind of figure as text: `5way_1shot` is `1-shot`, and `mean_iou` is `mean IoU`."""
     words = key.rpartition("way_")[2].replace("shot", "-shot").replace("_", " ").replace("boundary f", "boundary F")
     return words.replace("auroc", "AUROC").replace("iou", "IoU").replace("dice", "Dice")
+
+
+def chart_words(key: str, split: str, *, of: str = "") -> str:
+    """What a chart shows, with `of` which networks: `accuracy in %, val, 5-shot`, or `mean IoU in %, test`."""
+    if key == KNOWN or key.endswith("shot"):
+        return f"accuracy{of} in %, {split}, {column_words(key)}"
+    return f"{column_words(key)}{of} in %, {split}"
 
 
 def judged_by(summary: dict[str, Any]) -> str:
@@ -354,22 +350,35 @@ def invalid(summary: dict[str, Any]) -> list[str]:
 
 
 def not_better(summary: dict[str, Any]) -> dict[str, str]:
-    """A sentence for each student that is not better than its baseline, on known classes or with most shots."""
+    """A sentence for each student that is not better than its baseline in the figure that it is judged by.
+
+    Where masks are measured, also for one that is better in that figure and worse in another.
+    """
     split, sentences = report_split(summary), {}
     for name, student in summary["students"].items():
-        gain = list(student["over_baseline"][split].values())[-1] if "over_baseline" in student else None
-        if gain is None or gain["mean"] > gain["ci95"]:
+        if "over_baseline" not in student:
             continue
-        if -gain["ci95"] <= gain["mean"] and gain["ci95"] > MAX_INTERVAL:
+        gains, baseline = student["over_baseline"][split], f"the same network on {alone(summary)}"
+        judged, gain = list(gains.items())[-1]
+        worse, better = gain["mean"] < -gain["ci95"], gain["mean"] > gain["ci95"]
+        others = [
+            f"{column_words(key)} is {'lower' if better else 'higher'} ({percent(other, sign='+')})"
+            for key, other in gains.items()
+            if key in OF_MASKS and (-other["mean"] if better else other["mean"]) > other["ci95"]
+        ]
+        but = f", but {' and '.join(others)}" if others else ""
+        if better and others:
+            figure = f"the {column_words(judged)} of student {name}"
+            sentences[name] = f"{figure} is higher than that of {baseline} ({percent(gain, sign='+')}){but}"
+        elif not better and not worse and gain["ci95"] > MAX_INTERVAL:
             few = "too few images are measured to tell it from"
-            sentences[name] = f"student {name}: {few} the same network on {alone(summary)} ({percent(gain, sign='+')})"
-        else:
-            comparison = "worse than" if gain["mean"] < -gain["ci95"] else "no better than"
-            better = student.get("baseline", name)
+            sentences[name] = f"student {name}: {few} {baseline} ({percent(gain, sign='+')}){but}"
+        elif not better:
+            comparison = "worse than" if worse else "no better than"
             sentences[name] = (
-                f"student {name} is {comparison} the same network on {alone(summary)} ({percent(gain, sign='+')}): use "
-                f"the network in baselines/{better}, or try more steps, more unlabelled images, or a teacher that is "
-                "better than this baseline without its prior map"
+                f"student {name} is {comparison} {baseline} ({percent(gain, sign='+')}){but}: use the network in "
+                f"baselines/{student.get('baseline', name)}, or try more steps, more unlabelled images, or a teacher "
+                "that is better than this baseline without its prior map"
             )
     return sentences
 

@@ -30,6 +30,7 @@ from dpkd.report.summary import (
     UNMEASURED,
     Table,
     alone,
+    chart_words,
     column_words,
     few_images,
     figure_or_none,
@@ -80,11 +81,11 @@ def write_report(settings: Settings, summary: dict[str, Any]) -> None:
     if "protocol" in summary:
         scores = {name: _exported(summary, network) for name, network in networks(summary).items()}
         rows = {name: (100 * score["mean"], 100 * score["ci95"]) for name, score in scores.items() if score}
-        title = f"Accuracy as exported in %, {report_split(summary)}, {column_words(judged_by(summary))}"
+        title = chart_words(judged_by(summary), report_split(summary), of=" as exported")
         content |= {
             "verdicts": verdicts(summary),
             "heading": heading(summary),
-            "accuracy": interval_chart(rows, title=title, gains=False),
+            "accuracy": interval_chart(rows, title=f"{title[0].upper()}{title[1:]}", gains=False),
             "confusions": confusions(summary),
             "notes": [*invalid(summary), *few_images(summary)],
             "figures": figure_tables(summary) | class_tables(summary),
@@ -171,7 +172,7 @@ def curves(events: Iterable[Mapping[str, Any]]) -> list[str]:
     for event in events:
         if event["kind"] == "evaluated" and event["scores"]:
             key, score = list(event["scores"].items())[-1]
-            title = f"{event['stage']}: accuracy in %, {event['split']}, {column_words(key)}"
+            title = f"{event['stage']}: {chart_words(key, event['split'])}"
             point = (event["step"], 100 * score["mean"], 100 * score["ci95"])
             charts[title][event["network"]][event["step"]] = point
         for key, value in event.items() if event["kind"] == "train" else ():

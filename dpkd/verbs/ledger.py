@@ -32,7 +32,7 @@ from dpkd.errors import UserError, did_you_mean
 from dpkd.io import storage
 from dpkd.log import duration, logger
 from dpkd.report.charts import Point, interval_chart, line_chart
-from dpkd.report.summary import column_words, markdown_table
+from dpkd.report.summary import KNOWN, column_words, markdown_table
 from dpkd.run.folder import RunFolder
 from dpkd.settings import Settings, parse_settings
 from dpkd.stages import driver
@@ -224,6 +224,7 @@ class Ledger:
         results = Results([(row, seed, figures) for row, seed, _, figures in runs], self.same)
         uses, places, last = prior_uses(self._settings), results.places, results.places[-1]
         pairs = len({seed for _, seed, *_ in runs})
+        kind = "Accuracy" if last.endswith(("shot", column_words(KNOWN))) else "Figures"
         advised, removed, why = advise(results, uses)
         overrides = without(self._settings, removed) if advised == ALL else self._rows[advised]
         lines = ["# What helps on these images", "", f"`{self._command}`", "", "## What to do", ""]
@@ -244,7 +245,7 @@ class Ledger:
                     if student == results.students[-1]:
                         drawn[f"{row} − {over}"] = (100 * found[last].mean, 100 * (found[last].half or 0))
                 table.append([title, student, *words, str(found[last].num_seeds)])
-            title = "Accuracy in %" if compared is accuracies else "Gains in points"
+            title = f"{kind} in %" if compared is accuracies else "Gains in points"
             lines += [f"## {title}", "", "As exported, with 95 % intervals over pairs.", "", *markdown_table(table), ""]
         for share, row, student in product(self._shares, (ALL, LABELS), results.students):
             if accuracy := results.estimate(row + at(share), None, student, last):
@@ -255,7 +256,7 @@ class Ledger:
             else {}
         )
         if curves:
-            charts["labels.svg"] = line_chart(curves, title=f"Accuracy in %, {last}", x_title="% of the labels")
+            charts["labels.svg"] = line_chart(curves, title=f"{kind} in %, {last}", x_title="% of the labels")
         for name, chart in charts.items():
             storage.write_bytes_atomic(self.out / name, chart.encode())
             lines += [f"![{name}]({name})", ""]

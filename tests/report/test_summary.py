@@ -9,6 +9,7 @@ import pytest
 from dpkd.io.record import checked
 from dpkd.report.quarantine import Quarantine
 from dpkd.report.summary import count_words, figure_or_none, final_words, judged_by, percent, write_summary
+from dpkd.stages.report import curves, verdicts
 
 
 def network(mean: float) -> dict[str, Any]:
@@ -73,6 +74,54 @@ def test_a_run_of_masks_speaks_of_masks(run: Path) -> None:
     assert "small: gain over masks alone" in words
     assert "worse than the same network on masks alone (-10.0 ± 2.0 %)" in words
     assert "labels alone" not in words
+
+
+@pytest.mark.parametrize(
+    ("mean_iou", "boundary_f", "told"),
+    [
+        (
+            0.07,
+            -0.04,
+            "higher than that of the same network on masks alone (+7.0 ± 2.0 %), but boundary F is lower (-4.0 ± 2.0 %)",
+        ),
+        (
+            -0.07,
+            0.04,
+            "worse than the same network on masks alone (-7.0 ± 2.0 %), but boundary F is higher (+4.0 ± 2.0 %): use",
+        ),
+        (0.07, 0.04, None),
+        (0.07, -0.01, None),
+    ],
+)
+def test_figures_of_masks_that_disagree_are_both_told(
+    run: Path, mean_iou: float, boundary_f: float, told: str | None
+) -> None:
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    gains = {"boundary_f": {"mean": boundary_f, "ci95": 0.02}, "mean_iou": {"mean": mean_iou, "ci95": 0.02}}
+    for kind in ("students", "baselines"):
+        evaluation[kind]["small"]["few_shot"] = dict.fromkeys(("val", "novel"), gains)
+    evaluation["students"]["small"]["over_baseline"] = {"novel": gains}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    words = final_words(write_summary(run))
+    assert "than" not in words if told is None else told in words
+    assert [is_better for _, is_better in verdicts(write_summary(run))] == [told is None]
+    assert told is None or told[1:] in verdicts(write_summary(run))[0][0]
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("5way_5shot", "accuracy in %, val, 5-shot"),
+        ("known_classes", "accuracy in %, val, known classes"),
+        ("mean_average_precision", "mean average precision in %, val"),
+        ("auroc", "AUROC in %, val"),
+        ("mean_iou", "mean IoU in %, val"),
+    ],
+)
+def test_a_chart_names_its_figure(key: str, words: str) -> None:
+    event = {"kind": "evaluated", "stage": "teach", "network": "teacher", "split": "val", "step": 1}
+    (chart,) = curves([event | {"scores": {key: {"mean": 0.4, "ci95": 0.1}}}])
+    assert f"<title>teach: {words}</title>" in chart
 
 
 def test_summary_json_has_the_promised_keys(run: Path) -> None:
