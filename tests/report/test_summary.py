@@ -82,7 +82,7 @@ def test_a_run_of_masks_speaks_of_masks(run: Path) -> None:
         (
             0.07,
             -0.04,
-            "higher than that of the same network on masks alone (+7.0 ± 2.0 %), but boundary F is lower (-4.0 ± 2.0 %)",
+            "than that of the same network on masks alone (+7.0 ± 2.0 %), but boundary F is lower (-4.0 ± 2.0 %)",
         ),
         (
             -0.07,
