@@ -24,11 +24,12 @@ from dpkd.data.splits import assign
 from dpkd.defaults import chosen_settings
 from dpkd.engine.world import World
 from dpkd.errors import UserError
-from dpkd.evaluation.multi_label import label_scores, measure_labels
-from dpkd.objectives.multi_label import MultiLabel, distil_labels, multi_label
+from dpkd.evaluation.multi_label import label_values, mean_score, measure_labels
+from dpkd.objectives.logits import distil_labels
+from dpkd.objectives.supervised import MultiLabel, multi_label
 from dpkd.settings import load_settings
 from dpkd.stages.baselines import baselines
-from dpkd.stages.evaluate_labels import measure_several
+from dpkd.stages.classify import compare, measure_several
 from dpkd.stages.run import Run
 from tests.data.packing import pack_at
 from tests.exports import make_shots
@@ -201,7 +202,9 @@ def test_scores_are_those_of_scikit_learn(decimals: int) -> None:
         assert measured["precision"][0, k] == pytest.approx(average_precision_score(truth, score))
         assert measured["auroc"][0, k] == pytest.approx(roc_auc_score(truth, score))
     assert np.isnan(measured["precision"][:, 3]).all()  # no image lacks it: nothing to tell apart
-    scores = label_scores(measured, train_count_K=np.array([90, 19, 3, 90]))
+    scores = {
+        key: mean_score(value) for key, value in label_values(measured, train_count_K=np.array([90, 19, 3, 90])).items()
+    }
     assert scores["mean_average_precision"]["mean"] == pytest.approx(measured["precision"][0, :3].mean())
     assert scores["average_precision_of_rare_labels"]["mean"] == pytest.approx(measured["precision"][0, 1:3].mean())
 
@@ -215,7 +218,7 @@ def test_the_interval_covers_the_score_of_new_images() -> None:
 
     truth = 0.7602  # Φ(1 / √2)
     for draw in range(100):
-        score = label_scores(measure_labels(*images(150), seed=draw), train_count_K=np.array([90]))["auroc"]
+        score = mean_score(measure_labels(*images(150), seed=draw)["auroc"])
         covered += abs(score["mean"] - truth) <= score["ci95"]
     assert 88 <= covered <= 100
 
@@ -270,9 +273,8 @@ def test_a_whole_run_measures_exports_and_predicts(run: Command, tmp_path: Path)
     test = dataset.split("test")
     score_NK = np.array([[row_of[key][f"p_{name}"] for name in dataset.manifest.classes] for key in test.keys])
     measured = measure_labels(score_NK, test.label_NK, seed=0)
-    scores = label_scores(measured, train_count_K=np.array([90, 90, 90]))
     exported = student.get("plain_pooling", student["few_shot"])["test"]["mean_average_precision"]
-    assert scores["mean_average_precision"]["mean"] == pytest.approx(exported["mean"], abs=0.02)
+    assert mean_score(measured["precision"])["mean"] == pytest.approx(exported["mean"], abs=0.02)
     for row in rows:
         assert row["labels"] == "|".join(name for name in dataset.manifest.classes if row[f"p_{name}"] >= 0.5)
     with pytest.raises(UserError, match="--top 2"):
@@ -303,7 +305,8 @@ def test_a_split_of_which_no_label_can_be_told_apart_has_no_figure(run: Command)
     logits = rng.normal(size=(len(opened.readable("test")), 3)).astype(np.float32)
     embedded = {"students.conv": {"logits": logits}, "baselines.conv": {"logits": logits}}
     chosen: dict[str, str] = {}
-    figures = measure_several(opened, embedded, split, baselines={"students.conv": ["baselines.conv"]}, chosen=chosen)
+    values, _ = measure_several(opened, split, embedded)
+    figures = compare(opened, ["students.conv", "baselines.conv"], values, chosen=chosen)
     assert figures["few_shot"] == {"students.conv": {}, "baselines.conv": {}}
     assert figures["over_baseline"] == {}
     assert chosen == {}

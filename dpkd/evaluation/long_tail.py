@@ -1,6 +1,7 @@
 """Accuracy on known classes, whose images training has seen: all, frequent and rare classes; calibration, confusion.
 
-Axes: N sample, R mistake, K class, C shown class. Accuracies are fractions in [0, 1].
+Also zero-shot accuracy on unseen classes, which an expert's attributes describe.
+Axes: N sample, R mistake, K class, C shown class, A attribute. Accuracies are fractions in [0, 1].
 """
 
 from collections.abc import Sequence
@@ -8,6 +9,8 @@ from math import sqrt
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dpkd.data.attributes import score_weights
 
 Integers = NDArray[np.int64]
 
@@ -91,3 +94,23 @@ def confusion(prediction_N: Integers, label_N: Integers) -> tuple[Integers, Inte
     counts = np.zeros((len(class_C) + 1, len(class_C) + 1), np.int64)
     np.add.at(counts, (place_K[label_N], place_K[prediction_N]), 1)
     return class_C, counts
+
+
+def zero_shot_accuracy(
+    logit_NA: NDArray[np.floating], label_N: Integers, *, class_K: Integers, value_KA: NDArray[np.floating]
+) -> dict[str, float]:
+    """Accuracy `overall`, `balanced` (mean over classes) and by `chance`, among the classes `class_K`.
+
+    The prediction for a sample is the class whose attributes are most likely under the predicted attribute logits
+    (direct attribute prediction, Lampert et al. 2014; `score_weights`). Samples of other classes, or without a label,
+    do not count. Among classes with equal attributes, the first wins.
+    """
+    weight_KA, bias_K = score_weights(value_KA)
+    prediction_N = class_K[(logit_NA @ weight_KA.T + bias_K).argmax(1)]
+    tested = [label_N == label for label in class_K]
+    hit_N = prediction_N == label_N
+    return {
+        "overall": float(hit_N[np.isin(label_N, class_K)].mean()),
+        "balanced": float(np.mean([hit_N[tested_N].mean() for tested_N in tested if tested_N.any()])),
+        "chance": 1 / len(class_K),
+    }

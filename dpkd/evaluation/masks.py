@@ -4,7 +4,7 @@ Axes: H W pixels, K class, N image. Only counts and distances of an image are ke
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -19,9 +19,8 @@ BAND = 0.02
 """Width of the band of the boundary IoU, as a share of the diagonal (Cheng et al. 2021)."""
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """One predicted mask against the true one, for each class."""
+class Agreement(NamedTuple):
+    """One predicted mask against the true one, for each class; for several images each field is NK."""
 
     overlap_K: Floats
     """Pixels that both have."""
@@ -108,14 +107,13 @@ def mask_scores(rows: Sequence[Agreement], *, outlined: Sequence[int]) -> dict[s
     are ratios of sums over all images, mean over classes with a true pixel. Their values are linearised, so that the
     deviation of their mean is that of the infinitesimal jackknife (Efron 1982), close to the bootstrap's.
     """
-    overlap_NK, union_NK = (np.stack([getattr(row, name) for row in rows]) for name in ("overlap_K", "union_K"))
-    present = np.flatnonzero(np.stack([row.true_K for row in rows]).sum(0))
-    band_NK = [np.stack([getattr(row, name) for row in rows]) for name in ("band_overlap_K", "band_union_K")]
+    overlap_NK, union_NK, true_NK, band_overlap_NK, band_union_NK, boundary_f_NK, _ = np.stack(rows, axis=1)
+    present = np.flatnonzero(true_NK.sum(0))
     edged = [k for k in outlined if k in present]
     return {
         "mean_dice": _ratio_values(2 * overlap_NK[:, present], (overlap_NK + union_NK)[:, present]),
-        "boundary_iou": _ratio_values(*(each[:, edged] for each in band_NK)),
-        "boundary_f": np.stack([row.boundary_f_K for row in rows])[:, edged].mean(1),
+        "boundary_iou": _ratio_values(band_overlap_NK[:, edged], band_union_NK[:, edged]),
+        "boundary_f": boundary_f_NK[:, edged].mean(1),
         "mean_iou": _ratio_values(overlap_NK[:, present], union_NK[:, present]),
     }
 
@@ -130,10 +128,9 @@ def _ratio_values(part_NK: Floats, whole_NK: Floats) -> Floats:
 
 def class_figures(rows: Sequence[Agreement], names: Sequence[str]) -> dict[str, dict[str, float]]:
     """`iou` and `dice` of each class with a true pixel over all images, and `hd95_px`, the mean over images."""
-    overlap_K, union_K, true_K = (
-        np.stack([getattr(row, name) for row in rows]).sum(0) for name in ("overlap_K", "union_K", "true_K")
-    )
-    hd95_K = np.stack([row.hd95_K for row in rows]).mean(0)
+    images = Agreement(*np.stack(rows, axis=1))
+    overlap_K, union_K, true_K = (each_NK.sum(0) for each_NK in (images.overlap_K, images.union_K, images.true_K))
+    hd95_K = images.hd95_K.mean(0)
     return {
         name: {
             "iou": float(overlap_K[k] / union_K[k]),

@@ -59,21 +59,23 @@ def measure_labels(score_NK: Floats, label_NK: Labels, *, seed: int) -> dict[str
     return {"precision": precision_RK, "auroc": auroc_RK}
 
 
-def mean_score(value_RK: Floats) -> dict[str, float] | None:
-    """Mean over the labels that can be measured, and half of its 95 % interval; None if there are none."""
+def mean_score(value_RK: Floats) -> dict[str, float]:
+    """Mean over the labels that can be measured, and half of its 95 % interval; one of them can be."""
     measured_RK = value_RK[:, ~np.isnan(value_RK[0])]
-    if not measured_RK.shape[1]:
-        return None
     # a draw may lack the few samples with a label
     mean_R = np.ma.masked_invalid(measured_RK).mean(1)
     return {"mean": float(mean_R[0]), "ci95": float(Z_95 * mean_R[1:].std())}
 
 
-def label_scores(measured: Mapping[str, Floats], *, train_count_K: NDArray[np.int64]) -> dict[str, dict[str, float]]:
-    """`auroc`, `average_precision_of_rare_labels` where some are rare, and `mean_average_precision`, over labels."""
+def label_values(measured: Mapping[str, Floats], *, train_count_K: NDArray[np.int64]) -> dict[str, Floats]:
+    """By figure, values RK for `mean_score`: `auroc`, `average_precision_of_rare_labels`, `mean_average_precision`.
+
+    A figure that no label has is left out, and rare labels where all are rare.
+    """
     rare_K = train_count_K < RARE
-    scores = {"auroc": mean_score(measured["auroc"])}
-    if rare_K.any() and not rare_K.all():
-        scores["average_precision_of_rare_labels"] = mean_score(measured["precision"][:, rare_K])
-    scores["mean_average_precision"] = mean_score(measured["precision"])
-    return {key: score for key, score in scores.items() if score is not None}
+    values = {
+        "auroc": measured["auroc"],
+        "average_precision_of_rare_labels": measured["precision"][:, rare_K & (not rare_K.all())],
+        "mean_average_precision": measured["precision"],
+    }
+    return {key: value_RK for key, value_RK in values.items() if not np.isnan(value_RK[0]).all()}

@@ -9,18 +9,13 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, SerializeAsAny
 
 from dpkd.config import any_class_of
-from dpkd.objectives.attributes import Attributes
 from dpkd.objectives.base import Objective
-from dpkd.objectives.features import FeatureDistillation
-from dpkd.objectives.logits import DecoupledLogits, LogitDistillation, StandardisedLogits
+from dpkd.objectives.changed_images import Mixup, PseudoLabels, Rotation
+from dpkd.objectives.features import FeatureDistillation, RelationDistillation
+from dpkd.objectives.logits import DecoupledLogits, LogitDistillation, MultiLabelDistillation, StandardisedLogits
 from dpkd.objectives.masked_prior import MaskedPrior
-from dpkd.objectives.mixup import Mixup
-from dpkd.objectives.multi_label import MultiLabel, MultiLabelDistillation
 from dpkd.objectives.patches import LocalityGuidance, PatchDistillation, PatchLabels, PatchRelations
-from dpkd.objectives.pseudo_labels import PseudoLabels
 from dpkd.objectives.region_bounds import RegionBounds
-from dpkd.objectives.relations import RelationDistillation
-from dpkd.objectives.rotation import Rotation
 from dpkd.objectives.segmentation import (
     MaskConsistency,
     MaskDistillation,
@@ -29,7 +24,7 @@ from dpkd.objectives.segmentation import (
     Segmentation,
 )
 from dpkd.objectives.sigreg import SigReg
-from dpkd.objectives.supervised import Supervised
+from dpkd.objectives.supervised import Attributes, MultiLabel, Supervised
 
 BuiltIn = Annotated[
     Supervised

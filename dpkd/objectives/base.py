@@ -199,8 +199,7 @@ class Context:
         return self._first(self.batch.views[view].image_BCHW)
 
     def _first(self, tensor: Tensor) -> Tensor:
-        size = len(self.batch.index_B)
-        return tensor if len(tensor) == size else tensor[:size]
+        return tensor[: len(self.batch.index_B)]
 
 
 class Objective(Config):

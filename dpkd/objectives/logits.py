@@ -1,4 +1,4 @@
-"""Distillation of logits: as they are, standardised, or the target class apart. Axes: B sample, K class."""
+"""Distillation of logits: as they are, standardised, or the target class apart. Axes: B sample, K class or label."""
 
 from __future__ import annotations
 
@@ -111,3 +111,27 @@ def decoupled_logits(
         F.kl_div(student, teacher, reduction="batchmean", log_target=True) for student, teacher in (binary, others)
     )
     return temperature**2 * tckd, temperature**2 * nckd
+
+
+class MultiLabelDistillation(Distillation):
+    """The teacher's probability of each label, softened: the mean over labels of binary KL (Yang et al. 2023)."""
+
+    kind: Literal["multi_label_logits"] = "multi_label_logits"
+    temperature: float = Field(1.0, gt=0)
+
+    def needs(self) -> Needs:
+        return Needs(student=("logits",), teacher=("logits",))
+
+    def loss(self, context: Context) -> Tensor:
+        student_BK, teacher_BK = context.student("logits"), context.teacher("logits")
+        return self.weight * distil_labels(student_BK, teacher_BK, temperature=self.temperature)
+
+
+def distil_labels(student_BK: Tensor, teacher_BK: Tensor, *, temperature: float) -> Tensor:
+    """`temperature² · KL(teacher ‖ student)` of each label's softened probability, mean over samples and labels."""
+    import torch.nn.functional as F
+
+    student_BK, teacher_BK = student_BK.float() / temperature, teacher_BK.float() / temperature
+    with_BK = teacher_BK.sigmoid() * (F.logsigmoid(teacher_BK) - F.logsigmoid(student_BK))
+    without_BK = (-teacher_BK).sigmoid() * (F.logsigmoid(-teacher_BK) - F.logsigmoid(-student_BK))
+    return temperature**2 * (with_BK + without_BK).mean()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from dpkd.objectives.base import Context, Distillation, Head, Needs, Objective, Weight
-from dpkd.objectives.pseudo_labels import Strong
+from dpkd.objectives.changed_images import Strong
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dpkd.report.summary import DASH, alone, count_words, markdown_table, percent, rate_words
+from dpkd.report.figures import DASH, Evaluation, count_words, markdown_table, percent, rate_words
 
 FRONT_MATTER = """\
 ---
@@ -105,7 +105,7 @@ def _numbers(table: dict[str, Any], evaluation: dict[str, Any]) -> list[str]:
     kinds = {
         "few_shot": "with its prior map" if has_map else "accuracy",
         "plain_pooling": "as timm pools",
-        "over_baseline": f"gain over the same network on {alone(evaluation)}",
+        "over_baseline": f"gain over the same network on {Evaluation(evaluation).alone}",
     }
     keys = list(dict.fromkeys(key for scores in table["few_shot"].values() for key in scores))
     rows = [["", "split", *(key.replace("_", " ") for key in keys)]]

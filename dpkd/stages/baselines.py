@@ -4,8 +4,7 @@ from typing import NamedTuple
 
 from dpkd.models.settings import MeanPooling
 from dpkd.objectives import AnyObjective
-from dpkd.objectives.multi_label import MultiLabel
-from dpkd.objectives.supervised import Supervised
+from dpkd.objectives.supervised import MultiLabel, Supervised
 from dpkd.settings import Settings, StudentSettings, TeacherSettings
 
 

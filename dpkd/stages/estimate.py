@@ -23,7 +23,7 @@ from dpkd.objectives.base import Objective, teacher_of
 from dpkd.priors.base import BatchExtractor, ImageViews
 from dpkd.priors.catalogue.regions import Expert
 from dpkd.priors.record import store_map
-from dpkd.report.summary import count_words
+from dpkd.report.figures import count_words
 from dpkd.settings import DistillSettings, Settings
 from dpkd.stages.check_networks import MAX_PARAMETERS
 from dpkd.stages.plan import training_stages

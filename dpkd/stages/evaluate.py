@@ -25,7 +25,6 @@ Unreadable samples are left out. Axes: N readable sample, D feature, E episode, 
 
 import json
 import time
-from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -41,9 +40,8 @@ from dpkd.data.label_file import Labels
 from dpkd.data.shards import Split
 from dpkd.engine.network import Frozen
 from dpkd.errors import UserError
-from dpkd.evaluation.attributes import zero_shot_accuracy
-from dpkd.evaluation.few_shot import Episodes, draw_episodes, few_shot_accuracy, score
-from dpkd.evaluation.long_tail import ADDED_TO_GAINS, ADDED_TO_HITS, known_hits
+from dpkd.evaluation.few_shot import Episodes, draw_episodes, few_shot_accuracy
+from dpkd.evaluation.long_tail import known_hits, zero_shot_accuracy
 from dpkd.evaluation.seen import seen_among
 from dpkd.evaluation.settings import EpisodeSettings
 from dpkd.io import storage
@@ -54,15 +52,14 @@ from dpkd.models.network import Network
 from dpkd.models.saved import load_network
 from dpkd.models.settings import FigureGroundPooling, NetworkSpec
 from dpkd.objectives.base import teacher_of
+from dpkd.report.figures import KNOWN, Evaluation, column_words
 from dpkd.report.quarantine import Quarantine
-from dpkd.report.summary import EVALUATION_NAME, KNOWN, column_words, figure_or_none, figures_markdown
+from dpkd.report.summary import EVALUATION_NAME, figure_or_none
 from dpkd.report.tensorboard import Board
 from dpkd.run.folder import RunFolder
-from dpkd.settings import EvaluateSettings, Settings, TeacherSettings
-from dpkd.stages.baselines import baselines
+from dpkd.settings import Settings, TeacherSettings
 from dpkd.stages.check_data import attribute_table, trained_classes
-from dpkd.stages.classify import PLAIN, classify, predictions_of
-from dpkd.stages.evaluate_labels import measure_several
+from dpkd.stages.classify import PLAIN, Figures, Values, classify, compare, measure_several, predictions_of
 from dpkd.stages.masks import EXAMPLES, masked_splits, measure_masks
 from dpkd.stages.networks import Embedded, embed_networks, spread, teacher_network
 from dpkd.stages.run import Run
@@ -71,9 +68,6 @@ from dpkd.train.task import Predictor
 Specs = Mapping[str, NetworkSpec]
 Outputs = Mapping[str, Embedded]
 """Outputs by network."""
-Figures = dict[str, dict[str, Any]]
-"""Figures of one kind by network."""
-Accuracies = dict[str, dict[str, NDArray[np.float64]]]  # by network and key, values whose mean is a figure
 
 ROLES = ("val", "test")
 TIMING_BATCH = 64
@@ -93,9 +87,8 @@ def evaluate(run: Run) -> None:
             logger.info(f"evaluate: nothing is measured on {' and '.join(unlabelled)}, which has no label")
         if not measured:
             return
-    settings, device, threads = run.settings.evaluate, run.world.device, torch.get_num_threads()
+    device, threads = run.world.device, torch.get_num_threads()
     on_cpu = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
-    assert settings is not None, "the stage is left out without settings"
     networks = {place: network.to(device) for place, network in load_networks(run).items()}
     report: dict[str, Any] = {
         "protocol": _protocol(run) | {"seed": run.seed},
@@ -122,7 +115,7 @@ def evaluate(run: Run) -> None:
         split = run.dataset.split(name)
         masked_N = masked.get(name, np.empty(0, np.int64))
         report["labelled"][name] = int((split.label_N[run.readable(name)] >= 0).sum()) or len(masked_N)
-        for kind, figures in _measure(run, networks, split, settings, chosen=chosen, masked_N=masked_N).items():
+        for kind, figures in _measure(run, networks, split, chosen=chosen, masked_N=masked_N).items():
             for place, figure in figures.items():
                 tables[place].setdefault(kind, {})[name] = figure
     if run.world.rank == 0:
@@ -151,7 +144,7 @@ def _protocol(run: Run) -> dict[str, Any]:
 def _show(run: Run, report: dict[str, Any]) -> None:
     """Writes the figures and the settings of the run to TensorBoard."""
     board = Board(run.folder.tensorboard / "evaluate", start_step=-1)
-    board.show(0, "summary", figures_markdown(report))
+    board.show(0, "summary", Evaluation(report).markdown())
     tree = run.settings.model_dump(mode="json")
     board.show(0, "settings", f"```yaml\n{yaml.safe_dump(tree, sort_keys=False)}```")
     exported = {
@@ -209,20 +202,10 @@ def _seen(run: Run, place: str) -> dict[str, list[str]]:
     return found
 
 
-def _baselines_of(run: Run, networks: Mapping[str, Network]) -> dict[str, list[str]]:
-    """The keys of the baselines of each student that has some."""
-    found: dict[str, list[str]] = defaultdict(list)
-    for name, baseline in baselines(run.settings).items():
-        if {f"students.{baseline.student}", f"baselines.{name}"} <= networks.keys():
-            found[f"students.{baseline.student}"].append(f"baselines.{name}")
-    return found
-
-
 def _measure(
     run: Run,
     networks: Mapping[str, Network],
     split: Split,
-    settings: EvaluateSettings,
     *,
     chosen: dict[str, str],
     masked_N: NDArray[np.int64],
@@ -238,41 +221,39 @@ def _measure(
         predictors[name] = Frozen(network.spec, network)
         if isinstance(network.spec.model.pooling, FigureGroundPooling):
             predictors[name + PLAIN] = PlainlyPooled(network.spec, network)
-    if not (labelled := split.name in run.measured_splits):
-        settings = settings.model_copy(update={"episodes": None})
+    labelled = split.name in run.measured_splits
     embedded = embed_networks(run, predictors, split, indices=indices, shown=True) if labelled else {}
-    if split.info.multi_label and labelled:
-        if run.world.rank != 0:
-            return {}
-        return measure_several(run, embedded, split, baselines=_baselines_of(run, networks), chosen=chosen)
+    several = labelled and split.info.multi_label
     mask_values, mask_figures = measure_masks(run, networks, split, indices=masked_N) if len(masked_N) else ({}, {})
+    evaluate = run.settings.evaluate
+    assert evaluate is not None, "the stage is left out without settings"
+    episode_settings = evaluate.episodes if labelled and not several else None
     means: dict[str, NDArray[np.float32]] = {}
-    if settings.episodes is not None and settings.episodes.transform == "centred_l2":
+    if episode_settings is not None and episode_settings.transform == "centred_l2":
         train = run.dataset.split(run.data.train)
         few_trained = embed_networks(run, predictors, train, indices=spread(run.readable(train.name)), shown=True)
         means = {name: outputs["embedding"].mean(0) for name, outputs in few_trained.items()}
     if run.world.rank != 0:
         return {}
-    accuracies: Accuracies = {name: {} for name in predictors}
-    if settings.episodes is not None:
-        episodes = _episodes(run, settings.episodes, label_N, split=split.name)
+    if several:
+        label_values, tables = measure_several(run, split, embedded)
+        return compare(run, networks, label_values, chosen=chosen) | {"labels": tables}
+    values: dict[str, Values] = {name: {} for name in predictors}
+    if episode_settings is not None:
+        episodes = _episodes(run, episode_settings, label_N, split=split.name)
         for name, outputs in embedded.items():
-            accuracies[name] = few_shot_accuracy(
-                outputs["embedding"], episodes, settings=settings.episodes, base_mean_D=means.get(name)
+            mean_D = means.get(name)
+            values[name] = few_shot_accuracy(
+                outputs["embedding"], episodes, settings=episode_settings, base_mean_D=mean_D
             )
     specs = {name: network.spec for name, network in networks.items()} if labelled else {}
-    predictions = predictions_of(run, networks, embedded, label_N)
+    predictions = predictions_of(run, specs, embedded, label_N)
     for name, prediction_N in predictions.items():
-        accuracies[name][KNOWN] = known_hits(prediction_N, label_N)
-    accuracies = {name: by_key | mask_values.get(name.removesuffix(PLAIN), {}) for name, by_key in accuracies.items()}
-    scores = {
-        name: {key: score(hit_E, added=ADDED_TO_HITS if key == KNOWN else ()) for key, hit_E in by_key.items()}
-        for name, by_key in accuracies.items()
-    }
+        values[name][KNOWN] = known_hits(prediction_N, label_N)
+    for name in values:
+        values[name] |= mask_values.get(name.removesuffix(PLAIN), {})
     return {
-        "few_shot": {name: scores[name] for name in networks},
-        "plain_pooling": {name: scores[name + PLAIN] for name in networks if name + PLAIN in scores},
-        "over_baseline": _over_baseline(run, networks, accuracies, scores, chosen=chosen),
+        **compare(run, networks, values, chosen=chosen),
         "probes": _probe(run, embedded, label_N, split=split.name),
         **classify(run, split, embedded, predictions, label_N),
         "zero_shot": zero_shot(run, specs, embedded, label_N, split=split.name),
@@ -288,21 +269,6 @@ def _episodes(run: Run, settings: EpisodeSettings, label_N: Labels, *, split: st
         few = f"{len(episodes.left_out)} classes have too few samples for an episode"
         logger.info(f"evaluate {split}: {few}: {names}")
     return episodes
-
-
-def _over_baseline(
-    run: Run, networks: Mapping[str, Network], accuracies: Accuracies, scores: Figures, *, chosen: dict[str, str]
-) -> Figures:
-    """By student, the score of the differences from its best baseline, which is added to `chosen`."""
-    gains_of: Figures = {}
-    for student, candidates in _baselines_of(run, networks).items():
-        if scores[student]:
-            best = chosen.setdefault(student, max(candidates, key=lambda name: list(scores[name].values())[-1]["mean"]))
-            gains = {key: accuracy_E - accuracies[best][key] for key, accuracy_E in accuracies[student].items()}
-            gains_of[student] = {
-                key: score(gain_E, added=ADDED_TO_GAINS if key == KNOWN else ()) for key, gain_E in gains.items()
-            }
-    return gains_of
 
 
 def _probe(run: Run, embedded: Outputs, label_N: Labels, *, split: str) -> Figures:

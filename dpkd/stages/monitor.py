@@ -13,18 +13,19 @@ from torch import Tensor
 from dpkd.data.batch import Batch
 from dpkd.data.label_file import Labels
 from dpkd.data.settings import GLOBAL
-from dpkd.evaluation.few_shot import Episodes, draw_episodes, few_shot_accuracy, score
-from dpkd.evaluation.long_tail import ADDED_TO_HITS, known_hits, long_tail, predict_known
+from dpkd.evaluation.few_shot import Episodes, draw_episodes, few_shot_accuracy
+from dpkd.evaluation.long_tail import known_hits, long_tail
 from dpkd.evaluation.rank import COLLAPSED, effective_rank
 from dpkd.evaluation.settings import EpisodeSettings
 from dpkd.log import EventReader, Progress, logger
 from dpkd.models.attention import with_attention
+from dpkd.report.figures import KNOWN
 from dpkd.report.goodput import TimeAccount
 from dpkd.report.pictures import panel
 from dpkd.report.quarantine import Quarantine
-from dpkd.report.summary import KNOWN, figure_or_none, speed_words
+from dpkd.report.summary import figure_or_none, speed_words
 from dpkd.report.tensorboard import Board
-from dpkd.stages.evaluate_labels import label_scores_of
+from dpkd.stages.classify import Values, figure_score, measure_several, predictions_of
 from dpkd.stages.networks import embed_networks
 from dpkd.stages.run import Run
 from dpkd.train.task import Task, network_inputs, with_view_maps
@@ -93,21 +94,20 @@ class Monitor:
         embedded = embed_networks(run, self._task.learners, split, indices=run.readable(name))
         if not self._writes:
             return
+        values: dict[str, Values] = {network: {} for network in embedded}
+        if several:
+            values |= measure_several(run, split, embedded)[0]
+        elif self._protocol is not None:
+            settings, episodes = self._protocol
+            for network, outputs in embedded.items():
+                values[network] = few_shot_accuracy(outputs["embedding"], episodes, settings=settings)
+        specs = {network: learner.spec for network, learner in self._task.learners.items()}
+        for network, prediction_N in () if several else predictions_of(run, specs, embedded, self._labels).items():
+            values[network][KNOWN] = known_hits(prediction_N, self._labels)
+            groups = long_tail(prediction_N, self._labels, train_count_K=run.train_counts)
+            self._board.write(step, {f"accuracy/{network}/{name}_{key}": groups[key] for key in groups})
         for network, outputs in embedded.items():
-            scores = {}
-            if several:
-                scores = label_scores_of(run, split, outputs["logits"])
-            elif self._protocol is not None:
-                settings, episodes = self._protocol
-                accuracy = few_shot_accuracy(outputs["embedding"], episodes, settings=settings)
-                scores = {key: score(accuracy_E) for key, accuracy_E in accuracy.items()}
-            known, classes = self._task.learners[network].spec.classes, run.dataset.manifest.classes
-            if "logits" in outputs and not several:
-                prediction_N = predict_known(outputs["logits"], self._labels, known=known, classes=classes)
-                if prediction_N is not None:
-                    scores[KNOWN] = score(known_hits(prediction_N, self._labels), added=ADDED_TO_HITS)
-                    groups = long_tail(prediction_N, self._labels, train_count_K=run.train_counts)
-                    self._board.write(step, {f"accuracy/{network}/{name}_{key}": groups[key] for key in groups})
+            scores = {key: figure_score(key, value) for key, value in values[network].items()}
             self._board.accuracy(step, network=network, split=name, scores=scores)
             facts = {"stage": self._stage, "step": step, "network": network, "split": name, "scores": scores}
             run.folder.write_event("evaluated", **facts)

@@ -23,27 +23,9 @@ from dpkd.io.record import parse_json, read_record
 from dpkd.log import EventReader
 from dpkd.priors.store import PriorSet
 from dpkd.report.charts import Point, confusion_chart, interval_chart, line_chart
+from dpkd.report.figures import DASH, Evaluation, chart_words
 from dpkd.report.pictures import sheet
-from dpkd.report.summary import (
-    DASH,
-    KNOWN,
-    UNMEASURED,
-    Table,
-    alone,
-    chart_words,
-    column_words,
-    few_images,
-    figure_or_none,
-    figure_tables,
-    heading,
-    invalid,
-    judged_by,
-    networks,
-    not_better,
-    percent,
-    report_split,
-    time_tables,
-)
+from dpkd.report.summary import UNMEASURED, figure_or_none, time_tables
 from dpkd.run.folder import RunFolder
 from dpkd.settings import Settings
 from dpkd.stages.plan import dataset_url
@@ -79,16 +61,17 @@ def write_report(settings: Settings, summary: dict[str, Any]) -> None:
         "unmeasured": UNMEASURED if summary["exports"] else "no student was evaluated in this run",
     }
     if "protocol" in summary:
-        scores = {name: _exported(summary, network) for name, network in networks(summary).items()}
+        evaluation = Evaluation(summary)
+        scores = {name: evaluation.exported(network) for name, network in evaluation.networks.items()}
         rows = {name: (100 * score["mean"], 100 * score["ci95"]) for name, score in scores.items() if score}
-        title = chart_words(judged_by(summary), report_split(summary), of=" as exported")
+        title = chart_words(evaluation.judged, evaluation.split, of=" as exported")
         content |= {
-            "verdicts": verdicts(summary),
-            "heading": heading(summary),
+            "verdicts": evaluation.verdicts(),
+            "heading": evaluation.heading,
             "accuracy": interval_chart(rows, title=f"{title[0].upper()}{title[1:]}", gains=False),
-            "confusions": confusions(summary),
-            "notes": [*invalid(summary), *few_images(summary)],
-            "figures": figure_tables(summary) | class_tables(summary),
+            "confusions": confusions(evaluation),
+            "notes": evaluation.notes(),
+            "figures": evaluation.tables() | evaluation.class_tables(),
         }
     templates = jinja2.Environment(autoescape=True, trim_blocks=True, loader=jinja2.PackageLoader("dpkd", "report"))
     templates.filters["base64"] = lambda data: base64.b64encode(data).decode()
@@ -96,72 +79,13 @@ def write_report(settings: Settings, summary: dict[str, Any]) -> None:
     storage.write_bytes_atomic(folder.path / REPORT_NAME, page.encode())
 
 
-def _exported(summary: dict[str, Any], network: Mapping[str, Any]) -> dict[str, float] | None:
-    """The accuracy of a network as it is exported, of the kind that students are judged by, if it has it."""
-    scores: dict[str, dict[str, float]] = network.get("plain_pooling", network["few_shot"])[report_split(summary)]
-    return scores.get(judged_by(summary))
-
-
-def verdicts(summary: dict[str, Any]) -> list[tuple[str, bool]]:
-    """What each exported student reaches, and what to do if that is little; and whether it is above labels alone."""
-    split, protocol, worse, found = report_split(summary), summary["protocol"], not_better(summary), []
-    of_what = f"recognises {{}} of the {summary['labelled'][split]:,} labelled images of {split}"
-    if (judged := judged_by(summary)).startswith("mean_"):
-        of_what = f"reaches a {column_words(judged)} of {{}} on {summary['labelled'][split]:,} images of {split}"
-    elif judged != KNOWN:
-        shots = max(protocol["shots"])
-        of_what = f"recognises {{}} of the images of {protocol['way']} classes from {shots} labelled images of each"
-        of_what += f" ({split})"
-    for name, student in summary["students"].items():
-        exported = _exported(summary, student)
-        text = f"Student {name}, as exported, {of_what.format(percent(exported) if exported else DASH)}."
-        if name in worse:
-            text += f" {worse[name][0].upper()}{worse[name][1:]}."
-        elif "over_baseline" in student:
-            gain = percent(list(student["over_baseline"][split].values())[-1], sign="+")
-            text += f" That is {gain.replace('%', 'points')} over the same network trained on {alone(summary)}."
-        found.append((text, "over_baseline" in student and name not in worse))
-    return found
-
-
-def class_tables(summary: dict[str, Any]) -> dict[str, Table]:
-    """By title, the accuracy of each class of a split that the networks know; the worst class of the first is first.
-
-    Where an image may have several labels, the average precision and the AUROC of each label.
-    """
-    tables = {}
-    for split in filter(None, summary["splits"].values()):
-        several, measured = (
-            {name: each[kind][split] for name, each in networks(summary).items() if split in each.get(kind, {})}
-            for kind in ("labels", "per_class")
-        )
-        if several:
-            name, first = next(iter(several.items()))
-            rows = [["label", "images", "visible in training", *several, f"AUROC of {name}"]]
-            for label in sorted(first, key=lambda label: first[label]["trained"]):
-                scores = [labels[label]["precision"] for labels in several.values()] + [first[label]["auroc"]]
-                cells = [DASH if score is None else percent(score) for score in scores]
-                rows.append([label, f"{first[label]['samples']:,}", f"{first[label]['trained']:,}", *cells])
-            tables[f"Average precision by label, {split}"] = rows
-        if measured:
-            name, first = next(iter(measured.items()))
-            rows = [["class", "labels", "samples", *measured, f"{name}, 95 %", "takes it for", "such as"]]
-            for label in sorted(first, key=lambda label: first[label]["accuracy"]):
-                of, (low, high) = first[label], first[label]["ci95"]
-                shares = [f"{100 * classes[label]['accuracy']:.1f} %" for classes in measured.values()]
-                row = [label, f"{of['train']:,}", f"{of['samples']:,}", *shares, f"{100 * low:.0f} to {100 * high:.0f}"]
-                rows.append([*row, of["mistaken_for"] or DASH, ", ".join(of["examples"]) or DASH])
-            tables[f"Accuracy by class, {split}"] = rows
-    return tables
-
-
-def confusions(summary: dict[str, Any]) -> list[str]:
-    """A chart of the most confused classes for each student, on the report split."""
+def confusions(evaluation: Evaluation) -> list[str]:
+    """A chart of the most confused classes for each student, on the split of the first table."""
     drawn = []
-    for name, student in summary["students"].items():
-        found = student.get("confusion", {}).get(report_split(summary), {"classes": []})
+    for name, student in evaluation.students.items():
+        found = student.get("confusion", {}).get(evaluation.split, {"classes": []})
         if found["classes"]:
-            title = f"What {name} takes classes for, in %, {report_split(summary)}"
+            title = f"What {name} takes classes for, in %, {evaluation.split}"
             drawn.append(confusion_chart([*found["classes"], "others"], found["counts"], title=title))
     return drawn
 

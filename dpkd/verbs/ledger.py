@@ -32,7 +32,7 @@ from dpkd.errors import UserError, did_you_mean
 from dpkd.io import storage
 from dpkd.log import duration, logger
 from dpkd.report.charts import Point, interval_chart, line_chart
-from dpkd.report.summary import KNOWN, column_words, markdown_table
+from dpkd.report.figures import KNOWN, column_words, markdown_table
 from dpkd.run.folder import RunFolder
 from dpkd.settings import Settings, parse_settings
 from dpkd.stages import driver

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from dpkd.config import Config
 from dpkd.errors import UserError, did_you_mean
 from dpkd.log import logger
-from dpkd.report.summary import markdown_table
+from dpkd.report.figures import markdown_table
 from dpkd.settings import Settings
 
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<", "minItems": "length ≥"}

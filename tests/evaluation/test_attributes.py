@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import expit, rel_entr
 
-from dpkd.evaluation.attributes import zero_shot_accuracy
+from dpkd.evaluation.long_tail import zero_shot_accuracy
 
 RNG = np.random.default_rng(0)
 

@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from dpkd.models.network import build_head
 from dpkd.models.settings import HeadSpec
 from dpkd.objectives.base import losses_of
-from dpkd.objectives.features import FeatureDistillation, feature_distance, standardise
+from dpkd.objectives.features import (
+    FeatureDistillation,
+    RelationDistillation,
+    feature_distance,
+    similarity_divergence,
+    standardise,
+)
 from dpkd.objectives.logits import (
     LogitDistillation,
     StandardisedLogits,
@@ -17,7 +23,6 @@ from dpkd.objectives.logits import (
     standardise_logits,
 )
 from dpkd.objectives.patches import PatchDistillation, distil_patches, resample_features
-from dpkd.objectives.relations import RelationDistillation, similarity_divergence
 from tests.contexts import context_of
 
 RNG = np.random.default_rng(0)

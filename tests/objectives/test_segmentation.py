@@ -10,7 +10,7 @@ from scipy.special import log_softmax
 
 from dpkd.data.batch import Batch, View
 from dpkd.objectives.base import Context, Draw, Objective, Supervision
-from dpkd.objectives.pseudo_labels import Strong
+from dpkd.objectives.changed_images import Strong
 from dpkd.objectives.segmentation import (
     MaskConsistency,
     MaskDistillation,

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from dpkd.io.record import checked
+from dpkd.report.figures import Evaluation, count_words, percent
 from dpkd.report.quarantine import Quarantine
-from dpkd.report.summary import count_words, figure_or_none, final_words, judged_by, percent, write_summary
-from dpkd.stages.report import curves, verdicts
+from dpkd.report.summary import figure_or_none, final_words, write_summary
+from dpkd.stages.report import curves
 
 
 def network(mean: float) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def test_baselines_have_rows_where_no_student_was_trained(run: Path) -> None:
     words = final_words(write_summary(run))
     assert "small on labels alone, 0.5 x steps" in words
     assert "39.0 ± 0.4 %" in words
-    assert judged_by(write_summary(run)) == "5way_5shot"
+    assert Evaluation(write_summary(run)).judged == "5way_5shot"
 
 
 def test_a_run_of_masks_speaks_of_masks(run: Path) -> None:
@@ -104,8 +105,8 @@ def test_figures_of_masks_that_disagree_are_both_told(
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     words = final_words(write_summary(run))
     assert "than" not in words if told is None else told in words
-    assert [is_better for _, is_better in verdicts(write_summary(run))] == [told is None]
-    assert told is None or told[1:] in verdicts(write_summary(run))[0][0]
+    assert [is_better for _, is_better in Evaluation(write_summary(run)).verdicts()] == [told is None]
+    assert told is None or told[1:] in Evaluation(write_summary(run)).verdicts()[0][0]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dpkd.errors import UserError
-from dpkd.evaluation.attributes import zero_shot_accuracy
+from dpkd.evaluation.long_tail import zero_shot_accuracy
 from dpkd.models.saved import load_network
 from dpkd.models.settings import NetworkSpec
 from dpkd.stages.evaluate import zero_shot
