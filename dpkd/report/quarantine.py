@@ -12,6 +12,7 @@ from typing import Any
 from dpkd.errors import UserError, without_secrets
 from dpkd.io import storage
 from dpkd.log import EventReader, append_json
+from dpkd.report.figures import markdown_table
 
 NUM_NAMED = 3
 """Number of items in an error message."""
@@ -77,9 +78,9 @@ class Quarantine:
         """The first items with their reasons, as a Markdown table."""
         if not self._entries:
             return "Nothing was quarantined."
-        lines = ["| stage | item | reason |", "|---|---|---|"]
-        for (stage, item), entry in list(self._entries.items())[:NUM_SHOWN]:
-            lines.append(f"| {stage} | {item} | {entry['reason'].replace('|', '/')} |")
+        shown = list(self._entries.values())[:NUM_SHOWN]
+        rows = [[entry["stage"], entry["item"], entry["reason"].replace("|", "/")] for entry in shown]
+        lines = markdown_table([["stage", "item", "reason"], *rows])
         if len(self._entries) > NUM_SHOWN:
             lines.append(f"\n… and {len(self._entries) - NUM_SHOWN:,} more, in {self.path}")
         return "\n".join(lines)

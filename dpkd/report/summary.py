@@ -15,7 +15,7 @@ fractions. A number that cannot be measured is shown as a dash, and does not sto
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -56,16 +56,6 @@ def speed_words(numbers: Mapping[str, float]) -> str:
     return words + (f" ({100 * numbers['speed/mfu']:.0f} % of the peak)" if "speed/mfu" in numbers else "")
 
 
-def _speeds(events: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """By stage, the median of each speed over its log lines."""
-    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for event in events:
-        for name in SPEEDS if event.get("kind") == "train" else ():
-            if (key := f"speed/{name}") in event:
-                found[event["stage"]][name].append(event[key])
-    return {stage: {name: median(values) for name, values in speeds.items()} for stage, speeds in found.items()}
-
-
 def write_summary(folder: Path) -> dict[str, Any]:
     """Writes `summary.json` and `summary.md` from the results of the stages in the run folder; returns the summary."""
     way_out = "run the stage that writes it again"
@@ -74,9 +64,13 @@ def write_summary(folder: Path) -> dict[str, Any]:
     stages: dict[str, dict[str, Any]] = {
         name: {key: record[key] for key in ("status", "seconds")} for name, record in records.items()
     }
-    for name, speed in _speeds(events).items():
-        if name in stages:
-            stages[name]["speed"] = speed
+    speeds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for event in events:
+        for name in SPEEDS if event.get("kind") == "train" else ():
+            if (key := f"speed/{name}") in event:
+                speeds[event["stage"]][name].append(event[key])
+    for stage in stages.keys() & speeds.keys():
+        stages[stage]["speed"] = {name: median(values) for name, values in speeds[stage].items()}
     exported = {path.name: str(path) for path in sorted((folder / "export").glob("[!.]*")) if path.is_dir()}
     summary = {
         "run": str(folder),

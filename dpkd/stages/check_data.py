@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dpkd.data.attributes import AttributeTable, read_attributes
-from dpkd.data.shards import Dataset
+from dpkd.data.shards import Dataset, SplitInfo
 from dpkd.engine.settings import TrainingSettings
 from dpkd.errors import UserError, did_you_mean
 from dpkd.evaluation.few_shot import drawable_classes
@@ -31,10 +31,8 @@ class SplitCounts(NamedTuple):
     """True if an image may have several labels: the classes."""
 
 
-def counts_of(dataset: Dataset) -> dict[str, SplitCounts]:
-    """The counts of each split of a packed data set."""
-    splits = dataset.manifest.splits
-    return {name: SplitCounts(info.num_samples, info.class_counts, info.multi_label) for name, info in splits.items()}
+Counts = Mapping[str, SplitCounts | SplitInfo]
+"""The counts of each split."""
 
 
 def attribute_table(data: DataSettings) -> AttributeTable | None:
@@ -48,7 +46,7 @@ def trained_classes(dataset: Dataset, data: DataSettings) -> list[str]:
     return [name for name, count in zip(dataset.manifest.classes, counts, strict=True) if count]
 
 
-def measured_splits(data: DataSettings, counts: Mapping[str, SplitCounts]) -> tuple[str, ...]:
+def measured_splits(data: DataSettings, counts: Counts) -> tuple[str, ...]:
     """The evaluated splits that have a label; nothing can be measured on the others."""
     return tuple(name for name in data.evaluated_splits if any(counts[name].class_counts))
 
@@ -56,7 +54,7 @@ def measured_splits(data: DataSettings, counts: Mapping[str, SplitCounts]) -> tu
 def check_splits(
     settings: Settings,
     classes: Sequence[str],
-    counts: Mapping[str, SplitCounts],
+    counts: Counts,
     *,
     place: str,
     trainings: Mapping[str, TrainingSettings],
@@ -91,7 +89,9 @@ def check_splits(
             drawable_classes(np.array(counts[name].class_counts), episodes, split=name)
 
 
-def _check_objectives(settings: Settings, train: SplitCounts, *, trained: Sequence[str], place: str) -> None:
+def _check_objectives(
+    settings: Settings, train: SplitCounts | SplitInfo, *, trained: Sequence[str], place: str
+) -> None:
     """Raises `UserError` for an objective, also of a baseline, that does not fit the labels or masks of the images."""
     masks, of_networks = settings.data.masks, list[tuple[str, Objective]](settings.objectives.items())
     for name, baseline in baselines(settings).items():
@@ -124,7 +124,7 @@ def _check_objectives(settings: Settings, train: SplitCounts, *, trained: Sequen
 
 
 def _check_training(
-    key: str, training: TrainingSettings, *, settings: Settings, train: SplitCounts, trained: Sequence[str]
+    key: str, training: TrainingSettings, *, settings: Settings, train: SplitCounts | SplitInfo, trained: Sequence[str]
 ) -> None:
     """Raises `UserError` if the training split has fewer samples than a batch, or fewer classes than needed."""
     name = settings.data.train

@@ -16,7 +16,7 @@ from dpkd.backends.local_workers import node_resources
 from dpkd.data.image_headers import BrokenImage
 from dpkd.data.images import decode_image
 from dpkd.data.settings import GLOBAL
-from dpkd.engine.settings import EngineSettings, TrainingSettings
+from dpkd.engine.settings import EngineSettings
 from dpkd.log import duration, logger
 from dpkd.models.network import Network, build_network
 from dpkd.objectives.base import Objective, teacher_of
@@ -32,9 +32,6 @@ NUM_IMAGES = 4
 LONG_S = 0.3
 """A measurement that takes longer is not repeated with more images."""
 GB = 1e9
-
-Learners = Mapping[str, Sequence[Objective]]
-"""The objectives of networks that learn together, by the network's key in the settings."""
 
 
 class Cost(NamedTuple):
@@ -94,43 +91,36 @@ def measure_network(network: Network) -> Cost:
 
 def training_needs(settings: Settings, networks: Mapping[str, Network], *, num_samples: int) -> dict[str, Need]:
     """The needs of each training stage by its name; `networks` are all networks by their key in the settings."""
-    costs = {key: measure_network(network) for key, network in networks.items()}
+    costs, gpus = {key: measure_network(network) for key, network in networks.items()}, node_resources().gpus
+    ranks = settings.launcher.workers or max(1, gpus)
     frozen = {f"teachers.{name}" for name, teacher in settings.teachers.items() if teacher.during_distill == "frozen"}
     needs = {}
     for stage, (kind, name, key, part) in training_stages(settings).items():
+        training, learners = part.training, dict[str, Sequence[Objective]]()
         if isinstance(part, DistillSettings):
             learners = {key: each.objectives for key, each in settings.networks.items() if key not in frozen}
         else:
             student = name.partition(".x")[0]
             learners = {key if kind == "teach" else f"distill.students.{student}": part.objectives}
-        steps = part.training.num_steps(num_samples)
-        needs[stage] = _need(settings, learners, costs, part.training, steps=steps)
+        steps, rank_images = training.num_steps(num_samples), training.micro_batch_size or training.batch_size // ranks
+        followed: dict[str, float] = {}
+        image_s = memory = saved = disk = 0.0
+        for learner, objectives in learners.items():
+            cost, passes, engine = costs[learner], _passes(settings, objectives), settings.networks[learner].engine
+            image_s += cost.train_s * passes
+            memory += cost.parameters * bytes_of_parameter(engine, ranks=ranks, gpus=gpus)
+            saved = max(saved, cost.saved_bytes * passes * rank_images)  # one network after the other
+            disk += cost.parameters * (training.keep_checkpoints * (12 + 4 * (engine.ema is not None)) + 4)
+            for objective in objectives:
+                if objective.needs().teacher:
+                    teacher = f"teachers.{teacher_of(objective) or next(iter(settings.teachers))}"
+                    followed[teacher] = max(followed.get(teacher, 0.0), _passes(settings, [objective]))
+        for teacher in followed.keys() - learners.keys():
+            image_s += costs[teacher].predict_s * followed[teacher]
+            memory += 4 * costs[teacher].parameters
+        seconds = image_s * steps * training.batch_size / (ranks if gpus else 1)  # on a CPU ranks share the cores
+        needs[stage] = Need(sum(costs[each].parameters for each in learners), steps, seconds, memory + saved, disk)
     return needs
-
-
-def _need(
-    settings: Settings, learners: Learners, costs: Mapping[str, Cost], training: TrainingSettings, *, steps: int
-) -> Need:
-    gpus = node_resources().gpus
-    ranks = settings.launcher.workers or max(1, gpus)
-    rank_images = training.micro_batch_size or training.batch_size // ranks
-    followed: dict[str, float] = {}
-    image_s = memory = saved = disk = 0.0
-    for key, objectives in learners.items():
-        cost, passes, engine = costs[key], _passes(settings, objectives), settings.networks[key].engine
-        image_s += cost.train_s * passes
-        memory += cost.parameters * bytes_of_parameter(engine, ranks=ranks, gpus=gpus)
-        saved = max(saved, cost.saved_bytes * passes * rank_images)  # one network after the other
-        disk += cost.parameters * (training.keep_checkpoints * (12 + 4 * (engine.ema is not None)) + 4)
-        for objective in objectives:
-            if objective.needs().teacher:
-                teacher = f"teachers.{teacher_of(objective) or next(iter(settings.teachers))}"
-                followed[teacher] = max(followed.get(teacher, 0.0), _passes(settings, [objective]))
-    for key in followed.keys() - learners.keys():
-        image_s += costs[key].predict_s * followed[key]
-        memory += 4 * costs[key].parameters
-    seconds = image_s * steps * training.batch_size / (ranks if gpus else 1)  # on a CPU ranks share the cores
-    return Need(sum(costs[key].parameters for key in learners), steps, seconds, memory + saved, disk)
 
 
 def _passes(settings: Settings, objectives: Sequence[Objective]) -> float:

@@ -87,11 +87,12 @@ def evaluate(run: Run) -> None:
             logger.info(f"evaluate: nothing is measured on {' and '.join(unlabelled)}, which has no label")
         if not measured:
             return
-    device, threads = run.world.device, torch.get_num_threads()
+    settings, device, threads = run.settings.evaluate, run.world.device, torch.get_num_threads()
     on_cpu = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    assert settings is not None, "the stage is left out without settings"
     networks = {place: network.to(device) for place, network in load_networks(run).items()}
     report: dict[str, Any] = {
-        "protocol": _protocol(run) | {"seed": run.seed},
+        "protocol": _protocol(run, settings.episodes) | {"seed": run.seed},
         "splits": {role: getattr(run.data, role) if getattr(run.data, role) in measured else None for role in ROLES},
         "labelled": {},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu,
@@ -115,7 +116,8 @@ def evaluate(run: Run) -> None:
         split = run.dataset.split(name)
         masked_N = masked.get(name, np.empty(0, np.int64))
         report["labelled"][name] = int((split.label_N[run.readable(name)] >= 0).sum()) or len(masked_N)
-        for kind, figures in _measure(run, networks, split, chosen=chosen, masked_N=masked_N).items():
+        found = _measure(run, networks, split, episodes=settings.episodes, chosen=chosen, masked_N=masked_N)
+        for kind, figures in found.items():
             for place, figure in figures.items():
                 tables[place].setdefault(kind, {})[name] = figure
     if run.world.rank == 0:
@@ -131,14 +133,11 @@ def evaluate(run: Run) -> None:
     run.world.barrier()
 
 
-def _protocol(run: Run) -> dict[str, Any]:
+def _protocol(run: Run, episodes: EpisodeSettings | None) -> dict[str, Any]:
     """How networks are measured: the episodes, the number of labels that an image may have, or by known classes."""
     if run.dataset.split(run.data.train).info.multi_label:
         return {"labels": len(trained_classes(run.dataset, run.data))}
-    evaluate = run.settings.evaluate
-    if evaluate is None or evaluate.episodes is None or not run.measured_splits:
-        return {}
-    return evaluate.episodes.model_dump(mode="json")
+    return {} if episodes is None or not run.measured_splits else episodes.model_dump(mode="json")
 
 
 def _show(run: Run, report: dict[str, Any]) -> None:
@@ -207,6 +206,7 @@ def _measure(
     networks: Mapping[str, Network],
     split: Split,
     *,
+    episodes: EpisodeSettings | None,
     chosen: dict[str, str],
     masked_N: NDArray[np.int64],
 ) -> dict[str, Figures]:
@@ -225,11 +225,10 @@ def _measure(
     embedded = embed_networks(run, predictors, split, indices=indices, shown=True) if labelled else {}
     several = labelled and split.info.multi_label
     mask_values, mask_figures = measure_masks(run, networks, split, indices=masked_N) if len(masked_N) else ({}, {})
-    evaluate = run.settings.evaluate
-    assert evaluate is not None, "the stage is left out without settings"
-    episode_settings = evaluate.episodes if labelled and not several else None
+    if not labelled or several:
+        episodes = None
     means: dict[str, NDArray[np.float32]] = {}
-    if episode_settings is not None and episode_settings.transform == "centred_l2":
+    if episodes is not None and episodes.transform == "centred_l2":
         train = run.dataset.split(run.data.train)
         few_trained = embed_networks(run, predictors, train, indices=spread(run.readable(train.name)), shown=True)
         means = {name: outputs["embedding"].mean(0) for name, outputs in few_trained.items()}
@@ -239,13 +238,11 @@ def _measure(
         label_values, tables = measure_several(run, split, embedded)
         return compare(run, networks, label_values, chosen=chosen) | {"labels": tables}
     values: dict[str, Values] = {name: {} for name in predictors}
-    if episode_settings is not None:
-        episodes = _episodes(run, episode_settings, label_N, split=split.name)
+    if episodes is not None:
+        drawn = _draw(run, episodes, label_N, split=split.name)
         for name, outputs in embedded.items():
             mean_D = means.get(name)
-            values[name] = few_shot_accuracy(
-                outputs["embedding"], episodes, settings=episode_settings, base_mean_D=mean_D
-            )
+            values[name] = few_shot_accuracy(outputs["embedding"], drawn, settings=episodes, base_mean_D=mean_D)
     specs = {name: network.spec for name, network in networks.items()} if labelled else {}
     predictions = predictions_of(run, specs, embedded, label_N)
     for name, prediction_N in predictions.items():
@@ -261,7 +258,7 @@ def _measure(
     }
 
 
-def _episodes(run: Run, settings: EpisodeSettings, label_N: Labels, *, split: str) -> Episodes:
+def _draw(run: Run, settings: EpisodeSettings, label_N: Labels, *, split: str) -> Episodes:
     """The episodes of a split; the log names the classes that are too small for one."""
     episodes = draw_episodes(label_N, settings, seed=run.seed, split=split)
     if episodes.left_out:

@@ -27,7 +27,7 @@ from dpkd.run.folder import RunFolder
 from dpkd.settings import DataSettings, DistillSettings, PrepareSettings, Settings, TeacherSettings
 from dpkd.stages import STAGES
 from dpkd.stages.baselines import baselines
-from dpkd.stages.check_data import attribute_table, check_splits, counts_of, trained_classes
+from dpkd.stages.check_data import attribute_table, check_splits, trained_classes
 
 POOL_STAGES = ("pack", "prepare")
 """Stages that run in a pool; the other stages run in the training workers."""
@@ -327,4 +327,4 @@ def _describe(stage: str, settings: Settings) -> str:
 def check_dataset(dataset: Dataset, settings: Settings, left: Collection[str]) -> None:
     """Raises the errors of `check_splits` for a packed data set and the stages that are left."""
     place, trainings = f"the data set at {dataset.url}", left_trainings(settings, left)
-    check_splits(settings, dataset.manifest.classes, counts_of(dataset), place=place, trainings=trainings)
+    check_splits(settings, dataset.manifest.classes, dataset.manifest.splits, place=place, trainings=trainings)

@@ -5,7 +5,7 @@ from contextlib import suppress
 
 from dpkd.run.folder import RunFolder
 from dpkd.settings import Settings
-from dpkd.stages.check_data import counts_of
+from dpkd.stages.check_data import Counts
 from dpkd.stages.plan import dataset_url, plan_run, stages_of, with_origin
 
 
@@ -43,12 +43,13 @@ def plan(settings: Settings, *, fast: bool = False) -> None:
         for blob in blobs[:: -(-len(blobs) // NUM_IMAGES)]:
             with suppress(BrokenImage):  # packing counts it
                 images.append(blob.read())
-        counts, to_pack_bytes = shards.counts, sum(max(0, blob.size) for blob in blobs)
+        counts: Counts = shards.counts
+        to_pack_bytes = sum(max(0, blob.size) for blob in blobs)
     else:
         dataset = Dataset.open(url)
         split = dataset.split(data.train)
         images = [split.read(i).image for i in range(min(NUM_IMAGES, split.num_samples))]
-        counts, to_pack_bytes = counts_of(dataset), 0
+        counts, to_pack_bytes = dataset.manifest.splits, 0
     log_needs(
         settings,
         left,
