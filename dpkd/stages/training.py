@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from dpkd.engine.peak import peak_tflops
 from dpkd.engine.settings import TrainingSettings
 from dpkd.io import storage
 from dpkd.log import Progress, logger
+from dpkd.models.network import Network
 from dpkd.models.saved import save_network
 from dpkd.report.summary import figure_or_none
 from dpkd.settings import DistillSettings, TeacherSettings
@@ -37,33 +39,47 @@ from dpkd.train.sample_log import SampleLog, truncate
 from dpkd.train.task import Learner, Predictor, Task
 
 
+class TrainingStage(NamedTuple):
+    """The networks that a stage trains, its training split, and its settings."""
+
+    task: Task
+    data: TrainingSet
+    settings: TeacherSettings | DistillSettings
+
+
 def teach(run: Run, name: str, *, stage: str) -> None:
     """Trains one teacher, from its newest checkpoint on, and saves its weights."""
-    _train_task(run, *teach_task(run, name), stage=stage, folder_of=run.folder.teacher)
+    _train_task(run, teach_task(run, name), stage=stage, folder_of=run.folder.teacher)
 
 
-def teach_task(run: Run, name: str) -> tuple[Task, TrainingSet, TeacherSettings]:
-    """The teacher and those that it follows, its training split, and its settings."""
+def teach_task(run: Run, name: str) -> TrainingStage:
+    """The teacher and those that it follows."""
     settings, names = run.settings.teachers[name], list(run.settings.teachers)
-    training = settings.training
-    data = training_set(run, training, settings.objectives)
+    data = training_set(run, settings.training, settings.objectives)
     followed = followed_teachers(run, settings.objectives, names[: names.index(name)])
     place = -list(run.settings.trained_teachers).index(name)  # the places of students start at 1
+    return _stage_of_one(run, data, name, settings, followed=followed, place=place)
+
+
+def _stage_of_one(
+    run: Run, data: TrainingSet, name: str, settings: TeacherSettings, *, followed: Mapping[str, Network], place: int
+) -> TrainingStage:
+    """The stage of one network, which follows these teachers."""
+    training = settings.training
     network = new_network(run, data, settings, teachers=followed, place=place)
     learner = make_learner(run, data, network, settings=settings, training=training)
-    teachers = {other: frozen_teacher(run, other, network, training) for other, network in followed.items()}
+    teachers = {other: frozen_teacher(run, other, teacher, training) for other, teacher in followed.items()}
     labels = supervision(run, data, training)
-    task = Task({name: learner}, teachers=teachers, supervision=labels, seed=run.seed)
-    return task, data, settings
+    return TrainingStage(Task({name: learner}, teachers=teachers, supervision=labels, seed=run.seed), data, settings)
 
 
 def distill(run: Run) -> None:
     """Trains all students, from the newest checkpoint on, and saves their weights."""
-    _train_task(run, *distill_task(run), stage="distill", folder_of=run.folder.network)
+    _train_task(run, distill_task(run), stage="distill", folder_of=run.folder.network)
 
 
-def distill_task(run: Run) -> tuple[Task, TrainingSet, DistillSettings]:
-    """All students and teachers, the training split, and the settings."""
+def distill_task(run: Run) -> TrainingStage:
+    """All students and teachers."""
     settings, training = run.settings.distill, run.settings.distill.training
     objectives = [objective for student in settings.students.values() for objective in student.objectives]
     data = training_set(run, training, objectives)
@@ -86,7 +102,7 @@ def distill_task(run: Run) -> tuple[Task, TrainingSet, DistillSettings]:
     live = [name for name in networks if name not in teachers]
     labels = supervision(run, data, training)
     task = Task(learners, teachers=teachers, live_teachers=live, supervision=labels, seed=run.seed)
-    return task, data, settings
+    return TrainingStage(task, data, settings)
 
 
 def train_baseline(run: Run, name: str, *, stage: str) -> None:
@@ -103,23 +119,13 @@ def train_baseline(run: Run, name: str, *, stage: str) -> None:
             logger.info(f"{stage}: left out, because labels of fewer than two classes are visible")
         return
     place = 1 + list(run.settings.distill.students).index(student)
-    network = new_network(run, data, settings, teachers={}, place=place)
-    learner = make_learner(run, data, network, settings=settings, training=settings.training)
-    labels = supervision(run, data, settings.training)
-    task = Task({f"baseline-{name}": learner}, teachers={}, supervision=labels, seed=run.seed)
-    _train_task(run, task, data, settings, stage=stage, folder_of=run.folder.network)
+    alone = _stage_of_one(run, data, f"baseline-{name}", settings, followed={}, place=place)
+    _train_task(run, alone, stage=stage, folder_of=run.folder.network)
 
 
-def _train_task(
-    run: Run,
-    task: Task,
-    data: TrainingSet,
-    settings: TeacherSettings | DistillSettings,
-    *,
-    stage: str,
-    folder_of: Callable[[str], Path],
-) -> None:
+def _train_task(run: Run, trained: TrainingStage, *, stage: str, folder_of: Callable[[str], Path]) -> None:
     """Trains from the newest whole checkpoint to the end, and saves each learner in the folder `folder_of(name)`."""
+    task, data, settings = trained
     training, world = settings.training, run.world
     if training.imbalance == "auto" and world.rank == 0:
         logger.info(f"{stage}: {data.recipe(training)}")
@@ -142,7 +148,7 @@ def _train_task(
         evaluate_every=training.evaluate_every or max(1, total_steps // 10) if evaluates else None,
         panels_every=training.panels_every or max(1, total_steps // 5),
     )
-    attempt = partial(_attempt, run, task, data, settings, stage=stage, checkpoints=checkpoints, parts=parts)
+    attempt = partial(_attempt, run, trained, stage=stage, checkpoints=checkpoints, parts=parts)
     train_past_divergence(
         lambda start_step, skipped: attempt(start_step=start_step, plan=replace(plan, skipped=skipped)),
         checkpoints=checkpoints,
@@ -161,9 +167,7 @@ def _train_task(
 
 def _attempt(
     run: Run,
-    task: Task,
-    data: TrainingSet,
-    settings: TeacherSettings | DistillSettings,
+    trained: TrainingStage,
     *,
     stage: str,
     checkpoints: Checkpoints,
@@ -172,6 +176,7 @@ def _attempt(
     plan: Plan,
 ) -> None:
     """Trains from `start_step` to the end of the plan."""
+    task, data, settings = trained
     training, world, micro_batch_size = settings.training, run.world, run.micro_batch_size(settings.training)
     log_folder, attempt = run.folder.sample_log(stage), checkpoints.attempt
     if world.rank == 0:
