@@ -1,6 +1,6 @@
 """The baselines of the students: the same networks, trained on labels alone, which show what distillation gave."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dpkd.models.settings import MeanPooling
 from dpkd.objectives import AnyObjective
@@ -22,36 +22,32 @@ def baselines(settings: Settings) -> dict[str, Baseline]:
     supervised losses of the student with weight 1, or plain cross-entropy. All samples of its batches are labelled, or
     with `data.masks` have a mask. `plain` has plain cross-entropy and no recipe for rare classes.
     """
-    found = {}
+    found, training = {}, settings.distill.training
     for name, student in settings.distill.students.items():
-        for length in student.baseline:
-            if length == "plain":
-                plain = _on_labels_alone(settings, student, 1.0)
-                without = plain.training.model_copy(update={"imbalance": "none", "sampling": "auto"})
-                of_labels = {"supervised": Supervised(balance="none"), "multi_label": MultiLabel(balance="none")}
-                objectives = tuple(of_labels.get(objective.kind, objective) for objective in plain.objectives)
-                update = {"objectives": objectives, "training": without}
-                found[f"{name}.plain"] = Baseline(name, plain.model_copy(update=update))
-            else:
-                key = name if length == 1 else f"{name}.x{length:g}"
-                found[key] = Baseline(name, _on_labels_alone(settings, student, length))
+        for kind in student.baseline:
+            length, ending = (1.0, ".plain") if kind == "plain" else (kind, "" if kind == 1 else f".x{kind:g}")
+            objectives = labels_alone(settings, student)
+            changes: dict[str, Any] = {"labelled_share": 1.0, "epochs": training.epochs and length * training.epochs}
+            changes["steps"] = training.steps and max(1, round(length * training.steps))
+            if kind == "plain":
+                changes |= {"imbalance": "none", "sampling": "auto"}
+                plain: dict[str, AnyObjective] = {
+                    "supervised": Supervised(balance="none"),
+                    "multi_label": MultiLabel(balance="none"),
+                }
+                objectives = tuple(plain.get(objective.kind, objective) for objective in objectives)
+            baseline = TeacherSettings(
+                model=student.model.model_copy(update={"pooling": MeanPooling()}),
+                weights=student.weights,
+                objectives=objectives,
+                optimizer=student.optimizer,
+                schedule=student.schedule,
+                engine=student.engine,
+                augment=settings.distill.augment,
+                training=training.model_copy(update=changes),
+            )
+            found[name + ending] = Baseline(name, baseline)
     return found
-
-
-def _on_labels_alone(settings: Settings, student: StudentSettings, length: float) -> TeacherSettings:
-    training = settings.distill.training
-    steps = training.steps and max(1, round(length * training.steps))
-    scaled = {"steps": steps, "epochs": training.epochs and length * training.epochs, "labelled_share": 1.0}
-    return TeacherSettings(
-        model=student.model.model_copy(update={"pooling": MeanPooling()}),
-        weights=student.weights,
-        objectives=labels_alone(settings, student),
-        optimizer=student.optimizer,
-        schedule=student.schedule,
-        engine=student.engine,
-        augment=settings.distill.augment,
-        training=training.model_copy(update=scaled),
-    )
 
 
 def labels_alone(settings: Settings, student: StudentSettings) -> tuple[AnyObjective, ...]:
