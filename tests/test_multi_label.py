@@ -25,8 +25,7 @@ from dpkd.defaults import chosen_settings
 from dpkd.engine.world import World
 from dpkd.errors import UserError
 from dpkd.evaluation.multi_label import label_values, mean_score, measure_labels
-from dpkd.objectives.logits import distil_labels
-from dpkd.objectives.supervised import MultiLabel, multi_label
+from dpkd.objectives.multi_label import MultiLabel, distil_labels, multi_label
 from dpkd.settings import load_settings
 from dpkd.stages.baselines import baselines
 from dpkd.stages.classify import compare, measure_several

@@ -1,4 +1,4 @@
-"""Objectives: one file a family, each a frozen settings model that declares its needs and computes its loss.
+"""Objectives: one file each, a frozen settings model that declares its needs and computes its loss.
 
 To add an objective, write a file with the methods of `dpkd.objectives.base.Objective`, and add the class here. For an
 objective in another package, set `kind: package.module:Class` in the settings.
@@ -9,22 +9,28 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, SerializeAsAny
 
 from dpkd.config import any_class_of
+from dpkd.objectives.attributes import Attributes
 from dpkd.objectives.base import Objective
-from dpkd.objectives.changed_images import Mixup, PseudoLabels, Rotation
-from dpkd.objectives.features import FeatureDistillation, RelationDistillation
-from dpkd.objectives.logits import DecoupledLogits, LogitDistillation, MultiLabelDistillation, StandardisedLogits
+from dpkd.objectives.decoupled_logits import DecoupledLogits
+from dpkd.objectives.features import FeatureDistillation
+from dpkd.objectives.locality import LocalityGuidance
+from dpkd.objectives.logits import LogitDistillation
+from dpkd.objectives.mask_consistency import MaskConsistency
+from dpkd.objectives.mask_priors import MaskSaliency, MaskSmoothness
 from dpkd.objectives.masked_prior import MaskedPrior
-from dpkd.objectives.patches import LocalityGuidance, PatchDistillation, PatchLabels, PatchRelations
+from dpkd.objectives.mixup import Mixup
+from dpkd.objectives.multi_label import MultiLabel, MultiLabelDistillation
+from dpkd.objectives.patch_labels import PatchLabels
+from dpkd.objectives.patch_relations import PatchRelations
+from dpkd.objectives.patches import PatchDistillation
+from dpkd.objectives.pseudo_labels import PseudoLabels
 from dpkd.objectives.region_bounds import RegionBounds
-from dpkd.objectives.segmentation import (
-    MaskConsistency,
-    MaskDistillation,
-    MaskSaliency,
-    MaskSmoothness,
-    Segmentation,
-)
+from dpkd.objectives.relations import RelationDistillation
+from dpkd.objectives.rotation import Rotation
+from dpkd.objectives.segmentation import MaskDistillation, Segmentation
 from dpkd.objectives.sigreg import SigReg
-from dpkd.objectives.supervised import Attributes, MultiLabel, Supervised
+from dpkd.objectives.standardised_logits import StandardisedLogits
+from dpkd.objectives.supervised import Supervised
 
 BuiltIn = Annotated[
     Supervised

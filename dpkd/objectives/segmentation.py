@@ -1,16 +1,12 @@
-"""Segmentation: from a few masks, from a teacher, from strongly changed images and from prior maps.
-
-Axes: B sample, R images of the strong view, K class, H W cells of the map or the network.
-"""
+"""Segmentation from a few masks, and its distillation. Axes: B sample, K class, H W cells of the map or the network."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from dpkd.objectives.base import Context, Distillation, Head, Needs, Objective, Weight
-from dpkd.objectives.changed_images import Strong
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,140 +93,3 @@ def distil_masks(student_BKHW: Tensor, teacher_BKHW: Tensor, *, temperature: flo
     log_s_BKHW = (student_BKHW / temperature).log_softmax(1)
     log_t_BKHW = (teacher_BKHW.float() / temperature).log_softmax(1)
     return temperature**2 * F.kl_div(log_s_BKHW, log_t_BKHW, reduction="none", log_target=True).sum(1).mean()
-
-
-class MaskConsistency(Distillation):
-    """Cross-entropy of each cell of strongly changed images for the class that is sure on the global view.
-
-    The class is the network's own, or with `source: teacher` that of the teacher, and moves with the image.
-    """
-
-    kind: Literal["mask_consistency"] = "mask_consistency"
-    threshold: float = Field(0.95, ge=0, lt=1)
-    """Least probability of the class."""
-    magnitude: float = Field(0.5, ge=0, le=1)
-    """Strength of the changes: 0 for none, 1 for those of RandAugment and cutout."""
-    share: float = Field(1.0, gt=0, le=1)
-    """Share of the images of a micro-batch; each is one more image in the forward pass."""
-    source: Literal["own", "teacher"] = "own"
-
-    def needs(self) -> Needs:
-        teacher = ("segmentation",) if self.source == "teacher" else ()
-        return Needs(student=("segmentation",), teacher=teacher, derived=(Strong(self.magnitude, self.share),))
-
-    def loss(self, context: Context) -> Tensor:
-        view = Strong(self.magnitude, self.share).name
-        weak = context.teacher if self.source == "teacher" else context.student
-        strong_RKHW, facts = context.student("segmentation", view=view), context.facts[view]
-        return self.weight * mask_consistency(
-            weak("segmentation")[: len(strong_RKHW)],
-            strong_RKHW,
-            place_R23=facts["place"],
-            seen_R1HW=facts["seen"],
-            threshold=self.threshold,
-        )
-
-
-def mask_consistency(
-    weak_RKHW: Tensor, strong_RKHW: Tensor, *, place_R23: Tensor, seen_R1HW: Tensor, threshold: float
-) -> Tensor:
-    """Cross-entropy on the likeliest class of the moved weak prediction, mean over all cells and images; a scalar.
-
-    UniMatch V2 (Yang et al. 2025). `place_R23` is the affine map by which the strong images were moved. A cell counts
-    if its class is sure, and if its centre is inside of the weak image and of what the network has seen.
-    """
-    import torch
-    import torch.nn.functional as F
-
-    p_RKHW = weak_RKHW.detach().float().softmax(1)
-    size = [*strong_RKHW.shape[:1], p_RKHW.shape[1], *strong_RKHW.shape[2:]]
-    grid_RHW2 = F.affine_grid(place_R23.to(p_RKHW.dtype), size, align_corners=False)
-    moved_RKHW = F.grid_sample(p_RKHW, grid_RHW2, align_corners=False, padding_mode="border")
-    inside_RHW = (grid_RHW2.abs() <= 1).all(3)
-    seen_RHW = F.interpolate(seen_R1HW.float(), size=size[2:], mode="nearest-exact")[:, 0] > 0
-    sure_RHW, class_RHW = moved_RKHW.max(1)
-    counts_RHW = inside_RHW & seen_RHW & (sure_RHW >= threshold)
-    loss_RHW = F.cross_entropy(strong_RKHW.float(), class_RHW, reduction="none")
-    return torch.where(counts_RHW, loss_RHW, 0.0).mean()
-
-
-class MaskSmoothness(Objective):
-    """Cells between which there is no edge should have the same classes (Leung and Malik 1998: intervening contour).
-
-    `w ‖p_i − p_j‖²` with `w = exp(−max E / scale)`, E the map `edge` on the line from cell i to cell j.
-    """
-
-    kind: Literal["mask_smoothness"] = "mask_smoothness"
-    weight: Weight = 0.1
-    scale: float = Field(0.1, gt=0)
-    distances: tuple[int, ...] = Field((1, 2, 4), min_length=1)
-    """Distances in cells of the network between i and j, along both axes."""
-
-    def needs(self) -> Needs:
-        return Needs(student=("segmentation",), maps=("edge",), amounts=("edge",))
-
-    def loss(self, context: Context) -> Tensor:
-        probability_BKHW = context.student("segmentation").float().softmax(1)
-        return self.weight * mask_smoothness(
-            probability_BKHW, context.map("edge"), scale=self.scale, distances=self.distances
-        )
-
-
-def mask_smoothness(p_BKHW: Tensor, edge_B1HW: Tensor, *, scale: float, distances: tuple[int, ...]) -> Tensor:
-    """The mean over the pairs of cells, then over axes, distances and images; images without the map count 0."""
-    import torch
-    import torch.nn.functional as F
-
-    known_B1HW = torch.where(edge_B1HW.isnan(), torch.inf, edge_B1HW)  # weight 0 between cells of an unknown map
-    edge_B1HW = F.adaptive_max_pool2d(known_B1HW, (p_BKHW.shape[2], p_BKHW.shape[3]))
-    losses = []
-    for dim in (2, 3):
-        for distance in distances:
-            if (length := p_BKHW.shape[dim] - distance) <= 0:
-                continue
-            window = (distance + 1, 1) if dim == 2 else (1, distance + 1)
-            weight_B1HW = (-F.max_pool2d(edge_B1HW, window, stride=1) / scale).exp()
-            change_BKHW = p_BKHW.narrow(dim, distance, length) - p_BKHW.narrow(dim, 0, length)
-            losses.append((weight_B1HW * change_BKHW.square().sum(1, keepdim=True)).mean())
-    return torch.stack(losses).mean()
-
-
-class MaskSaliency(Objective):
-    """Cross-entropy for figure where the map `saliency` is high and for ground where it is low, of images without mask.
-
-    For masks of figure and ground.
-    """
-
-    kind: Literal["mask_saliency"] = "mask_saliency"
-    low: float = Field(0.2, ge=0, le=1)
-    """The map up to which a cell is ground."""
-    high: float = Field(0.8, ge=0, le=1)
-    """The map from which a cell is figure."""
-
-    @model_validator(mode="after")
-    def _in_order(self) -> MaskSaliency:
-        if self.low >= self.high:
-            raise ValueError(f"low={self.low:g} must be less than high={self.high:g}")
-        return self
-
-    def needs(self) -> Needs:
-        return Needs(student=("segmentation",), targets=("mask",), maps=("saliency",), amounts=("saliency",))
-
-    def loss(self, context: Context) -> Tensor:
-        hidden_B = context.batch.targets["mask"] < 0
-        logits_B2HW, saliency_B1HW = context.student("segmentation"), context.map("saliency")
-        return self.weight * mask_saliency(logits_B2HW, saliency_B1HW, hidden_B, low=self.low, high=self.high)
-
-
-def mask_saliency(logits_B2HW: Tensor, saliency_B1HW: Tensor, hidden_B: Tensor, *, low: float, high: float) -> Tensor:
-    """The mean over all cells and images; cells between `low` and `high`, unknown ones and images with a mask are 0."""
-    import torch
-    import torch.nn.functional as F
-
-    from dpkd.models.resample import area_resample
-
-    assert logits_B2HW.shape[1] == 2, "saliency is of figure and ground"
-    saliency_BHW = area_resample(saliency_B1HW, (logits_B2HW.shape[2], logits_B2HW.shape[3]))[:, 0]
-    counts_BHW = ((saliency_BHW <= low) | (saliency_BHW >= high)) & hidden_B[:, None, None]
-    loss_BHW = F.cross_entropy(logits_B2HW.float(), (saliency_BHW >= high).long(), reduction="none")
-    return torch.where(counts_BHW, loss_BHW, 0.0).mean()

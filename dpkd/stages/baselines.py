@@ -4,7 +4,8 @@ from typing import Any, NamedTuple
 
 from dpkd.models.settings import MeanPooling
 from dpkd.objectives import AnyObjective
-from dpkd.objectives.supervised import MultiLabel, Supervised
+from dpkd.objectives.multi_label import MultiLabel
+from dpkd.objectives.supervised import Supervised
 from dpkd.settings import Settings, StudentSettings, TeacherSettings
 
 

@@ -17,7 +17,7 @@ from dpkd.models.published import fetch_weights
 from dpkd.models.settings import NetworkSpec
 from dpkd.models.weights import load_weights
 from dpkd.objectives.base import teacher_of
-from dpkd.objectives.changed_images import Mixup
+from dpkd.objectives.mixup import Mixup
 from dpkd.priors.base import BatchExtractor, ImageViews
 from dpkd.priors.derived import derivable
 from dpkd.settings import NetworkSettings, Settings, StudentSettings

@@ -6,7 +6,8 @@ import torch
 from sklearn.metrics import log_loss
 
 from dpkd.data.attributes import score_weights
-from dpkd.objectives.supervised import predict_attributes, supervised
+from dpkd.objectives.attributes import predict_attributes
+from dpkd.objectives.supervised import supervised
 
 RNG = np.random.default_rng(0)
 NAN = float("nan")

@@ -11,8 +11,10 @@ from dpkd.models.backbone import LayerMix
 from dpkd.models.network import build_network
 from dpkd.models.settings import ModelSettings, NetworkSpec
 from dpkd.objectives.base import Context, Draw, Supervision
-from dpkd.objectives.changed_images import Mixed, Mixup, PseudoLabels, Rotation, Strong, Turned, turned
 from dpkd.objectives.draws import beta
+from dpkd.objectives.mixup import Mixed, Mixup
+from dpkd.objectives.pseudo_labels import PseudoLabels, Strong
+from dpkd.objectives.rotation import Rotation, Turned, turned
 from dpkd.objectives.supervised import supervised
 
 MANY = torch.arange(4000)

@@ -8,21 +8,12 @@ import torch.nn.functional as F
 from dpkd.models.network import build_head
 from dpkd.models.settings import HeadSpec
 from dpkd.objectives.base import losses_of
-from dpkd.objectives.features import (
-    FeatureDistillation,
-    RelationDistillation,
-    feature_distance,
-    similarity_divergence,
-    standardise,
-)
-from dpkd.objectives.logits import (
-    LogitDistillation,
-    StandardisedLogits,
-    decoupled_logits,
-    distil_logits,
-    standardise_logits,
-)
+from dpkd.objectives.decoupled_logits import decoupled_logits
+from dpkd.objectives.features import FeatureDistillation, feature_distance, standardise
+from dpkd.objectives.logits import LogitDistillation, distil_logits
 from dpkd.objectives.patches import PatchDistillation, distil_patches, resample_features
+from dpkd.objectives.relations import RelationDistillation, similarity_divergence
+from dpkd.objectives.standardised_logits import StandardisedLogits, standardise_logits
 from tests.contexts import context_of
 
 RNG = np.random.default_rng(0)

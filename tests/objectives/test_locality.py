@@ -8,7 +8,7 @@ from dpkd.errors import UserError
 from dpkd.models.network import build_network
 from dpkd.models.settings import HeadSpec
 from dpkd.objectives.base import losses_of
-from dpkd.objectives.patches import LocalityGuidance
+from dpkd.objectives.locality import LocalityGuidance
 from dpkd.settings import parse_settings
 from tests.contexts import context_of
 from tests.models.test_network import FAMILIES, spec_of

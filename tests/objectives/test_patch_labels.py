@@ -8,7 +8,7 @@ import torch
 
 from dpkd.models.network import build_network
 from dpkd.objectives.base import losses_of
-from dpkd.objectives.patches import PatchLabels, patch_labels
+from dpkd.objectives.patch_labels import PatchLabels, patch_labels
 from tests.contexts import context_of
 from tests.models.test_network import FAMILIES, spec_of
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from dpkd.objectives.base import losses_of
-from dpkd.objectives.features import RelationDistillation, gaps, similarity_divergence
-from dpkd.objectives.patches import PatchRelations, kernel_misalignment, resample_features
+from dpkd.objectives.patch_relations import PatchRelations, kernel_misalignment
+from dpkd.objectives.patches import resample_features
+from dpkd.objectives.relations import RelationDistillation, gaps, similarity_divergence
 from tests.contexts import context_of
 
 RNG = np.random.default_rng(0)

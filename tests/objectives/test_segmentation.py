@@ -10,19 +10,10 @@ from scipy.special import log_softmax
 
 from dpkd.data.batch import Batch, View
 from dpkd.objectives.base import Context, Draw, Objective, Supervision
-from dpkd.objectives.changed_images import Strong
-from dpkd.objectives.segmentation import (
-    MaskConsistency,
-    MaskDistillation,
-    MaskSaliency,
-    MaskSmoothness,
-    Segmentation,
-    distil_masks,
-    mask_consistency,
-    mask_saliency,
-    mask_smoothness,
-    segmentation,
-)
+from dpkd.objectives.mask_consistency import MaskConsistency, mask_consistency
+from dpkd.objectives.mask_priors import MaskSaliency, MaskSmoothness, mask_saliency, mask_smoothness
+from dpkd.objectives.pseudo_labels import Strong
+from dpkd.objectives.segmentation import MaskDistillation, Segmentation, distil_masks, segmentation
 
 DRAWN = torch.Generator().manual_seed(0)
 LOGITS = torch.randn(8, 2, 6, 6, generator=DRAWN)

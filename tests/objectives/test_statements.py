@@ -5,9 +5,10 @@ import torch
 
 from dpkd.data.attributes import score_weights
 from dpkd.data.batch import Batch, View
+from dpkd.objectives.attributes import Attributes, predict_attributes
 from dpkd.objectives.base import ClassAttributes, Context, Objective, Supervision, losses_of
 from dpkd.objectives.region_bounds import Bound, RegionBounds, fit_region
-from dpkd.objectives.supervised import Attributes, predict_attributes, supervised
+from dpkd.objectives.supervised import supervised
 
 VALUE_KA = torch.tensor([[0.0, 1.0, float("nan")], [0.5, 0.2, 1.0]])
 WEIGHT_KA, BIAS_K = (torch.from_numpy(array) for array in score_weights(VALUE_KA.numpy()))

@@ -10,7 +10,7 @@ import torch
 from dpkd.data.attributes import score_weights
 from dpkd.engine.settings import TrainingSettings
 from dpkd.errors import UserError
-from dpkd.objectives.supervised import Attributes
+from dpkd.objectives.attributes import Attributes
 from dpkd.stages.run import Run, supervision, training_set
 from tests.runs import with_data
 
