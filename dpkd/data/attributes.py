@@ -125,9 +125,7 @@ def read_attributes(path: str) -> AttributeTable:
                         f"no such attribute{did_you_mean(name, by_name)} (declared are {', '.join(by_name)})"
                     )
                 if text not in _UNKNOWN:
-                    values = by_name[name].values(text)
-                    start = columns.index(by_name[name].columns[0])
-                    row_A[start : start + len(values)] = values
+                    row_A[[columns.index(column) for column in by_name[name].columns]] = by_name[name].values(text)
             except ValueError as error:
                 faults.append(f"{class_name}.{name}: {error}")
     if not faults:

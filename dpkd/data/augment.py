@@ -1,9 +1,9 @@
-"""Random views: a resized crop, a flip and a colour change, each a pure function of (settings, seed, epoch, sample).
+"""Random views: a resized crop, a flip, a colour change and another ground, drawn by (seed, epoch, sample) alone.
 
 Prior maps follow the crop and the flip of their image. Their grids are coarser (21 x 21 for 84 x 84), so a crop starts
 and ends inside a cell. Maps are resampled with a triangle filter over the exact crop, as Pillow does for
-`resize(box=...)`; labels use the nearest cell. Axes: B images, H height, W width, C channels. Views are written channel
-after channel (CHW), as batches hold them; the functions return them as HWC.
+`resize(box=...)`; labels use the nearest cell. Axes: B images, V views of each, H height, W width (h and w of a map), C
+channels. Views are written channel after channel (CHW), as batches hold them; the functions return them as HWC.
 """
 
 import math
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dpkd.data.settings import AugmentSettings
+from dpkd.data.settings import AugmentSettings, BackgroundSettings
 from dpkd.rng import Purpose, uniform
 
 Image = NDArray[np.uint8]
@@ -31,6 +31,10 @@ _NUM_CROPS = 10
 """Crops tried before the largest crop of the nearest allowed ratio (Szegedy et al. 2015, as in torchvision)."""
 _NUM_DRAWS = 2 * _NUM_CROPS + 6
 """Random numbers for one view."""
+CONTRAST = 1.3
+"""Factor of the map: a figure whose saliency is a bit below 1 is kept whole."""
+LEAST_FIGURE = 0.03
+"""Mean share of figure below which an image keeps its ground: the map has found nothing."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,41 @@ def apply_map(
         part_CHW = np.ascontiguousarray(map_CHW[:, rows, columns], np.float32)
         np.matmul((weight_yH @ part_CHW).reshape(channels * size, -1), weight_xW.T, out=out_CHW.reshape(-1, size))
     return out_CHW.transpose(1, 2, 0)
+
+
+def replace_backgrounds(
+    image_BCHW: NDArray[np.uint8],
+    map_B1hw: NDArray[np.float32],
+    *,
+    settings: BackgroundSettings,
+    seed: int,
+    index_B: NDArray[np.int64],
+    epoch_B: NDArray[np.int64],
+) -> NDArray[np.uint8]:
+    """The images [V·B], in which a share has the ground of the previous image of its view: `a · x + (1 - a) · other`.
+
+    The figure keeps its label, so a network that learns from such images cannot read the label off the ground: an idea
+    of copy-paste augmentation (Dwibedi et al. 2017) with a map that needs no annotation. `a = min(1, 1.3 · S)` with S
+    the map of figure and ground. Chosen by (seed, epoch, sample), the same in all V views; the other image
+    depends on the cut of the batch. An image without figure, or with an unknown map (NaN), stays as it is.
+    """
+    size = len(index_B)
+    chosen_B = np.array(
+        [
+            uniform(1, seed=seed, purpose=Purpose.BACKGROUNDS, place=place)[0] < settings.share
+            for place in zip(epoch_B.tolist(), index_B.tolist(), strict=True)
+        ]
+    )
+    result_BCHW = image_BCHW.copy()
+    for row, image_CHW in enumerate(image_BCHW):
+        view, sample = divmod(row, size)
+        source = view * size + (sample - 1) % size if settings.control == "shuffle" else row
+        figure_HW = np.minimum(1, CONTRAST * cv2.resize(map_B1hw[source, 0], image_CHW.shape[:0:-1]))
+        if chosen_B[sample] and figure_HW.mean() >= LEAST_FIGURE:  # false for NaN
+            other_CHW = image_BCHW[view * size + (sample - 1) % size]
+            blend_CHW = figure_HW * image_CHW + (1 - figure_HW) * other_CHW
+            result_BCHW[row] = np.rint(blend_CHW)
+    return result_BCHW
 
 
 def normalise(image_BCHW: torch.Tensor, *, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

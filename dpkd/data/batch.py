@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+Change = Callable[[torch.Tensor], torch.Tensor]
+
 
 @dataclass(frozen=True)
 class View:
@@ -54,15 +56,12 @@ class Batch:
         def shifted(map_BCHW: torch.Tensor) -> torch.Tensor:
             return map_BCHW.unflatten(0, (-1, size)).roll(1, dims=1).flatten(0, 1)
 
-        views = {
-            name: View(view.image_BCHW, {key: shifted(map_BCHW) for key, map_BCHW in view.maps.items()})
-            for name, view in self.views.items()
-        }
-        return Batch(views, self.targets, self.index_B, self.epoch_B)
+        return self._map(lambda tensor: tensor, change_map=shifted)
 
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+    def _map(self, change: Change, *, change_map: Change | None = None) -> "Batch":
+        of_map = change_map or change
         views = {
-            name: View(change(view.image_BCHW), {key: change(map_BCHW) for key, map_BCHW in view.maps.items()})
+            name: View(change(view.image_BCHW), {key: of_map(map_BCHW) for key, map_BCHW in view.maps.items()})
             for name, view in self.views.items()
         }
         targets = {name: change(target) for name, target in self.targets.items()}

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dpkd.data.label_file import Labels
+from dpkd.data.labels import Labels, visible_labels
 from dpkd.data.settings import CountedLabels, LabelsPerClass, MaskFormat, MaskSettings
 from dpkd.data.shards import MASK_EXTENSION, Split
 
@@ -40,8 +40,6 @@ def visible_masks(
     split: Split, masks: MaskSettings, *, seed: int, unreadable: Labels | Sequence[int], unusable: Collection[str]
 ) -> Labels:
     """0 for each sample [N] whose mask training may see, and -1 for the others; chosen as labels are."""
-    from dpkd.data.labels import visible_labels  # noqa: PLC0415  loads readers of tables, which maps need not
-
     mask_N = masked_samples(split, unusable=unusable).astype(np.int8) - np.int8(1)
     shown = masks.visible
     counted = LabelsPerClass(count=shown.count) if isinstance(shown, CountedLabels) else shown

@@ -13,7 +13,7 @@ An order has no unreadable samples: `OrderWithout` converts its numbers to those
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from functools import lru_cache, partial
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,13 +40,6 @@ class SampleOrder(Protocol):
         """How many times each sample [B] of this step was drawn before."""
 
 
-class _Epoch(NamedTuple):
-    shards: Indices
-    """Shards in the order of this epoch."""
-    block_start: Indices
-    """Start of each block within the epoch, and the end of the last block."""
-
-
 class Order:
     """Every sample once an epoch, in a new order each epoch."""
 
@@ -67,7 +60,7 @@ class Order:
         parts, missing = [], self.global_batch_size
         while missing:
             epoch, offset = divmod(first + self.global_batch_size - missing, self.num_samples)
-            block_start = self._epoch(epoch).block_start
+            _, block_start = self._epoch(epoch)
             block = int(np.searchsorted(block_start, offset, side="right")) - 1
             offset -= int(block_start[block])
             parts.append(self._block(epoch, block)[offset : offset + missing])
@@ -78,17 +71,18 @@ class Order:
         """The epoch of each sample [B] of this step."""
         return _positions(step, self.global_batch_size) // self.num_samples
 
-    def _draw_epoch(self, epoch: int) -> _Epoch:
+    def _draw_epoch(self, epoch: int) -> tuple[Indices, Indices]:
+        """The shards in the order of this epoch; the start of each of its blocks, and the end of the last."""
         shards = permutation(len(self.shard_sizes), seed=self._seed, purpose=Purpose.SHARDS, place=(epoch, 0))
         shards = shards[self.shard_sizes[shards] > 0]
         ends = np.cumsum(self.shard_sizes[shards])
         block_ends = np.append(ends[self._block_shards - 1 : -1 : self._block_shards], ends[-1])
-        return _Epoch(shards, np.concatenate([[0], block_ends]))
+        return shards, np.concatenate([[0], block_ends])
 
     def _draw_block(self, epoch: int, block: int) -> Indices:
-        start = block * self._block_shards
-        shards = self._epoch(epoch).shards[start : start + self._block_shards]
-        samples = np.concatenate([np.arange(self._shard_start[k], self._shard_start[k + 1]) for k in shards])
+        shards, start = self._epoch(epoch)[0], block * self._block_shards
+        chosen = shards[start : start + self._block_shards]
+        samples = np.concatenate([np.arange(self._shard_start[k], self._shard_start[k + 1]) for k in chosen])
         return samples[permutation(len(samples), seed=self._seed, purpose=Purpose.SAMPLES, place=(epoch, block))]
 
 

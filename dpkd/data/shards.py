@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from dpkd.data.label_file import FileInfo, Labels, label_known, read_labels
+from dpkd.data.labels import FileInfo, Labels, label_known, read_labels
 from dpkd.data.sample import Sample, Unreadable
 from dpkd.errors import UserError
 from dpkd.io import storage

@@ -7,13 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from dpkd.data.settings import ClassSplits, FileSplits, FractionSplits, GivenSplits
+from dpkd.data.settings import ClassSplits, FileSplits, FractionSplits, GivenSplits, Splits
 from dpkd.data.sources.records import Record, keys_of
-from dpkd.data.sources.text import match_lines
+from dpkd.data.text import match_lines
 from dpkd.errors import UserError, did_you_mean
 from dpkd.log import logger
-
-Splits = GivenSplits | FractionSplits | ClassSplits | FileSplits
 
 
 class Assignment(NamedTuple):

@@ -21,12 +21,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from dpkd.data.augment import apply_image, apply_map, centre_view, random_views
-from dpkd.data.background import replace_backgrounds
+from dpkd.data.augment import apply_image, apply_map, centre_view, random_views, replace_backgrounds
 from dpkd.data.batch import Batch, View
 from dpkd.data.decoded import ENLARGE, SHARED, DecodedImages, free_shared
 from dpkd.data.images import decode_checked
-from dpkd.data.label_file import Labels
+from dpkd.data.labels import Labels
 from dpkd.data.sample import Sample
 from dpkd.data.settings import GLOBAL, AugmentSettings, LoaderSettings
 from dpkd.data.shards import Split
@@ -161,14 +160,6 @@ class _Work(NamedTuple):
     targets: dict[str, NDArray[np.int64]]
 
 
-class _Filled(NamedTuple):
-    """One kind of view of a micro-batch, and its memory [V, B, …], which samples fill one after the other."""
-
-    view: View
-    image_VB3HW: NDArray[np.uint8]
-    maps: dict[str, NDArray[np.float32]]
-
-
 @dataclass(frozen=True)
 class _Reader(torch.utils.data.Dataset[Batch | UserError]):
     """Makes one micro-batch of its list of samples, in a worker.
@@ -183,12 +174,12 @@ class _Reader(torch.utils.data.Dataset[Batch | UserError]):
     decoded: DecodedImages | None
 
     def __getitem__(self, work: _Work) -> Batch | UserError:
-        filled: dict[str, _Filled] = {}
+        views: dict[str, View] = {}
         for row, (index, epoch) in enumerate(zip(work.index_B.tolist(), work.epoch_B.tolist(), strict=True)):
             try:
                 image_HWC, maps = self._read(index)
-                filled = filled or {name: _allocate(plan, len(work.index_B), maps) for name, plan in self.views.items()}
-                self._fill(filled, row, image_HWC, maps, {"seed": self.seed, "epoch": epoch, "index": index})
+                views = views or {name: _allocate(plan, len(work.index_B), maps) for name, plan in self.views.items()}
+                self._fill(views, row, image_HWC, maps, {"seed": self.seed, "epoch": epoch, "index": index})
             except (UserError, StorageError) as error:
                 return UserError(str(error))
             except RuntimeError as error:
@@ -200,18 +191,17 @@ class _Reader(torch.utils.data.Dataset[Batch | UserError]):
         for name, plan in self.views.items():
             background = plan.augment.background if plan.augment is not None else None
             if background is not None:
-                view, image_VB3HW = filled[name].view, filled[name].image_VB3HW
-                image_B3HW = image_VB3HW.reshape(-1, *image_VB3HW.shape[2:])
-                image_B3HW[:] = replace_backgrounds(
-                    image_B3HW,
-                    view.maps[background.prior].numpy(),
+                image_BCHW = views[name].image_BCHW.numpy()
+                image_BCHW[:] = replace_backgrounds(
+                    image_BCHW,
+                    views[name].maps[background.prior].numpy(),
                     settings=background,
                     seed=self.seed,
                     index_B=work.index_B,
                     epoch_B=work.epoch_B,
                 )
         return Batch(
-            views={name: kind.view for name, kind in filled.items()},
+            views=views,
             targets={name: torch.from_numpy(target_B) for name, target_B in work.targets.items()},
             index_B=torch.from_numpy(work.index_B.copy()),  # the order may cache and share the array
             epoch_B=torch.from_numpy(work.epoch_B.copy()),
@@ -229,30 +219,30 @@ class _Reader(torch.utils.data.Dataset[Batch | UserError]):
         return image_HWC, {} if self.maps is None else self.maps.read(index, sample)
 
     def _fill(
-        self, filled: dict[str, _Filled], row: int, image_HWC: NDArray[np.uint8], maps: Maps, draw: dict[str, int]
+        self, views: dict[str, View], row: int, image_HWC: NDArray[np.uint8], maps: Maps, draw: dict[str, int]
     ) -> None:
-        """Writes the views of one sample into its row."""
+        """Writes the views of one sample into its row of each block."""
         size = (image_HWC.shape[0], image_HWC.shape[1])
         augments = [plan.augment for plan in self.views.values() for _ in range(plan.count) if plan.augment is not None]
         random = iter(random_views(augments, size, **draw))
         for name, plan in self.views.items():
-            for turn in range(plan.count):
+            view = views[name]
+            for place in range(row, len(view.image_BCHW), len(view.image_BCHW) // plan.count):
                 crop = centre_view(size) if plan.augment is None else next(random)
-                apply_image(crop, image_HWC, size=plan.size, out_CHW=filled[name].image_VB3HW[turn, row])
+                apply_image(crop, image_HWC, size=plan.size, out_CHW=view.image_BCHW.numpy()[place])
                 for key, map_HWC in maps.items():
                     assert self.maps is not None, "maps come from a reader"
                     nearest, flip = self.maps.nearest(key), partial(self.maps.flip, key)
-                    out_CHW = filled[name].maps[key][turn, row]
+                    out_CHW = view.maps[key].numpy()[place]
                     apply_map(crop, map_HWC, size=plan.map_size, nearest=nearest, flip=flip, out_CHW=out_CHW)
 
 
-def _allocate(plan: ViewPlan, num_samples: int, maps: Maps) -> _Filled:
+def _allocate(plan: ViewPlan, num_samples: int, maps: Maps) -> View:
     """Memory for one kind of view of all samples; `maps` are those of one sample."""
-    shape, map_size = (plan.count, num_samples), (plan.map_size, plan.map_size)
-    image_VB3HW = _empty(*shape, 3, plan.size, plan.size, dtype=torch.uint8)
-    empty = {name: _empty(*shape, map_HWC.shape[2], *map_size, dtype=torch.float32) for name, map_HWC in maps.items()}
-    view = View(image_VB3HW.flatten(0, 1), {name: map_VBCHW.flatten(0, 1) for name, map_VBCHW in empty.items()})
-    return _Filled(view, image_VB3HW.numpy(), {name: map_VBCHW.numpy() for name, map_VBCHW in empty.items()})
+    num_views, sides = plan.count * num_samples, (plan.map_size, plan.map_size)
+    image_BCHW = _empty(num_views, 3, plan.size, plan.size, dtype=torch.uint8)
+    shapes = {name: (num_views, map_HWC.shape[2], *sides) for name, map_HWC in maps.items()}
+    return View(image_BCHW, {name: _empty(*shape, dtype=torch.float32) for name, shape in shapes.items()})
 
 
 @cache

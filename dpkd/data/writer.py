@@ -31,10 +31,9 @@ class Planned:
     @property
     def meta(self) -> dict[str, Any]:
         """The content of the sample's json member."""
-        of_class = {"label": self.label if isinstance(self.label, int) and self.label >= 0 else None}
         of_several = {"labels": self.record.labels} if isinstance(self.label, tuple) else {}
         return {
-            **of_class,
+            "label": self.label if isinstance(self.label, int) and self.label >= 0 else None,
             **of_several,
             "class_name": self.record.class_name,
             "group": self.record.group,

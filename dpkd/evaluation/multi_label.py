@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from dpkd.data.label_file import Labels
+from dpkd.data.labels import Labels
 
 Floats = NDArray[np.float64]
 

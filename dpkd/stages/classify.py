@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpkd.data.label_file import Labels
+from dpkd.data.labels import Labels
 from dpkd.data.shards import Split
 from dpkd.evaluation.few_shot import score
 from dpkd.evaluation.long_tail import (

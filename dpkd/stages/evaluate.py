@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpkd.data.images import decode_image
-from dpkd.data.label_file import Labels
+from dpkd.data.labels import Labels
 from dpkd.data.shards import Split
 from dpkd.engine.network import Frozen
 from dpkd.errors import UserError

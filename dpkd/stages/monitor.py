@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpkd.data.batch import Batch
-from dpkd.data.label_file import Labels
+from dpkd.data.labels import Labels
 from dpkd.data.settings import GLOBAL
 from dpkd.evaluation.few_shot import Episodes, draw_episodes, few_shot_accuracy
 from dpkd.evaluation.long_tail import known_hits, long_tail

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpkd.data import sources
-from dpkd.data.label_file import LABELS_ENDING, Labels, class_counts, label_known, write_labels
-from dpkd.data.labels import visible_labels
+from dpkd.data.labels import LABELS_ENDING, Labels, class_counts, label_known, visible_labels, write_labels
 from dpkd.data.settings import FileSplits, Window
 from dpkd.data.shards import (
     FORMAT_VERSION,
@@ -29,8 +28,8 @@ from dpkd.data.shards import (
     index_name,
 )
 from dpkd.data.sources.records import Record, SourceContents, describe_counts, describe_source, keys_of, sorted_classes
-from dpkd.data.sources.text import read_lines
 from dpkd.data.splits import assign, draw, group_by_pattern
+from dpkd.data.text import read_lines
 from dpkd.data.writer import Planned, ShardJob, write_shard
 from dpkd.errors import UserError
 from dpkd.io import storage

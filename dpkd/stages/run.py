@@ -9,8 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from dpkd.data.attributes import score_weights
-from dpkd.data.label_file import Labels, class_counts, label_known
-from dpkd.data.labels import visible_labels
+from dpkd.data.labels import Labels, class_counts, label_known, visible_labels
 from dpkd.data.masks import visible_masks
 from dpkd.data.settings import GLOBAL, AugmentSettings
 from dpkd.data.shards import Dataset, Split

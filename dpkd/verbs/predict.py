@@ -35,7 +35,7 @@ from dpkd.data.image_headers import BrokenImage
 from dpkd.data.images import decode_image, encode_png
 from dpkd.data.sources.folders import MAP_NAME
 from dpkd.data.sources.records import Blob, system_folder
-from dpkd.data.sources.text import is_image
+from dpkd.data.text import is_image
 from dpkd.errors import UserError
 from dpkd.evaluation.exported import Exported
 from dpkd.evaluation.segmenter import Segmenter

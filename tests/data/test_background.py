@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dpkd.data.background import replace_backgrounds
+from dpkd.data.augment import replace_backgrounds
 from dpkd.data.settings import BackgroundSettings
 
 RNG = np.random.default_rng(0)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from dpkd.data.label_file import write_labels
+from dpkd.data.labels import write_labels
 from dpkd.data.sample import Sample, Unreadable
 from dpkd.data.shards import Dataset, ShardIndex, Split, SplitInfo, index_name
 from dpkd.errors import UserError

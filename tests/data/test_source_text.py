@@ -12,7 +12,7 @@ import pytest
 from dpkd.data import sources
 from dpkd.data.labels import visible_labels
 from dpkd.data.settings import FileSplits, FolderSource, ListedLabels, ShardSource, TableSource
-from dpkd.data.sources.text import cell_name, class_of_label, decode_text, match_lines, split_lines
+from dpkd.data.text import cell_name, class_of_label, decode_text, match_lines, split_lines
 from dpkd.errors import UserError
 from tests.data.packing import SerialPool, image_bytes, make_folder, make_tar, pack_at, reasons
 

@@ -25,8 +25,8 @@ from dpkd.data.settings import ShardSource
 from dpkd.data.shards import MANIFEST_NAME, Dataset, is_given
 from dpkd.data.sources.folders import is_split_name
 from dpkd.data.sources.records import Blob, Record, SourceContents, ignored_as, refuse_no_file, system_folder
-from dpkd.data.sources.text import IMAGE_SUFFIXES, cell_name, class_of_label, decode_text
 from dpkd.data.tars import Member, list_members
+from dpkd.data.text import IMAGE_SUFFIXES, cell_name, class_of_label, decode_text
 from dpkd.errors import UserError
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE, read_errors
@@ -44,9 +44,8 @@ Tar = tuple[str, str]
 def find_in_archives(source: ShardSource, *, pool: Pool) -> SourceContents:
     """All samples of the tars; raises `UserError` for a source without tars."""
     tars, classes = _tars(source.path)
-    contents = [SourceContents(())] * len(tars)
-    for number, content in pool.map(partial(_list_tar, classes=classes), tars):
-        contents[number] = content
+    listed = dict(pool.map(partial(_list_tar, classes=classes), tars))
+    contents = [listed[number] for number in range(len(tars))]
     records = [record for content in contents for record in content.records]
     if len({record.name.rpartition(".")[0] for record in records}) < len(records):
         # two tars have the same key for different samples

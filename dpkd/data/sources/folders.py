@@ -13,7 +13,7 @@ from collections import Counter
 from dpkd.data.settings import FolderSource
 from dpkd.data.shards import EXPERT_PREFIX
 from dpkd.data.sources.records import Blob, Record, SourceContents, describe_counts, ignored_as, system_folder
-from dpkd.data.sources.text import class_of_label, is_image
+from dpkd.data.text import class_of_label, is_image
 from dpkd.errors import UserError
 from dpkd.io import storage
 
@@ -64,17 +64,16 @@ def find_in_folders(source: FolderSource) -> SourceContents:
         elif ending != "instances.png" or f"{stem}.mask.png" not in names:
             given_of[stem]["mask.png" if ending == "instances.png" else ending] = blob
     places, layout = _places(list(images), path=source.path)
-    records = []
-    for name, blob in images.items():
-        split, class_name = places[name]
-        given = given_of[name.rpartition(".")[0]]
-        records.append(Record(name=name, image=blob, class_name=class_name, split=split, given=given))
+    records = [
+        Record(name, blob, split=places[name][0], class_name=places[name][1], given=given_of[name.rpartition(".")[0]])
+        for name, blob in images.items()
+    ]
     parts = {tuple(name.split("/")[:-1]) for name in images}
     above = {"/".join(part[:depth]) for part in parts for depth in range(len(part) + 1)}
     empty = sorted(folder for folder in folders - above if not system_folder(f"{folder}/"))
     if empty:
         layout += f", no image in {', '.join(empty[:MAX_NAMED])}{' …' * (len(empty) > MAX_NAMED)}"
-    return SourceContents(records=tuple(records), bad=tuple(bad), layout=layout, ignored=+ignored)
+    return SourceContents(tuple(records), bad=tuple(bad), layout=layout, ignored=+ignored)
 
 
 def _places(images: list[str], *, path: str) -> tuple[dict[str, tuple[str | None, str | None]], str]:

@@ -11,7 +11,7 @@ from typing import Any
 from dpkd.data.image_headers import BrokenImage
 from dpkd.data.settings import Source
 from dpkd.data.shards import MASK_EXTENSION
-from dpkd.data.sources.text import key_of
+from dpkd.data.text import key_of
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE, read_errors
 

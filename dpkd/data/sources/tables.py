@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from dpkd.data.settings import TableSource
 from dpkd.data.shards import MASK_EXTENSION
 from dpkd.data.sources.records import Blob, Record, SourceContents
-from dpkd.data.sources.text import cell_name, cell_value, class_of_label, decode_text, split_lines
+from dpkd.data.text import cell_name, cell_value, class_of_label, decode_text, split_lines
 from dpkd.errors import UserError, did_you_mean, without_secrets
 from dpkd.io import storage
 from dpkd.io.errors import NO_FILE
@@ -34,7 +34,7 @@ def find_in_table(source: TableSource) -> SourceContents:
     """All rows of the table; raises `UserError` if it cannot be read or lacks a column of the settings."""
     rows = _rows(source)
     _require_columns(source, rows)
-    path = source.path.partition("?")[0] if "://" in source.path else source.path
+    path = _plain_path(source)
     folder = path.rpartition("/")[0] if "/" in path else "."
     records: dict[str, Record] = {}
     bad: list[tuple[str, str]] = []
@@ -57,11 +57,6 @@ def find_in_table(source: TableSource) -> SourceContents:
 def columns_of(source: TableSource) -> list[str]:
     """The names of the columns, sorted; raises `UserError` if the table cannot be read."""
     return sorted({column for row in _rows(source) for column in row if column != _ERROR})
-
-
-def _rows(source: TableSource) -> list[Row]:
-    path = source.path.partition("?")[0] if "://" in source.path else source.path
-    return _read(source.path, suffix=path.rpartition(".")[2].lower())
 
 
 def _record(row: Row, *, source: TableSource, folder: str) -> Record:
@@ -135,7 +130,13 @@ def _require_columns(source: TableSource, rows: list[Row]) -> None:
         )
 
 
-def _read(path: str, *, suffix: str) -> list[Row]:
+def _plain_path(source: TableSource) -> str:
+    """The path without the query of a URL."""
+    return source.path.partition("?")[0] if "://" in source.path else source.path
+
+
+def _rows(source: TableSource) -> list[Row]:
+    path, suffix = source.path, _plain_path(source).rpartition(".")[2].lower()
     if suffix not in _READERS:
         raise UserError(f"data.source.path={path} is not a table: give a .{', .'.join(_READERS)} file")
     try:
