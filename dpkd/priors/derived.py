@@ -4,12 +4,13 @@ Each is one channel of amounts in [0, 1], float32 HW1.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
+from dpkd.priors.base import mirror
 from dpkd.priors.codecs import Map
 
 Image = npt.NDArray[np.float32]
@@ -18,12 +19,16 @@ STRONG = 0.25
 """Minimum probability of a boundary: 4 to 5 % of the cells of natural images are on a crest of this strength."""
 
 
-class Derived(NamedTuple):
-    """A derived map: its inputs and its function."""
+@dataclass(frozen=True)
+class Derived:
+    """A derived map: its inputs, its function, and what a reader of maps asks of a prior."""
 
     needs: tuple[str, ...]
     """Names of the stored input maps."""
     derive: Callable[[Mapping[str, Map]], Image]
+    channels: int = 1
+    nearest: bool = False
+    flip: Callable[[Map], Map] = mirror
 
 
 def foreground(maps: Mapping[str, Map]) -> Image:

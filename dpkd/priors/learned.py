@@ -296,10 +296,9 @@ def _user_errors(prior: Learned, fault: str) -> Iterator[None]:
 
 
 def scaled(values_BCHW: Array, scale: Scale) -> Array:
-    """The values mapped to [0, 1], separately for each channel of each image; NaN stays NaN.
+    """The values mapped to [0, 1] as `Learned.scale` says; NaN stays NaN.
 
-    `unit` clips; `sigmoid` and `softmax` (over channels) are those functions; `largest` divides by the maximum;
-    `minmax` maps minimum and maximum to 0 and 1. Raises `UserError` if `unit` exceeds [0, 1] by more than `SLACK`.
+    Raises `UserError` if `unit` exceeds [0, 1] by more than `SLACK`.
     """
     if scale == "sigmoid":
         return np.asarray(np.float32(1) / (1 + np.exp(-np.clip(values_BCHW, -60, 60))), np.float32)
@@ -324,15 +323,14 @@ def checksum(model: TimmModel | OnnxModel) -> str:
 
     Raises `FileNotFoundError` if a file is missing, and errors of onnx for a file that is not an ONNX model.
     """
-    state = _state(Path(model.file))
-    external = _external_data(*state) if isinstance(model, OnnxModel) else ()
-    return _digest(state, *(_state(path) for path in external))
 
+    def state(path: Path) -> tuple[Path, int, int]:
+        status = path.stat()
+        return path.absolute(), status.st_size, status.st_mtime_ns
 
-def _state(path: Path) -> tuple[Path, int, int]:
-    """Absolute path, size and modification time of a file."""
-    status = path.stat()
-    return path.absolute(), status.st_size, status.st_mtime_ns
+    own = state(Path(model.file))
+    external = _external_data(*own) if isinstance(model, OnnxModel) else ()
+    return _digest(own, *map(state, external))
 
 
 @lru_cache(maxsize=64)

@@ -28,9 +28,9 @@ from dpkd.io.errors import NO_FILE
 from dpkd.io.record import pack_checked, parse_checked, unpack_checked
 from dpkd.io.shard_cache import MAX_FILES, MAX_INDEXES, LRUCache, open_shard
 from dpkd.priors import Prior
-from dpkd.priors.base import fingerprint, mirror
+from dpkd.priors.base import fingerprint
 from dpkd.priors.codecs import Map
-from dpkd.priors.derived import derivable
+from dpkd.priors.derived import Derived, derivable
 from dpkd.priors.record import Record, source_hash
 
 FORMAT_VERSION = 3
@@ -114,8 +114,7 @@ class PriorSet:
     @property
     def channels(self) -> dict[str, int]:
         """Channels of each map by name, including derived maps."""
-        stored = {prior.name: prior.channels for prior in self.manifest.priors}
-        return stored | dict.fromkeys(derivable(stored), 1)
+        return {name: one.channels for name, one in _with_derived(self.manifest.priors).items()}
 
     def split(self, name: str) -> "PriorSplit":
         """The maps of the split `name`; raises `UserError` with the existing names."""
@@ -141,9 +140,9 @@ class PriorSplit:
     """The maps that `read` returns."""
 
     def __post_init__(self) -> None:
-        self._prior_of: dict[str, Prior] = {prior.name: prior for prior in self.priors}
         self._fingerprints = fingerprints(self.priors)
-        self._derived = derivable(self._prior_of)
+        self._derived = derivable(self._fingerprints)
+        self._kind_of = _with_derived(self.priors)
         needed = {need for name in self.names if name in self._derived for need in self._derived[name].needs}
         self._decoded = {*self.names, *needed} - {*self._derived}
         self._start_of = list(accumulate((shard.num_samples for shard in self.shards), initial=0))
@@ -158,11 +157,10 @@ class PriorSplit:
 
         Raises `UserError` with the existing names for an unknown map.
         """
-        known = [*self._prior_of, *self._derived]
         wanted = tuple(dict.fromkeys(names))
         for name in wanted:
-            if name not in known:
-                raise UserError(f"the prior set at {self.url} has no map {name!r}; it has: {', '.join(known)}")
+            if name not in self._kind_of:
+                raise UserError(f"the prior set at {self.url} has no map {name!r}; it has: {', '.join(self._kind_of)}")
         return PriorSplit(self.url, self.priors, self.shards, wanted)
 
     @property
@@ -172,8 +170,8 @@ class PriorSplit:
 
     @property
     def num_channels(self) -> int:
-        """Number of channels of the maps; a derived map has one."""
-        return sum(self._prior_of[name].channels if name in self._prior_of else 1 for name in self.names)
+        """Number of channels of the maps."""
+        return sum(self._kind_of[name].channels for name in self.names)
 
     def read(self, i: int, sample: Sample) -> dict[str, Map]:
         """The maps of sample `i` by name, HWC; raises `PriorMismatch` if they are damaged or not of `sample`."""
@@ -183,11 +181,11 @@ class PriorSplit:
 
     def nearest(self, name: str) -> bool:
         """True if the map has labels, so that resampling must use the nearest value."""
-        return name in self._prior_of and self._prior_of[name].nearest
+        return self._kind_of[name].nearest
 
     def flip(self, name: str, map_HWC: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The map of the mirrored image."""
-        return self._prior_of[name].flip(map_HWC) if name in self._prior_of else mirror(map_HWC)
+        return self._kind_of[name].flip(map_HWC)
 
     def record(self, i: int, sample: Sample) -> Record:
         """The stored maps of sample `i`; raises `PriorMismatch` if they are damaged or not of `sample`."""
@@ -232,6 +230,12 @@ class PriorSplit:
 def set_url(dataset_url: str, name: str) -> str:
     """The folder of the prior set `name` of a data set."""
     return storage.join(dataset_url, "priors", name)
+
+
+def _with_derived(priors: Iterable[Prior]) -> dict[str, Prior | Derived]:
+    """The priors and the maps derived from them, by name."""
+    stored = {prior.name: prior for prior in priors}
+    return {**stored, **derivable(stored)}
 
 
 def fingerprints(priors: Iterable[Prior]) -> dict[str, str]:
