@@ -5,7 +5,7 @@ import hashlib
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, cached_property, lru_cache
-from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import cv2
 import numpy as np
@@ -71,57 +71,37 @@ def _locked(array: npt.NDArray[Value]) -> npt.NDArray[Value]:
     return view
 
 
-class Extractor(Protocol):
-    """One kind of prior: a frozen settings model with a `kind` and these methods."""
-
-    @property
-    def kind(self) -> str:
-        """Name of the class in settings."""
-
-    @property
-    def name(self) -> str:
-        """Name of the map in a prior set."""
-
-    @property
-    def version(self) -> int:
-        """Version of the code; increase it if the same settings give another map."""
-
-    @property
-    def channels(self) -> int:
-        """Number of channels of the map."""
-
-    @property
-    def nearest(self) -> bool:
-        """True if values are labels, so that resampling must use the nearest value."""
-
-    @property
-    def unknown(self) -> float:
-        """The value of the map of a sample for which it cannot be computed."""
-
-    @property
-    def codec(self) -> Codec:
-        """The storage format of the map."""
-
-    def map(self, image: ImageViews) -> Map:
-        """The map of an image of any size, HWC, on a grid that covers the whole image: float32, or int32 labels."""
-
-    def flip(self, map_HWC: Map) -> Map:
-        """The map of the image mirrored left to right."""
-
-    def model_dump_json(self) -> str:
-        """The settings as JSON."""
-
-    def __hash__(self) -> int: ...
-
-
 class PriorConfig(Config):
-    """The defaults of most priors: the map is named by the kind, has amounts, and is mirrored with the image."""
+    """One kind of prior: a frozen settings model that computes a map of an image.
+
+    A subclass has a `kind`, `channels`, `codec` and `map`. By default the map is named by the kind, has amounts, and is
+    mirrored with the image.
+    """
 
     kind: str
+    """Name of the class in settings."""
     version: ClassVar[int] = 1
+    """Version of the code; increase it if the same settings give another map."""
     nearest: ClassVar[bool] = False
+    """True if values are labels, so that resampling must use the nearest value."""
     unknown: ClassVar[float] = 0.5
     """The value of the map of a sample for which it cannot be computed."""
+
+    if TYPE_CHECKING:  # a subclass has them as class variables, fields or properties
+
+        @property
+        def channels(self) -> int:
+            """Number of channels of the map."""
+            raise NotImplementedError
+
+        @property
+        def codec(self) -> Codec:
+            """The storage format of the map."""
+            raise NotImplementedError
+
+        def map(self, image: ImageViews) -> Map:
+            """The map of an image of any size, HWC, on a grid that covers the whole image: float32, or int32 labels."""
+            raise NotImplementedError
 
     @property
     def name(self) -> str:
@@ -134,7 +114,7 @@ class PriorConfig(Config):
 
 
 @runtime_checkable
-class BatchExtractor(Extractor, Protocol):
+class BatchExtractor(Protocol):
     """A prior that processes several images at a time, on an accelerator if the machine has one: a network."""
 
     @property
@@ -158,16 +138,13 @@ class BatchExtractor(Extractor, Protocol):
         """
 
 
-AnyPrior = TypeVar("AnyPrior", bound=Extractor)
-
-
-def accelerated(priors: Iterable[AnyPrior]) -> tuple[AnyPrior, ...]:
+def accelerated(priors: Iterable[PriorConfig]) -> tuple[PriorConfig, ...]:
     """The priors that run on an accelerator if the machine has one."""
     return tuple(prior for prior in priors if isinstance(prior, BatchExtractor) and prior.device == "accelerator")
 
 
 @lru_cache(maxsize=256)
-def fingerprint(prior: Extractor) -> str:
+def fingerprint(prior: PriorConfig) -> str:
     """A hash of the settings and code version of `prior`; 16 hex digits."""
     settings = prior.identity() if isinstance(prior, BatchExtractor) else prior.model_dump_json()
     return hashlib.sha256(f"{settings} version {prior.version}".encode()).hexdigest()[:16]

@@ -23,7 +23,7 @@ import numpy as np
 
 from dpkd.data.sample import Sample
 from dpkd.io.record import pack_checked, unpack_checked
-from dpkd.priors.base import Extractor, fingerprint
+from dpkd.priors.base import PriorConfig, fingerprint
 from dpkd.priors.codecs import ABSENT, CODECS, MAX_VALUES, Map, Shape
 
 FORMAT_VERSION = 2
@@ -89,7 +89,7 @@ def source_hash(sample: Sample) -> bytes:
     return digest.digest()[:16]
 
 
-def store_map(prior: Extractor, map_HWC: Map) -> StoredMap:
+def store_map(prior: PriorConfig, map_HWC: Map) -> StoredMap:
     """The map of `prior` as bytes; raises ValueError if it has more than `MAX_VALUES` values."""
     height, width, channels = map_HWC.shape
     if map_HWC.size > MAX_VALUES:
@@ -102,7 +102,7 @@ def store_map(prior: Extractor, map_HWC: Map) -> StoredMap:
     return StoredMap(prior.codec.name, shape, prior.codec.scale, digest, prior.codec.encode(map_HWC))
 
 
-def flat_map(prior: Extractor) -> StoredMap:
+def flat_map(prior: PriorConfig) -> StoredMap:
     """A constant map of one cell, for a sample whose map cannot be computed."""
     value = np.int32(0) if prior.nearest else np.float32(prior.unknown)
     return store_map(prior, np.full((1, 1, prior.channels), value))

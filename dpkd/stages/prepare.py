@@ -36,7 +36,7 @@ from dpkd.launch.heartbeat import pulse
 from dpkd.launch.pool import Accelerator, Pool
 from dpkd.log import logger
 from dpkd.priors import Prior
-from dpkd.priors.base import BatchExtractor, Extractor, ImageViews, accelerated, fingerprint, keep_freed_memory
+from dpkd.priors.base import BatchExtractor, ImageViews, PriorConfig, accelerated, fingerprint, keep_freed_memory
 from dpkd.priors.catalogue.regions import Expert, Mask
 from dpkd.priors.record import MEMBER_EXTENSION, Record, flat_map, source_hash, store_map
 from dpkd.priors.store import MANIFEST_NAME, PriorIndex, PriorManifest, PriorSet, fingerprints, read_manifest, set_url
@@ -234,10 +234,9 @@ def _write_shard(task: _Task, place: str, before: Mapping[str, Record]) -> Prior
     return index
 
 
-def _run_batch(
-    samples: list[Sample | Unreadable], prior: BatchExtractor, records: dict[str, Record], *, device: str
-) -> None:
+def _run_batch(samples: list[Sample | Unreadable], prior: Prior, records: dict[str, Record], *, device: str) -> None:
     """Adds the map of `prior` to the records of the samples that lack it and whose image can be read."""
+    assert isinstance(prior, BatchExtractor), "other priors take one image at a time"
     batch_records = [records[sample.key] for sample in samples]
     lacking = [record.bad is None and not _holds(record, prior) for record in batch_records]
     if not any(lacking):
@@ -286,6 +285,6 @@ def _views(sample: Sample | Unreadable) -> ImageViews | str:
         return str(error)
 
 
-def _holds(record: Record, prior: Extractor) -> bool:
+def _holds(record: Record, prior: PriorConfig) -> bool:
     """Whether the record has the map of the prior with its current settings."""
     return prior.name in record.maps and record.maps[prior.name].fingerprint.hex() == fingerprint(prior)
