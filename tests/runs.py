@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -93,10 +93,11 @@ class Command:
         self,
         tree: dict[str, Any],
         *extra: str,
+        launcher: Sequence[str] = (),
         largest_file: int | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Starts it; `largest_file` bytes is where the disk is full for each of its files."""
+        """Starts it, by another launcher if one is given; `largest_file` bytes is where the disk is full for a file."""
         folder = Path(tree["run"]["dir"])
         folder.parent.mkdir(parents=True, exist_ok=True)
         config = folder.with_suffix(".yaml")
@@ -106,7 +107,7 @@ class Command:
         root = {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONUNBUFFERED": "1"}
         with self._log.open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "dpkd.pretrain", "--config", str(config), *extra],
+                [sys.executable, *launcher, "-m", "dpkd.pretrain", "--config", str(config), *extra],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

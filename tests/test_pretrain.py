@@ -292,6 +292,51 @@ def test_two_workers_see_the_same_batches_and_losses_as_one(whole: RunFolder, tm
     audit(str(command.folder.path))
 
 
+@pytest.mark.slow
+def test_torchrun_starts_two_workers_and_starts_them_again_after_a_kill(
+    whole: RunFolder, sample_folder: Path, tmp_path: Path
+) -> None:
+    tree = tiny(tmp_path / "torchrun", source=sample_folder)
+    tree["launcher"] = {"threads": 1, "pool_workers": 2}
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1")
+    stages = ("--stages", "pack,prepare,teach,distill,baselines")
+    refused = Command(tree, *stages, launcher=torchrun)
+    assert refused.wait() != 0
+    assert "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun" in refused.output
+    assert not refused.folder.path.exists()
+    command = Command(tree, *stages, launcher=torchrun, environment={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+    command.wait_for_step("teach", 3)
+    kill_worker(command)
+    assert command.wait() == 0, command.output
+    assert_same_losses(whole, command.folder)
+    audit(str(command.folder.path))
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+def test_a_stop_of_torchrun_saves_and_the_same_command_goes_on(whole: RunFolder, tmp_path: Path) -> None:
+    tree = tiny(tmp_path / "stopped-torchrun", source=None, shards=shards_of(whole))
+    tree["launcher"] = {"threads": 1}
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    command = Command(tree, "--stages", "teach", launcher=torchrun)
+    command.wait_for_step("teach", 1)
+    command.process.send_signal(signal.SIGTERM)
+    assert command.wait() != 0
+    assert "saved; the same command goes on from there" in command.output
+    again = Command(tree, "--stages", "teach,distill,baselines", launcher=torchrun)
+    assert again.wait() == 0, again.output
+    assert_same_losses(whole, again.folder)
+
+
+def test_torchrun_is_told_before_work_that_its_workers_cannot_share_a_batch(whole: RunFolder, tmp_path: Path) -> None:
+    tree = tiny(tmp_path / "three", source=None, shards=shards_of(whole))
+    tree["launcher"] = {"threads": 1}
+    command = Command(tree, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"))
+    assert command.wait() != 0
+    assert "WORLD_SIZE=3: 3 workers cannot share" in command.output
+    assert not command.folder.path.exists()
+
+
 def test_an_audit_counts_what_was_used(whole: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["audit", str(whole.path)]) == 0
     assert "every step used exactly the samples of the order, each once" in capsys.readouterr().out

@@ -6,6 +6,7 @@ Imports are inside the functions, because pool workers load this module too and 
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dpkd.backends.local_pool import LocalPool
 from dpkd.errors import UserError
@@ -16,17 +17,22 @@ from dpkd.launch.watchdog import WatchOrder
 from dpkd.launch.worker_group import WorkerGroup
 from dpkd.launch.world_size import NodeResources, WorldSizeRange
 
+if TYPE_CHECKING:
+    from dpkd.backends.env_workers import EnvWorkers
+
 
 def launcher_kind(settings: LauncherSettings) -> str:
-    """The kind of launcher; `auto` is Ray inside a Ray job and local otherwise."""
+    """The kind of launcher; `auto` is Ray inside a Ray job, `env` under torchrun, and local otherwise."""
     if settings.kind != "auto":
         return settings.kind
-    return "ray" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else "local"
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return "ray"
+    return "env" if "TORCHELASTIC_RUN_ID" in os.environ else "local"
 
 
 def machine(settings: LauncherSettings) -> NodeResources:
     """The CPUs and GPUs that a run may use, of this machine or of all nodes of the Ray cluster."""
-    if launcher_kind(settings) == "local":
+    if launcher_kind(settings) != "ray":
         from dpkd.backends.local_workers import node_resources as resources_here  # noqa: PLC0415
 
         return resources_here()
@@ -40,7 +46,7 @@ def machine(settings: LauncherSettings) -> NodeResources:
 def make_pool(settings: LauncherSettings, *, hangs: Path) -> Pool:
     """The pool for packing and preparing, of `launcher.pool_workers` or one per core; reports hangs to `hangs`."""
     order = WatchOrder.begin(hangs, hang_timeout_s=settings.hang_timeout_s)
-    if launcher_kind(settings) == "local":
+    if launcher_kind(settings) != "ray":
         num_workers = settings.pool_workers or os.cpu_count() or 1
         return LocalPool(num_workers, order=order, start_timeout_s=settings.start_timeout_s)
     from dpkd.backends.ray_pool import RayPool  # noqa: PLC0415
@@ -54,7 +60,7 @@ def make_accelerator(settings: LauncherSettings, *, hangs: Path) -> Accelerator 
     On Ray a worker uses a GPU and no CPU, so that it starts even if the other pool holds all CPUs.
     """
     order = WatchOrder.begin(hangs, hang_timeout_s=settings.hang_timeout_s)
-    if launcher_kind(settings) == "local":
+    if launcher_kind(settings) != "ray":
         import torch  # noqa: PLC0415
 
         if not torch.cuda.is_available():
@@ -94,3 +100,12 @@ def make_worker_group(settings: LauncherSettings, *, sizes: Sequence[int] = (), 
     from dpkd.backends.ray_workers import RayWorkers  # noqa: PLC0415
 
     return RayWorkers(chosen, settings)
+
+
+def join_started_workers(settings: LauncherSettings) -> "EnvWorkers | None":
+    """The workers that torchrun or srun has started, of which this process is one; None with another launcher."""
+    if launcher_kind(settings) != "env":
+        return None
+    from dpkd.backends.env_workers import EnvWorkers  # noqa: PLC0415
+
+    return EnvWorkers(settings)

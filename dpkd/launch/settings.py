@@ -5,15 +5,17 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from dpkd.config import Config
+from dpkd.launch.heartbeat import SLOW
 
 START_TIMEOUT_S = 900.0
 
 
 class LauncherSettings(Config):
-    """The processes of a run, on this machine or on the Ray cluster of the submitted job."""
+    """The processes of a run: on this machine, on the Ray cluster of the submitted job, or those of torchrun."""
 
-    kind: Literal["auto", "local", "ray"] = "auto"
-    """`auto` is Ray inside a Ray job and local otherwise."""
+    kind: Literal["auto", "local", "ray", "env"] = "auto"
+    """`env` uses the processes that torchrun or srun has started, one worker each. `auto` is Ray inside a Ray job,
+    `env` under torchrun, and local otherwise."""
     workers: int | None = Field(None, ge=1)
     """Number of training processes; None means one per GPU, or one without a GPU."""
     min_workers: int | None = Field(None, ge=1)
@@ -34,6 +36,11 @@ class LauncherSettings(Config):
     """CPU threads per training process; None divides the cores equally."""
     stop_grace_s: float = Field(30.0, ge=0)
     """Seconds in which workers must save after a stop request; set more for large networks on slow storage."""
+
+    @property
+    def peer_timeout_s(self) -> float:
+        """Seconds for which a rank waits for its peers; the watchdog ends ranks that are behind earlier."""
+        return max(1800.0, 2 * SLOW * (self.hang_timeout_s or 0.0))
 
     @model_validator(mode="after")
     def _fewest_first(self) -> "LauncherSettings":

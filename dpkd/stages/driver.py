@@ -4,16 +4,17 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from dpkd.backends.factory import make_accelerator, make_pool, make_worker_group
+from dpkd.backends.factory import join_started_workers, make_accelerator, make_pool, make_worker_group
 from dpkd.data.shards import Dataset
 from dpkd.launch.signals import block_stop_signals
+from dpkd.launch.worker_group import WorkerGroup
 from dpkd.log import Progress, duration, logger
 from dpkd.priors.base import accelerated
 from dpkd.report.quarantine import Quarantine
 from dpkd.report.summary import figure_or_none, final_words, write_summary
 from dpkd.run.attempt import attempt_at, write_provenance
 from dpkd.run.folder import RunFolder
-from dpkd.settings import Settings
+from dpkd.settings import Settings, parse_settings
 from dpkd.stages import STAGES
 from dpkd.stages.pack import check_plan, pack
 from dpkd.stages.plan import POOL_STAGES, check_dataset, dataset_url, plan_run, recorded, stages_of, with_origin
@@ -26,8 +27,26 @@ def run(settings: Settings, *, stages: Sequence[str] = STAGES, chosen: str | Non
     """Runs the stages that are not done, in order, and prints the summary.
 
     `chosen` is the text of chosen settings, which is kept in the run folder. Raises `UserError`, before any work, for
-    settings that contradict the run folder.
+    settings that contradict the run folder. Of several processes that torchrun has started, each calls it.
     """
+    started = join_started_workers(settings.launcher)
+    if started is None:
+        drive(settings, stages=stages, chosen=chosen)
+        return
+    with started:
+        if not started.is_driver:
+            started.follow()
+            return
+        tree = settings.model_dump(mode="json")
+        tree["launcher"]["workers"] = started.size
+        settings = parse_settings(tree, origin=f"WORLD_SIZE={started.size}")
+        drive(settings, stages=stages, chosen=chosen, workers=started)
+
+
+def drive(
+    settings: Settings, *, stages: Sequence[str], chosen: str | None = None, workers: WorkerGroup | None = None
+) -> None:
+    """Runs the stages as the only driver; without `workers` it starts those that the settings describe."""
     began = time.monotonic()
     folder = RunFolder(settings.run.dir, checkpoints=settings.run.checkpoints)
     settings = with_origin(settings, folder)
@@ -38,7 +57,7 @@ def run(settings: Settings, *, stages: Sequence[str] = STAGES, chosen: str | Non
         with block_stop_signals():  # starts Python's resource tracker, which a signal to the group must not end
             pass
     if training:
-        workers = make_worker_group(settings.launcher, sizes=settings.world_sizes, module=SESSION)
+        workers = workers or make_worker_group(settings.launcher, sizes=settings.world_sizes, module=SESSION)
         check_in_child(settings.model_dump(mode="json"), left)
     if left:
         write_provenance(folder, settings.model_dump(mode="json"), chosen=chosen)
@@ -46,7 +65,7 @@ def run(settings: Settings, *, stages: Sequence[str] = STAGES, chosen: str | Non
         folder.reopen(left)  # a stage whose files are damaged is recorded as done, and workers skip those
         with attempt_at(folder, left) as supervision:
             run_pool_stages(settings, folder, left)
-            if training:
+            if workers is not None and training:
                 argument = (settings.model_dump(mode="json"), training, folder.attempt)
                 workers.run(train_stages, argument, supervision=supervision)
     summary = write_summary(folder.path)

@@ -8,7 +8,7 @@ import torch
 from dpkd.backends.engines import engine_kind
 from dpkd.data.stream import load_ahead
 from dpkd.engine.world import join
-from dpkd.launch.heartbeat import SLOW, heartbeat
+from dpkd.launch.heartbeat import heartbeat
 from dpkd.log import logger
 from dpkd.settings import parse_settings
 from dpkd.stages.check_data import check_splits
@@ -18,16 +18,13 @@ from dpkd.stages.plan import check_dataset, left_to_do, left_trainings, recorded
 from dpkd.stages.run import Run
 from dpkd.stages.training import distill, teach, train_baseline
 
-PATIENCE_S = 1800.0
-"""Least timeout of a rank that waits for its peers; the watchdog ends ranks that are behind earlier."""
-
 
 def run_session(tree: dict[str, Any], stages: list[str], attempt: int | None) -> None:
     """See `dpkd.stages.worker.train_stages`."""
     settings = parse_settings(tree, origin="settings of the run")
     if settings.data.loader.workers:
         load_ahead()
-    world = join(timeout_s=max(PATIENCE_S, 2 * SLOW * (settings.launcher.hang_timeout_s or 0.0)))
+    world = join(timeout_s=settings.launcher.peer_timeout_s)
     try:
         _run_stages(Run.open(settings, world, attempt=attempt), stages)
     except Exception:
