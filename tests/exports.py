@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dpkd.data.settings import Window
 from dpkd.models.network import build_network
 from dpkd.models.settings import ModelSettings, NetworkSpec
 from dpkd.stages.export import write_timm_folder
@@ -12,12 +13,14 @@ from dpkd.stages.export import write_timm_folder
 COLOURS = {"red": (200, 40, 40), "green": (40, 190, 50), "blue": (40, 50, 200), "grey": (120, 120, 120)}
 
 
-def write_export(folder: Path, *, classes: tuple[str, ...] = ("a", "b"), seed: int = 3) -> Path:
+def write_export(
+    folder: Path, *, classes: tuple[str, ...] = ("a", "b"), seed: int = 3, window: Window | None = None
+) -> Path:
     """An untrained student for 32 px images, exported."""
     folder.mkdir(parents=True)
     model = ModelSettings(name="resnet10t", arguments={"stem_width": 8, "channels": [16, 16, 32, 32]})
     spec = NetworkSpec(model=model, classes=classes, image_size=32, mean=(0.5, 0.4, 0.5), std=(0.2, 0.3, 0.2))
-    write_timm_folder(folder, build_network(spec, seed=seed).eval())
+    write_timm_folder(folder, build_network(spec, seed=seed).eval(), window=window)
     return folder
 
 

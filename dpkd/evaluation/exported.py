@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from dpkd.data.augment import random_views
-from dpkd.data.settings import AugmentSettings
+from dpkd.data.settings import AugmentSettings, Window
 from dpkd.errors import UserError
 from dpkd.evaluation.adaptation import Floats, Head, Integers
 from dpkd.models.onnx_file import difference_of, write_module
@@ -59,6 +59,7 @@ class Exported(nn.Module):
         self.transform = create_transform(**preprocessing, is_training=False)
         names = self.model.pretrained_cfg.get("label_names") or range(self.model.num_classes)
         self.classes = tuple(str(name) for name in names)[: self.model.num_classes]
+        self.window = window_of(folder)
         self.multi_label = self.config.get("problem_type") == MULTI_LABEL
         self.eval()
 
@@ -132,3 +133,9 @@ class Exported(nn.Module):
             names = ["image"], ["embedding", "logits"]
             path = folder / "model.onnx"
             write_module(path, self, lambda count: (self.example(count),), names=names, tolerance=ONNX_TOLERANCE)
+
+
+def window_of(folder: Path) -> Window | None:
+    """The window by which images of more than 8 bits became inputs of an exported model."""
+    window = json.loads((folder / "config.json").read_text()).get("window")
+    return None if window is None else Window(**window)

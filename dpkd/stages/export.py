@@ -22,6 +22,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from dpkd.data.settings import Window
 from dpkd.errors import UserError
 from dpkd.evaluation.exported import MULTI_LABEL
 from dpkd.io import storage
@@ -38,6 +39,13 @@ from dpkd.stages.plan import stages_of
 from dpkd.stages.run import Run
 
 TIMM_TOLERANCE = 1e-5
+DEEP_IMAGES = """\
+
+## Images of more than 8 bits
+
+This student was trained on images whose values from {low:g} (black) to {high:g} (white) were mapped to 0 to 255. Map
+yours the same way before the code above; `dpkd predict`, `embed` and `adapt` do so.
+"""
 OF_DOWNLOADS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 """Arguments of `timm.create_model` with the source of weights; timm sets them for a folder."""
 
@@ -51,11 +59,12 @@ def export(run: Run) -> None:
     assert settings is not None, "the stage is left out without settings"
     unmeasured = not stages_of(run.settings, ["evaluate"]) or run.folder.stages().get("evaluate", {}).get("made") == {}
     evaluation = None if unmeasured else read_evaluation(run.folder)  # without a label evaluate makes no file
+    window = run.data.window
     for name in run.settings.distill.students:
         network = load_network(run.folder.students / name)
         spec = network.spec
         with run.folder.scratch(f"export-{name}") as scratch:
-            write_timm_folder(scratch, network)
+            write_timm_folder(scratch, network, window=window)
             difference = None
             if settings.onnx:
                 onnx = scratch / "model.onnx"
@@ -66,6 +75,8 @@ def export(run: Run) -> None:
             if HEAD in network.heads and run.data.masks is not None:
                 write_head(scratch, network, run.data.masks)
                 text += head_card(name, network, run.data.masks)
+            if window is not None:
+                text += DEEP_IMAGES.format(low=window.low, high=window.high)
             (scratch / "README.md").write_text(text)
             run.folder.check_fence()
             _replace(run.folder.export / name, scratch)
@@ -84,9 +95,10 @@ def _replace(folder: Path, scratch: Path) -> None:
     storage.publish(new, folder)
 
 
-def write_timm_folder(folder: Path, network: Network) -> None:
+def write_timm_folder(folder: Path, network: Network, *, window: Window | None = None) -> None:
     """Writes `model.safetensors` and `config.json`, from which timm computes the network's embedding and logits.
 
+    `config.json` also holds the window by which images of more than 8 bits become its inputs.
     For a figure-ground network they are those of a blank map, which weighs all patches equally. Raises `UserError` if
     the timm model has no such pooling.
     """
@@ -100,6 +112,7 @@ def write_timm_folder(folder: Path, network: Network) -> None:
         "num_features": backbone.embedding_dim,
         "label_names": list(spec.classes),
         **({"problem_type": MULTI_LABEL} if spec.multi_label else {}),
+        **({"window": window.model_dump()} if window is not None else {}),
         "model_args": {},
         "pretrained_cfg": {
             "input_size": [3, spec.image_size, spec.image_size],

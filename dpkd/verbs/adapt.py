@@ -167,7 +167,7 @@ def _embedded(exported: Exported, images: dict[str, list[Blob]], *, seed: int, k
     with Progress(f"{len(counts)} classes with {min(counts)} to {max(counts)} shots", sum(counts)) as progress:
         for index, blob in enumerate(chain.from_iterable(images.values())):
             try:
-                view_VCHW = exported.views(decode_image(blob.read()), seed=seed, index=index)
+                view_VCHW = exported.views(decode_image(blob.read(), window=exported.window), seed=seed, index=index)
             except BrokenImage as error:
                 raise UserError(f"--shots {blob.url}: {error}; replace or remove the image") from error
             embeddings.append(exported.embed(view_VCHW))

@@ -33,11 +33,12 @@ from torch import Tensor
 
 from dpkd.data.image_headers import BrokenImage
 from dpkd.data.images import decode_image, encode_png
+from dpkd.data.settings import Window
 from dpkd.data.sources.folders import MAP_NAME
 from dpkd.data.sources.records import Blob, system_folder
 from dpkd.data.text import is_image
 from dpkd.errors import UserError
-from dpkd.evaluation.exported import Exported
+from dpkd.evaluation.exported import Exported, window_of
 from dpkd.evaluation.segmenter import Segmenter
 from dpkd.io import storage
 from dpkd.log import Progress, logger
@@ -95,7 +96,7 @@ def segment(export: Place, photos: Places, *, out: Place) -> pa.Table:
             f"{export} has no segmentation.json, so it makes no masks for the folder {out}: give --out FILE.csv for "
             "its classes, or an export that was trained with data.masks"
         )
-    segmenter, files = Segmenter(export), list_images(photos)
+    segmenter, window, files = Segmenter(export), window_of(Path(export)), list_images(photos)
     paths = [Path(file).absolute() for file in files]
     root = os.path.commonpath([path.parent for path in paths])
     masks = [Path(out, path.relative_to(root)).with_suffix(".mask.png") for path in paths]
@@ -106,7 +107,7 @@ def segment(export: Place, photos: Places, *, out: Place) -> pa.Table:
     with Progress("images", len(files)) as progress:
         for file, path in zip(files, masks, strict=True):
             try:
-                mask_HW = segmenter.segment(decode_image(Blob(file).read()))
+                mask_HW = segmenter.segment(decode_image(Blob(file).read(), window=window))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 storage.write_bytes_atomic(path, encode_png(mask_HW * np.uint8(255) if figure else mask_HW))
                 errors.append(None)
@@ -155,15 +156,16 @@ def neighbours(export: Place, photos: Places, *, of: Places, out: Place | None =
         rows += [{"query": query, "file": files[k], "similarity": float(similarity_N[k])} for k in order]
         drawn.append([("query", query), *((f"{similarity_N[k]:.2f}", files[k]) for k in order)])
     if out is not None:
-        titled = [[(f"{title} {Path(file).name}", _picture(file)) for title, file in cells] for cells in drawn]
+        window = window_of(Path(export))
+        titled = [[(f"{title} {Path(file).name}", _picture(file, window)) for title, file in cells] for cells in drawn]
         storage.write_bytes_atomic(out, encode_png(contact_sheet(titled)))
         logger.info(f"written: {out}")
     return pa.Table.from_pylist(rows)
 
 
-def _picture(file: str) -> NDArray[np.uint8]:
+def _picture(file: str, window: Window | None) -> NDArray[np.uint8]:
     try:
-        return decode_image(Blob(file).read())
+        return decode_image(Blob(file).read(), window=window)
     except BrokenImage as error:
         raise UserError(f"{file}: {error}; `dpkd embed` again if images have changed") from error
 
@@ -219,7 +221,7 @@ def _outputs(
 
     def load(file: str) -> tuple[Tensor, str | None]:
         try:
-            return exported.transform(Image.fromarray(decode_image(Blob(file).read()))), None
+            return exported.transform(Image.fromarray(decode_image(Blob(file).read(), window=exported.window))), None
         except BrokenImage as error:
             logger.info(f"{file}: {error}")
             return torch.zeros(3, exported.size, exported.size), str(error)

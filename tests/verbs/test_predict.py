@@ -18,8 +18,10 @@ from PIL import Image, ImageOps
 
 import dpkd
 from dpkd import cli
+from dpkd.data.settings import Window
 from dpkd.errors import UserError
 from dpkd.report.model_card import USAGE
+from dpkd.verbs.predict import refuse_broken
 from tests.exports import make_shots, write_export
 
 
@@ -154,6 +156,24 @@ def test_an_adapted_folder_predicts_its_own_shots(student: Path, tmp_path: Path)
     folder = dpkd.adapt(student, shots, method="logistic", onnx=False).folder
     rows = dpkd.predict(folder, shots).to_pylist()
     assert [row["class"] for row in rows] == [Path(row["file"]).parent.name for row in rows]
+
+
+def test_images_of_16_bits_are_mapped_as_in_training(tmp_path: Path) -> None:
+    folder = write_export(tmp_path / "deep", window=Window(low=1000, high=5000))
+    deep, shallow = tmp_path / "16/deep", tmp_path / "8/deep"
+    for number, place in enumerate((deep, shallow) * 2):
+        name = "ab"[number // 2]
+        (place / name).mkdir(parents=True)
+        grey = np.random.default_rng(number // 2).integers(0, 256, (40, 30))
+        of_16 = np.round(1000 + grey * 4000 / 255).astype(np.uint16)
+        Image.fromarray(of_16 if place is deep else grey.astype(np.uint8)).save(place / name / "0.png")
+    adapted = dpkd.adapt(folder, deep, method="prototypes", onnx=False).folder  # keeps the window
+    for export in (folder, adapted):
+        found, expected = (dpkd.predict(export, place).drop(["file"]).to_pylist() for place in (deep, shallow))
+        assert found == expected
+    dpkd.neighbours(folder, deep, of=deep / "a", out=tmp_path / "sheet.png")
+    with pytest.raises(UserError, match="2 images cannot be read"):
+        refuse_broken(dpkd.predict(write_export(tmp_path / "shallow"), deep))
 
 
 @pytest.mark.parametrize(
