@@ -164,7 +164,8 @@ def _embedded(exported: Exported, images: dict[str, list[Blob]], *, seed: int, k
     if not isinstance(exported.model.get_classifier(), nn.Linear | nn.Identity):
         raise UserError(f"{exported.folder}: its classifier is not one linear layer")
     counts, embeddings, kept = [len(blobs) for blobs in images.values()], [], []
-    with Progress(f"{len(counts)} classes with {min(counts)} to {max(counts)} shots", sum(counts)) as progress:
+    each = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else counts[0]
+    with Progress(f"{len(counts)} classes with {each} shots", sum(counts)) as progress:
         for index, blob in enumerate(chain.from_iterable(images.values())):
             try:
                 view_VCHW = exported.views(decode_image(blob.read(), window=exported.window), seed=seed, index=index)
