@@ -5,8 +5,9 @@
 The checkout at `--root` is copied once, and only the copy is changed. FILE are paths below it, or patterns; without
 any, the order, the checkpoints, the objectives and the engines, in the layout that the checkout has. Equally many
 mutants are drawn for each of these four groups. A mutant is a comparison, an operator, a constant or a condition that
-is changed, or a statement that is dropped. It meets the tests that import its module, directly or through a module of
-`tests/`: first those that are not marked slow, then the slow ones; no chaos, fuzz, Ray or object store.
+is changed, or a statement that is dropped. It meets the tests that run its line in their own process, then, where none
+of them fails, the other tests that import its module, directly or through a module of `tests/`; no chaos, fuzz, Ray or
+object store. The lines of each test are measured once, by `pip install coverage`.
 
 The file gets one line for each mutant, {"id", "group", "file", "line", "change", "result": "killed" | "survived",
 "by": test, "seconds"}; a mutant that is there already is left out, so the same command goes on after a stop. All
@@ -28,6 +29,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+
+from coverage import CoverageData
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_FILES = (
@@ -150,16 +153,21 @@ class Replace(ast.NodeTransformer):
         return self._new if node is self._old else self.generic_visit(node)
 
 
-def mutated(text: str, number: int, kind: str, *, seed: str) -> tuple[str, int, str]:
-    """The text with one change, its line, and the change in words."""
+def mutated(text: str, number: int, kind: str, *, seed: str) -> tuple[str, range, str]:
+    """The text with one change, its lines from the start of the statement on, and the change in words."""
     tree = ast.parse(text)
     node = list(behaviour(tree))[number]
+    line = getattr(node, "lineno", 0)
+    within = (
+        each for each in ast.walk(tree) if isinstance(each, ast.stmt) and each.lineno <= line <= (each.end_lineno or 0)
+    )
+    lines = range(max(each.lineno for each in within), line + 1)
     before = ast.unparse(node).splitlines()[0]
     other = change(node, kind, random.Random(seed))
     if other is not None:
         Replace(node, other).visit(tree)
     after = ast.unparse(ast.fix_missing_locations(other or node)).splitlines()[0]
-    return ast.unparse(ast.fix_missing_locations(tree)), getattr(node, "lineno", 0), f"{kind}: {before} -> {after}"
+    return ast.unparse(ast.fix_missing_locations(tree)), lines, f"{kind}: {before} -> {after}"
 
 
 def module_of(path: str) -> str:
@@ -187,23 +195,14 @@ def tests_of(module: str, root: Path) -> list[str]:
     return sorted(path for path in paths if not NOT_RUN.search(path) and (root / path).exists())
 
 
-def noticed(root: Path, tests: list[str], *, marks: str, timeout_s: float) -> str | None:
+def run_tests(
+    root: Path, tests: list[str], *options: str, prefix: tuple[str, ...] = (), timeout_s: float
+) -> str | None:
     """The first test that fails, "time" where they take too long, or None where all pass."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "--no-header",
-        "-p",
-        "no:cacheprovider",
-        "--durations=0",
-        "--timeout=400",
-    ]
+    command = [sys.executable, *prefix, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [*command, "-m", marks, *tests],
+        [*command, "--timeout=400", *options, *tests],
         cwd=root,
         env=environment,
         stdout=subprocess.PIPE,
@@ -223,10 +222,43 @@ def noticed(root: Path, tests: list[str], *, marks: str, timeout_s: float) -> st
     return failed[1] if failed else f"exit {process.returncode}: {output[-300:]}"
 
 
-def first_to_notice(root: Path, tests: list[str], *, timeout_s: float) -> str | None:
-    """The test that notices what is wrong with the code, the quick ones first."""
-    quick = noticed(root, tests, marks="not chaos and not slow", timeout_s=timeout_s)
-    return quick or noticed(root, tests, marks="slow and not chaos", timeout_s=timeout_s)
+class TestsByLine:
+    """Which test functions run a line in their own process, and how long all take."""
+
+    def __init__(self, root: Path, tests: list[str]) -> None:
+        """Runs all tests once; ends the program where one fails."""
+        self._root = root
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            settings = Path(folder) / "coveragerc"
+            settings.write_text(
+                f"[run]\ndata_file = {folder}/data\ndynamic_context = test_function\ninclude = dpkd/*\n"
+            )
+            prefix = ("-m", "coverage", "run", f"--rcfile={settings}")
+            failed = run_tests(root, tests, "-m", "not chaos", prefix=prefix, timeout_s=LONGEST_S)
+            if failed is not None:
+                sys.exit(f"without any mutant {failed} fails: mend that first")
+            self._data = CoverageData(f"{folder}/data")
+            self._data.read()
+        self.seconds = time.monotonic() - began
+
+    def of(self, path: str, lines: range) -> list[str]:
+        """The tests that run one of these lines of a file, those first that run few lines of it."""
+        contexts = self._data.contexts_by_lineno(str((self._root / path).resolve()))
+        reach = Counter(name for names in contexts.values() for name in names)
+        found = {name for line in lines for name in contexts.get(line, []) if name}
+        ordered = sorted(found, key=lambda name: (reach[name], name))
+        return [
+            f"{module.replace('.', '/')}.py::{name}" for module, _, name in (each.rpartition(".") for each in ordered)
+        ]
+
+
+def first_to_notice(root: Path, quick: list[str], tests: list[str], *, timeout_s: float) -> str | None:
+    """The test that notices what is wrong with the code: those that run the line first, then all others."""
+    if quick and (by := run_tests(root, quick, "-m", "not chaos", timeout_s=timeout_s)):
+        return by
+    others = [option for test in quick for option in ("--deselect", test)]
+    return run_tests(root, tests, "-m", "not chaos", *others, timeout_s=timeout_s)
 
 
 def group_of(path: str) -> str:
@@ -272,24 +304,24 @@ def main() -> int:
         mutants = draw(options.root, files, number=options.number, seed=options.seed)
         left = [each for each in mutants if not any(line["id"] == id_of(*each) for line in done)]
         tests_by_file = {path: tests_of(module_of(path), copy) for path, _, _ in left}
-        began = time.monotonic()
-        all_tests = sorted({test for tests in tests_by_file.values() for test in tests})
-        if left and (failed := first_to_notice(copy, all_tests, timeout_s=LONGEST_S)) is not None:
-            sys.exit(f"without any mutant {failed} fails: mend that first")
-        timeout_s = 120 + 4 * (time.monotonic() - began)
+        reached = (
+            TestsByLine(copy, sorted({test for tests in tests_by_file.values() for test in tests})) if left else None
+        )
         for path, node, kind in left:
+            assert reached is not None
             name, text = id_of(path, node, kind), (options.root / path).read_text()
             began = time.monotonic()
-            changed, line, words = mutated(text, node, kind, seed=f"{options.seed} {name}")
+            changed, lines, words = mutated(text, node, kind, seed=f"{options.seed} {name}")
+            quick = reached.of(path, lines)
             (copy / path).write_text(changed)
-            by = first_to_notice(copy, tests_by_file[path], timeout_s=timeout_s)
+            by = first_to_notice(copy, quick, tests_by_file[path], timeout_s=120 + 4 * reached.seconds)
             (copy / path).write_text(text)
-            result = {"id": name, "group": group_of(path), "file": path, "line": line, "change": words}
+            result = {"id": name, "group": group_of(path), "file": path, "line": lines[-1], "change": words}
             result |= {"result": "survived" if by is None else "killed", "by": by}
             done.append(result | {"seconds": round(time.monotonic() - began, 1)})
             with options.out.open("a") as out:
                 out.write(json.dumps(done[-1]) + "\n")
-            print(f"{done[-1]['result']:<9} {path}:{line} {words} ({by})", flush=True)
+            print(f"{done[-1]['result']:<9} {path}:{lines[-1]} {words} ({by})", flush=True)
     for group in GROUPS:
         count = Counter(line["result"] for line in done if line["group"] == group)
         print(f"{group:<11} {count['killed']} of {count.total()} killed")
