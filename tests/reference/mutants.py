@@ -11,7 +11,7 @@ object store. The lines of each test are measured once, by `pip install coverage
 
 The file gets one line for each mutant, {"id", "group", "file", "line", "change", "result": "killed" | "survived",
 "by": test, "seconds"}; a mutant that is there already is left out, so the same command goes on after a stop. All
-these tests run once without a mutant first; a mutant is also killed where its tests take over four times as long.
+tests that are not slow run once without a mutant first; FILE.coverage keeps their lines: remove it after a change.
 """
 
 import argparse
@@ -43,6 +43,8 @@ NOT_MUTATED = re.compile(r"__init__|settings|protocol")
 """Files without behaviour: settings are checked by their own tests."""
 NOT_RUN = re.compile(r"chaos/|fuzz/|gpu/|stages/|reference/|object_stor|_ray|pretrain|layers|cluster|gang|group|listen")
 LONGEST_S = 3600.0
+TIMEOUT_S = 1200.0
+"""Of the tests of one mutant; a mutant whose tests take longer counts as killed."""
 GROUPS = {"order": r"data/order", "checkpoint": r"checkpoint", "objectives": r"objectives/", "engine": r""}
 
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
@@ -223,28 +225,31 @@ def run_tests(
 
 
 class TestsByLine:
-    """Which test functions run a line in their own process, and how long all take."""
+    """Which test functions run a line in their own process."""
 
-    def __init__(self, root: Path, tests: list[str]) -> None:
-        """Runs all tests once; ends the program where one fails."""
-        self._root = root
-        began = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            settings = Path(folder) / "coveragerc"
-            settings.write_text(
-                f"[run]\ndata_file = {folder}/data\ndynamic_context = test_function\ninclude = dpkd/*\n"
-            )
+    def __init__(self, root: Path, tests: list[str], *, place: Path) -> None:
+        """Runs all tests once, and ends the program where one fails; the lines stay in the file `place`."""
+        if not place.exists():
+            settings = place.with_name(f"{place.name}.settings")
+            measured = place.with_name(f"{place.name}.part")
+            settings.write_text(f"[run]\ndata_file = {measured}\ndynamic_context = test_function\ninclude = dpkd/*\n")
             prefix = ("-m", "coverage", "run", f"--rcfile={settings}")
-            failed = run_tests(root, tests, "-m", "not chaos", prefix=prefix, timeout_s=LONGEST_S)
+            failed = run_tests(root, tests, "-m", "not chaos and not slow", prefix=prefix, timeout_s=LONGEST_S)
             if failed is not None:
                 sys.exit(f"without any mutant {failed} fails: mend that first")
-            self._data = CoverageData(f"{folder}/data")
-            self._data.read()
-        self.seconds = time.monotonic() - began
+            settings.unlink()
+            measured.rename(place)
+        self._data = CoverageData(str(place))
+        self._data.read()
+        (self._copy,) = {
+            path.removesuffix("dpkd/__init__.py")
+            for path in self._data.measured_files()
+            if path.endswith("/dpkd/__init__.py")
+        }
 
     def of(self, path: str, lines: range) -> list[str]:
         """The tests that run one of these lines of a file, those first that run few lines of it."""
-        contexts = self._data.contexts_by_lineno(str((self._root / path).resolve()))
+        contexts = self._data.contexts_by_lineno(f"{self._copy}{path}")
         reach = Counter(name for names in contexts.values() for name in names)
         found = {name for line in lines for name in contexts.get(line, []) if name}
         ordered = sorted(found, key=lambda name: (reach[name], name))
@@ -303,18 +308,16 @@ def main() -> int:
         shutil.copytree(options.root, copy, ignore=shutil.ignore_patterns(".git", "runs", "build", "data/sample", ".*"))
         mutants = draw(options.root, files, number=options.number, seed=options.seed)
         left = [each for each in mutants if not any(line["id"] == id_of(*each) for line in done)]
-        tests_by_file = {path: tests_of(module_of(path), copy) for path, _, _ in left}
-        reached = (
-            TestsByLine(copy, sorted({test for tests in tests_by_file.values() for test in tests})) if left else None
-        )
+        tests_by_file = {path: tests_of(module_of(path), copy) for path, _, _ in mutants}
+        all_tests = sorted({test for tests in tests_by_file.values() for test in tests})
+        reached = TestsByLine(copy, all_tests, place=options.out.with_suffix(".coverage").resolve())
         for path, node, kind in left:
-            assert reached is not None
             name, text = id_of(path, node, kind), (options.root / path).read_text()
             began = time.monotonic()
             changed, lines, words = mutated(text, node, kind, seed=f"{options.seed} {name}")
             quick = reached.of(path, lines)
             (copy / path).write_text(changed)
-            by = first_to_notice(copy, quick, tests_by_file[path], timeout_s=120 + 4 * reached.seconds)
+            by = first_to_notice(copy, quick, tests_by_file[path], timeout_s=TIMEOUT_S)
             (copy / path).write_text(text)
             result = {"id": name, "group": group_of(path), "file": path, "line": lines[-1], "change": words}
             result |= {"result": "survived" if by is None else "killed", "by": by}
