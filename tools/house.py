@@ -16,7 +16,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MAX_LINES, MAX_STATEMENTS, MAX_FLOORS, MAX_TOP_FILES = 24_070, 16_096, 10, 10  # aim: 14_500, 9_500, 10, 10
+MAX_LINES, MAX_STATEMENTS, MAX_FLOORS, MAX_TOP_FILES = 24_060, 16_120, 10, 10  # aim: 14_500, 9_500, 10, 10
 MAX_TOOLS_LINES = 3_360
 MEDIAN_FUNCTION, MAX_NINETIETH = range(7, 15), 40  # aim: 9 to 14
 
