@@ -334,6 +334,10 @@ def test_torchrun_is_told_before_work_that_its_workers_cannot_share_a_batch(whol
     command = Command(tree, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"))
     assert command.wait() != 0
     assert "WORLD_SIZE=3: 3 workers cannot share" in command.output
+    tree["launcher"]["kind"] = "local"
+    command = Command(tree, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"))
+    assert command.wait() != 0
+    assert "launcher.kind=local: each process of torchrun would be a run; remove the key" in command.output
     assert not command.folder.path.exists()
 
 

@@ -49,7 +49,7 @@ class EnvWorkers:
             )
         size = int(os.environ["WORLD_SIZE"])
         if settings.workers not in (None, size):
-            raise UserError(f"launcher.workers={settings.workers}, and WORLD_SIZE={size}: remove launcher.workers")
+            raise UserError(f"launcher.workers={settings.workers}, and WORLD_SIZE={size}: set launcher.workers=null")
         self.size, self._settings = size, settings
         self._world = world.join(timeout_s=settings.peer_timeout_s)
         self._tasks: Any = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if size > 1 else None

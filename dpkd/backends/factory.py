@@ -105,6 +105,8 @@ def make_worker_group(settings: LauncherSettings, *, sizes: Sequence[int] = (), 
 def join_started_workers(settings: LauncherSettings) -> "EnvWorkers | None":
     """The workers that torchrun or srun has started, of which this process is one; None with another launcher."""
     if launcher_kind(settings) != "env":
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["WORLD_SIZE"] != "1":
+            raise UserError(f"launcher.kind={settings.kind}: each process of torchrun would be a run; remove the key")
         return None
     from dpkd.backends.env_workers import EnvWorkers  # noqa: PLC0415
 
