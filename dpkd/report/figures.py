@@ -141,7 +141,8 @@ class Evaluation:
 
     def tables(self) -> dict[str, Table]:
         """The tables by title, that of few-shot accuracy first, or of accuracy without episodes."""
-        without = "Ranking by label" if "labels" in self.protocol else "Accuracy"
+        without = "Segmentation" if self.alone == "masks alone" else "Accuracy"
+        without = "Ranking by label" if "labels" in self.protocol else without
         tables = {"Few-shot accuracy" if "way" in self.protocol else without: self.first_table()}
         titles = {"probes": "kNN and linear probe", "classification": KNOWN_CLASSES}
         for key, title in (titles | {"zero_shot": "Zero-shot through attributes"}).items():

@@ -71,6 +71,7 @@ def test_a_run_of_masks_speaks_of_masks(run: Path) -> None:
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     words = final_words(write_summary(run))
     assert words.startswith("Segmentation of 400 images of novel")
+    assert next(iter(Evaluation(evaluation).tables())) == "Segmentation"
     assert "small on masks alone" in words
     assert "small: gain over masks alone" in words
     assert "worse than the same network on masks alone (-10.0 ± 2.0 %)" in words
