@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
@@ -65,7 +65,7 @@ class Derived:
     mix: LayerMix | None = None
 
 
-class DerivedView:
+class DerivedView(Protocol):
     """A further view of the images, made on the training device from the global view; equal ones are made once."""
 
     share: float
@@ -78,7 +78,6 @@ class DerivedView:
 
     def derive(self, inputs: Sequence[Tensor], draw: Draw) -> Derived:
         """The view of a network's inputs for the global view: normalised images B3HW, and perhaps a map B1hw."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

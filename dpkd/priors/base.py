@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import platform
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, TypeVar, runtime_checkable
@@ -90,18 +91,18 @@ class PriorConfig(Config):
     if TYPE_CHECKING:  # a subclass has them as class variables, fields or properties
 
         @property
+        @abstractmethod
         def channels(self) -> int:
             """Number of channels of the map."""
-            raise NotImplementedError
 
         @property
+        @abstractmethod
         def codec(self) -> Codec:
             """The storage format of the map."""
-            raise NotImplementedError
 
+        @abstractmethod
         def map(self, image: ImageViews) -> Map:
             """The map of an image of any size, HWC, on a grid that covers the whole image: float32, or int32 labels."""
-            raise NotImplementedError
 
     @property
     def name(self) -> str:

@@ -208,8 +208,8 @@ class Evaluation:
             classes = sorted({name for names in seen.values() for name in names})
             few = ", ".join(classes[:3]) + (", …" if len(classes) > 3 else "")
             whose = f"weights of {', '.join(seen)} or of a teacher"
-            told = f"{whose} have seen {len(classes)} classes of {self.split} ({few})"
-            notes.append(f"* invalid: by teachers.<name>.seen, {told}")
+            count = f"{len(classes)} classes of {self.split} ({few})"
+            notes.append(f"* invalid: {whose} have seen {count}, as teachers.<name>.seen says")
         known = (network["few_shot"][self.split].get(KNOWN, {}) for network in self.networks.values())
         if (widest := max((score.get("ci95", 0.0) for score in known), default=0.0)) > MAX_INTERVAL:
             notes.append(

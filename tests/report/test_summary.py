@@ -259,7 +259,7 @@ def test_figures_on_classes_that_public_weights_have_seen_are_marked_invalid(run
     starred = [line.split("  ")[0] for line in text.splitlines() if " *  " in line]
     assert starred == ["student small *", "teacher *"]
     sentence = "weights of student small, teacher or of a teacher have seen 4 classes of novel (bird, cat, dog, …)"
-    assert f"* invalid: by teachers.<name>.seen, {sentence}" in text
+    assert f"* invalid: {sentence}, as teachers.<name>.seen says" in text
     assert sentence in (run / "summary.md").read_text()
 
 

@@ -58,7 +58,7 @@ def way(sizes: tuple[int, ...], engines: list[tuple[str, str]], *, kills: tuple[
     return {"segments": segments, "unbroken": {"size": sizes[0], "engines": engines[0]}}
 
 
-def check(trials: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
+def assert_as_unbroken(trials: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
     """Bit for bit where neither size nor engines changed, near elsewhere; each sample as ordered; says how near."""
     furthest: dict[str, float] = {}
     for trial, each in zip(trials, found, strict=True):
@@ -80,7 +80,7 @@ def poisoned(pair: tuple[str, str], network: str, *, factor: str = "nan", step: 
     return {"segments": [segment | {"poison": poison}], "unbroken": {"size": 2, "engines": pair, "skipped": [step]}}
 
 
-def check_poisoned(trials: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
+def assert_passed_over(trials: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
     """All ranks went back and passed over the step, and all is as if it had never been."""
     for trial, each in zip(trials, found, strict=True):
         skipped = trial["unbroken"]["skipped"]
@@ -98,28 +98,28 @@ def passes(places: list[tuple[int, str]]) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_a_run_goes_on_at_other_world_sizes(tmp_path: Path) -> None:
     trial = way((1, 2, 3), [("zero3", "zero1")] * 3, kills=(1,))
-    check([trial], run(tmp_path / "few", [trial | {"passes": passes([(2, "zero2")])}]))
+    assert_as_unbroken([trial], run(tmp_path / "few", [trial | {"passes": passes([(2, "zero2")])}]))
 
 
 @pytest.mark.nightly
 @pytest.mark.slow
 def test_all_ranks_pass_over_a_step_that_is_spoilt_on_one(tmp_path: Path) -> None:
     trials = [poisoned(("torch", "zero3"), "teacher")]
-    check_poisoned(trials, run(tmp_path / "few", trials))
+    assert_passed_over(trials, run(tmp_path / "few", trials))
 
 
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_a_run_goes_on_with_other_stages_at_other_world_sizes(tmp_path: Path) -> None:
     trials = [way((1, 3, 2), [("zero2", "zero0")] * 3, kills=(0,)), way((2,) * 3, [("zero0", "zero2")] * 3, kills=(1,))]
-    check(trials, run(tmp_path / "few", trials))
+    assert_as_unbroken(trials, run(tmp_path / "few", trials))
 
 
 @pytest.mark.chaos
 def test_a_spoilt_step_is_passed_over_with_every_engine(tmp_path: Path) -> None:
     trials = [poisoned((kind, kind), network) for kind in KINDS for network in ("teacher", "student")]
     trials += [poisoned((kind, kind), "teacher", factor="1e9", step=18) for kind in KINDS]  # clipped, but told
-    check_poisoned(trials, run(tmp_path / "all", trials))
+    assert_passed_over(trials, run(tmp_path / "all", trials))
 
 
 @pytest.mark.chaos
@@ -135,4 +135,4 @@ def test_every_stage_goes_on_over_every_way(tmp_path: Path) -> None:
     ]
     trials += [each | {"student": "sgd"} for each in trials[:: len(PAIRS) - 1]]
     trials[0]["passes"] = passes([(size, kind) for size in (3, 1, 2) for kind in KINDS])
-    check(trials, run(tmp_path / "all", trials))
+    assert_as_unbroken(trials, run(tmp_path / "all", trials))
