@@ -246,6 +246,7 @@ def test_a_session_shrinks_with_the_cluster_and_grows_with_it_after_a_save(tmp_p
             driver.kill()
     assert driver.returncode == 0, printed
     assert "there is room for 2 workers instead of 1; all saved and start again" in printed
+    assert "no room came free" not in printed  # the lost node is not counted, though Ray lists it for some time yet
     record("a node is killed", "a node joins", target="a session of 2 workers")
 
 
@@ -272,8 +273,7 @@ def test_a_run_that_loses_a_node_and_gains_one_ends_as_unbroken(
             command.process.kill()
     assert restarts(folder)[1] == "there is room for 2 workers instead of 1"
     starts = re.findall(r"^starts (\d) workers", command.output, re.MULTILINE)
-    # Ray may count a lost node for a while, so the start on what is left may be the second try
-    assert starts in (["2", "1", "2"], ["2", "2", "1", "2"])
+    assert starts == ["2", "1", "2"]  # the lost node is not counted, though Ray lists it for some time yet
     with_two, with_one, with_two_again = passes(folder)
     assert 0 < published <= with_one.began
     assert with_two.ended - with_one.began <= 2 * CHECKPOINT_EVERY  # a save may still be under way when it is lost

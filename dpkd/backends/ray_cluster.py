@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Self
@@ -21,6 +22,7 @@ from dpkd.errors import StopRequested, UserError
 from dpkd.launch.world_size import NodeResources, WorldSizeRange
 from dpkd.log import logger
 
+ANSWER_TIMEOUT_S = 2.0
 CHECK_S = 3.0
 POLL_S = 0.2
 QUIET_S = 10.0
@@ -61,11 +63,20 @@ def kill_actors(class_name: str) -> None:
 
 
 def node_resources(*, free: bool = False) -> list[NodeResources]:
-    """The resources of every node that is not draining, or its free resources."""
-    all_of = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    """The resources of every node that answers and is not draining, or its free resources."""
+    all_of = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"] and _answers(node)}
     left = available_resources_per_node() if free else all_of
     nodes = [left.get(node, {}) for node in all_of.keys() - draining_nodes()]
     return [NodeResources(cpus=int(node.get("CPU", 0)), gpus=int(node.get("GPU", 0))) for node in nodes]
+
+
+def _answers(node: Mapping[str, Any]) -> bool:
+    """Whether the node takes connections: Ray lists a lost node as alive for some 15 s more."""
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), ANSWER_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def draining_nodes() -> set[str]:
