@@ -65,7 +65,7 @@ def death() -> None:
 
 def gpu_and_cpu() -> None:
     """A GPU pool and a CPU pool side by side."""
-    pools = {"gpu": RayPool(gpus_per_worker=1), "cpu": RayPool(1)}
+    pools = {"gpu": RayPool(resource="GPU"), "cpu": RayPool(1)}
     threads = [
         threading.Thread(target=show, args=(each, rest, [0.3] * 4), kwargs={"name": name})
         for name, each in pools.items()
@@ -77,7 +77,7 @@ def gpu_and_cpu() -> None:
 
 
 def gpu() -> None:
-    show(RayPool(gpus_per_worker=1), rest, [0.0])
+    show(RayPool(resource="GPU"), rest, [0.0])
 
 
 def threads() -> None:

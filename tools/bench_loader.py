@@ -268,7 +268,7 @@ def _litdata(case: Case) -> Iterator[Any]:
 
     views, folder = _views(case), case.folder / "litdata"
     if not (folder / "index.json").exists():
-        litdata.optimize(_jpeg, case.files, str(folder), chunk_bytes="16MB", num_workers=1)
+        litdata.optimize(_jpeg, case.files, str(folder), chunk_bytes="16MB", num_workers=1, start_method="fork")
     dataset = litdata.StreamingDataset(str(folder), shuffle=True, transform=lambda item: views(item["image"]))
     options = {"num_workers": case.workers, "persistent_workers": case.workers > 0, "drop_last": True}
     loader = litdata.StreamingDataLoader(dataset, batch_size=BATCH, **options)

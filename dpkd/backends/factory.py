@@ -68,8 +68,7 @@ def make_accelerator(settings: LauncherSettings, *, hangs: Path) -> Accelerator 
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
         devices = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
         environments = [{"CUDA_VISIBLE_DEVICES": device} for device in devices]
-        start_timeout_s = settings.start_timeout_s
-        pool = LocalPool(len(devices), environments=environments, order=order, start_timeout_s=start_timeout_s)
+        pool = LocalPool(len(devices), environments=environments, order=order, start_timeout_s=settings.start_timeout_s)
         return pool, "cuda"
     from dpkd.backends.ray_cluster import connect, living_nodes  # noqa: PLC0415
     from dpkd.backends.ray_pool import RayPool  # noqa: PLC0415
@@ -77,7 +76,7 @@ def make_accelerator(settings: LauncherSettings, *, hangs: Path) -> Accelerator 
     connect()
     if not any(node.get("GPU", 0) for node in living_nodes()):
         return None
-    return RayPool(gpus_per_worker=1, order=order), "cuda"
+    return RayPool(resource="GPU", order=order), "cuda"
 
 
 def make_worker_group(settings: LauncherSettings, *, sizes: Sequence[int] = (), module: str) -> WorkerGroup:

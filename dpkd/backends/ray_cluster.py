@@ -64,19 +64,20 @@ def kill_actors(class_name: str) -> None:
 
 def node_resources(*, free: bool = False) -> list[NodeResources]:
     """The resources of every node that answers and is not draining, or its free resources."""
-    all_of = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"] and _answers(node)}
+    all_of = answering_nodes()
     left = available_resources_per_node() if free else all_of
     nodes = [left.get(node, {}) for node in all_of.keys() - draining_nodes()]
     return [NodeResources(cpus=int(node.get("CPU", 0)), gpus=int(node.get("GPU", 0))) for node in nodes]
 
 
-def _answers(node: Mapping[str, Any]) -> bool:
-    """Whether the node takes connections: Ray lists a lost node as alive for some 15 s more."""
-    try:
-        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), ANSWER_TIMEOUT_S).close()
-    except OSError:
-        return False
-    return True
+def answering_nodes() -> dict[str, dict[str, float]]:
+    """The resources of each node that takes a connection, by its id; Ray lists a lost node as alive for some 15 s."""
+    found = {}
+    for node in (node for node in ray.nodes() if node["Alive"]):
+        place = (node["NodeManagerAddress"], node["NodeManagerPort"])
+        with contextlib.suppress(OSError), socket.create_connection(place, ANSWER_TIMEOUT_S):
+            found[node["NodeID"]] = node["Resources"]
+    return found
 
 
 def draining_nodes() -> set[str]:

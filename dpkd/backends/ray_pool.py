@@ -16,7 +16,7 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryError, RayActorError, RayError
 
-from dpkd.backends.ray_cluster import cause_of_death, connect, enter_folder, living_nodes, shortage
+from dpkd.backends.ray_cluster import answering_nodes, cause_of_death, connect, enter_folder, living_nodes, shortage
 from dpkd.launch.forking import ONE_THREAD
 from dpkd.launch.heartbeat import RESTING, heartbeat
 from dpkd.launch.pool import PoolWorker, answer_to, map_items
@@ -33,34 +33,29 @@ QUIET_S = 30.0
 
 
 class RayPool:
-    """Actors on the cluster of this process, each with a CPU or with `gpus_per_worker` GPUs.
+    """Actors on the cluster of this process, each with one `resource`, which is CPU or GPU.
 
-    `num_workers` is a maximum; None means as many as fit on the cluster at each time. `gpus_per_worker` is a fraction
-    up to 1, or a whole number.
+    `num_workers` is a maximum; None means as many as fit on the cluster at each time. A worker with a GPU uses no CPU,
+    so that it starts even if the pool for CPUs holds all of them.
     """
 
     def __init__(
-        self, num_workers: int | None = None, *, gpus_per_worker: float = 0.0, order: WatchOrder | None = None
+        self, num_workers: int | None = None, *, resource: str = "CPU", order: WatchOrder | None = None
     ) -> None:
-        assert num_workers is None or num_workers >= 1, num_workers
-        assert 0 <= gpus_per_worker <= 1 or gpus_per_worker == int(gpus_per_worker), gpus_per_worker
         connect()
-        self._ceiling = num_workers
-        self.order, self.numbers = order, count()
-        # a GPU worker uses no CPU, so that it starts even if the pool for CPUs holds all of them
-        self.needs = {"GPU": float(gpus_per_worker)} if gpus_per_worker else {"CPU": 1.0}
+        self._ceiling, self.resource, self.order, self.numbers = num_workers, resource, order, count()
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
         return map_items(_RayWorkers(self, function), items, order=self.order)
 
     def limit(self) -> int:
         """The most workers at this time, at least one, because a waiting worker shows an autoscaler the need."""
-        return self._ceiling or max(1, num_fitting(living_nodes(), needs=self.needs))
+        return self._ceiling or max(1, num_fitting(living_nodes(), self.resource))
 
 
-def num_fitting(nodes: Sequence[Mapping[str, float]], *, needs: Mapping[str, float]) -> int:
-    """The number of workers that fit on nodes with these resources."""
-    return sum(min(int(node.get(name, 0.0) / need + 1e-6) for name, need in needs.items()) for node in nodes)
+def num_fitting(nodes: Sequence[Mapping[str, float]], resource: str) -> int:
+    """The number of workers that fit on nodes with these resources, each with one of the `resource`."""
+    return sum(int(node.get(resource, 0.0)) for node in nodes)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -84,14 +79,10 @@ class _RayWorkers:
 
     def start(self, num_expected: int) -> None:
         # not set in the actor: Ray may have imported numpy before, and OMP_NUM_THREADS of the node overrides Ray's
-        options: dict[str, Any] = {
-            "num_cpus": self._pool.needs.get("CPU", 0),
-            "num_gpus": self._pool.needs.get("GPU", 0),
-            "runtime_env": {"env_vars": ONE_THREAD},
-        }
+        options: dict[str, Any] = {"num_cpus": 0, f"num_{self._pool.resource.lower()}s": 1, "max_restarts": 0}
         for _ in range(len(self._expected), min(self._pool.limit(), num_expected)):
             number = next(self._pool.numbers)
-            actor = ray.remote(**options, max_restarts=0, max_task_retries=0)(_Server).remote(
+            actor = ray.remote(**options, max_task_retries=0, runtime_env={"env_vars": ONE_THREAD})(_Server).remote(
                 self._function, str(Path.cwd()), self._pool.order, number
             )
             worker = _RayWorker(number=number, actor=actor)
@@ -122,8 +113,8 @@ class _RayWorkers:
             return None
         except (RayActorError, OutOfMemoryError) as death:
             self._all.remove(worker)
-            living = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
             is_preempted = isinstance(death, RayActorError) and death.preempted
+            living = answering_nodes()
             is_known_lost = "node has died" in str(death) if worker.node_id is None else worker.node_id not in living
             worker.death, worker.node_lost = cause_of_death(death), is_preempted or is_known_lost
             return worker
@@ -139,14 +130,14 @@ class _RayWorkers:
     def _report_waiting(self) -> None:
         """Logs missing resources while no worker is busy: at once if no node is large enough, and every `QUIET_S`."""
         now_s, nodes = time.monotonic(), living_nodes()
-        has_room = num_fitting(nodes, needs=self._pool.needs) > 0
+        has_room = num_fitting(nodes, self._pool.resource) > 0
         is_due = now_s - max(self._reported_s, self._busy_s) > QUIET_S or (
             not has_room and self._reported_s == -math.inf
         )
         if not is_due or any(worker.index is not None for worker in self._expected.values()):
             return
         self._reported_s = now_s
-        message = shortage(self._pool.needs, nodes=nodes, free=ray.available_resources())
+        message = shortage({self._pool.resource: 1.0}, nodes=nodes, free=ray.available_resources())
         logger.info(message if has_room else f"{message}; no node has them, this goes on once one joins (`ray status`)")
 
 

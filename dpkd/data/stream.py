@@ -245,9 +245,7 @@ def _allocate(plan: ViewPlan, num_samples: int, maps: Maps) -> View:
     return View(image_BCHW, {name: _empty(*shape, dtype=torch.float32) for name, shape in shapes.items()})
 
 
-@cache
-def _log_once(line: str) -> None:
-    logger.info(line)
+_log_once = cache(logger.info)
 
 
 def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
