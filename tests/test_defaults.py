@@ -204,7 +204,7 @@ def test_python_takes_few_labels_to_an_exported_student(tmp_path: Path, capsys: 
     settings = dict(line.split("=") for line in (*SHORT, *OWN_TEACHER)) | {"launcher.threads": 1}
     fitted = dpkd.fit(photos, out=tmp_path / "run", settings=settings)
     assert "labelled images of val" in capsys.readouterr().out
-    scores = fitted.summary["students"]["resnet10t"]["few_shot"]["val"]["known_classes"]
+    scores = fitted.summary["students"]["resnet10t"]["scores"]["val"]["known_classes"]
     assert 0 <= scores["mean"] <= 1
     assert scores["ci95"] > 0.1  # of few images
     assert "labels in the median class" in (fitted.folder / "chosen.yaml").read_text()
@@ -229,4 +229,4 @@ def test_a_file_of_weights_teaches_students(tmp_path: Path, shared_data: Path, m
     assert cli.main(["pretrain", "photos", "--students", "resnet10t", "--teacher", teacher, *SHORT]) == 0
     summary = json.loads((tmp_path / "runs/photos/summary.json").read_text())
     assert "known_classes" in summary["students"]["resnet10t"]["over_baseline"]["val"]
-    assert "known_classes" not in summary["teachers"]["teacher"]["few_shot"]["val"]
+    assert "known_classes" not in summary["teachers"]["teacher"]["scores"]["val"]

@@ -258,7 +258,7 @@ def test_a_whole_run_measures_exports_and_predicts(run: Command, tmp_path: Path)
     assert evaluation["protocol"]["labels"] == 3
     student = evaluation["students"]["conv"]
     for split in ("val", "test"):
-        assert list(student["few_shot"][split])[-1] == "mean_average_precision"
+        assert list(student["scores"][split])[-1] == "mean_average_precision"
         assert set(student["labels"][split]) == set(COLOURS)
         assert "mean_average_precision" in student["over_baseline"][split]
     assert "mean average precision" in run.output
@@ -272,7 +272,7 @@ def test_a_whole_run_measures_exports_and_predicts(run: Command, tmp_path: Path)
     test = dataset.split("test")
     score_NK = np.array([[row_of[key][f"p_{name}"] for name in dataset.manifest.classes] for key in test.keys])
     measured = measure_labels(score_NK, test.label_NK, seed=0)
-    exported = student.get("plain_pooling", student["few_shot"])["test"]["mean_average_precision"]
+    exported = student.get("plain_pooling", student["scores"])["test"]["mean_average_precision"]
     assert mean_score(measured["precision"])["mean"] == pytest.approx(exported["mean"], abs=0.02)
     for row in rows:
         assert row["labels"] == "|".join(name for name in dataset.manifest.classes if row[f"p_{name}"] >= 0.5)
@@ -306,7 +306,7 @@ def test_a_split_of_which_no_label_can_be_told_apart_has_no_figure(run: Command)
     chosen: dict[str, str] = {}
     values, _ = measure_several(opened, split, embedded)
     figures = compare(opened, ["students.conv", "baselines.conv"], values, chosen=chosen)
-    assert figures["few_shot"] == {"students.conv": {}, "baselines.conv": {}}
+    assert figures["scores"] == {"students.conv": {}, "baselines.conv": {}}
     assert figures["over_baseline"] == {}
     assert chosen == {}
 

@@ -55,8 +55,8 @@ def test_a_run_ends_with_its_summary_and_exports(whole: RunFolder) -> None:
         assert network["images_per_s"] > 0
         for split in ("val", "novel"):
             for shot in ("5way_1shot", "5way_5shot"):
-                assert 0 < network["few_shot"][split][shot]["mean"] < 1
-                assert network["few_shot"][split][shot]["ci95"] > 0
+                assert 0 < network["scores"][split][shot]["mean"] < 1
+                assert network["scores"][split][shot]["ci95"] > 0
     assert {stage["status"] for stage in summary["stages"].values()} == {"done"}
     assert list(summary["stages"]) == ["pack", "prepare", "teach", "distill", "baseline-conv", "evaluate", "export"]
     for name in (
@@ -395,7 +395,7 @@ def test_a_live_teacher_goes_on_learning(whole: RunFolder, tmp_path: Path) -> No
     weights = all_weights(command.folder)
     moved = [name for name in weights if name.startswith("teachers/teacher:") and name.endswith("weight")]
     assert any(not torch.equal(weights[name], weights[name.replace("teachers/", "teachers-live/")]) for name in moved)
-    assert summary["live_teachers"]["teacher"]["few_shot"]["novel"]["5way_1shot"]["mean"] > 0
+    assert summary["live_teachers"]["teacher"]["scores"]["novel"]["5way_1shot"]["mean"] > 0
 
 
 @pytest.mark.nightly

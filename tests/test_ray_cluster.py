@@ -400,5 +400,5 @@ def _figures(folder: Path) -> dict[str, object]:
     """What the summary says of each network, but for its speed; and which stages are done."""
     summary = json.loads((folder / "summary.json").read_text())
     networks = summary["teachers"] | summary["students"] | summary["baselines"]
-    figures = {name: (network["parameters"], network["few_shot"]) for name, network in networks.items()}
+    figures = {name: (network["parameters"], network["scores"]) for name, network in networks.items()}
     return figures | {stage: record["status"] for stage, record in summary["stages"].items()}

@@ -68,7 +68,7 @@ class Evaluation:
     @cached_property
     def alone(self) -> str:
         """What the baselines have learnt from, by what is measured: `labels alone`, `masks alone`, or both."""
-        figures = (each["few_shot"] for kind in ("students", "baselines") for each in self.tree[kind].values())
+        figures = (each["scores"] for kind in ("students", "baselines") for each in self.tree[kind].values())
         keys = {key for of_network in figures for scores in of_network.values() for key in scores}
         kinds = ["labels"] * (not keys or not keys <= {*OF_MASKS}) + ["masks"] * bool(keys & {*OF_MASKS})
         return f"{' and '.join(kinds)} alone"
@@ -92,12 +92,12 @@ class Evaluation:
     @cached_property
     def judged(self) -> str:
         """The key of the figure that students are judged by: of masks, on known classes, or with most shots."""
-        scores = (network["few_shot"][self.split] for network in self.networks.values())
+        scores = (network["scores"][self.split] for network in self.networks.values())
         return next((list(keys)[-1] for keys in scores if keys), KNOWN)
 
     def exported(self, network: Mapping[str, Any]) -> dict[str, float] | None:
         """The figure of a network as it is exported, of the kind that students are judged by, if it has it."""
-        scores: Scores = network.get("plain_pooling", network["few_shot"])[self.split]
+        scores: Scores = network.get("plain_pooling", network["scores"])[self.split]
         return scores.get(self.judged)
 
     @property
@@ -120,7 +120,7 @@ class Evaluation:
 
         A student's gain over labels alone follows its baselines. `notes` explain the stars.
         """
-        keys = list(dict.fromkeys(key for each in self.networks.values() for key in each["few_shot"][self.split]))
+        keys = list(dict.fromkeys(key for each in self.networks.values() for key in each["scores"][self.split]))
         rows = [["", "parameters", "images/s", *map(column_words, keys)]]
 
         def add(title: str, by_split: Mapping[str, Scores], *facts: str, sign: str = "") -> None:
@@ -132,9 +132,9 @@ class Evaluation:
             for name, network in group.items():
                 title = f"{name} *" if self.split in network.get("seen", {}) else name
                 facts = count_words(network["parameters"]), rate_words(network["images_per_s"])
-                add(title, network.get("plain_pooling", network["few_shot"]), *facts)
+                add(title, network.get("plain_pooling", network["scores"]), *facts)
                 if "plain_pooling" in network:
-                    add("  with its prior map", network["few_shot"])
+                    add("  with its prior map", network["scores"])
             if gains := self.students.get(student, {}).get("over_baseline"):
                 add(f"{student}: gain over {self.alone}", gains, sign="+")
         return rows
@@ -210,7 +210,7 @@ class Evaluation:
             whose = f"weights of {', '.join(seen)} or of a teacher"
             count = f"{len(classes)} classes of {self.split} ({few})"
             notes.append(f"* invalid: {whose} have seen {count}, as teachers.<name>.seen says")
-        known = (network["few_shot"][self.split].get(KNOWN, {}) for network in self.networks.values())
+        known = (network["scores"][self.split].get(KNOWN, {}) for network in self.networks.values())
         if (widest := max((score.get("ci95", 0.0) for score in known), default=0.0)) > MAX_INTERVAL:
             notes.append(
                 f"accuracy on {self.num_images:,} images may be off by {100 * widest:.0f} points: label more of "

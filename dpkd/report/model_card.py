@@ -103,11 +103,11 @@ def _numbers(table: dict[str, Any], evaluation: dict[str, Any]) -> list[str]:
     """The table of accuracies, and the conditions of their measurement."""
     protocol, has_map = evaluation["protocol"], "plain_pooling" in table
     kinds = {
-        "few_shot": "with its prior map" if has_map else "accuracy",
+        "scores": "with its prior map" if has_map else "accuracy",
         "plain_pooling": "as timm pools",
         "over_baseline": f"gain over the same network on {Evaluation(evaluation).alone}",
     }
-    keys = list(dict.fromkeys(key for scores in table["few_shot"].values() for key in scores))
+    keys = list(dict.fromkeys(key for scores in table["scores"].values() for key in scores))
     rows = [["", "split", *(key.replace("_", " ") for key in keys)]]
     for kind, title in kinds.items():
         sign = "+" if kind == "over_baseline" else ""

@@ -5,7 +5,7 @@
                     "stages": {stage: {"status", "seconds", "speed": {"images_per_s", "tflops", "mfu"}}},
                     "goodput": as goodput.json, "exports": {student: folder},
                     "quarantine": {stage: number of samples}}
-    network        {"parameters", "images_per_s", "few_shot": {split: {"5way_1shot": {"mean", "ci95"}}}, …},
+    network        {"parameters", "images_per_s", "scores": {split: {"5way_1shot": {"mean", "ci95"}}}, …},
                    as in evaluation.json
 
 `speed` has medians over the log lines of a training stage: TFLOP/s of one device, and their share of its peak if

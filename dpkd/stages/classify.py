@@ -67,7 +67,7 @@ def compare(
             key: figure_score(key, value - values[best][key], gain=True) for key, value in values[student].items()
         }
     return {
-        "few_shot": {name: scores.get(name, {}) for name in networks},
+        "scores": {name: scores.get(name, {}) for name in networks},
         "plain_pooling": {name: scores[name + PLAIN] for name in networks if name + PLAIN in scores},
         "over_baseline": gains,
     }

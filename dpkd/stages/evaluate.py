@@ -4,7 +4,7 @@
      "teachers", "live_teachers", "students", "baselines": {name: network}}
      "labelled": {split: number of labelled images, or without labels of those with a mask}
     network: {"model", "image_size", "pooling", "parameters", "flops", "images_per_s",       the last two may be null
-              "few_shot": {split: {"5way_1shot": {"mean", "ci95"}, "known_classes": {"mean", "ci95"}}},
+              "scores": {split: {"5way_1shot": {"mean", "ci95"}, "known_classes": {"mean", "ci95"}}},
               "plain_pooling": {split: …}            figure-ground networks, pooled without their prior map
               "seen": {split: [classes]}             only where `teachers.<name>.seen` has classes of the split
               "over_baseline": {split: …}            students: paired difference on the same episodes from
@@ -15,9 +15,9 @@
               "confusion": {split: {"classes": [names], "counts": [[…]]}}     (label, prediction), the last: others
               "labels": {split: {label: {"samples", "trained", "precision": score, "auroc": score}}},
               "zero_shot": {split: {"overall", "balanced", "chance"}},      classes known only by their attributes
-              "segmentation": {split: {class: {"iou", "dice", "hd95_px"}}}}     with masks; "few_shot" has
+              "segmentation": {split: {class: {"iou", "dice", "hd95_px"}}}}     with masks; "scores" has
                                     "mean_dice", "boundary_iou", "boundary_f" and "mean_iou" besides
-Where an image may have several labels, the keys of `few_shot` are "auroc", "average_precision_of_rare_labels" and
+Where an image may have several labels, the keys of `scores` are "auroc", "average_precision_of_rare_labels" and
 "mean_average_precision".
 
 Unreadable samples are left out. Axes: N readable sample, D feature, E episode, K class, A attribute.
@@ -149,7 +149,7 @@ def _show(run: Run, report: dict[str, Any]) -> None:
     exported = {
         f"exported/{name} {split} {column_words(key)}": score["mean"]
         for name, student in report["students"].items()
-        for split, scores in student.get("plain_pooling", student["few_shot"]).items()
+        for split, scores in student.get("plain_pooling", student["scores"]).items()
         for key, score in scores.items()
     }
     board.hparams(run.settings.model_dump(mode="json", exclude_defaults=True, exclude={"launcher"}), exported)

@@ -101,7 +101,7 @@ class Training:
         found = {}
         for name, student in summary["students"].items():
             longer = [other for key, other in summary["baselines"].items() if key.partition(".")[0] == name]
-            exported = [network.get("plain_pooling", network["few_shot"]) for network in (student, *longer)]
+            exported = [network.get("plain_pooling", network["scores"]) for network in (student, *longer)]
             best = max(exported, key=lambda by_split: list(by_split[splits[0]].values())[-1]["mean"])
             found[name] = {
                 f"{split} {column_words(key)}": score["mean"] for split in splits for key, score in best[split].items()

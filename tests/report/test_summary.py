@@ -19,7 +19,7 @@ def network(mean: float) -> dict[str, Any]:
         "pooling": "mean",
         "parameters": 110_000,
         "images_per_s": 1234.5,
-        "few_shot": {
+        "scores": {
             split: {"5way_1shot": {"mean": mean, "ci95": 0.004}, "5way_5shot": {"mean": mean + 0.2, "ci95": 0.003}}
             for split in ("val", "novel")
         },
@@ -66,7 +66,7 @@ def test_a_run_of_masks_speaks_of_masks(run: Path) -> None:
         evaluation["baselines"]["small"],
         evaluation["teachers"]["teacher"],
     ):
-        network["few_shot"] = dict.fromkeys(("val", "novel"), of_masks)
+        network["scores"] = dict.fromkeys(("val", "novel"), of_masks)
     evaluation["students"]["small"]["over_baseline"] = {"novel": {"mean_iou": {"mean": -0.1, "ci95": 0.02}}}
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     words = final_words(write_summary(run))
@@ -101,7 +101,7 @@ def test_figures_of_masks_that_disagree_are_both_told(
     evaluation = json.loads((run / "evaluation.json").read_text())
     gains = {"boundary_f": {"mean": boundary_f, "ci95": 0.02}, "mean_iou": {"mean": mean_iou, "ci95": 0.02}}
     for kind in ("students", "baselines"):
-        evaluation[kind]["small"]["few_shot"] = dict.fromkeys(("val", "novel"), gains)
+        evaluation[kind]["small"]["scores"] = dict.fromkeys(("val", "novel"), gains)
     evaluation["students"]["small"]["over_baseline"] = {"novel": gains}
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     words = final_words(write_summary(run))
@@ -132,8 +132,8 @@ def test_summary_json_has_the_promised_keys(run: Path) -> None:
     for table in (summary["teachers"]["teacher"], summary["students"]["small"], summary["baselines"]["small"]):
         assert table["parameters"] == 110_000
         assert table["images_per_s"] == 1234.5
-        assert set(table["few_shot"]) == {"val", "novel"}
-        assert set(table["few_shot"]["novel"]["5way_1shot"]) == {"mean", "ci95"}
+        assert set(table["scores"]) == {"val", "novel"}
+        assert set(table["scores"]["novel"]["5way_1shot"]) == {"mean", "ci95"}
     assert summary["stages"] == {
         "pack": {"status": "done", "seconds": 3.25},
         "teach": {"status": "running", "seconds": 60.0},
@@ -175,9 +175,9 @@ def known(folder: Path, *, gain: dict[str, float], ci95: float) -> str:
     evaluation = json.loads((folder / "evaluation.json").read_text())
     evaluation |= {"protocol": {"seed": 0}, "splits": {"val": "val", "test": None}, "labelled": {"val": 12}}
     for network, mean in (("students", 0.75), ("baselines", 0.5)):
-        evaluation[network]["small"]["few_shot"] = {"val": {"known_classes": {"mean": mean, "ci95": ci95}}}
+        evaluation[network]["small"]["scores"] = {"val": {"known_classes": {"mean": mean, "ci95": ci95}}}
     evaluation["students"]["small"]["over_baseline"] = {"val": {"known_classes": gain}}
-    evaluation["teachers"]["teacher"]["few_shot"] = {"val": {}}
+    evaluation["teachers"]["teacher"]["scores"] = {"val": {}}
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     return final_words(write_summary(folder))
 
@@ -240,7 +240,7 @@ def test_a_stage_has_the_median_speed_of_its_log_lines(run: Path) -> None:
 
 def test_a_figure_ground_network_stands_with_what_it_does_without_its_map(run: Path) -> None:
     evaluation = json.loads((run / "evaluation.json").read_text())
-    evaluation["teachers"]["teacher"]["plain_pooling"] = network(0.25)["few_shot"]
+    evaluation["teachers"]["teacher"]["plain_pooling"] = network(0.25)["scores"]
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     lines = final_words(write_summary(run)).splitlines()
     assert lines[6].startswith("teacher ")

@@ -64,7 +64,7 @@ def test_few_shot_figures_are_those_of_the_slow_way(evaluated_run: Run, student:
     for support_WK, query_WQ in zip(episodes.support_EWK, episodes.query_EWQ, strict=True):
         model = NearestCentroid().fit(x_ND[support_WK.ravel()], split.label_N[support_WK.ravel()])
         accuracy.append(model.score(x_ND[query_WQ.ravel()], split.label_N[query_WQ.ravel()]))
-    reported = read_evaluation(evaluated_run.folder)["students"][student]["few_shot"]["novel"]["4way_5shot"]
+    reported = read_evaluation(evaluated_run.folder)["students"][student]["scores"]["novel"]["4way_5shot"]
     expected = score(np.array(accuracy))
     # batches of another size round differently, which may turn a query that lies between two classes
     assert reported == pytest.approx(expected, abs=2e-3)
@@ -77,8 +77,8 @@ def test_every_network_has_its_figures_on_both_splits(evaluated_run: Run) -> Non
     assert set(report["baselines"]) == {"conv", "conv.x0.5"}
     for table in [*report["teachers"].values(), *report["students"].values(), *report["baselines"].values()]:
         assert table["images_per_s"] > 0
-        assert set(table["few_shot"]) == {"val", "novel"}
-        for scores in table["few_shot"].values():
+        assert set(table["scores"]) == {"val", "novel"}
+        for scores in table["scores"].values():
             assert set(scores) == {"4way_1shot", "4way_5shot"}
             assert all(0 < each["mean"] < 1 and 0 < each["ci95"] < 0.1 for each in scores.values())
         assert set(table["probes"]["novel"]) == {"knn", "linear"}
@@ -93,10 +93,10 @@ def test_every_network_has_its_figures_on_both_splits(evaluated_run: Run) -> Non
 def test_a_student_is_compared_on_the_same_episodes_with_the_baseline_that_is_best_on_val(evaluated_run: Run) -> None:
     report = read_evaluation(evaluated_run.folder)
     student, tried = report["students"]["conv"], report["baselines"]
-    best = max(tried, key=lambda name: tried[name]["few_shot"]["val"]["4way_5shot"]["mean"])
+    best = max(tried, key=lambda name: tried[name]["scores"]["val"]["4way_5shot"]["mean"])
     assert student["baseline"] == best
     for split in ("val", "novel"):
-        means = [table["few_shot"][split]["4way_5shot"]["mean"] for table in (student, tried[best])]
+        means = [table["scores"][split]["4way_5shot"]["mean"] for table in (student, tried[best])]
         assert student["over_baseline"][split]["4way_5shot"]["mean"] == pytest.approx(means[0] - means[1])
     assert "over_baseline" not in report["students"]["vit"]
 
@@ -104,7 +104,7 @@ def test_a_student_is_compared_on_the_same_episodes_with_the_baseline_that_is_be
 def test_a_figure_ground_network_is_also_measured_as_it_leaves(evaluated_run: Run) -> None:
     report = read_evaluation(evaluated_run.folder)
     vit = report["students"]["vit"]
-    assert vit["plain_pooling"]["novel"]["4way_5shot"] != vit["few_shot"]["novel"]["4way_5shot"]
+    assert vit["plain_pooling"]["novel"]["4way_5shot"] != vit["scores"]["novel"]["4way_5shot"]
     assert "plain_pooling" not in report["students"]["conv"]
 
 

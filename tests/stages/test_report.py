@@ -71,7 +71,7 @@ def test_the_figures_are_those_of_the_summary(evaluated_run: Run, summary: dict[
     assert rows[""] == ["parameters", "images/s", "1-shot", "5-shot"]
     for name in ("conv", "vit"):
         student = json.loads((evaluated_run.folder.path / "summary.json").read_text())["students"][name]
-        scores = student.get("plain_pooling", student["few_shot"])["novel"]
+        scores = student.get("plain_pooling", student["scores"])["novel"]
         shown = [f"{100 * scores[key]['mean']:.1f} ± {100 * scores[key]['ci95']:.1f} %" for key in scores]
         assert rows[f"student {name}"][-2:] == shown
     text = written(evaluated_run, summary)

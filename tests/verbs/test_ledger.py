@@ -274,7 +274,7 @@ def test_a_ledger_reports_its_runs_goes_on_and_holds_its_budget(
     assert {(run["row"], run["seed"]) for run in record["runs"]} == {(ALL, 0), (LABELS, 0)}
     figures = {row: json.loads((out / row / "seed-0/summary.json").read_text()) for row in ("all", "labels-alone")}
     conv, alone = (summary["students"]["conv"] for summary in figures.values())
-    difference = conv["plain_pooling"]["novel"]["5way_5shot"]["mean"] - alone["few_shot"]["novel"]["5way_5shot"]["mean"]
+    difference = conv["plain_pooling"]["novel"]["5way_5shot"]["mean"] - alone["scores"]["novel"]["5way_5shot"]["mean"]
     (gain,) = [gain for gain in record["gains"] if gain["student"] == "conv"]
     assert gain["by_place"]["novel 5-shot"] == [pytest.approx(difference), None, 1]
     # the student of the row is the baseline of a whole run, to the last bit
