@@ -28,6 +28,8 @@ from dpkd.io.record import checked, read_record
 from dpkd.log import append_json
 
 _TEMPORARY = ".tmp"
+ABSENT = "(absent)"
+OFF = {json.dumps(ABSENT), "null", "false", '"none"', "[]", "{}"}
 KEEPS = "; with run.from={} it keeps the finished stages that are equal"
 """Of another run.dir, where the images are the same."""
 
@@ -150,7 +152,7 @@ class RunFolder:
         """Whether the stage finished, with exactly these settings if they are given; `faults` checks its files."""
         record = self.stages().get(stage)
         is_done = record is not None and record["status"] == "done"
-        return is_done and (given is None or self.stages()[stage]["given"] == _as_json(given))
+        return is_done and (given is None or not _differences(self.stages()[stage]["given"], given))
 
     def bound(self, stages: Iterable[str]) -> set[str]:
         """The training stages among `stages` that have finished or saved a checkpoint, so that their settings stay."""
@@ -182,11 +184,8 @@ class RunFolder:
         """Raises `UserError` with the differences, and their stages, if stages in `given` began with other settings."""
         records, stages_of = self.stages(), dict[str, list[str]]()
         for stage in (stage for stage in given if stage in records):
-            before, now = _leaves(records[stage]["given"]), _leaves(_as_json(given[stage]))
-            for key in sorted(before.keys() | now.keys()):
-                was, is_now = (leaves.get(key, "(absent)") for leaves in (before, now))
-                if was != is_now:
-                    stages_of.setdefault(f"  {key}: {was!r} on disk, {is_now!r} now", []).append(stage)
+            for key, was, is_now in _differences(records[stage]["given"], given[stage]):
+                stages_of.setdefault(f"  {key}: {was!r} on disk, {is_now!r} now", []).append(stage)
         if stages_of:
             lines = [f"{difference} ({', '.join(stages)})" for difference, stages in stages_of.items()]
             keeps = "" if any("pack" in stages for stages in stages_of.values()) else KEEPS.format(self.path)
@@ -209,7 +208,7 @@ class RunFolder:
         """
         before = self.stages().get(stage, {})
         before_s, began_s = before.get("seconds", 0.0), time.monotonic()
-        if before.get("given", given := _as_json(given)) != given:  # it saved nothing with the earlier settings
+        if before and _differences(before["given"], given):  # it saved nothing with the earlier settings
             shutil.rmtree(self.sample_log(stage), ignore_errors=True)
 
         def write(status: str, **facts: Any) -> None:
@@ -252,6 +251,16 @@ class RunFolder:
             storage.deliver(folder / self._stages.name, self._stages)
 
 
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The dotted key and both values of each leaf that differs; a leaf that is off is equal to a missing one.
+
+    So a run goes on under a later version of dpkd, if the settings that it adds are off by default.
+    """
+    trees = _leaves(before), _leaves(json.loads(json.dumps(now)))
+    rows = [(key, *(tree.get(key, ABSENT) for tree in trees)) for key in sorted({**trees[0], **trees[1]})]
+    return [row for row in rows if row[1] != row[2] and not (ABSENT in row and {*map(json.dumps, row[1:])} <= OFF)]
+
+
 def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     """The leaves of a tree of plain values, as {dotted key: leaf}."""
     if not isinstance(tree, dict | list) or not tree:
@@ -260,9 +269,3 @@ def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     for key, child in tree.items() if isinstance(tree, dict) else enumerate(tree):
         leaves |= _leaves(child, f"{prefix}.{key}" if prefix else str(key))
     return leaves
-
-
-def _as_json(given: dict[str, Any]) -> dict[str, Any]:
-    """The values after a round trip through JSON."""
-    plain: dict[str, Any] = json.loads(json.dumps(given))
-    return plain

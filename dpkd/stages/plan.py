@@ -102,8 +102,6 @@ def stage_inputs(stage: str, settings: Settings) -> dict[str, Any]:
     tree: dict[str, Any] = settings.model_dump(mode="json")
     data, seed, prefix = tree["data"], {"run": {"seed": settings.run.seed}}, ""
 
-    masks = {} if data["masks"] is None else {"masks": data["masks"]}  # records of runs without masks have no such key
-
     def pick(*keys: str) -> dict[str, Any]:
         return {key: data[key] for key in keys}
 
@@ -112,7 +110,7 @@ def stage_inputs(stage: str, settings: Settings) -> dict[str, Any]:
     if stage == "prepare":
         return {"prepare": settings.prepare.sealed().model_dump(mode="json")}
     if stage == "export":
-        return {"export": tree["export"]} | masks
+        return {"export": tree["export"]} | pick("masks")
     if stage == "evaluate":
         results = {"data": pick("train", "val", "test"), "evaluate": tree["evaluate"]}
     else:
@@ -138,7 +136,7 @@ def stage_inputs(stage: str, settings: Settings) -> dict[str, Any]:
         read = (objective.needs().views for key, objective in settings.objectives.items() if key.startswith(prefix))
         views = {name: data["views"][name] for name in sorted({GLOBAL}.union(*read))}  # others may change
         results["data"] = pick("image_size", "map_size", "train", "labels") | {"views": views}
-    results["data"] |= masks
+    results["data"] |= pick("masks")
     learned = [objective for key, objective in settings.objectives.items() if key.startswith(prefix)]
     table = attribute_table(settings.data)
     if table is not None and any("attributes" in objective.needs().targets for objective in learned):

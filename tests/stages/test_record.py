@@ -47,6 +47,22 @@ def test_a_contradiction_shows_just_the_difference(tmp_path: Path) -> None:
     ]
 
 
+def test_a_setting_of_a_later_version_is_no_difference_while_it_is_off(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    old = {"model": {"name": "resnet18"}, "weights": None}
+    with folder.running("teach", old):
+        pass
+    for off in (None, False, "none", [], {}):
+        new = old | {"model": {"name": "resnet18", "control": off}}
+        folder.refuse_contradictions({"teach": new})
+        assert folder.is_done("teach", new)
+    for on in (True, "shuffle", 0, [0], {"kind": "none", "share": 0.5}):
+        new = old | {"model": {"name": "resnet18", "control": on}}
+        assert not folder.is_done("teach", new)
+    assert not folder.is_done("teach", old | {"weights": False})  # both have it: another value is a difference
+    assert not folder.is_done("teach", {"weights": None})
+
+
 def test_a_broken_record_is_named(tmp_path: Path) -> None:
     (tmp_path / "stages.json").write_text("{")
     with pytest.raises(UserError, match=r"stages\.json"):
