@@ -73,7 +73,7 @@ def node_resources(*, free: bool = False) -> list[NodeResources]:
 def answering_nodes() -> dict[str, dict[str, float]]:
     """The resources of each node that takes a connection, by its id; Ray lists a lost node as alive for some 15 s."""
     found = {}
-    for node in (node for node in ray.nodes() if node["Alive"]):
+    for node in (each for each in ray.nodes() if each["Alive"]):
         place = (node["NodeManagerAddress"], node["NodeManagerPort"])
         with contextlib.suppress(OSError), socket.create_connection(place, ANSWER_TIMEOUT_S):
             found[node["NodeID"]] = node["Resources"]

@@ -30,6 +30,7 @@ from dpkd.log import append_json
 _TEMPORARY = ".tmp"
 ABSENT = "(absent)"
 OFF = {json.dumps(ABSENT), "null", "false", '"none"', "[]", "{}"}
+"""As JSON, the values of a setting that turns nothing on."""
 KEEPS = "; with run.from={} it keeps the finished stages that are equal"
 """Of another run.dir, where the images are the same."""
 
@@ -257,7 +258,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str,
     So a run goes on under a later version of dpkd, if the settings that it adds are off by default.
     """
     trees = _leaves(before), _leaves(json.loads(json.dumps(now)))
-    rows = [(key, *(tree.get(key, ABSENT) for tree in trees)) for key in sorted({**trees[0], **trees[1]})]
+    rows = [(key, *(tree.get(key, ABSENT) for tree in trees)) for key in sorted(trees[0].keys() | trees[1].keys())]
     return [row for row in rows if row[1] != row[2] and not (ABSENT in row and {*map(json.dumps, row[1:])} <= OFF)]
 
 

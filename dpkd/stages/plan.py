@@ -112,7 +112,7 @@ def stage_inputs(stage: str, settings: Settings) -> dict[str, Any]:
     if stage == "export":
         return {"export": tree["export"]} | pick("masks")
     if stage == "evaluate":
-        results = {"data": pick("train", "val", "test"), "evaluate": tree["evaluate"]}
+        results = {"data": pick("train", "val", "test", "masks"), "evaluate": tree["evaluate"]}
     else:
         trained = training_stages(settings)[stage]
         part = trained.settings.model_dump(mode="json")
@@ -135,8 +135,7 @@ def stage_inputs(stage: str, settings: Settings) -> dict[str, Any]:
             del part["during_distill"]
         read = (objective.needs().views for key, objective in settings.objectives.items() if key.startswith(prefix))
         views = {name: data["views"][name] for name in sorted({GLOBAL}.union(*read))}  # others may change
-        results["data"] = pick("image_size", "map_size", "train", "labels") | {"views": views}
-    results["data"] |= pick("masks")
+        results["data"] = pick("image_size", "map_size", "train", "labels", "masks") | {"views": views}
     learned = [objective for key, objective in settings.objectives.items() if key.startswith(prefix)]
     table = attribute_table(settings.data)
     if table is not None and any("attributes" in objective.needs().targets for objective in learned):
